@@ -1,0 +1,45 @@
+# `make demo` and `make test` are all a fresh machine needs: both install what is missing first.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: help setup demo test test-all lint format bench demo-model clean
+
+help: ## Show this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: $(INSTALLED) ## Install smallcap and its tools into .venv (several GB on Linux: torch's CUDA wheels)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "smallcap needs Python 3.11 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED) ## Build the demo's index and caption its scenes, below out/demo/
+	$(BIN)/smallcap demo
+
+test: $(INSTALLED) ## Run the tests but the slow ones
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-all: $(INSTALLED) ## Run all tests
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED) ## Check style, types and layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(INSTALLED) ## Format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(INSTALLED) ## Time the engine on this machine
+	$(BIN)/python -m benchmarks.engine
+
+demo-model: $(INSTALLED) ## Make the demo's world and model again (needs fonts-noto-color-emoji)
+	$(BIN)/python -m demo.make
+
+clean: ## Remove what the demo and the tools wrote
+	rm -rf out .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,0 +1,149 @@
+"""How often the demo's captions name exactly the objects that a held-out scene has.
+
+Renders scenes that no training saw, captions them through `smallcap.Captioner` with the dump `demo/captions.csv`,
+reads the objects out of each caption and compares them, with their counts, with the scene's. The last line is JSON.
+"""
+
+import argparse
+import csv
+import json
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+
+from demo.render import encode_jpeg
+from demo.world import HELD_OUT_SEEDS, Scene, named_kinds, sample_scene
+from smallcap.captioner import Captioner
+from smallcap.checkpoint import load_checkpoint, tokenizer_source
+from smallcap.clip_encoder import RetrievalEncoder, load_retrieval_encoder
+from smallcap.prompt import load_tokenizer
+from smallcap.retriever import Neighbour, Retriever
+
+DEMO = Path(__file__).parent
+FIRST_SEED = 1_000  # far from the scenes that are shipped as pictures
+BATCH_SIZE = 32
+
+
+@dataclass(frozen=True)
+class SceneResult:
+    """One scene with what the model said of it."""
+
+    scene: Scene
+    caption: str
+
+    @property
+    def right(self) -> bool:
+        """Whether the caption names the scene's objects, each as often as it is there, and no other."""
+        return named_kinds(self.caption) == self.scene.kinds
+
+
+@dataclass(frozen=True)
+class Report:
+    """Shares of scenes with all objects right."""
+
+    scenes: int
+    right: float
+    right_by_objects: dict[int, float]
+    objects_found: float
+    seconds: float
+
+
+class ExactRetriever:
+    """Stands in for a published index: exact search over the dump, in memory."""
+
+    def __init__(self, captions: list[str], encoder: RetrievalEncoder) -> None:
+        self.captions = captions
+        self.embeddings = encoder.encode_texts(captions)
+
+    def search(
+        self, queries: np.ndarray, k: int, exclude_image_ids: Sequence[str | None] | None = None
+    ) -> list[list[Neighbour]]:
+        """Returns each query's k nearest captions, best first; held-out scenes have none in the dump to exclude."""
+        scores = queries @ self.embeddings.T
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        return [
+            [Neighbour(int(i), self.captions[i], float(scores[row, i])) for i in found]
+            for row, found in enumerate(order)
+        ]
+
+
+def load_captioner(model: str, encoder: str, index: str | None, num_beams: int) -> Captioner:
+    """Loads the model with a published index, or with exact search over the dump where none is given."""
+    if index is not None:
+        return Captioner.from_pretrained(model, index=index, k=4, num_beams=num_beams)
+    retrieval_encoder = load_retrieval_encoder(encoder)
+    with (DEMO / "captions.csv").open(encoding="utf-8", newline="") as file:
+        retriever = ExactRetriever([row["caption"] for row in csv.DictReader(file)], retrieval_encoder)
+    tokenizer = load_tokenizer(tokenizer_source(model))
+    return Captioner(
+        load_checkpoint(model), tokenizer, retrieval_encoder, cast("Retriever", retriever), k=4, num_beams=num_beams
+    )
+
+
+def caption_scenes(captioner: Captioner, scenes: list[Scene]) -> Iterator[SceneResult]:
+    """Captions rendered scenes, a batch at a time."""
+    for start in range(0, len(scenes), BATCH_SIZE):
+        batch = scenes[start : start + BATCH_SIZE]
+        for scene, result in zip(batch, captioner.caption([encode_jpeg(scene) for scene in batch]), strict=True):
+            yield SceneResult(scene, result.caption or "")
+
+
+def summarise(results: list[SceneResult], seconds: float) -> Report:
+    """Counts what was right, over all scenes and by the number of objects."""
+    by_objects: dict[int, list[bool]] = defaultdict(list)
+    for result in results:
+        by_objects[len(result.scene.objects)].append(result.right)
+    found = sum((named_kinds(result.caption) & result.scene.kinds).total() for result in results)
+    return Report(
+        scenes=len(results),
+        right=round(sum(result.right for result in results) / len(results), 4),
+        right_by_objects={count: round(sum(right) / len(right), 4) for count, right in sorted(by_objects.items())},
+        objects_found=round(found / sum(result.scene.kinds.total() for result in results), 4),
+        seconds=round(seconds, 1),
+    )
+
+
+def print_report(report: Report, results: list[SceneResult], wrong_shown: int = 8) -> None:
+    """Prints the shares and some of the wrong captions; the last line is the report as JSON."""
+    print(f"{report.scenes} held-out scenes: all objects right in {report.right:.1%} ({report.seconds:.0f} s)")
+    for count, share in report.right_by_objects.items():
+        print(f"  with {count} object{'s' if count > 1 else ''}: {share:.1%}")
+    print(f"objects found: {report.objects_found:.1%}")
+    for result in [result for result in results if not result.right][:wrong_shown]:
+        print(f"  wrong: {', '.join(result.scene.kinds.elements())} -> {result.caption!r}")
+    print(json.dumps(asdict(report)))
+
+
+def evaluate(captioner: Captioner, scene_count: int, report_file: Path | None = None) -> Report:
+    """Measures a captioner on held-out scenes, prints the report and returns it."""
+    scenes = [sample_scene(seed) for seed in HELD_OUT_SEEDS[FIRST_SEED : FIRST_SEED + scene_count]]
+    start = time.perf_counter()
+    results = list(caption_scenes(captioner, scenes))
+    report = summarise(results, time.perf_counter() - start)
+    if report_file is not None:
+        report_file.write_text(json.dumps(asdict(report)) + "\n", encoding="utf-8")
+    print_report(report, results)
+    return report
+
+
+def main() -> None:
+    """Measures the demo model on held-out scenes."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--model", default="demo", help="`demo`, or a folder with a SmallCap checkpoint")
+    parser.add_argument("--encoder", default="demo", help="retrieval encoder, where no index names it")
+    parser.add_argument("--index", help="a published index of demo/captions.csv; by default exact search in memory")
+    parser.add_argument("--scenes", type=int, default=600)
+    parser.add_argument("--num-beams", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="also write the report here")
+    arguments = parser.parse_args()
+    captioner = load_captioner(arguments.model, arguments.encoder, arguments.index, arguments.num_beams)
+    evaluate(captioner, arguments.scenes, arguments.json)
+
+
+if __name__ == "__main__":
+    main()

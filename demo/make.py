@@ -1,0 +1,92 @@
+"""Makes the demo again from nothing: pictures, CLIP, GPT-2, cross-attention, caption dump, and the measurement.
+
+Each step writes below the work folder and is skipped when its output is there; `--force` does all of them again.
+"""
+
+import argparse
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from demo.data import render_pool
+from demo.datastore import write_captions, write_images, write_references
+from demo.evaluate import evaluate, load_captioner
+from demo.tokenizer import clip_form, save_gpt2_tokenizer, train_tokenizer
+from demo.train_clip import ClipRecipe, save_clip, train_clip
+from demo.train_cross_attention import CrossAttentionRecipe, train_cross_attention
+from demo.train_language_model import LanguageRecipe, train_language_model
+from demo.world import TRAIN_SEEDS
+
+DEMO = Path(__file__).parent
+
+
+def run_step(name: str, output: Path, make: Callable[[Path], None]) -> None:
+    """Makes `output` under another name and rename it when it is complete; do nothing if it is there."""
+    if output.exists():
+        print(f"{name}: {output} is there, skipped", flush=True)
+        return
+    start = time.perf_counter()
+    unfinished = output.with_name(f"{output.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    make(unfinished)
+    unfinished.rename(output)
+    print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def make_model(work: Path) -> None:
+    """Trains the three parts below `work`, in the order in which each needs the one before."""
+    recipe = ClipRecipe()
+    start = time.perf_counter()
+    images = render_pool(TRAIN_SEEDS[: recipe.scenes], work / f"scenes-{recipe.scenes}.npy")
+    print(f"scenes: {time.perf_counter() - start:.0f} s", flush=True)
+    tokenizer = train_tokenizer(TRAIN_SEEDS[: recipe.scenes])
+
+    def make_clip(folder: Path) -> None:
+        wrapped = clip_form(tokenizer)
+        save_clip(train_clip(recipe, images, wrapped), wrapped, folder)
+
+    def make_language_model(folder: Path) -> None:
+        train_language_model(LanguageRecipe(), tokenizer).save_pretrained(folder)
+        save_gpt2_tokenizer(tokenizer, folder)
+
+    def make_smallcap(folder: Path) -> None:
+        train_cross_attention(CrossAttentionRecipe(), work / "clip", work / "language-model", images, folder)
+
+    run_step("clip", work / "clip", make_clip)
+    run_step("language model", work / "language-model", make_language_model)
+    run_step("cross-attention", work / "smallcap", make_smallcap)
+
+
+def publish(work: Path) -> None:
+    """Puts what ships into `demo/`: the model, the held-out pictures, the dump and the references."""
+    for part in ("clip", "smallcap"):
+        target = DEMO / "model" / part
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(work / part, target)
+    shutil.rmtree(DEMO / "images", ignore_errors=True)
+    write_images(DEMO / "images")
+    write_captions(DEMO / "captions.csv")
+    write_references(DEMO / "references.json")
+
+
+def main() -> None:
+    """Makes the demo's model and data again."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--work-dir", type=Path, default=Path("out/demo-model"))
+    parser.add_argument("--force", action="store_true", help="do every step again, and render again")
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.force:
+        shutil.rmtree(arguments.work_dir, ignore_errors=True)
+    make_model(arguments.work_dir)
+    publish(arguments.work_dir)
+    evaluate(load_captioner("demo", "demo", index=None, num_beams=3), 600, arguments.work_dir / "evaluation.json")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""The demo's byte-level BPE, in the two forms its models need: GPT-2's conventions and CLIP's.
+
+Both share one vocabulary learned from captions and the words of the prompt. As in GPT-2 the first ids are the bytes in
+GPT-2's order, so that `!` (SmallCap's padding) is id 0 and `.` (its end) is one token, id 13. CLIP's form adds a start,
+an end and a padding token after the vocabulary.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from demo.world import captions_of, sample_scene
+
+VOCAB_SIZE = 768
+PAD_TOKEN, EOS_TOKEN = "!", "."
+CLIP_START, CLIP_END, CLIP_PAD = "<|startoftext|>", "<|endoftext|>", "<|pad|>"
+CLIP_MAX_TOKENS = 32
+PROMPT_WORDS = "Similar images show\n\n{}\n\n{}.\n\nThis image shows {}."
+
+
+def train_tokenizer(seeds: Iterable[int]) -> Tokenizer:
+    """Learns the BPE from the captions of these scenes, alone and inside the prompt."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator((PROMPT_WORDS.format(*captions_of(sample_scene(seed), 3)) for seed in seeds), trainer)
+    assert tokenizer.token_to_id(PAD_TOKEN) == 0 and tokenizer.encode(EOS_TOKEN).ids == [13]
+    return tokenizer
+
+
+def save_gpt2_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes the form that the decoder uses: no token is ever added by itself."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": PAD_TOKEN,
+        "eos_token": EOS_TOKEN,
+        "model_max_length": 256,
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def clip_form(tokenizer: Tokenizer) -> Tokenizer:
+    """Returns a copy that wraps each text in start and end tokens, as CLIP's text tower expects."""
+    wrapped = Tokenizer.from_str(tokenizer.to_str())
+    wrapped.add_special_tokens([AddedToken(token, special=True) for token in (CLIP_START, CLIP_END, CLIP_PAD)])
+    wrapped.post_processor = processors.TemplateProcessing(
+        single=f"{CLIP_START} $A {CLIP_END}",
+        special_tokens=[(token, wrapped.token_to_id(token)) for token in (CLIP_START, CLIP_END)],
+    )
+    return wrapped
+
+
+def save_clip_tokenizer(wrapped: Tokenizer, folder: Path) -> None:
+    """Writes CLIP's form as a folder that `AutoTokenizer` reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    wrapped.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": CLIP_START,
+        "eos_token": CLIP_END,
+        "pad_token": CLIP_PAD,
+        "model_max_length": CLIP_MAX_TOKENS,
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,218 @@
+"""Trains the demo's CLIP (transformers' `CLIPModel`) contrastively and saves it as an ordinary Hugging Face folder.
+
+Two contrastive terms: image against caption, as in CLIP, and each object's patches against the nouns (`a dog`, ...),
+as in RegionCLIP (Zhong et al., CVPR 2022). The second makes the patch features, which cross-attention reads, say what
+they show; without it only the class token learns.
+"""
+
+import argparse
+import json
+import math
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from transformers import CLIPConfig, CLIPModel
+
+from demo.data import CLIP_MEAN, CLIP_STD, IMAGE_PX, normalise, object_table, region_masks, render_pool, train_scenes
+from demo.tokenizer import (
+    CLIP_END,
+    CLIP_MAX_TOKENS,
+    CLIP_PAD,
+    CLIP_START,
+    clip_form,
+    save_clip_tokenizer,
+    train_tokenizer,
+)
+from demo.world import TRAIN_SEEDS, captions_of, load_kinds
+
+PATCH_PX = 12
+SHIFT_PX = 4
+
+
+@dataclass(frozen=True)
+class ClipRecipe:
+    """What decides the result of the training."""
+
+    scenes: int = 24_000
+    captions_per_scene: int = 4
+    steps: int = 1_200
+    batch_size: int = 128
+    learning_rate: float = 1.5e-3
+    warmup_steps: int = 80
+    weight_decay: float = 0.05
+    seed: int = 0
+
+
+def build_model(tokenizer: Tokenizer) -> CLIPModel:
+    """Returns an untrained CLIP of about two million parameters."""
+    text = {
+        "vocab_size": tokenizer.get_vocab_size(),
+        "hidden_size": 96,
+        "intermediate_size": 384,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": CLIP_MAX_TOKENS,
+        "bos_token_id": tokenizer.token_to_id(CLIP_START),
+        "eos_token_id": tokenizer.token_to_id(CLIP_END),
+        "pad_token_id": tokenizer.token_to_id(CLIP_PAD),
+    }
+    vision = {
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "image_size": IMAGE_PX,
+        "patch_size": PATCH_PX,
+    }
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=96))
+
+
+def tokenize(tokenizer: Tokenizer, texts: list[str]) -> torch.Tensor:
+    """Returns ids [len(texts), longest], padded at the right and cut to what the text tower holds."""
+    tokenizer.enable_truncation(CLIP_MAX_TOKENS)
+    tokenizer.enable_padding(pad_id=tokenizer.token_to_id(CLIP_PAD), pad_token=CLIP_PAD)
+    return torch.tensor([encoding.ids for encoding in tokenizer.encode_batch(texts)])
+
+
+def embed_images(model: CLIPModel, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the embeddings [B, D] (unit length) and the tower's `last_hidden_state` [B, P, Hv]."""
+    output = model.vision_model(pixel_values=pixel_values)
+    return F.normalize(model.visual_projection(output.pooler_output), dim=-1), output.last_hidden_state
+
+
+def embed_texts(model: CLIPModel, input_ids: torch.Tensor) -> torch.Tensor:
+    """Returns the embeddings [B, D], unit length."""
+    return F.normalize(model.text_projection(model.text_model(input_ids=input_ids).pooler_output), dim=-1)
+
+
+def caption_loss(image_embeds: torch.Tensor, text_embeds: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """CLIP's symmetric cross-entropy over the batch."""
+    logits = scale * image_embeds @ text_embeds.T
+    target = torch.arange(len(logits))
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def region_logits(
+    model: CLIPModel, hidden: torch.Tensor, noun_embeds: torch.Tensor, places: torch.Tensor
+) -> torch.Tensor:
+    """Returns the similarity of each object's patches to each noun; [B, 3, number of kinds]."""
+    patches = hidden[:, 1:]  # without the class token
+    regions = region_masks(places, IMAGE_PX // PATCH_PX) @ patches
+    regions = F.normalize(model.visual_projection(model.vision_model.post_layernorm(regions)), dim=-1)
+    return model.logit_scale.exp() * regions @ noun_embeds.T
+
+
+def train_clip(recipe: ClipRecipe, images: np.ndarray, tokenizer: Tokenizer) -> CLIPModel:
+    """Trains on the rendered scenes; prints the state every 50 steps."""
+    torch.manual_seed(recipe.seed)
+    rng = np.random.default_rng(recipe.seed)
+    scenes = train_scenes(recipe.scenes)
+    captions = [captions_of(scene, recipe.captions_per_scene) for scene in scenes]
+    kinds, places = object_table(scenes)
+    noun_ids = tokenize(tokenizer, [f"{kind.article} {kind.noun}" for kind in load_kinds()])
+    model = build_model(tokenizer).train()
+    optimizer, schedule = build_optimizer(model, recipe)
+    start = time.perf_counter()
+    order = np.concatenate(
+        [rng.permutation(recipe.scenes) for _ in range(1 + recipe.steps * recipe.batch_size // recipe.scenes)]
+    )
+    for step in range(recipe.steps):
+        rows = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
+        pixels, moved = shift(normalise(images[np.sort(rows)]), places[np.sort(rows)], rng)
+        rows = np.sort(rows)
+        texts = tokenize(tokenizer, [captions[row][rng.integers(recipe.captions_per_scene)] for row in rows])
+        with torch.autocast("cpu", torch.bfloat16):
+            image_embeds, hidden = embed_images(model, pixels)
+            text_embeds, noun_embeds = embed_texts(model, texts), embed_texts(model, noun_ids)
+            logits = region_logits(model, hidden.float(), noun_embeds, moved)
+        of_captions = caption_loss(image_embeds.float(), text_embeds.float(), model.logit_scale.exp())
+        targets = kinds[rows]
+        of_regions = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        optimizer.zero_grad()
+        (of_captions + of_regions).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        model.logit_scale.data.clamp_(max=math.log(100))
+        if step % 50 == 49 or step == recipe.steps - 1:
+            right = (image_embeds @ text_embeds.T).argmax(1).eq(torch.arange(len(rows))).float().mean()
+            seen = targets >= 0
+            named = logits.argmax(-1)[seen].eq(targets[seen]).float().mean()
+            print(
+                f"clip step {step + 1}: loss {of_captions.item():.3f} + {of_regions.item():.3f}, in-batch {right:.3f}, "
+                f"objects {named:.3f}, {time.perf_counter() - start:.0f} s",
+                flush=True,
+            )
+    return model.eval()
+
+
+def build_optimizer(
+    model: torch.nn.Module, recipe: ClipRecipe
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """AdamW with warm-up and cosine; no decay on vectors."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98))
+
+    def factor(step: int) -> float:
+        progress = min(1.0, step / recipe.steps)
+        return min(1.0, (step + 1) / recipe.warmup_steps) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def shift(pixels: torch.Tensor, places: torch.Tensor, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Moves the whole batch by up to SHIFT_PX in both directions, and the places with it."""
+    dx, dy = (int(d) for d in rng.integers(-SHIFT_PX, SHIFT_PX + 1, 2))
+    padded = F.pad(pixels, [SHIFT_PX] * 4, mode="replicate")
+    pixels = padded[:, :, SHIFT_PX - dy : SHIFT_PX - dy + IMAGE_PX, SHIFT_PX - dx : SHIFT_PX - dx + IMAGE_PX]
+    return pixels, places + torch.tensor([dx / IMAGE_PX, dy / IMAGE_PX, 0.0])
+
+
+def save_clip(model: CLIPModel, tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes weights (fp16), config, tokenizer and image preprocessing as one Hugging Face folder."""
+    model.to(torch.float16).save_pretrained(folder)
+    model.float()
+    save_clip_tokenizer(tokenizer, folder)
+    preprocessing = {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": IMAGE_PX},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": IMAGE_PX, "width": IMAGE_PX},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(CLIP_MEAN),
+        "image_std": list(CLIP_STD),
+        "do_convert_rgb": True,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing, indent=2) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Trains the demo's CLIP from nothing."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--work-dir", type=Path, default=Path("out/demo-model"))
+    parser.add_argument("--out", type=Path, default=Path("demo/model/clip"))
+    parser.add_argument("--steps", type=int, default=ClipRecipe.steps)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    random.seed(0)
+    recipe = ClipRecipe(steps=arguments.steps)
+    images = render_pool(TRAIN_SEEDS[: recipe.scenes], arguments.work_dir / f"scenes-{recipe.scenes}.npy")
+    tokenizer = clip_form(train_tokenizer(TRAIN_SEEDS[: recipe.scenes]))
+    save_clip(train_clip(recipe, images, tokenizer), tokenizer, arguments.out)
+
+
+if __name__ == "__main__":
+    main()

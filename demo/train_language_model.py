@@ -1,0 +1,144 @@
+"""Trains the demo's small GPT-2 on caption text alone: what is frozen before cross-attention is trained.
+
+The documents are single captions, lists of captions that share objects, and such lists inside SmallCap's prompt. No
+image is involved, but the decoder learns, as a large language model would have, to use what it is prompted with.
+"""
+
+import argparse
+import random
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from demo.tokenizer import EOS_TOKEN, PAD_TOKEN, save_gpt2_tokenizer, train_tokenizer
+from demo.train_clip import build_optimizer
+from demo.world import TRAIN_SEEDS, Scene, captions_of, sample_scene
+
+PROMPT = "Similar images show\n\n{}.\n\nThis image shows "
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class LanguageRecipe:
+    """What decides the result of the training."""
+
+    scenes: int = 24_000
+    captions_per_scene: int = 4
+    steps: int = 700
+    batch_size: int = 32
+    learning_rate: float = 2e-3
+    warmup_steps: int = 100
+    weight_decay: float = 0.05
+    seed: int = 0
+
+
+def build_language_model(tokenizer: Tokenizer) -> GPT2LMHeadModel:
+    """Returns an untrained GPT-2 of about one million parameters."""
+    end = tokenizer.token_to_id(EOS_TOKEN)
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=tokenizer.get_vocab_size(),
+            n_positions=256,
+            n_embd=128,
+            n_layer=4,
+            n_head=4,
+            activation_function="gelu_pytorch_tanh",  # GPT-2's gelu_new, computed at once: twice as fast in bf16
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=end,
+            eos_token_id=end,
+            pad_token_id=tokenizer.token_to_id(PAD_TOKEN),
+        )
+    )
+
+
+class Documents:
+    """Draws training texts; captions that share an object are found through the objects of their scenes."""
+
+    def __init__(self, scenes: list[Scene], captions_per_scene: int, tokenizer: Tokenizer) -> None:
+        self.scenes = scenes
+        self.captions = [captions_of(scene, captions_per_scene) for scene in scenes]
+        self.tokenizer = tokenizer
+        self.rows_of: dict[str, list[int]] = defaultdict(list)
+        for row, scene in enumerate(scenes):
+            for noun in scene.kinds:
+                self.rows_of[noun].append(row)
+
+    def draw(self, rng: random.Random) -> list[int]:
+        """Returns the token ids of one document."""
+        row = rng.randrange(len(self.scenes))
+        related = self._related(row, rng)
+        caption = rng.choice(self.captions[row])
+        form = rng.random()
+        if form < 0.15:
+            return self._ids(caption + EOS_TOKEN)
+        if form < 0.3:
+            return self._ids("\n\n".join([*related, caption]) + EOS_TOKEN)
+        # The prompt ends in a space of its own and the caption starts without one, as SmallCap joins them.
+        return self._ids(PROMPT.format("\n\n".join(related))) + self._ids(caption + EOS_TOKEN)
+
+    def _related(self, row: int, rng: random.Random) -> list[str]:
+        nouns = list(self.scenes[row].kinds)
+        rows = [rng.choice(self.rows_of[rng.choice(nouns)]) for _ in range(4)]
+        return [rng.choice(self.captions[other]) for other in rows]
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text).ids)
+
+
+def pad_documents(documents: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns ids [B, longest], padded at the right, and labels with IGNORED at the padding."""
+    longest = max(map(len, documents))
+    ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids in documents])
+    real = torch.tensor([[True] * len(ids) + [False] * (longest - len(ids)) for ids in documents])
+    return ids, torch.where(real, ids, IGNORED)
+
+
+def train_language_model(recipe: LanguageRecipe, tokenizer: Tokenizer) -> GPT2LMHeadModel:
+    """Trains on text; prints the state every 100 steps."""
+    torch.manual_seed(recipe.seed)
+    rng = random.Random(recipe.seed)
+    scenes = [sample_scene(seed) for seed in TRAIN_SEEDS[: recipe.scenes]]
+    documents = Documents(scenes, recipe.captions_per_scene, tokenizer)
+    model = build_language_model(tokenizer).train()
+    optimizer, schedule = build_optimizer(model, recipe)
+    start = time.perf_counter()
+    for step in range(recipe.steps):
+        ids, labels = pad_documents([documents.draw(rng) for _ in range(recipe.batch_size)])
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 99 or step == recipe.steps - 1:
+            print(f"language step {step + 1}: loss {loss.item():.3f}, {time.perf_counter() - start:.0f} s", flush=True)
+    return model.eval()
+
+
+def main() -> None:
+    """Trains the demo's tokenizer and GPT-2 on caption text."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--work-dir", type=Path, default=Path("out/demo-model"))
+    parser.add_argument("--steps", type=int, default=LanguageRecipe.steps)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    recipe = LanguageRecipe(steps=arguments.steps)
+    tokenizer = train_tokenizer(TRAIN_SEEDS[: recipe.scenes])
+    folder = arguments.work_dir / "language-model"
+    train_language_model(recipe, tokenizer).save_pretrained(folder)
+    save_gpt2_tokenizer(tokenizer, folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,268 @@
+"""What a scene of the demo world is, and how people would caption it.
+
+Owns the kinds of objects (`kinds.csv`), grounds, sizes, layouts, the phrasings of captions and the parser that reads
+the objects back. It knows neither fonts nor models: `demo.render` draws a scene.
+"""
+
+import csv
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+KINDS_FILE = Path(__file__).with_name("kinds.csv")
+
+# A scene is its seed. Held-out seeds start far above any training seed, so that the two can never meet.
+TRAIN_SEEDS = range(1_000_000)
+HELD_OUT_SEEDS = range(10_000_000, 11_000_000)
+
+GROUNDS: dict[str, tuple[int, int, int]] = {
+    "red": (205, 92, 88),
+    "blue": (96, 140, 205),
+    "green": (120, 178, 112),
+    "yellow": (238, 218, 128),
+    "purple": (160, 120, 190),
+    "pink": (240, 180, 200),
+    "gray": (150, 150, 150),
+    "white": (240, 240, 238),
+    "black": (45, 45, 50),
+    "brown": (150, 112, 82),
+}
+SIZES: dict[str, float] = {
+    "small": 0.30,
+    "medium": 0.38,
+    "large": 0.52,
+}  # longer side of the object / side of the image
+NUMBER_WORDS = {"two": 2, "three": 3}
+
+# Centres of the objects (x, y in shares of the side), in reading order: left to right, top to bottom.
+LAYOUTS: dict[str, tuple[tuple[float, float], ...]] = {
+    "alone": ((0.5, 0.5),),
+    "beside": ((0.27, 0.5), (0.73, 0.5)),
+    "above": ((0.5, 0.27), (0.5, 0.73)),
+    "row": ((0.17, 0.5), (0.5, 0.5), (0.83, 0.5)),
+    "column": ((0.5, 0.17), (0.5, 0.5), (0.5, 0.83)),
+    "one_above_two": ((0.5, 0.27), (0.26, 0.73), (0.74, 0.73)),
+    "two_above_one": ((0.26, 0.27), (0.74, 0.27), (0.5, 0.73)),
+}
+LAYOUTS_BY_COUNT = {1: ("alone",), 2: ("beside", "above"), 3: ("row", "column", "one_above_two", "two_above_one")}
+COUNT_SHARES = {1: 0.3, 2: 0.4, 3: 0.3}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One row of `kinds.csv`: a sort of object, how it is named and the emoji that draws it."""
+
+    noun: str
+    article: str
+    plural: str
+    domain: str
+    character: str
+
+
+@dataclass(frozen=True)
+class PlacedObject:
+    """An object in a scene: centre and longer side in shares of the image's side, tilt in degrees."""
+
+    kind: Kind
+    size: str
+    x: float
+    y: float
+    scale: float
+    tilt: float
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One to three objects in a layout on a coloured ground."""
+
+    seed: int
+    ground: str
+    layout: str
+    objects: tuple[PlacedObject, ...]
+
+    @property
+    def kinds(self) -> Counter[str]:
+        """The nouns of the objects, with how often each occurs."""
+        return Counter(placed.kind.noun for placed in self.objects)
+
+
+@cache
+def load_kinds() -> tuple[Kind, ...]:
+    """Reads the table of kinds; add a row to `kinds.csv` to add a kind."""
+    with KINDS_FILE.open(encoding="utf-8", newline="") as table:
+        return tuple(
+            Kind(row["noun"], row["article"], row["plural"], row["domain"], chr(int(row["codepoint"], 16)))
+            for row in csv.DictReader(table)
+        )
+
+
+def sample_scene(seed: int) -> Scene:
+    """Returns the scene of this seed: the same seed gives the same scene on every machine."""
+    rng = random.Random(seed)
+    count = rng.choices(list(COUNT_SHARES), weights=list(COUNT_SHARES.values()))[0]
+    layout = rng.choice(LAYOUTS_BY_COUNT[count])
+    ground = rng.choice(list(GROUNDS))
+    kinds = rng.sample(load_kinds(), count)
+    sizes = _sample_sizes(count, rng)
+    centres = LAYOUTS[layout]
+    objects = tuple(
+        _place(kind, size, centre, 0.08 if count == 1 else 0.02, rng)
+        for kind, size, centre in zip(kinds, sizes, centres, strict=True)
+    )
+    return Scene(seed, ground, layout, objects)
+
+
+def _sample_sizes(count: int, rng: random.Random) -> list[str]:
+    """One object has any size; two may differ in size; three share the room evenly."""
+    if count == 1:
+        return [rng.choice(list(SIZES))]
+    if count == 2 and rng.random() < 0.4:
+        return rng.sample(["small", "large"], 2)
+    return ["medium" if count == 2 else "small"] * count
+
+
+def _place(kind: Kind, size: str, centre: tuple[float, float], jitter: float, rng: random.Random) -> PlacedObject:
+    scale = SIZES[size] * rng.uniform(0.92, 1.08)
+    low, high = scale / 2, 1 - scale / 2
+    x, y = (min(max(c + rng.uniform(-jitter, jitter), low), high) for c in centre)
+    return PlacedObject(kind, size, x, y, scale, rng.uniform(-10, 10))
+
+
+# --- captions ------------------------------------------------------------------------------------------------------
+
+
+def describe(scene: Scene, rng: random.Random) -> str:
+    """Returns one caption of the scene: lower-case, no final stop, every object named once."""
+    phrase = rng.choice(_PHRASINGS[scene.layout])(scene, rng)
+    opening = rng.choice(["", "", "", "", "a picture of ", "there is ", "we see "])
+    if not phrase.startswith(("a ", "an ")):
+        opening = ""
+    ending = rng.choice(["", " on a {} ground", " on a {} background", " on {}", " in front of a {} wall"])
+    return opening + phrase + ending.format(scene.ground)
+
+
+def captions_of(scene: Scene, count: int, salt: str = "caption") -> list[str]:
+    """Returns `count` different captions of a scene; the same arguments give the same captions."""
+    rng = random.Random(f"{salt}-{scene.seed}")
+    captions: list[str] = []
+    while len(captions) < count:
+        caption = describe(scene, rng)
+        if caption not in captions:
+            captions.append(caption)
+    return captions
+
+
+def _name(placed: PlacedObject, adjective: str = "") -> str:
+    kind = placed.kind
+    return f"a {adjective} {kind.noun}" if adjective else f"{kind.article} {kind.noun}"
+
+
+def _alone(scene: Scene, rng: random.Random) -> str:
+    placed = scene.objects[0]
+    adjective = "" if placed.size == "medium" else placed.size
+    return rng.choice([_name(placed), _name(placed, adjective), "just " + _name(placed, adjective)])
+
+
+def _listed(scene: Scene, rng: random.Random) -> str:
+    names = [_name(placed) for placed in rng.sample(scene.objects, len(scene.objects))]
+    return ", ".join(names[:-1]) + " and " + names[-1]
+
+
+def _sized_pair(scene: Scene, rng: random.Random) -> str:
+    if scene.objects[0].size == scene.objects[1].size:
+        return _listed(scene, rng)
+    names = [_name(placed, placed.size) for placed in rng.sample(scene.objects, 2)]
+    return f"{names[0]} {rng.choice(['and', 'with'])} {names[1]}"
+
+
+def _next_to(scene: Scene, rng: random.Random) -> str:
+    names = [_name(placed) for placed in rng.sample(scene.objects, 2)]
+    return f"{names[0]} {rng.choice(['next to', 'beside'])} {names[1]}"
+
+
+def _left_right(scene: Scene, rng: random.Random) -> str:
+    left, right = map(_name, scene.objects)
+    return rng.choice(
+        [
+            f"{left} to the left of {right}",
+            f"{right} to the right of {left}",
+            f"{left} on the left and {right} on the right",
+        ]
+    )
+
+
+def _above_below(scene: Scene, rng: random.Random) -> str:
+    top, bottom = map(_name, scene.objects)
+    return rng.choice([f"{top} above {bottom}", f"{bottom} below {top}", f"{bottom} under {top}"])
+
+
+def _row(scene: Scene, rng: random.Random) -> str:
+    left, middle, right = map(_name, scene.objects)
+    return rng.choice(
+        [
+            f"{left}, {middle} and {right} in a row",
+            f"{middle} between {left} and {right}",
+            f"from left to right {left}, {middle} and {right}",
+        ]
+    )
+
+
+def _column(scene: Scene, rng: random.Random) -> str:
+    top, middle, bottom = map(_name, scene.objects)
+    return rng.choice(
+        [
+            f"{top} above {middle} above {bottom}",
+            f"from top to bottom {top}, {middle} and {bottom}",
+            f"{middle} between {top} and {bottom}",
+        ]
+    )
+
+
+def _one_above_two(scene: Scene, rng: random.Random) -> str:
+    top, left, right = map(_name, scene.objects)
+    return rng.choice([f"{top} above {left} and {right}", f"{left} and {right} below {top}"])
+
+
+def _two_above_one(scene: Scene, rng: random.Random) -> str:
+    left, right, bottom = map(_name, scene.objects)
+    return rng.choice([f"{left} and {right} above {bottom}", f"{bottom} below {left} and {right}"])
+
+
+_PHRASINGS: dict[str, Sequence[Callable[[Scene, random.Random], str]]] = {
+    "alone": (_alone,),
+    "beside": (_left_right, _next_to, _listed, _sized_pair),
+    "above": (_above_below, _above_below, _listed, _sized_pair),
+    "row": (_row, _row, _listed),
+    "column": (_column, _column, _listed),
+    "one_above_two": (_one_above_two, _one_above_two, _listed),
+    "two_above_one": (_two_above_one, _two_above_one, _listed),
+}
+
+
+# --- reading captions back -----------------------------------------------------------------------------------------
+
+
+@cache
+def _counts_by_word() -> dict[str, str]:
+    return {word: kind.noun for kind in load_kinds() for word in (kind.noun, kind.plural)}
+
+
+def named_kinds(caption: str) -> Counter[str]:
+    """Returns the objects that a caption names: noun to how many.
+
+    A plural counts as the number word before it says (`two dogs`), or as one where there is none.
+    """
+    noun_of = _counts_by_word()
+    named: Counter[str] = Counter()
+    number = 1
+    for word in re.findall(r"[a-z]+", caption.lower()):
+        if word in noun_of:
+            named[noun_of[word]] += number
+            number = 1
+        elif word in NUMBER_WORDS:
+            number = NUMBER_WORDS[word]
+    return named

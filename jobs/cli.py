@@ -1,0 +1,195 @@
+"""The `smallcap` command: every job and look-up, with one way of taking options and of reporting errors.
+
+Exit codes: 0 done, 1 run error, 2 usage.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from jobs.config_args import EXIT_RUN_ERROR, EXIT_USAGE
+from smallcap import __version__
+from smallcap.errors import ConfigError, SmallCapError
+
+app = typer.Typer(
+    name="smallcap",
+    help="Retrieval-augmented image captioning for millions of images on a Ray cluster.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigFile = Annotated[str | None, typer.Option("--config", help="YAML file with options; flags win over it.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", help="Any option by its dotted name, as a.b=c; repeatable.")]
+Address = Annotated[str | None, typer.Option(help="Address of a Ray cluster; by default a local one is started.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, on the last line.")]
+
+
+def main() -> None:
+    """Runs the command line; smallcap's own errors are printed in their words and become exit codes."""
+    try:
+        app()
+    except SmallCapError as error:
+        from jobs.console import print_error
+
+        print_error(error)
+        sys.exit(EXIT_USAGE if isinstance(error, ConfigError) else EXIT_RUN_ERROR)
+
+
+def _version(show: bool) -> None:
+    if show:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    out: Annotated[str, typer.Option(help="Folder for the demo's index and captions.")] = "out/demo",
+    show: Annotated[int, typer.Option(help="How many images to show.")] = 6,
+    address: Address = None,
+) -> None:
+    """Build the demo's index, caption its scenes with its small trained model, and show some results."""
+    from jobs import caption as caption_job
+    from jobs import console
+    from jobs.demo import run_demo
+
+    result = run_demo(out, address)
+    console.out.print("Index: " + ("built" if result.index_was_built else "up to date") + f", {result.index}")
+    console.out.print(caption_job.describe(result.summary), soft_wrap=True)
+    console.out.print()
+    console.print_samples(result.summary.out, show)
+
+
+@app.command("build-index")
+def build_index(
+    dumps: Annotated[
+        list[str] | None, typer.Argument(help="Caption dumps: CSV, TSV, JSONL, Parquet, COCO JSON.")
+    ] = None,
+    out: Annotated[str | None, typer.Option(help="The index's folder or prefix.")] = None,
+    encoder: Annotated[str | None, typer.Option(help="demo, open_clip:MODEL/PRETRAINED, or hf:ID-OR-PATH.")] = None,
+    text_column: Annotated[str | None, typer.Option(help="Column of the texts.")] = None,
+    image_id_column: Annotated[str | None, typer.Option(help="Column of the source images' ids.")] = None,
+    index_key: Annotated[str | None, typer.Option(help="faiss index key.")] = None,
+    shards: Annotated[int | None, typer.Option(help="Number of shards.")] = None,
+    config: ConfigFile = None,
+    sets: Sets = None,
+    address: Address = None,
+) -> None:
+    """Build and publish an index from caption dumps."""
+    from jobs import build_index as job
+    from jobs import console
+    from smallcap.config import IndexConfig, load_config
+
+    flags: dict[str, Any] = {
+        "dumps": dumps,
+        "out": out,
+        "encoder": encoder,
+        "text_column": text_column,
+        "image_id_column": image_id_column,
+        "index_key": index_key,
+        "shards": shards,
+    }
+    report = job.run(load_config(IndexConfig, config, flags, sets or ()), address)
+    console.out.print(job.describe(report), soft_wrap=True)
+
+
+@app.command()
+def caption(
+    images: Annotated[
+        list[str] | None, typer.Argument(help="Folders, prefixes, image files, or lists of URIs.")
+    ] = None,
+    index: Annotated[str | None, typer.Option(help="Published index.")] = None,
+    model: Annotated[str | None, typer.Option(help="demo, a checkpoint folder, or a Hugging Face id.")] = None,
+    out: Annotated[str | None, typer.Option(help="Output folder or prefix.")] = None,
+    k: Annotated[int | None, typer.Option("--k", "-k", help="Retrieved captions in the prompt.")] = None,
+    num_beams: Annotated[int | None, typer.Option(help="Beams; 1 decodes greedily.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    batch_size: Annotated[str | None, typer.Option(help="Images captioned together, or auto.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first N images by id.")] = None,
+    config: ConfigFile = None,
+    sets: Sets = None,
+    address: Address = None,
+) -> None:
+    """Caption images. Stopped and started again, it does what is missing."""
+    from jobs import caption as job
+    from jobs import console
+    from smallcap.config import CaptionConfig, load_config
+
+    flags: dict[str, Any] = {
+        "images": images,
+        "index": index,
+        "model": model,
+        "out": out,
+        "limit": limit,
+        "retrieval.k": k,
+        "generation.num_beams": num_beams,
+        "compute.dtype": dtype,
+        "compute.batch_size": batch_size if batch_size in (None, "auto") else _as_int("--batch-size", batch_size),
+    }
+    summary = job.run(load_config(CaptionConfig, config, flags, sets or ()), address)
+    console.out.print(job.describe(summary), soft_wrap=True)
+
+
+@app.command()
+def search(
+    index: Annotated[str, typer.Option(help="Published index.")],
+    image: Annotated[str | None, typer.Option(help="Query by an image.")] = None,
+    text: Annotated[str | None, typer.Option(help="Query by a text.")] = None,
+    k: Annotated[int, typer.Option("--k", "-k", min=1, help="How many captions.")] = 10,
+    encoder: Annotated[str | None, typer.Option(help="Retrieval encoder; by default the index's own.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the captions nearest to an image or a text."""
+    from dataclasses import asdict
+
+    from jobs import console
+    from jobs import search as job
+
+    neighbours = job.search(index, image, text, k, encoder)
+    if as_json:
+        print(json.dumps([asdict(neighbour) for neighbour in neighbours]))
+    else:
+        console.print_neighbours(neighbours)
+
+
+@app.command()
+def inspect(
+    path: Annotated[str, typer.Argument(help="An index or a captioning run.")],
+    samples: Annotated[int, typer.Option(min=0, help="How many rows to show.")] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """Say what an index or a run is: counts, settings, sample rows."""
+    from jobs import console
+    from jobs.inspect import inspect_path
+
+    facts = inspect_path(path, samples)
+    if as_json:
+        print(json.dumps(facts))
+    else:
+        console.print_facts(facts)
+
+
+def _as_int(flag: str, text: str | None) -> int:
+    try:
+        return int(text or "")
+    except ValueError as error:
+        raise ConfigError(
+            "An option's value is wrong.", where=flag, expected="a whole number or auto", found=str(text)
+        ) from error
+
+
+if __name__ == "__main__":
+    main()

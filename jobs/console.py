@@ -1,0 +1,90 @@
+"""What people see in the terminal: results as tables, errors in their own words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from jobs.run_record import read_parts
+from smallcap.errors import SmallCapError
+from smallcap.retriever import Neighbour
+from smallcap.schema import STATUS_OK
+
+_SAMPLE_COLUMNS = ("image_id", "caption_id", "caption", "text", "clip_score", "status", "error_code")
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+def print_error(error: SmallCapError) -> None:
+    """Prints an error's parts, one per line."""
+    message = Text("error: ", style="bold red")
+    message.append(str(error), style="default")
+    err.print(message, soft_wrap=True)
+
+
+def print_neighbours(neighbours: Sequence[Neighbour]) -> None:
+    """Prints retrieved captions, nearest first."""
+    table = Table(box=None, pad_edge=False)
+    for header, justify in (("score", "right"), ("id", "right"), ("caption", "left")):
+        table.add_column(header, justify=justify)  # type: ignore[arg-type]
+    for neighbour in neighbours:
+        table.add_row(f"{neighbour.score:.4f}", str(neighbour.caption_id), Text(neighbour.text))
+    out.print(table)
+
+
+def print_samples(run: str, count: int) -> None:
+    """Prints some captioned images of a run with what was retrieved for them."""
+    shown = 0
+    for _, part in read_parts(run, ["image_id", "caption", "clip_score", "neighbours", "status"]):
+        for row in part.to_pylist():
+            if shown == count:
+                return
+            if row["status"] == STATUS_OK:
+                shown += 1
+                score = f"  [dim](clip score {row['clip_score']:.2f})[/dim]" if row["clip_score"] is not None else ""
+                out.print(Text(row["image_id"], style="cyan"), end="")
+                out.print("  ", end="")
+                out.print(Text(row["caption"], style="bold"), end="")
+                out.print(score)
+                for neighbour in row["neighbours"]:
+                    out.print(Text(f"    {neighbour['score']:.2f}  {neighbour['text']}", style="dim"))
+
+
+def print_facts(facts: Mapping[str, Any]) -> None:
+    """Prints nested facts as an aligned list; `samples` come last, as a table."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        if name != "samples":
+            table.add_row(name, Text(_compact(value)))
+    out.print(table)
+    samples = facts.get("samples") or []
+    if samples:
+        out.print()
+        rows = Table(box=None, pad_edge=False)
+        columns = [name for name in _SAMPLE_COLUMNS if name in samples[0]]
+        for name in columns:
+            rows.add_column(name, overflow="fold")
+        for sample in samples:
+            rows.add_row(*(Text(_compact(sample[name])) for name in columns))
+        out.print(rows)
+
+
+def _compact(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, bool) or not isinstance(value, int):
+        if isinstance(value, Mapping):
+            return "  ".join(f"{name}={_compact(inner)}" for name, inner in value.items()) or "none"
+        if isinstance(value, list | tuple):
+            return "; ".join(_compact(inner) for inner in value) or "none"
+        return str(value)
+    return f"{value:,}"

@@ -1,0 +1,65 @@
+"""Connects a job to Ray: a given cluster, the one this process runs in, or a local one."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from smallcap.errors import SmallCapError
+
+_LOCAL_CPUS = 4  # logical; on smaller machines a pool of actors and the tasks that feed it must still fit
+
+
+def connect(address: str | None = None) -> None:
+    """Connects to a Ray cluster, once per process.
+
+    Args:
+        address: As of `ray.init`; by default RAY_ADDRESS where it is set (as in `ray job submit`), else a local Ray is
+            started for this process.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray's C++ side prints its own warnings about Ray Data's actors as errors to the driver's terminal.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    import ray
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False  # the jobs report their own progress
+    context.print_on_execution_start = False
+    context.raise_original_map_exception = True  # see own_errors
+    logger = logging.getLogger("ray.data")
+    logger.setLevel(logging.CRITICAL)  # an exception of a task reaches the caller, who reports it
+    if ray.is_initialized():
+        return
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address and address != "local":
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    else:
+        cpus = max(_LOCAL_CPUS, os.cpu_count() or 1)
+        ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+
+
+@contextmanager
+def own_errors() -> Iterator[None]:
+    """Raises a smallcap error of a task or an actor as itself, without the frames of Ray around it.
+
+    Any other exception passes unchanged.
+    """
+    try:
+        yield
+    except Exception as error:
+        own = _find_own_error(error)
+        if own is None:
+            raise
+        raise own from None
+
+
+def _find_own_error(error: BaseException | None) -> SmallCapError | None:
+    while error is not None:
+        cause = getattr(error, "cause", None) or error.__cause__
+        if cause is None and isinstance(error, SmallCapError):  # the innermost: Ray's wrappers claim to be one as well
+            return error
+        error = cause
+    return None

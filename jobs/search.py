@@ -1,0 +1,45 @@
+"""One query against a published index, by image or by text, for people who want to see what is retrieved."""
+
+from __future__ import annotations
+
+from smallcap import storage
+from smallcap.errors import ConfigError, RowError
+from smallcap.index_manifest import load_manifest
+from smallcap.retriever import Neighbour, Retriever
+
+
+def search(index: str, image: str | None, text: str | None, k: int, encoder: str | None = None) -> list[Neighbour]:
+    """Returns the k captions nearest to an image or a text.
+
+    Args:
+        index: The published index's URI.
+        image: URI of an image; or None.
+        text: A text; or None. Exactly one of the two is given.
+        k: How many.
+        encoder: Retrieval encoder spec; by default the one that the index names.
+
+    Raises:
+        ConfigError: Not exactly one query is given, or the image cannot be used.
+        RunError: The index or its encoder cannot be used.
+    """
+    if (image is None) == (text is None):
+        raise ConfigError("A search takes one query.", expected="either --image or --text")
+    manifest = load_manifest(index)
+    from smallcap.clip_encoder import load_retrieval_encoder, normalise_pixels, resolve_encoder_identity
+
+    spec = encoder or manifest.encoder.spec
+    retriever = Retriever.open(index, encoder=resolve_encoder_identity(spec), index_id=manifest.index_id)
+    loaded = load_retrieval_encoder(spec)
+    if text is not None:
+        return retriever.search(loaded.encode_texts([text]), k)[0]
+    assert image is not None
+    import torch
+
+    from smallcap.image import crop_pixels, decode_image
+
+    try:
+        pixels = crop_pixels(decode_image(storage.read_bytes(image), where=image), loaded.preprocessing)
+    except RowError as error:
+        raise ConfigError("The image cannot be used.", where=image, found=str(error)) from error
+    batch = normalise_pixels(torch.from_numpy(pixels[None]), loaded.preprocessing, torch.float32)
+    return retriever.search(loaded.encode_images(batch).numpy(), k)[0]

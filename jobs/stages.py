@@ -1,0 +1,215 @@
+"""The library's steps as Ray Data callables: fetch and decode, caption, write.
+
+Each stage is a pure function of its rows and of immutable artefacts, so that Ray may repeat it. Only here does a
+`RowError` become a row's status, in `error_columns`.
+"""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from ray.data import Datasink
+from ray.data.block import BlockAccessor
+
+from index_builder.tasks import use_own_cores
+from smallcap import storage
+from smallcap.captioner import Captioner, CaptionResult, CropPlan, Pixels
+from smallcap.config import CaptionConfig
+from smallcap.errors import RowError, RunError
+from smallcap.schema import CAPTION_COLUMNS, STATUS_ERROR, STATUS_OK
+
+Batch = dict[str, np.ndarray]
+# Seconds that a row took in a stage; they travel with the row to the writer, which sums and drops them.
+_TIMINGS = ("decode_s", "caption_s")
+_COLUMNS_FROM_DECODING = ("image_id", "image_uri", "status", "error_code", "error_message")
+_ROW_WITH_TIMINGS = pa.schema([*CAPTION_COLUMNS, *(pa.field(name, pa.float32()) for name in _TIMINGS)])
+
+
+def error_columns(error: RowError | None) -> dict[str, Any]:
+    """Returns a row's `status`, `error_code` and `error_message`."""
+    if error is None:
+        return {"status": STATUS_OK, "error_code": None, "error_message": None}
+    return {"status": STATUS_ERROR, "error_code": str(error.code), "error_message": str(error)}
+
+
+def fetch_and_decode(batch: Batch, plan: CropPlan, max_pixels: int) -> dict[str, Any]:
+    """Fetches a batch's images and cuts the crops the model needs; runs in CPU tasks.
+
+    Args:
+        batch: `image_id` and `image_uri`.
+        plan: The crops.
+        max_pixels: Larger images become `too_large` rows.
+
+    Returns:
+        Those columns and `width`, `height`, `status`, `error_code`, `error_message`, `decode_s`, and [B, S, S, 3] uint8
+        `vision_pixels`, also `retrieval_pixels` where the plan has them. A failed row's pixels are zeros.
+    """
+    started = time.perf_counter()
+    uris = [str(uri) for uri in batch["image_uri"]]
+    rows = [_decode(data, plan, max_pixels, uri) for data, uri in zip(storage.fetch_objects(uris), uris, strict=True)]
+    errors = [error_columns(row if isinstance(row, RowError) else None) for row in rows]
+    images = [_blank(plan) if isinstance(row, RowError) else row for row in rows]
+    out: dict[str, Any] = {
+        "image_id": batch["image_id"],
+        "image_uri": batch["image_uri"],
+        "width": np.array([image.width for image in images], np.int32),
+        "height": np.array([image.height for image in images], np.int32),
+        "vision_pixels": np.stack([image.vision for image in images]),
+        # "" and not None: Ray would hand a column of nothing but nulls on as floats
+        **{name: np.array([error[name] or "" for error in errors]) for name in errors[0]},
+    }
+    if plan.retrieval:
+        out["retrieval_pixels"] = np.stack([image.retrieval for image in images if image.retrieval is not None])
+    out["decode_s"] = np.full(len(rows), (time.perf_counter() - started) / len(rows), np.float32)
+    return out
+
+
+def _decode(data: bytes | RowError, plan: CropPlan, max_pixels: int, uri: str) -> Pixels | RowError:
+    if isinstance(data, RowError):
+        return data
+    try:
+        return plan.crop(data, max_pixels, uri)
+    except RowError as error:
+        return error
+
+
+def _blank(plan: CropPlan) -> Pixels:
+    """Returns what stands in a failed row's place, so that a batch's pixels remain one array."""
+    vision = np.zeros((plan.vision.size_px, plan.vision.size_px, 3), np.uint8)
+    size = plan.retrieval.size_px if plan.retrieval else 0
+    return Pixels(vision, np.zeros((size, size, 3), np.uint8) if plan.retrieval else None, 0, 0)
+
+
+@dataclass(frozen=True)
+class CaptionerSpec:
+    """What an actor needs to load its captioner: the config, and what the driver pinned for the whole run."""
+
+    config: CaptionConfig
+    device: str
+    dtype: str
+    index_id: str | None
+    retrieval_encoder: str | None
+
+
+class CaptionImages:
+    """Captions batches of decoded images; one captioner per actor."""
+
+    def __init__(self, spec: CaptionerSpec) -> None:
+        use_own_cores()
+        self.exclude_own_captions = spec.config.retrieval.exclude_own_captions
+        self.captioner: Captioner | RunError
+        try:
+            self.captioner = _load_captioner(spec)
+        except RunError as error:  # kept for the first batch: Ray would call a failing constructor again and again
+            self.captioner = error
+
+    def __call__(self, batch: Batch) -> pa.Table:
+        """Maps one batch to rows of schema v1 and their timings."""
+        if isinstance(self.captioner, RunError):
+            raise self.captioner
+        started = time.perf_counter()
+        good = np.flatnonzero(batch["status"] == STATUS_OK).tolist()
+        pixels = [_pixels(batch, row) for row in good]
+        exclude = [str(batch["image_id"][row]) for row in good] if self.exclude_own_captions else None
+        captioned = dict(zip(good, self.captioner.caption_batch(pixels, exclude), strict=True))
+        rows = [_schema_row(batch, row, captioned.get(row)) for row in range(len(batch["image_id"]))]
+        seconds = (time.perf_counter() - started) / len(rows)
+        return pa.Table.from_pylist(
+            [{**row, "decode_s": batch["decode_s"][i], "caption_s": seconds} for i, row in enumerate(rows)],
+            schema=_ROW_WITH_TIMINGS,
+        )
+
+
+def _load_captioner(spec: CaptionerSpec) -> Captioner:
+    config = spec.config
+    return Captioner.from_pretrained(
+        config.model,
+        config.index,
+        k=config.retrieval.k,
+        num_beams=config.generation.num_beams,
+        max_new_tokens=config.generation.max_new_tokens,
+        length_penalty=config.generation.length_penalty,
+        device=spec.device,
+        dtype=spec.dtype,
+        retrieval_encoder=spec.retrieval_encoder,
+        cache_dir=config.retrieval.cache_dir,
+        index_id=spec.index_id,
+    )
+
+
+def _pixels(batch: Batch, row: int) -> Pixels:
+    retrieval = batch["retrieval_pixels"][row] if "retrieval_pixels" in batch else None
+    return Pixels(batch["vision_pixels"][row], retrieval, int(batch["width"][row]), int(batch["height"][row]))
+
+
+def _schema_row(batch: Batch, row: int, result: CaptionResult | None) -> dict[str, Any]:
+    """Returns one row of schema v1; a failed image has no result."""
+    columns = {name: batch[name][row] or None for name in _COLUMNS_FROM_DECODING}
+    if result is None:
+        return columns
+    return columns | {
+        "width": result.width,
+        "height": result.height,
+        "caption": result.caption,
+        "caption_logprob": result.logprob,
+        "caption_tokens": result.num_tokens,
+        "clip_score": result.clip_score,
+        "neighbours": [{"caption_id": n.caption_id, "text": n.text, "score": n.score} for n in result.neighbours],
+    }
+
+
+@dataclass(frozen=True)
+class PartStats:
+    """What one write task wrote."""
+
+    rows: int
+    decode_s: float  # CPU task seconds, summed over the rows
+    caption_s: float  # actor seconds, summed over the rows
+
+
+class PartSink(Datasink[PartStats]):
+    """Writes parts of schema v1: sorted by id, atomically, under names that a repeated task overwrites.
+
+    Attributes:
+        totals: After the write, the sums over all tasks.
+    """
+
+    def __init__(self, out: str, schema: pa.Schema, attempt: int, rows_per_part: int, rows_per_row_group: int) -> None:
+        self.out, self.schema, self.attempt = out, schema, attempt
+        self.rows_per_part, self.rows_per_row_group = rows_per_part, rows_per_row_group
+        self.totals = PartStats(0, 0.0, 0.0)
+
+    def write(self, blocks: Iterable[Any], ctx: Any) -> PartStats:
+        """Writes one task's blocks as one part."""
+        tables = [BlockAccessor.for_block(block).to_arrow() for block in blocks]
+        table = pa.concat_tables(table for table in tables if table.num_rows) if any(map(len, tables)) else None
+        if table is None:
+            return PartStats(0, 0.0, 0.0)
+        decode_s, caption_s = (float(np.sum(table[name].to_numpy())) for name in _TIMINGS)
+        rows = table.select(self.schema.names).cast(self.schema).sort_by("image_id")
+        buffer = io.BytesIO()
+        pq.write_table(rows, buffer, row_group_size=self.rows_per_row_group, compression="zstd")
+        name = f"part-{self.attempt:03d}-{ctx.task_idx:06d}.parquet"
+        storage.write_bytes(storage.join(self.out, name), buffer.getvalue())
+        return PartStats(rows.num_rows, decode_s, caption_s)
+
+    def on_write_complete(self, write_result: Any) -> None:
+        """Sums what the tasks report, on the driver."""
+        parts = write_result.write_returns
+        self.totals = PartStats(
+            sum(part.rows for part in parts),
+            sum(part.decode_s for part in parts),
+            sum(part.caption_s for part in parts),
+        )
+
+    @property
+    def min_rows_per_write(self) -> int:
+        """How many rows Ray gathers for one part."""
+        return self.rows_per_part

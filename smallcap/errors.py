@@ -1,0 +1,102 @@
+"""The error taxonomy: what may become a row, and what stops a job.
+
+`RowError` concerns one image and becomes that row's `status`/`error_code`/`error_message`. `RunError` concerns the
+run (config, storage service, schema, index, checkpoint) and stops it. Every message says what happened, where, what was
+expected, what was found and how to mend it. All of them survive pickling, because Ray carries them between processes.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "ErrorCode",
+    "IndexIntegrityError",
+    "ManifestError",
+    "RowError",
+    "RunError",
+    "SchemaError",
+    "SmallCapError",
+    "StorageError",
+]
+
+
+class ErrorCode(StrEnum):
+    """Why one image has no caption; the values are part of schema v1."""
+
+    NOT_FOUND = "not_found"  # the object does not exist
+    FORBIDDEN = "forbidden"  # the object exists, and these credentials may not read it
+    EMPTY = "empty"  # zero bytes
+    NOT_AN_IMAGE = "not_an_image"  # no known image format's signature
+    TRUNCATED = "truncated"  # an image whose data ends early or is damaged
+    TOO_LARGE = "too_large"  # more pixels than `max_image_pixels`
+    UNSUPPORTED = "unsupported"  # an image format or mode that the decoder refuses
+
+
+class SmallCapError(Exception):
+    """Base of all errors that smallcap raises on purpose.
+
+    Args:
+        what: One sentence saying what went wrong.
+        where: The URI, file, column or option concerned.
+        expected: What would have been right.
+        found: What was there instead.
+        remedy: What the user can do.
+    """
+
+    def __init__(self, what: str, *, where: str = "", expected: str = "", found: str = "", remedy: str = "") -> None:
+        self.what, self.where, self.expected, self.found, self.remedy = what, where, expected, found, remedy
+        super().__init__(what)
+
+    def __str__(self) -> str:
+        named = (("where", self.where), ("expected", self.expected), ("found", self.found), ("remedy", self.remedy))
+        return "\n  ".join([self.what, *(f"{name}: {text}" for name, text in named if text)])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.__dict__.copy())
+
+
+def _rebuild(cls: type[SmallCapError], state: dict[str, Any]) -> SmallCapError:
+    error = cls.__new__(cls)
+    Exception.__init__(error, state["what"])
+    error.__dict__.update(state)
+    return error
+
+
+class RowError(SmallCapError):
+    """One image cannot be captioned; the others can."""
+
+    def __init__(self, code: ErrorCode, what: str, *, where: str = "", remedy: str = "") -> None:
+        super().__init__(what, where=where, remedy=remedy)
+        self.code = code
+
+
+class RunError(SmallCapError):
+    """The job cannot go on."""
+
+
+class ConfigError(RunError):
+    """An option, a config file or an input list is wrong."""
+
+
+class StorageError(RunError):
+    """A storage service fails, or a path the job itself needs is missing or unreadable."""
+
+
+class SchemaError(RunError):
+    """A Parquet, CSV, JSON or Arrow file has not the columns or types it must have."""
+
+
+class ManifestError(RunError):
+    """An index manifest or pointer is missing, malformed, or from an unknown format version."""
+
+
+class IndexIntegrityError(RunError):
+    """An index's bytes or contents contradict its manifest, or it does not fit the encoder that queries it."""
+
+
+class CheckpointError(RunError):
+    """A model checkpoint is missing, incomplete, or of an unknown kind."""

@@ -1,0 +1,124 @@
+"""Images: from fetched bytes to the pixels an encoder takes, or to a row's error.
+
+Decoding and cropping give uint8 pixels, on CPU tasks that need no torch; the encoder normalises them on its own device.
+Resizing is Pillow's bicubic with CLIP's rounding, so that the pixels are those the encoders were trained on.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from smallcap.errors import ErrorCode, RowError
+
+_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\x00", b"MM\x00*", b"RIFF", b"\x00\x00\x01\x00")
+_CONTAINERS_WITHOUT_DECODER = (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypmsf1", b"<svg", b"%PDF")
+MAX_IMAGE_PIXELS = 100_000_000
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an encoder wants its images: resize the shorter side, crop the centre, normalise."""
+
+    size_px: int
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    crop_rounding: Literal["floor", "nearest"] = "floor"  # transformers floors an odd margin, torchvision rounds it
+
+
+def decode_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS, where: str = "") -> Image.Image:
+    """Decodes an image file to 8-bit RGB, upright, its first frame.
+
+    Args:
+        data: The file's bytes.
+        max_pixels: Larger images are refused before their pixels are decoded.
+        where: The image's URI, for messages.
+
+    Raises:
+        RowError: `empty`, `not_an_image`, `truncated`, `too_large` or `unsupported`.
+    """
+    if not data:
+        raise RowError(ErrorCode.EMPTY, "The file is empty.", where=where)
+    image = _open(data, where)
+    width, height = image.size
+    if width * height > max_pixels:
+        raise RowError(
+            ErrorCode.TOO_LARGE,
+            f"The image has {width} × {height} pixels; at most {max_pixels:,} are decoded.",
+            where=where,
+            remedy="Raise input.max_image_pixels, and mind the memory of the decoding tasks.",
+        )
+    try:
+        image.load()
+        return _to_rgb(ImageOps.exif_transpose(image))
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file can raise nearly anything, by its format's plugin
+        raise RowError(ErrorCode.TRUNCATED, f"The image data ends early or is damaged: {error}", where=where) from error
+
+
+def _open(data: bytes, where: str) -> Image.Image:
+    # Pillow's own limit is a process-wide setting that only warns up to twice its value; ours is checked on the header.
+    Image.MAX_IMAGE_PIXELS = None
+    try:
+        return Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        head = data[:64].lstrip()
+        if any(mark in head for mark in _CONTAINERS_WITHOUT_DECODER):
+            raise RowError(ErrorCode.UNSUPPORTED, "No decoder for this format is installed.", where=where) from None
+        if data.startswith(_SIGNATURES):
+            raise RowError(ErrorCode.TRUNCATED, "The image's header ends early or is damaged.", where=where) from None
+        raise RowError(
+            ErrorCode.NOT_AN_IMAGE, "The bytes are not those of a known image format.", where=where
+        ) from None
+    except Exception as error:  # a damaged header can raise nearly anything, by its format's plugin
+        raise RowError(ErrorCode.TRUNCATED, f"The image's header is damaged: {error}", where=where) from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):  # convert() would clip these at 255, not scale them
+        values = np.asarray(image, dtype=np.float32)
+        top = 65535.0 if image.mode.startswith("I;16") or values.max(initial=0) > 255 else 255.0
+        return Image.fromarray((values.clip(0, top) * (255.0 / top)).astype(np.uint8)).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def crop_pixels(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
+    """Resizes the shorter side to the encoder's size and crops the centre.
+
+    Args:
+        image: RGB.
+        preprocessing: The encoder's.
+
+    Returns:
+        [S, S, 3] uint8.
+    """
+    size = preprocessing.size_px
+    width, height = image.size
+    if width <= height:
+        resized = (size, max(size, int(size * height / width)))
+    else:
+        resized = (max(size, int(size * width / height)), size)
+    if math.prod(resized) > MAX_IMAGE_PIXELS:  # one pixel wide and very long: cut what the crop would cut anyway
+        image, resized = _middle_square(image), (size, size)
+    if image.size != resized:
+        image = image.resize(resized, Image.Resampling.BICUBIC)
+    left, top = (_margin(side, size, preprocessing.crop_rounding) for side in resized)
+    return np.array(image.crop((left, top, left + size, top + size)), dtype=np.uint8)
+
+
+def _middle_square(image: Image.Image) -> Image.Image:
+    side = min(image.size)
+    left, top = ((length - side) // 2 for length in image.size)
+    return image.crop((left, top, left + side, top + side))
+
+
+def _margin(side: int, size: int, rounding: Literal["floor", "nearest"]) -> int:
+    return (side - size) // 2 if rounding == "floor" else round((side - size) / 2.0)

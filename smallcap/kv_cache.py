@@ -1,0 +1,87 @@
+"""The self-attention cache of a beam search: preallocated, and with nothing stored twice.
+
+Keys and values lie in *slots* along the T axis. The prompt fills the first S slots once per image, and all beams of the
+image read them there. After that each step appends N slots, one per beam, and a boolean matrix says which slots are on
+the path of which beam. Choosing beams therefore permutes rows of that small matrix and moves no keys or values.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """Keys and values of B images with N beams each, for all layers of a decoder.
+
+    Attributes:
+        keys, values: [L, B, H, T, D], where T = S + N * steps.
+        visible: [B, N, T] bool, the slots that each beam attends to.
+        length: Slots that are filled.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],  # L layers, H heads, D head dim
+        prompt_mask: Tensor,  # [B, S] bool, False at the left padding
+        num_beams: int,
+        max_steps: int,
+        dtype: torch.dtype,
+    ) -> None:
+        num_layers, num_heads, head_dim = shape
+        batch, prompt_tokens = prompt_mask.shape
+        slots = prompt_tokens + num_beams * max_steps
+        device = prompt_mask.device
+        self.keys = torch.empty(num_layers, batch, num_heads, slots, head_dim, dtype=dtype, device=device)
+        self.values = torch.empty_like(self.keys)
+        self.visible = torch.zeros(batch, num_beams, slots, dtype=torch.bool, device=device)
+        self.visible[:, :, :prompt_tokens] = prompt_mask[:, None]
+        self.num_beams = num_beams
+        self.length = 0
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores one layer's new slots behind the filled ones and returns all filled slots.
+
+        Args:
+            layer: Index of the layer.
+            keys: [B, H, new, D].
+            values: [B, H, new, D].
+
+        Returns:
+            Keys and values [B, H, length + new, D], as views. `length` itself grows in `advance`, after the last layer.
+        """
+        end = self.length + keys.shape[2]
+        self.keys[layer, :, :, self.length : end] = keys
+        self.values[layer, :, :, self.length : end] = values
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def advance(self, new_slots: int) -> None:
+        """Counts the slots that every layer has just stored."""
+        self.length += new_slots
+
+    def open_step(self, parents: Tensor) -> Tensor:
+        """Lets each beam continue from its parent, and see the slot it is about to store.
+
+        Args:
+            parents: [B, N] int64, the beam that each new beam extends.
+
+        Returns:
+            [B, N, length + N] bool, the attention mask of the step.
+        """
+        end = self.length + self.num_beams
+        inherited = self.visible[:, :, : self.length]
+        index = parents[:, :, None].expand_as(inherited)
+        self.visible[:, :, : self.length] = inherited.gather(1, index)
+        own_slot = torch.eye(self.num_beams, dtype=torch.bool, device=self.visible.device)
+        self.visible[:, :, self.length : end] = own_slot
+        return self.visible[:, :, :end]
+
+    def keep(self, rows: Tensor) -> None:
+        """Drops all images but `rows` ([kept] int64); the filled slots of those are copied together."""
+        capacity = self.keys.shape[3]
+        kept_keys = self.keys.new_empty(self.keys.shape[0], len(rows), self.keys.shape[2], capacity, self.keys.shape[4])
+        kept_values = torch.empty_like(kept_keys)
+        kept_keys[:, :, :, : self.length] = self.keys[:, rows, :, : self.length]
+        kept_values[:, :, :, : self.length] = self.values[:, rows, :, : self.length]
+        self.keys, self.values = kept_keys, kept_values
+        self.visible = self.visible[rows]

@@ -1,0 +1,325 @@
+"""The doorway to storage: every URI that smallcap reads or writes goes through here.
+
+Local paths, `s3://` (s3fs; the endpoint from AWS_ENDPOINT_URL) and any other fsspec URL look alike to the callers. The
+hot path of fetching many small objects (`fetch_objects`) uses obstore for S3, asynchronously and without a HEAD request
+each. This module knows nothing of images, indexes or schemas.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import tempfile
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import fsspec
+from fsspec.core import url_to_fs
+
+from smallcap.errors import ErrorCode, RowError, StorageError
+
+if TYPE_CHECKING:
+    from obstore.store import S3Store
+
+FETCH_CONCURRENCY = 64
+_CHUNK_BYTES = 8 << 20
+
+
+def is_local(uri: str) -> bool:
+    """Says whether a URI names a path of this machine's own file system."""
+    return "://" not in uri or uri.startswith("file://")
+
+
+def absolute(uri: str) -> str:
+    """Returns `uri` without a trailing slash; a local path becomes absolute and loses its `file://`."""
+    if is_local(uri):
+        return os.path.abspath(os.path.expanduser(uri.removeprefix("file://")))
+    return uri.rstrip("/")
+
+
+def join(uri: str, *parts: str) -> str:
+    """Joins path components to a URI with single slashes."""
+    return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """Returns the fsspec filesystem of a URI and the path inside it.
+
+    Raises:
+        StorageError: The protocol is unknown, or its package is missing.
+    """
+    try:
+        fs, path = url_to_fs(absolute(uri))
+    except (ValueError, ImportError) as error:
+        raise StorageError(
+            "Cannot open this kind of URI.",
+            where=uri,
+            found=str(error),
+            remedy="Use a local path, s3://…, or install the fsspec package of that protocol.",
+        ) from error
+    return fs, path
+
+
+@contextmanager
+def _translated(uri: str, doing: str) -> Iterator[None]:
+    """Turns the many exceptions of storage clients into one `StorageError`."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except FileNotFoundError as error:
+        raise StorageError(f"Cannot {doing}: it does not exist.", where=uri, remedy="Check the path.") from error
+    except PermissionError as error:
+        raise StorageError(
+            f"Cannot {doing}: access denied.", where=uri, found=str(error), remedy="Check the credentials."
+        ) from error
+    except Exception as error:  # botocore, aiohttp, google-auth … share no base class
+        raise StorageError(f"Cannot {doing}.", where=uri, found=f"{type(error).__name__}: {error}") from error
+
+
+def exists(uri: str) -> bool:
+    """Says whether a file or folder exists at `uri`."""
+    fs, path = filesystem(uri)
+    with _translated(uri, "look at this path"):
+        return bool(fs.exists(path))
+
+
+def is_folder(uri: str) -> bool:
+    """Says whether `uri` is a folder, or a prefix with objects below it."""
+    fs, path = filesystem(uri)
+    with _translated(uri, "look at this path"):
+        return bool(fs.isdir(path))
+
+
+def open_file(uri: str, mode: str = "rb") -> IO[Any]:
+    """Opens one file; the caller closes it.
+
+    Raises:
+        StorageError: It is missing, forbidden, or the service fails.
+    """
+    fs, path = filesystem(uri)
+    with _translated(uri, "open this file"):
+        return fs.open(path, mode)
+
+
+def read_bytes(uri: str) -> bytes:
+    """Reads one whole file.
+
+    Raises:
+        StorageError: It is missing, forbidden, or the service fails.
+    """
+    fs, path = filesystem(uri)
+    with _translated(uri, "read this file"):
+        return bytes(fs.cat_file(path))
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Writes one whole file atomically: a reader sees the old content or the new one, never a part.
+
+    Raises:
+        StorageError: The target cannot be written.
+    """
+    with _translated(uri, "write this file"):
+        if is_local(uri):
+            target = Path(absolute(uri))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            staged = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+            try:
+                with staged.open("wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                staged.replace(target)
+            finally:
+                staged.unlink(missing_ok=True)
+        else:
+            fs, path = filesystem(uri)
+            fs.pipe_file(path, data)  # an object store shows an object only when it is complete
+
+
+def upload(local_path: str | Path, uri: str) -> None:
+    """Copies a local file to `uri`, atomically for readers of `uri`."""
+    with _translated(uri, "write this file"):
+        if is_local(uri):
+            target = Path(absolute(uri))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            staged = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+            fs, _ = filesystem(uri)
+            try:
+                fs.cp_file(str(local_path), str(staged))
+                staged.replace(target)
+            finally:
+                staged.unlink(missing_ok=True)
+        else:
+            fs, path = filesystem(uri)
+            fs.put_file(str(local_path), path)
+
+
+def download(uri: str, local_path: str | Path) -> None:
+    """Copies `uri` to a local file whose folder exists."""
+    fs, path = filesystem(uri)
+    with _translated(uri, "download this file"):
+        fs.get_file(path, str(local_path))
+
+
+def move_folder(source_uri: str, target_uri: str) -> None:
+    """Moves all files below one folder to another of the same store: one rename when local, copies elsewhere.
+
+    The target must not exist. Elsewhere than on a local disk the move is not atomic: write the marker afterwards.
+    """
+    with _translated(target_uri, "move a folder here"):
+        if is_local(target_uri):
+            Path(absolute(target_uri)).parent.mkdir(parents=True, exist_ok=True)
+            os.rename(absolute(source_uri), absolute(target_uri))
+            return
+        fs, source = filesystem(source_uri)
+        _, target = filesystem(target_uri)
+        for path in fs.find(source):
+            fs.copy(path, target + path[len(source) :])
+        fs.rm(source, recursive=True)
+
+
+def remove(uri: str) -> None:
+    """Deletes a file, or a folder with all that is in it; nothing happens when there is none."""
+    fs, path = filesystem(uri)
+    with _translated(uri, "delete this path"):
+        if fs.exists(path):
+            fs.rm(path, recursive=True)
+
+
+def list_files(uri: str, suffixes: Sequence[str] = ()) -> list[str]:
+    """Lists the files below a folder or prefix, sorted; a file's own URI lists as itself.
+
+    Hidden files (a component starting with `.` or `_`) are left out, as Hadoop's readers do.
+
+    Args:
+        uri: Folder, prefix, glob pattern, or file.
+        suffixes: Lower-case endings to keep, such as `(".jpg", ".png")`; all files when empty.
+
+    Raises:
+        StorageError: Nothing exists at `uri`, or the service fails.
+    """
+    fs, root = filesystem(uri)
+    with _translated(uri, "list this path"):
+        fs.invalidate_cache()
+        if any(mark in root for mark in "*?["):
+            found = [path for path in fs.glob(root) if not fs.isdir(path)]
+        else:
+            found = fs.find(root)
+    if not found and not exists(uri):
+        raise StorageError("Cannot list this path: it does not exist.", where=uri, remedy="Check the path.")
+    prefix = "" if is_local(uri) else uri.split("://", 1)[0] + "://"
+    kept = []
+    for path in found:
+        inside = path[len(root) :] if path.startswith(root) else path
+        hidden = any(part.startswith((".", "_")) for part in inside.split("/") if part)
+        if not hidden and (not suffixes or path.lower().endswith(tuple(suffixes))):
+            kept.append(prefix + path)
+    return sorted(kept)
+
+
+def sha256_file(path: str | Path) -> str:
+    """Returns the hexadecimal sha256 of a local file, read once from front to back."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """Gives a temporary local folder that is deleted afterwards."""
+    with tempfile.TemporaryDirectory(prefix="smallcap-") as folder:
+        yield Path(folder)
+
+
+def fetch_objects(uris: Sequence[str], concurrency: int = FETCH_CONCURRENCY) -> list[bytes | RowError]:
+    """Fetches many objects at once; a missing or forbidden one becomes its row's error.
+
+    Args:
+        uris: Local paths, s3:// and other fsspec URIs in any mix.
+        concurrency: Most requests in flight.
+
+    Returns:
+        For each URI, in order, its bytes or a `RowError` (`not_found`, `forbidden`).
+
+    Raises:
+        StorageError: The service itself fails (no such bucket, no credentials, retries used up).
+    """
+    results: dict[str, bytes | RowError] = {}
+    on_s3 = sorted({uri for uri in uris if uri.startswith("s3://")})
+    elsewhere = sorted({uri for uri in uris if not uri.startswith("s3://")})
+    if on_s3:
+        results.update(asyncio.run(_fetch_s3(on_s3, concurrency)))
+    if elsewhere:
+        with ThreadPoolExecutor(max_workers=min(concurrency, len(elsewhere))) as pool:
+            results.update(zip(elsewhere, pool.map(_fetch_one, elsewhere), strict=True))
+    return [results[uri] for uri in uris]
+
+
+def _fetch_one(uri: str) -> bytes | RowError:
+    try:
+        if is_local(uri):
+            return Path(absolute(uri)).read_bytes()
+        fs, path = filesystem(uri)
+        return bytes(fs.cat_file(path))
+    except FileNotFoundError:
+        return RowError(ErrorCode.NOT_FOUND, "There is no such image.", where=uri)
+    except IsADirectoryError:
+        return RowError(ErrorCode.NOT_FOUND, "This is a folder, not an image.", where=uri)
+    except PermissionError:
+        return RowError(ErrorCode.FORBIDDEN, "The image may not be read with these credentials.", where=uri)
+    except StorageError:
+        raise
+    except Exception as error:
+        raise StorageError("Cannot fetch images.", where=uri, found=f"{type(error).__name__}: {error}") from error
+
+
+async def _fetch_s3(uris: Iterable[str], concurrency: int) -> dict[str, bytes | RowError]:
+    gate = asyncio.Semaphore(concurrency)
+    stores: dict[str, S3Store] = {}
+
+    async def fetch(uri: str) -> tuple[str, bytes | RowError]:
+        bucket, _, key = uri.removeprefix("s3://").partition("/")
+        if bucket not in stores:
+            stores[bucket] = _s3_store(bucket)
+        async with gate:
+            return uri, await _get_s3_object(stores[bucket], uri, key)
+
+    return dict(await asyncio.gather(*(fetch(uri) for uri in uris)))
+
+
+def _s3_store(bucket: str) -> S3Store:
+    from obstore.store import S3Store
+
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+    options: Any = {"allow_http": True} if endpoint and endpoint.startswith("http://") else {}
+    return S3Store(bucket, endpoint=endpoint, region=region, client_options=options)
+
+
+async def _get_s3_object(store: S3Store, uri: str, key: str) -> bytes | RowError:
+    from obstore.exceptions import PermissionDeniedError
+
+    try:
+        response = await store.get_async(key)
+        return bytes(await response.bytes_async())
+    except FileNotFoundError as error:
+        if "NoSuchBucket" in str(error):
+            raise StorageError("The bucket does not exist.", where=uri, remedy="Check the bucket's name.") from error
+        return RowError(ErrorCode.NOT_FOUND, "There is no such image.", where=uri)
+    except PermissionDeniedError:
+        return RowError(ErrorCode.FORBIDDEN, "The image may not be read with these credentials.", where=uri)
+    except Exception as error:
+        raise StorageError(
+            "The object store fails after retries.",
+            where=uri,
+            found=f"{type(error).__name__}: {error}",
+            remedy="Check AWS_ENDPOINT_URL, the credentials and the service; then run the same command again.",
+        ) from error

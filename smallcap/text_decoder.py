@@ -1,0 +1,92 @@
+"""The interface of a text decoder with reduced cross-attention, and the attention all decoders share.
+
+A decoder turns token ids into hidden states and hidden states into logits. It knows no beams: the engine lays an
+image's N beams along the S axis, where during prefill the prompt's tokens lie, so that one forward pass serves both.
+Each decoder of the reference is one small module (`gpt2`), whose parameter names are those of the reference.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from smallcap.kv_cache import KVCache
+
+CrossAttentionKV = list[tuple[Tensor, Tensor]]  # per layer: keys and values, each [B, H, P, D / reduce factor]
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The sizes of a decoder, under one name each for every kind."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    ffn_size: int
+    max_positions: int
+    encoder_hidden_size: int
+    cross_attention_reduce_factor: int
+    layer_norm_eps: float
+    activation: str
+    dropout: float
+
+    @property
+    def head_dim(self) -> int:
+        """D, the size of one head of self-attention."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def cross_attention_size(self) -> int:
+        """Size of the cross-attention's queries, keys and values over all heads."""
+        return self.hidden_size // self.cross_attention_reduce_factor
+
+
+class TextDecoder(nn.Module, ABC):
+    """A causal language model whose layers also attend to an image's encoder hidden states.
+
+    Attributes:
+        trained_marker: What the names of the parameters that SmallCap trains contain; all others stay frozen.
+    """
+
+    config: DecoderConfig
+    trained_marker: str
+
+    @abstractmethod
+    def cross_attention_kv(self, encoder_hidden_states: Tensor) -> CrossAttentionKV:
+        """Projects [B, P, Hv] encoder hidden states to every layer's cross-attention keys and values."""
+
+    @abstractmethod
+    def forward(
+        self,
+        input_ids: Tensor,  # [B, S] int64
+        position_ids: Tensor,  # [B, S] int64, counted from 0 at the first real token
+        attention_mask: Tensor,  # [B, 1, S, T], added to the attention scores: 0 or -inf
+        cross_kv: CrossAttentionKV,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Returns the last layer's normalised hidden states, [B, S, E]; stores keys and values if there is a cache."""
+
+    @abstractmethod
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """Returns [..., V] logits of [..., E] hidden states."""
+
+    def cross_attention_parameters(self) -> dict[str, nn.Parameter]:
+        """Returns the parameters that SmallCap trains, by name."""
+        return {name: parameter for name, parameter in self.named_parameters() if self.trained_marker in name}
+
+
+def split_heads(states: Tensor, num_heads: int) -> Tensor:
+    """Returns [B, S, H * D] as [B, H, S, D]."""
+    batch, length, size = states.shape
+    return states.view(batch, length, num_heads, size // num_heads).transpose(1, 2)
+
+
+def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
+    """Attends with [B, H, S, D] queries to [B, H, T, D] keys and values; returns the heads merged, [B, S, H * D]."""
+    mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, dropout_p=dropout)
+    return mixed.transpose(1, 2).flatten(2)

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jobs.build_index import run
+from smallcap.config import IndexConfig
+from smallcap.errors import StorageError
+from smallcap.index_manifest import load_manifest
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture
+def arguments(tmp_path: Path, tiny_clip: Path) -> list[str]:
+    """A command line that builds `tmp_path/index` of two captions in two shards."""
+    (tmp_path / "captions.csv").write_text("caption\na dog\na cat\nA dog\n")
+    (tmp_path / "build.yaml").write_text(f"dumps: [{tmp_path}/captions.csv]\nencoder: hf:{tiny_clip}\nout: nowhere\n")
+    return ["--config", f"{tmp_path}/build.yaml", "--set", f"out={tmp_path}/index", "--set", "shards=2"]
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_command_line_and_what_it_prints(
+    tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(sys.modules, "jobs.build_index")  # so that it runs as if it were new
+    monkeypatch.setattr(sys, "argv", ["build_index", *arguments])
+    runpy.run_module("jobs.build_index", run_name="__main__")
+    printed = capsys.readouterr()
+    assert load_manifest(f"{tmp_path}/index").index_id in printed.out
+    assert "2 captions of 3 rows in 2 shards; dropped: 1 duplicate" in printed.out
+    assert "recall@4 1.0000" in printed.out
+    assert "embed: 2 done" in printed.err
+    runpy.run_module("jobs.build_index", run_name="__main__")
+    assert capsys.readouterr().out.startswith("Nothing to do")
+
+
+def test_usage_errors(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(sys.modules, "jobs.build_index")  # so that it runs as if it were new
+    monkeypatch.setattr(sys, "argv", ["build_index", *arguments, "--set", "shard=3"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("jobs.build_index", run_name="__main__")
+    assert ended.value.code == 2
+    assert "Did you mean shards?" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_module_starts_its_own_ray(tmp_path: Path, arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "jobs.build_index", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert load_manifest(f"{tmp_path}/index").index_id in done.stdout
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_run_takes_a_config(tmp_path: Path, tiny_clip: Path) -> None:
+    config = IndexConfig(dumps=(f"{tmp_path}/absent.csv",), out=f"{tmp_path}/index", encoder=f"hf:{tiny_clip}")
+    with pytest.raises(StorageError, match="does not exist"):
+        run(config)

@@ -1,0 +1,266 @@
+"""The captioning job end to end, on Ray: every image exactly once, whatever the images and the interruptions."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from index_builder.build import build_index
+from jobs import caption
+from jobs.run_record import finished_ids, list_parts, load_run_record
+from smallcap import storage
+from smallcap.captioner import Captioner
+from smallcap.config import CaptionConfig, IndexConfig, load_config
+from smallcap.errors import CheckpointError, ConfigError, ManifestError, SchemaError
+from smallcap.schema import CAPTION_COLUMNS, check_caption_schema
+
+pytestmark = pytest.mark.ray
+
+
+def jpeg(seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).resize((80, 60)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def write_images(folder: str, count: int) -> None:
+    for number in range(count):
+        storage.write_bytes(storage.join(folder, f"{number:03d}.jpg"), jpeg(number))
+
+
+@pytest.fixture(scope="module")
+def index(ray_session: None, tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("index")
+    rows = [
+        f"{n}.jpg,{n} {noun} on the {place}" for n in range(4) for noun in ("dog", "bus") for place in ("road", "sea")
+    ]
+    (folder / "dump.csv").write_text("\n".join(["image,caption", *rows]))
+    dumps = (str(folder / "dump.csv"),)
+    build_index(IndexConfig(dumps=dumps, out=str(folder / "index"), encoder=f"hf:{tiny_clip}", shards=2))
+    return str(folder / "index")
+
+
+def config_for(images: str, index: str, model: Path, out: str, *sets: str) -> CaptionConfig:
+    flags: dict[str, Any] = {"images": [images], "index": index, "model": str(model), "out": out}
+    return load_config(CaptionConfig, flags=flags, sets=["compute.batch_size=8", *sets])
+
+
+def read_rows(out: str) -> pd.DataFrame:
+    """All rows of a run, by image id."""
+    tables = [pq.read_table(io.BytesIO(storage.read_bytes(part))).to_pandas() for part in list_parts(out)]
+    return pd.concat(tables).set_index("image_id", drop=False).sort_index()
+
+
+@pytest.fixture(params=["local", "s3"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path) if request.param == "local" else str(request.getfixturevalue("s3"))
+
+
+def test_images_become_rows_with_captions_and_neighbours(folder: str, index: str, tiny_smallcap: Path) -> None:
+    images, out = storage.join(folder, "images"), storage.join(folder, "out")
+    write_images(images, 20)
+    summary = caption.run(config_for(images, index, tiny_smallcap, out))
+    assert summary.new_images == 20
+    rows = read_rows(out)
+    assert list(rows.image_id) == [f"{number:03d}.jpg" for number in range(20)]
+    assert set(rows.status) == {"ok"}
+    assert set(rows.width) == {80}
+    assert set(rows.height) == {60}
+
+    captioner = Captioner.from_pretrained(str(tiny_smallcap), index)
+    alone = captioner.caption([jpeg(number) for number in range(20)])
+    for row, expected in zip(rows.itertuples(), alone, strict=True):
+        assert row.caption == expected.caption
+        assert row.caption_logprob == pytest.approx(expected.logprob, abs=1e-3)
+        assert row.caption_tokens == expected.num_tokens
+        assert row.clip_score == pytest.approx(expected.clip_score, abs=1e-4)
+        assert [n["caption_id"] for n in row.neighbours] == [n.caption_id for n in expected.neighbours]
+
+    for part in list_parts(out):
+        schema = pq.read_schema(io.BytesIO(storage.read_bytes(part)))
+        check_caption_schema(schema, part)
+        assert schema.metadata[b"smallcap.run_id"].decode() == summary.record.run_id
+    record = json.loads(storage.read_bytes(storage.join(out, "run.json")))
+    assert record["status"] == "complete"
+    assert record["images"] == {"total": 20, "ok": 20, "error": 0, "errors_by_code": {}}
+    assert record["attempts"][0]["caption_s"] > 0
+
+
+def test_a_finished_run_is_a_no_op_and_new_images_are_added(
+    tmp_path: Path, index: str, tiny_smallcap: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, out = str(tmp_path / "images"), str(tmp_path / "out")
+    write_images(images, 5)
+    config = config_for(images, index, tiny_smallcap, out)
+    caption.run(config)
+    before = {part: Path(part).stat().st_mtime_ns for part in list_parts(out)}
+    with monkeypatch.context() as patched:
+        patched.setattr(caption, "_caption", lambda *_: pytest.fail("Ray was started for nothing"))
+        assert caption.run(config).new_images == 0
+    write_images(images, 7)
+    assert caption.run(config).new_images == 2
+    assert len(read_rows(out)) == 7
+    assert all(Path(part).stat().st_mtime_ns == when for part, when in before.items())
+
+
+def test_broken_images_are_rows_with_codes(tmp_path: Path, index: str, tiny_smallcap: Path) -> None:
+    sys.path.insert(0, str(Path(__file__).parents[1] / "smallcap"))
+    from test_image import BAD_IMAGES
+
+    images, out = tmp_path / "images", str(tmp_path / "out")
+    write_images(str(images), 3)
+    for name, (data, _) in BAD_IMAGES.items():
+        (images / f"{name}.jpg".replace(" ", "-").replace(".jpg.jpg", ".jpg")).write_bytes(data)
+    listing = tmp_path / "list.csv"
+    uris = [*sorted(str(path) for path in images.iterdir()), str(images / "missing.jpg")]
+    listing.write_text("\n".join(["image_uri", *(f'"{uri}"' for uri in uris)]))
+    summary = caption.run(config_for(str(listing), index, tiny_smallcap, out))
+    rows = read_rows(out)
+    assert len(rows) == 3 + len(BAD_IMAGES) + 1
+    assert (rows.status == "ok").sum() == 3
+    expected = sorted([str(code) for _, code in BAD_IMAGES.values()] + ["not_found"])
+    failed = rows[rows.status == "error"]
+    assert sorted(failed.error_code) == expected
+    assert failed.caption.isna().all()
+    assert failed.error_message.str.len().gt(10).all()
+    assert summary.images.errors_by_code == {code: expected.count(code) for code in sorted(set(expected))}
+    assert "errors (" in caption.describe(summary)
+
+
+def test_only_broken_images_make_a_complete_run(tmp_path: Path, index: str, tiny_smallcap: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "bad.jpg").write_bytes(b"no image")
+    out = str(tmp_path / "out")
+    summary = caption.run(config_for(str(tmp_path / "images"), index, tiny_smallcap, out))
+    assert (summary.images.ok, summary.images.error) == (0, 1)
+    assert pq.read_schema(list_parts(out)[0]).equals(CAPTION_COLUMNS, check_metadata=False)
+
+
+def test_changed_options_are_refused_and_named(tmp_path: Path, index: str, tiny_smallcap: Path) -> None:
+    images, out = str(tmp_path / "images"), str(tmp_path / "out")
+    write_images(images, 4)
+    caption.run(config_for(images, index, tiny_smallcap, out, "limit=2"))
+    with pytest.raises(ConfigError, match=r"retrieval\.k: null → 2"):
+        caption.run(config_for(images, index, tiny_smallcap, out, "retrieval.k=2"))
+    free = config_for(images, index, tiny_smallcap, out, "compute.num_actors=2", "compute.batch_size=3")
+    assert caption.run(free).new_images == 2  # where it runs, and a higher limit, are no change
+    assert len(read_rows(out)) == 4
+
+
+def test_a_resumed_run_keeps_its_index_version(
+    tmp_path: Path, ray_session: None, tiny_clip: Path, tiny_smallcap: Path
+) -> None:
+    dump, index = tmp_path / "dump.csv", str(tmp_path / "index")
+    build = IndexConfig(dumps=(str(dump),), out=index, encoder=f"hf:{tiny_clip}")
+    dump.write_text("caption\none dog\ntwo dogs\nthree dogs\nfour dogs\n")
+    build_index(build)
+    images, out = str(tmp_path / "images"), str(tmp_path / "out")
+    write_images(images, 4)
+    caption.run(config_for(images, index, tiny_smallcap, out, "limit=2"))
+    dump.write_text("caption\none bus\ntwo buses\nthree buses\nfour buses\n")
+    build_index(build)
+    caption.run(config_for(images, index, tiny_smallcap, out))
+    texts = {neighbour["text"] for row in read_rows(out).neighbours for neighbour in row}
+    assert texts == {"one dog", "two dogs", "three dogs", "four dogs"}
+
+
+def test_two_encoders_get_their_own_crops(
+    tmp_path: Path, ray_session: None, tiny_smallcap: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The retrieval encoder is an open_clip model of another image size than the vision encoder."""
+    import open_clip
+    import torch
+
+    folder = tmp_path / "open-clip"
+    folder.mkdir()
+    model = {
+        "embed_dim": 24,
+        "vision_cfg": {"image_size": 48, "layers": 1, "width": 64, "patch_size": 16},
+        "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+    }
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model, "preprocess_cfg": {}}))
+    torch.manual_seed(0)
+    torch.save(open_clip.CLIP(**model).state_dict(), folder / "open_clip_pytorch_model.bin")
+    (tmp_path / "dump.jsonl").write_text("".join(json.dumps({"caption": f"{n} dogs"}) + "\n" for n in range(6)))
+    index, images, out = str(tmp_path / "index"), str(tmp_path / "images"), str(tmp_path / "out")
+    build_index(IndexConfig(dumps=(str(tmp_path / "dump.jsonl"),), out=index, encoder=f"open_clip:local-dir:{folder}"))
+    write_images(images, 6)
+    (tmp_path / "images" / "bad.jpg").write_bytes(b"")
+    caption.run(config_for(images, index, tiny_smallcap, out))
+    rows = read_rows(out)
+    assert list(rows.status).count("ok") == 6
+    alone = Captioner.from_pretrained(str(tiny_smallcap), index).caption([jpeg(number) for number in range(6)])
+    assert list(rows.caption[:6]) == [result.caption for result in alone]
+
+
+def test_what_is_missing_is_named_before_ray_starts(tmp_path: Path, index: str, tiny_smallcap: Path) -> None:
+    images, out = str(tmp_path / "images"), str(tmp_path / "out")
+    write_images(images, 1)
+    with pytest.raises(ManifestError, match="no published index"):
+        caption.run(config_for(images, str(tmp_path / "nothing"), tiny_smallcap, out))
+    with pytest.raises(CheckpointError, match="no such model folder"):
+        caption.run(config_for(images, index, tmp_path / "no" / "model", out))
+    assert not (tmp_path / "out" / "run.json").exists()
+
+
+def test_a_foreign_parquet_file_in_the_output_is_refused(tmp_path: Path, index: str, tiny_smallcap: Path) -> None:
+    images, out = str(tmp_path / "images"), tmp_path / "out"
+    write_images(images, 1)
+    out.mkdir()
+    pd.DataFrame({"x": [1]}).to_parquet(out / "part-foreign.parquet")
+    with pytest.raises(SchemaError, match="not a part of a captioning run"):
+        caption.run(config_for(images, index, tiny_smallcap, str(out)))
+
+
+def test_a_failing_store_stops_the_run_with_its_own_message(
+    tmp_path: Path, index: str, tiny_smallcap: Path, s3: str
+) -> None:
+    (tmp_path / "list.txt").write_text("s3://no-such-bucket-at-all/a.jpg\n")
+    from smallcap.errors import StorageError
+
+    with pytest.raises(StorageError, match="no-such-bucket-at-all"):
+        caption.run(config_for(str(tmp_path / "list.txt"), index, tiny_smallcap, str(tmp_path / "out")))
+    record = load_run_record(str(tmp_path / "out"))
+    assert record is not None
+    assert record.status == "running"
+
+
+@pytest.mark.slow
+def test_a_killed_run_finishes_when_started_again(tmp_path: Path, index: str, tiny_smallcap: Path) -> None:
+    """SIGKILL to the driver and its Ray between the first part and the last; then the same command again."""
+    images, out, expected = str(tmp_path / "images"), str(tmp_path / "out"), str(tmp_path / "expected")
+    write_images(images, 600)
+    sets = ["output.rows_per_part=16", "compute.batch_size=8"]
+    flags = ["--index", index, "--model", str(tiny_smallcap)]
+    command = [sys.executable, "-m", "jobs.cli", "caption", images, *flags]
+    command += [argument for setting in sets for argument in ("--set", setting)]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    job = subprocess.Popen([*command, "--out", out], env=environment, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not list_parts(out) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(job.pid, signal.SIGKILL)
+    job.wait()
+    done = len(finished_ids(out))
+    assert 0 < done < 600, "the kill came too early or too late to show anything"
+    time.sleep(2)  # Ray's orphaned workers notice
+    subprocess.run([*command, "--out", out], env=environment, check=True)
+    caption.run(config_for(images, index, tiny_smallcap, expected, *sets))
+    rows, whole = read_rows(out), read_rows(expected)
+    assert list(rows.image_id) == list(whole.image_id)
+    assert list(rows.caption) == list(whole.caption)
+    record = load_run_record(out)
+    assert record is not None
+    assert (record.status, len(record.attempts)) == ("complete", 2)

@@ -1,0 +1,36 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from smallcap.actor_plan import plan_actors
+from smallcap.config import ComputeConfig
+from smallcap.errors import ConfigError
+
+
+def test_a_gpu_is_used_where_there_is_one() -> None:
+    plan = plan_actors(ComputeConfig(), [{"CPU": 8}, {"CPU": 16, "GPU": 4}])
+    assert (plan.device, plan.dtype, plan.num_actors, plan.gpus_per_actor) == ("cuda", "bfloat16", 4, 1)
+    assert plan.cpus_per_actor == 0  # a reserved CPU would be one less for decoding
+
+
+def test_a_gpu_can_be_shared_and_left_alone() -> None:
+    assert plan_actors(ComputeConfig(gpus_per_actor=0.5), [{"CPU": 8, "GPU": 2}]).num_actors == 4
+    assert plan_actors(ComputeConfig(device="cpu"), [{"CPU": 8, "GPU": 2}]).gpus_per_actor == 0
+
+
+def test_a_missing_gpu_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="No node of the cluster has a GPU"):
+        plan_actors(ComputeConfig(device="cuda"), [{"CPU": 8}])
+
+
+@given(
+    cpus=st.lists(st.integers(1, 64), min_size=1, max_size=4),
+    num_actors=st.one_of(st.just("auto"), st.integers(1, 100)),
+)
+def test_cpu_actors_fit_their_nodes_and_leave_room_for_the_tasks(cpus: list[int], num_actors: int | str) -> None:
+    plan = plan_actors(ComputeConfig(num_actors=num_actors), [{"CPU": float(n)} for n in cpus])  # type: ignore[arg-type]
+    assert plan.num_actors >= 1
+    assert 0 < plan.cpus_per_actor <= max(cpus)
+    assert plan.cpus_per_actor < 1 or plan.cpus_per_actor == int(plan.cpus_per_actor)
+    if sum(cpus) > 1:
+        assert plan.num_actors * plan.cpus_per_actor <= sum(cpus) - 1 + 1e-9

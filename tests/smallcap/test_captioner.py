@@ -1,0 +1,115 @@
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from index_builder.build import build_index
+from smallcap.captioner import Captioner, CropPlan
+from smallcap.config import IndexConfig
+from smallcap.errors import ConfigError, ErrorCode, IndexIntegrityError
+
+CAPTIONS = [
+    f"{number} {noun} on a {place}" for number in (1, 2, 3) for noun in ("dog", "bus") for place in ("road", "hill")
+]
+
+
+def picture(seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).resize((80, 60)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def index(ray_session: None, tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("captioner")
+    rows = [f"photo-{number % 6}.jpg,{caption}" for number, caption in enumerate(CAPTIONS)]
+    (folder / "dump.csv").write_text("\n".join(["image,caption", *rows]))
+    build_index(
+        IndexConfig(dumps=(str(folder / "dump.csv"),), out=str(folder / "index"), encoder=f"hf:{tiny_clip}", shards=2)
+    )
+    return str(folder / "index")
+
+
+@pytest.fixture(scope="module")
+def captioner(index: str, tiny_smallcap: Path) -> Captioner:
+    return Captioner.from_pretrained(str(tiny_smallcap), index)
+
+
+@pytest.mark.ray
+def test_a_batch_is_its_images_alone(captioner: Captioner) -> None:
+    images = [picture(seed) for seed in range(5)]
+    together = captioner.caption(images)
+    assert len({result.caption for result in together}) > 1  # the images matter
+    for image, result in zip(images, together, strict=True):
+        (alone,) = captioner.caption([image])
+        assert alone.caption == result.caption
+        assert [n.caption_id for n in alone.neighbours] == [n.caption_id for n in result.neighbours]
+        assert alone.logprob == pytest.approx(result.logprob, abs=1e-3)
+
+
+@pytest.mark.ray
+def test_neighbours_are_the_nearest_captions(captioner: Captioner) -> None:
+    (result,) = captioner.caption([picture(0)])
+    assert captioner.retrieval_encoder is not None
+    pixels = captioner.crop_plan.crop(picture(0))
+    _, class_token = captioner._encode([pixels])
+    query = captioner._embed([pixels], class_token)
+    assert query is not None
+    scores = query[0] @ captioner.retrieval_encoder.encode_texts(CAPTIONS).T
+    best = np.argsort(-scores)[:4]
+    assert {n.text for n in result.neighbours} == {CAPTIONS[row] for row in best}
+    assert [n.score for n in result.neighbours] == pytest.approx(sorted(scores[best], reverse=True), abs=1e-5)
+    assert result.clip_score is not None
+    own = captioner.retrieval_encoder.encode_texts([result.caption or ""])
+    assert result.clip_score == pytest.approx(float(query[0] @ own[0]), abs=1e-5)
+
+
+@pytest.mark.ray
+def test_the_vision_tower_is_shared(captioner: Captioner, index: str, tiny_smallcap: Path, other_clip: Path) -> None:
+    assert captioner._shares_encoder
+    assert captioner.crop_plan == CropPlan.load(str(tiny_smallcap), captioner.retriever.manifest.encoder.spec)  # type: ignore[union-attr]
+    assert captioner.crop_plan.retrieval is None
+    with pytest.raises(IndexIntegrityError, match="another retrieval encoder"):
+        Captioner.from_pretrained(str(tiny_smallcap), index, retrieval_encoder=f"hf:{other_clip}")
+
+
+@pytest.mark.ray
+def test_a_bad_image_is_a_result_with_an_error_among_the_others(captioner: Captioner) -> None:
+    good, bad, pillow = captioner.caption([picture(0), b"no image", Image.new("L", (30, 30))])
+    assert good.caption == captioner.caption([picture(0)])[0].caption
+    assert bad.error is not None
+    assert bad.error.code == ErrorCode.NOT_AN_IMAGE
+    assert bad.caption is None
+    assert pillow.error is None
+    assert captioner.caption([b""])[0].error is not None
+    assert captioner.caption([]) == []
+
+
+@pytest.mark.ray
+def test_an_images_own_captions_can_be_excluded(captioner: Captioner) -> None:
+    (plain,) = captioner.caption([picture(0)])
+    store = captioner.retriever.captions  # type: ignore[union-attr]
+    own = store.image_ids(np.array([plain.neighbours[0].caption_id]))[0]
+    (excluded,) = captioner.caption([picture(0)], image_ids=[own[0]])
+    assert len(excluded.neighbours) == 4
+    assert all(own[0] not in store.image_ids(np.array([n.caption_id]))[0] for n in excluded.neighbours)
+
+
+def test_without_retrieval_no_index_is_needed(tiny_smallcap: Path) -> None:
+    (result,) = Captioner.from_pretrained(str(tiny_smallcap), k=0).caption([picture(0)])
+    assert result.caption is not None
+    assert result.neighbours == ()
+    assert result.clip_score is None
+    with pytest.raises(ConfigError, match="Retrieval needs an index"):
+        Captioner.from_pretrained(str(tiny_smallcap))
+
+
+@pytest.mark.ray
+def test_a_length_penalty_does_not_change_what_logprob_means(index: str, tiny_smallcap: Path) -> None:
+    greedy = Captioner.from_pretrained(str(tiny_smallcap), index, num_beams=1).caption([picture(1)])[0]
+    normed = Captioner.from_pretrained(str(tiny_smallcap), index, num_beams=1, length_penalty=1.0).caption([picture(1)])
+    assert normed[0].caption == greedy.caption
+    assert normed[0].logprob == pytest.approx(greedy.logprob, rel=1e-4)
