@@ -48,7 +48,7 @@ def build_language_model(tokenizer: Tokenizer) -> GPT2LMHeadModel:
             n_embd=128,
             n_layer=4,
             n_head=4,
-            initializer_range=0.08,  # 1 / sqrt(n_embd): with 0.02 the nouns stay alike and nothing is copied from the prompt
+            initializer_range=0.08,  # 1 / sqrt(n_embd); with 0.02 nouns stay alike and no prompt is copied from
             activation_function="gelu_pytorch_tanh",  # GPT-2's gelu_new, computed at once: twice as fast in bf16
             resid_pdrop=0.0,
             embd_pdrop=0.0,

@@ -132,7 +132,7 @@ def _caption(config: CaptionConfig, record: RunRecord, todo: pa.Table, address: 
     import ray
 
     from index_builder.tasks import node_resources
-    from jobs.ray_session import connect, own_errors
+    from jobs.ray_session import connect, own_errors, stage_progress
     from jobs.stages import CaptionerSpec, CaptionImages, PartSink, fetch_and_decode
 
     connect(address)
@@ -149,7 +149,7 @@ def _caption(config: CaptionConfig, record: RunRecord, todo: pa.Table, address: 
     spec = CaptionerSpec(config, pool.device, pool.dtype, record.index_id, record.retrieval_encoder)
 
     started = time.perf_counter()
-    with own_errors():
+    with own_errors(), stage_progress():
         (
             ray.data.from_arrow(todo)
             .repartition(target_num_rows_per_block=_IMAGES_PER_BLOCK)

@@ -67,9 +67,8 @@ def demo(
     from jobs.demo import run_demo
 
     result = run_demo(out, address)
-    console.out.print("Index: " + ("built" if result.index_was_built else "up to date") + f", {result.index}")
-    console.out.print(caption_job.describe(result.summary), soft_wrap=True)
-    console.out.print()
+    print(f"Index: {'built' if result.index_was_built else 'up to date'}, {result.index}")
+    print(caption_job.describe(result.summary), end="\n\n")
     console.print_samples(result.summary.out, show)
 
 
@@ -89,8 +88,6 @@ def build_index(
     address: Address = None,
 ) -> None:
     """Build and publish an index from caption dumps."""
-    from jobs import build_index as job
-    from jobs import console
     from smallcap.config import IndexConfig, load_config
 
     flags: dict[str, Any] = {
@@ -102,8 +99,11 @@ def build_index(
         "index_key": index_key,
         "shards": shards,
     }
-    report = job.run(load_config(IndexConfig, config, flags, sets or ()), address)
-    console.out.print(job.describe(report), soft_wrap=True)
+    resolved = load_config(IndexConfig, config, flags, sets or ())
+
+    from jobs import build_index as job  # imports torch and Ray, which a wrong option need not wait for
+
+    print(job.describe(job.run(resolved, address)))
 
 
 @app.command()
@@ -124,8 +124,6 @@ def caption(
     address: Address = None,
 ) -> None:
     """Caption images. Stopped and started again, it does what is missing."""
-    from jobs import caption as job
-    from jobs import console
     from smallcap.config import CaptionConfig, load_config
 
     flags: dict[str, Any] = {
@@ -139,8 +137,11 @@ def caption(
         "compute.dtype": dtype,
         "compute.batch_size": batch_size if batch_size in (None, "auto") else _as_int("--batch-size", batch_size),
     }
-    summary = job.run(load_config(CaptionConfig, config, flags, sets or ()), address)
-    console.out.print(job.describe(summary), soft_wrap=True)
+    resolved = load_config(CaptionConfig, config, flags, sets or ())
+
+    from jobs import caption as job  # imports torch and Ray, which a wrong option need not wait for
+
+    print(job.describe(job.run(resolved, address)))
 
 
 @app.command()

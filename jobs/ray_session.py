@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -26,7 +28,9 @@ def connect(address: str | None = None) -> None:
     from ray.data import DataContext
 
     context = DataContext.get_current()
-    context.enable_progress_bars = False  # the jobs report their own progress
+    context.enable_progress_bars = False  # see stage_progress
+    context.enable_rich_progress_bars = True
+    context.use_ray_tqdm = False
     context.print_on_execution_start = False
     context.raise_original_map_exception = True  # see own_errors
     logger = logging.getLogger("ray.data")
@@ -34,11 +38,43 @@ def connect(address: str | None = None) -> None:
     if ray.is_initialized():
         return
     address = address or os.environ.get("RAY_ADDRESS")
-    if address and address != "local":
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    else:
-        cpus = max(_LOCAL_CPUS, os.cpu_count() or 1)
-        ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    with _quiet_start():
+        if address and address != "local":
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        else:
+            cpus = max(_LOCAL_CPUS, os.cpu_count() or 1)
+            ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+
+
+@contextmanager
+def _quiet_start() -> Iterator[None]:
+    """Holds back what Ray's C++ side prints while it starts (that its log level was set); shows it if the start fails."""
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    with tempfile.TemporaryFile() as held_back:
+        os.dup2(held_back.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            held_back.seek(0)
+            os.write(terminal, held_back.read())
+            raise
+        finally:
+            os.dup2(terminal, 2)
+            os.close(terminal)
+
+
+@contextmanager
+def stage_progress() -> Iterator[None]:
+    """Shows Ray Data's progress by stage to a person at a terminal; a log file does not fill with it."""
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = sys.stderr.isatty()
+    try:
+        yield
+    finally:
+        context.enable_progress_bars = False
 
 
 @contextmanager

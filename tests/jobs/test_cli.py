@@ -1,0 +1,119 @@
+"""The command line as a user meets it: a real process for errors and exit codes, in-process calls for the rest."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from jobs.cli import app
+from smallcap import __version__
+
+runner = CliRunner()
+
+
+def smallcap(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs the command in a process of its own."""
+    return subprocess.run([sys.executable, "-m", "jobs.cli", *arguments], capture_output=True, text=True, check=False)
+
+
+def invoke(*arguments: str) -> str:
+    result = runner.invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def index(ray_session: None, tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("cli")
+    captions = [f"{number} {noun}" for number in range(5) for noun in ("dogs", "buses")]
+    (folder / "dump.csv").write_text("\n".join(["image,caption", *(f"{i}.jpg,{c}" for i, c in enumerate(captions))]))
+    out = str(folder / "index")
+    printed = invoke("build-index", str(folder / "dump.csv"), "--out", out, "--encoder", f"hf:{tiny_clip}")
+    assert "10 captions of 10 rows" in printed
+    assert "Nothing to do" in invoke(
+        "build-index", str(folder / "dump.csv"), "--out", out, "--encoder", f"hf:{tiny_clip}"
+    )
+    return out
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> str:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.jpg")
+    return str(tmp_path / "photo.jpg")
+
+
+@pytest.mark.ray
+def test_search_by_text_finds_the_text_itself(index: str) -> None:
+    found = json.loads(invoke("search", "--index", index, "--text", "3 dogs", "-k", "3", "--json").splitlines()[-1])
+    assert len(found) == 3
+    assert found[0]["text"] == "3 dogs"
+    assert found[0]["score"] == pytest.approx(1, abs=1e-5)
+    assert [n["score"] for n in found] == sorted((n["score"] for n in found), reverse=True)
+    assert "3 dogs" in invoke("search", "--index", index, "--text", "3 dogs")
+
+
+@pytest.mark.ray
+def test_search_by_image_finds_what_captioning_retrieves(index: str, photo: str, tiny_smallcap: Path) -> None:
+    from smallcap.captioner import Captioner
+
+    found = json.loads(invoke("search", "--index", index, "--image", photo, "-k", "4", "--json").splitlines()[-1])
+    (result,) = Captioner.from_pretrained(str(tiny_smallcap), index).caption([Path(photo).read_bytes()])
+    assert [n["caption_id"] for n in found] == [n.caption_id for n in result.neighbours]
+
+
+@pytest.mark.ray
+def test_caption_and_inspect(index: str, photo: str, tiny_smallcap: Path, tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    printed = invoke("caption", photo, "--index", index, "--model", str(tiny_smallcap), "--out", out, "-k", "2")
+    assert "Captioned 1 images" in printed
+    assert "1 rows: 1 ok, 0 errors" in printed
+    run = json.loads(invoke("inspect", out, "--json").splitlines()[-1])
+    assert (run["kind"], run["status"], run["images"]["ok"]) == ("run", "complete", 1)
+    assert run["samples"][0]["image_id"] == "photo.jpg"
+    assert len(run["samples"][0]["neighbours"]) == 2
+    assert "photo.jpg" in invoke("inspect", out)
+    facts = json.loads(invoke("inspect", index, "--json").splitlines()[-1])
+    assert (facts["kind"], facts["ntotal"], facts["index_key"]) == ("index", 10, "Flat")
+    assert facts["index_id"] == run["index_id"]
+    assert facts["recall"]["recall@4"] == 1.0
+    assert set(facts) >= {"nprobe", "dropped", "samples"}
+    assert "1 dogs" in invoke("inspect", index, "--samples", "10")
+
+
+def test_version_and_help() -> None:
+    assert invoke("--version").strip() == __version__
+    for command in ("demo", "build-index", "caption", "search", "inspect"):
+        assert command in invoke("--help")
+        assert "--help" in invoke(command, "--help")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["caption", "photos", "--index", "i", "--model", "demo"], 2, "Give --out"),
+        (["caption", "photos", "--model", "demo", "--out", "o"], 2, "give --index"),
+        (["caption", "p", "--index", "i", "--model", "m", "--out", "o", "--set", "retrival.k=1"], 2, "retrieval"),
+        (["caption", "p", "--index", "i", "--model", "m", "--out", "o", "--batch-size", "many"], 2, "--batch-size"),
+        (["caption", "p", "--config", "/nowhere.yaml"], 1, "/nowhere.yaml"),
+        (["inspect", "/nowhere"], 2, "neither an index nor a run"),
+        (["search", "--index", "/nowhere", "--text", "x"], 1, "no published index"),
+        (["search", "--index", "/nowhere"], 2, "either --image or --text"),
+        (["build-index", "/nowhere.csv", "--out", "o", "--encoder", "RN50"], 2, "open_clip:RN50x64/openai"),
+        (["no-such-command"], 2, "No such command"),
+    ],
+)
+def test_a_wrong_command_says_what_is_wrong_and_how_to_mend_it(
+    arguments: list[str], code: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    done = smallcap(*arguments)
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,39 @@
+import pyarrow as pa
+import pytest
+
+from jobs.ray_session import own_errors
+from smallcap.errors import ErrorCode, RowError, StorageError
+
+
+@pytest.mark.ray
+def test_an_error_of_a_task_arrives_as_itself(ray_session: None) -> None:
+    import ray
+
+    def fail(batch: pa.Table) -> pa.Table:
+        raise StorageError("The disk is full.", where="s3://bucket")
+
+    with pytest.raises(StorageError) as caught, own_errors():
+        ray.data.range(4).map_batches(fail, batch_format="pyarrow").materialize()
+    assert type(caught.value) is StorageError
+    assert str(caught.value) == "The disk is full.\n  where: s3://bucket"
+
+
+@pytest.mark.ray
+def test_an_error_of_an_actor_arrives_as_itself(ray_session: None) -> None:
+    import ray
+
+    class Failing:
+        def __call__(self, batch: pa.Table) -> pa.Table:
+            raise StorageError("The disk is full.")
+
+    with pytest.raises(StorageError) as caught, own_errors():
+        pool = ray.data.ActorPoolStrategy(size=1)
+        ray.data.range(4).map_batches(Failing, batch_format="pyarrow", compute=pool).materialize()
+    assert type(caught.value) is StorageError
+
+
+def test_other_errors_pass_unchanged() -> None:
+    with pytest.raises(ZeroDivisionError), own_errors():
+        _ = 1 / 0
+    with pytest.raises(RowError), own_errors():
+        raise RowError(ErrorCode.EMPTY, "It is empty.")
