@@ -1,7 +1,7 @@
 """Times the captioning engine at real sizes with random weights, without Ray, images or an index.
 
-CLIP ViT-B/32 and GPT-2 124M with cross-attention of reduce factor 4, prompts of 66 tokens (k = 4), 3 beams, always 25 new
-tokens: random weights hardly ever end a caption, which is the worst case. The last line is JSON.
+CLIP ViT-B/32 and GPT-2 124M with cross-attention of reduce factor 4, prompts of 66 tokens (k = 4), 3 beams, always 25
+new tokens: random weights hardly ever end a caption, which is the worst case. The last line is JSON.
 
     make bench        or        python -m benchmarks.engine --images 32 --dtype bfloat16
 """

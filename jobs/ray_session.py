@@ -48,7 +48,7 @@ def connect(address: str | None = None) -> None:
 
 @contextmanager
 def _quiet_start() -> Iterator[None]:
-    """Holds back what Ray's C++ side prints while it starts (that its log level was set); shows it if the start fails."""
+    """Holds back what Ray's C++ side prints while it starts (that its log level was set), unless the start fails."""
     sys.stderr.flush()
     terminal = os.dup(2)
     with tempfile.TemporaryFile() as held_back:

@@ -15,8 +15,10 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import fsspec
 from fsspec.core import url_to_fs
@@ -24,10 +26,11 @@ from fsspec.core import url_to_fs
 from smallcap.errors import ErrorCode, RowError, StorageError
 
 if TYPE_CHECKING:
-    from obstore.store import S3Store
+    from obstore.store import S3Credential, S3Store
 
 FETCH_CONCURRENCY = 64
 _CHUNK_BYTES = 8 << 20
+_CREDENTIALS_LIFETIME = timedelta(minutes=5)  # after which botocore is asked whether they are still good
 
 
 def is_local(uri: str) -> bool:
@@ -54,7 +57,8 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
         StorageError: The protocol is unknown, or its package is missing.
     """
     try:
-        fs, path = url_to_fs(absolute(uri))
+        # no cache of listings: other processes write to the same places
+        fs, path = url_to_fs(absolute(uri), use_listings_cache=False)
     except (ValueError, ImportError) as error:
         raise StorageError(
             "Cannot open this kind of URI.",
@@ -206,7 +210,6 @@ def list_files(uri: str, suffixes: Sequence[str] = ()) -> list[str]:
     """
     fs, root = filesystem(uri)
     with _translated(uri, "list this path"):
-        fs.invalidate_cache()
         if any(mark in root for mark in "*?["):
             found = [path for path in fs.glob(root) if not fs.isdir(path)]
         else:
@@ -283,25 +286,45 @@ def _fetch_one(uri: str) -> bytes | RowError:
 
 async def _fetch_s3(uris: Iterable[str], concurrency: int) -> dict[str, bytes | RowError]:
     gate = asyncio.Semaphore(concurrency)
-    stores: dict[str, S3Store] = {}
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
 
     async def fetch(uri: str) -> tuple[str, bytes | RowError]:
         bucket, _, key = uri.removeprefix("s3://").partition("/")
-        if bucket not in stores:
-            stores[bucket] = _s3_store(bucket)
         async with gate:
-            return uri, await _get_s3_object(stores[bucket], uri, key)
+            return uri, await _get_s3_object(_s3_store(bucket, endpoint), uri, key)
 
     return dict(await asyncio.gather(*(fetch(uri) for uri in uris)))
 
 
-def _s3_store(bucket: str) -> S3Store:
+@lru_cache
+def _s3_store(bucket: str, endpoint: str | None) -> S3Store:
+    """Opens a bucket with botocore's credentials and region, so that fetching and s3fs see the same account."""
+    import botocore.session
     from obstore.store import S3Store
 
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
-    options: Any = {"allow_http": True} if endpoint and endpoint.startswith("http://") else {}
-    return S3Store(bucket, endpoint=endpoint, region=region, client_options=options)
+    session = botocore.session.get_session()
+    credentials = session.get_credentials()
+    if credentials is None:
+        raise StorageError(
+            "There are no credentials for S3.",
+            where=f"s3://{bucket}",
+            expected="environment variables, a profile, or an instance role, as botocore finds them",
+            remedy="Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE.",
+        )
+
+    def provide() -> S3Credential:
+        frozen = credentials.get_frozen_credentials()  # botocore renews what expires
+        ask_again = datetime.now(UTC) + _CREDENTIALS_LIFETIME
+        found = {"access_key_id": frozen.access_key, "secret_access_key": frozen.secret_key, "expires_at": ask_again}
+        return cast("S3Credential", found | ({"token": frozen.token} if frozen.token else {}))
+
+    return S3Store(
+        bucket,
+        endpoint=endpoint,
+        region=session.get_config_variable("region") or "us-east-1",
+        client_options={"allow_http": bool(endpoint and endpoint.startswith("http://"))},
+        credential_provider=provide,
+    )
 
 
 async def _get_s3_object(store: S3Store, uri: str, key: str) -> bytes | RowError:
