@@ -1,8 +1,8 @@
 """Trains the demo's cross-attention by SmallCap's own objective; CLIP and GPT-2 stay as they are.
 
 Each training scene is encoded once. Training starts with the short prompt without retrieval, which a checkpoint also
-serves (k=0), and goes on with the prompt that holds the four captions of the shipped dump that CLIP finds nearest to the
-image, those of the image itself left out. The loss is on the caption that follows the prompt.
+serves (k=0), and goes on with the prompt that holds the four captions of the shipped dump that CLIP finds nearest to
+the image, those of the image itself left out. The loss is on the caption that follows the prompt.
 
 Source: Ramos et al. 2023, section 3.3.
 """

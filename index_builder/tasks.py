@@ -1,8 +1,8 @@
 """Runs a function over work items as a Ray Data job, with typed errors and results as they finish.
 
-Ray Data keeps only the text of an exception, so the worker hands a `SmallCapError` back as a value and the driver
-raises it. Every other exception is a fault or a bug and takes Ray's way. A function must be a pure function of its item
-and of immutable files: Ray runs it again after a lost worker.
+By default Ray Data keeps only the text of an exception, so the worker hands a `SmallCapError` back as a value and the
+driver raises it. Every other exception is a fault or a bug and takes Ray's way. A function must be a pure function of
+its item and of immutable files: Ray runs it again after a lost worker.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from smallcap.schema import CAPTION_COLUMNS, STATUS_ERROR, STATUS_OK
 
 Batch = dict[str, np.ndarray]
 # Seconds that a row took in a stage; they travel with the row to the writer, which sums and drops them.
+_FETCHED_TOGETHER = storage.FETCH_CONCURRENCY  # files held in memory at once; their crops are small
 _TIMINGS = ("decode_s", "caption_s")
 _COLUMNS_FROM_DECODING = ("image_id", "image_uri", "status", "error_code", "error_message")
 _ROW_WITH_TIMINGS = pa.schema([*CAPTION_COLUMNS, *(pa.field(name, pa.float32()) for name in _TIMINGS)])
@@ -53,7 +54,11 @@ def fetch_and_decode(batch: Batch, plan: CropPlan, max_pixels: int) -> dict[str,
     """
     started = time.perf_counter()
     uris = [str(uri) for uri in batch["image_uri"]]
-    rows = [_decode(data, plan, max_pixels, uri) for data, uri in zip(storage.fetch_objects(uris), uris, strict=True)]
+    rows: list[Pixels | RowError] = []
+    for start in range(0, len(uris), _FETCHED_TOGETHER):
+        some = uris[start : start + _FETCHED_TOGETHER]
+        fetched = zip(storage.fetch_objects(some), some, strict=True)
+        rows += [_decode(data, plan, max_pixels, uri) for data, uri in fetched]
     errors = [error_columns(row if isinstance(row, RowError) else None) for row in rows]
     images = [_blank(plan) if isinstance(row, RowError) else row for row in rows]
     out: dict[str, Any] = {

@@ -227,10 +227,10 @@ class Captioner:
         queries = self._embed(pixels, class_token)
         neighbours = self._retrieve(queries, exclude_image_ids, len(pixels))
         texts = [[neighbour.text for neighbour in of_image] for of_image in neighbours]
-        prompts = build_prompts(self.tokenizer, self.model.config.template, texts)
+        config = self.model.config
+        prompts = build_prompts(self.tokenizer, config.template, texts, config.bos_token_id)
         generated = self.model.generate(hidden_states, prompts, **self._generation)  # type: ignore[arg-type]
-        eos = self.model.config.eos_token_id
-        captions = [decode_caption(self.tokenizer, one.token_ids, eos) for one in generated]
+        captions = [decode_caption(self.tokenizer, one.token_ids, config.eos_token_id) for one in generated]
         clip_scores = self._clip_scores(queries, captions)
         return [
             CaptionResult(

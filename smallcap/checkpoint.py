@@ -25,9 +25,11 @@ from smallcap.engine import Generated, GenerationOptions, generate
 from smallcap.errors import CheckpointError
 from smallcap.gpt2 import GPT2Decoder, dump_gpt2_config, parse_gpt2_config
 from smallcap.model_files import resolve_folder, weights_file
+from smallcap.opt import OPTDecoder, dump_opt_config, parse_opt_config
 from smallcap.prompt import PromptTemplate
 from smallcap.storage import sha256_file
 from smallcap.text_decoder import DecoderConfig, TextDecoder
+from smallcap.xglm import XGLMDecoder, dump_xglm_config, parse_xglm_config
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,16 @@ class DecoderKind:
     build: Callable[[DecoderConfig], TextDecoder]
     dump_config: Callable[[DecoderConfig], dict[str, Any]]
     hub_tokenizer: str
+    prompts_start_with_bos: bool = False
 
 
-DECODER_KINDS = {"this_gpt2": DecoderKind(parse_gpt2_config, GPT2Decoder, dump_gpt2_config, "gpt2")}
+DECODER_KINDS = {
+    "this_gpt2": DecoderKind(parse_gpt2_config, GPT2Decoder, dump_gpt2_config, "gpt2"),
+    "this_opt": DecoderKind(
+        parse_opt_config, OPTDecoder, dump_opt_config, "facebook/opt-125m", prompts_start_with_bos=True
+    ),
+    "this_xglm": DecoderKind(parse_xglm_config, XGLMDecoder, dump_xglm_config, "facebook/xglm-564M"),
+}
 
 # Written by transformers 4.21 and derived from the sizes: causal masks and position indices.
 _DERIVED_TENSORS = (
@@ -49,6 +58,7 @@ _DERIVED_TENSORS = (
     ".crossattention.bias",
     ".crossattention.masked_bias",
     ".embeddings.position_ids",
+    ".embed_positions.weights",  # XGLM's sinusoids
 )
 
 
@@ -63,6 +73,7 @@ class SmallCapConfig:
     k: int = 4
     rag: bool = True
     retrieval_encoder: str = ""
+    bos_token_id: int | None = None  # what prompts start with; None for decoders that were trained without
     num_beams: int = 3
     max_new_tokens: int = 25
     length_penalty: float = 0.0
@@ -198,6 +209,7 @@ def load_config(folder: Path) -> SmallCapConfig:
             k=values.get("k", 4),
             rag=values.get("rag", True),
             retrieval_encoder=values.get("retrieval_encoder", ""),
+            bos_token_id=values["decoder"]["bos_token_id"] if DECODER_KINDS[kind].prompts_start_with_bos else None,
         )
         return replace(config, **{**own, "template": PromptTemplate(**own.get("template", {}))})
     except FileNotFoundError as error:
@@ -251,13 +263,14 @@ def save_checkpoint(model: SmallCapModel, folder: Path, dtype: torch.dtype = tor
     """Writes a checkpoint that the reference and `load_checkpoint` can load; the tokenizer is the caller's to add."""
     folder.mkdir(parents=True, exist_ok=True)
     config, kind = model.config, DECODER_KINDS[model.config.decoder.model_type]
+    bos = config.bos_token_id
     values = {
         "architectures": ["SmallCap"],
         "model_type": "smallcap",
         "is_encoder_decoder": True,
         "tie_word_embeddings": False,
         "encoder": {"model_type": "clip", **config.encoder},
-        "decoder": kind.dump_config(config.decoder),
+        "decoder": kind.dump_config(config.decoder) | ({} if bos is None else {"bos_token_id": bos}),
         "eos_token_id": config.eos_token_id,
         "pad_token_id": config.pad_token_id,
         "vocab_size": config.decoder.vocab_size,

@@ -71,7 +71,10 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
 
 
 def build_prompts(
-    tokenizer: PreTrainedTokenizerBase, template: PromptTemplate, retrieved: Sequence[Sequence[str]]
+    tokenizer: PreTrainedTokenizerBase,
+    template: PromptTemplate,
+    retrieved: Sequence[Sequence[str]],
+    bos_token_id: int | None = None,
 ) -> list[list[int]]:
     """Returns each image's prompt as token ids.
 
@@ -79,8 +82,10 @@ def build_prompts(
         tokenizer: The decoder's tokenizer.
         template: The words around the captions.
         retrieved: For each image its retrieved captions, nearest first; empty for a prompt without retrieval.
+        bos_token_id: What prompts start with, for a decoder that was trained so (OPT).
     """
-    return encode_texts(tokenizer, [template.fill(captions) for captions in retrieved])
+    prompts = encode_texts(tokenizer, [template.fill(captions) for captions in retrieved])
+    return prompts if bos_token_id is None else [[bos_token_id, *prompt] for prompt in prompts]
 
 
 def build_training_example(

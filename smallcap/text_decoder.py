@@ -86,7 +86,14 @@ def split_heads(states: Tensor, num_heads: int) -> Tensor:
     return states.view(batch, length, num_heads, size // num_heads).transpose(1, 2)
 
 
-def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
-    """Attends with [B, H, S, D] queries to [B, H, T, D] keys and values; returns the heads merged, [B, S, H * D]."""
-    mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, dropout_p=dropout)
+def attend(
+    queries: Tensor,  # [B, H, S, D]
+    keys: Tensor,  # [B, H, T, D]
+    values: Tensor,  # [B, H, T, D]
+    mask: Tensor | None,  # added to the scores
+    dropout: float = 0.0,
+    scale: float | None = None,  # of the scores; by default D ** -0.5
+) -> Tensor:
+    """Attends with queries to keys and values; returns the heads merged, [B, S, H * D]."""
+    mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, dropout_p=dropout, scale=scale)
     return mixed.transpose(1, 2).flatten(2)
