@@ -30,7 +30,7 @@ class LanguageRecipe:
 
     scenes: int = 24_000
     captions_per_scene: int = 4
-    steps: int = 1_000
+    steps: int = 1_500
     batch_size: int = 32
     learning_rate: float = 3e-3
     warmup_steps: int = 100

@@ -136,7 +136,7 @@ def _place(kind: Kind, size: str, centre: tuple[float, float], jitter: float, rn
 
 
 def describe(scene: Scene, rng: random.Random) -> str:
-    """Returns one caption of the scene: lower-case, no final stop, every object named once."""
+    """Returns one caption of the scene: lower-case, no final stop, every object named once and in reading order."""
     phrase = rng.choice(_PHRASINGS[scene.layout])(scene, rng)
     opening = rng.choice(["", "", "", "", "a picture of ", "there is ", "we see "])
     if not phrase.startswith(("a ", "an ")):
@@ -168,74 +168,58 @@ def _alone(scene: Scene, rng: random.Random) -> str:
 
 
 def _listed(scene: Scene, rng: random.Random) -> str:
-    names = [_name(placed) for placed in rng.sample(scene.objects, len(scene.objects))]
+    names = [_name(placed) for placed in scene.objects]
     return ", ".join(names[:-1]) + " and " + names[-1]
 
 
 def _sized_pair(scene: Scene, rng: random.Random) -> str:
-    if scene.objects[0].size == scene.objects[1].size:
+    first, second = scene.objects
+    if first.size == second.size:
         return _listed(scene, rng)
-    names = [_name(placed, placed.size) for placed in rng.sample(scene.objects, 2)]
-    return f"{names[0]} {rng.choice(['and', 'with'])} {names[1]}"
+    return f"{_name(first, first.size)} {rng.choice(['and', 'with'])} {_name(second, second.size)}"
 
 
-def _next_to(scene: Scene, rng: random.Random) -> str:
-    names = [_name(placed) for placed in rng.sample(scene.objects, 2)]
-    return f"{names[0]} {rng.choice(['next to', 'beside'])} {names[1]}"
-
-
-def _left_right(scene: Scene, rng: random.Random) -> str:
+def _beside(scene: Scene, rng: random.Random) -> str:
     left, right = map(_name, scene.objects)
     return rng.choice(
         [
             f"{left} to the left of {right}",
-            f"{right} to the right of {left}",
             f"{left} on the left and {right} on the right",
+            f"{left} next to {right}",
+            f"{left} beside {right}",
         ]
     )
 
 
-def _above_below(scene: Scene, rng: random.Random) -> str:
+def _above(scene: Scene, rng: random.Random) -> str:
     top, bottom = map(_name, scene.objects)
-    return rng.choice([f"{top} above {bottom}", f"{bottom} below {top}", f"{bottom} under {top}"])
+    return f"{top} above {bottom}"
 
 
 def _row(scene: Scene, rng: random.Random) -> str:
     left, middle, right = map(_name, scene.objects)
-    return rng.choice(
-        [
-            f"{left}, {middle} and {right} in a row",
-            f"{middle} between {left} and {right}",
-            f"from left to right {left}, {middle} and {right}",
-        ]
-    )
+    return rng.choice([f"{left}, {middle} and {right} in a row", f"from left to right {left}, {middle} and {right}"])
 
 
 def _column(scene: Scene, rng: random.Random) -> str:
     top, middle, bottom = map(_name, scene.objects)
-    return rng.choice(
-        [
-            f"{top} above {middle} above {bottom}",
-            f"from top to bottom {top}, {middle} and {bottom}",
-            f"{middle} between {top} and {bottom}",
-        ]
-    )
+    return rng.choice([f"{top} above {middle} above {bottom}", f"from top to bottom {top}, {middle} and {bottom}"])
 
 
 def _one_above_two(scene: Scene, rng: random.Random) -> str:
     top, left, right = map(_name, scene.objects)
-    return rng.choice([f"{top} above {left} and {right}", f"{left} and {right} below {top}"])
+    return f"{top} above {left} and {right}"
 
 
 def _two_above_one(scene: Scene, rng: random.Random) -> str:
     left, right, bottom = map(_name, scene.objects)
-    return rng.choice([f"{left} and {right} above {bottom}", f"{bottom} below {left} and {right}"])
+    return f"{left} and {right} above {bottom}"
 
 
 _PHRASINGS: dict[str, Sequence[Callable[[Scene, random.Random], str]]] = {
     "alone": (_alone,),
-    "beside": (_left_right, _next_to, _listed, _sized_pair),
-    "above": (_above_below, _above_below, _listed, _sized_pair),
+    "beside": (_beside, _beside, _listed, _sized_pair),
+    "above": (_above, _listed, _sized_pair),
     "row": (_row, _row, _listed),
     "column": (_column, _column, _listed),
     "one_above_two": (_one_above_two, _one_above_two, _listed),

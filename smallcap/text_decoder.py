@@ -2,7 +2,7 @@
 
 A decoder turns token ids into hidden states and hidden states into logits. It knows no beams: the engine lays an
 image's N beams along the S axis, where during prefill the prompt's tokens lie, so that one forward pass serves both.
-Each decoder of the reference is one small module (`gpt2`), whose parameter names are those of the reference.
+Each decoder of the reference is one small module (`gpt2`, `opt`, `xglm`) with the reference's parameter names.
 """
 
 from __future__ import annotations

@@ -50,6 +50,22 @@ def test_the_saved_layout_is_the_references(tmp_path: Path) -> None:
     assert config["encoder"]["vision_config"]["patch_size"] == theirs["encoder"]["vision_config"]["patch_size"]
 
 
+@pytest.mark.parametrize("name", ["opt_r4", "xglm_r2"])
+def test_other_decoders_load_save_and_load(name: str, tmp_path: Path) -> None:
+    source = Path(__file__).resolve().parents[3] / "shared" / "oracle" / name
+    if not source.is_dir():
+        pytest.skip("the whole checkpoints of ../shared/oracle are absent")
+    model = load_checkpoint(str(source))
+    save_checkpoint(model, tmp_path)
+    again = load_checkpoint(str(tmp_path))
+    assert again.config == model.config
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert (model.config.bos_token_id is not None) == (name == "opt_r4")
+    trained = model.decoder.cross_attention_parameters()
+    assert trained
+    assert all("encoder_attn" in parameter for parameter in trained)
+
+
 def test_decoding_defaults_travel_with_the_checkpoint(folder: Path) -> None:
     edit_config(folder, generation={"num_beams": 2, "max_new_tokens": 5, "template": {"without_retrieval": "Here is "}})
     config = load_config(folder)

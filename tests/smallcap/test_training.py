@@ -4,8 +4,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from smallcap.checkpoint import load_checkpoint
+from smallcap.checkpoint import DECODER_KINDS, load_checkpoint
 from smallcap.training import caption_loss, collate, freeze_all_but_cross_attention
 
 ORACLE = Path(__file__).parents[1] / "golden" / "oracle"
@@ -22,6 +23,19 @@ def test_the_loss_is_the_references(name: str) -> None:
     longer = (case["decoder_input_ids"] * 2, [-100] * (2 * len(case["labels"])))
     padded = caption_loss(model.decoder, hidden.expand(2, -1, -1), *collate([example, longer], pad_token_id=0))
     assert padded.item() == pytest.approx(case["loss"], rel=1e-5)  # padding adds nothing
+
+
+@pytest.mark.parametrize("name", ["opt_r4", "xglm_r2"])
+def test_the_loss_of_other_decoders_is_the_references(name: str) -> None:
+    values = json.loads((ORACLE / name / "config.json").read_text())["decoder"]
+    kind = DECODER_KINDS[values["model_type"]]
+    decoder = kind.build(kind.parse_config(values)).eval()
+    tensors = load_file(ORACLE / name / "decoder.safetensors")
+    decoder.load_state_dict({key.removeprefix("decoder."): tensor for key, tensor in tensors.items()})
+    case = json.loads((ORACLE / name / "expected.json").read_text())["train_case"]
+    hidden = torch.tensor(np.load(ORACLE / name / "expected.npz")["encoder_last_hidden_state"])[case["image"]][None]
+    loss = caption_loss(decoder, hidden, *collate([(case["decoder_input_ids"], case["labels"])], pad_token_id=0))
+    assert loss.item() == pytest.approx(case["loss"], rel=1e-5)
 
 
 def test_only_cross_attention_learns_and_its_loss_falls() -> None:
