@@ -87,7 +87,6 @@ def remove_dead_staging(index_uri: str) -> None:
     fs, path = storage.filesystem(index_uri)
     if not storage.exists(index_uri):
         return
-    fs.invalidate_cache()
     for entry in fs.ls(path, detail=False):
         name = entry.rstrip("/").rsplit("/", 1)[-1]
         uri = storage.join(index_uri, name)

@@ -26,8 +26,8 @@ from smallcap.errors import RowError, RunError
 from smallcap.schema import CAPTION_COLUMNS, STATUS_ERROR, STATUS_OK
 
 Batch = dict[str, np.ndarray]
-# Seconds that a row took in a stage; they travel with the row to the writer, which sums and drops them.
 _FETCHED_TOGETHER = storage.FETCH_CONCURRENCY  # files held in memory at once; their crops are small
+# Seconds that a row took in a stage; they travel with the row to the writer, which sums and drops them.
 _TIMINGS = ("decode_s", "caption_s")
 _COLUMNS_FROM_DECODING = ("image_id", "image_uri", "status", "error_code", "error_message")
 _ROW_WITH_TIMINGS = pa.schema([*CAPTION_COLUMNS, *(pa.field(name, pa.float32()) for name in _TIMINGS)])

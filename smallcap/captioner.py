@@ -176,7 +176,7 @@ class Captioner:
             encoder = load_retrieval_encoder(retrieval_encoder, device, dtype)
         loaded = load_checkpoint(model, device, dtype)
         tokenizer = load_tokenizer(tokenizer_source(model))
-        k = loaded.config.k if k is None else k
+        k = (loaded.config.k if loaded.config.rag else 0) if k is None else k
         return cls(loaded, tokenizer, encoder, retriever, k, num_beams, max_new_tokens, length_penalty)
 
     def caption(

@@ -17,7 +17,7 @@ import re
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from smallcap import storage
 from smallcap.errors import IndexIntegrityError, ManifestError, StorageError
@@ -27,6 +27,7 @@ MANIFEST_FILE = "manifest.json"
 POINTER_FILE = "current.json"
 TEMPLATE_FILE = "template.faiss"
 VERSIONS_FOLDER = "versions"
+_FILE = re.compile(r"[\w.-]+(/[\w.-]+)*", re.ASCII)
 _INDEX_ID = re.compile(r"[0-9a-f]{16}")
 
 
@@ -48,6 +49,14 @@ class FileEntry(_Record):
     file: str  # relative to the version's folder
     bytes: int = Field(ge=0)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+    @field_validator("file")
+    @classmethod
+    def _stays_inside(cls, file: str) -> str:
+        """A reader copies what a manifest names: it must not name a place outside the version."""
+        if not _FILE.fullmatch(file) or ".." in file:
+            raise ValueError("must be a relative path of letters, digits, '.', '_' and '-', without '..'")
+        return file
 
 
 class ShardEntry(FileEntry):

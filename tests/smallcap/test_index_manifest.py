@@ -82,6 +82,14 @@ def test_manifests_that_cannot_be_read(data: bytes, message: str) -> None:
         parse_manifest(data, "manifest.json")
 
 
+@pytest.mark.parametrize("file", ["../escape", "/etc/passwd", "shards/../../x", "shards//0", "", "a\\b", "shards/0\n"])
+def test_a_file_outside_the_version_is_refused(file: str) -> None:
+    changed = values()
+    changed["template"]["file"] = file
+    with pytest.raises(ManifestError, match="template"):
+        parse_manifest(json.dumps(changed).encode(), "manifest.json")
+
+
 def test_encoder_check_names_both() -> None:
     manifest = parse()
     manifest.check_encoder(EncoderIdentity(spec="open_clip:elsewhere", weights_sha256="b" * 64, dim=4), "here")

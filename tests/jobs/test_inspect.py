@@ -1,0 +1,49 @@
+"""Golden files of the first formats, opened for ever."""
+
+from pathlib import Path
+
+import duckdb
+import pandas as pd
+import pytest
+
+from jobs.inspect import inspect_path
+from jobs.run_record import count_images, finished_ids, load_run_record
+from smallcap.errors import ConfigError
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+RUN = str(GOLDEN / "run_v1")
+
+
+def test_a_run_of_version_1_is_read() -> None:
+    record = load_run_record(RUN)
+    assert record is not None
+    assert record.status == "complete"
+    assert finished_ids(RUN).to_pylist() == ["10000000.jpg", "10000001.jpg", "broken.jpg"]
+    assert count_images(RUN) == record.images
+    assert record.images.errors_by_code == {"not_an_image": 1}
+    facts = inspect_path(RUN, samples=2)
+    assert (facts["kind"], facts["parts"], len(facts["samples"])) == ("run", 1, 2)
+    assert facts["samples"][0]["caption"]
+    assert len(facts["samples"][0]["neighbours"]) == 4
+
+
+def test_parts_are_read_by_pandas_and_duckdb() -> None:
+    part = str(next(Path(RUN).glob("part-*.parquet")))
+    frame = pd.read_parquet(part)
+    assert list(frame.status) == ["ok", "ok", "error"]
+    rows = duckdb.sql(
+        f"select image_id, neighbours[1].text as nearest, clip_score from '{part}' where status = 'ok' order by image_id"
+    ).fetchall()
+    assert [row[0] for row in rows] == ["10000000.jpg", "10000001.jpg"]
+    assert all(nearest and -1 <= score <= 1 for _, nearest, score in rows)
+
+
+def test_an_index_of_version_1_is_inspected() -> None:
+    facts = inspect_path(str(GOLDEN / "index_v1"), samples=3)
+    assert (facts["kind"], facts["ntotal"], facts["shards"]) == ("index", 32, 2)
+    assert len(facts["samples"]) == 3
+
+
+def test_another_folder_is_neither(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="neither an index nor a run"):
+        inspect_path(str(tmp_path), samples=1)
