@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from index_builder.build import BuildReport
 from jobs import build_index, caption
 from smallcap import storage
 from smallcap.config import CaptionConfig, CleaningConfig, IndexConfig
@@ -26,19 +27,14 @@ def run_demo(out: str, address: str | None = None) -> DemoResult:
         out: Folder for `index/` and `captions/`.
         address: Of a Ray cluster; by default a local one.
     """
-    folder = demo_folder()
-    index, captions = storage.join(out, "index"), storage.join(out, "captions")
-    report = build_index.run(
-        IndexConfig(
-            dumps=(str(folder / "captions.csv"),),
-            out=index,
-            encoder=DEMO,
-            shards=2,
-            cleaning=CleaningConfig(tokenizer=DEMO),
-        ),
-        address,
-    )
-    summary = caption.run(
-        CaptionConfig(images=(str(folder / "images"),), index=index, model=DEMO, out=captions), address
-    )
-    return DemoResult(index, not report.no_op, summary)
+    report = build_demo_index(storage.join(out, "index"), address)
+    images, captions = str(demo_folder() / "images"), storage.join(out, "captions")
+    config = CaptionConfig(images=(images,), index=report.index_uri, model=DEMO, out=captions)
+    return DemoResult(report.index_uri, not report.no_op, caption.run(config, address))
+
+
+def build_demo_index(out: str, address: str | None = None) -> BuildReport:
+    """Builds the index of the demo's caption dump at `out`, unless it is there."""
+    dump = str(demo_folder() / "captions.csv")
+    cleaning = CleaningConfig(tokenizer=DEMO)
+    return build_index.run(IndexConfig(dumps=(dump,), out=out, encoder=DEMO, shards=2, cleaning=cleaning), address)

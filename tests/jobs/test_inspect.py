@@ -31,9 +31,8 @@ def test_parts_are_read_by_pandas_and_duckdb() -> None:
     part = str(next(Path(RUN).glob("part-*.parquet")))
     frame = pd.read_parquet(part)
     assert list(frame.status) == ["ok", "ok", "error"]
-    rows = duckdb.sql(
-        f"select image_id, neighbours[1].text as nearest, clip_score from '{part}' where status = 'ok' order by image_id"
-    ).fetchall()
+    query = f"select image_id, neighbours[1].text, clip_score from '{part}' where status = 'ok' order by image_id"
+    rows = duckdb.sql(query).fetchall()
     assert [row[0] for row in rows] == ["10000000.jpg", "10000001.jpg"]
     assert all(nearest and -1 <= score <= 1 for _, nearest, score in rows)
 
