@@ -1,30 +1,22 @@
 """How often the demo's captions name exactly the objects that a held-out scene has.
 
-Renders scenes that no training saw, captions them through `smallcap.Captioner` with the dump `demo/captions.csv`,
+Renders scenes that no training saw, captions them through `smallcap.Captioner` with the index of `demo/captions.csv`,
 reads the objects out of each caption and compares them, with their counts, with the scene's. The last line is JSON.
 """
 
 import argparse
-import csv
 import json
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import cast
-
-import numpy as np
 
 from demo.render import encode_jpeg
 from demo.world import HELD_OUT_SEEDS, Scene, named_kinds, sample_scene
+from jobs.demo import build_demo_index
 from smallcap.captioner import Captioner
-from smallcap.checkpoint import load_checkpoint, tokenizer_source
-from smallcap.clip_encoder import RetrievalEncoder, load_retrieval_encoder
-from smallcap.prompt import load_tokenizer
-from smallcap.retriever import Neighbour, Retriever
 
-DEMO = Path(__file__).parent
 FIRST_SEED = 1_000  # far from the scenes that are shipped as pictures
 BATCH_SIZE = 32
 
@@ -51,38 +43,6 @@ class Report:
     right_by_objects: dict[int, float]
     objects_found: float
     seconds: float
-
-
-class ExactRetriever:
-    """Stands in for a published index: exact search over the dump, in memory."""
-
-    def __init__(self, captions: list[str], encoder: RetrievalEncoder) -> None:
-        self.captions = captions
-        self.embeddings = encoder.encode_texts(captions)
-
-    def search(
-        self, queries: np.ndarray, k: int, exclude_image_ids: Sequence[str | None] | None = None
-    ) -> list[list[Neighbour]]:
-        """Returns each query's k nearest captions, best first; held-out scenes have none in the dump to exclude."""
-        scores = queries @ self.embeddings.T
-        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        return [
-            [Neighbour(int(i), self.captions[i], float(scores[row, i])) for i in found]
-            for row, found in enumerate(order)
-        ]
-
-
-def load_captioner(model: str, encoder: str, index: str | None, num_beams: int) -> Captioner:
-    """Loads the model with a published index, or with exact search over the dump where none is given."""
-    if index is not None:
-        return Captioner.from_pretrained(model, index=index, k=4, num_beams=num_beams)
-    retrieval_encoder = load_retrieval_encoder(encoder)
-    with (DEMO / "captions.csv").open(encoding="utf-8", newline="") as file:
-        retriever = ExactRetriever([row["caption"] for row in csv.DictReader(file)], retrieval_encoder)
-    tokenizer = load_tokenizer(tokenizer_source(model))
-    return Captioner(
-        load_checkpoint(model), tokenizer, retrieval_encoder, cast("Retriever", retriever), k=4, num_beams=num_beams
-    )
 
 
 def caption_scenes(captioner: Captioner, scenes: list[Scene]) -> Iterator[SceneResult]:
@@ -135,13 +95,13 @@ def main() -> None:
     """Measures the demo model on held-out scenes."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--model", default="demo", help="`demo`, or a folder with a SmallCap checkpoint")
-    parser.add_argument("--encoder", default="demo", help="retrieval encoder, where no index names it")
-    parser.add_argument("--index", help="a published index of demo/captions.csv; by default exact search in memory")
+    parser.add_argument("--index", default="out/demo/index", help="index of demo/captions.csv, built if need be")
     parser.add_argument("--scenes", type=int, default=600)
     parser.add_argument("--num-beams", type=int, default=3)
     parser.add_argument("--json", type=Path, help="also write the report here")
     arguments = parser.parse_args()
-    captioner = load_captioner(arguments.model, arguments.encoder, arguments.index, arguments.num_beams)
+    index = build_demo_index(arguments.index).index_uri
+    captioner = Captioner.from_pretrained(arguments.model, index, num_beams=arguments.num_beams)
     evaluate(captioner, arguments.scenes, arguments.json)
 
 

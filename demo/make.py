@@ -13,12 +13,14 @@ import torch
 
 from demo.data import render_pool
 from demo.datastore import write_captions, write_images, write_references
-from demo.evaluate import evaluate, load_captioner
+from demo.evaluate import evaluate
 from demo.tokenizer import clip_form, save_gpt2_tokenizer, train_tokenizer
 from demo.train_clip import ClipRecipe, save_clip, train_clip
 from demo.train_cross_attention import CrossAttentionRecipe, train_cross_attention
 from demo.train_language_model import LanguageRecipe, train_language_model
 from demo.world import TRAIN_SEEDS
+from jobs.demo import build_demo_index
+from smallcap.captioner import Captioner
 
 DEMO = Path(__file__).parent
 
@@ -85,7 +87,8 @@ def main() -> None:
         shutil.rmtree(arguments.work_dir, ignore_errors=True)
     make_model(arguments.work_dir)
     publish(arguments.work_dir)
-    evaluate(load_captioner("demo", "demo", index=None, num_beams=3), 600, arguments.work_dir / "evaluation.json")
+    index = build_demo_index("out/demo/index").index_uri
+    evaluate(Captioner.from_pretrained("demo", index), 600, arguments.work_dir / "evaluation.json")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """Trains the demo's CLIP (transformers' `CLIPModel`) contrastively and saves it as an ordinary Hugging Face folder.
 
-Two contrastive terms: image against caption, as in CLIP, and each object's patches against the nouns (`a dog`, ...),
-as in RegionCLIP (Zhong et al., CVPR 2022). The second makes the patch features, which cross-attention reads, say what
-they show; without it only the class token learns.
+Two contrastive terms: image against caption, as in CLIP, and each object's patches against short texts, much as in
+RegionCLIP (Zhong et al., CVPR 2022). A first phase tells patches by their nouns (`a dog`); it makes them say what they
+show, and lets them forget where they are. A second phase adds sinusoids to the position embeddings and tells patches by
+their places (`at the top left`) and their turn in reading order (`the second object`) as well: cross-attention reads
+the patches, and could not name one object after the other without.
 """
 
 import argparse
@@ -32,6 +34,9 @@ from demo.tokenizer import (
 from demo.world import TRAIN_SEEDS, captions_of, load_kinds
 
 PATCH_PX = 12
+PLACES = [f"at the {row} {column}" for row in ("top", "middle", "bottom") for column in ("left", "middle", "right")]
+TURNS = ["the first object", "the second object", "the third object"]
+POSITION_SCALE = 0.6  # of the sinusoids, against the patch embeddings
 SHIFT_PX = 4
 
 
@@ -41,10 +46,13 @@ class ClipRecipe:
 
     scenes: int = 24_000
     captions_per_scene: int = 4
-    steps: int = 1_200
+    noun_steps: int = 1_200
+    noun_learning_rate: float = 1.5e-3
+    noun_warmup_steps: int = 80
+    place_steps: int = 200
+    place_learning_rate: float = 7e-4
+    place_warmup_steps: int = 30
     batch_size: int = 128
-    learning_rate: float = 1.5e-3
-    warmup_steps: int = 80
     weight_decay: float = 0.05
     seed: int = 0
 
@@ -99,71 +107,122 @@ def caption_loss(image_embeds: torch.Tensor, text_embeds: torch.Tensor, scale: t
 
 
 def region_logits(
-    model: CLIPModel, hidden: torch.Tensor, noun_embeds: torch.Tensor, places: torch.Tensor
+    model: CLIPModel, hidden: torch.Tensor, text_embeds: torch.Tensor, places: torch.Tensor
 ) -> torch.Tensor:
-    """Returns the similarity of each object's patches to each noun; [B, 3, number of kinds]."""
+    """Returns the scaled similarity of each object's patches to each text; [B, 3, number of texts]."""
     patches = hidden[:, 1:]  # without the class token
     regions = region_masks(places, IMAGE_PX // PATCH_PX) @ patches
     regions = F.normalize(model.visual_projection(model.vision_model.post_layernorm(regions)), dim=-1)
-    return model.logit_scale.exp() * regions @ noun_embeds.T
+    return model.logit_scale.exp() * regions @ text_embeds.T
+
+
+def place_classes(places: torch.Tensor) -> torch.Tensor:
+    """Returns for x, y in shares of the side [..., 3] the index into PLACES of the third of the image they are in."""
+    column, row = (places[..., :2] * 3).long().clamp(0, 2).unbind(-1)
+    return row * 3 + column
+
+
+def region_loss(logits: torch.Tensor, kinds: torch.Tensor, places: torch.Tensor, nouns: int) -> torch.Tensor:
+    """Cross-entropy of each object's patches over the nouns and, where the logits go on, over places and turns."""
+    present = kinds >= 0
+    of_regions = logits[present]
+    loss = F.cross_entropy(of_regions[:, :nouns], kinds[present])
+    if logits.shape[-1] > nouns:
+        turns = torch.arange(kinds.shape[1]).expand_as(kinds)[present]
+        loss = loss + F.cross_entropy(of_regions[:, nouns : -len(TURNS)], place_classes(places)[present])
+        loss = loss + F.cross_entropy(of_regions[:, -len(TURNS) :], turns)
+    return loss
 
 
 def train_clip(recipe: ClipRecipe, images: np.ndarray, tokenizer: Tokenizer) -> CLIPModel:
-    """Trains on the rendered scenes; prints the state every 50 steps."""
+    """Trains on the rendered scenes, in two phases; prints the state every 50 steps."""
     torch.manual_seed(recipe.seed)
-    rng = np.random.default_rng(recipe.seed)
+    model = build_model(tokenizer)
+    train_phase(model, recipe, images, tokenizer, with_places=False)
+    add_sinusoids(model, images[: recipe.batch_size])
+    train_phase(model, recipe, images, tokenizer, with_places=True)
+    return model.eval()
+
+
+@torch.no_grad()
+def add_sinusoids(model: CLIPModel, images: np.ndarray) -> None:
+    """Adds sines and cosines of x and y to the patches' position embeddings, in proportion to the patch embeddings.
+
+    CLIP's own start at a hundredth of the patches' size, and a short training leaves them there.
+    """
+    embeddings = model.vision_model.embeddings
+    grid = IMAGE_PX // PATCH_PX
+    centres = (torch.arange(grid) + 0.5) / grid
+    waves = torch.stack([wave(math.pi * rate * centres) for rate in (0.5, 1, 2) for wave in (torch.sin, torch.cos)], 1)
+    waves = waves - waves.mean(0)  # [grid, 6]
+    of_x, of_y = waves[None].expand(grid, grid, 6), waves[:, None].expand(grid, grid, 6)
+    axes = torch.linalg.qr(torch.randn(model.config.vision_config.hidden_size, 12))[0]
+    sinusoids = torch.cat([of_x, of_y], -1).flatten(0, 1) @ axes.T  # [grid * grid, hidden]
+    patches = embeddings.patch_embedding(normalise(np.array(images)))
+    embeddings.position_embedding.weight[1:] += sinusoids * (POSITION_SCALE * patches.std() / sinusoids.std())
+
+
+def train_phase(
+    model: CLIPModel, recipe: ClipRecipe, images: np.ndarray, tokenizer: Tokenizer, with_places: bool
+) -> None:
+    """Trains in place with regions told by nouns alone, or by nouns, places and turns."""
+    steps = recipe.place_steps if with_places else recipe.noun_steps
+    rng = np.random.default_rng([recipe.seed, with_places])
     scenes = train_scenes(recipe.scenes)
     captions = [captions_of(scene, recipe.captions_per_scene) for scene in scenes]
     kinds, places = object_table(scenes)
-    noun_ids = tokenize(tokenizer, [f"{kind.article} {kind.noun}" for kind in load_kinds()])
-    model = build_model(tokenizer).train()
-    optimizer, schedule = build_optimizer(model, recipe)
+    nouns = [f"{kind.article} {kind.noun}" for kind in load_kinds()]
+    region_texts = tokenize(tokenizer, nouns + (PLACES + TURNS if with_places else []))
+    optimizer, schedule = build_optimizer(
+        model.train(),
+        steps,
+        recipe.place_learning_rate if with_places else recipe.noun_learning_rate,
+        recipe.place_warmup_steps if with_places else recipe.noun_warmup_steps,
+        recipe.weight_decay,
+    )
     start = time.perf_counter()
     order = np.concatenate(
-        [rng.permutation(recipe.scenes) for _ in range(1 + recipe.steps * recipe.batch_size // recipe.scenes)]
+        [rng.permutation(recipe.scenes) for _ in range(1 + steps * recipe.batch_size // recipe.scenes)]
     )
-    for step in range(recipe.steps):
-        rows = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
-        pixels, moved = shift(normalise(images[np.sort(rows)]), places[np.sort(rows)], rng)
-        rows = np.sort(rows)
+    for step in range(steps):
+        rows = np.sort(order[step * recipe.batch_size : (step + 1) * recipe.batch_size])
+        pixels, moved = shift(normalise(np.array(images[rows])), places[rows], rng)
         texts = tokenize(tokenizer, [captions[row][rng.integers(recipe.captions_per_scene)] for row in rows])
         with torch.autocast("cpu", torch.bfloat16):
             image_embeds, hidden = embed_images(model, pixels)
-            text_embeds, noun_embeds = embed_texts(model, texts), embed_texts(model, noun_ids)
-            logits = region_logits(model, hidden.float(), noun_embeds, moved)
+            text_embeds, region_embeds = embed_texts(model, texts), embed_texts(model, region_texts)
+            logits = region_logits(model, hidden.float(), region_embeds, moved).float()
         of_captions = caption_loss(image_embeds.float(), text_embeds.float(), model.logit_scale.exp())
-        targets = kinds[rows]
-        of_regions = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        of_regions = region_loss(logits, kinds[rows], moved, len(nouns))
         optimizer.zero_grad()
         (of_captions + of_regions).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         model.logit_scale.data.clamp_(max=math.log(100))
-        if step % 50 == 49 or step == recipe.steps - 1:
+        if step % 50 == 49 or step == steps - 1:
             right = (image_embeds @ text_embeds.T).argmax(1).eq(torch.arange(len(rows))).float().mean()
-            seen = targets >= 0
-            named = logits.argmax(-1)[seen].eq(targets[seen]).float().mean()
+            seen = kinds[rows] >= 0
+            named = logits[seen][:, : len(nouns)].argmax(-1).eq(kinds[rows][seen]).float().mean()
             print(
                 f"clip step {step + 1}: loss {of_captions.item():.3f} + {of_regions.item():.3f}, in-batch {right:.3f}, "
                 f"objects {named:.3f}, {time.perf_counter() - start:.0f} s",
                 flush=True,
             )
-    return model.eval()
 
 
 def build_optimizer(
-    model: torch.nn.Module, recipe: ClipRecipe
+    model: torch.nn.Module, steps: int, learning_rate: float, warmup_steps: int, weight_decay: float
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """AdamW with warm-up and cosine; no decay on vectors."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98))
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98))
 
     def factor(step: int) -> float:
-        progress = min(1.0, step / recipe.steps)
-        return min(1.0, (step + 1) / recipe.warmup_steps) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
+        progress = min(1.0, step / steps)
+        return min(1.0, (step + 1) / warmup_steps) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
@@ -203,12 +262,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--work-dir", type=Path, default=Path("out/demo-model"))
     parser.add_argument("--out", type=Path, default=Path("demo/model/clip"))
-    parser.add_argument("--steps", type=int, default=ClipRecipe.steps)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     random.seed(0)
-    recipe = ClipRecipe(steps=arguments.steps)
+    recipe = ClipRecipe()
     images = render_pool(TRAIN_SEEDS[: recipe.scenes], arguments.work_dir / f"scenes-{recipe.scenes}.npy")
     tokenizer = clip_form(train_tokenizer(TRAIN_SEEDS[: recipe.scenes]))
     save_clip(train_clip(recipe, images, tokenizer), tokenizer, arguments.out)

@@ -109,7 +109,9 @@ def train_language_model(recipe: LanguageRecipe, tokenizer: Tokenizer) -> GPT2LM
     scenes = [sample_scene(seed) for seed in TRAIN_SEEDS[: recipe.scenes]]
     documents = Documents(scenes, recipe.captions_per_scene, tokenizer)
     model = build_language_model(tokenizer).train()
-    optimizer, schedule = build_optimizer(model, recipe)
+    optimizer, schedule = build_optimizer(
+        model, recipe.steps, recipe.learning_rate, recipe.warmup_steps, recipe.weight_decay
+    )
     start = time.perf_counter()
     for step in range(recipe.steps):
         ids, labels = pad_documents([documents.draw(rng) for _ in range(recipe.batch_size)])

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -146,6 +147,28 @@ def test_only_broken_images_make_a_complete_run(tmp_path: Path, index: str, tiny
     summary = caption.run(config_for(str(tmp_path / "images"), index, tiny_smallcap, out))
     assert (summary.images.ok, summary.images.error) == (0, 1)
     assert pq.read_schema(list_parts(out)[0]).equals(CAPTION_COLUMNS, check_metadata=False)
+
+
+def test_the_job_runs_as_a_module_from_a_config_file(
+    tmp_path: Path,
+    index: str,
+    tiny_smallcap: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As `ray job submit … python -m jobs.caption --config FILE --set …` does."""
+    images, out = str(tmp_path / "images"), str(tmp_path / "out")
+    write_images(images, 2)
+    (tmp_path / "run.yaml").write_text(f"images: [{images}]\nindex: {index}\nmodel: {tiny_smallcap}\n")
+    monkeypatch.setattr(sys, "argv", ["caption", "--config", str(tmp_path / "run.yaml"), "--set", f"out={out}"])
+    runpy.run_module("jobs.caption", run_name="__main__")
+    assert "2 rows: 2 ok, 0 errors" in capsys.readouterr().out
+    assert len(read_rows(out)) == 2
+    monkeypatch.setattr(sys, "argv", ["caption", "--set", f"out={out}"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("jobs.caption", run_name="__main__")
+    assert ended.value.code == 2
+    assert "Give --images" in capsys.readouterr().err
 
 
 def test_changed_options_are_refused_and_named(tmp_path: Path, index: str, tiny_smallcap: Path) -> None:
