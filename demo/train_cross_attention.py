@@ -4,6 +4,11 @@ Each training scene is encoded once. Training starts with the short prompt witho
 serves (k=0), and goes on with the prompt that holds the four captions of the shipped dump that CLIP finds nearest to
 the image, those of the image itself left out. The loss is on the caption that follows the prompt.
 
+Two things speed it up. The patches are whitened, because their spread differs by a factor of a thousand between
+directions; the whitening is folded into the weights at the end. And the last layer's values start at the linear map
+from patches to the nouns' embeddings that fits best, so that attending to an object names it from the first step. Both
+change where training starts and how fast it goes, not what is trained.
+
 Source: Ramos et al. 2023, section 3.3.
 """
 
@@ -22,9 +27,9 @@ import torch
 from torch import Tensor
 from transformers import CLIPModel, GPT2LMHeadModel
 
-from demo.data import normalise, render_pool
+from demo.data import normalise, object_table, region_masks, render_pool, train_scenes
 from demo.datastore import CAPTIONS_PER_SCENE, datastore_rows
-from demo.world import TRAIN_SEEDS, captions_of, sample_scene
+from demo.world import TRAIN_SEEDS, captions_of, load_kinds, sample_scene
 from smallcap.checkpoint import SmallCapConfig, SmallCapModel, save_checkpoint
 from smallcap.clip_encoder import RetrievalEncoder, load_retrieval_encoder
 from smallcap.gpt2 import parse_gpt2_config
@@ -40,15 +45,16 @@ class CrossAttentionRecipe:
 
     scenes: int = 24_000
     captions_per_scene: int = 4
-    reduce_factor: int = 2
+    reduce_factor: int = 1
     k: int = 4
-    plain_steps: int = 700  # first, without retrieval: what is in the image is learnt at a sixth of the cost
+    plain_steps: int = 1_400  # first, without retrieval: what is in the image is learnt at a sixth of the cost
     plain_batch_size: int = 128
-    steps: int = 900  # then with retrieved captions
+    steps: int = 600  # then with retrieved captions
     batch_size: int = 48
-    learning_rate: float = 4e-3
-    warmup_steps: int = 100
+    learning_rate: float = 3e-3
+    warmup_steps: int = 50
     weight_decay: float = 0.01
+    start_scale: float = 4.0  # of the values' first map, against the nouns' embeddings
     seed: int = 0
 
 
@@ -128,6 +134,70 @@ def retrieve_others(retrieval_encoder: RetrievalEncoder, embeddings: np.ndarray,
     return retrieved
 
 
+@dataclass(frozen=True)
+class Whitening:
+    """A linear map that gives the patches zero mean and unit spread in every direction.
+
+    Attributes:
+        mean: [Hv].
+        matrix: [Hv, Hv], symmetric.
+    """
+
+    mean: Tensor
+    matrix: Tensor
+
+    @classmethod
+    def of(cls, features: Tensor) -> "Whitening":
+        """Measures the map on [N, P, Hv] features."""
+        rows = features.float().flatten(0, 1)
+        spread, axes = torch.linalg.eigh(torch.cov(rows.T))
+        return cls(rows.mean(0), (axes * (spread + 1e-3 * spread.mean()).rsqrt()) @ axes.T)
+
+    def apply(self, features: Tensor, rows_at_once: int = 1_000) -> Tensor:
+        """Returns [N, P, Hv] whitened features in bf16."""
+        parts = features.split(rows_at_once)
+        return torch.cat([((part.float() - self.mean) @ self.matrix).bfloat16() for part in parts])
+
+    @torch.no_grad()
+    def fold_into(self, model: SmallCapModel) -> None:
+        """Makes a cross-attention that was trained on whitened features take the encoder's own."""
+        for block in model.decoder.transformer.h:  # type: ignore[union-attr]
+            projection = block.crossattention.c_attn
+            projection.bias -= self.mean @ self.matrix @ projection.weight
+            projection.weight.copy_(self.matrix @ projection.weight)
+
+
+@torch.no_grad()
+def start_at_nouns(model: SmallCapModel, features: Tensor, noun_ids: Sequence[int], scale: float) -> None:
+    """Sets the last cross-attention's values to the ridge regression from patches to their nouns' embeddings.
+
+    Args:
+        model: Its reduce factor must be 1.
+        features: [N, 1 + grid * grid, Hv] whitened features of the first N training scenes.
+        noun_ids: The token of each kind's noun, in the table's order.
+        scale: Of the regression's targets.
+    """
+    kinds, places = object_table(train_scenes(len(features)))
+    patches = features[:, 1:].float()
+    inside = (region_masks(places, round(patches.shape[1] ** 0.5)) > 0) & (kinds >= 0)[..., None]  # [N, 3, patches]
+    kind_of = torch.where(inside, kinds.clamp(min=0)[..., None], -1).amax(1)  # [N, patches]
+    nouns = model.decoder.transformer.wte.weight[list(noun_ids)]  # type: ignore[union-attr]
+    nouns = nouns - nouns.mean(0)
+    on_objects, on_ground = patches[kind_of >= 0], patches[kind_of < 0]
+    on_ground = on_ground[torch.randperm(len(on_ground))[: len(on_objects) // 2]]
+    sources = torch.cat([on_objects, on_ground])
+    targets = scale * torch.cat([nouns[kind_of[kind_of >= 0]], torch.zeros(len(on_ground), nouns.shape[1])])
+    centred = sources - sources.mean(0)
+    covariance = centred.T @ centred / len(centred)
+    ridge = 1e-3 * covariance.diagonal().mean() * torch.eye(len(covariance))
+    weight = torch.linalg.solve(covariance + ridge, centred.T @ (targets - targets.mean(0)) / len(centred))
+    attention = model.decoder.transformer.h[-1].crossattention  # type: ignore[union-attr]
+    size = weight.shape[1]
+    attention.c_attn.weight[:, size:] = weight
+    attention.c_attn.bias[size:] = targets.mean(0) - sources.mean(0) @ weight
+    attention.c_proj.weight.copy_(torch.eye(size))
+
+
 def sample_batches(recipe: CrossAttentionRecipe, lengths: Sequence[int], rng: random.Random) -> Iterator[list[int]]:
     """Yields one batch of rows per step with retrieval.
 
@@ -165,7 +235,7 @@ def sample_examples(
 def train(recipe: CrossAttentionRecipe, model: SmallCapModel, features: Tensor, texts: EncodedTexts) -> None:
     """Trains the cross-attention in place; prints the state every 100 steps."""
     trained = freeze_all_but_cross_attention(model.decoder)
-    optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, betas=(0.9, 0.98))
     total = recipe.plain_steps + recipe.steps
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
@@ -210,7 +280,12 @@ def train_cross_attention(
             for seed in TRAIN_SEEDS[: recipe.scenes]
         ],
     )
+    whitening = Whitening.of(features[:2_500])
+    features = whitening.apply(features)
+    nouns = [ids[0] for ids in encode_texts(tokenizer, [f" {kind.noun}" for kind in load_kinds()])]
+    start_at_nouns(model, features[:4_000], nouns, recipe.start_scale)
     train(recipe, model, features, texts)
+    whitening.fold_into(model)
     # The same function under the name that GPT-2 checkpoints, and so the reference, know it by.
     model.config = replace(model.config, decoder=replace(model.config.decoder, activation="gelu_new"))
     save_checkpoint(model, out, torch.float16)

@@ -8,7 +8,7 @@ import torch
 from demo.data import object_table, region_masks
 from demo.datastore import datastore_rows
 from demo.tokenizer import train_tokenizer
-from demo.train_cross_attention import retrieve_others
+from demo.train_cross_attention import Whitening, retrieve_others
 from demo.train_language_model import IGNORED, Documents, pad_documents
 from demo.world import load_kinds, sample_scene
 
@@ -35,7 +35,7 @@ def test_object_table_lists_kinds_and_ignores_absent_objects() -> None:
 
 def test_documents_end_with_eos_and_padding_is_not_learnt() -> None:
     tokenizer = train_tokenizer(range(200))
-    documents = Documents([sample_scene(seed) for seed in range(200)], 2, tokenizer)
+    documents = Documents([sample_scene(seed) for seed in range(200)], 4, tokenizer)
     rng = random.Random(0)
     drawn = [documents.draw(rng) for _ in range(20)]
     ids, labels = pad_documents(drawn)
@@ -58,3 +58,20 @@ def test_an_images_own_captions_are_not_retrieved_for_it(monkeypatch) -> None:  
     query = np.zeros((1, 12), np.float32)
     query[0, [0, 1, 7, 5]] = [4, 3, 2, 1]  # rows 0 and 1 are captions of the first training scene
     assert retrieve_others(_TextIsItsRow(), query, k=2) == [[rows[7][1], rows[5][1]]]  # type: ignore[arg-type]
+
+
+def test_whitened_features_have_unit_spread_and_fold_into_the_weights() -> None:
+    from smallcap.checkpoint import load_checkpoint
+
+    model = load_checkpoint("demo")
+    attention = model.decoder.transformer.h[-1].crossattention  # type: ignore[union-attr]
+    size = attention.c_attn.weight.shape[0]
+    features = torch.randn(50, 65, size) * torch.logspace(-1, 1, size) + 3
+    whitening = Whitening.of(features)
+    whitened = whitening.apply(features).float()
+    assert torch.allclose(whitened.flatten(0, 1).mean(0), torch.zeros(size), atol=0.05)
+    assert whitened.flatten(0, 1).std(0).median() > 0.9
+    on_whitened = attention.c_attn(whitened)
+    whitening.fold_into(model)
+    folded = attention.c_attn(features)
+    assert (folded - on_whitened).abs().mean() < 0.02 * on_whitened.abs().mean()

@@ -38,7 +38,7 @@ def test_parts_are_read_by_pandas_and_duckdb() -> None:
 
 
 def test_an_index_of_version_1_is_inspected() -> None:
-    facts = inspect_path(str(GOLDEN / "index_v1"), samples=3)
+    facts = inspect_path(str(GOLDEN / "index_v1" / "index"), samples=3)
     assert (facts["kind"], facts["ntotal"], facts["shards"]) == ("index", 32, 2)
     assert len(facts["samples"]) == 3
 
