@@ -1,8 +1,9 @@
 """Staging and publishing: data first, the marker last.
 
-    INDEX/.staging-<build>/owner.json   who builds here, and when it last showed signs of life
-    INDEX/.staging-<build>/work/        intermediate files
-    INDEX/.staging-<build>/version/     becomes INDEX/versions/<index_id>/
+    INDEX/.staging-<build>/
+      owner.json   who builds here, and when it last showed signs of life
+      work/        intermediate files
+      version/     becomes INDEX/versions/<index_id>/
 
 On a local disk a version appears by one rename. On an object store its files are copied and `manifest.json` is written
 last: a version without one does not exist. Readers follow the pointer, which is switched after that.
