@@ -4,10 +4,10 @@ Each training scene is encoded once. Training starts with the short prompt witho
 serves (k=0), and goes on with the prompt that holds the four captions of the shipped dump that CLIP finds nearest to
 the image, those of the image itself left out. The loss is on the caption that follows the prompt.
 
-Two things speed it up. The patches are whitened, because their spread differs by a factor of a thousand between
-directions; the whitening is folded into the weights at the end. And the last layer's values start at the linear map
-from patches to the nouns' embeddings that fits best, so that attending to an object names it from the first step. Both
-change where training starts and how fast it goes, not what is trained.
+Two things are meant to speed it up; what each is worth has not been measured apart. The patches are whitened, because
+their spread differs by a factor of a thousand between directions; the whitening is folded into the weights at the end.
+And the last layer's values start at the linear map from patches to the nouns' embeddings that fits best. Both change
+where training starts and how it goes, not what is trained.
 
 Source: Ramos et al. 2023, section 3.3.
 """

@@ -183,20 +183,14 @@ class OPTStack(DecoderStack):
         return self.final_layer_norm(x)
 
 
-class OPTDecoder(TextDecoder):
-    """OPT with cross-attention; the output embedding is the input embedding."""
+class StackedDecoder(TextDecoder):
+    """A decoder over a `DecoderStack`; the output embedding is the input embedding."""
 
     trained_marker = "encoder_attn"  # with the cross-attention's norm, unlike GPT-2's: it shares the name
 
-    def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.model = nn.ModuleDict({"decoder": OPTStack(config)})
-        init_weights(self)
-
     @property
-    def _stack(self) -> DecoderStack:
-        return cast("DecoderStack", self.model["decoder"])
+    @abstractmethod
+    def _stack(self) -> DecoderStack: ...
 
     def cross_attention_kv(self, encoder_hidden_states: Tensor) -> CrossAttentionKV:
         """Projects [B, P, Hv] encoder hidden states to every layer's cross-attention keys and values."""
@@ -216,6 +210,20 @@ class OPTDecoder(TextDecoder):
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Returns [..., V] logits of [..., E] hidden states."""
         return F.linear(hidden_states, self._stack.embed_tokens.weight)
+
+
+class OPTDecoder(StackedDecoder):
+    """OPT with cross-attention."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = nn.ModuleDict({"decoder": OPTStack(config)})
+        init_weights(self)
+
+    @property
+    def _stack(self) -> DecoderStack:
+        return cast("DecoderStack", self.model["decoder"])
 
 
 def init_weights(decoder: nn.Module) -> None:

@@ -9,12 +9,10 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smallcap.kv_cache import KVCache
-from smallcap.opt import ENCODER_HIDDEN_SIZE, POSITION_OFFSET, DecoderLayer, DecoderStack, init_weights
-from smallcap.text_decoder import CrossAttentionKV, DecoderConfig, TextDecoder
+from smallcap.opt import ENCODER_HIDDEN_SIZE, POSITION_OFFSET, DecoderLayer, DecoderStack, StackedDecoder, init_weights
+from smallcap.text_decoder import DecoderConfig
 
 
 def parse_xglm_config(values: dict[str, Any]) -> DecoderConfig:
@@ -85,10 +83,8 @@ def sinusoids(count: int, size: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-class XGLMDecoder(TextDecoder):
-    """XGLM with cross-attention; the output embedding is the input embedding."""
-
-    trained_marker = "encoder_attn"  # with the cross-attention's norm, unlike GPT-2's: it shares the name
+class XGLMDecoder(StackedDecoder):
+    """XGLM with cross-attention."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -96,21 +92,6 @@ class XGLMDecoder(TextDecoder):
         self.model = XGLMStack(config)
         init_weights(self)
 
-    def cross_attention_kv(self, encoder_hidden_states: Tensor) -> CrossAttentionKV:
-        """Projects [B, P, Hv] encoder hidden states to every layer's cross-attention keys and values."""
-        return self.model.project_encoder(encoder_hidden_states)
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        attention_mask: Tensor,
-        cross_kv: CrossAttentionKV,
-        cache: KVCache | None = None,
-    ) -> Tensor:
-        """Returns the last layer's normalised hidden states, [B, S, E]."""
-        return self.model(input_ids, position_ids, attention_mask, cross_kv, cache)
-
-    def logits(self, hidden_states: Tensor) -> Tensor:
-        """Returns [..., V] logits of [..., E] hidden states."""
-        return F.linear(hidden_states, self.model.embed_tokens.weight)
+    @property
+    def _stack(self) -> DecoderStack:
+        return self.model
