@@ -16,6 +16,7 @@ from demo.render import encode_jpeg
 from demo.world import HELD_OUT_SEEDS, Scene, named_kinds, sample_scene
 from jobs.demo import build_demo_index
 from smallcap.captioner import Captioner
+from smallcap.config import GenerationConfig
 
 FIRST_SEED = 1_000  # far from the scenes that are shipped as pictures
 BATCH_SIZE = 32
@@ -101,7 +102,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the report here")
     arguments = parser.parse_args()
     index = build_demo_index(arguments.index).index_uri
-    captioner = Captioner.from_pretrained(arguments.model, index, num_beams=arguments.num_beams)
+    captioner = Captioner.from_pretrained(
+        arguments.model, index, generation=GenerationConfig(num_beams=arguments.num_beams)
+    )
     evaluate(captioner, arguments.scenes, arguments.json)
 
 

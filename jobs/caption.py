@@ -32,6 +32,7 @@ from smallcap.clip_encoder import resolve_encoder_identity
 from smallcap.config import CaptionConfig
 from smallcap.dataset import list_images
 from smallcap.index_manifest import load_manifest, utc_now
+from smallcap.precision import fastest_cpu_dtype
 from smallcap.schema import caption_schema
 
 _IMAGES_PER_BLOCK = 256
@@ -39,6 +40,7 @@ _IMAGES_PER_BLOCK = 256
 # which Ray would otherwise fuse it.
 _DECODE_MEMORY_BYTES = 512 << 20
 _CPU_BATCH, _GPU_BATCH = 32, 256  # images
+_BATCHES_PER_CALL = {"cpu": 1, "cuda": 4}  # on a GPU an actor prepares its next batch while it decodes one
 
 
 @dataclass(frozen=True)
@@ -96,10 +98,12 @@ def _describe_attempt(attempt: Attempt, images: int) -> list[str]:
     assert attempt.seconds and attempt.decode_s and attempt.caption_s and attempt.actors
     busy = attempt.caption_s / attempt.actors / attempt.seconds
     verdict = "captioning is the bottleneck" if busy > 0.5 else "starting up, reading and writing took most of the time"
+    dtype = attempt.dtype or ""
+    fallbacks = "" if attempt.decoded_by_pillow is None else f", {attempt.decoded_by_pillow:,} whole by Pillow"
     return [
         f"Captioned {images:,} images in {attempt.seconds:.1f} s, {images / attempt.seconds:.1f} images/s:",
-        f"  fetch and decode  {images / attempt.decode_s:8,.1f} images/s in one CPU task",
-        f"  caption           {images / attempt.caption_s:8,.1f} images/s in one {attempt.device} actor",
+        f"  fetch and decode  {images / attempt.decode_s:8,.1f} images/s in one CPU task{fallbacks}",
+        f"  caption           {images / attempt.caption_s:8,.1f} images/s in one {attempt.device} actor, {dtype}",
         f"  {attempt.actors} actor(s) busy {busy:.0%} of the time: {verdict}",
     ]
 
@@ -136,17 +140,20 @@ def _caption(config: CaptionConfig, record: RunRecord, todo: pa.Table, address: 
     from jobs.stages import CaptionerSpec, CaptionImages, PartSink, fetch_and_decode
 
     connect(address)
-    pool = plan_actors(config.compute, node_resources())
-    attempt = Attempt(started_at=utc_now(), images=todo.num_rows, actors=pool.num_actors, device=pool.device)
+    pool = plan_actors(config.compute, node_resources(), _cpu_dtype(config, record))
+    attempt = Attempt(
+        started_at=utc_now(), images=todo.num_rows, actors=pool.num_actors, device=pool.device, dtype=pool.dtype
+    )
     record = record.model_copy(update={"status": "running"})
     write_run_record(config.out, record.model_copy(update={"attempts": (*record.attempts, attempt)}))
 
-    schema = caption_schema(record.run_id, record.model_id, record.index_id or "")
+    schema = caption_schema(record.run_id, record.model_id, record.index_id or "", record.schema_version)
     sink = PartSink(
         config.out, schema, len(record.attempts), config.output.rows_per_part, config.output.rows_per_row_group
     )
-    plan = CropPlan.load(config.model, record.retrieval_encoder)
-    spec = CaptionerSpec(config, pool.device, pool.dtype, record.index_id, record.retrieval_encoder)
+    plan = CropPlan.load(config.model, record.retrieval_encoder, config.input.decode)
+    batch_size = _batch_size(config, pool.device)
+    spec = CaptionerSpec(config, pool.device, pool.dtype, record.index_id, record.retrieval_encoder, batch_size)
 
     started = time.perf_counter()
     with own_errors(), stage_progress():
@@ -162,7 +169,7 @@ def _caption(config: CaptionConfig, record: RunRecord, todo: pa.Table, address: 
             .map_batches(
                 CaptionImages,
                 fn_constructor_args=(spec,),
-                batch_size=_batch_size(config, pool.device),
+                batch_size=batch_size * _BATCHES_PER_CALL[pool.device],
                 compute=ray.data.ActorPoolStrategy(size=pool.num_actors),
                 num_cpus=pool.cpus_per_actor,
                 num_gpus=pool.gpus_per_actor,
@@ -175,9 +182,22 @@ def _caption(config: CaptionConfig, record: RunRecord, todo: pa.Table, address: 
             "seconds": round(time.perf_counter() - started, 3),
             "decode_s": round(sink.totals.decode_s, 3),
             "caption_s": round(sink.totals.caption_s, 3),
+            "decoded_by_pillow": sink.totals.by_pillow if config.input.decode == "fast" else None,
         }
     )
     return record.model_copy(update={"attempts": (*record.attempts, attempt)})
+
+
+def _cpu_dtype(config: CaptionConfig, record: RunRecord) -> str:
+    """Returns what `auto` means on CPU actors: what earlier attempts of the run took, else what a worker measures."""
+    import ray
+
+    earlier = [attempt.dtype for attempt in record.attempts if attempt.device == "cpu" and attempt.dtype]
+    if config.compute.dtype != "auto" or earlier:
+        return earlier[0] if earlier else config.compute.dtype
+    measure = ray.remote(fastest_cpu_dtype)
+    dtype: str = ray.get(measure.remote())
+    return dtype
 
 
 def _batch_size(config: CaptionConfig, device: str) -> int:

@@ -25,10 +25,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from smallcap import storage
 from smallcap.config import CaptionConfig, config_difference
 from smallcap.errors import ConfigError, SchemaError, StorageError
-from smallcap.schema import STATUS_OK, check_caption_schema
+from smallcap.schema import SCHEMA_VERSION, STATUS_OK, check_caption_schema, to_newest_version
 
 RUN_FILE = "run.json"
-RUN_FORMAT_VERSION = 1
+RUN_FORMAT_VERSION = 2
 _PACKAGES = ("smallcap", "torch", "transformers", "open_clip_torch", "pyarrow", "ray")
 # What may differ between the attempts of one run: where it runs, and how much of its input it takes.
 _FREE = ("compute.device", "compute.batch_size", "compute.num_actors", "compute.gpus_per_actor", "limit", "out")
@@ -49,6 +49,8 @@ class Attempt(_Record):
     caption_s: float | None = None  # summed over actors, loading excluded
     actors: int | None = None
     device: str | None = None
+    dtype: str | None = None
+    decoded_by_pillow: int | None = None  # images that decode: fast left to Pillow
 
 
 class ImageCounts(_Record):
@@ -61,9 +63,10 @@ class ImageCounts(_Record):
 
 
 class RunRecord(_Record):
-    """The content of `run.json`, format version 1."""
+    """The content of `run.json`, format version 2; version 1 lacks some fields, whose defaults here are what held."""
 
-    format_version: Literal[1] = 1
+    format_version: Literal[1, 2] = 1
+    schema_version: Literal[1, 2] = 1  # of the run's parts
     run_id: str
     status: Literal["running", "complete"] = "running"
     config: dict[str, Any]
@@ -80,6 +83,8 @@ class RunRecord(_Record):
     ) -> RunRecord:
         """Returns the record of a run that begins."""
         return cls(
+            format_version=RUN_FORMAT_VERSION,
+            schema_version=SCHEMA_VERSION,
             run_id=uuid.uuid4().hex[:12],
             config=config.model_dump(mode="json"),
             model_id=model_id,
@@ -94,7 +99,8 @@ class RunRecord(_Record):
         Raises:
             ConfigError: Its config or its model differs, and mixing the two would make one output of two runs.
         """
-        changes = config_difference(_pinned(self.config), _pinned(config.model_dump(mode="json")))
+        own = CaptionConfig.model_validate(self.config).model_dump(mode="json")  # with the defaults of newer options
+        changes = config_difference(_pinned(own), _pinned(config.model_dump(mode="json")))
         if model_id != self.model_id:
             changes.append(f"model weights: {self.model_id} → {model_id}")
         if changes:
@@ -117,11 +123,11 @@ def load_run_record(out: str) -> RunRecord | None:
         return None
     try:
         values = json.loads(storage.read_bytes(where))
-        if values.get("format_version") != RUN_FORMAT_VERSION:
+        if values.get("format_version") not in range(1, RUN_FORMAT_VERSION + 1):
             raise SchemaError(
                 "run.json has an unknown format version.",
                 where=where,
-                expected=str(RUN_FORMAT_VERSION),
+                expected=f"1 to {RUN_FORMAT_VERSION}",
                 found=str(values.get("format_version")),
                 remedy="Use the smallcap release that wrote it, or a newer one.",
             )
@@ -131,7 +137,8 @@ def load_run_record(out: str) -> RunRecord | None:
 
 
 def write_run_record(out: str, record: RunRecord) -> None:
-    """Writes `run.json`, atomically."""
+    """Writes `run.json`, atomically, in the newest format version."""
+    record = record.model_copy(update={"format_version": RUN_FORMAT_VERSION})
     data = json.dumps(record.model_dump(mode="json"), indent=2) + "\n"
     storage.write_bytes(storage.join(out, RUN_FILE), data.encode())
 
@@ -182,7 +189,8 @@ def read_parts(out: str, columns: list[str]) -> Iterator[tuple[str, pa.Table]]:
             try:
                 part = pq.ParquetFile(file)
                 check_caption_schema(part.schema_arrow, uri)
-                yield uri, part.read(columns)
+                known = [name for name in columns if name in part.schema_arrow.names]
+                yield uri, to_newest_version(part.read(known)).select(columns)
             except pa.ArrowInvalid as error:
                 raise SchemaError(
                     "A part cannot be read as Parquet.",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +29,10 @@ Batch = dict[str, np.ndarray]
 _FETCHED_TOGETHER = storage.FETCH_CONCURRENCY  # files held in memory at once; their crops are small
 # Seconds that a row took in a stage; they travel with the row to the writer, which sums and drops them.
 _TIMINGS = ("decode_s", "caption_s")
+_BY_PILLOW = "by_pillow"  # 1 where Pillow decoded the image; counted and dropped there, too
 _COLUMNS_FROM_DECODING = ("image_id", "image_uri", "status", "error_code", "error_message")
-_ROW_WITH_TIMINGS = pa.schema([*CAPTION_COLUMNS, *(pa.field(name, pa.float32()) for name in _TIMINGS)])
+_MEASURED = pa.schema([*(pa.field(name, pa.float32()) for name in _TIMINGS), pa.field(_BY_PILLOW, pa.int8())])
+_MEASURED_ROW = pa.schema([*CAPTION_COLUMNS, *_MEASURED])
 
 
 def error_columns(error: RowError | None) -> dict[str, Any]:
@@ -49,8 +51,9 @@ def fetch_and_decode(batch: Batch, plan: CropPlan, max_pixels: int) -> dict[str,
         max_pixels: Larger images become `too_large` rows.
 
     Returns:
-        Those columns and `width`, `height`, `status`, `error_code`, `error_message`, `decode_s`, and [B, S, S, 3] uint8
-        `vision_pixels`, also `retrieval_pixels` where the plan has them. A failed row's pixels are zeros.
+        Those columns and `width`, `height`, `status`, `error_code`, `error_message`, `decode_s`, `by_pillow`, and
+        [B, S, S, 3] uint8 `vision_pixels`, also `retrieval_pixels` where the plan has them. A failed row's pixels are
+        zeros.
     """
     started = time.perf_counter()
     uris = [str(uri) for uri in batch["image_uri"]]
@@ -67,6 +70,7 @@ def fetch_and_decode(batch: Batch, plan: CropPlan, max_pixels: int) -> dict[str,
         "width": np.array([image.width for image in images], np.int32),
         "height": np.array([image.height for image in images], np.int32),
         "vision_pixels": np.stack([image.vision for image in images]),
+        _BY_PILLOW: np.array([image.by_pillow for image in images], np.int8),
         # "" and not None: Ray would hand a column of nothing but nulls on as floats
         **{name: np.array([error[name] or "" for error in errors]) for name in errors[0]},
     }
@@ -89,7 +93,7 @@ def _blank(plan: CropPlan) -> Pixels:
     """Returns what stands in a failed row's place, so that a batch's pixels remain one array."""
     vision = np.zeros((plan.vision.size_px, plan.vision.size_px, 3), np.uint8)
     size = plan.retrieval.size_px if plan.retrieval else 0
-    return Pixels(vision, np.zeros((size, size, 3), np.uint8) if plan.retrieval else None, 0, 0)
+    return Pixels(vision, np.zeros((size, size, 3), np.uint8) if plan.retrieval else None, 0, 0, by_pillow=False)
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,7 @@ class CaptionerSpec:
     dtype: str
     index_id: str | None
     retrieval_encoder: str | None
+    batch_size: int  # images that go through the model together
 
 
 class CaptionImages:
@@ -108,6 +113,7 @@ class CaptionImages:
 
     def __init__(self, spec: CaptionerSpec) -> None:
         use_own_cores()
+        self.batch_size = spec.batch_size
         self.exclude_own_captions = spec.config.retrieval.exclude_own_captions
         self.captioner: Captioner | RunError
         try:
@@ -116,20 +122,33 @@ class CaptionImages:
             self.captioner = error
 
     def __call__(self, batch: Batch) -> pa.Table:
-        """Maps one batch to rows of schema v1 and their timings."""
+        """Maps one batch to rows of the newest schema and what was measured of them."""
         if isinstance(self.captioner, RunError):
             raise self.captioner
         started = time.perf_counter()
         good = np.flatnonzero(batch["status"] == STATUS_OK).tolist()
         pixels = [_pixels(batch, row) for row in good]
         exclude = [str(batch["image_id"][row]) for row in good] if self.exclude_own_captions else None
-        captioned = dict(zip(good, self.captioner.caption_batch(pixels, exclude), strict=True))
+        batches = self.captioner.caption_batches(_split(pixels, exclude, self.batch_size))
+        captioned = dict(zip(good, (result for results in batches for result in results), strict=True))
         rows = [_schema_row(batch, row, captioned.get(row)) for row in range(len(batch["image_id"]))]
         seconds = (time.perf_counter() - started) / len(rows)
         return pa.Table.from_pylist(
-            [{**row, "decode_s": batch["decode_s"][i], "caption_s": seconds} for i, row in enumerate(rows)],
-            schema=_ROW_WITH_TIMINGS,
+            [
+                row | {"decode_s": batch["decode_s"][i], "caption_s": seconds, _BY_PILLOW: batch[_BY_PILLOW][i]}
+                for i, row in enumerate(rows)
+            ],
+            schema=_MEASURED_ROW,
         )
+
+
+def _split(
+    pixels: list[Pixels], exclude: list[str] | None, size: int
+) -> Iterator[tuple[list[Pixels], list[str] | None]]:
+    """Cuts images, and with them the ids whose captions they must not retrieve, into the model's batches."""
+    for start in range(0, len(pixels), size):
+        some = slice(start, start + size)
+        yield pixels[some], exclude[some] if exclude else None
 
 
 def _load_captioner(spec: CaptionerSpec) -> Captioner:
@@ -138,9 +157,7 @@ def _load_captioner(spec: CaptionerSpec) -> Captioner:
         config.model,
         config.index,
         k=config.retrieval.k,
-        num_beams=config.generation.num_beams,
-        max_new_tokens=config.generation.max_new_tokens,
-        length_penalty=config.generation.length_penalty,
+        generation=config.generation,
         device=spec.device,
         dtype=spec.dtype,
         retrieval_encoder=spec.retrieval_encoder,
@@ -155,7 +172,7 @@ def _pixels(batch: Batch, row: int) -> Pixels:
 
 
 def _schema_row(batch: Batch, row: int, result: CaptionResult | None) -> dict[str, Any]:
-    """Returns one row of schema v1; a failed image has no result."""
+    """Returns one row of the newest schema; a failed image has no result."""
     columns = {name: batch[name][row] or None for name in _COLUMNS_FROM_DECODING}
     if result is None:
         return columns
@@ -166,6 +183,10 @@ def _schema_row(batch: Batch, row: int, result: CaptionResult | None) -> dict[st
         "caption_logprob": result.logprob,
         "caption_tokens": result.num_tokens,
         "clip_score": result.clip_score,
+        "alternatives": [
+            {"caption": other.caption, "logprob": other.logprob, "tokens": other.num_tokens}
+            for other in result.alternatives
+        ],
         "neighbours": [{"caption_id": n.caption_id, "text": n.text, "score": n.score} for n in result.neighbours],
     }
 
@@ -177,10 +198,11 @@ class PartStats:
     rows: int
     decode_s: float  # CPU task seconds, summed over the rows
     caption_s: float  # actor seconds, summed over the rows
+    by_pillow: int  # images that Pillow decoded
 
 
 class PartSink(Datasink[PartStats]):
-    """Writes parts of schema v1: sorted by id, atomically, under names that a repeated task overwrites.
+    """Writes parts: sorted by id, atomically, under names that a repeated task overwrites.
 
     Attributes:
         totals: After the write, the sums over all tasks.
@@ -189,21 +211,22 @@ class PartSink(Datasink[PartStats]):
     def __init__(self, out: str, schema: pa.Schema, attempt: int, rows_per_part: int, rows_per_row_group: int) -> None:
         self.out, self.schema, self.attempt = out, schema, attempt
         self.rows_per_part, self.rows_per_row_group = rows_per_part, rows_per_row_group
-        self.totals = PartStats(0, 0.0, 0.0)
+        self.totals = PartStats(0, 0.0, 0.0, 0)
 
     def write(self, blocks: Iterable[Any], ctx: Any) -> PartStats:
         """Writes one task's blocks as one part."""
         tables = [BlockAccessor.for_block(block).to_arrow() for block in blocks]
         table = pa.concat_tables(table for table in tables if table.num_rows) if any(map(len, tables)) else None
         if table is None:
-            return PartStats(0, 0.0, 0.0)
+            return PartStats(0, 0.0, 0.0, 0)
         decode_s, caption_s = (float(np.sum(table[name].to_numpy())) for name in _TIMINGS)
         rows = table.select(self.schema.names).cast(self.schema).sort_by("image_id")
         buffer = io.BytesIO()
         pq.write_table(rows, buffer, row_group_size=self.rows_per_row_group, compression="zstd")
         name = f"part-{self.attempt:03d}-{ctx.task_idx:06d}.parquet"
         storage.write_bytes(storage.join(self.out, name), buffer.getvalue())
-        return PartStats(rows.num_rows, decode_s, caption_s)
+        by_pillow = int(np.sum(table[_BY_PILLOW].to_numpy()))
+        return PartStats(rows.num_rows, decode_s, caption_s, by_pillow)
 
     def on_write_complete(self, write_result: Any) -> None:
         """Sums what the tasks report, on the driver."""
@@ -212,6 +235,7 @@ class PartSink(Datasink[PartStats]):
             sum(part.rows for part in parts),
             sum(part.decode_s for part in parts),
             sum(part.caption_s for part in parts),
+            sum(part.by_pillow for part in parts),
         )
 
     @property

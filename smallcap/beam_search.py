@@ -1,69 +1,43 @@
-"""Beam search as tensor bookkeeping: scores in, next tokens and parent beams out.
+"""Beam search as tensor bookkeeping: scores in, next tokens and parent beams out; one beam decodes greedily.
 
-It sees log probabilities and token ids, never a model or text. Its semantics are the reference implementation's: 2N
-candidates per image and step; a candidate that ends with eos is finished only if it ranks among the first N; an image
-is done once N hypotheses have finished (early stopping); what is unfinished at the last step competes as it stands.
+Its semantics are the reference implementation's: 2N candidates per image and step; a candidate that ends with eos is
+finished only if it ranks among the first N; an image is done once N hypotheses have finished (early stopping); what is
+unfinished at the last step competes as it stands.
 
 Source: transformers 4.21.1 `BeamSearchScorer`, as RitaRamo/smallcap calls it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Hypotheses:
-    """The best caption of each of B images."""
-
-    token_ids: Tensor  # [B, max_new_tokens] int64; what follows `lengths` is undefined
-    lengths: Tensor  # [B] int64, the eos included
-    scores: Tensor  # [B] float32, the sum of log probabilities over length ** length_penalty
+from smallcap.decoding import DecodingStrategy, GenerationOptions, Hypotheses, top_logits
 
 
-class BeamSearch:
+class BeamSearch(DecodingStrategy):
     """The live and finished hypotheses of B images with N beams each.
 
     Attributes:
         scores: [B, N] float32, the sums of log probabilities of the live beams.
         tokens: [B, N, max_new_tokens] int64, what they have generated so far.
-        done: [B] bool, images with N finished hypotheses; their result no longer changes.
+        done: [B] bool, images with N finished hypotheses.
     """
 
-    def __init__(
-        self,
-        batch: int,
-        num_beams: int,
-        max_new_tokens: int,
-        eos_token_id: int,
-        length_penalty: float,
-        device: torch.device,
-    ) -> None:
-        self.num_beams = num_beams
-        self.eos_token_id = eos_token_id
-        self.length_penalty = length_penalty
-        self.step = 0
+    per_image = ("tokens", "done", "scores", "_finished_scores", "_finished_lengths", "_finished_tokens")
+
+    def __init__(self, options: GenerationOptions, batch: int, device: torch.device) -> None:
+        super().__init__(options, batch, device)
+        self.num_beams = options.num_beams
         self.scores = torch.zeros(batch, 1, device=device)  # the prompt alone: one live beam, until the first step
-        self.tokens = torch.zeros(batch, num_beams, max_new_tokens, dtype=torch.int64, device=device)
-        self.done = torch.zeros(batch, dtype=torch.bool, device=device)
-        self._finished_scores = torch.full((batch, num_beams), -torch.inf, device=device)
-        self._finished_lengths = torch.zeros(batch, num_beams, dtype=torch.int64, device=device)
+        self._finished_scores = torch.full((batch, self.num_beams), -torch.inf, device=device)
+        self._finished_lengths = torch.zeros(batch, self.num_beams, dtype=torch.int64, device=device)
         self._finished_tokens = torch.zeros_like(self.tokens)
 
     def advance(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Extends every beam by one token.
-
-        Args:
-            logits: [B, N, V]; [B, 1, V] at the first step.
-
-        Returns:
-            The live beams' new tokens and the beams they extend, both [B, N] int64.
-        """
+        """Extends every beam by one token, and drops the beams that fell behind."""
         candidate_scores, candidate_tokens, candidate_parents = self._candidates(logits)
-        is_eos = candidate_tokens == self.eos_token_id  # [B, 2N]
+        is_eos = candidate_tokens == self.options.eos_token_id  # [B, 2N]
         self._collect_finished(candidate_scores, candidate_parents, is_eos)
 
         # The first N candidates without eos, in rank order: each beam offers at most one eos, so N always remain.
@@ -79,32 +53,24 @@ class BeamSearch:
         return next_tokens, parents
 
     def best(self) -> Hypotheses:
-        """Returns the best hypothesis of each image; live beams compete as they are where the image is not done."""
+        """Returns the best hypotheses of each image; live beams compete as they are where the image is not done."""
         live_scores = self.scores / self._length_norm(self.step)
         live_scores = live_scores.masked_fill(self.done[:, None], -torch.inf)
-        scores = torch.cat([self._finished_scores, live_scores], dim=1)  # [B, 2N]
         live_lengths = torch.full_like(self._finished_lengths, self.step)
-        lengths = torch.cat([self._finished_lengths, live_lengths], dim=1)
-        tokens = torch.cat([self._finished_tokens, self.tokens], dim=1)
-        best = scores.argmax(dim=1)  # [B]
-        rows = torch.arange(len(best), device=best.device)
-        return Hypotheses(tokens[rows, best], lengths[rows, best], scores[rows, best])
-
-    def keep(self, rows: Tensor) -> None:
-        """Drops all images but `rows` ([kept] int64)."""
-        for name in ("scores", "tokens", "done", "_finished_scores", "_finished_lengths", "_finished_tokens"):
-            setattr(self, name, getattr(self, name)[rows])
+        scores, best = torch.cat([self._finished_scores, live_scores], 1).topk(self.options.num_captions, dim=1)
+        lengths = torch.cat([self._finished_lengths, live_lengths], 1).gather(1, best)
+        tokens = torch.cat([self._finished_tokens, self.tokens], 1)
+        return Hypotheses(tokens.gather(1, best[:, :, None].expand(-1, -1, tokens.shape[2])), lengths, scores)
 
     def _candidates(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the 2N best continuations per image, best first: scores, tokens, parents, each [B, 2N]."""
         num_candidates = 2 * self.num_beams
-        logits = logits.float()
         # Each beam's own 2N best hold the image's 2N best, and the normaliser shifts a beam's logits all alike.
-        top = logits.topk(min(num_candidates, logits.shape[-1]), dim=-1)  # [B, N, 2N]
-        log_probs = top.values - logits.logsumexp(dim=-1, keepdim=True)
-        scores = (log_probs + self.scores[:, :, None]).flatten(1)  # [B, N * 2N]
+        offered = min(num_candidates, logits.shape[-1])
+        values, tokens, normaliser = top_logits(self._without_repeats(logits), offered)
+        scores = (values - normaliser + self.scores[:, :, None]).flatten(1)  # [B, N * 2N]
         best = scores.topk(num_candidates, dim=1)
-        return best.values, top.indices.flatten(1).gather(1, best.indices), best.indices // top.indices.shape[-1]
+        return best.values, tokens.flatten(1).gather(1, best.indices), best.indices // offered
 
     def _collect_finished(self, scores: Tensor, parents: Tensor, is_eos: Tensor) -> None:
         """Moves candidates that end with eos among the first N to the finished hypotheses, and keeps the best N."""
@@ -112,7 +78,7 @@ class BeamSearch:
         ends = is_eos[:, :n] & ~self.done[:, None]
         ended_scores = (scores[:, :n] / self._length_norm(self.step + 1)).masked_fill(~ends, -torch.inf)
         ended_tokens = self.tokens.gather(1, parents[:, :n, None].expand_as(self.tokens))
-        ended_tokens[:, :, self.step] = self.eos_token_id
+        ended_tokens[:, :, self.step] = self.options.eos_token_id
         ended_lengths = torch.full_like(self._finished_lengths, self.step + 1)
 
         pool_scores = torch.cat([self._finished_scores, ended_scores], dim=1)  # [B, 2N]
@@ -123,4 +89,4 @@ class BeamSearch:
         self.done = (self._finished_scores > -torch.inf).all(dim=1)
 
     def _length_norm(self, length: int) -> float:
-        return float(length**self.length_penalty)
+        return float(length**self.options.length_penalty)

@@ -8,7 +8,9 @@ Source: Ramos et al. 2023, figure 2.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,15 +28,27 @@ from smallcap.clip_encoder import (
     resolve_encoder_identity,
     vision_preprocessing,
 )
+from smallcap.config import DecodeMode, GenerationConfig
+from smallcap.engine import Generated
 from smallcap.errors import ConfigError, RowError
-from smallcap.image import MAX_IMAGE_PIXELS, Preprocessing, crop_pixels, decode_image
+from smallcap.image import MAX_IMAGE_PIXELS, Preprocessing, ScaledImage, crop_pixels, decode_image, decode_scaled
 from smallcap.index_manifest import load_manifest
 from smallcap.model_files import resolve_folder
+from smallcap.precision import resolve_dtype
 from smallcap.prompt import build_prompts, decode_caption, load_tokenizer
 from smallcap.retriever import Neighbour, Retriever
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class ScoredCaption:
+    """A further caption of an image."""
+
+    caption: str
+    logprob: float  # natural log, summed over the caption's tokens
+    num_tokens: int  # generated tokens, eos included
 
 
 @dataclass(frozen=True)
@@ -45,6 +59,7 @@ class CaptionResult:
     logprob: float | None = None  # natural log, summed over the caption's tokens
     num_tokens: int | None = None  # generated tokens, eos included
     clip_score: float | None = None  # cosine of image and caption; None without a retrieval encoder
+    alternatives: tuple[ScoredCaption, ...] = ()  # the next best captions, where more than one was asked for
     neighbours: tuple[Neighbour, ...] = ()
     width: int | None = None  # px
     height: int | None = None  # px
@@ -59,6 +74,7 @@ class Pixels:
     retrieval: np.ndarray | None  # [S', S', 3] uint8; None where the retrieval encoder takes the same crop
     width: int  # px of the whole image
     height: int  # px of the whole image
+    by_pillow: bool = True  # False where a fast decoder did it
 
 
 @dataclass(frozen=True)
@@ -67,21 +83,22 @@ class CropPlan:
 
     vision: Preprocessing
     retrieval: Preprocessing | None  # None where there is no retrieval encoder, or it takes the same crop
+    decode: DecodeMode = "exact"
 
     @classmethod
-    def of(cls, vision: Preprocessing, retrieval: Preprocessing | None) -> CropPlan:
+    def of(cls, vision: Preprocessing, retrieval: Preprocessing | None, decode: DecodeMode = "exact") -> CropPlan:
         """Returns the plan for two encoders, of which the second may be missing or take the first one's crop."""
-        return cls(vision, None if retrieval == vision else retrieval)
+        return cls(vision, None if retrieval == vision else retrieval, decode)
 
     @classmethod
-    def load(cls, model: str, retrieval_encoder: str | None) -> CropPlan:
+    def load(cls, model: str, retrieval_encoder: str | None, decode: DecodeMode = "exact") -> CropPlan:
         """Returns the plan for a checkpoint and a retrieval encoder spec without loading either's weights.
 
         Raises:
             CheckpointError: One of them cannot be found.
         """
         vision = vision_preprocessing(load_config(resolve_folder(model, demo_part="smallcap")).vision)
-        return cls.of(vision, load_preprocessing(retrieval_encoder) if retrieval_encoder else None)
+        return cls.of(vision, load_preprocessing(retrieval_encoder) if retrieval_encoder else None, decode)
 
     def crop(self, data: bytes | Image.Image, max_pixels: int = MAX_IMAGE_PIXELS, where: str = "") -> Pixels:
         """Decodes an image and cuts its crops.
@@ -89,13 +106,32 @@ class CropPlan:
         Raises:
             RowError: The image cannot be decoded.
         """
-        image = data.convert("RGB") if isinstance(data, Image.Image) else decode_image(data, max_pixels, where)
+        if isinstance(data, Image.Image) or self.decode == "exact":
+            image = data.convert("RGB") if isinstance(data, Image.Image) else decode_image(data, max_pixels, where)
+            return self._cut(ScaledImage(image, image.width, image.height, by_pillow=True))
+        least_px = max(crop.size_px for crop in (self.vision, self.retrieval) if crop)
+        return self._cut(decode_scaled(data, least_px, max_pixels, where))
+
+    def _cut(self, decoded: ScaledImage) -> Pixels:
         return Pixels(
-            vision=crop_pixels(image, self.vision),
-            retrieval=crop_pixels(image, self.retrieval) if self.retrieval else None,
-            width=image.width,
-            height=image.height,
+            vision=crop_pixels(decoded.image, self.vision),
+            retrieval=crop_pixels(decoded.image, self.retrieval) if self.retrieval else None,
+            width=decoded.width,
+            height=decoded.height,
+            by_pillow=decoded.by_pillow,
         )
+
+
+@dataclass(frozen=True)
+class PreparedBatch:
+    """B images just before their first token is generated."""
+
+    hidden_states: Tensor  # [B, P, Hv]
+    queries: np.ndarray | None  # [B, dim] float32, the images' embeddings
+    neighbours: list[list[Neighbour]]
+    prompts: list[list[int]]
+    keys: list[int] | None  # for sampling
+    sizes: list[tuple[int, int]]  # px, of the whole images
 
 
 class Captioner:
@@ -105,6 +141,7 @@ class Captioner:
         model: The SmallCap model.
         retriever: The index, or None when captioning without retrieval.
         crop_plan: What images must be cut to.
+        generation: How captions are decoded.
     """
 
     def __init__(
@@ -114,9 +151,7 @@ class Captioner:
         retrieval_encoder: RetrievalEncoder | None = None,
         retriever: Retriever | None = None,
         k: int = 4,
-        num_beams: int | None = None,
-        max_new_tokens: int | None = None,
-        length_penalty: float | None = None,
+        generation: GenerationConfig | None = None,
     ) -> None:
         if k and (retriever is None or retrieval_encoder is None):
             raise ConfigError(
@@ -124,7 +159,8 @@ class Captioner:
             )
         self.model, self.tokenizer, self.k = model, tokenizer, k
         self.retrieval_encoder, self.retriever = retrieval_encoder, retriever
-        self._generation = {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "length_penalty": length_penalty}
+        self.generation = model.generation_options(generation or GenerationConfig())
+        self._beside: torch.cuda.Stream | None = None
         self._shares_encoder = retrieval_encoder is not None and retrieval_encoder.share_weights_with(model.encoder)
         self.crop_plan = CropPlan.of(
             model.encoder.preprocessing, retrieval_encoder.preprocessing if retrieval_encoder else None
@@ -136,11 +172,9 @@ class Captioner:
         model: str,
         index: str | None = None,
         k: int | None = None,
-        num_beams: int | None = None,
-        max_new_tokens: int | None = None,
-        length_penalty: float | None = None,
+        generation: GenerationConfig | None = None,
         device: str = "cpu",
-        dtype: str = "float32",
+        dtype: str = "auto",
         retrieval_encoder: str | None = None,
         cache_dir: str = "~/.cache/smallcap",
         index_id: str | None = None,
@@ -151,11 +185,9 @@ class Captioner:
             model: `demo`, a checkpoint folder, or a hub id.
             index: A published index's URI; not needed with k=0.
             k: Retrieved captions per prompt; by default the checkpoint's.
-            num_beams: 1 decodes greedily; by default the checkpoint's.
-            max_new_tokens: Most tokens of a caption; by default the checkpoint's.
-            length_penalty: Exponent of a finished beam's length; by default the checkpoint's.
+            generation: How captions are decoded; by default as the checkpoint says.
             device: A torch device.
-            dtype: `float32`, `bfloat16` or `float16`.
+            dtype: `float32`, `bfloat16` or `float16`; `auto` is what `smallcap.precision` finds fastest here.
             retrieval_encoder: Its spec; by default the one that the index names.
             cache_dir: Where copies of remote indexes are kept.
             index_id: The index's version; by default the current one.
@@ -166,6 +198,7 @@ class Captioner:
             IndexIntegrityError: The index is damaged, or was built with another encoder.
         """
         encoder = retriever = None
+        dtype = resolve_dtype(dtype, device)
         if index is not None and k != 0:  # the index is checked before any model is loaded
             manifest = load_manifest(index, index_id)
             spec = retrieval_encoder or manifest.encoder.spec
@@ -177,7 +210,7 @@ class Captioner:
         loaded = load_checkpoint(model, device, dtype)
         tokenizer = load_tokenizer(tokenizer_source(model))
         k = (loaded.config.k if loaded.config.rag else 0) if k is None else k
-        return cls(loaded, tokenizer, encoder, retriever, k, num_beams, max_new_tokens, length_penalty)
+        return cls(loaded, tokenizer, encoder, retriever, k, generation)
 
     def caption(
         self,
@@ -208,7 +241,6 @@ class Captioner:
             results[position] = result
         return [result for result in results if result is not None]
 
-    @torch.inference_mode()
     def caption_batch(
         self, pixels: Sequence[Pixels], exclude_image_ids: Sequence[str | None] | None = None
     ) -> list[CaptionResult]:
@@ -221,29 +253,90 @@ class Captioner:
         Returns:
             B results, in order.
         """
+        return self._caption(self._prepare(pixels, exclude_image_ids))
+
+    def caption_batches(
+        self, batches: Iterable[tuple[Sequence[Pixels], Sequence[str | None] | None]]
+    ) -> Iterator[list[CaptionResult]]:
+        """Captions batch after batch; on a GPU the next one is uploaded, encoded and searched for meanwhile.
+
+        Args:
+            batches: The arguments of `caption_batch`.
+
+        Yields:
+            Each batch's results, in order.
+        """
+        if self.model.device.type != "cuda":
+            for batch in batches:
+                yield self.caption_batch(*batch)
+            return
+        with ThreadPoolExecutor(1, "prepare") as thread:
+            ahead: Future[PreparedBatch | None] | None = None
+            for batch in batches:
+                following = thread.submit(self._prepare_beside, *batch)
+                if ahead is not None:
+                    yield self._caption(ahead.result())
+                ahead = following
+            if ahead is not None:
+                yield self._caption(ahead.result())
+
+    @torch.inference_mode()
+    def _prepare(
+        self, pixels: Sequence[Pixels], exclude_image_ids: Sequence[str | None] | None
+    ) -> PreparedBatch | None:
+        """Encodes, embeds, retrieves and prompts: all that comes before the first token; None for no images."""
         if not pixels:
-            return []
+            return None
         hidden_states, class_token = self._encode(pixels)
         queries = self._embed(pixels, class_token)
         neighbours = self._retrieve(queries, exclude_image_ids, len(pixels))
         texts = [[neighbour.text for neighbour in of_image] for of_image in neighbours]
         config = self.model.config
         prompts = build_prompts(self.tokenizer, config.template, texts, config.bos_token_id)
-        generated = self.model.generate(hidden_states, prompts, **self._generation)  # type: ignore[arg-type]
-        captions = [decode_caption(self.tokenizer, one.token_ids, config.eos_token_id) for one in generated]
-        clip_scores = self._clip_scores(queries, captions)
+        keys = [image_key(one) for one in pixels] if self.generation.sampling else None
+        sizes = [(one.width, one.height) for one in pixels]
+        return PreparedBatch(hidden_states, queries, neighbours, prompts, keys, sizes)
+
+    def _prepare_beside(
+        self, pixels: Sequence[Pixels], exclude_image_ids: Sequence[str | None] | None
+    ) -> PreparedBatch | None:
+        """Does the same on a CUDA stream of its own, from another thread."""
+        if self._beside is None:
+            self._beside = torch.cuda.Stream(self.model.device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self._beside):
+            prepared = self._prepare(pixels, exclude_image_ids)
+        self._beside.synchronize()
+        return prepared
+
+    @torch.inference_mode()
+    def _caption(self, batch: PreparedBatch | None) -> list[CaptionResult]:
+        """Generates and detokenises."""
+        if batch is None:
+            return []
+        if batch.hidden_states.is_cuda:  # its memory came from another stream
+            batch.hidden_states.record_stream(torch.cuda.current_stream(batch.hidden_states.device))
+        generated = self.model.generate(batch.hidden_states, batch.prompts, self.generation, batch.keys)
+        captions = [[self._to_scored_caption(one) for one in of_image] for of_image in generated]
+        clip_scores = self._clip_scores(batch.queries, [best.caption for best, *_ in captions])
         return [
             CaptionResult(
-                caption=captions[i],
-                logprob=generated[i].score * self._length_norm(len(generated[i].token_ids)),
-                num_tokens=len(generated[i].token_ids),
+                caption=best.caption,
+                logprob=best.logprob,
+                num_tokens=best.num_tokens,
                 clip_score=clip_scores[i],
-                neighbours=tuple(neighbours[i]),
-                width=pixels[i].width,
-                height=pixels[i].height,
+                alternatives=tuple(others),
+                neighbours=tuple(batch.neighbours[i]),
+                width=batch.sizes[i][0],
+                height=batch.sizes[i][1],
             )
-            for i in range(len(pixels))
+            for i, (best, *others) in enumerate(captions)
         ]
+
+    def _to_scored_caption(self, generated: Generated) -> ScoredCaption:
+        """Detokenises, and takes the length penalty out of the score again."""
+        length = len(generated.token_ids)
+        caption = decode_caption(self.tokenizer, generated.token_ids, self.generation.eos_token_id)
+        return ScoredCaption(caption, generated.score * length**self.generation.length_penalty, length)
 
     def _encode(self, pixels: Sequence[Pixels]) -> tuple[Tensor, Tensor]:
         """Returns the vision encoder's hidden states [B, P, Hv] and class token [B, Hv]."""
@@ -277,10 +370,12 @@ class Captioner:
         return [float(score) for score in (queries * embedded).sum(axis=1)]
 
     def _to_pixel_values(self, crops: np.ndarray, preprocessing: Preprocessing) -> Tensor:
-        pixels = torch.from_numpy(crops).to(self.model.device, non_blocking=True)
-        return normalise_pixels(pixels, preprocessing, self.model.dtype)
+        pixels = torch.from_numpy(crops)
+        if self.model.device.type == "cuda":  # from pinned memory the copy runs beside the GPU's work
+            pixels = pixels.pin_memory()
+        return normalise_pixels(pixels.to(self.model.device, non_blocking=True), preprocessing, self.model.dtype)
 
-    def _length_norm(self, length: int) -> float:
-        """What a generated score was divided by, to give the plain sum of log probabilities back."""
-        penalty = self._generation["length_penalty"]
-        return float(length ** (self.model.config.length_penalty if penalty is None else penalty))
+
+def image_key(pixels: Pixels) -> int:
+    """Returns an int64 that tells an image apart by its pixels, whatever it is called and wherever it lies."""
+    return int.from_bytes(hashlib.blake2b(pixels.vision.tobytes(), digest_size=8).digest(), "little", signed=True)

@@ -21,8 +21,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from smallcap.clip_encoder import VisionEncoder
-from smallcap.engine import Generated, GenerationOptions, generate
-from smallcap.errors import CheckpointError
+from smallcap.config import GenerationConfig
+from smallcap.cuda_graphs import PROMPT_MULTIPLE, STEPS_PER_GRAPH, GraphStepper
+from smallcap.decoding import GenerationOptions, SamplingOptions
+from smallcap.engine import Generated, generate
+from smallcap.errors import CheckpointError, ConfigError
 from smallcap.gpt2 import GPT2Decoder, dump_gpt2_config, parse_gpt2_config
 from smallcap.model_files import resolve_folder, weights_file
 from smallcap.opt import OPTDecoder, dump_opt_config, parse_opt_config
@@ -99,6 +102,7 @@ class SmallCapModel(nn.Module):
         self.encoder = VisionEncoder(config.vision)
         self.decoder = DECODER_KINDS[config.decoder.model_type].build(config.decoder)
         self.model_id = "untrained"
+        self._graph_stepper: GraphStepper | None = None
 
     @property
     def device(self) -> torch.device:
@@ -116,39 +120,59 @@ class SmallCapModel(nn.Module):
         hidden_states, _ = self.encoder(pixel_values.to(self.device, self.dtype))
         return hidden_states
 
+    def generation_options(self, wanted: GenerationConfig) -> GenerationOptions:
+        """Returns how to decode: as `wanted`, and as the checkpoint says where that leaves something out.
+
+        Raises:
+            ConfigError: More captions are wanted than beams can give.
+        """
+        own = self.config
+        num_beams = own.num_beams if wanted.num_beams is None else wanted.num_beams
+        if wanted.num_captions > num_beams and not wanted.do_sample:
+            raise ConfigError(
+                "There cannot be more captions per image than beams.",
+                where="generation.num_captions",
+                expected=f"at most {num_beams}",
+                found=str(wanted.num_captions),
+                remedy="Raise generation.num_beams, or set generation.do_sample.",
+            )
+        return GenerationOptions(
+            num_beams=num_beams,
+            max_new_tokens=own.max_new_tokens if wanted.max_new_tokens is None else wanted.max_new_tokens,
+            length_penalty=own.length_penalty if wanted.length_penalty is None else wanted.length_penalty,
+            eos_token_id=own.eos_token_id,
+            pad_token_id=own.pad_token_id,
+            no_repeat_ngram_size=wanted.no_repeat_ngram_size,
+            num_captions=wanted.num_captions,
+            sampling=SamplingOptions(wanted.temperature, wanted.top_p, wanted.seed) if wanted.do_sample else None,
+        )
+
     def generate(
         self,
         encoder_hidden_states: Tensor,
         prompts: Sequence[Sequence[int]],
-        num_beams: int | None = None,
-        max_new_tokens: int | None = None,
-        length_penalty: float | None = None,
-        eos_token_id: int | None = None,
-        pad_token_id: int | None = None,
-    ) -> list[Generated]:
-        """Generates one caption per image; what is not given is the checkpoint's.
+        options: GenerationOptions | None = None,
+        keys: Sequence[int] | None = None,
+    ) -> list[list[Generated]]:
+        """Generates captions; on a GPU in recorded steps.
 
         Args:
             encoder_hidden_states: [B, P, Hv].
             prompts: B lists of token ids, of any lengths of at least 1.
-            num_beams: 1 decodes greedily.
-            max_new_tokens: Most tokens of a caption, eos included.
-            length_penalty: Exponent of the length that a finished beam's score is divided by.
-            eos_token_id: Ends a caption.
-            pad_token_id: Fills ragged prompts; any id, it is never attended to.
+            options: By default the checkpoint's.
+            keys: B int64 numbers that tell images apart when sampling; by default their places in the batch.
 
         Returns:
-            B `Generated(token_ids, score)`, in order, without the prompts.
+            For each image its captions, best first, without the prompts.
         """
-        own = self.config
-        options = GenerationOptions(
-            num_beams=own.num_beams if num_beams is None else num_beams,
-            max_new_tokens=own.max_new_tokens if max_new_tokens is None else max_new_tokens,
-            length_penalty=own.length_penalty if length_penalty is None else length_penalty,
-            eos_token_id=own.eos_token_id if eos_token_id is None else eos_token_id,
-            pad_token_id=own.pad_token_id if pad_token_id is None else pad_token_id,
+        options = options or self.generation_options(GenerationConfig())
+        hidden_states = encoder_hidden_states.to(self.device, self.dtype)
+        if self.device.type != "cuda":
+            return generate(self.decoder, hidden_states, prompts, options, keys)
+        self._graph_stepper = self._graph_stepper or GraphStepper()
+        return generate(
+            self.decoder, hidden_states, prompts, options, keys, self._graph_stepper, STEPS_PER_GRAPH, PROMPT_MULTIPLE
         )
-        return generate(self.decoder, encoder_hidden_states.to(self.device, self.dtype), prompts, options)
 
 
 def load_checkpoint(source: str, device: str = "cpu", dtype: str = "float32") -> SmallCapModel:

@@ -18,6 +18,7 @@ from smallcap import storage
 from smallcap.errors import ConfigError
 
 ConfigT = TypeVar("ConfigT", bound="Config")
+DecodeMode = Literal["exact", "fast"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -35,7 +36,25 @@ class GenerationConfig(Config):
     max_new_tokens: int | None = Field(None, ge=1, le=512)
     """Most tokens of a caption, its eos included (the paper: 25)."""
     length_penalty: float | None = None
-    """Exponent of the length that a finished beam's score is divided by (the paper: 0, plain sums)."""
+    """Exponent of the length that a caption's score is divided by (the paper: 0, plain sums)."""
+    no_repeat_ngram_size: int = Field(0, ge=0)
+    """No caption says the same n tokens twice; 0 allows it. The prompt does not count: captions may quote it."""
+    num_captions: int = Field(1, ge=1, le=64)
+    """Captions per image, best first; at most num_beams, unless sampled."""
+    do_sample: bool = False
+    """Draw captions at random instead of searching for the most likely one."""
+    temperature: float = Field(1.0, gt=0)
+    """Divides the logits before sampling; below 1 likely tokens become likelier."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Sample only from the most likely tokens that together have this probability."""
+    seed: int = 0
+    """Another seed draws other captions; the same one draws the same, in any batch and on any number of actors."""
+
+    @model_validator(mode="after")
+    def _sampling_is_asked_for(self) -> Self:
+        if not self.do_sample and (self.temperature, self.top_p) != (1.0, 1.0):
+            raise ValueError("temperature and top_p need do_sample: true")
+        return self
 
 
 class RetrievalConfig(Config):
@@ -60,6 +79,8 @@ class InputConfig(Config):
     """Column of a list that holds the image's id; the URI is the id where there is no such column."""
     max_image_pixels: int = Field(100_000_000, ge=1)
     """Images with more pixels become `too_large` rows without being decoded."""
+    decode: DecodeMode = "exact"
+    """`exact` gives the encoders CLIP's own preprocessing to the bit; `fast` decodes JPEG at a fraction of its size."""
 
 
 class ComputeConfig(Config):
@@ -68,7 +89,8 @@ class ComputeConfig(Config):
     device: str = "auto"
     """`auto` (a GPU where Ray has one, else CPU), `cpu`, or `cuda`."""
     dtype: Dtype = "auto"
-    """Precision of the weights and activations; `auto` is bfloat16 on a GPU and float32 on a CPU."""
+    """Precision of weights and activations. `auto` is bfloat16 on a GPU. On a CPU it is float32 when an index is built;
+    captioning measures, and takes bfloat16 where that is clearly faster."""
     batch_size: int | Literal["auto"] = "auto"
     """Images captioned together; `auto` is 32 on a CPU and 256 on a GPU."""
     num_actors: int | Literal["auto"] = "auto"

@@ -12,11 +12,10 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
 from smallcap.errors import CheckpointError
-from smallcap.kv_cache import KVCache
-from smallcap.text_decoder import CrossAttentionKV, DecoderConfig, TextDecoder, attend, split_heads
+from smallcap.kv_cache import KeyValueSlots
+from smallcap.text_decoder import CrossAttentionKV, DecoderConfig, TextDecoder, activation, attend, split_heads
 
 
 def parse_gpt2_config(values: dict[str, Any]) -> DecoderConfig:
@@ -91,7 +90,7 @@ class SelfAttention(nn.Module):
         self.c_attn = Conv1D(3 * config.hidden_size, config.hidden_size)
         self.c_proj = Conv1D(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_states: Tensor, mask: Tensor, layer: int, cache: KVCache | None) -> Tensor:
+    def forward(self, hidden_states: Tensor, mask: Tensor, layer: int, cache: KeyValueSlots | None) -> Tensor:
         """[B, S, E] to [B, S, E]."""
         queries, keys, values = (split_heads(x, self.num_heads) for x in self.c_attn(hidden_states).chunk(3, dim=-1))
         if cache is not None:
@@ -130,7 +129,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.c_fc = Conv1D(config.ffn_size, config.hidden_size)
         self.c_proj = Conv1D(config.hidden_size, config.ffn_size)
-        self.activation = ACT2FN[config.activation]
+        self.activation = activation(config.activation)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, S, E] to [B, S, E]."""
@@ -151,7 +150,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, mask: Tensor, cross_kv: tuple[Tensor, Tensor], layer: int, cache: KVCache | None
+        self, x: Tensor, mask: Tensor, cross_kv: tuple[Tensor, Tensor], layer: int, cache: KeyValueSlots | None
     ) -> Tensor:
         """[B, S, E] to [B, S, E]."""
         x = x + self.dropout(self.attn(self.ln_1(x), mask, layer, cache))
@@ -171,7 +170,12 @@ class Transformer(nn.Module):
         self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, mask: Tensor, cross_kv: CrossAttentionKV, cache: KVCache | None
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        mask: Tensor,
+        cross_kv: CrossAttentionKV,
+        cache: KeyValueSlots | None,
     ) -> Tensor:
         """[B, S] token ids and positions to [B, S, E]."""
         x = self.drop(self.wte(input_ids) + self.wpe(position_ids))
@@ -202,7 +206,7 @@ class GPT2Decoder(TextDecoder):
         position_ids: Tensor,
         attention_mask: Tensor,
         cross_kv: CrossAttentionKV,
-        cache: KVCache | None = None,
+        cache: KeyValueSlots | None = None,
     ) -> Tensor:
         """Returns the last layer's normalised hidden states, [B, S, E]."""
         hidden_states = self.transformer(input_ids, position_ids, attention_mask, cross_kv, cache)

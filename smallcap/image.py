@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+import simplejpeg
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from smallcap.errors import ErrorCode, RowError
 
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\x00", b"MM\x00*", b"RIFF", b"\x00\x00\x01\x00")
 _CONTAINERS_WITHOUT_DECODER = (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypmsf1", b"<svg", b"%PDF")
 MAX_IMAGE_PIXELS = 100_000_000
+_FIRST_TURNED = 5  # EXIF orientations from here on exchange width and height
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,46 @@ def decode_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS, where: str = "
     Raises:
         RowError: `empty`, `not_an_image`, `truncated`, `too_large` or `unsupported`.
     """
+    return _load(_open(data, max_pixels, where), where)
+
+
+@dataclass(frozen=True)
+class ScaledImage:
+    """An image that was decoded at a fraction of its size, or whole where that was not possible."""
+
+    image: Image.Image  # RGB, upright
+    width: int  # px of the whole image, upright
+    height: int  # px of the whole image, upright
+    by_pillow: bool  # whether Pillow decoded it whole
+
+
+def decode_scaled(data: bytes, least_px: int, max_pixels: int = MAX_IMAGE_PIXELS, where: str = "") -> ScaledImage:
+    """Decodes a JPEG file at the smallest of libjpeg's scales whose shorter side has `least_px`; others by Pillow.
+
+    Arguments and errors are those of `decode_image`; whatever simplejpeg refuses is Pillow's to decode or to explain.
+    """
+    image = _open(data, max_pixels, where)
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if image.format == "JPEG" else 1
+    width, height = image.size if orientation < _FIRST_TURNED else image.size[::-1]
+    if image.format == "JPEG" and image.mode in ("RGB", "L"):
+        try:
+            pixels = simplejpeg.decode_jpeg(
+                data, fastdct=True, fastupsample=True, min_height=least_px, min_width=least_px
+            )
+        except ValueError:
+            pass
+        else:
+            small = Image.fromarray(pixels)
+            small.getexif()[ExifTags.Base.Orientation] = orientation
+            return ScaledImage(ImageOps.exif_transpose(small), width, height, by_pillow=False)
+    return ScaledImage(_load(image, where), width, height, by_pillow=True)
+
+
+def _open(data: bytes, max_pixels: int, where: str) -> Image.Image:
+    """Reads an image file's header and refuses what is too large."""
     if not data:
         raise RowError(ErrorCode.EMPTY, "The file is empty.", where=where)
-    image = _open(data, where)
+    image = _read_header(data, where)
     width, height = image.size
     if width * height > max_pixels:
         raise RowError(
@@ -53,6 +92,10 @@ def decode_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS, where: str = "
             where=where,
             remedy="Raise input.max_image_pixels, and mind the memory of the decoding tasks.",
         )
+    return image
+
+
+def _load(image: Image.Image, where: str) -> Image.Image:
     try:
         image.load()
         return _to_rgb(ImageOps.exif_transpose(image))
@@ -62,7 +105,7 @@ def decode_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS, where: str = "
         raise RowError(ErrorCode.TRUNCATED, f"The image data ends early or is damaged: {error}", where=where) from error
 
 
-def _open(data: bytes, where: str) -> Image.Image:
+def _read_header(data: bytes, where: str) -> Image.Image:
     # Pillow's own limit is a process-wide setting that only warns up to twice its value; ours is checked on the header.
     Image.MAX_IMAGE_PIXELS = None
     try:

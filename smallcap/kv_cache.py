@@ -7,8 +7,20 @@ the path of which beam. Choosing beams therefore permutes rows of that small mat
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
+
+
+class KeyValueSlots(Protocol):
+    """What a decoder's self-attention asks of a cache."""
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores [B, H, new, D] keys and values of one layer; returns all that the new tokens may attend to."""
+
+    def advance(self, new_slots: int) -> None:
+        """Counts the slots that every layer has just stored."""
 
 
 class KVCache:
@@ -37,7 +49,7 @@ class KVCache:
         self.visible = torch.zeros(batch, num_beams, slots, dtype=torch.bool, device=device)
         self.visible[:, :, :prompt_tokens] = prompt_mask[:, None]
         self.num_beams = num_beams
-        self.length = 0
+        self.length = prompt_tokens
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Stores one layer's new slots behind the filled ones and returns all filled slots.
@@ -85,3 +97,22 @@ class KVCache:
         kept_values[:, :, :, : self.length] = self.values[:, rows, :, : self.length]
         self.keys, self.values = kept_keys, kept_values
         self.visible = self.visible[rows]
+
+
+class PromptSlots:
+    """The part of a cache that the prompts of some of its images fill: their last `length` slots before S."""
+
+    def __init__(self, cache: KVCache, rows: slice, length: int) -> None:
+        prompt_tokens = cache.length
+        slots = slice(prompt_tokens - length, prompt_tokens)
+        self._keys, self._values = cache.keys[:, rows, :, slots], cache.values[:, rows, :, slots]
+        for unused in (cache.keys, cache.values):  # never attended to, but 0 * NaN would be NaN
+            unused[:, rows, :, : prompt_tokens - length] = 0
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores one layer's keys and values [B, H, length, D]; prompts attend to nothing before themselves."""
+        self._keys[layer], self._values[layer] = keys, values
+        return keys, values
+
+    def advance(self, new_slots: int) -> None:
+        """Does nothing: a prompt is stored in one go."""

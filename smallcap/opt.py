@@ -15,11 +15,10 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
 from smallcap.errors import CheckpointError
-from smallcap.kv_cache import KVCache
-from smallcap.text_decoder import CrossAttentionKV, DecoderConfig, TextDecoder, attend, split_heads
+from smallcap.kv_cache import KeyValueSlots
+from smallcap.text_decoder import CrossAttentionKV, DecoderConfig, TextDecoder, activation, attend, split_heads
 
 POSITION_OFFSET = 2  # fairseq keeps the first two positions for padding
 ENCODER_HIDDEN_SIZE = 768  # the reference writes it into the code for these decoders, whatever the config says
@@ -116,11 +115,11 @@ class DecoderLayer(nn.Module):
         self.fc1 = nn.Linear(config.hidden_size, config.ffn_size)
         self.fc2 = nn.Linear(config.ffn_size, config.hidden_size)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size)
-        self.activation = ACT2FN[config.activation]
+        self.activation = activation(config.activation)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, mask: Tensor, cross_kv: tuple[Tensor, Tensor], layer: int, cache: KVCache | None
+        self, x: Tensor, mask: Tensor, cross_kv: tuple[Tensor, Tensor], layer: int, cache: KeyValueSlots | None
     ) -> Tensor:
         """[B, S, E] to [B, S, E]."""
         normed = self.self_attn_layer_norm(x)
@@ -147,7 +146,12 @@ class DecoderStack(nn.Module, ABC):
         """[B, S, E] to [B, S, E]."""
 
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, mask: Tensor, cross_kv: CrossAttentionKV, cache: KVCache | None
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        mask: Tensor,
+        cross_kv: CrossAttentionKV,
+        cache: KeyValueSlots | None,
     ) -> Tensor:
         """[B, S] token ids and positions to [B, S, E]."""
         x = self.embed(input_ids, position_ids)
@@ -202,7 +206,7 @@ class StackedDecoder(TextDecoder):
         position_ids: Tensor,
         attention_mask: Tensor,
         cross_kv: CrossAttentionKV,
-        cache: KVCache | None = None,
+        cache: KeyValueSlots | None = None,
     ) -> Tensor:
         """Returns the last layer's normalised hidden states, [B, S, E]."""
         return self._stack(input_ids, position_ids, attention_mask, cross_kv, cache)

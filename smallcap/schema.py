@@ -1,4 +1,6 @@
-"""The columns of a captioning run's Parquet parts: schema v1, its metadata, and its reader's check.
+"""The columns of a captioning run's Parquet parts: their versions, metadata, and the reader's check.
+
+All parts of a run have the version that the run began with; readers know all versions.
 
 The authority is docs/formats.md. A change here raises `SCHEMA_VERSION`, keeps reading the old one, and gets a CHANGELOG
 heading.
@@ -10,7 +12,7 @@ import pyarrow as pa
 
 from smallcap.errors import SchemaError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 STATUS_OK = "ok"
 STATUS_ERROR = "error"
 
@@ -22,7 +24,15 @@ NEIGHBOUR_TYPE = pa.struct(
     ]
 )
 
-CAPTION_COLUMNS = pa.schema(
+ALTERNATIVE_TYPE = pa.struct(
+    [
+        pa.field("caption", pa.string()),
+        pa.field("logprob", pa.float32()),  # natural log, summed over the caption's tokens
+        pa.field("tokens", pa.int16()),  # generated tokens, the eos included
+    ]
+)
+
+_VERSION_1 = pa.schema(
     [
         pa.field("image_id", pa.string(), nullable=False),
         pa.field("image_uri", pa.string()),
@@ -39,14 +49,18 @@ CAPTION_COLUMNS = pa.schema(
     ]
 )
 
+# Version 2 adds the further captions of an image.
+CAPTION_COLUMNS = _VERSION_1.insert(8, pa.field("alternatives", pa.list_(ALTERNATIVE_TYPE)))
+_COLUMNS = {1: _VERSION_1, 2: CAPTION_COLUMNS}
+
 _VERSION_KEY = b"smallcap.schema_version"
 
 
-def caption_schema(run_id: str, model_id: str, index_id: str) -> pa.Schema:
-    """Returns schema v1 with the file metadata every part carries."""
-    return CAPTION_COLUMNS.with_metadata(
+def caption_schema(run_id: str, model_id: str, index_id: str, version: int = SCHEMA_VERSION) -> pa.Schema:
+    """Returns a schema version's columns with the file metadata that every part carries."""
+    return _COLUMNS[version].with_metadata(
         {
-            _VERSION_KEY: str(SCHEMA_VERSION).encode(),
+            _VERSION_KEY: str(version).encode(),
             b"smallcap.run_id": run_id.encode(),
             b"smallcap.model_id": model_id.encode(),
             b"smallcap.index_id": index_id.encode(),
@@ -69,18 +83,27 @@ def check_caption_schema(schema: pa.Schema, where: str) -> None:
             found="none",
             remedy="Give the run its own empty output folder.",
         )
-    if version != str(SCHEMA_VERSION).encode():
+    if version not in {str(known).encode() for known in _COLUMNS}:
         raise SchemaError(
             "This part has an unknown schema version.",
             where=where,
-            expected=str(SCHEMA_VERSION),
+            expected=" or ".join(map(str, _COLUMNS)),
             found=version.decode(),
             remedy="Read it with the smallcap release that wrote it, or a newer one.",
         )
-    if not schema.equals(CAPTION_COLUMNS, check_metadata=False):
+    columns = _COLUMNS[int(version)]
+    if not schema.equals(columns, check_metadata=False):
         raise SchemaError(
             "This part's columns are not those of its schema version.",
             where=where,
-            expected=", ".join(CAPTION_COLUMNS.names),
+            expected=", ".join(columns.names),
             found=", ".join(schema.names),
         )
+
+
+def to_newest_version(table: pa.Table) -> pa.Table:
+    """Returns rows of any version with the newest version's columns; what an older one lacks is null."""
+    missing = [field for field in CAPTION_COLUMNS if field.name not in table.column_names]
+    for field in missing:
+        table = table.append_column(field, pa.nulls(len(table), field.type))
+    return table.select(CAPTION_COLUMNS.names)

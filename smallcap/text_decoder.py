@@ -8,12 +8,15 @@ Each decoder of the reference is one small module (`gpt2`, `opt`, `xglm`) with t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
-from smallcap.kv_cache import KVCache
+from smallcap.kv_cache import KeyValueSlots
 
 CrossAttentionKV = list[tuple[Tensor, Tensor]]  # per layer: keys and values, each [B, H, P, D / reduce factor]
 
@@ -67,7 +70,7 @@ class TextDecoder(nn.Module, ABC):
         position_ids: Tensor,  # [B, S] int64, counted from 0 at the first real token
         attention_mask: Tensor,  # [B, 1, S, T], added to the attention scores: 0 or -inf
         cross_kv: CrossAttentionKV,
-        cache: KVCache | None = None,
+        cache: KeyValueSlots | None = None,
     ) -> Tensor:
         """Returns the last layer's normalised hidden states, [B, S, E]; stores keys and values if there is a cache."""
 
@@ -78,6 +81,14 @@ class TextDecoder(nn.Module, ABC):
     def cross_attention_parameters(self) -> dict[str, nn.Parameter]:
         """Returns the parameters that SmallCap trains, by name."""
         return {name: parameter for name, parameter in self.named_parameters() if self.trained_marker in name}
+
+
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    """Returns an activation by its name in transformers.
+
+    Its `gelu_new` is written as seven operations; torch has the same function as one.
+    """
+    return nn.GELU("tanh") if name == "gelu_new" else cast("Callable[[Tensor], Tensor]", ACT2FN[name])
 
 
 def split_heads(states: Tensor, num_heads: int) -> Tensor:

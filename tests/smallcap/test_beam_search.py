@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from smallcap.beam_search import BeamSearch
+from smallcap.decoding import GenerationOptions
 
 EOS = 0
 
@@ -43,10 +44,14 @@ def reference_search(table: Tensor, num_beams: int, steps: int, length_penalty: 
     return max(finished, key=lambda beam: beam.score)
 
 
+def options(num_beams: int, max_new_tokens: int, length_penalty: float = 0.0) -> GenerationOptions:
+    return GenerationOptions(num_beams, max_new_tokens, length_penalty, eos_token_id=EOS, pad_token_id=0)
+
+
 def tensor_search(tables: Tensor, num_beams: int, steps: int, length_penalty: float) -> list[Beam]:
     """The same over [B, steps, V, V] tables, by `BeamSearch`."""
     batch = len(tables)
-    search = BeamSearch(batch, num_beams, steps, EOS, length_penalty, torch.device("cpu"))
+    search = BeamSearch(options(num_beams, steps, length_penalty), batch, torch.device("cpu"))
     rows = torch.arange(batch)[:, None]
     previous = torch.ones(batch, 1, dtype=torch.int64)
     for step in range(steps):
@@ -54,7 +59,7 @@ def tensor_search(tables: Tensor, num_beams: int, steps: int, length_penalty: fl
     best = search.best()
     return [
         Beam(tuple(ids[:length].tolist()), score.item())
-        for ids, length, score in zip(best.token_ids, best.lengths, best.scores, strict=True)
+        for ids, length, score in zip(best.token_ids[:, 0], best.lengths[:, 0], best.scores[:, 0], strict=True)
     ]
 
 
@@ -78,17 +83,17 @@ def test_all_lengths_occur_in_that_comparison() -> None:
 
 
 def test_a_done_image_no_longer_changes() -> None:
-    search = BeamSearch(1, 1, 3, EOS, 0.0, torch.device("cpu"))
+    search = BeamSearch(options(1, 3), 1, torch.device("cpu"))
     search.advance(torch.tensor([[[9.0, 0.0, 0.0]]]))
     assert search.done.tolist() == [True]
     before = search.best()
     search.advance(torch.tensor([[[99.0, 0.0, 0.0]]]))
     after = search.best()
-    assert before.token_ids[0, 0] == after.token_ids[0, 0] == EOS
+    assert before.token_ids[0, 0, 0] == after.token_ids[0, 0, 0] == EOS
     assert before.scores == after.scores
 
 
 def test_more_beams_than_tokens_is_no_error() -> None:
-    search = BeamSearch(1, 3, 2, EOS, 0.0, torch.device("cpu"))
+    search = BeamSearch(options(3, 2), 1, torch.device("cpu"))
     tokens, _ = search.advance(torch.randn(1, 1, 6))
     assert tokens.shape == (1, 3)

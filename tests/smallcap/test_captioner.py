@@ -7,7 +7,7 @@ from PIL import Image
 
 from index_builder.build import build_index
 from smallcap.captioner import Captioner, CropPlan
-from smallcap.config import IndexConfig
+from smallcap.config import GenerationConfig, IndexConfig
 from smallcap.errors import ConfigError, ErrorCode, IndexIntegrityError
 
 CAPTIONS = [
@@ -35,7 +35,7 @@ def index(ray_session: None, tiny_clip: Path, tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture(scope="module")
 def captioner(index: str, tiny_smallcap: Path) -> Captioner:
-    return Captioner.from_pretrained(str(tiny_smallcap), index)
+    return Captioner.from_pretrained(str(tiny_smallcap), index, dtype="float32")
 
 
 @pytest.mark.ray
@@ -109,7 +109,11 @@ def test_without_retrieval_no_index_is_needed(tiny_smallcap: Path) -> None:
 
 @pytest.mark.ray
 def test_a_length_penalty_does_not_change_what_logprob_means(index: str, tiny_smallcap: Path) -> None:
-    greedy = Captioner.from_pretrained(str(tiny_smallcap), index, num_beams=1).caption([picture(1)])[0]
-    normed = Captioner.from_pretrained(str(tiny_smallcap), index, num_beams=1, length_penalty=1.0).caption([picture(1)])
-    assert normed[0].caption == greedy.caption
-    assert normed[0].logprob == pytest.approx(greedy.logprob, rel=1e-4)
+    greedy, normed = (
+        Captioner.from_pretrained(
+            str(tiny_smallcap), index, generation=GenerationConfig(num_beams=1, length_penalty=penalty), dtype="float32"
+        ).caption([picture(1)])[0]
+        for penalty in (0.0, 1.0)
+    )
+    assert normed.caption == greedy.caption
+    assert normed.logprob == pytest.approx(greedy.logprob, rel=1e-4)

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from smallcap.checkpoint import DECODER_KINDS, SmallCapModel, load_checkpoint
-from smallcap.engine import Generated, GenerationOptions, causal_mask, generate, pad_prompts
+from smallcap.config import GenerationConfig
+from smallcap.decoding import GenerationOptions
+from smallcap.engine import Generated, causal_mask, generate, pad_prompts
 from smallcap.errors import ConfigError
 from smallcap.text_decoder import TextDecoder
 
@@ -39,7 +41,8 @@ class Case:
         """Captions some of the oracle's images in one batch."""
         given = {"max_new_tokens": 25, "length_penalty": 0.0, "eos_token_id": 13, "pad_token_id": 0, **options}
         prompts = [self.prompts[row] for row in rows]
-        return generate(self.decoder, self.hidden_states[list(rows)], prompts, GenerationOptions(num_beams, **given))
+        options = GenerationOptions(num_beams, **given)
+        return [best for best, *_ in generate(self.decoder, self.hidden_states[list(rows)], prompts, options)]
 
 
 def load_decoder(folder: Path) -> TextDecoder:
@@ -135,19 +138,20 @@ def test_a_batch_is_its_images_alone(
     generator = torch.Generator().manual_seed(seed)
     hidden_states = torch.randn(len(lengths), 17, 64, generator=generator)
     prompts = [torch.randint(1, 600, (length,), generator=generator).tolist() for length in lengths]
-    options = {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "length_penalty": length_penalty}
-    together = model.generate(hidden_states, prompts, **options)  # type: ignore[arg-type]
+    wanted = GenerationConfig(num_beams=num_beams, max_new_tokens=max_new_tokens, length_penalty=length_penalty)
+    options = model.generation_options(wanted)
+    together = model.generate(hidden_states, prompts, options)
     for row, prompt in enumerate(prompts):
-        (alone,) = model.generate(hidden_states[row : row + 1], [prompt], **options)  # type: ignore[arg-type]
-        assert together[row].token_ids == alone.token_ids
-        assert together[row].score == pytest.approx(alone.score, abs=1e-3)
+        ((alone,),) = model.generate(hidden_states[row : row + 1], [prompt], options)
+        assert together[row][0].token_ids == alone.token_ids
+        assert together[row][0].score == pytest.approx(alone.score, abs=1e-3)
         assert len(alone.token_ids) <= max_new_tokens
 
 
 def test_low_precision_runs(case: Case) -> None:
     decoder = load_decoder(ORACLE / case.name).bfloat16()
     options = GenerationOptions(3, 25, 0.0, 13, 0)
-    generated = generate(decoder, case.hidden_states.bfloat16(), case.prompts, options)
+    generated = [best for (best,) in generate(decoder, case.hidden_states.bfloat16(), case.prompts, options)]
     assert all(1 <= len(one.token_ids) <= 25 and np.isfinite(one.score) for one in generated)
 
 
@@ -161,9 +165,10 @@ def test_prompts_that_do_not_fit_are_refused() -> None:
         model.generate(one, [[1], [2]])
     with pytest.raises(ConfigError, match="empty"):
         model.generate(one, [[]])
-    model.generate(one, [[1] * 250], max_new_tokens=7)  # 256 positions: the last token is never fed back
+    seven, eight = (model.generation_options(GenerationConfig(max_new_tokens=count)) for count in (7, 8))
+    model.generate(one, [[1] * 250], seven)  # 256 positions: the last token is never fed back
     with pytest.raises(ConfigError, match="256"):
-        model.generate(one, [[1] * 250], max_new_tokens=8)
+        model.generate(one, [[1] * 250], eight)
 
 
 def test_padding_is_on_the_left() -> None:
