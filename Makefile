@@ -35,8 +35,8 @@ format: $(INSTALLED) ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(INSTALLED) ## Time the engine on this machine
-	$(BIN)/python -m benchmarks.engine
+bench: $(INSTALLED) ## Measure every stage on this machine
+	$(BIN)/smallcap bench
 
 demo-model: $(INSTALLED) ## Make the demo's world and model again (needs fonts-noto-color-emoji)
 	$(BIN)/python -m demo.make

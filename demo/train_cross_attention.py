@@ -47,9 +47,9 @@ class CrossAttentionRecipe:
     captions_per_scene: int = 4
     reduce_factor: int = 1
     k: int = 4
-    plain_steps: int = 4_500  # first, without retrieval: what is in the image is learnt at a sixth of the cost
+    plain_steps: int = 2_000  # first, without retrieval: what is in the image is learnt at a sixth of the cost
     plain_batch_size: int = 128
-    steps: int = 2_000  # then with retrieved captions
+    steps: int = 1_000  # then with retrieved captions
     batch_size: int = 48
     learning_rate: float = 3e-3
     warmup_steps: int = 50

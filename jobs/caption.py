@@ -195,8 +195,7 @@ def _cpu_dtype(config: CaptionConfig, record: RunRecord) -> str:
     earlier = [attempt.dtype for attempt in record.attempts if attempt.device == "cpu" and attempt.dtype]
     if config.compute.dtype != "auto" or earlier:
         return earlier[0] if earlier else config.compute.dtype
-    measure = ray.remote(fastest_cpu_dtype)
-    dtype: str = ray.get(measure.remote())
+    dtype: str = ray.get(ray.remote(lambda: fastest_cpu_dtype()).remote())
     return dtype
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from jobs.config_args import EXIT_RUN_ERROR, EXIT_USAGE
-from smallcap import __version__
+from smallcap import __version__, storage
 from smallcap.errors import ConfigError, SmallCapError
 
 app = typer.Typer(
@@ -181,6 +181,42 @@ def inspect(
         print(json.dumps(facts))
     else:
         console.print_facts(facts)
+
+
+@app.command()
+def bench(
+    photos: Annotated[list[str] | None, typer.Argument(help="Image files; by default one is made.")] = None,
+    images: Annotated[int, typer.Option(min=1, help="Images that the whole loop captions.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images captioned together.")] = 32,
+    k: Annotated[int, typer.Option("--k", "-k", min=1, help="Retrieved captions in the prompt.")] = 4,
+    num_beams: Annotated[int, typer.Option(min=1, help="Beams; 1 decodes greedily.")] = 3,
+    reduce_factor: Annotated[int, typer.Option(help="Of the cross-attention: 1, 2, 4, 8 or 16.")] = 4,
+    retrieval_encoder: Annotated[
+        str, typer.Option(help="shared, or an architecture of open_clip: RN50x64.")
+    ] = "shared",
+    captions: Annotated[int, typer.Option(min=10, help="Captions in the index.")] = 100_000,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each stage; the fastest counts.")] = 3,
+    json_file: Annotated[str | None, typer.Option("--json", help="Also write the JSON line to this file.")] = None,
+) -> None:
+    """Measure every stage and the whole captioner on this machine, at real sizes with random weights."""
+    import torch
+
+    from jobs import console
+    from smallcap.benchmark import BenchmarkOptions, run_benchmark
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    options = BenchmarkOptions(
+        images, batch_size, k, num_beams, reduce_factor, retrieval_encoder, captions, device, dtype, repeats,
+        tuple(photos or ()),
+    )  # fmt: skip
+    result = run_benchmark(options)
+    console.print_benchmark(result)
+    print(result.to_json())
+    if json_file:
+        storage.write_bytes(json_file, (result.to_json() + "\n").encode())
 
 
 def _as_int(flag: str, text: str | None) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -13,6 +13,9 @@ from jobs.run_record import read_parts
 from smallcap.errors import SmallCapError
 from smallcap.retriever import Neighbour
 from smallcap.schema import STATUS_OK
+
+if TYPE_CHECKING:  # it imports torch, which most commands do without
+    from smallcap.benchmark import BenchmarkResult
 
 _SAMPLE_COLUMNS = ("image_id", "caption_id", "caption", "text", "clip_score", "status", "error_code")
 
@@ -74,6 +77,37 @@ def print_facts(facts: Mapping[str, Any]) -> None:
         for sample in samples:
             rows.add_row(*(Text(_compact(sample[name])) for name in columns))
         out.print(rows)
+
+
+def print_benchmark(result: BenchmarkResult) -> None:
+    """Prints the stages and the whole loop of `smallcap bench`."""
+    machine = result.machine
+    out.print(
+        f"{machine['device']}, {machine['threads']} threads, {machine['dtype']}, torch {machine['torch']}, "
+        f"commit {machine['commit'] or '–'}: matrix products at {result.matrix_tflops:.3f} TFLOP/s",
+        soft_wrap=True,
+    )
+    table = Table(box=None, pad_edge=False)
+    table.add_column("stage")
+    for header in ("images/s", "GFLOP/image", "TFLOP/s", "share"):
+        table.add_column(header, justify="right")
+    for stage in result.stages:
+        counted = (stage.gflop_per_image, stage.tflops, stage.share)
+        gflop, tflops, share = ("", "", "") if None in counted else ("{:,.2f}", "{:,.3f}", "{:.0%}")
+        formats = zip((gflop, tflops, share), counted, strict=True)
+        table.add_row(stage.stage, f"{stage.images_per_s:,.1f}", *(form.format(value) for form, value in formats))
+    out.print(table)
+    of_length = f"captions of {result.mean_caption_tokens:.1f} tokens, prompts of {result.mean_prompt_tokens:.0f}"
+    out.print(
+        f"whole loop, {of_length}: {result.images_per_s:,.2f} images/s, {result.mfu:.0%} of the matrix rate",
+        soft_wrap=True,
+    )
+    out.print(
+        f"whole loop, captions of 25 tokens: {result.images_per_s_full_length:,.2f} images/s, "
+        f"{result.mfu_full_length:.0%} of the matrix rate",
+        soft_wrap=True,
+    )
+    out.print(f"decode: fast differs from exact by {result.fast_decode_difference:.2f} of 255 on average")
 
 
 def _compact(value: Any) -> str:

@@ -24,10 +24,18 @@ class BeamSearch(DecodingStrategy):
         done: [B] bool, images with N finished hypotheses.
     """
 
-    per_image = ("tokens", "done", "scores", "_finished_scores", "_finished_lengths", "_finished_tokens")
+    per_image: tuple[str, ...] = (
+        "tokens",
+        "done",
+        "scores",
+        "_finished_scores",
+        "_finished_lengths",
+        "_finished_tokens",
+    )
 
-    def __init__(self, options: GenerationOptions, batch: int, device: torch.device) -> None:
-        super().__init__(options, batch, device)
+    def __init__(self, options: GenerationOptions, keys: Tensor) -> None:
+        super().__init__(options, keys)
+        batch, device = len(keys), keys.device
         self.num_beams = options.num_beams
         self.scores = torch.zeros(batch, 1, device=device)  # the prompt alone: one live beam, until the first step
         self._finished_scores = torch.full((batch, self.num_beams), -torch.inf, device=device)

@@ -37,6 +37,7 @@ from smallcap.model_files import resolve_folder
 from smallcap.precision import resolve_dtype
 from smallcap.prompt import build_prompts, decode_caption, load_tokenizer
 from smallcap.retriever import Neighbour, Retriever
+from smallcap.sampling import Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -293,7 +294,7 @@ class Captioner:
         texts = [[neighbour.text for neighbour in of_image] for of_image in neighbours]
         config = self.model.config
         prompts = build_prompts(self.tokenizer, config.template, texts, config.bos_token_id)
-        keys = [image_key(one) for one in pixels] if self.generation.sampling else None
+        keys = [image_key(one) for one in pixels] if self.generation.strategy is Sampling else None
         sizes = [(one.width, one.height) for one in pixels]
         return PreparedBatch(hidden_states, queries, neighbours, prompts, keys, sizes)
 

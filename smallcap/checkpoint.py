@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from smallcap.beam_search import BeamSearch
 from smallcap.clip_encoder import VisionEncoder
 from smallcap.config import GenerationConfig
 from smallcap.cuda_graphs import PROMPT_MULTIPLE, STEPS_PER_GRAPH, GraphStepper
@@ -30,6 +31,7 @@ from smallcap.gpt2 import GPT2Decoder, dump_gpt2_config, parse_gpt2_config
 from smallcap.model_files import resolve_folder, weights_file
 from smallcap.opt import OPTDecoder, dump_opt_config, parse_opt_config
 from smallcap.prompt import PromptTemplate
+from smallcap.sampling import Sampling
 from smallcap.storage import sha256_file
 from smallcap.text_decoder import DecoderConfig, TextDecoder
 from smallcap.xglm import XGLMDecoder, dump_xglm_config, parse_xglm_config
@@ -144,7 +146,8 @@ class SmallCapModel(nn.Module):
             pad_token_id=own.pad_token_id,
             no_repeat_ngram_size=wanted.no_repeat_ngram_size,
             num_captions=wanted.num_captions,
-            sampling=SamplingOptions(wanted.temperature, wanted.top_p, wanted.seed) if wanted.do_sample else None,
+            strategy=Sampling if wanted.do_sample else BeamSearch,
+            sampling=SamplingOptions(wanted.temperature, wanted.top_p, wanted.seed),
         )
 
     def generate(

@@ -36,12 +36,13 @@ class GenerationOptions:
     pad_token_id: int
     no_repeat_ngram_size: int = 0  # no caption says the same n tokens twice; 0 allows it
     num_captions: int = 1  # returned per image, best first
-    sampling: SamplingOptions | None = None  # None searches with beams
+    strategy: type[DecodingStrategy] | None = None  # None is beam search
+    sampling: SamplingOptions = SamplingOptions()  # where the strategy is sampling
 
     @property
     def num_sequences(self) -> int:
         """N, the sequences that are extended together for each image."""
-        return self.num_captions if self.sampling else self.num_beams
+        return self.num_beams if self.strategy is None else self.strategy.count_sequences(self)
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,23 @@ class DecodingStrategy(ABC):
 
     per_image: tuple[str, ...] = ("tokens", "done")
 
-    def __init__(self, options: GenerationOptions, batch: int, device: torch.device) -> None:
+    def __init__(self, options: GenerationOptions, keys: Tensor) -> None:
+        """Begins with the prompts.
+
+        Args:
+            options: How to decode.
+            keys: [B] int64, numbers that tell the images apart wherever they are.
+        """
         self.options = options
         self.step = 0
-        shape = (batch, options.num_sequences, options.max_new_tokens)
-        self.tokens = torch.zeros(shape, dtype=torch.int64, device=device)
-        self.done = torch.zeros(batch, dtype=torch.bool, device=device)
+        shape = (len(keys), options.num_sequences, options.max_new_tokens)
+        self.tokens = torch.zeros(shape, dtype=torch.int64, device=keys.device)
+        self.done = torch.zeros(len(keys), dtype=torch.bool, device=keys.device)
+
+    @staticmethod
+    def count_sequences(options: GenerationOptions) -> int:
+        """Returns N, the sequences of each image."""
+        return options.num_beams
 
     @abstractmethod
     def advance(self, logits: Tensor) -> tuple[Tensor, Tensor]:

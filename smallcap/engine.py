@@ -19,7 +19,6 @@ from smallcap.beam_search import BeamSearch
 from smallcap.decoding import DecodingStrategy, GenerationOptions
 from smallcap.errors import ConfigError
 from smallcap.kv_cache import KVCache, PromptSlots
-from smallcap.sampling import Sampling
 from smallcap.text_decoder import CrossAttentionKV, TextDecoder
 
 _COMPACT_AT = 1 / 8  # share of finished rows at which copying the others together pays
@@ -198,11 +197,8 @@ def prefill(
         options.max_new_tokens - 1,
         encoder_hidden_states.dtype,
     )
-    if options.sampling:
-        of_rows = torch.arange(len(prompts)) if keys is None else torch.tensor(list(keys))
-        strategy: DecodingStrategy = Sampling(options, of_rows.to(device)[rows])
-    else:
-        strategy = BeamSearch(options, len(prompts), device)
+    of_images = torch.arange(len(prompts)) if keys is None else torch.tensor(list(keys))
+    strategy = (options.strategy or BeamSearch)(options, of_images.to(device)[rows])
     state = DecodingState(order, cross_kv, cache, strategy, lengths)
 
     last_hidden = []

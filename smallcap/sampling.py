@@ -27,20 +27,22 @@ class Sampling(DecodingStrategy):
     per_image = ("tokens", "done", "keys", "_log_probs", "_lengths", "_ended")
 
     def __init__(self, options: GenerationOptions, keys: Tensor) -> None:
-        batch, device = len(keys), keys.device
-        super().__init__(options, batch, device)
-        assert options.sampling is not None
-        self.sampling: SamplingOptions = options.sampling
+        super().__init__(options, keys)
         self.keys = keys
-        shape = (batch, options.num_captions)
+        shape, device = (len(keys), options.num_captions), keys.device
         self._log_probs = torch.zeros(shape, device=device)
         self._lengths = torch.zeros(shape, dtype=torch.int64, device=device)
         self._ended = torch.zeros(shape, dtype=torch.bool, device=device)
 
+    @staticmethod
+    def count_sequences(options: GenerationOptions) -> int:
+        """Returns one sequence per caption."""
+        return options.num_captions
+
     def advance(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Draws the next token of every sequence; one that has ended is carried along unchanged."""
         logits = self._without_repeats(logits).expand(-1, self.options.num_captions, -1)
-        tokens = draw(logits, self._uniform(), self.sampling)  # [B, N]
+        tokens = draw(logits, self._uniform(), self.options.sampling)  # [B, N]
         log_probs = logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(-1)
         alive = ~self._ended
         self._log_probs = self._log_probs + torch.where(alive, log_probs, 0.0)
@@ -63,7 +65,7 @@ class Sampling(DecodingStrategy):
         """Returns the step's random numbers, [B, N] float64 in [0, 1)."""
         samples = torch.arange(self.options.num_captions, device=self.keys.device)
         place = samples * self.options.max_new_tokens + self.step
-        of_images = split_mix(self.keys ^ split_mix(torch.full_like(self.keys, self.sampling.seed)))
+        of_images = split_mix(self.keys ^ split_mix(torch.full_like(self.keys, self.options.sampling.seed)))
         mixed = split_mix(of_images[:, None] + place)
         return _shift_right(mixed, 64 - _MANTISSA_BITS).double() * 2.0**-_MANTISSA_BITS
 

@@ -24,7 +24,7 @@ from smallcap import storage
 from smallcap.captioner import Captioner
 from smallcap.config import CaptionConfig, IndexConfig, load_config
 from smallcap.errors import CheckpointError, ConfigError, ManifestError, SchemaError
-from smallcap.schema import CAPTION_COLUMNS, check_caption_schema
+from smallcap.schema import CAPTION_COLUMNS, caption_schema, check_caption_schema
 
 pytestmark = pytest.mark.ray
 
@@ -55,7 +55,7 @@ def index(ray_session: None, tiny_clip: Path, tmp_path_factory: pytest.TempPathF
 
 def config_for(images: str, index: str, model: Path, out: str, *sets: str) -> CaptionConfig:
     flags: dict[str, Any] = {"images": [images], "index": index, "model": str(model), "out": out}
-    return load_config(CaptionConfig, flags=flags, sets=["compute.batch_size=8", *sets])
+    return load_config(CaptionConfig, flags=flags, sets=["compute.batch_size=8", "compute.dtype=float32", *sets])
 
 
 def read_rows(out: str) -> pd.DataFrame:
@@ -80,7 +80,7 @@ def test_images_become_rows_with_captions_and_neighbours(folder: str, index: str
     assert set(rows.width) == {80}
     assert set(rows.height) == {60}
 
-    captioner = Captioner.from_pretrained(str(tiny_smallcap), index)
+    captioner = Captioner.from_pretrained(str(tiny_smallcap), index, dtype="float32")
     alone = captioner.caption([jpeg(number) for number in range(20)])
     for row, expected in zip(rows.itertuples(), alone, strict=True):
         assert row.caption == expected.caption
@@ -138,6 +138,70 @@ def test_broken_images_are_rows_with_codes(tmp_path: Path, index: str, tiny_smal
     assert failed.error_message.str.len().gt(10).all()
     assert summary.images.errors_by_code == {code: expected.count(code) for code in sorted(set(expected))}
     assert "errors (" in caption.describe(summary)
+
+
+def test_several_captions_and_fast_decoding_are_written_and_counted(
+    tmp_path: Path, index: str, tiny_smallcap: Path
+) -> None:
+    images, out = str(tmp_path / "images"), str(tmp_path / "out")
+    write_images(images, 4)
+    Image.new("RGB", (50, 40)).save(tmp_path / "images" / "plain.png")
+    sets = ["generation.num_captions=3", "input.decode=fast", "compute.dtype=auto"]
+    summary = caption.run(config_for(images, index, tiny_smallcap, out, *sets))
+    rows = read_rows(out)
+    assert set(rows.status) == {"ok"}
+    for row in rows.itertuples():
+        assert len(row.alternatives) == 2
+        logprobs = [row.caption_logprob, *(other["logprob"] for other in row.alternatives)]
+        assert logprobs == sorted(logprobs, reverse=True)
+        assert len({row.caption, *(other["caption"] for other in row.alternatives)}) == 3
+    attempt = summary.record.attempts[-1]
+    assert attempt.decoded_by_pillow == 1
+    assert attempt.dtype in ("float32", "bfloat16")
+    assert "1 whole by Pillow" in caption.describe(summary)
+
+
+def test_samples_do_not_depend_on_batches_or_ids(tmp_path: Path, index: str, tiny_smallcap: Path) -> None:
+    captions = []
+    for batch_size, rename in ((8, "{}"), (3, "again/{}")):
+        images, out = tmp_path / f"images-{batch_size}", str(tmp_path / f"out-{batch_size}")
+        for number in range(6):
+            path = images / rename.format(f"{number}.jpg")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(jpeg(number))
+        sets = ["generation.do_sample=true", "generation.seed=7", f"compute.batch_size={batch_size}"]
+        caption.run(config_for(str(images), index, tiny_smallcap, out, *sets))
+        captions.append(list(read_rows(out).caption))
+    assert captions[0] == captions[1]
+    assert len(set(captions[0])) > 1
+
+
+def test_a_run_that_an_older_release_began_stays_of_its_version(
+    tmp_path: Path, index: str, tiny_smallcap: Path
+) -> None:
+    images, out = str(tmp_path / "images"), str(tmp_path / "out")
+    write_images(images, 3)
+    config = config_for(images, index, tiny_smallcap, out)
+    caption.run(config)
+    record = json.loads(Path(out, "run.json").read_text())
+    # What the first release wrote: no newer options, no newer fields, parts of schema version 1.
+    for option in ("no_repeat_ngram_size", "num_captions", "do_sample", "temperature", "top_p", "seed"):
+        del record["config"]["generation"][option]
+    del record["config"]["input"]["decode"], record["schema_version"]
+    for attempt in record["attempts"]:
+        del attempt["dtype"], attempt["decoded_by_pillow"]
+    Path(out, "run.json").write_text(json.dumps(record | {"format_version": 1}))
+    for part in list_parts(out):
+        old = caption_schema("run", "model", "index", 1)
+        pq.write_table(pq.read_table(part).select(old.names).cast(old), part)
+
+    write_images(images, 5)
+    assert caption.run(config).new_images == 2
+    versions = {pq.read_schema(part).metadata[b"smallcap.schema_version"] for part in list_parts(out)}
+    assert versions == {b"1"}
+    assert len(read_rows(out)) == 5
+    with pytest.raises(ConfigError, match=r"num_captions: 1 → 2"):
+        caption.run(config_for(images, index, tiny_smallcap, out, "generation.num_captions=2"))
 
 
 def test_only_broken_images_make_a_complete_run(tmp_path: Path, index: str, tiny_smallcap: Path) -> None:
@@ -224,7 +288,9 @@ def test_two_encoders_get_their_own_crops(
     caption.run(config_for(images, index, tiny_smallcap, out))
     rows = read_rows(out)
     assert list(rows.status).count("ok") == 6
-    alone = Captioner.from_pretrained(str(tiny_smallcap), index).caption([jpeg(number) for number in range(6)])
+    alone = Captioner.from_pretrained(str(tiny_smallcap), index, dtype="float32").caption(
+        [jpeg(number) for number in range(6)]
+    )
     assert list(rows.caption[:6]) == [result.caption for result in alone]
 
 
@@ -265,7 +331,7 @@ def test_a_killed_run_finishes_when_started_again(tmp_path: Path, index: str, ti
     """SIGKILL to the driver and its Ray between the first part and the last; then the same command again."""
     images, out, expected = str(tmp_path / "images"), str(tmp_path / "out"), str(tmp_path / "expected")
     write_images(images, 600)
-    sets = ["output.rows_per_part=16", "compute.batch_size=8"]
+    sets = ["output.rows_per_part=16", "compute.batch_size=8", "compute.dtype=float32"]
     flags = ["--index", index, "--model", str(tiny_smallcap)]
     command = [sys.executable, "-m", "jobs.cli", "caption", images, *flags]
     command += [argument for setting in sets for argument in ("--set", setting)]

@@ -51,7 +51,7 @@ def options(num_beams: int, max_new_tokens: int, length_penalty: float = 0.0) ->
 def tensor_search(tables: Tensor, num_beams: int, steps: int, length_penalty: float) -> list[Beam]:
     """The same over [B, steps, V, V] tables, by `BeamSearch`."""
     batch = len(tables)
-    search = BeamSearch(options(num_beams, steps, length_penalty), batch, torch.device("cpu"))
+    search = BeamSearch(options(num_beams, steps, length_penalty), torch.arange(batch))
     rows = torch.arange(batch)[:, None]
     previous = torch.ones(batch, 1, dtype=torch.int64)
     for step in range(steps):
@@ -83,7 +83,7 @@ def test_all_lengths_occur_in_that_comparison() -> None:
 
 
 def test_a_done_image_no_longer_changes() -> None:
-    search = BeamSearch(options(1, 3), 1, torch.device("cpu"))
+    search = BeamSearch(options(1, 3), torch.zeros(1, dtype=torch.int64))
     search.advance(torch.tensor([[[9.0, 0.0, 0.0]]]))
     assert search.done.tolist() == [True]
     before = search.best()
@@ -94,6 +94,6 @@ def test_a_done_image_no_longer_changes() -> None:
 
 
 def test_more_beams_than_tokens_is_no_error() -> None:
-    search = BeamSearch(options(3, 2), 1, torch.device("cpu"))
+    search = BeamSearch(options(3, 2), torch.zeros(1, dtype=torch.int64))
     tokens, _ = search.advance(torch.randn(1, 1, 6))
     assert tokens.shape == (1, 3)

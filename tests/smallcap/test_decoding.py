@@ -176,7 +176,7 @@ def test_recorded_steps_give_the_same_captions(model: SmallCapModel, wanted: Gen
 
 def test_beams_survive_a_ban_of_everything_but_a_few_tokens() -> None:
     options = GenerationOptions(2, 6, 0.0, eos_token_id=0, pad_token_id=0, no_repeat_ngram_size=1)
-    search = BeamSearch(options, 1, torch.device("cpu"))
+    search = BeamSearch(options, torch.zeros(1, dtype=torch.int64))
     logits = torch.randn(1, 1, 9)
     for _ in range(4):
         search.advance(logits)

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from smallcap.errors import ErrorCode, RowError
-from smallcap.image import Preprocessing, crop_pixels, decode_image
+from smallcap.image import Preprocessing, crop_pixels, decode_image, decode_scaled
 
 
 def encode(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -70,13 +70,45 @@ def test_an_animation_gives_its_first_frame() -> None:
 
 @pytest.mark.parametrize("orientation", [3, 6, 8])
 def test_exif_rotation_is_applied(orientation: int) -> None:
-    upright = gradient(60, 40)
+    upright = gradient(600, 400)
     turned = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
     exif = Image.Exif()
     exif[0x0112] = orientation
-    image = decode_image(encode(upright.transpose(turned[orientation]), "JPEG", quality=95, exif=exif))
+    data = encode(upright.transpose(turned[orientation]), "JPEG", quality=95, exif=exif)
+    image = decode_image(data)
     assert image.size == upright.size
     assert np.abs(np.asarray(image, int) - np.asarray(upright, int)).mean() < 4
+    scaled = decode_scaled(data, 100)
+    assert (scaled.width, scaled.height) == upright.size
+    assert scaled.image.size == (150, 100)
+    assert np.abs(np.asarray(scaled.image, int) - np.asarray(upright.resize((150, 100)), int)).mean() < 4
+
+
+def test_scaled_decoding_keeps_the_encoders_pixels() -> None:
+    photo = gradient(1000, 800)
+    for image in (photo, photo.convert("L")):
+        scaled = decode_scaled(encode(image, "JPEG", quality=95), 224)
+        assert not scaled.by_pillow
+        assert min(scaled.image.size) >= 224
+        assert max(scaled.image.size) < 400
+        assert (scaled.width, scaled.height) == photo.size
+        exact = crop_pixels(image.convert("RGB"), Preprocessing(224)).astype(int)
+        assert np.abs(crop_pixels(scaled.image, Preprocessing(224)) - exact).mean() < 3
+
+
+def test_what_only_pillow_decodes_is_left_to_it() -> None:
+    for data in (PNG, encode(gradient(64, 64).convert("CMYK"), "JPEG", quality=95)):
+        scaled = decode_scaled(data, 10)
+        assert scaled.by_pillow
+        assert np.array_equal(np.asarray(scaled.image), np.asarray(decode_image(data)))
+
+
+@pytest.mark.parametrize("name", BAD_IMAGES)
+def test_scaled_decoding_finds_the_same_errors(name: str) -> None:
+    data, code = BAD_IMAGES[name]
+    with pytest.raises(RowError) as caught:
+        decode_scaled(data, 10)
+    assert caught.value.code == code
 
 
 def test_a_palette_with_transparency_and_a_grey_image_are_rgb() -> None:

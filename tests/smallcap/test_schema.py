@@ -2,7 +2,7 @@ import pyarrow as pa
 import pytest
 
 from smallcap.errors import SchemaError
-from smallcap.schema import CAPTION_COLUMNS, caption_schema, check_caption_schema
+from smallcap.schema import CAPTION_COLUMNS, caption_schema, check_caption_schema, to_newest_version
 
 # Written out once more, so that a change of the code cannot change both: this is the promise of schema version 1.
 VERSION_1 = {
@@ -21,27 +21,45 @@ VERSION_1 = {
 }
 
 
-def test_version_1_has_these_columns() -> None:
-    assert {field.name: str(field.type) for field in CAPTION_COLUMNS} == VERSION_1
-    assert [field.name for field in CAPTION_COLUMNS if not field.nullable] == ["image_id", "status"]
+# Version 2 adds one column before `neighbours`.
+VERSION_2 = {
+    **{name: VERSION_1[name] for name in list(VERSION_1)[:8]},
+    "alternatives": "list<item: struct<caption: string, logprob: float, tokens: int16>>",
+    **{name: VERSION_1[name] for name in list(VERSION_1)[8:]},
+}
+
+
+@pytest.mark.parametrize(("version", "columns"), [(1, VERSION_1), (2, VERSION_2)])
+def test_each_version_has_these_columns(version: int, columns: dict[str, str]) -> None:
+    schema = caption_schema("run", "model", "index", version)
+    assert {field.name: str(field.type) for field in schema} == columns
+    assert [field.name for field in schema if not field.nullable] == ["image_id", "status"]
+    check_caption_schema(schema, "part.parquet")
 
 
 def test_parts_carry_the_ids_of_their_run() -> None:
     schema = caption_schema("run", "model", "index")
     assert schema.metadata == {
-        b"smallcap.schema_version": b"1",
+        b"smallcap.schema_version": b"2",
         b"smallcap.run_id": b"run",
         b"smallcap.model_id": b"model",
         b"smallcap.index_id": b"index",
     }
-    check_caption_schema(schema, "part.parquet")
+
+
+def test_rows_of_version_1_read_as_the_newest() -> None:
+    old = caption_schema("run", "model", "index", 1)
+    table = pa.table({field.name: pa.nulls(2, field.type) for field in old})
+    newest = to_newest_version(table)
+    assert newest.column_names == list(VERSION_2)
+    assert newest["alternatives"].null_count == 2
 
 
 @pytest.mark.parametrize(
     ("schema", "message"),
     [
         (CAPTION_COLUMNS, "not a part of a captioning run"),
-        (CAPTION_COLUMNS.with_metadata({b"smallcap.schema_version": b"2"}), "unknown schema version"),
+        (CAPTION_COLUMNS.with_metadata({b"smallcap.schema_version": b"3"}), "unknown schema version"),
         (pa.schema([("image_id", pa.string())], {b"smallcap.schema_version": b"1"}), "columns are not those"),
     ],
 )

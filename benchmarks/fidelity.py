@@ -1,0 +1,128 @@
+"""What low precision costs: captions that stay the same, and how far log probabilities move.
+
+Two models: the demo's, on its shipped held-out scenes with retrieval, and the published sizes with random weights, the
+worst case, since their distributions are nearly flat and any rounding tips a beam. Captions of float32 are the truth;
+their log probability is computed again in each precision by feeding them back (teacher forcing).
+
+    python -m benchmarks.fidelity
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from smallcap.benchmark import build_model
+from smallcap.captioner import Captioner
+from smallcap.checkpoint import SmallCapModel
+from smallcap.config import GenerationConfig
+from smallcap.engine import additive_mask
+from smallcap.prompt import encode_texts
+
+TRUTH = "float32"
+PRECISIONS = ("bfloat16", "float16")
+RANDOM_PROMPT_TOKENS = 66
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """One model in one precision against float32."""
+
+    model: str
+    dtype: str
+    captions: int
+    identical: int
+    mean_difference: float  # of the log probability of float32's captions, nats per token, absolute
+    bias: float  # the same, signed
+
+
+@torch.inference_mode()
+def logprob(model: SmallCapModel, hidden_states: Tensor, prompt: Sequence[int], caption: Sequence[int]) -> float:
+    """Returns the log probability per token that a model gives to a caption after a prompt; hidden_states: [P, Hv]."""
+    ids = torch.tensor([[*prompt, *caption[:-1]]])
+    length = ids.shape[1]
+    mask = additive_mask(torch.ones(1, 1, length, length, dtype=torch.bool).tril(), model.dtype)
+    cross_kv = model.decoder.cross_attention_kv(hidden_states[None])
+    hidden = model.decoder(ids, torch.arange(length)[None], mask, cross_kv)[:, len(prompt) - 1 :]
+    log_probs = model.decoder.logits(hidden).float().log_softmax(-1)
+    return float(log_probs[0, range(len(caption)), list(caption)].mean())
+
+
+def compare_demo(index: str, folder: Path) -> list[Fidelity]:
+    """Captions the demo's scenes in every precision."""
+    photos = [path.read_bytes() for path in sorted(folder.glob("*.jpg"))]
+    captioners = {dtype: Captioner.from_pretrained("demo", index, dtype=dtype) for dtype in (TRUTH, *PRECISIONS)}
+    captions = {dtype: captioner.caption(photos) for dtype, captioner in captioners.items()}
+    results = []
+    for dtype in PRECISIONS:
+        differences = []
+        for photo, truth in zip(photos, captions[TRUTH], strict=True):
+            values = {}
+            for name in (TRUTH, dtype):
+                captioner = captioners[name]
+                template, eos = captioner.model.config.template, captioner.generation.eos_token_id
+                texts = [neighbour.text for neighbour in truth.neighbours]
+                prompt, caption = encode_texts(captioner.tokenizer, [template.fill(texts), truth.caption or ""])
+                hidden_states, _ = captioner._encode([captioner.crop_plan.crop(photo)])
+                values[name] = logprob(captioner.model, hidden_states[0], prompt, [*caption, eos])
+            differences.append(values[dtype] - values[TRUTH])
+        same = sum(a.caption == b.caption for a, b in zip(captions[TRUTH], captions[dtype], strict=True))
+        results.append(_summarise("demo", dtype, same, differences))
+    return results
+
+
+def compare_random(images: int) -> list[Fidelity]:
+    """Captions random inputs with the published sizes in every precision."""
+    torch.manual_seed(1)
+    pixels = torch.randn(images, 3, 224, 224)
+    prompts = torch.randint(20, 50_000, (images, RANDOM_PROMPT_TOKENS)).tolist()
+    model = build_model(4, "cpu", TRUTH)
+    options = model.generation_options(GenerationConfig())
+    truth = [best.token_ids for (best,) in model.generate(model.encode_images(pixels), prompts, options)]
+    logprobs = {}
+    captions = {}
+    for dtype in (TRUTH, *PRECISIONS):
+        model = build_model(4, "cpu", TRUTH).to(getattr(torch, dtype))
+        hidden_states = model.encode_images(pixels)
+        captions[dtype] = [best.token_ids for (best,) in model.generate(hidden_states, prompts, options)]
+        logprobs[dtype] = [logprob(model, *case) for case in zip(hidden_states, prompts, truth, strict=True)]
+    return [
+        _summarise(
+            "random, published sizes",
+            dtype,
+            sum(a == b for a, b in zip(captions[dtype], truth, strict=True)),
+            [a - b for a, b in zip(logprobs[dtype], logprobs[TRUTH], strict=True)],
+        )
+        for dtype in PRECISIONS
+    ]
+
+
+def _summarise(model: str, dtype: str, identical: int, differences: Sequence[float]) -> Fidelity:
+    count = len(differences)
+    return Fidelity(model, dtype, count, identical, sum(map(abs, differences)) / count, sum(differences) / count)
+
+
+def main() -> None:
+    """Prints both comparisons; the last line is JSON."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--index", default="out/demo/index", help="the demo's index, as `make demo` builds it")
+    parser.add_argument("--scenes", type=Path, default=Path("demo/images"), help="folder of JPEG files")
+    parser.add_argument("--random-images", type=int, default=16)
+    arguments = parser.parse_args()
+    results = compare_demo(arguments.index, arguments.scenes) + compare_random(arguments.random_images)
+    for one in results:
+        print(
+            f"{one.model:24} {one.dtype:9} {one.identical}/{one.captions} captions identical, log probability "
+            f"per token off by {one.mean_difference:.4f} nats (bias {one.bias:+.4f})"
+        )
+    print(json.dumps([asdict(one) for one in results]))
+
+
+if __name__ == "__main__":
+    main()

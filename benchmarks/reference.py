@@ -1,0 +1,93 @@
+"""Times smallcap's engine beside the way the reference implementation captions, in one process on one machine.
+
+The reference (RitaRamo/smallcap, infer.py) captions one image at a time in float32 when it retrieves: CLIP, then
+transformers' `generate` with 3 beams, whose prompt is computed once per beam. That is what is built here from
+transformers' own GPT-2 with cross-attention; transformers has no reduced cross-attention, so both sides have a reduce
+factor of 1. Same sizes, same prompts, same 25 tokens; the weights are random.
+
+    python -m benchmarks.reference --images 32
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+
+import torch
+from transformers import CLIPVisionConfig, CLIPVisionModel, GPT2Config, GPT2LMHeadModel
+
+from smallcap.benchmark import GPT2_124M, VIT_B_32, build_model
+from smallcap.config import GenerationConfig
+from smallcap.precision import matrix_rate, resolve_dtype
+
+PROMPT_TOKENS = 66
+NEW_TOKENS = 25
+BEAMS = 3
+
+
+def reference_captioner() -> Callable[[torch.Tensor, list[int]], torch.Tensor]:
+    """Returns a function that captions one image as the reference does."""
+    torch.manual_seed(0)
+    clip = CLIPVisionModel(CLIPVisionConfig(**VIT_B_32)).eval()
+    gpt2 = GPT2LMHeadModel(GPT2Config(add_cross_attention=True, vocab_size=GPT2_124M.vocab_size)).eval()
+
+    @torch.inference_mode()
+    def caption(pixel_values: torch.Tensor, prompt: list[int]) -> torch.Tensor:
+        hidden_states = clip(pixel_values=pixel_values).last_hidden_state
+        return gpt2.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+            encoder_hidden_states=hidden_states.repeat_interleave(BEAMS, dim=0),
+            num_beams=BEAMS,
+            min_new_tokens=NEW_TOKENS,
+            max_new_tokens=NEW_TOKENS,
+            early_stopping=True,
+            length_penalty=0.0,
+            do_sample=False,
+            pad_token_id=0,
+        )
+
+    return caption
+
+
+def main() -> None:
+    """Times both in turns and prints the ratio of their rates."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--images", type=int, default=32, help="images of smallcap's batch")
+    parser.add_argument("--dtype", default="auto", help="of smallcap's side")
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    dtype = resolve_dtype(arguments.dtype, "cpu")
+    model = build_model(reduce_factor=1, device="cpu", dtype=dtype)
+    options = model.generation_options(GenerationConfig(num_beams=BEAMS, max_new_tokens=NEW_TOKENS))
+    reference = reference_captioner()
+    pixels = torch.randn(arguments.images, 3, 224, 224)
+    prompts = torch.randint(20, 50_000, (arguments.images, PROMPT_TOKENS)).tolist()
+
+    def ours() -> None:
+        generated = model.generate(model.encode_images(pixels), prompts, options)
+        assert all(len(best.token_ids) == NEW_TOKENS for (best,) in generated), "a random caption ended early"
+
+    reference(pixels[:1], prompts[0])
+    ours()
+    rates: dict[str, list[float]] = {"reference": [], "smallcap": []}
+    for number in range(arguments.rounds):
+        start = time.perf_counter()
+        reference(pixels[number : number + 1], prompts[number])
+        middle = time.perf_counter()
+        ours()
+        rates["reference"].append(1 / (middle - start))
+        rates["smallcap"].append(arguments.images / (time.perf_counter() - middle))
+    best = {name: max(values) for name, values in rates.items()}
+    fp32 = matrix_rate(torch.float32, seconds=0.5) / 1e12
+    own = matrix_rate(getattr(torch, dtype), seconds=0.5) / 1e12
+    for name, rate in best.items():
+        print(f"{name:10} {rate:8.3f} images/s")
+    print(f"ratio {best['smallcap'] / best['reference']:.1f} (float32 {fp32:.3f} TFLOP/s, {dtype} {own:.3f} TFLOP/s)")
+    print(json.dumps({"images_per_s": best, "dtype": dtype, "threads": torch.get_num_threads()}))
+
+
+if __name__ == "__main__":
+    main()
