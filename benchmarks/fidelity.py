@@ -89,6 +89,7 @@ def compare_random(images: int) -> list[Fidelity]:
     captions = {}
     for dtype in (TRUTH, *PRECISIONS):
         model = build_model(4, "cpu", TRUTH).to(getattr(torch, dtype))
+        model.pack()
         hidden_states = model.encode_images(pixels)
         captions[dtype] = [best.token_ids for (best,) in model.generate(hidden_states, prompts, options)]
         logprobs[dtype] = [logprob(model, *case) for case in zip(hidden_states, prompts, truth, strict=True)]

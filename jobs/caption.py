@@ -39,7 +39,7 @@ _IMAGES_PER_BLOCK = 256
 # A block's files, its crops, and one large image being decoded. It also makes the task unlike an actor of one CPU, into
 # which Ray would otherwise fuse it.
 _DECODE_MEMORY_BYTES = 512 << 20
-_CPU_BATCH, _GPU_BATCH = 32, 256  # images
+_CPU_BATCH, _GPU_BATCH = 64, 256  # images
 _BATCHES_PER_CALL = {"cpu": 1, "cuda": 4}  # on a GPU an actor prepares its next batch while it decodes one
 
 
@@ -195,8 +195,13 @@ def _cpu_dtype(config: CaptionConfig, record: RunRecord) -> str:
     earlier = [attempt.dtype for attempt in record.attempts if attempt.device == "cpu" and attempt.dtype]
     if config.compute.dtype != "auto" or earlier:
         return earlier[0] if earlier else config.compute.dtype
-    dtype: str = ray.get(ray.remote(lambda: fastest_cpu_dtype()).remote())
+    dtype: str = ray.get(ray.remote(_measure_cpu_dtype).remote())
     return dtype
+
+
+def _measure_cpu_dtype() -> str:
+    """Runs on a worker; Ray takes no cached function."""
+    return fastest_cpu_dtype()
 
 
 def _batch_size(config: CaptionConfig, device: str) -> int:

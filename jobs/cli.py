@@ -187,7 +187,7 @@ def inspect(
 def bench(
     photos: Annotated[list[str] | None, typer.Argument(help="Image files; by default one is made.")] = None,
     images: Annotated[int, typer.Option(min=1, help="Images that the whole loop captions.")] = 64,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images captioned together.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images captioned together.")] = 64,
     k: Annotated[int, typer.Option("--k", "-k", min=1, help="Retrieved captions in the prompt.")] = 4,
     num_beams: Annotated[int, typer.Option(min=1, help="Beams; 1 decodes greedily.")] = 3,
     reduce_factor: Annotated[int, typer.Option(help="Of the cross-attention: 1, 2, 4, 8 or 16.")] = 4,

@@ -23,6 +23,7 @@ from smallcap import storage
 from smallcap.captioner import Captioner, CaptionResult, CropPlan, Pixels
 from smallcap.config import CaptionConfig
 from smallcap.errors import RowError, RunError
+from smallcap.process_memory import keep_freed_memory
 from smallcap.schema import CAPTION_COLUMNS, STATUS_ERROR, STATUS_OK
 
 Batch = dict[str, np.ndarray]
@@ -113,6 +114,7 @@ class CaptionImages:
 
     def __init__(self, spec: CaptionerSpec) -> None:
         use_own_cores()
+        keep_freed_memory()
         self.batch_size = spec.batch_size
         self.exclude_own_captions = spec.config.retrieval.exclude_own_captions
         self.captioner: Captioner | RunError

@@ -47,6 +47,7 @@ from smallcap.errors import ConfigError
 from smallcap.image import Preprocessing, crop_pixels, decode_image, decode_scaled
 from smallcap.index_manifest import EncoderIdentity, FileEntry, IndexManifest, ShardEntry, SourceEntry
 from smallcap.precision import matrix_rate, resolve_dtype
+from smallcap.process_memory import keep_freed_memory
 from smallcap.prompt import build_prompts
 from smallcap.retriever import Retriever
 from smallcap.storage import sha256_file
@@ -87,7 +88,7 @@ class BenchmarkOptions:
     """What to measure."""
 
     images: int = 64  # captioned by the whole loop
-    batch_size: int = 32
+    batch_size: int = 64
     k: int = 4
     num_beams: int = 3
     reduce_factor: int = 4
@@ -157,6 +158,7 @@ def run_benchmark(options: BenchmarkOptions) -> BenchmarkResult:
     Raises:
         ConfigError: The retrieval encoder is unknown.
     """
+    keep_freed_memory()
     dtype = resolve_dtype(options.dtype, options.device)
     rate = matrix_rate(getattr(torch, dtype), options.device, _MATRIX_SHAPE[torch.device(options.device).type], 1.0)
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
@@ -391,7 +393,9 @@ def build_captioner(options: BenchmarkOptions, dtype: str, folder: Path) -> Capt
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     retriever = write_index(folder, vectors, random_captions(options.captions), encoder.identity)
     generation = GenerationConfig(num_beams=options.num_beams)
-    return Captioner(model, build_tokenizer(), encoder, retriever, options.k, generation)
+    captioner = Captioner(model, build_tokenizer(), encoder, retriever, options.k, generation)
+    captioner.pack()
+    return captioner
 
 
 def build_model(reduce_factor: int, device: str, dtype: str) -> SmallCapModel:

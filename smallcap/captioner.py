@@ -211,7 +211,15 @@ class Captioner:
         loaded = load_checkpoint(model, device, dtype)
         tokenizer = load_tokenizer(tokenizer_source(model))
         k = (loaded.config.k if loaded.config.rag else 0) if k is None else k
-        return cls(loaded, tokenizer, encoder, retriever, k, generation)
+        captioner = cls(loaded, tokenizer, encoder, retriever, k, generation)
+        captioner.pack()
+        return captioner
+
+    def pack(self) -> None:
+        """Lays the weights out for this CPU, where that can be done; see `SmallCapModel.pack`."""
+        self.model.pack()
+        if self.retrieval_encoder is not None:
+            self.retrieval_encoder.pack()
 
     def caption(
         self,

@@ -30,6 +30,7 @@ from smallcap.errors import CheckpointError, ConfigError
 from smallcap.gpt2 import GPT2Decoder, dump_gpt2_config, parse_gpt2_config
 from smallcap.model_files import resolve_folder, weights_file
 from smallcap.opt import OPTDecoder, dump_opt_config, parse_opt_config
+from smallcap.packed_linear import can_pack, pack_linears
 from smallcap.prompt import PromptTemplate
 from smallcap.sampling import Sampling
 from smallcap.storage import sha256_file
@@ -121,6 +122,12 @@ class SmallCapModel(nn.Module):
         """Encodes [B, 3, S, S] normalised pixels as the [B, P, Hv] hidden states that cross-attention reads."""
         hidden_states, _ = self.encoder(pixel_values.to(self.device, self.dtype))
         return hidden_states
+
+    def pack(self) -> None:
+        """Lays the weights out for this CPU, where that can be done; the model is then good for inference only."""
+        if can_pack(self.encoder):
+            pack_linears(self.encoder)
+        self.decoder.pack()
 
     def generation_options(self, wanted: GenerationConfig) -> GenerationOptions:
         """Returns how to decode: as `wanted`, and as the checkpoint says where that leaves something out.

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from smallcap.errors import CheckpointError, ConfigError
 from smallcap.image import Preprocessing
 from smallcap.index_manifest import EncoderIdentity
 from smallcap.model_files import DEMO, resolve_folder, weights_file
+from smallcap.packed_linear import can_pack, pack_linears
 from smallcap.storage import sha256_file
 
 _TEXT_BATCH = 256
@@ -110,6 +111,16 @@ class RetrievalEncoder(ABC):
         """Embeds images from a weight-sharing vision encoder's [B, Hv] class token, as `encode_images` would."""
         raise NotImplementedError
 
+    @property
+    @abstractmethod
+    def model(self) -> nn.Module:
+        """The model of both towers; its vision tower is the vision encoder's where the two share weights."""
+
+    def pack(self) -> None:
+        """Lays the weights out for this CPU, where that can be done; the encoder then embeds as before."""
+        if can_pack(self.model):
+            pack_linears(self.model)
+
     @abstractmethod
     def _image_features(self, pixel_values: Tensor) -> Tensor: ...
 
@@ -145,6 +156,11 @@ class HFRetrievalEncoder(RetrievalEncoder):
         with torch.inference_mode():
             return F.normalize(self._model.visual_projection(class_token).float(), dim=-1)
 
+    @property
+    def model(self) -> nn.Module:
+        """Transformers' `CLIPModel`."""
+        return self._model
+
     def _image_features(self, pixel_values: Tensor) -> Tensor:
         class_token = self._model.vision_model(pixel_values=pixel_values).pooler_output
         return self._model.visual_projection(class_token)
@@ -176,6 +192,11 @@ class OpenCLIPRetrievalEncoder(RetrievalEncoder):
         ).eval()
         self._tokenizer = open_clip.get_tokenizer(name)
         super().__init__(identity, _open_clip_preprocessing(name, pretrained), device)
+
+    @property
+    def model(self) -> nn.Module:
+        """open_clip's model."""
+        return cast("nn.Module", self._model)
 
     def _image_features(self, pixel_values: Tensor) -> Tensor:
         return self._model.encode_image(pixel_values)

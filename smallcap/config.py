@@ -92,7 +92,7 @@ class ComputeConfig(Config):
     """Precision of weights and activations. `auto` is bfloat16 on a GPU. On a CPU it is float32 when an index is built;
     captioning measures, and takes bfloat16 where that is clearly faster."""
     batch_size: int | Literal["auto"] = "auto"
-    """Images captioned together; `auto` is 32 on a CPU and 256 on a GPU."""
+    """Images captioned together; `auto` is 64 on a CPU and 256 on a GPU."""
     num_actors: int | Literal["auto"] = "auto"
     """Captioner actors; `auto` is one per GPU share, or one per four CPU cores."""
     gpus_per_actor: float = Field(1.0, gt=0)

@@ -214,9 +214,10 @@ class GPT2Decoder(TextDecoder):
             cache.advance(input_ids.shape[1])
         return hidden_states
 
-    def logits(self, hidden_states: Tensor) -> Tensor:
-        """Returns [..., V] logits of [..., E] hidden states."""
-        return F.linear(hidden_states, self.transformer.wte.weight)
+    @property
+    def token_embedding(self) -> Tensor:
+        """The input embedding [V, E], which is the output embedding too."""
+        return self.transformer.wte.weight
 
     def _init_weights(self, module: nn.Module) -> None:
         """GPT-2's initialisation, for parts that no checkpoint fills: new cross-attention before training."""

@@ -13,7 +13,6 @@ from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smallcap.errors import CheckpointError
@@ -211,9 +210,10 @@ class StackedDecoder(TextDecoder):
         """Returns the last layer's normalised hidden states, [B, S, E]."""
         return self._stack(input_ids, position_ids, attention_mask, cross_kv, cache)
 
-    def logits(self, hidden_states: Tensor) -> Tensor:
-        """Returns [..., V] logits of [..., E] hidden states."""
-        return F.linear(hidden_states, self._stack.embed_tokens.weight)
+    @property
+    def token_embedding(self) -> Tensor:
+        """The input embedding [V, E], which is the output embedding too."""
+        return self._stack.embed_tokens.weight
 
 
 class OPTDecoder(StackedDecoder):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from smallcap.kv_cache import KeyValueSlots
+from smallcap.packed_linear import PackedLinear, can_pack, pack_linears
 
 CrossAttentionKV = list[tuple[Tensor, Tensor]]  # per layer: keys and values, each [B, H, P, D / reduce factor]
 
@@ -59,6 +60,10 @@ class TextDecoder(nn.Module, ABC):
     config: DecoderConfig
     trained_marker: str
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._packed_head: PackedLinear | None = None
+
     @abstractmethod
     def cross_attention_kv(self, encoder_hidden_states: Tensor) -> CrossAttentionKV:
         """Projects [B, P, Hv] encoder hidden states to every layer's cross-attention keys and values."""
@@ -74,9 +79,23 @@ class TextDecoder(nn.Module, ABC):
     ) -> Tensor:
         """Returns the last layer's normalised hidden states, [B, S, E]; stores keys and values if there is a cache."""
 
+    @property
     @abstractmethod
+    def token_embedding(self) -> Tensor:
+        """The input embedding [V, E], which is the output embedding too."""
+
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Returns [..., V] logits of [..., E] hidden states."""
+        if self._packed_head is not None:
+            return cast("Tensor", self._packed_head(hidden_states.contiguous()))
+        return F.linear(hidden_states, self.token_embedding)
+
+    def pack(self) -> None:
+        """Lays the weights out for this CPU, where that can be done; the decoder is then good for inference only."""
+        if can_pack(self):
+            head = PackedLinear(self.token_embedding, None)
+            pack_linears(self)
+            self._packed_head = head
 
     def cross_attention_parameters(self) -> dict[str, nn.Parameter]:
         """Returns the parameters that SmallCap trains, by name."""

@@ -18,6 +18,7 @@ from smallcap.config import GenerationConfig
 from smallcap.decoding import GenerationOptions
 from smallcap.engine import Generated, causal_mask, generate, pad_prompts
 from smallcap.errors import ConfigError
+from smallcap.packed_linear import PackedLinear, can_pack
 from smallcap.text_decoder import TextDecoder
 
 ORACLE = Path(__file__).parents[1] / "golden" / "oracle"
@@ -153,6 +154,24 @@ def test_low_precision_runs(case: Case) -> None:
     options = GenerationOptions(3, 25, 0.0, 13, 0)
     generated = [best for (best,) in generate(decoder, case.hidden_states.bfloat16(), case.prompts, options)]
     assert all(1 <= len(one.token_ids) <= 25 and np.isfinite(one.score) for one in generated)
+
+
+def test_packed_weights_give_the_same_logits(case: Case) -> None:
+    """Within bfloat16's rounding: a fused activation is rounded once less."""
+    plain, packed = load_decoder(ORACLE / case.name).bfloat16(), load_decoder(ORACLE / case.name).bfloat16()
+    packed.pack()
+    if can_pack(plain):
+        assert any(isinstance(module, PackedLinear) for module in packed.modules())
+        assert not any(isinstance(module, torch.nn.Linear) for module in packed.modules())
+    ids = torch.tensor([case.prompts[0]])
+    mask = torch.zeros(1, 1, ids.shape[1], ids.shape[1]).bfloat16()
+    logits = []
+    for decoder in (plain, packed):
+        cross_kv = decoder.cross_attention_kv(case.hidden_states[:1].bfloat16())
+        with torch.inference_mode():
+            hidden = decoder(ids, torch.arange(ids.shape[1])[None], mask, cross_kv)
+            logits.append(decoder.logits(hidden).float())
+    assert (logits[0] - logits[1]).abs().max() < 0.03 * logits[0].abs().max()
 
 
 def test_an_empty_batch_gives_nothing() -> None:

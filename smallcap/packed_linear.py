@@ -1,0 +1,75 @@
+"""Linear layers whose weights are laid out once as the CPU's matrix kernels want them.
+
+torch lays a bfloat16 weight out anew at every call, which for the few rows of a decoding step takes a third of the
+time; what it does for `torch.compile` with freezing is done here without a compiler. The operators are torch's own but
+not documented, so a model is left as it is where they are missing.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+_FUSED = {"GELU": "gelu", "ReLU": "relu"}  # activations that the kernels compute before they round
+
+
+class PackedLinear(nn.Module):
+    """A linear layer, and the activation behind it, for inference.
+
+    Args:
+        weight: [out, in] bfloat16.
+        bias: [out] bfloat16.
+        activation: One of those that can be fused, or None.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, activation: nn.Module | None = None) -> None:
+        super().__init__()
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
+        self._bias = None if bias is None else bias.detach()
+        self._activation = "none" if activation is None else _FUSED[type(activation).__name__]
+        self._algorithm = activation.approximate if isinstance(activation, nn.GELU) else ""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] to [..., out]."""
+        packed: Tensor = torch.ops.mkldnn._linear_pointwise(
+            x, self._weight, self._bias, self._activation, [], self._algorithm
+        )
+        return packed
+
+
+def can_pack(model: nn.Module) -> bool:
+    """Returns whether a model's linear layers can be packed: bfloat16 weights on a CPU, and torch has the operators."""
+    weight = next(model.parameters())
+    operators = ("_reorder_linear_weight", "_linear_pointwise")
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype == torch.bfloat16
+        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        and all(hasattr(torch.ops.mkldnn, name) for name in operators)
+    )
+
+
+def pack_linears(model: nn.Module) -> None:
+    """Packs a model's linear layers in place; it can then neither be saved, nor moved, nor trained."""
+    for module in list(model.modules()):
+        for name, layer in list(module.named_children()):
+            is_conv1d = type(layer).__name__ == "Conv1D"  # GPT-2's, with an [in, out] weight
+            if not isinstance(layer, nn.Linear) and not is_conv1d:
+                continue
+            weight, bias = (cast("Tensor", parameter) for parameter in (layer.weight, layer.bias))
+            fused = _activation_behind(module, name)
+            activation = getattr(module, fused) if fused else None
+            setattr(module, name, PackedLinear(weight.T if is_conv1d else weight, bias, activation))
+            if fused:
+                setattr(module, fused, nn.Identity())
+
+
+def _activation_behind(module: nn.Module, name: str) -> str | None:
+    """Returns the name of the activation that a block applies to its linear layer `name`, if it can be fused."""
+    if name in ("c_fc", "fc1"):
+        for attribute in ("activation", "activation_fn"):
+            if type(getattr(module, attribute, None)).__name__ in _FUSED:
+                return attribute
+    return None
