@@ -28,7 +28,7 @@ def test_most_captions_name_exactly_the_objects_of_their_scenes(demo: tuple[str,
     rows = [row for part in list_parts(result.summary.out) for row in pq.read_table(part).to_pylist()]
     assert {row["image_id"] for row in rows} == set(truth)
     right = sum(named_kinds(row["caption"]) == truth[row["image_id"]] for row in rows)
-    assert right >= len(rows) / 2  # 28 of 48; chance is nought, and the share over 600 scenes is in demo/README.md
+    assert right >= 0.85 * len(rows)  # 94.8% of 600 other scenes; see demo/README.md
 
 
 def test_retrieved_captions_are_of_training_scenes_and_alike(demo: tuple[str, DemoResult]) -> None:

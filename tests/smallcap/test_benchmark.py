@@ -44,6 +44,13 @@ def test_counted_operations_are_torchs(model: SmallCapModel) -> None:
     assert of_all - of_prefill == pytest.approx(decode_flops(model, 60, 8, 3), rel=0.03)
 
 
+def test_packed_layers_are_counted_as_well() -> None:
+    model = build_model(4, "cpu", "bfloat16")
+    model.pack()
+    counted = torch_flops(lambda: model.encode_images(torch.zeros(2, 3, 224, 224))) / 2
+    assert counted == pytest.approx(vision_flops(model), rel=0.03)
+
+
 def test_planned_lengths_are_kept_and_stand_for_real_captions(model: SmallCapModel) -> None:
     lengths = realistic_lengths(12)
     assert 9 < sum(realistic_lengths(1000)) / 1000 < 13
