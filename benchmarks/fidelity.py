@@ -26,7 +26,6 @@ from smallcap.engine import additive_mask
 from smallcap.prompt import encode_texts
 
 TRUTH = "float32"
-PRECISIONS = ("bfloat16", "float16")
 RANDOM_PROMPT_TOKENS = 66
 
 
@@ -54,13 +53,13 @@ def logprob(model: SmallCapModel, hidden_states: Tensor, prompt: Sequence[int], 
     return float(log_probs[0, range(len(caption)), list(caption)].mean())
 
 
-def compare_demo(index: str, folder: Path) -> list[Fidelity]:
+def compare_demo(index: str, folder: Path, precisions: Sequence[str]) -> list[Fidelity]:
     """Captions the demo's scenes in every precision."""
     photos = [path.read_bytes() for path in sorted(folder.glob("*.jpg"))]
-    captioners = {dtype: Captioner.from_pretrained("demo", index, dtype=dtype) for dtype in (TRUTH, *PRECISIONS)}
+    captioners = {dtype: Captioner.from_pretrained("demo", index, dtype=dtype) for dtype in (TRUTH, *precisions)}
     captions = {dtype: captioner.caption(photos) for dtype, captioner in captioners.items()}
     results = []
-    for dtype in PRECISIONS:
+    for dtype in precisions:
         differences = []
         for photo, truth in zip(photos, captions[TRUTH], strict=True):
             values = {}
@@ -77,7 +76,7 @@ def compare_demo(index: str, folder: Path) -> list[Fidelity]:
     return results
 
 
-def compare_random(images: int) -> list[Fidelity]:
+def compare_random(images: int, precisions: Sequence[str]) -> list[Fidelity]:
     """Captions random inputs with the published sizes in every precision."""
     torch.manual_seed(1)
     pixels = torch.randn(images, 3, 224, 224)
@@ -87,7 +86,7 @@ def compare_random(images: int) -> list[Fidelity]:
     truth = [best.token_ids for (best,) in model.generate(model.encode_images(pixels), prompts, options)]
     logprobs = {}
     captions = {}
-    for dtype in (TRUTH, *PRECISIONS):
+    for dtype in (TRUTH, *precisions):
         model = build_model(4, "cpu", TRUTH).to(getattr(torch, dtype))
         model.pack()
         hidden_states = model.encode_images(pixels)
@@ -100,7 +99,7 @@ def compare_random(images: int) -> list[Fidelity]:
             sum(a == b for a, b in zip(captions[dtype], truth, strict=True)),
             [a - b for a, b in zip(logprobs[dtype], logprobs[TRUTH], strict=True)],
         )
-        for dtype in PRECISIONS
+        for dtype in precisions
     ]
 
 
@@ -115,8 +114,10 @@ def main() -> None:
     parser.add_argument("--index", default="out/demo/index", help="the demo's index, as `make demo` builds it")
     parser.add_argument("--scenes", type=Path, default=Path("demo/images"), help="folder of JPEG files")
     parser.add_argument("--random-images", type=int, default=16)
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float16"], help="float16 is slow on most CPUs")
     arguments = parser.parse_args()
-    results = compare_demo(arguments.index, arguments.scenes) + compare_random(arguments.random_images)
+    results = compare_demo(arguments.index, arguments.scenes, arguments.dtypes)
+    results += compare_random(arguments.random_images, arguments.dtypes)
     for one in results:
         print(
             f"{one.model:24} {one.dtype:9} {one.identical}/{one.captions} captions identical, log probability "

@@ -197,6 +197,7 @@ def bench(
     captions: Annotated[int, typer.Option(min=10, help="Captions in the index.")] = 100_000,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    compile: Annotated[bool, typer.Option(help="Compile the encoders with torch.compile.")] = False,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each stage; the fastest counts.")] = 3,
     json_file: Annotated[str | None, typer.Option("--json", help="Also write the JSON line to this file.")] = None,
 ) -> None:
@@ -210,7 +211,7 @@ def bench(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     options = BenchmarkOptions(
         images, batch_size, k, num_beams, reduce_factor, retrieval_encoder, captions, device, dtype, repeats,
-        tuple(photos or ()),
+        compile, tuple(photos or ()),
     )  # fmt: skip
     result = run_benchmark(options)
     console.print_benchmark(result)

@@ -31,7 +31,8 @@ RUN_FILE = "run.json"
 RUN_FORMAT_VERSION = 2
 _PACKAGES = ("smallcap", "torch", "transformers", "open_clip_torch", "pyarrow", "ray")
 # What may differ between the attempts of one run: where it runs, and how much of its input it takes.
-_FREE = ("compute.device", "compute.batch_size", "compute.num_actors", "compute.gpus_per_actor", "limit", "out")
+_FREE = tuple(f"compute.{name}" for name in ("device", "compile", "batch_size", "num_actors", "gpus_per_actor"))
+_FREE += ("limit", "out")
 
 
 class _Record(BaseModel):

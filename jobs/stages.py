@@ -165,6 +165,7 @@ def _load_captioner(spec: CaptionerSpec) -> Captioner:
         retrieval_encoder=spec.retrieval_encoder,
         cache_dir=config.retrieval.cache_dir,
         index_id=spec.index_id,
+        compile_encoders=config.compute.compile,
     )
 
 

@@ -98,6 +98,7 @@ class BenchmarkOptions:
     device: str = "cpu"
     dtype: str = "auto"
     repeats: int = 3
+    compile: bool = False  # the encoders, by torch.compile
     photos: tuple[str, ...] = ()  # image files; by default one is made
 
 
@@ -392,7 +393,6 @@ def _encoder_tokens(model: SmallCapModel) -> int:
 
 def build_captioner(options: BenchmarkOptions, dtype: str, folder: Path) -> Captioner:
     """Returns a captioner of the published sizes with random weights, over an index of random captions in `folder`."""
-    torch.manual_seed(0)
     model = build_model(options.reduce_factor, options.device, dtype)
     encoder = build_retrieval_encoder(options.retrieval_encoder, model)
     vectors = np.random.default_rng(0).standard_normal((options.captions, encoder.dim), dtype=np.float32)
@@ -401,11 +401,14 @@ def build_captioner(options: BenchmarkOptions, dtype: str, folder: Path) -> Capt
     generation = GenerationConfig(num_beams=options.num_beams)
     captioner = Captioner(model, build_tokenizer(), encoder, retriever, options.k, generation)
     captioner.pack()
+    if options.compile:
+        captioner.compile_encoders()
     return captioner
 
 
 def build_model(reduce_factor: int, device: str, dtype: str) -> SmallCapModel:
-    """Returns CLIP ViT-B/32 and GPT-2 124M joined by untrained cross-attention."""
+    """Returns CLIP ViT-B/32 and GPT-2 124M joined by untrained cross-attention, the same at every call."""
+    torch.manual_seed(0)
     decoder = replace(GPT2_124M, cross_attention_reduce_factor=reduce_factor)
     model = SmallCapModel(SmallCapConfig({"vision_config": VIT_B_32}, decoder, EOS_TOKEN_ID, PAD_TOKEN_ID))
     return model.to(device=torch.device(device), dtype=getattr(torch, dtype)).eval().requires_grad_(False)
@@ -499,6 +502,7 @@ class _RandomOpenCLIP(OpenCLIPRetrievalEncoder):
         if config is None:
             raise ConfigError("open_clip has no such architecture.", where=name, remedy="See open_clip.list_models().")
         self._model = open_clip.create_model(name).eval().to(model.device, model.dtype)
+        self._model.visual.to(memory_format=torch.channels_last)
         self._tokenizer = open_clip.get_tokenizer(name)
         identity = EncoderIdentity(spec=f"open_clip:{name}/random", weights_sha256="0" * 64, dim=config["embed_dim"])
         size = config["vision_cfg"]["image_size"]

@@ -179,6 +179,7 @@ class Captioner:
         retrieval_encoder: str | None = None,
         cache_dir: str = "~/.cache/smallcap",
         index_id: str | None = None,
+        compile_encoders: bool = False,
     ) -> Captioner:
         """Loads all parts of a captioner.
 
@@ -192,6 +193,7 @@ class Captioner:
             retrieval_encoder: Its spec; by default the one that the index names.
             cache_dir: Where copies of remote indexes are kept.
             index_id: The index's version; by default the current one.
+            compile_encoders: Run the encoders through torch.compile; pays off in long runs.
 
         Raises:
             CheckpointError: The model or the encoder cannot be loaded.
@@ -213,6 +215,8 @@ class Captioner:
         k = (loaded.config.k if loaded.config.rag else 0) if k is None else k
         captioner = cls(loaded, tokenizer, encoder, retriever, k, generation)
         captioner.pack()
+        if compile_encoders:
+            captioner.compile_encoders()
         return captioner
 
     def pack(self) -> None:
@@ -220,6 +224,12 @@ class Captioner:
         self.model.pack()
         if self.retrieval_encoder is not None:
             self.retrieval_encoder.pack()
+
+    def compile_encoders(self) -> None:
+        """Compiles the vision towers with torch.compile: slow at first and for each new batch size, faster after."""
+        self.model.encoder.transformer.compile()
+        if self.retrieval_encoder is not None and not self._shares_encoder:
+            self.retrieval_encoder.vision_tower.compile()
 
     def caption(
         self,

@@ -121,6 +121,11 @@ class RetrievalEncoder(ABC):
         if can_pack(self.model):
             pack_linears(self.model)
 
+    @property
+    @abstractmethod
+    def vision_tower(self) -> nn.Module:
+        """The part of `model` that sees images."""
+
     @abstractmethod
     def _image_features(self, pixel_values: Tensor) -> Tensor: ...
 
@@ -161,6 +166,11 @@ class HFRetrievalEncoder(RetrievalEncoder):
         """Transformers' `CLIPModel`."""
         return self._model
 
+    @property
+    def vision_tower(self) -> nn.Module:
+        """The part that sees images."""
+        return cast("nn.Module", self._model.vision_model)
+
     def _image_features(self, pixel_values: Tensor) -> Tensor:
         class_token = self._model.vision_model(pixel_values=pixel_values).pooler_output
         return self._model.visual_projection(class_token)
@@ -190,6 +200,7 @@ class OpenCLIPRetrievalEncoder(RetrievalEncoder):
             force_quick_gelu=_open_clip_tag(name, pretrained).get("quick_gelu", False),
             require_pretrained=True,
         ).eval()
+        self._model.visual.to(memory_format=torch.channels_last)  # as the pixels come; convolutions want it on a GPU
         self._tokenizer = open_clip.get_tokenizer(name)
         super().__init__(identity, _open_clip_preprocessing(name, pretrained), device)
 
@@ -197,6 +208,11 @@ class OpenCLIPRetrievalEncoder(RetrievalEncoder):
     def model(self) -> nn.Module:
         """open_clip's model."""
         return cast("nn.Module", self._model)
+
+    @property
+    def vision_tower(self) -> nn.Module:
+        """The part that sees images."""
+        return cast("nn.Module", self._model.visual)
 
     def _image_features(self, pixel_values: Tensor) -> Tensor:
         return self._model.encode_image(pixel_values)

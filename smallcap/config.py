@@ -91,6 +91,8 @@ class ComputeConfig(Config):
     dtype: Dtype = "auto"
     """Precision of weights and activations. `auto` is bfloat16 on a GPU. On a CPU it is float32 when an index is built;
     captioning measures, and takes bfloat16 where that is clearly faster."""
+    compile: bool = False
+    """Compile the encoders with torch.compile (captioning only): minutes at the start, then faster on a GPU."""
     batch_size: int | Literal["auto"] = "auto"
     """Images captioned together; `auto` is 64 on a CPU and 256 on a GPU."""
     num_actors: int | Literal["auto"] = "auto"

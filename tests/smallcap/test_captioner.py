@@ -98,6 +98,17 @@ def test_an_images_own_captions_can_be_excluded(captioner: Captioner) -> None:
     assert all(own[0] not in store.image_ids(np.array([n.caption_id]))[0] for n in excluded.neighbours)
 
 
+@pytest.mark.slow
+def test_compiled_encoders_give_the_same_captions(tiny_smallcap: Path) -> None:
+    plain, compiled = (
+        Captioner.from_pretrained(str(tiny_smallcap), k=0, dtype="float32", compile_encoders=compiles)
+        for compiles in (False, True)
+    )
+    images = [picture(seed) for seed in range(3)]
+    expected = [result.caption for result in plain.caption(images)]
+    assert [result.caption for result in compiled.caption(images)] == expected
+
+
 def test_without_retrieval_no_index_is_needed(tiny_smallcap: Path) -> None:
     (result,) = Captioner.from_pretrained(str(tiny_smallcap), k=0).caption([picture(0)])
     assert result.caption is not None
