@@ -11,24 +11,29 @@ from jobs.run_record import count_images, finished_ids, load_run_record
 from smallcap.errors import ConfigError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-RUN = str(GOLDEN / "run_v1")
+RUNS = {version: str(GOLDEN / f"run_v{version}") for version in (1, 2)}
 
 
-def test_a_run_of_version_1_is_read() -> None:
-    record = load_run_record(RUN)
+@pytest.mark.parametrize("version", RUNS)
+def test_a_run_of_each_version_is_read(version: int) -> None:
+    run = RUNS[version]
+    record = load_run_record(run)
     assert record is not None
-    assert record.status == "complete"
-    assert finished_ids(RUN).to_pylist() == ["10000000.jpg", "10000001.jpg", "broken.jpg"]
-    assert count_images(RUN) == record.images
+    assert (record.status, record.schema_version) == ("complete", version)
+    assert finished_ids(run).to_pylist() == ["10000000.jpg", "10000001.jpg", "broken.jpg"]
+    assert count_images(run) == record.images
     assert record.images.errors_by_code == {"not_an_image": 1}
-    facts = inspect_path(RUN, samples=2)
+    facts = inspect_path(run, samples=2)
+    alternatives = [sample["alternatives"] for sample in facts["samples"]]
+    assert alternatives == [None, None] if version == 1 else all(len(others) == 1 for others in alternatives)
     assert (facts["kind"], facts["parts"], len(facts["samples"])) == ("run", 1, 2)
     assert facts["samples"][0]["caption"]
     assert len(facts["samples"][0]["neighbours"]) == 4
 
 
-def test_parts_are_read_by_pandas_and_duckdb() -> None:
-    part = str(next(Path(RUN).glob("part-*.parquet")))
+@pytest.mark.parametrize("version", RUNS)
+def test_parts_are_read_by_pandas_and_duckdb(version: int) -> None:
+    part = str(next(Path(RUNS[version]).glob("part-*.parquet")))
     frame = pd.read_parquet(part)
     assert list(frame.status) == ["ok", "ok", "error"]
     query = f"select image_id, neighbours[1].text, clip_score from '{part}' where status = 'ok' order by image_id"
