@@ -162,46 +162,63 @@ def run_benchmark(options: BenchmarkOptions) -> BenchmarkResult:
     """
     keep_freed_memory()
     dtype = resolve_dtype(options.dtype, options.device)
-    rate = matrix_rate(getattr(torch, dtype), options.device, _MATRIX_SHAPE[torch.device(options.device).type], 1.0)
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         captioner = build_captioner(options, dtype, Path(folder))
         photos = [Path(photo).read_bytes() for photo in options.photos] or [make_photo()]
-        return _Benchmark(options, captioner, photos, rate).run()
+        benchmark = _Benchmark(options, captioner, photos)
+        benchmark.run()
+        return benchmark.result()
 
 
 class _Benchmark:
     """One captioner being measured."""
 
-    def __init__(self, options: BenchmarkOptions, captioner: Captioner, photos: list[bytes], rate: float) -> None:
-        self.options, self.captioner, self.rate = options, captioner, rate
+    def __init__(self, options: BenchmarkOptions, captioner: Captioner, photos: list[bytes]) -> None:
+        self.options, self.captioner = options, captioner
         self.photos = [photos[i % len(photos)] for i in range(options.batch_size)]
         self.rng = np.random.default_rng(0)
-        self.stages: list[StageResult] = []
+        self.stages: list[tuple[str, float, float]] = []  # name, images/s, FLOP per image
+        self.matrix_rates = [self._matrix_rate()]
         self.lengths = realistic_lengths(options.batch_size)
         self.full = (captioner.generation.max_new_tokens,) * options.batch_size
 
-    def run(self) -> BenchmarkResult:
+    def run(self) -> None:
         """Measures the stages in the order in which an image goes through them, then the loop."""
-        captioner = self.captioner
         pixels = self._measure_images()
         hidden_states, queries, texts, of_encoding = self._measure_encoders(pixels)
-        prompts = build_prompts(captioner.tokenizer, captioner.model.config.template, texts)
-        realistic, full = self._measure_text(hidden_states, prompts, queries)  # FLOP per image
-        rate, full_rate = (self._whole_loop(pixels, lengths) for lengths in (self.lengths, self.full))
+        self.prompts = build_prompts(self.captioner.tokenizer, self.captioner.model.config.template, texts)
+        of_text = self._measure_text(hidden_states, self.prompts, queries)  # FLOP per image at both lengths
+        self.flops = [of_encoding + flops for flops in of_text]
+        self.rates = [self._whole_loop(pixels, lengths) for lengths in (self.lengths, self.full)]
+        self.matrix_rates.append(self._matrix_rate())
+
+    def result(self) -> BenchmarkResult:
+        """Returns what was measured, against the better of the matrix rates before and after."""
+        matrix = max(self.matrix_rates)
+        (rate, full_rate), (flops, full_flops) = self.rates, self.flops
         return BenchmarkResult(
             images_per_s=rate,
             images_per_s_full_length=full_rate,
-            matrix_tflops=self.rate / 1e12,
-            mfu=rate * (of_encoding + realistic) / self.rate,
-            mfu_full_length=full_rate * (of_encoding + full) / self.rate,
-            gflop_per_image=(of_encoding + realistic) / 1e9,
-            stages=tuple(self.stages),
-            mean_prompt_tokens=statistics.mean(map(len, prompts)),
+            matrix_tflops=matrix / 1e12,
+            mfu=rate * flops / matrix,
+            mfu_full_length=full_rate * full_flops / matrix,
+            gflop_per_image=flops / 1e9,
+            stages=tuple(
+                StageResult(name, speed, count / 1e9, speed * count / 1e12, speed * count / matrix)
+                if count
+                else StageResult(name, speed)
+                for name, speed, count in self.stages
+            ),
+            mean_prompt_tokens=statistics.mean(map(len, self.prompts)),
             mean_caption_tokens=statistics.mean(self.lengths),
             fast_decode_difference=self._fast_decode_difference(),
             options=asdict(self.options) | {"photos": len(self.options.photos)},
-            machine=describe_machine(captioner),
+            machine=describe_machine(self.captioner),
         )
+
+    def _matrix_rate(self) -> float:
+        model = self.captioner.model
+        return matrix_rate(model.dtype, str(model.device), _MATRIX_SHAPE[model.device.type], seconds=1.0)
 
     def _measure_images(self) -> list[Pixels]:
         """Measures decoding and cropping; returns crops that all differ."""
@@ -243,7 +260,7 @@ class _Benchmark:
         self._measure(
             "prefill", lambda: prefill(model.decoder, hidden_states, prompts, captioner.generation), of_prefill
         )
-        prefill_s = self.options.batch_size / self.stages[-1].images_per_s
+        prefill_s = self.options.batch_size / self.stages[-1][1]
         totals = []
         for name, score, lengths in (
             ("decode tokens", "clip score", self.lengths),
@@ -285,9 +302,7 @@ class _Benchmark:
         self._add(name, self._seconds(call), flops)
 
     def _add(self, name: str, seconds: float, flops: float) -> None:
-        rate = self.options.batch_size / seconds
-        achieved = (flops / 1e9, rate * flops / 1e12, rate * flops / self.rate) if flops else (None, None, None)
-        self.stages.append(StageResult(name, rate, *achieved))
+        self.stages.append((name, self.options.batch_size / seconds, flops))
 
     def _seconds(self, call: Callable[[], object]) -> float:
         """Returns the least time of some calls after one warm-up; the least, as other processes only add to it."""

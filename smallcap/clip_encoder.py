@@ -111,20 +111,13 @@ class RetrievalEncoder(ABC):
         """Embeds images from a weight-sharing vision encoder's [B, Hv] class token, as `encode_images` would."""
         raise NotImplementedError
 
-    @property
-    @abstractmethod
-    def model(self) -> nn.Module:
-        """The model of both towers; its vision tower is the vision encoder's where the two share weights."""
-
-    def pack(self) -> None:
+    def pack(self) -> None:  # noqa: B027 - open_clip's attention reads its layers' weights itself, so they must stay
         """Lays the weights out for this CPU, where that can be done; the encoder then embeds as before."""
-        if can_pack(self.model):
-            pack_linears(self.model)
 
     @property
     @abstractmethod
     def vision_tower(self) -> nn.Module:
-        """The part of `model` that sees images."""
+        """The part that sees images."""
 
     @abstractmethod
     def _image_features(self, pixel_values: Tensor) -> Tensor: ...
@@ -161,10 +154,10 @@ class HFRetrievalEncoder(RetrievalEncoder):
         with torch.inference_mode():
             return F.normalize(self._model.visual_projection(class_token).float(), dim=-1)
 
-    @property
-    def model(self) -> nn.Module:
-        """Transformers' `CLIPModel`."""
-        return self._model
+    def pack(self) -> None:
+        """Lays the weights out for this CPU, where that can be done; the encoder then embeds as before."""
+        if can_pack(self._model):
+            pack_linears(self._model)
 
     @property
     def vision_tower(self) -> nn.Module:
@@ -203,11 +196,6 @@ class OpenCLIPRetrievalEncoder(RetrievalEncoder):
         self._model.visual.to(memory_format=torch.channels_last)  # as the pixels come; convolutions want it on a GPU
         self._tokenizer = open_clip.get_tokenizer(name)
         super().__init__(identity, _open_clip_preprocessing(name, pretrained), device)
-
-    @property
-    def model(self) -> nn.Module:
-        """open_clip's model."""
-        return cast("nn.Module", self._model)
 
     @property
     def vision_tower(self) -> nn.Module:

@@ -56,7 +56,7 @@ def pack_linears(model: nn.Module) -> None:
     for module in list(model.modules()):
         for name, layer in list(module.named_children()):
             is_conv1d = type(layer).__name__ == "Conv1D"  # GPT-2's, with an [in, out] weight
-            if not isinstance(layer, nn.Linear) and not is_conv1d:
+            if type(layer) is not nn.Linear and not is_conv1d:  # subclasses belong to modules that use the weight
                 continue
             weight, bias = (cast("Tensor", parameter) for parameter in (layer.weight, layer.bias))
             fused = _activation_behind(module, name)

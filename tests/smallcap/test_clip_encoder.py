@@ -59,6 +59,17 @@ def test_embeddings_are_unit_vectors_independent_of_the_batch(specs: dict[str, s
 
 
 @pytest.mark.parametrize("backend", ["hf", "open_clip"])
+def test_a_packed_encoder_in_bfloat16_embeds_as_in_float32(specs: dict[str, str], backend: str) -> None:
+    exact, packed = (load_retrieval_encoder(specs[backend], dtype=dtype) for dtype in ("float32", "bfloat16"))
+    packed.pack()
+    texts = ["a dog on a road", "two cats"]
+    assert np.abs(exact.encode_texts(texts) - packed.encode_texts(texts)).max() < 0.05
+    size = exact.preprocessing.size_px
+    pixels = torch.randn(2, 3, size, size)
+    assert (exact.encode_images(pixels) - packed.encode_images(pixels.bfloat16())).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("backend", ["hf", "open_clip"])
 def test_a_long_text_is_cut_to_the_context(specs: dict[str, str], backend: str) -> None:
     encoder = load_retrieval_encoder(specs[backend])
     assert np.isfinite(encoder.encode_texts(["word " * 500])).all()
