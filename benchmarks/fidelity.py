@@ -21,9 +21,8 @@ from torch import Tensor
 from smallcap.benchmark import build_model
 from smallcap.captioner import Captioner
 from smallcap.checkpoint import SmallCapModel
-from smallcap.config import GenerationConfig
-from smallcap.engine import additive_mask
-from smallcap.prompt import encode_texts
+from smallcap.prompt import build_training_example, encode_texts
+from smallcap.training import caption_loss, collate
 
 TRUTH = "float32"
 RANDOM_PROMPT_TOKENS = 66
@@ -44,13 +43,8 @@ class Fidelity:
 @torch.inference_mode()
 def logprob(model: SmallCapModel, hidden_states: Tensor, prompt: Sequence[int], caption: Sequence[int]) -> float:
     """Returns the log probability per token that a model gives to a caption after a prompt; hidden_states: [P, Hv]."""
-    ids = torch.tensor([[*prompt, *caption[:-1]]])
-    length = ids.shape[1]
-    mask = additive_mask(torch.ones(1, 1, length, length, dtype=torch.bool).tril(), model.dtype)
-    cross_kv = model.decoder.cross_attention_kv(hidden_states[None])
-    hidden = model.decoder(ids, torch.arange(length)[None], mask, cross_kv)[:, len(prompt) - 1 :]
-    log_probs = model.decoder.logits(hidden).float().log_softmax(-1)
-    return float(log_probs[0, range(len(caption)), list(caption)].mean())
+    example = build_training_example(prompt, caption[:-1], caption[-1], model.config.pad_token_id)
+    return -caption_loss(model.decoder, hidden_states[None], *collate([example], model.config.pad_token_id)).item()
 
 
 def compare_demo(index: str, folder: Path, precisions: Sequence[str]) -> list[Fidelity]:
@@ -81,22 +75,20 @@ def compare_random(images: int, precisions: Sequence[str]) -> list[Fidelity]:
     torch.manual_seed(1)
     pixels = torch.randn(images, 3, 224, 224)
     prompts = torch.randint(20, 50_000, (images, RANDOM_PROMPT_TOKENS)).tolist()
-    model = build_model(4, "cpu", TRUTH)
-    options = model.generation_options(GenerationConfig())
-    truth = [best.token_ids for (best,) in model.generate(model.encode_images(pixels), prompts, options)]
-    logprobs = {}
-    captions = {}
+    logprobs: dict[str, list[float]] = {}
+    captions: dict[str, list[list[int]]] = {}
     for dtype in (TRUTH, *precisions):
-        model = build_model(4, "cpu", TRUTH).to(getattr(torch, dtype))
+        model = build_model(4, "cpu", dtype)
         model.pack()
         hidden_states = model.encode_images(pixels)
-        captions[dtype] = [best.token_ids for (best,) in model.generate(hidden_states, prompts, options)]
-        logprobs[dtype] = [logprob(model, *case) for case in zip(hidden_states, prompts, truth, strict=True)]
+        captions[dtype] = [best.token_ids for (best,) in model.generate(hidden_states, prompts)]
+        cases = zip(hidden_states, prompts, captions[TRUTH], strict=True)
+        logprobs[dtype] = [logprob(model, *case) for case in cases]
     return [
         _summarise(
             "random, published sizes",
             dtype,
-            sum(a == b for a, b in zip(captions[dtype], truth, strict=True)),
+            sum(a == b for a, b in zip(captions[dtype], captions[TRUTH], strict=True)),
             [a - b for a, b in zip(logprobs[dtype], logprobs[TRUTH], strict=True)],
         )
         for dtype in precisions

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from index_builder.buckets import UniqueCaptions
 from index_builder.embedding import PART_ROWS, VectorParts
 from smallcap import storage
-from smallcap.caption_store import CAPTION_STORE_COLUMNS
+from smallcap.caption_store import CAPTION_STORE_COLUMNS, write_caption_file
 from smallcap.errors import ConfigError
 from smallcap.index_manifest import TEMPLATE_FILE, FileEntry, ShardEntry
 
@@ -79,9 +79,7 @@ def write_shard(task: ShardTask) -> WrittenShard:
         faiss.write_index(index, str(path))
 
     def write_captions(path: Path) -> None:
-        batch = _caption_batch(task)
-        with pa.ipc.new_file(str(path), CAPTION_STORE_COLUMNS) as writer:
-            writer.write_batch(batch)
+        write_caption_file(path, _caption_batch(task))
 
     vectors = _write_file(task.version_uri, f"shards/shard-{task.number:05d}.faiss", write_vectors)
     captions = _write_file(task.version_uri, f"captions/captions-{task.number:05d}.arrow", write_captions)
@@ -115,4 +113,4 @@ def _write_file(version_uri: str, name: str, write: Callable[[Path], None]) -> F
         path = folder / "file"
         write(path)
         storage.upload(path, storage.join(version_uri, name))
-        return FileEntry(file=name, bytes=path.stat().st_size, sha256=storage.sha256_file(path))
+        return FileEntry.describe(path, name)

@@ -8,7 +8,7 @@ Runs as `smallcap caption …` or, for `ray job submit`, as `python -m jobs.capt
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -140,7 +140,9 @@ def _caption(config: CaptionConfig, record: RunRecord, todo: pa.Table, address: 
     from jobs.stages import CaptionerSpec, CaptionImages, PartSink, fetch_and_decode
 
     connect(address)
-    pool = plan_actors(config.compute, node_resources(), _cpu_dtype(config, record))
+    pool = plan_actors(config.compute, node_resources())
+    if pool.device == "cpu" and config.compute.dtype == "auto":
+        pool = replace(pool, dtype=_cpu_dtype(record))
     attempt = Attempt(
         started_at=utc_now(), images=todo.num_rows, actors=pool.num_actors, device=pool.device, dtype=pool.dtype
     )
@@ -188,13 +190,13 @@ def _caption(config: CaptionConfig, record: RunRecord, todo: pa.Table, address: 
     return record.model_copy(update={"attempts": (*record.attempts, attempt)})
 
 
-def _cpu_dtype(config: CaptionConfig, record: RunRecord) -> str:
+def _cpu_dtype(record: RunRecord) -> str:
     """Returns what `auto` means on CPU actors: what earlier attempts of the run took, else what a worker measures."""
     import ray
 
     earlier = [attempt.dtype for attempt in record.attempts if attempt.device == "cpu" and attempt.dtype]
-    if config.compute.dtype != "auto" or earlier:
-        return earlier[0] if earlier else config.compute.dtype
+    if earlier:
+        return earlier[0]
     dtype: str = ray.get(ray.remote(_measure_cpu_dtype).remote())
     return dtype
 

@@ -25,13 +25,12 @@ class ActorPlan:
     gpus_per_actor: float
 
 
-def plan_actors(compute: ComputeConfig, nodes: Sequence[Mapping[str, float]], cpu_dtype: str = "float32") -> ActorPlan:
+def plan_actors(compute: ComputeConfig, nodes: Sequence[Mapping[str, float]]) -> ActorPlan:
     """Resolves a job's compute options.
 
     Args:
         compute: The options.
         nodes: Each node's `CPU` and `GPU`, as Ray counts them.
-        cpu_dtype: What `auto` means where there is no GPU.
 
     Returns:
         A pool that leaves at least one CPU of the cluster to the tasks that feed it: one that takes them all would wait
@@ -57,7 +56,7 @@ def plan_actors(compute: ComputeConfig, nodes: Sequence[Mapping[str, float]], cp
     share = min(for_actors / num_actors, largest_node, _MOST_CPUS_PER_ACTOR)  # above one, Ray takes whole CPUs
     return ActorPlan(
         device="cuda" if on_gpu else "cpu",
-        dtype=compute.dtype if compute.dtype != "auto" else ("bfloat16" if on_gpu else cpu_dtype),
+        dtype=compute.dtype if compute.dtype != "auto" else ("bfloat16" if on_gpu else "float32"),
         num_actors=num_actors,
         cpus_per_actor=0.0 if on_gpu else (share if share < 1 else float(int(share))),
         gpus_per_actor=compute.gpus_per_actor if on_gpu else 0.0,

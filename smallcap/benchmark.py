@@ -37,7 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
 from smallcap.beam_search import BeamSearch
-from smallcap.caption_store import CAPTION_STORE_COLUMNS
+from smallcap.caption_store import CAPTION_STORE_COLUMNS, write_caption_file
 from smallcap.captioner import Captioner, Pixels
 from smallcap.checkpoint import SmallCapConfig, SmallCapModel
 from smallcap.clip_encoder import HFRetrievalEncoder, OpenCLIPRetrievalEncoder, RetrievalEncoder
@@ -51,7 +51,6 @@ from smallcap.precision import matrix_rate, resolve_dtype
 from smallcap.process_memory import keep_freed_memory
 from smallcap.prompt import build_prompts
 from smallcap.retriever import Retriever
-from smallcap.storage import sha256_file
 from smallcap.text_decoder import DecoderConfig
 
 VIT_B_32 = {
@@ -338,8 +337,8 @@ def vision_flops(model: SmallCapModel) -> float:
     """Of the vision encoder."""
     config = model.config.vision
     hidden, patch = config["hidden_size"], config["patch_size"]
-    patches = (config["image_size"] // patch) ** 2
-    tokens = patches + 1
+    tokens = _encoder_tokens(model)
+    patches = tokens - 1
     layer = 4 * hidden**2 + 2 * hidden * config["intermediate_size"] + 2 * tokens * hidden
     return 2.0 * (patches * 3 * patch**2 * hidden + config["num_hidden_layers"] * tokens * layer)
 
@@ -462,20 +461,18 @@ def write_index(folder: Path, vectors: np.ndarray, texts: list[str], identity: E
     faiss.write_index(index, str(folder / "shard.faiss"))
     columns = [np.arange(rows), texts, ["random"] * rows, [None] * rows]
     arrays = [pa.array(column, field.type) for column, field in zip(columns, CAPTION_STORE_COLUMNS, strict=True)]
-    with pa.ipc.new_file(str(folder / "captions.arrow"), CAPTION_STORE_COLUMNS) as writer:
-        writer.write_batch(pa.record_batch(arrays, schema=CAPTION_STORE_COLUMNS))
+    write_caption_file(folder / "captions.arrow", pa.record_batch(arrays, schema=CAPTION_STORE_COLUMNS))
 
-    def describe(name: str) -> dict[str, Any]:
-        path = folder / name
-        return {"file": name, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    def shard(name: str) -> ShardEntry:
+        return ShardEntry.describe(folder / name, name, first_id=0, rows=rows)
 
     manifest = IndexManifest(
         encoder=identity,
         dim=dim,
         index_key="Flat",
-        template=FileEntry(**describe("template.faiss")),
-        shards=(ShardEntry(**describe("shard.faiss"), first_id=0, rows=rows),),
-        captions=(ShardEntry(**describe("captions.arrow"), first_id=0, rows=rows),),
+        template=FileEntry.describe(folder / "template.faiss", "template.faiss"),
+        shards=(shard("shard.faiss"),),
+        captions=(shard("captions.arrow"),),
         max_captions_per_image=0,
         sources=(SourceEntry(uri="random", rows=rows, sha256="0" * 64),),
         filters={},

@@ -100,6 +100,12 @@ class CaptionStore:
             yield self._batches[shard], positions, pa.array(caption_ids[positions] - self._first_ids[shard])
 
 
+def write_caption_file(path: Path, batch: pa.RecordBatch) -> None:
+    """Writes the rows of one shard as the one record batch of a caption file."""
+    with pa.ipc.new_file(str(path), CAPTION_STORE_COLUMNS) as writer:
+        writer.write_batch(batch)
+
+
 def open_caption_file(file: Path, shard: ShardEntry) -> pa.RecordBatch:
     """Memory-maps one caption file and checks its outline against its manifest entry.
 

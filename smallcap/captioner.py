@@ -107,9 +107,10 @@ class CropPlan:
         Raises:
             RowError: The image cannot be decoded.
         """
-        if isinstance(data, Image.Image) or self.decode == "exact":
-            image = data.convert("RGB") if isinstance(data, Image.Image) else decode_image(data, max_pixels, where)
-            return self._cut(ScaledImage(image, image.width, image.height, by_pillow=True))
+        if isinstance(data, Image.Image):
+            return self._cut(ScaledImage.whole(data.convert("RGB")))
+        if self.decode == "exact":
+            return self._cut(ScaledImage.whole(decode_image(data, max_pixels, where)))
         least_px = max(crop.size_px for crop in (self.vision, self.retrieval) if crop)
         return self._cut(decode_scaled(data, least_px, max_pixels, where))
 

@@ -30,7 +30,7 @@ from smallcap.errors import CheckpointError, ConfigError
 from smallcap.gpt2 import GPT2Decoder, dump_gpt2_config, parse_gpt2_config
 from smallcap.model_files import resolve_folder, weights_file
 from smallcap.opt import OPTDecoder, dump_opt_config, parse_opt_config
-from smallcap.packed_linear import can_pack, pack_linears
+from smallcap.packed_linear import pack_linears
 from smallcap.prompt import PromptTemplate
 from smallcap.sampling import Sampling
 from smallcap.storage import sha256_file
@@ -125,8 +125,7 @@ class SmallCapModel(nn.Module):
 
     def pack(self) -> None:
         """Lays the weights out for this CPU, where that can be done; the model is then good for inference only."""
-        if can_pack(self.encoder):
-            pack_linears(self.encoder)
+        pack_linears(self.encoder)
         self.decoder.pack()
 
     def generation_options(self, wanted: GenerationConfig) -> GenerationOptions:

@@ -26,7 +26,7 @@ from smallcap.errors import CheckpointError, ConfigError
 from smallcap.image import Preprocessing
 from smallcap.index_manifest import EncoderIdentity
 from smallcap.model_files import DEMO, resolve_folder, weights_file
-from smallcap.packed_linear import can_pack, pack_linears
+from smallcap.packed_linear import pack_linears
 from smallcap.storage import sha256_file
 
 _TEXT_BATCH = 256
@@ -156,8 +156,7 @@ class HFRetrievalEncoder(RetrievalEncoder):
 
     def pack(self) -> None:
         """Lays the weights out for this CPU, where that can be done; the encoder then embeds as before."""
-        if can_pack(self._model):
-            pack_linears(self._model)
+        pack_linears(self._model)
 
     @property
     def vision_tower(self) -> nn.Module:

@@ -56,6 +56,11 @@ class ScaledImage:
     height: int  # px of the whole image, upright
     by_pillow: bool  # whether Pillow decoded it whole
 
+    @classmethod
+    def whole(cls, image: Image.Image) -> ScaledImage:
+        """Returns an image that was decoded at its own size."""
+        return cls(image, image.width, image.height, by_pillow=True)
+
 
 def decode_scaled(data: bytes, least_px: int, max_pixels: int = MAX_IMAGE_PIXELS, where: str = "") -> ScaledImage:
     """Decodes a JPEG file at the smallest of libjpeg's scales whose shorter side has `least_px`; others by Pillow.

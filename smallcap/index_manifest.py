@@ -15,7 +15,8 @@ import hashlib
 import json
 import re
 from datetime import UTC, datetime
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -49,6 +50,11 @@ class FileEntry(_Record):
     file: str  # relative to the version's folder
     bytes: int = Field(ge=0)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+    @classmethod
+    def describe(cls, path: Path, file: str, **fields: Any) -> Self:
+        """Returns the entry of a local file that the version will hold as `file`."""
+        return cls(file=file, bytes=path.stat().st_size, sha256=storage.sha256_file(path), **fields)
 
     @field_validator("file")
     @classmethod

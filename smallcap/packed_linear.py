@@ -1,8 +1,8 @@
 """Linear layers whose weights are laid out once as the CPU's matrix kernels want them.
 
-torch lays a bfloat16 weight out anew at every call, which for the few rows of a decoding step takes a third of the
-time; what it does for `torch.compile` with freezing is done here without a compiler. The operators are torch's own but
-not documented, so a model is left as it is where they are missing.
+torch lays a bfloat16 weight out anew at every call, which for the few rows of a decoding step takes up to 28% of the
+time (docs/benchmarks.md); what it does for `torch.compile` with freezing is done here without a compiler. The operators
+are torch's own but not documented, so a model is left as it is where they are missing.
 """
 
 from __future__ import annotations
@@ -51,8 +51,14 @@ def can_pack(model: nn.Module) -> bool:
     )
 
 
-def pack_linears(model: nn.Module) -> None:
-    """Packs a model's linear layers in place; it can then neither be saved, nor moved, nor trained."""
+def pack_linears(model: nn.Module) -> bool:
+    """Packs a model's linear layers in place where that can be done; it can then not be saved, moved or trained.
+
+    Returns:
+        Whether it was done.
+    """
+    if not can_pack(model):
+        return False
     for module in list(model.modules()):
         for name, layer in list(module.named_children()):
             is_conv1d = type(layer).__name__ == "Conv1D"  # GPT-2's, with an [in, out] weight
@@ -64,6 +70,7 @@ def pack_linears(model: nn.Module) -> None:
             setattr(module, name, PackedLinear(weight.T if is_conv1d else weight, bias, activation))
             if fused:
                 setattr(module, fused, nn.Identity())
+    return True
 
 
 def _activation_behind(module: nn.Module, name: str) -> str | None:

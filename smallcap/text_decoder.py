@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from smallcap.kv_cache import KeyValueSlots
-from smallcap.packed_linear import PackedLinear, can_pack, pack_linears
+from smallcap.packed_linear import PackedLinear, pack_linears
 
 CrossAttentionKV = list[tuple[Tensor, Tensor]]  # per layer: keys and values, each [B, H, P, D / reduce factor]
 
@@ -92,10 +92,8 @@ class TextDecoder(nn.Module, ABC):
 
     def pack(self) -> None:
         """Lays the weights out for this CPU, where that can be done; the decoder is then good for inference only."""
-        if can_pack(self):
-            head = PackedLinear(self.token_embedding, None)
-            pack_linears(self)
-            self._packed_head = head
+        if pack_linears(self):
+            self._packed_head = PackedLinear(self.token_embedding, None)
 
     def cross_attention_parameters(self) -> dict[str, nn.Parameter]:
         """Returns the parameters that SmallCap trains, by name."""

@@ -17,13 +17,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from smallcap import storage
-from smallcap.caption_store import CAPTION_STORE_COLUMNS
+from smallcap.caption_store import CAPTION_STORE_COLUMNS, write_caption_file
 from smallcap.index_manifest import (
     MANIFEST_FILE,
     TEMPLATE_FILE,
@@ -217,10 +216,6 @@ def write_version(
     import faiss
     import pyarrow as pa
 
-    def describe(name: str, **ids: int) -> dict[str, Any]:
-        path = folder / name
-        return {"file": name, "bytes": path.stat().st_size, "sha256": storage.sha256_file(path), **ids}
-
     for name in ("shards", "captions"):
         (folder / name).mkdir(parents=True)
     dim = vectors.shape[1]
@@ -236,16 +231,15 @@ def write_version(
         fields = zip(columns, CAPTION_STORE_COLUMNS, strict=True)
         arrays = [pa.array(list(column), field.type) for column, field in fields]
         batch = pa.record_batch(arrays, schema=CAPTION_STORE_COLUMNS)
-        with pa.ipc.new_file(str(folder / names["captions"]), CAPTION_STORE_COLUMNS) as writer:
-            writer.write_batch(batch)
+        write_caption_file(folder / names["captions"], batch)
         for kind, name in names.items():
-            entries[kind].append(ShardEntry(**describe(name, first_id=first, rows=stop - first)))
+            entries[kind].append(ShardEntry.describe(folder / name, name, first_id=first, rows=stop - first))
     per_image = Counter(image for images in image_ids for image in images or [])
     manifest = IndexManifest(
         encoder=EncoderIdentity(spec="hf:test", weights_sha256="0" * 64, dim=dim),
         dim=dim,
         index_key="Flat",
-        template=FileEntry(**describe(TEMPLATE_FILE)),
+        template=FileEntry.describe(folder / TEMPLATE_FILE, TEMPLATE_FILE),
         shards=tuple(entries["shards"]),
         captions=tuple(entries["captions"]),
         max_captions_per_image=max(per_image.values(), default=0),
