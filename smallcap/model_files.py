@@ -1,4 +1,4 @@
-"""From a model's name to local files: `demo`, a folder, or a Hugging Face id.
+"""From a model's name to local files: `demo`, a folder, or a Hugging Face id; and the tokenizer of GPT-2.
 
 It downloads what a hub id names and nothing else; it never loads or runs what it finds.
 """
@@ -10,6 +10,7 @@ from pathlib import Path
 from smallcap.errors import CheckpointError
 
 DEMO = "demo"
+GPT2 = "gpt2"
 # Weights and text files only: no pickled optimizers, no code.
 _WANTED = ["*.json", "*.txt", "*.safetensors", "*.model", "pytorch_model*.bin", "open_clip_pytorch_model.bin"]
 
@@ -29,6 +30,20 @@ def demo_folder() -> Path:
         where=str(package.parent / "demo"),
         remedy="Install smallcap from a checkout of its repository, or from its wheel.",
     )
+
+
+def tokenizer_folder(source: str) -> Path:
+    """Returns the local folder of a tokenizer; like `resolve_folder`, but GPT-2's comes with this package.
+
+    Args:
+        source: `demo`, `gpt2`, a folder, or a Hugging Face id.
+
+    Raises:
+        CheckpointError: There is no such folder, and no such hub id can be reached.
+    """
+    if source == GPT2:
+        return Path(__file__).parent / "gpt2_tokenizer"
+    return resolve_folder(source, demo_part="smallcap")
 
 
 def resolve_folder(source: str, demo_part: str) -> Path:

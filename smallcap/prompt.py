@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from smallcap.errors import CheckpointError
-from smallcap.model_files import resolve_folder
+from smallcap.model_files import tokenizer_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,14 +39,15 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """Loads a decoder's tokenizer.
 
     Args:
-        source: `demo`, a folder with tokenizer.json or with vocab.json and merges.txt, or a hub id such as `gpt2`.
+        source: `demo`, `gpt2` (which needs no network), a folder with tokenizer.json or with vocab.json and merges.txt,
+            or a hub id such as `facebook/opt-125m`.
 
     Raises:
         CheckpointError: There is no tokenizer at `source`.
     """
     from transformers import AutoTokenizer, GPT2TokenizerFast, PreTrainedTokenizerFast
 
-    folder = resolve_folder(source, demo_part="smallcap")
+    folder = tokenizer_folder(source)
     try:
         if (folder / "tokenizer.json").is_file():
             return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
@@ -68,6 +69,16 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
         return []
     encoded: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
     return encoded
+
+
+def count_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[int]:
+    """Returns the number of tokens of each text, without special tokens; quicker than making lists of their ids."""
+    if not tokenizer.is_fast:
+        return [len(ids) for ids in encode_texts(tokenizer, texts)]
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()  # what a tokenizer.json may ask for
+    backend.no_padding()
+    return [len(encoding) for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
 def build_prompts(

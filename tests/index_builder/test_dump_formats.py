@@ -1,8 +1,12 @@
 from __future__ import annotations
 
 import json
+import math
+from contextlib import suppress
 from pathlib import Path
+from random import Random
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -69,6 +73,98 @@ def test_parquet_with_dictionary_texts_and_integer_ids(tmp_path: Path) -> None:
     assert rows == [DumpRow("a", "1", 1), DumpRow("", "2", 2), DumpRow("a", "3", 3)]
 
 
+EMBEDDED = Columns("caption", "image", "embedding")
+UNIT = [[0.6, 0.8], [1.0, 0.0]]
+
+
+def parquet_rows(path: Path, embeddings: pa.Array, columns: Columns = EMBEDDED) -> list[DumpRow]:
+    table = pa.table({"embedding": embeddings, "caption": [f"text {row}" for row in range(len(embeddings))]})
+    pq.write_table(table, path / "d.parquet")
+    return list(read_rows(path / "d.parquet", "d", columns))
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        (pa.list_(pa.float32()), "<f4"),
+        (pa.large_list(pa.float32()), "<f4"),
+        (pa.list_(pa.float32(), 2), "<f4"),
+        (pa.list_(pa.float64()), "<f4"),
+        (pa.list_(pa.float16()), "<f2"),
+        (pa.list_(pa.float16(), 2), "<f2"),
+    ],
+)
+def test_parquet_embeddings_become_unit_vectors(tmp_path: Path, kind: pa.DataType, dtype: str) -> None:
+    half = np.float16 if dtype == "<f2" else float
+    values = [[half(number) for number in vector] for vector in ([3.0, 4.0], [1.0, 0.0], [0.0, 0.0], [1.0, math.nan])]
+    rows = parquet_rows(tmp_path, pa.array([values[0], None, values[1], values[2], values[3], [half(1), None]], kind))
+    unit = [np.array(vector, dtype).tobytes() for vector in UNIT]
+    assert [row.vector for row in rows] == [unit[0], None, unit[1], None, None, None]
+    assert [row.problem for row in rows] == ["", "", "", "bad_embedding", "bad_embedding", "bad_embedding"]
+    assert [(row.text, row.line) for row in rows] == [(f"text {row}", row + 1) for row in range(6)]
+
+
+def test_parquet_embeddings_over_many_batches(tmp_path: Path) -> None:
+    vectors = np.random.default_rng(0).normal(size=(2500, 3)).astype(np.float32)
+    rows = parquet_rows(tmp_path, pa.array([None if row % 7 == 0 else list(vectors[row]) for row in range(2500)]))
+    for number, row in enumerate(rows):
+        if number % 7 == 0:
+            assert row.vector is None
+        else:
+            unit = vectors[number] / np.linalg.norm(vectors[number])
+            np.testing.assert_allclose(np.frombuffer(row.vector or b"", "<f4"), unit, atol=1e-3)
+    assert not any(row.problem for row in rows)
+
+
+def test_parquet_without_the_embedding_column_or_without_any_embedding(tmp_path: Path) -> None:
+    nothing = parquet_rows(tmp_path, pa.nulls(2, pa.list_(pa.float32())))
+    assert nothing == parquet_rows(tmp_path, pa.array([1, 2]), Columns("caption", None, "other"))
+    assert nothing == [DumpRow("text 0", None, 1), DumpRow("text 1", None, 2)]
+
+
+@pytest.mark.parametrize(
+    ("embeddings", "dim", "message"),
+    [
+        (pa.array(["a"]), None, r"wrong type(.|\n)*d: embedding(.|\n)*found: string"),
+        (pa.array([[1, 2]]), None, r"wrong type(.|\n)*found: list<.*int64>"),
+        (pa.array([[1.0, 2.0], [1.0]]), None, r"wrong length(.|\n)*d: embedding(.|\n)*2 numbers(.|\n)*found: 1"),
+        (pa.array([[1.0, 2.0]]), 3, r"wrong length(.|\n)*3 numbers(.|\n)*found: 2"),
+        (pa.array([[1.0, 2.0], []]), None, r"wrong length(.|\n)*found: 0"),
+        (pa.array([[]], pa.list_(pa.float32())), None, r"wrong length(.|\n)*at least one"),
+    ],
+)
+def test_parquet_embeddings_of_a_wrong_type_or_length(
+    tmp_path: Path, embeddings: pa.Array, dim: int | None, message: str
+) -> None:
+    with pytest.raises(SchemaError, match=message):
+        parquet_rows(tmp_path, embeddings, EMBEDDED._replace(dim=dim))
+
+
+def test_damaged_parquet_is_an_error_and_no_fault(tmp_path: Path) -> None:
+    table = pa.table(
+        {"caption": [f"text {row}" for row in range(500)], "embedding": [[1.0, float(row)] for row in range(500)]}
+    )
+    pq.write_table(table, tmp_path / "whole.parquet")
+    whole = (tmp_path / "whole.parquet").read_bytes()
+    random = Random(0)
+    for cut in (0, 3, 100, len(whole) // 2, len(whole) - 1):
+        with pytest.raises(SchemaError):
+            rows_of(tmp_path / "d.parquet", whole[:cut], EMBEDDED)
+    for _ in range(100):
+        damaged = bytearray(whole)
+        for _ in range(3):
+            damaged[random.randrange(4, len(whole) - 8)] = random.randrange(256)
+        with suppress(SchemaError):
+            rows_of(tmp_path / "d.parquet", bytes(damaged), EMBEDDED)
+
+
+def test_parquet_text_that_is_not_utf8(tmp_path: Path) -> None:
+    text = pa.array([b"caf\xe9"]).view(pa.string())
+    pq.write_table(pa.table({"caption": text}), tmp_path / "d.parquet")
+    with pytest.raises(SchemaError, match=r"not UTF-8(.|\n)*d: caption(.|\n)*0xe9"):
+        list(read_rows(tmp_path / "d.parquet", "d", COLUMNS))
+
+
 def test_parquet_text_of_a_wrong_type(tmp_path: Path) -> None:
     pq.write_table(pa.table({"caption": [["a"]]}), tmp_path / "d.parquet")
     with pytest.raises(SchemaError, match=r"wrong type(.|\n)*list"):
@@ -89,6 +185,11 @@ def test_karpathy_sentences(tmp_path: Path) -> None:
     content = {"images": [{"filename": "one.jpg", "sentences": [{"raw": "a"}, {"raw": "b"}]}]}
     rows = rows_of(tmp_path / "d.json", json.dumps(content).encode())
     assert rows == [DumpRow("a", "one.jpg", 1), DumpRow("b", "one.jpg", 2)]
+
+
+def test_json_list_of_strings(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path / "d.json", json.dumps(["a", 5, None]).encode())
+    assert rows == [DumpRow("a", None, 1), DumpRow("", None, 2, "malformed"), DumpRow("", None, 3)]
 
 
 @pytest.mark.parametrize(

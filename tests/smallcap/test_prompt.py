@@ -20,7 +20,7 @@ ORACLE: dict[str, Any] = json.loads((GOLDEN / "oracle" / "prompts.json").read_te
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return load_tokenizer(str(GOLDEN / "gpt2_tokenizer"))
+    return load_tokenizer("gpt2")
 
 
 @pytest.mark.parametrize("case", ORACLE["cases"], ids=range(len(ORACLE["cases"])))
