@@ -8,13 +8,17 @@ Runs as `smallcap caption …` or, for `ray job submit`, as `python -m jobs.capt
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs.config_args import run_job
 from jobs.run_record import (
+    RUN_FORMAT_VERSION,
     Attempt,
     ImageCounts,
     RunRecord,
@@ -34,6 +38,9 @@ from smallcap.dataset import list_images
 from smallcap.index_manifest import load_manifest, utc_now
 from smallcap.precision import fastest_cpu_dtype
 from smallcap.schema import caption_schema
+
+if TYPE_CHECKING:
+    from jobs.retrieval_actors import Partitions
 
 _IMAGES_PER_BLOCK = 256
 # A block's files, its crops, and one large image being decoded. It also makes the task unlike an actor of one CPU, into
@@ -98,12 +105,13 @@ def _describe_attempt(attempt: Attempt, images: int) -> list[str]:
     assert attempt.seconds and attempt.decode_s and attempt.caption_s and attempt.actors
     busy = attempt.caption_s / attempt.actors / attempt.seconds
     verdict = "captioning is the bottleneck" if busy > 0.5 else "starting up, reading and writing took most of the time"
-    dtype = attempt.dtype or ""
+    actor = f"one {attempt.device} actor, {attempt.dtype or ''}"
+    search = f", search: {' and '.join(attempt.search_backends)}" if attempt.search_backends else ""
     fallbacks = "" if attempt.decoded_by_pillow is None else f", {attempt.decoded_by_pillow:,} whole by Pillow"
     return [
         f"Captioned {images:,} images in {attempt.seconds:.1f} s, {images / attempt.seconds:.1f} images/s:",
         f"  fetch and decode  {images / attempt.decode_s:8,.1f} images/s in one CPU task{fallbacks}",
-        f"  caption           {images / attempt.caption_s:8,.1f} images/s in one {attempt.device} actor, {dtype}",
+        f"  caption           {images / attempt.caption_s:8,.1f} images/s in {actor}{search}",
         f"  {attempt.actors} actor(s) busy {busy:.0%} of the time: {verdict}",
     ]
 
@@ -146,7 +154,7 @@ def _caption(config: CaptionConfig, record: RunRecord, todo: pa.Table, address: 
     attempt = Attempt(
         started_at=utc_now(), images=todo.num_rows, actors=pool.num_actors, device=pool.device, dtype=pool.dtype
     )
-    record = record.model_copy(update={"status": "running"})
+    record = record.model_copy(update={"status": "running", "format_version": RUN_FORMAT_VERSION})
     write_run_record(config.out, record.model_copy(update={"attempts": (*record.attempts, attempt)}))
 
     schema = caption_schema(record.run_id, record.model_id, record.index_id or "", record.schema_version)
@@ -158,7 +166,8 @@ def _caption(config: CaptionConfig, record: RunRecord, todo: pa.Table, address: 
     spec = CaptionerSpec(config, pool.device, pool.dtype, record.index_id, record.retrieval_encoder, batch_size)
 
     started = time.perf_counter()
-    with own_errors(), stage_progress():
+    with own_errors(), stage_progress(), _partitions(config, record) as partitions:
+        spec = replace(spec, partitions=partitions)
         (
             ray.data.from_arrow(todo)
             .repartition(target_num_rows_per_block=_IMAGES_PER_BLOCK)
@@ -185,9 +194,22 @@ def _caption(config: CaptionConfig, record: RunRecord, todo: pa.Table, address: 
             "decode_s": round(sink.totals.decode_s, 3),
             "caption_s": round(sink.totals.caption_s, 3),
             "decoded_by_pillow": sink.totals.by_pillow if config.input.decode == "fast" else None,
+            "search_backends": tuple(sorted(sink.totals.searched_by)),
         }
     )
     return record.model_copy(update={"attempts": (*record.attempts, attempt)})
+
+
+@contextmanager
+def _partitions(config: CaptionConfig, record: RunRecord) -> Iterator[Partitions | None]:
+    """Runs the actors that hold the index between them, where one process is not to hold all of it."""
+    from jobs.retrieval_actors import run_partitions
+
+    if record.index_id is None or config.index is None or config.retrieval.partitions == 1:
+        yield None
+        return
+    with run_partitions(config.index, record.index_id, config.retrieval) as partitions:
+        yield partitions
 
 
 def _cpu_dtype(record: RunRecord) -> str:

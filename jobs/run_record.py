@@ -28,11 +28,11 @@ from smallcap.errors import ConfigError, SchemaError, StorageError
 from smallcap.schema import SCHEMA_VERSION, STATUS_OK, check_caption_schema, to_newest_version
 
 RUN_FILE = "run.json"
-RUN_FORMAT_VERSION = 2
+RUN_FORMAT_VERSION = 3
 _PACKAGES = ("smallcap", "torch", "transformers", "open_clip_torch", "pyarrow", "ray")
 # What may differ between the attempts of one run: where it runs, and how much of its input it takes.
 _FREE = tuple(f"compute.{name}" for name in ("device", "compile", "batch_size", "num_actors", "gpus_per_actor"))
-_FREE += ("limit", "out")
+_FREE += ("limit", "out", "retrieval.partitions", "retrieval.search_device")
 
 
 class _Record(BaseModel):
@@ -52,6 +52,7 @@ class Attempt(_Record):
     device: str | None = None
     dtype: str | None = None
     decoded_by_pillow: int | None = None  # images that decode: fast left to Pillow
+    search_backends: tuple[str, ...] | None = None  # where the actors searched; several where they had unequal room
 
 
 class ImageCounts(_Record):
@@ -64,9 +65,9 @@ class ImageCounts(_Record):
 
 
 class RunRecord(_Record):
-    """The content of `run.json`, format version 2; version 1 lacks some fields, whose defaults here are what held."""
+    """The content of `run.json`; older format versions lack some fields, whose defaults here are what held."""
 
-    format_version: Literal[1, 2] = 1
+    format_version: Literal[1, 2, 3] = 1
     schema_version: Literal[1, 2] = 1  # of the run's parts
     run_id: str
     status: Literal["running", "complete"] = "running"

@@ -19,6 +19,7 @@ from ray.data import Datasink
 from ray.data.block import BlockAccessor
 
 from index_builder.tasks import use_own_cores
+from jobs.retrieval_actors import PartitionedRetriever, Partitions
 from smallcap import storage
 from smallcap.captioner import Captioner, CaptionResult, CropPlan, Pixels
 from smallcap.config import CaptionConfig
@@ -31,8 +32,15 @@ _FETCHED_TOGETHER = storage.FETCH_CONCURRENCY  # files held in memory at once; t
 # Seconds that a row took in a stage; they travel with the row to the writer, which sums and drops them.
 _TIMINGS = ("decode_s", "caption_s")
 _BY_PILLOW = "by_pillow"  # 1 where Pillow decoded the image; counted and dropped there, too
+_SEARCHED_BY = "searched_by"  # the backend of the actor's search; gathered and dropped there, too
 _COLUMNS_FROM_DECODING = ("image_id", "image_uri", "status", "error_code", "error_message")
-_MEASURED = pa.schema([*(pa.field(name, pa.float32()) for name in _TIMINGS), pa.field(_BY_PILLOW, pa.int8())])
+_MEASURED = pa.schema(
+    [
+        *(pa.field(name, pa.float32()) for name in _TIMINGS),
+        pa.field(_BY_PILLOW, pa.int8()),
+        pa.field(_SEARCHED_BY, pa.string()),
+    ]
+)
 _MEASURED_ROW = pa.schema([*CAPTION_COLUMNS, *_MEASURED])
 
 
@@ -107,6 +115,7 @@ class CaptionerSpec:
     index_id: str | None
     retrieval_encoder: str | None
     batch_size: int  # images that go through the model together
+    partitions: Partitions | None = None  # of an index that no actor holds by itself
 
 
 class CaptionImages:
@@ -135,9 +144,11 @@ class CaptionImages:
         captioned = dict(zip(good, (result for results in batches for result in results), strict=True))
         rows = [_schema_row(batch, row, captioned.get(row)) for row in range(len(batch["image_id"]))]
         seconds = (time.perf_counter() - started) / len(rows)
+        retriever = self.captioner.retriever
+        of_actor = {"caption_s": seconds, _SEARCHED_BY: retriever.search_backend if retriever else None}
         return pa.Table.from_pylist(
             [
-                row | {"decode_s": batch["decode_s"][i], "caption_s": seconds, _BY_PILLOW: batch[_BY_PILLOW][i]}
+                row | of_actor | {name: batch[name][i] for name in ("decode_s", _BY_PILLOW)}
                 for i, row in enumerate(rows)
             ],
             schema=_MEASURED_ROW,
@@ -155,6 +166,7 @@ def _split(
 
 def _load_captioner(spec: CaptionerSpec) -> Captioner:
     config = spec.config
+    cache_dir = config.retrieval.cache_dir
     return Captioner.from_pretrained(
         config.model,
         config.index,
@@ -163,9 +175,11 @@ def _load_captioner(spec: CaptionerSpec) -> Captioner:
         device=spec.device,
         dtype=spec.dtype,
         retrieval_encoder=spec.retrieval_encoder,
-        cache_dir=config.retrieval.cache_dir,
+        cache_dir=cache_dir,
         index_id=spec.index_id,
         compile_encoders=config.compute.compile,
+        search_device=config.retrieval.search_device,
+        retriever=PartitionedRetriever.open(spec.partitions, cache_dir) if spec.partitions else None,
     )
 
 
@@ -202,6 +216,7 @@ class PartStats:
     decode_s: float  # CPU task seconds, summed over the rows
     caption_s: float  # actor seconds, summed over the rows
     by_pillow: int  # images that Pillow decoded
+    searched_by: frozenset[str] = frozenset()  # backends of the actors' searches
 
 
 class PartSink(Datasink[PartStats]):
@@ -229,7 +244,8 @@ class PartSink(Datasink[PartStats]):
         name = f"part-{self.attempt:03d}-{ctx.task_idx:06d}.parquet"
         storage.write_bytes(storage.join(self.out, name), buffer.getvalue())
         by_pillow = int(np.sum(table[_BY_PILLOW].to_numpy()))
-        return PartStats(rows.num_rows, decode_s, caption_s, by_pillow)
+        searched_by = frozenset(table[_SEARCHED_BY].drop_null().unique().to_pylist())
+        return PartStats(rows.num_rows, decode_s, caption_s, by_pillow, searched_by)
 
     def on_write_complete(self, write_result: Any) -> None:
         """Sums what the tasks report, on the driver."""
@@ -239,6 +255,7 @@ class PartSink(Datasink[PartStats]):
             sum(part.decode_s for part in parts),
             sum(part.caption_s for part in parts),
             sum(part.by_pillow for part in parts),
+            frozenset().union(*(part.searched_by for part in parts)),
         )
 
     @property

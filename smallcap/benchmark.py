@@ -413,6 +413,7 @@ def build_captioner(options: BenchmarkOptions, dtype: str, folder: Path) -> Capt
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     retriever = write_index(folder, vectors, random_captions(options.captions), encoder.identity)
     generation = GenerationConfig(num_beams=options.num_beams)
+    retriever.use_device(options.device)
     captioner = Captioner(model, build_tokenizer(), encoder, retriever, options.k, generation)
     captioner.pack()
     if options.compile:
@@ -459,20 +460,16 @@ def write_index(folder: Path, vectors: np.ndarray, texts: list[str], identity: E
     faiss.write_index(index, str(folder / "template.faiss"))
     index.add(vectors)
     faiss.write_index(index, str(folder / "shard.faiss"))
-    columns = [np.arange(rows), texts, ["random"] * rows, [None] * rows]
+    columns = [np.arange(rows), texts, [["random"]] * rows, [None] * rows]
     arrays = [pa.array(column, field.type) for column, field in zip(columns, CAPTION_STORE_COLUMNS, strict=True)]
     write_caption_file(folder / "captions.arrow", pa.record_batch(arrays, schema=CAPTION_STORE_COLUMNS))
-
-    def shard(name: str) -> ShardEntry:
-        return ShardEntry.describe(folder / name, name, first_id=0, rows=rows)
-
     manifest = IndexManifest(
         encoder=identity,
         dim=dim,
         index_key="Flat",
-        template=FileEntry.describe(folder / "template.faiss", "template.faiss"),
-        shards=(shard("shard.faiss"),),
-        captions=(shard("captions.arrow"),),
+        template=FileEntry.adopt(folder / "template.faiss", folder, "template"),
+        shards=(ShardEntry.adopt(folder / "shard.faiss", folder, "shard", first_id=0, rows=rows),),
+        captions=(ShardEntry.adopt(folder / "captions.arrow", folder, "captions", first_id=0, rows=rows),),
         max_captions_per_image=0,
         sources=(SourceEntry(uri="random", rows=rows, sha256="0" * 64),),
         filters={},
@@ -535,11 +532,11 @@ def describe_machine(captioner: Captioner) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "dtype": str(captioner.model.dtype).removeprefix("torch."),
         "torch": torch.__version__,
-        "commit": _commit(),
+        "commit": source_commit(),
     }
 
 
-def _commit() -> str:
+def source_commit() -> str:
     """Returns the repository's commit, `+` behind it where files differ; empty outside a repository."""
     root = Path(__file__).parent
 

@@ -6,25 +6,28 @@ node share them. This module knows nothing of vectors, caches or checksums.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from smallcap import storage
 from smallcap.errors import IndexIntegrityError
-from smallcap.index_manifest import IndexManifest, ShardEntry, load_manifest, version_uri
+from smallcap.index_manifest import IndexManifest, ShardEntry, load_manifest
 
 CAPTION_STORE_COLUMNS = pa.schema(
     [
         pa.field("caption_id", pa.int64(), nullable=False),
         pa.field("text", pa.string(), nullable=False),
-        pa.field("source", pa.string(), nullable=False),  # the dump's file that the text was kept from
+        pa.field("source", pa.list_(pa.string()), nullable=False),  # every dump file that has this caption
         pa.field("image_id", pa.list_(pa.string())),  # of every image that has this caption in any dump; null if none
     ]
 )
+_COLUMNS_V1 = CAPTION_STORE_COLUMNS.set(2, pa.field("source", pa.string(), nullable=False))  # the first file only
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class CaptionRow:
 
     caption_id: int
     text: str
-    source: str
+    sources: tuple[str, ...]
     image_ids: tuple[str, ...]
 
 
@@ -42,7 +45,7 @@ class CaptionStore:
 
     Args:
         files: Local path of each caption file, in the order of `shards`.
-        shards: Their manifest entries, contiguous from id 0.
+        shards: Their manifest entries, contiguous.
 
     Raises:
         IndexIntegrityError: A file's schema, row count or ids contradict its entry.
@@ -52,6 +55,7 @@ class CaptionStore:
         self._batches = [open_caption_file(file, shard) for file, shard in zip(files, shards, strict=True)]
         self._first_ids = np.array([shard.first_id for shard in shards], dtype=np.int64)
         self._rows = sum(shard.rows for shard in shards)
+        self._ids = range(shards[0].first_id, shards[0].first_id + self._rows)
 
     def __len__(self) -> int:
         return self._rows
@@ -83,14 +87,14 @@ class CaptionStore:
 
     def sample(self, count: int) -> list[CaptionRow]:
         """Returns up to `count` rows, evenly spaced over all ids."""
-        return self.rows(_evenly_spaced(self._rows, count))
+        return self.rows([self._ids[row] for row in _evenly_spaced(self._rows, count)])
 
     def _located(self, caption_ids: np.ndarray) -> Iterator[tuple[pa.RecordBatch, np.ndarray, pa.Array]]:
         """Yields for each shard concerned its batch, the positions asked for, and the rows inside the batch."""
-        if caption_ids.size and not (caption_ids.min() >= 0 and caption_ids.max() < self._rows):
+        if caption_ids.size and not (caption_ids.min() >= self._ids[0] and caption_ids.max() <= self._ids[-1]):
             raise IndexIntegrityError(
                 "A caption id is outside the caption store.",
-                expected=f"0 to {self._rows - 1}",
+                expected=f"{self._ids[0]} to {self._ids[-1]}",
                 found=f"{caption_ids.min()} to {caption_ids.max()}",
                 remedy="Rebuild the index, or restore it from where it was published.",
             )
@@ -117,7 +121,7 @@ def open_caption_file(file: Path, shard: ShardEntry) -> pa.RecordBatch:
         batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
     except (pa.ArrowInvalid, OSError) as error:
         raise IndexIntegrityError("A caption file cannot be read.", where=str(file), found=str(error)) from error
-    if not reader.schema.equals(CAPTION_STORE_COLUMNS, check_metadata=False):
+    if reader.schema not in (CAPTION_STORE_COLUMNS, _COLUMNS_V1):
         raise IndexIntegrityError(
             "A caption file has other columns than its format version says.",
             where=str(file),
@@ -146,7 +150,7 @@ def open_caption_file(file: Path, shard: ShardEntry) -> pa.RecordBatch:
 def load_caption_sample(
     index_uri: str, count: int, index_id: str | None = None
 ) -> tuple[IndexManifest, list[CaptionRow]]:
-    """Reads a version's manifest and a few of its first shard's captions, without fetching the index.
+    """Reads a version's manifest and a few of its first shard's live captions, without fetching the index.
 
     Returns:
         The manifest, and up to `count` rows evenly spaced over the first caption file.
@@ -157,10 +161,14 @@ def load_caption_sample(
     """
     manifest = load_manifest(index_uri, index_id)
     shard = manifest.captions[0]
-    uri = storage.join(version_uri(index_uri, manifest.index_id), shard.file)
-    with open_arrow(uri) as source:
+    removed = np.zeros(0, np.int64)
+    if manifest.removed is not None:
+        data = storage.read_bytes(storage.join(index_uri, manifest.removed.file))
+        removed = np.load(io.BytesIO(data), allow_pickle=False)
+    with open_arrow(storage.join(index_uri, shard.file)) as source:
         batch = pa.ipc.open_file(source).get_batch(0)
-        rows = batch.take(pa.array(_evenly_spaced(batch.num_rows, count), pa.int64())).to_pylist()
+        live = np.setdiff1d(np.arange(batch.num_rows), removed - shard.first_id)
+        rows = batch.take(pa.array(live[_evenly_spaced(len(live), count)])).to_pylist()
     return manifest, [_caption_row(row) for row in rows]
 
 
@@ -171,13 +179,13 @@ def open_arrow(uri: str) -> pa.NativeFile:
     return pa.PythonFile(storage.open_file(uri), mode="r")
 
 
-def _caption_row(row: dict[str, object]) -> CaptionRow:
-    images = row["image_id"]
+def _caption_row(row: dict[str, Any]) -> CaptionRow:
+    sources = row["source"]
     return CaptionRow(
-        caption_id=int(str(row["caption_id"])),
-        text=str(row["text"]),
-        source=str(row["source"]),
-        image_ids=tuple(images) if isinstance(images, list) else (),
+        caption_id=row["caption_id"],
+        text=row["text"],
+        sources=(sources,) if isinstance(sources, str) else tuple(sources),
+        image_ids=tuple(row["image_id"] or ()),
     )
 
 

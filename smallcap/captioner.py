@@ -28,7 +28,7 @@ from smallcap.clip_encoder import (
     resolve_encoder_identity,
     vision_preprocessing,
 )
-from smallcap.config import DecodeMode, GenerationConfig
+from smallcap.config import DecodeMode, GenerationConfig, SearchDevice
 from smallcap.engine import Generated
 from smallcap.errors import ConfigError, RowError
 from smallcap.image import MAX_IMAGE_PIXELS, Preprocessing, ScaledImage, crop_pixels, decode_image, decode_scaled
@@ -36,7 +36,7 @@ from smallcap.index_manifest import load_manifest
 from smallcap.model_files import resolve_folder
 from smallcap.precision import resolve_dtype
 from smallcap.prompt import build_prompts, decode_caption, load_tokenizer
-from smallcap.retriever import Neighbour, Retriever
+from smallcap.retriever import Neighbour, NeighbourSearch, Retriever
 from smallcap.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ class Captioner:
         model: SmallCapModel,
         tokenizer: PreTrainedTokenizerBase,
         retrieval_encoder: RetrievalEncoder | None = None,
-        retriever: Retriever | None = None,
+        retriever: NeighbourSearch | None = None,
         k: int = 4,
         generation: GenerationConfig | None = None,
     ) -> None:
@@ -181,6 +181,8 @@ class Captioner:
         cache_dir: str = "~/.cache/smallcap",
         index_id: str | None = None,
         compile_encoders: bool = False,
+        search_device: SearchDevice = "auto",
+        retriever: NeighbourSearch | None = None,
     ) -> Captioner:
         """Loads all parts of a captioner.
 
@@ -195,23 +197,28 @@ class Captioner:
             cache_dir: Where copies of remote indexes are kept.
             index_id: The index's version; by default the current one.
             compile_encoders: Run the encoders through torch.compile; pays off in long runs.
+            search_device: Where the index is searched; `auto` is the model's GPU where both fit on it, else the CPU.
+            retriever: The index opened already, in the place of `index`.
 
         Raises:
             CheckpointError: The model or the encoder cannot be loaded.
             ManifestError: There is no published index.
             IndexIntegrityError: The index is damaged, or was built with another encoder.
         """
-        encoder = retriever = None
+        encoder = None
         dtype = resolve_dtype(dtype, device)
-        if index is not None and k != 0:  # the index is checked before any model is loaded
-            manifest = load_manifest(index, index_id)
+        if k != 0 and (index is not None or retriever is not None):  # the index is checked before any model is loaded
+            manifest = retriever.manifest if retriever else load_manifest(index or "", index_id)
             spec = retrieval_encoder or manifest.encoder.spec
             identity = resolve_encoder_identity(spec)
-            retriever = Retriever.open(index, encoder=identity, cache_dir=cache_dir, index_id=manifest.index_id)
+            manifest.check_encoder(identity, where=index or manifest.index_id)
+            retriever = retriever or Retriever.open(index or "", cache_dir=cache_dir, index_id=manifest.index_id)
             encoder = load_retrieval_encoder(spec, device, dtype)
         elif retrieval_encoder is not None:
             encoder = load_retrieval_encoder(retrieval_encoder, device, dtype)
         loaded = load_checkpoint(model, device, dtype)
+        if isinstance(retriever, Retriever):
+            retriever.use_device(device, search_device)
         tokenizer = load_tokenizer(tokenizer_source(model))
         k = (loaded.config.k if loaded.config.rag else 0) if k is None else k
         captioner = cls(loaded, tokenizer, encoder, retriever, k, generation)

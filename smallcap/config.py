@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, Self, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from smallcap import storage
 from smallcap.errors import ConfigError
@@ -20,6 +20,8 @@ from smallcap.errors import ConfigError
 ConfigT = TypeVar("ConfigT", bound="Config")
 DecodeMode = Literal["exact", "fast"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+JunkFilter = Literal["urls", "markup", "repeats"]
+SearchDevice = Literal["auto", "cpu", "cuda"]
 
 
 class Config(BaseModel):
@@ -68,6 +70,18 @@ class RetrievalConfig(Config):
     """Leave out captions whose source image has the query's image id (evaluation on the datastore's own images)."""
     cache_dir: str = "~/.cache/smallcap"
     """Where a node keeps copies of remote indexes."""
+    search_device: SearchDevice = "auto"
+    """`auto` searches on the GPU that captions, where the index fits beside the model, else on the CPU; or `cpu`,
+    `cuda`."""
+    partitions: int = Field(1, ge=1)
+    """Actors that share an index too large for one machine, each with a part of its shards; 1 lets every captioner map
+    the whole index."""
+
+    @model_validator(mode="after")
+    def _partitions_search_on_cpus(self) -> Self:
+        if self.partitions > 1 and self.search_device == "cuda":
+            raise ValueError("partitions are searched on CPUs: leave search_device at auto, or partitions at 1")
+        return self
 
 
 class InputConfig(Config):
@@ -143,29 +157,98 @@ class CleaningConfig(Config):
     """Longest caption in tokens of `tokenizer`, as in the paper; longer ones are dropped and counted."""
     min_words: int = Field(1, ge=1)
     """Fewest whitespace-separated words."""
-    tokenizer: str | None = None
-    """Decoder tokenizer that counts the tokens (`demo`, a folder or a hub id); without one, words are counted."""
+    tokenizer: str | None = "gpt2"
+    """Decoder tokenizer that counts the tokens (`gpt2`, `demo`, a folder or a hub id); null counts words instead."""
+    drop: tuple[JunkFilter, ...] = ()
+    """Junk to drop: `urls`, `markup` (HTML, entities, BBCode, markdown links), `repeats` (aaaaaaaa, hahahahahaha)."""
+    blocklist: str | None = None
+    """UTF-8 text file of words and phrases, one a line (`#` lines are comments); captions that hold one are dropped."""
+
+    @field_validator("drop")
+    @classmethod
+    def _in_one_order(cls, drop: tuple[JunkFilter, ...]) -> tuple[JunkFilter, ...]:
+        return tuple(sorted(set(drop)))  # the same filters are the same options, however they were listed
+
+
+class RecallConfig(Config):
+    """How well the built index must agree with exact search, and how that is measured."""
+
+    target: float | None = Field(None, gt=0, le=1)
+    """Least recall@4 against exact search, at the lower end of its 95% interval; nprobe is chosen to reach it. By
+    default 0.99, or what the index that is added to was built for."""
+    accept: bool = False
+    """Publish an index that misses the target, with the recall it has. A removal never waits for a recall."""
+    calibration_images: tuple[str, ...] = ()
+    """Images like those to caption (files, folders, prefixes, lists): their embeddings are the queries. Without any,
+    stored captions are moved away from the texts as far as images are (cosine 0.3)."""
+    queries: int = Field(1024, ge=16)
+    """Queries that choose nprobe; as many others report the recall. Fewer where there are not so many."""
 
 
 class IndexConfig(Config):
-    """An index build."""
+    """An index build, an addition to an index, or a removal from it."""
 
-    dumps: tuple[str, ...] = Field(min_length=1)
-    """Caption dumps: CSV, TSV, JSONL, Parquet, or COCO captions JSON; files, folders or prefixes."""
+    dumps: tuple[str, ...] = ()
+    """Caption dumps: CSV, TSV, JSONL, Parquet, COCO captions JSON, folders with embeddings; files or prefixes."""
     out: str
     """The index's folder or prefix; versions are published below it."""
-    encoder: str
-    """Retrieval encoder: `demo`, `open_clip:MODEL/PRETRAINED`, or `hf:ID-OR-PATH`."""
+    encoder: str | None = None
+    """Retrieval encoder: `demo`, `open_clip:MODEL/PRETRAINED`, or `hf:ID-OR-PATH`; by default that of the index which
+    is added to, or of the first of `from_indexes`."""
+    add: bool = False
+    """Add to the current version: only new captions are embedded, its shards and its trained template are kept."""
+    from_indexes: tuple[str, ...] = ()
+    """Published indexes whose captions, and embeddings where the encoder is the same, are taken as well."""
+    reuse: tuple[str, ...] = ()
+    """Published indexes that lend their embeddings to captions of the same text."""
+    remove: tuple[str, ...] = ()
+    """What to remove from the current version: `source=NAME`, `image=ID`, `text=CAPTION`; `image=@FILE` and
+    `text=@FILE` name a file with one per line."""
+    compact: bool = False
+    """Rebuild the current version from its own captions and embeddings: without the removed ones, newly trained. With
+    `index_key` at `auto` the key stays, and its number of lists is chosen anew."""
     text_column: str = "caption"
     """Column of the dumps that holds the text."""
     image_id_column: str | None = "image"
     """Column that holds the source image's id; ignored where a dump has none."""
-    index_key: Literal["auto", "Flat"] = "auto"
-    """faiss index key; `Flat` is exact."""
+    embedding_column: str | None = None
+    """Column of Parquet dumps that holds the text's embedding by `encoder`; those are not embedded again."""
+    trust_embeddings: bool = False
+    """Take the embeddings that dumps bring without embedding some of the texts to compare."""
+    index_key: str = "auto"
+    """faiss's index key: `auto`, `Flat` (exact), `IVF,SQfp16` and `IVF,SQ8` (the number of lists is chosen), or any
+    string of its index factory; lossy codecs are ranked again by float16 vectors."""
     shards: int | Literal["auto"] = "auto"
     """Number of shards; `auto` makes one per million vectors."""
+    memory_budget_gb: float | None = Field(None, gt=0)
+    """What `auto` may choose an index key for: GB (10^9 bytes) of memory that a node can give to the index."""
+    cache_dir: str = "~/.cache/smallcap"
+    """Where a node keeps copies of remote indexes, and remembers what it has verified."""
     cleaning: CleaningConfig = CleaningConfig()
+    recall: RecallConfig = RecallConfig()
     compute: ComputeConfig = ComputeConfig()
+
+    @model_validator(mode="after")
+    def _says_one_thing_to_do(self) -> Self:
+        inputs = bool(self.dumps or self.from_indexes)
+        if self.remove and (inputs or self.add or self.compact):
+            raise ValueError("remove alone: what is to be added or compacted comes in another call")
+        if self.compact and (inputs or self.add):
+            raise ValueError("compact alone: what is to be added comes in another call")
+        if not (self.remove or self.compact or inputs):
+            raise ValueError("give caption dumps, or --from, --remove or --compact")
+        if self.encoder is None and not (self.add or self.remove or self.compact or self.from_indexes):
+            raise ValueError("a retrieval encoder is needed: give --encoder")
+        return self
+
+    @field_validator("remove")
+    @classmethod
+    def _names_a_kind(cls, remove: tuple[str, ...]) -> tuple[str, ...]:
+        for removal in remove:
+            kind, equals, value = removal.partition("=")
+            if kind not in ("source", "image", "text") or not equals or not value:
+                raise ValueError("each must be source=NAME, image=ID, text=CAPTION, image=@FILE or text=@FILE")
+        return remove
 
 
 def load_config(

@@ -13,6 +13,7 @@ from typing import Any
 __all__ = [
     "CheckpointError",
     "ConfigError",
+    "ConflictError",
     "ErrorCode",
     "IndexIntegrityError",
     "ManifestError",
@@ -84,6 +85,10 @@ class ConfigError(RunError):
 
 class StorageError(RunError):
     """A storage service fails, or a path the job itself needs is missing or unreadable."""
+
+
+class ConflictError(StorageError):
+    """Another process has changed what this one was about to replace; nothing was written."""
 
 
 class SchemaError(RunError):

@@ -1,9 +1,11 @@
 """A published index's manifest and pointer: their fields, their identity, and where they live.
 
     INDEX/
-      current.json                      the pointer: which version readers open
-      versions/<index_id>/              immutable
-        manifest.json  template.faiss  shards/shard-00000.faiss …  captions/captions-00000.arrow …
+      current.json                         the pointer: which version readers open
+      versions/<index_id>/manifest.json    immutable; one for each version
+      files/<kind>-<sha256, 32 digits>.*   immutable; named by content, so that versions share what they have in common
+
+Format version 1 kept each version's files in its folder; such a manifest is read as if it were of version 2.
 
 The authority is docs/formats.md. A change of the fields raises `FORMAT_VERSION`, keeps reading the old one, and gets a
 CHANGELOG heading. This module knows nothing of faiss or torch.
@@ -16,20 +18,24 @@ import json
 import re
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from smallcap import storage
-from smallcap.errors import IndexIntegrityError, ManifestError, StorageError
+from smallcap.errors import ConflictError, IndexIntegrityError, ManifestError, StorageError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 POINTER_FILE = "current.json"
-TEMPLATE_FILE = "template.faiss"
 VERSIONS_FOLDER = "versions"
+FILES_FOLDER = "files"
+_MOST_RETIRED = 1000  # former versions that a pointer remembers
+_DIGITS_IN_NAME = 32  # of a sha256, in a file's name
 _FILE = re.compile(r"[\w.-]+(/[\w.-]+)*", re.ASCII)
 _INDEX_ID = re.compile(r"[0-9a-f]{16}")
+
+EntryT = TypeVar("EntryT", bound="FileEntry")
 
 
 class _Record(BaseModel):
@@ -47,19 +53,35 @@ class EncoderIdentity(_Record):
 class FileEntry(_Record):
     """One file of the index."""
 
-    file: str  # relative to the version's folder
+    file: str  # relative to the index's folder
     bytes: int = Field(ge=0)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
     @classmethod
-    def describe(cls, path: Path, file: str, **fields: Any) -> Self:
-        """Returns the entry of a local file that the version will hold as `file`."""
-        return cls(file=file, bytes=path.stat().st_size, sha256=storage.sha256_file(path), **fields)
+    def describe(cls, path: Path, kind: str, **fields: Any) -> Self:
+        """Returns the entry of a local file, under the name that its content gives it.
+
+        Args:
+            path: The file; its suffix is kept.
+            kind: What the file's name begins with, such as `shard`.
+            fields: The subclass's own.
+        """
+        sha256 = storage.sha256_file(path)
+        name = f"{FILES_FOLDER}/{kind}-{sha256[:_DIGITS_IN_NAME]}{path.suffix}"
+        return cls(file=name, bytes=path.stat().st_size, sha256=sha256, **fields)
+
+    @classmethod
+    def adopt(cls, path: Path, folder: Path, kind: str, **fields: Any) -> Self:
+        """Like `describe`, and moves the file to that name below `folder`."""
+        entry = cls.describe(path, kind, **fields)
+        (folder / entry.file).parent.mkdir(exist_ok=True)
+        path.replace(folder / entry.file)
+        return entry
 
     @field_validator("file")
     @classmethod
     def _stays_inside(cls, file: str) -> str:
-        """A reader copies what a manifest names: it must not name a place outside the version."""
+        """A reader copies what a manifest names: it must not name a place outside the index."""
         if not _FILE.fullmatch(file) or ".." in file:
             raise ValueError("must be a relative path of letters, digits, '.', '_' and '-', without '..'")
         return file
@@ -72,70 +94,101 @@ class ShardEntry(FileEntry):
     first_id: int = Field(ge=0)
 
 
+class RemovedEntry(FileEntry):
+    """The tombstones: a sorted int64 `.npy` of the ids that are no longer retrieved."""
+
+    rows: int = Field(ge=1)
+
+
 class SourceEntry(_Record):
-    """A caption dump's file that the index was built from."""
+    """A file that captions came from."""
 
     uri: str
+    name: str = ""  # what the caption store calls it; version 1 did not write it down
     rows: int = Field(ge=0)
     sha256: str
 
 
 class RecallEntry(_Record):
-    """Measured agreement with exact search, and the speed at which it was measured."""
+    """Measured agreement with exact search on held-out queries, and the speed at which it was measured."""
 
     k: int = Field(ge=1)
     recall: float = Field(ge=0, le=1)
+    recall_low: float | None = Field(None, ge=0, le=1)  # lower end of the one-sided 95% interval
+    ceiling: float | None = Field(None, ge=0, le=1)  # recall with every list searched: what the codec alone allows
     queries: int = Field(ge=1)
     queries_per_s: float = Field(gt=0)
     nprobe: int | None = None
 
 
 class IndexManifest(_Record):
-    """All that a reader must know before it opens an index's files; format version 1."""
+    """All that a reader must know before it opens an index's files; format version 2."""
 
-    format_version: Literal[1] = 1
+    format_version: Literal[1, 2] = 2
     index_id: str = Field("", pattern=r"^([0-9a-f]{16})?$")
     encoder: EncoderIdentity
     dim: int = Field(ge=1)
     metric: Literal["inner_product"] = "inner_product"  # of unit vectors, hence the cosine
-    index_key: str
-    nlist: int | None = None
-    codec: str = "float32"  # of the stored vectors
-    embedding_dtype: str = "float32"  # of the encoder's weights while it embedded
+    index_key: str  # of faiss's index factory
+    nlist: int | None = None  # of an inverted file
+    nprobe: int | None = None  # lists that a query searches
+    k_factor: int = Field(1, ge=1)  # candidates per neighbour that `vectors` rank again; 1 where nothing is
+    codec: str = "float32"  # of the vectors in the shards
+    embedding_dtype: str = "float32"  # of the encoder's weights while it embedded; "imported" where it did not
     template: FileEntry
     shards: tuple[ShardEntry, ...] = Field(min_length=1)
     captions: tuple[ShardEntry, ...] = Field(min_length=1)
+    vectors: tuple[ShardEntry, ...] = ()  # float16 `.npy`, one for each shard, where the shards' own codec is coarser
+    removed: RemovedEntry | None = None
     max_captions_per_image: int = Field(ge=0)  # the over-fetch that excluding an image's own captions needs
     sources: tuple[SourceEntry, ...]
     filters: dict[str, Any]
     dropped: dict[str, int]
+    operation: Literal["build", "add", "remove"] = "build"
+    plan: str = ""  # hash of all inputs and options that decided this version; the same build again is a no-op
+    parents: tuple[str, ...] = ()  # ids of the versions that this one was made from
+    trained_on: int | None = Field(None, ge=0)  # captions that the template's training saw the whole of
+    recall_target: float | None = None  # of recall@4 at its lower 95% bound; None where exact by construction
+    recall_queries: str | None = None  # what the recall was measured with: "images" or "captions with a modality gap"
     recall: tuple[RecallEntry, ...] = ()
     builder_version: str
     created_at: str
 
     @property
-    def ntotal(self) -> int:
-        """Number of vectors, and of captions."""
+    def id_count(self) -> int:
+        """Number of ids: every id is below it."""
         return sum(shard.rows for shard in self.shards)
+
+    @property
+    def ntotal(self) -> int:
+        """Number of captions that can be retrieved."""
+        return self.id_count - (self.removed.rows if self.removed else 0)
 
     @property
     def files(self) -> tuple[FileEntry, ...]:
         """Every file of the version but the manifest itself."""
-        return (self.template, *self.shards, *self.captions)
+        removed = (self.removed,) if self.removed else ()
+        return (self.template, *self.shards, *self.captions, *self.vectors, *removed)
 
     def with_index_id(self) -> IndexManifest:
         """Returns the manifest with its content's id filled in.
 
-        The id hashes what a query's answer depends on: encoder, metric, key and the files' checksums. Two builds of the
-        same texts with the same encoder thus have one id, whatever their dates, machines and measured speeds.
+        The id hashes what a query's answer depends on: encoder, metric, key, search settings and the files' checksums.
+        Two builds of the same texts with the same encoder thus have one id, whatever their dates, machines and measured
+        speeds.
         """
-        content = {
+        content: dict[str, Any] = {
             "format_version": self.format_version,
             "weights_sha256": self.encoder.weights_sha256,
             "metric": self.metric,
             "index_key": self.index_key,
             "files": [[entry.file, entry.sha256] for entry in self.files],
         }
+        if self.format_version == 1:
+            folder = f"{VERSIONS_FOLDER}/{self.index_id}/"
+            content["files"] = [[entry.file.removeprefix(folder), entry.sha256] for entry in self.files]
+        else:
+            content |= {"nprobe": self.nprobe, "k_factor": self.k_factor}
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         return self.model_copy(update={"index_id": digest[:16]})
 
@@ -169,9 +222,9 @@ def utc_now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def version_uri(index_uri: str, index_id: str) -> str:
-    """Returns the folder of one version of an index."""
-    return storage.join(index_uri, VERSIONS_FOLDER, index_id)
+def manifest_uri(index_uri: str, index_id: str) -> str:
+    """Returns where the manifest of one version of an index is."""
+    return storage.join(index_uri, VERSIONS_FOLDER, index_id, MANIFEST_FILE)
 
 
 def parse_manifest(data: bytes, where: str) -> IndexManifest:
@@ -187,22 +240,38 @@ def parse_manifest(data: bytes, where: str) -> IndexManifest:
         raise ManifestError(
             "This is not an index manifest.", where=where, expected="JSON with format_version", found=str(error)
         ) from error
-    if version != FORMAT_VERSION:
+    if version not in (1, FORMAT_VERSION):
         raise ManifestError(
             "The index has a format version that this release cannot read.",
             where=where,
-            expected=str(FORMAT_VERSION),
+            expected=f"1 to {FORMAT_VERSION}",
             found=str(version),
             remedy="Upgrade smallcap, or rebuild the index.",
         )
     try:
-        return IndexManifest.model_validate(values)
+        manifest = IndexManifest.model_validate(values)
     except ValidationError as error:
         problem = error.errors()[0]
         field = ".".join(str(part) for part in problem["loc"])
         raise ManifestError(
             "A field of the manifest is wrong.", where=f"{where}: {field}", found=problem["msg"]
         ) from error
+    return _in_version_folder(manifest) if version == 1 else manifest
+
+
+def _in_version_folder(manifest: IndexManifest) -> IndexManifest:
+    """Names a version 1 manifest's files as those of version 2 are named: relative to the index's folder."""
+
+    def inside(entry: EntryT) -> EntryT:
+        return entry.model_copy(update={"file": f"{VERSIONS_FOLDER}/{manifest.index_id}/{entry.file}"})
+
+    return manifest.model_copy(
+        update={
+            "template": inside(manifest.template),
+            "shards": tuple(map(inside, manifest.shards)),
+            "captions": tuple(map(inside, manifest.captions)),
+        }
+    )
 
 
 def load_pointer(index_uri: str) -> str:
@@ -223,6 +292,15 @@ def load_pointer(index_uri: str) -> str:
                 remedy="Give the --out of a finished `smallcap build-index`.",
             ) from error
         raise
+    return parse_pointer(data, where)
+
+
+def parse_pointer(data: bytes, where: str) -> str:
+    """Returns the version that a pointer's content names.
+
+    Raises:
+        ManifestError: It is malformed.
+    """
     try:
         index_id = json.loads(data)["index_id"]
     except (ValueError, TypeError, KeyError) as error:
@@ -232,10 +310,53 @@ def load_pointer(index_uri: str) -> str:
     return index_id
 
 
+def load_retired(index_uri: str) -> dict[str, str]:
+    """Returns until when each former version was the current one: ISO 8601 times by index id, newest first.
+
+    Raises:
+        ManifestError: There is no pointer at `index_uri`, or it is malformed.
+    """
+    load_pointer(index_uri)
+    values = json.loads(storage.read_bytes(storage.join(index_uri, POINTER_FILE)))
+    return {entry["index_id"]: entry["until"] for entry in values.get("retired", [])}
+
+
 def write_pointer(index_uri: str, index_id: str) -> None:
     """Makes `index_id` the version that new readers open; the switch is atomic."""
-    pointer = {"format_version": FORMAT_VERSION, "index_id": index_id}
-    storage.write_bytes(storage.join(index_uri, POINTER_FILE), (json.dumps(pointer) + "\n").encode())
+    storage.update_bytes(storage.join(index_uri, POINTER_FILE), lambda found: _pointer_bytes(index_id, found))
+
+
+def switch_pointer(index_uri: str, index_id: str, seen: str | None) -> None:
+    """Like `write_pointer`, but only while the pointer still names the version `seen`, or `None` where there is none.
+
+    Raises:
+        ConflictError: Another publisher has switched it since; nothing is written.
+    """
+    target = storage.join(index_uri, POINTER_FILE)
+
+    def switch(found: bytes | None) -> bytes:
+        current = None if found is None else parse_pointer(found, target)
+        if current != seen:
+            raise ConflictError(
+                "The index pointer has been switched meanwhile.", where=target, found=f"version {current}"
+            )
+        return _pointer_bytes(index_id, found)
+
+    storage.update_bytes(target, switch)
+
+
+def _pointer_bytes(index_id: str, old: bytes | None) -> bytes:
+    """Returns a pointer to `index_id` that remembers which versions were current before, and until when."""
+    retired: dict[str, str] = {}  # newest first
+    if old is not None:
+        values = json.loads(old)
+        retired = {values["index_id"]: utc_now()}
+        for entry in values.get("retired", []):
+            retired.setdefault(entry["index_id"], entry["until"])
+    retired.pop(index_id, None)
+    kept = [{"index_id": former, "until": until} for former, until in retired.items()][:_MOST_RETIRED]
+    pointer = {"format_version": FORMAT_VERSION, "index_id": index_id, "retired": kept}
+    return (json.dumps(pointer, indent=2) + "\n").encode()
 
 
 def load_manifest(index_uri: str, index_id: str | None = None) -> IndexManifest:
@@ -246,7 +367,7 @@ def load_manifest(index_uri: str, index_id: str | None = None) -> IndexManifest:
         IndexIntegrityError: The manifest's content is not the one its folder is named by.
     """
     index_id = index_id or load_pointer(index_uri)
-    where = storage.join(version_uri(index_uri, index_id), MANIFEST_FILE)
+    where = manifest_uri(index_uri, index_id)
     manifest = parse_manifest(storage.read_bytes(where), where)
     if manifest.index_id != index_id or manifest.with_index_id().index_id != index_id:
         raise IndexIntegrityError(

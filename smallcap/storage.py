@@ -8,11 +8,13 @@ each. This module knows nothing of images, indexes or schemas.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import hashlib
 import os
+import shutil
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -23,7 +25,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 import fsspec
 from fsspec.core import url_to_fs
 
-from smallcap.errors import ErrorCode, RowError, StorageError
+from smallcap.errors import ErrorCode, RowError, RunError, StorageError
 
 if TYPE_CHECKING:
     from obstore.store import S3Credential, S3Store
@@ -74,7 +76,7 @@ def _translated(uri: str, doing: str) -> Iterator[None]:
     """Turns the many exceptions of storage clients into one `StorageError`."""
     try:
         yield
-    except StorageError:
+    except RunError:
         raise
     except FileNotFoundError as error:
         raise StorageError(f"Cannot {doing}: it does not exist.", where=uri, remedy="Check the path.") from error
@@ -146,6 +148,54 @@ def write_bytes(uri: str, data: bytes) -> None:
             fs.pipe_file(path, data)  # an object store shows an object only when it is complete
 
 
+def update_bytes(uri: str, update: Callable[[bytes | None], bytes]) -> None:
+    """Replaces a small file by what `update` makes of its content, with no other writer in between.
+
+    On a local disk writers take turns by a lock file; on S3 the write is conditional on the object's ETag, and begins
+    again where another writer came first. Other stores have no such operation here: they are read just before the
+    write, and of two writers in the same instant the later one wins.
+
+    Args:
+        uri: The file.
+        update: Is given the present content, or `None` where there is no file; may raise to leave it as it is.
+
+    Raises:
+        StorageError: The target cannot be read or written.
+    """
+    if is_local(uri):
+        target = Path(absolute(uri))
+        with _translated(uri, "write this file"):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with target.with_name(f".{target.name}.lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                write_bytes(uri, update(target.read_bytes() if target.exists() else None))
+    elif uri.startswith("s3://"):
+        while not _update_s3(uri, update):
+            pass
+    else:
+        write_bytes(uri, update(read_bytes(uri) if exists(uri) else None))
+
+
+def _update_s3(uri: str, update: Callable[[bytes | None], bytes]) -> bool:
+    """Returns whether the object was still the one that was read when it was replaced."""
+    import obstore
+    from obstore.exceptions import AlreadyExistsError, PreconditionError
+
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    with _translated(uri, "write this file"):
+        store = _s3_store(bucket, _s3_endpoint())
+        try:
+            response = obstore.get(store, key)
+            found, e_tag = bytes(response.bytes()), response.meta["e_tag"]
+        except FileNotFoundError:
+            found, e_tag = None, None
+        try:
+            obstore.put(store, key, update(found), mode="create" if found is None else {"e_tag": e_tag})
+        except (AlreadyExistsError, PreconditionError):
+            return False
+        return True
+
+
 def upload(local_path: str | Path, uri: str) -> None:
     """Copies a local file to `uri`, atomically for readers of `uri`."""
     with _translated(uri, "write this file"):
@@ -164,28 +214,39 @@ def upload(local_path: str | Path, uri: str) -> None:
             fs.put_file(str(local_path), path)
 
 
+def move_in(local_path: Path, uri: str) -> None:
+    """Like `upload`, for a temporary file that is not needed afterwards: on a local disk it may just be renamed."""
+    if not is_local(uri):
+        upload(local_path, uri)
+        return
+    with _translated(uri, "write this file"):
+        target = Path(absolute(uri))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staged = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+        try:
+            shutil.move(local_path, staged)
+            staged.replace(target)
+        finally:
+            staged.unlink(missing_ok=True)
+
+
+@contextmanager
+def local_file(uri: str) -> Iterator[Path]:
+    """Gives a local path with a file's content: its own when local, else a temporary download of the same name."""
+    if is_local(uri):
+        yield Path(absolute(uri))
+        return
+    with scratch_folder() as folder:
+        path = folder / uri.rsplit("/", 1)[-1]
+        download(uri, path)
+        yield path
+
+
 def download(uri: str, local_path: str | Path) -> None:
     """Copies `uri` to a local file whose folder exists."""
     fs, path = filesystem(uri)
     with _translated(uri, "download this file"):
         fs.get_file(path, str(local_path))
-
-
-def move_folder(source_uri: str, target_uri: str) -> None:
-    """Moves all files below one folder to another of the same store: one rename when local, copies elsewhere.
-
-    The target must not exist. Elsewhere than on a local disk the move is not atomic: write the marker afterwards.
-    """
-    with _translated(target_uri, "move a folder here"):
-        if is_local(target_uri):
-            Path(absolute(target_uri)).parent.mkdir(parents=True, exist_ok=True)
-            os.rename(absolute(source_uri), absolute(target_uri))
-            return
-        fs, source = filesystem(source_uri)
-        _, target = filesystem(target_uri)
-        for path in fs.find(source):
-            fs.copy(path, target + path[len(source) :])
-        fs.rm(source, recursive=True)
 
 
 def remove(uri: str) -> None:
@@ -224,6 +285,35 @@ def list_files(uri: str, suffixes: Sequence[str] = ()) -> list[str]:
         if not hidden and (not suffixes or path.lower().endswith(tuple(suffixes))):
             kept.append(prefix + path)
     return sorted(kept)
+
+
+def list_folder(uri: str) -> list[str]:
+    """Lists the names directly in a folder or prefix as URIs, hidden ones included, sorted; empty where it is not."""
+    fs, root = filesystem(uri)
+    with _translated(uri, "list this path"):
+        try:
+            names = fs.ls(root, detail=False)
+        except FileNotFoundError:
+            return []
+    return sorted(join(uri, name.rstrip("/").rsplit("/", 1)[-1]) for name in names)
+
+
+def modified_at(uri: str) -> datetime:
+    """Returns when a file was last written, with its time zone."""
+    fs, path = filesystem(uri)
+    with _translated(uri, "look at this path"):
+        found: datetime = fs.modified(path)
+    return found if found.tzinfo else found.replace(tzinfo=UTC)
+
+
+def size(uri: str) -> int | None:
+    """Returns a file's size in bytes; None where there is no such file."""
+    fs, path = filesystem(uri)
+    with _translated(uri, "look at this path"):
+        try:
+            return int(fs.size(path))
+        except FileNotFoundError:
+            return None
 
 
 def sha256_file(path: str | Path) -> str:
@@ -286,7 +376,7 @@ def _fetch_one(uri: str) -> bytes | RowError:
 
 async def _fetch_s3(uris: Iterable[str], concurrency: int) -> dict[str, bytes | RowError]:
     gate = asyncio.Semaphore(concurrency)
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    endpoint = _s3_endpoint()
 
     async def fetch(uri: str) -> tuple[str, bytes | RowError]:
         bucket, _, key = uri.removeprefix("s3://").partition("/")
@@ -294,6 +384,10 @@ async def _fetch_s3(uris: Iterable[str], concurrency: int) -> dict[str, bytes | 
             return uri, await _get_s3_object(_s3_store(bucket, endpoint), uri, key)
 
     return dict(await asyncio.gather(*(fetch(uri) for uri in uris)))
+
+
+def _s3_endpoint() -> str | None:
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
 
 
 @lru_cache

@@ -15,8 +15,10 @@ import urllib.request
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,16 +26,16 @@ import pytest
 from smallcap import storage
 from smallcap.caption_store import CAPTION_STORE_COLUMNS, write_caption_file
 from smallcap.index_manifest import (
-    MANIFEST_FILE,
-    TEMPLATE_FILE,
     EncoderIdentity,
     FileEntry,
     IndexManifest,
+    RemovedEntry,
     ShardEntry,
     SourceEntry,
-    version_uri,
+    manifest_uri,
     write_pointer,
 )
+from smallcap.model_files import tokenizer_folder
 
 # Before anything of Ray is imported.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -115,7 +117,7 @@ def tiny_smallcap(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Path) -> 
     model.encoder.transformer.load_state_dict(clip.vision_model.state_dict())
     save_checkpoint(model, folder)
     for name in ("vocab.json", "merges.txt"):
-        shutil.copy(Path(__file__).parent / "golden" / "gpt2_tokenizer" / name, folder)
+        shutil.copy(tokenizer_folder("gpt2") / name, folder)
     return folder
 
 
@@ -189,7 +191,8 @@ PublishIndex = Callable[..., IndexManifest]
 def publish_index(tmp_path: Path) -> PublishIndex:
     """A function that publishes an index of given vectors, texts and image ids without the builder.
 
-    Call it as `publish_index(index_uri, vectors, texts, image_ids=None, shards=1)`.
+    Call it as `publish_index(index_uri, vectors, texts, image_ids=None, shards=1)`, also with `index_key`, `nprobe`,
+    `k_factor`, `removed` ids and the `encoder`'s identity.
     """
 
     def publish(
@@ -198,11 +201,13 @@ def publish_index(tmp_path: Path) -> PublishIndex:
         texts: Sequence[str],
         image_ids: Sequence[list[str] | None] | None = None,
         shards: int = 1,
+        **settings: Any,
     ) -> IndexManifest:
         staged = tmp_path / f"staged-{uuid.uuid4().hex}"
-        manifest = write_version(staged, vectors, texts, image_ids or [None] * len(texts), shards)
-        for file in [*(entry.file for entry in manifest.files), MANIFEST_FILE]:
-            storage.upload(staged / file, storage.join(version_uri(index_uri, manifest.index_id), file))
+        manifest = write_version(staged, vectors, texts, image_ids or [None] * len(texts), shards, **settings)
+        for entry in manifest.files:
+            storage.upload(staged / entry.file, storage.join(index_uri, entry.file))
+        storage.write_bytes(manifest_uri(index_uri, manifest.index_id), manifest.to_json().encode())
         write_pointer(index_uri, manifest.index_id)
         return manifest
 
@@ -210,47 +215,92 @@ def publish_index(tmp_path: Path) -> PublishIndex:
 
 
 def write_version(
-    folder: Path, vectors: np.ndarray, texts: Sequence[str], image_ids: Sequence[list[str] | None], shards: int
+    folder: Path,
+    vectors: np.ndarray,
+    texts: Sequence[str],
+    image_ids: Sequence[list[str] | None],
+    shards: int,
+    index_key: str = "Flat",
+    nprobe: int | None = None,
+    k_factor: int = 1,
+    removed: Sequence[int] = (),
+    encoder: EncoderIdentity | None = None,
 ) -> IndexManifest:
-    """Writes a version's files and its manifest to a local folder."""
+    """Writes the files of a version to a local folder, and returns its manifest."""
     import faiss
     import pyarrow as pa
 
-    for name in ("shards", "captions"):
-        (folder / name).mkdir(parents=True)
-    dim = vectors.shape[1]
-    faiss.write_index(faiss.IndexFlatIP(dim), str(folder / TEMPLATE_FILE))
-    entries: dict[str, list[ShardEntry]] = {"shards": [], "captions": []}
-    bounds = [len(texts) * number // shards for number in range(shards + 1)]
-    for number, (first, stop) in enumerate(pairwise(bounds)):
-        index = faiss.IndexFlatIP(dim)
-        index.add(vectors[first:stop])
-        names = {"shards": f"shards/shard-{number:05d}.faiss", "captions": f"captions/captions-{number:05d}.arrow"}
-        faiss.write_index(index, str(folder / names["shards"]))
-        columns = [range(first, stop), texts[first:stop], ["dump.csv"] * (stop - first), image_ids[first:stop]]
+    from smallcap.faiss_index import inverted_file_of, is_lossy
+
+    rows, dim = vectors.shape
+    folder.mkdir(parents=True)
+    trained = faiss.deserialize_index(train_index(index_key, dim, vectors.tobytes()))
+    inverted_file = inverted_file_of(trained)
+
+    def write_shard(first: int, stop: int) -> Path:
+        index = faiss.clone_index(trained)
+        if inverted_file is None:
+            index.add(vectors[first:stop])
+        else:
+            index.add_with_ids(vectors[first:stop], np.arange(first, stop))
+        faiss.write_index(index, str(folder / f"{first}.faiss"))
+        return folder / f"{first}.faiss"
+
+    def write_captions(first: int, stop: int) -> Path:
+        columns = [range(first, stop), texts[first:stop], [["dump.csv"]] * (stop - first), image_ids[first:stop]]
         fields = zip(columns, CAPTION_STORE_COLUMNS, strict=True)
         arrays = [pa.array(list(column), field.type) for column, field in fields]
-        batch = pa.record_batch(arrays, schema=CAPTION_STORE_COLUMNS)
-        write_caption_file(folder / names["captions"], batch)
-        for kind, name in names.items():
-            entries[kind].append(ShardEntry.describe(folder / name, name, first_id=first, rows=stop - first))
+        write_caption_file(folder / f"{first}.arrow", pa.record_batch(arrays, schema=CAPTION_STORE_COLUMNS))
+        return folder / f"{first}.arrow"
+
+    def write_vectors(first: int, stop: int) -> Path:
+        np.save(folder / f"{first}.npy", vectors[first:stop].astype(np.float16))
+        return folder / f"{first}.npy"
+
+    template = FileEntry.adopt(write_shard(0, 0), folder, "template")
+    writers = {"shard": write_shard, "captions": write_captions}
+    if is_lossy(index_key):
+        writers["vectors"] = write_vectors
+    entries: dict[str, list[ShardEntry]] = {kind: [] for kind in ("shard", "captions", "vectors")}
+    bounds = [rows * number // shards for number in range(shards + 1)]
+    for first, stop in pairwise(bounds):
+        for kind, write in writers.items():
+            entry = ShardEntry.adopt(write(first, stop), folder, kind, first_id=first, rows=stop - first)
+            entries[kind].append(entry)
+    tombstones = None
+    if removed:
+        np.save(folder / "removed.npy", np.array(sorted(removed), np.int64))
+        tombstones = RemovedEntry.adopt(folder / "removed.npy", folder, "removed", rows=len(removed))
     per_image = Counter(image for images in image_ids for image in images or [])
-    manifest = IndexManifest(
-        encoder=EncoderIdentity(spec="hf:test", weights_sha256="0" * 64, dim=dim),
+    return IndexManifest(
+        encoder=encoder or EncoderIdentity(spec="hf:test", weights_sha256="0" * 64, dim=dim),
         dim=dim,
-        index_key="Flat",
-        template=FileEntry.describe(folder / TEMPLATE_FILE, TEMPLATE_FILE),
-        shards=tuple(entries["shards"]),
+        index_key=index_key,
+        nlist=None if inverted_file is None else inverted_file.nlist,
+        nprobe=nprobe,
+        k_factor=k_factor,
+        template=template,
+        shards=tuple(entries["shard"]),
         captions=tuple(entries["captions"]),
+        vectors=tuple(entries["vectors"]),
+        removed=tombstones,
         max_captions_per_image=max(per_image.values(), default=0),
-        sources=(SourceEntry(uri="dump.csv", rows=len(texts), sha256="0" * 64),),
+        sources=(SourceEntry(uri="dump.csv", name="dump.csv", rows=len(texts), sha256="0" * 64),),
         filters={},
         dropped={},
         builder_version="0",
         created_at="2026-01-01T00:00:00+00:00",
     ).with_index_id()
-    (folder / MANIFEST_FILE).write_text(manifest.to_json())
-    return manifest
+
+
+@lru_cache
+def train_index(index_key: str, dim: int, vectors: bytes) -> np.ndarray:
+    """Returns a trained, empty index, serialized: many tests train the same one, and product quantizers take long."""
+    import faiss
+
+    index = faiss.index_factory(dim, index_key, faiss.METRIC_INNER_PRODUCT)
+    index.train(np.frombuffer(vectors, np.float32).reshape(-1, dim))
+    return faiss.serialize_index(index)
 
 
 @pytest.fixture(scope="session")

@@ -158,6 +158,8 @@ def test_several_captions_and_fast_decoding_are_written_and_counted(
     attempt = summary.record.attempts[-1]
     assert attempt.decoded_by_pillow == 1
     assert attempt.dtype in ("float32", "bfloat16")
+    assert attempt.search_backends == ("cpu",)
+    assert summary.record.format_version == 3
     assert "1 whole by Pillow" in caption.describe(summary)
 
 

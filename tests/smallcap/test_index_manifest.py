@@ -8,14 +8,13 @@ import pytest
 
 from smallcap.errors import IndexIntegrityError, ManifestError, StorageError
 from smallcap.index_manifest import (
-    MANIFEST_FILE,
     POINTER_FILE,
     EncoderIdentity,
     IndexManifest,
     load_manifest,
     load_pointer,
+    manifest_uri,
     parse_manifest,
-    version_uri,
     write_pointer,
 )
 
@@ -25,13 +24,16 @@ def values(**changes: Any) -> dict[str, Any]:
         return {"file": file, "bytes": 1, "sha256": "a" * 64}
 
     return {
-        "format_version": 1,
+        "format_version": 2,
         "encoder": {"spec": "hf:x", "weights_sha256": "b" * 64, "dim": 4},
         "dim": 4,
         "index_key": "Flat",
-        "template": entry("template.faiss"),
-        "shards": [entry("shards/0") | {"rows": 3, "first_id": 0}, entry("shards/1") | {"rows": 2, "first_id": 3}],
-        "captions": [entry("captions/0") | {"rows": 5, "first_id": 0}],
+        "template": entry("files/template"),
+        "shards": [
+            entry("files/shard-0") | {"rows": 3, "first_id": 0},
+            entry("files/shard-1") | {"rows": 2, "first_id": 3},
+        ],
+        "captions": [entry("files/captions-0") | {"rows": 5, "first_id": 0}],
         "max_captions_per_image": 5,
         "sources": [{"uri": "a.csv", "rows": 7, "sha256": "c" * 64}],
         "filters": {"max_tokens": 25},
@@ -49,7 +51,12 @@ def test_round_trip() -> None:
     manifest = parse().with_index_id()
     assert parse_manifest(manifest.to_json().encode(), "x") == manifest
     assert manifest.ntotal == 5
-    assert [entry.file for entry in manifest.files] == ["template.faiss", "shards/0", "shards/1", "captions/0"]
+    assert [entry.file for entry in manifest.files] == [
+        "files/template",
+        "files/shard-0",
+        "files/shard-1",
+        "files/captions-0",
+    ]
 
 
 def test_the_id_is_of_the_content_alone() -> None:
@@ -64,13 +71,30 @@ def test_the_id_is_of_the_content_alone() -> None:
     assert parse(encoder=other).with_index_id().index_id != index_id
 
 
+def test_removed_ids_are_counted_and_search_settings_are_part_of_the_id() -> None:
+    removed = {"file": "files/removed", "bytes": 1, "sha256": "a" * 64, "rows": 2}
+    manifest = parse(removed=removed)
+    assert (manifest.id_count, manifest.ntotal) == (5, 3)
+    assert manifest.files[-1].file == "files/removed"
+    ids = {parse(**changes).with_index_id().index_id for changes in ({}, {"nprobe": 4}, {"k_factor": 2})}
+    assert len({*ids, manifest.with_index_id().index_id}) == 4
+
+
+def test_version_1_kept_its_files_in_the_versions_folder() -> None:
+    manifest = parse(format_version=1, index_id="0" * 16)
+    assert manifest.template.file == "versions/0000000000000000/files/template"
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
         (b"nonsense", "not an index manifest"),
         (b"[]", "not an index manifest"),
         (b"{}", "not an index manifest"),
-        (json.dumps(values(format_version=2)).encode(), r"cannot read(.|\n)*expected: 1(.|\n)*found: 2(.|\n)*Upgrade"),
+        (
+            json.dumps(values(format_version=3)).encode(),
+            r"cannot read(.|\n)*expected: 1 to 2(.|\n)*found: 3(.|\n)*Upgrade",
+        ),
         (json.dumps(values(dim="x")).encode(), r"field of the manifest(.|\n)*dim"),
         (json.dumps(values(unknown=1)).encode(), r"field of the manifest(.|\n)*unknown"),
         (json.dumps(values(metric="l2")).encode(), r"field of the manifest(.|\n)*metric"),
@@ -100,9 +124,9 @@ def test_encoder_check_names_both() -> None:
 class TestPublished:
     def publish(self, index: Path) -> IndexManifest:
         manifest = parse().with_index_id()
-        folder = Path(version_uri(str(index), manifest.index_id))
-        folder.mkdir(parents=True)
-        (folder / MANIFEST_FILE).write_text(manifest.to_json())
+        file = Path(manifest_uri(str(index), manifest.index_id))
+        file.parent.mkdir(parents=True)
+        file.write_text(manifest.to_json())
         write_pointer(str(index), manifest.index_id)
         return manifest
 
@@ -129,6 +153,7 @@ class TestPublished:
 
     def test_a_manifest_in_anothers_folder(self, tmp_path: Path) -> None:
         manifest = self.publish(tmp_path)
-        Path(version_uri(str(tmp_path), manifest.index_id)).rename(version_uri(str(tmp_path), "0" * 16))
+        folder = Path(manifest_uri(str(tmp_path), manifest.index_id)).parent
+        folder.rename(folder.with_name("0" * 16))
         with pytest.raises(IndexIntegrityError, match="does not belong"):
             load_manifest(str(tmp_path), "0" * 16)

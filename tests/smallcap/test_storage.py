@@ -1,10 +1,14 @@
+import contextlib
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from smallcap import storage
-from smallcap.errors import ErrorCode, RowError, StorageError
+from smallcap.errors import ConflictError, ErrorCode, RowError, StorageError
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -35,13 +39,50 @@ def test_listing_is_sorted_filtered_and_without_hidden_files(folder: str) -> Non
     assert storage.list_files(storage.join(folder, "a", "*.txt")) == [storage.join(folder, "a/d.txt")]
 
 
-def test_a_folder_moves_as_a_whole(folder: str) -> None:
-    source, target = storage.join(folder, "staging"), storage.join(folder, "versions", "one")
-    storage.write_bytes(storage.join(source, "shards", "0"), b"zero")
-    storage.write_bytes(storage.join(source, "manifest"), b"m")
-    storage.move_folder(source, target)
-    assert storage.read_bytes(storage.join(target, "shards", "0")) == b"zero"
-    assert not storage.exists(source)
+def test_an_update_sees_the_content_and_can_refuse(folder: str) -> None:
+    uri = storage.join(folder, "sub", "pointer.json")
+    storage.update_bytes(uri, lambda found: b"%r one" % found)
+    storage.update_bytes(uri, lambda found: b"%b two" % (found or b""))
+    assert storage.read_bytes(uri) == b"None one two"
+
+    def refuse(found: bytes | None) -> bytes:
+        raise ConflictError("not now", found=str(found))
+
+    with pytest.raises(ConflictError, match="not now"):
+        storage.update_bytes(uri, refuse)
+    assert storage.read_bytes(uri) == b"None one two"
+
+
+def test_no_update_is_lost_among_writers_at_the_same_time(folder: str) -> None:
+    """All have read the same content before any of them writes, unless a lock file lets them come one by one."""
+    uri = storage.join(folder, "counter")
+    together = threading.Barrier(4)
+
+    def count(found: bytes | None) -> bytes:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            together.wait(timeout=0.5)
+        return b"%d" % (int(found or b"0") + 1)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: storage.update_bytes(uri, count), range(4)))
+    assert storage.read_bytes(uri) == b"4"
+
+
+def test_a_folder_lists_what_is_directly_in_it(folder: str) -> None:
+    for name in ("b/c.txt", "a.txt", ".hidden/d"):
+        storage.write_bytes(storage.join(folder, "sub", name), b"xyz")
+    names = ["/.hidden", "/a.txt", "/b"]
+    assert [uri.removeprefix(f"{folder}/sub") for uri in storage.list_folder(f"{folder}/sub")] == names
+    assert storage.list_folder(f"{folder}/none") == []
+    assert (storage.size(f"{folder}/sub/a.txt"), storage.size(f"{folder}/none")) == (3, None)
+    assert abs((datetime.now(UTC) - storage.modified_at(f"{folder}/sub/a.txt")).total_seconds()) < 60
+
+
+def test_temporary_files_are_moved_in_and_remote_ones_read_locally(folder: str, tmp_path: Path) -> None:
+    (tmp_path / "scratch.bin").write_bytes(b"bytes")
+    storage.move_in(tmp_path / "scratch.bin", storage.join(folder, "sub", "file.bin"))
+    with storage.local_file(storage.join(folder, "sub", "file.bin")) as path:
+        assert (path.name, path.read_bytes()) == ("file.bin", b"bytes")
 
 
 def test_files_are_uploaded_and_downloaded(folder: str, tmp_path: Path) -> None:
