@@ -1,11 +1,13 @@
-"""From dump rows to unique captions: rows are dealt into hash buckets, and each bucket is deduplicated on its own.
+"""From rows to unique captions: rows are dealt into hash buckets, and each bucket is deduplicated on its own.
 
 A bucket is a range of key prefixes, so that the buckets' captions, each sorted by key, are sorted as a whole: the same
 captions get the same ids whatever the dumps' files, the buckets and the scheduling. Memory is bounded by a chunk of
-rows when dealing and by one bucket when deduplicating.
+rows when dealing and by one bucket when deduplicating. Rows come from caption dumps (`deal_dumps`) and from indexes
+(`stored.deal_shard`); those that have an embedding carry it with them.
 
-    WORK/rows/00003-0001.arrow      one record batch for each bucket, rows in the dump's order
-    WORK/unique/bucket-00007.arrow  sorted by key
+    WORK/rows/00003-0001.arrow      one record batch for each bucket, rows in their order
+    WORK/unique/bucket-00007.arrow  new captions, sorted by key
+    WORK/grown/bucket-00007.arrow   captions of the index that is added to which gained a source or an image
     WORK/images/bucket-00007.npy    a hash for each (caption, image) pair
 """
 
@@ -18,38 +20,109 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import accumulate, islice
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from index_builder.cleaning import KEY_BYTES, Cleaner, CleanRow, Deduplicator, UniqueCaption
-from index_builder.dump_formats import Columns, read_rows
-from index_builder.dumps import DumpScan, local_copy
+from index_builder.cleaning import KEY_BYTES, Cleaner, CleanRow
+from index_builder.deduplication import Deduplicator, Row, UniqueCaption
+from index_builder.dump_formats import Columns
+from index_builder.dumps import DumpScan, open_dump
 from smallcap import storage
 from smallcap.caption_store import open_arrow
 from smallcap.config import CleaningConfig
 
-BYTES_PER_BUCKET = 16 << 20  # of the dumps; about 200,000 captions
+BYTES_PER_BUCKET = 16 << 20  # of the inputs; about 200,000 captions without embeddings
 MAX_BUCKETS = 4096
-_CHUNK_ROWS = 1_000_000  # that one dealing task holds in memory
+_CHUNK_BYTES = 256 << 20  # of rows that one dealing task holds in memory
+_ROW_OVERHEAD_BYTES = 400  # of a row as Python objects
 _CLEANED_AT_ONCE = 10_000
 _IMAGES_PER_COUNT = 20_000_000  # (caption, image) pairs that one counting task holds
 
 _ROW_COLUMNS = pa.schema(
-    [("key", pa.binary(KEY_BYTES)), ("text", pa.string()), ("source", pa.int32()), ("image_id", pa.string())]
+    [
+        ("key", pa.binary(KEY_BYTES)),
+        ("text", pa.string()),
+        ("source", pa.list_(pa.int32())),
+        ("image_id", pa.list_(pa.string())),
+        ("vector", pa.binary()),
+        ("known_id", pa.int64()),
+        ("lends_vector", pa.bool_()),
+    ]
 )
-_UNIQUE_COLUMNS = pa.schema(
-    [("key", pa.binary(KEY_BYTES)), ("text", pa.string()), ("source", pa.int32()), ("image_id", pa.list_(pa.string()))]
-)
+_UNIQUE_COLUMNS = pa.schema([_ROW_COLUMNS.field(name) for name in ("key", "text", "source", "image_id", "vector")])
+_GROWN_COLUMNS = pa.schema([_ROW_COLUMNS.field(name) for name in ("known_id", "source", "image_id")])
+
+
+class ChunkWriter:
+    """Deals one task's rows into buckets, in chunk files of bounded size.
+
+    Args:
+        work_uri: The build's work folder.
+        task: The task's number among all dealing tasks; deduplication reads rows in this order.
+        buckets: Number of buckets.
+    """
+
+    def __init__(self, work_uri: str, task: int, buckets: int) -> None:
+        self._work_uri, self._task, self._buckets = work_uri, task, buckets
+        self._held: list[Row] = []
+        self._held_bytes = 0
+        self._chunks: list[str] = []
+
+    def add(self, rows: Iterable[Row]) -> None:
+        """Takes rows in order."""
+        for row in rows:
+            self._held.append(row)
+            self._held_bytes += _ROW_OVERHEAD_BYTES + len(row.text) + len(row.vector or b"")
+            if self._held_bytes >= _CHUNK_BYTES:
+                self._write()
+
+    def close(self) -> tuple[str, ...]:
+        """Writes what is held; returns all chunk files in order."""
+        if self._held:
+            self._write()
+        return tuple(self._chunks)
+
+    def _write(self) -> None:
+        dealt: list[list[Row]] = [[] for _ in range(self._buckets)]
+        for row in self._held:
+            dealt[int.from_bytes(row.key[:4]) * self._buckets >> 32].append(row)
+        self._chunks.append(storage.join(self._work_uri, "rows", f"{self._task:05d}-{len(self._chunks):04d}.arrow"))
+        _write_batches(self._chunks[-1], _ROW_COLUMNS, (_batch(_ROW_COLUMNS, map(_row_values, rows)) for rows in dealt))
+        self._held, self._held_bytes = [], 0
+
+
+def _row_values(row: Row) -> tuple[object, ...]:
+    return (
+        row.key,
+        row.text,
+        row.sources,
+        row.image_ids or None,
+        row.vector,
+        row.known_id,
+        row.lends_vector,
+    )
 
 
 @dataclass(frozen=True)
 class DealTask:
-    """Dump files to clean and deal; `first_source` is the first one's position among all."""
+    """Dump files to clean and deal.
+
+    Attributes:
+        work_uri: The build's work folder.
+        number: Of this task among all dealing tasks.
+        scans: The files.
+        sources: Position of each among the build's source files.
+        columns: What to read of them.
+        cleaning: Which rows to keep.
+        buckets: Number of buckets.
+    """
 
     work_uri: str
+    number: int
     scans: tuple[DumpScan, ...]
-    first_source: int
+    sources: tuple[int, ...]
     columns: Columns
     cleaning: CleaningConfig
     buckets: int
@@ -61,75 +134,65 @@ class Dealt:
 
     chunks: tuple[str, ...]
     rows: tuple[int, ...]  # of each dump file
-    dropped: Counter[str]
+    dropped: dict[str, int]
 
 
-def plan_buckets(scans: Sequence[DumpScan]) -> int:
-    """Returns the number of buckets for dumps of this size."""
-    return min(MAX_BUCKETS, 1 + sum(scan.bytes for scan in scans) // BYTES_PER_BUCKET)
+def plan_buckets(input_bytes: int) -> int:
+    """Returns the number of buckets for inputs of this size, embeddings included."""
+    return min(MAX_BUCKETS, 1 + input_bytes // BYTES_PER_BUCKET)
 
 
 def plan_dealing(
-    scans: Sequence[DumpScan], work_uri: str, columns: Columns, cleaning: CleaningConfig
+    scans: Sequence[DumpScan],
+    work_uri: str,
+    columns: Columns,
+    cleaning: CleaningConfig,
+    buckets: int,
+    first_task: int,
+    sources: Sequence[int],
 ) -> list[DealTask]:
     """Groups neighbouring dump files so that many small ones share a task; order is kept."""
-    buckets = plan_buckets(scans)
-    groups: list[list[DumpScan]] = []
-    for scan in scans:
-        if groups and sum(other.bytes for other in groups[-1]) + scan.bytes <= BYTES_PER_BUCKET:
-            groups[-1].append(scan)
+    groups: list[list[int]] = []
+    for number, scan in enumerate(scans):
+        if groups and sum(scans[other].bytes for other in groups[-1]) + scan.bytes <= BYTES_PER_BUCKET:
+            groups[-1].append(number)
         else:
-            groups.append([scan])
-    firsts = accumulate((len(group) for group in groups), initial=0)
+            groups.append([number])
     return [
-        DealTask(work_uri, tuple(group), first, columns, cleaning, buckets)
-        for first, group in zip(firsts, groups, strict=False)
+        DealTask(
+            work_uri,
+            first_task + task,
+            tuple(scans[number] for number in group),
+            tuple(sources[number] for number in group),
+            columns,
+            cleaning,
+            buckets,
+        )
+        for task, group in enumerate(groups)
     ]
 
 
-def deal_rows(task: DealTask) -> Dealt:
+def deal_dumps(task: DealTask) -> Dealt:
     """Cleans the rows of a task's dump files and deals them into buckets.
 
     Raises:
         SchemaError: A dump is not what its suffix says; see `dump_formats`.
     """
     cleaner = Cleaner(task.cleaning)
-    chunks: list[str] = []
+    writer = ChunkWriter(task.work_uri, task.number, task.buckets)
     rows, dropped = [0] * len(task.scans), Counter[str]()
-    held: list[tuple[int, CleanRow]] = []
-
-    def write_chunk() -> None:
-        chunks.append(storage.join(task.work_uri, "rows", f"{task.first_source:05d}-{len(chunks):04d}.arrow"))
-        _write_batches(chunks[-1], _ROW_COLUMNS, _row_batches(held, task.buckets))
-        held.clear()
-
     for number, scan in enumerate(task.scans):
-        with local_copy(scan.dump.uri) as path:
-            reader = read_rows(path, scan.dump.uri, task.columns)
+        with open_dump(scan.dump, task.columns) as reader:
             while batch := list(islice(reader, _CLEANED_AT_ONCE)):
                 kept, reasons = cleaner.clean(batch)
                 rows[number] += len(batch)
                 dropped += reasons
-                held.extend((task.first_source + number, row) for row in kept)
-                if len(held) >= _CHUNK_ROWS:
-                    write_chunk()
-    if held:
-        write_chunk()
-    return Dealt(tuple(chunks), tuple(rows), dropped)
+                writer.add(_as_row(row, task.sources[number]) for row in kept)
+    return Dealt(writer.close(), tuple(rows), dict(dropped))
 
 
-def _row_batches(held: Sequence[tuple[int, CleanRow]], buckets: int) -> Iterator[pa.RecordBatch]:
-    dealt: list[list[tuple[int, CleanRow]]] = [[] for _ in range(buckets)]
-    for source, row in held:
-        dealt[int.from_bytes(row.key[:4]) * buckets >> 32].append((source, row))
-    for bucket in dealt:
-        columns = (
-            [row.key for _, row in bucket],
-            [row.text for _, row in bucket],
-            [source for source, _ in bucket],
-            [row.image_id for _, row in bucket],
-        )
-        yield _batch(_ROW_COLUMNS, columns)
+def _as_row(row: CleanRow, source: int) -> Row:
+    return Row(row.key, row.text, (source,), () if row.image_id is None else (row.image_id,), row.vector)
 
 
 @dataclass(frozen=True)
@@ -145,36 +208,56 @@ class DedupeTask:
 class Deduped:
     """Counts of one bucket."""
 
-    captions: int
+    captions: int  # new ones
+    embedded: int  # of them with an embedding
+    known: int  # captions of the index that is added to
+    grown: int  # of them with a new source or image
     duplicates: int
     image_pairs: int
 
 
 def dedupe_bucket(task: DedupeTask) -> Deduped:
-    """Writes a bucket's unique captions, sorted by key, and its image hashes."""
+    """Writes a bucket's new captions, sorted by key, those that have grown, and its image hashes."""
     deduplicator = Deduplicator()
     for chunk in task.chunks:
         with open_arrow(chunk) as source:
-            batch = pa.ipc.open_file(source).get_batch(task.bucket)
-            for key, text, dump, image_id in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-                deduplicator.add(key, text, dump, image_id)
-    captions = deduplicator.captions()
-    _write_batches(_unique_uri(task.work_uri, task.bucket), _UNIQUE_COLUMNS, [_unique_batch(captions)])
-    hashes = np.array([_image_hash(image) for caption in captions for image in caption.image_ids], dtype=np.uint64)
+            deduplicator.add(_read_rows(pa.ipc.open_file(source).get_batch(task.bucket)))
+    new: list[UniqueCaption] = []
+    grown: list[UniqueCaption] = []
+    hashes: list[int] = []
+    known = 0
+    for caption in deduplicator.captions():
+        hashes += map(_image_hash, caption.image_ids)
+        if caption.known_id is None:
+            new.append(caption)
+        else:
+            known += 1
+            grown += [caption] if caption.has_grown else []
+    _write_batches(_unique_uri(task.work_uri, task.bucket), _UNIQUE_COLUMNS, [_batch(_UNIQUE_COLUMNS, map(_new, new))])
+    if grown:
+        _write_batches(
+            _grown_uri(task.work_uri, task.bucket), _GROWN_COLUMNS, [_batch(_GROWN_COLUMNS, map(_grown, grown))]
+        )
     buffer = io.BytesIO()
-    np.save(buffer, hashes)
+    np.save(buffer, np.array(hashes, dtype=np.uint64))
     storage.write_bytes(_images_uri(task.work_uri, task.bucket), buffer.getvalue())
-    return Deduped(len(captions), deduplicator.duplicates, len(hashes))
+    embedded = sum(caption.vector is not None for caption in new)
+    return Deduped(len(new), embedded, known, len(grown), deduplicator.duplicates, len(hashes))
 
 
-def _unique_batch(captions: Sequence[UniqueCaption]) -> pa.RecordBatch:
-    columns = (
-        [caption.key for caption in captions],
-        [caption.text for caption in captions],
-        [caption.source for caption in captions],
-        [list(caption.image_ids) or None for caption in captions],
-    )
-    return _batch(_UNIQUE_COLUMNS, columns)
+def _read_rows(batch: pa.RecordBatch) -> Iterator[Row]:
+    for key, text, sources, image_ids, vector, known_id, lends in zip(
+        *(column.to_pylist() for column in batch.columns), strict=True
+    ):
+        yield Row(key, text, tuple(sources), tuple(image_ids or ()), vector, known_id, lends)
+
+
+def _new(caption: UniqueCaption) -> tuple[object, ...]:
+    return caption.key, caption.text, list(caption.sources), list(caption.image_ids) or None, caption.vector
+
+
+def _grown(caption: UniqueCaption) -> tuple[object, ...]:
+    return caption.known_id, list(caption.sources), list(caption.image_ids) or None
 
 
 def _image_hash(image_id: str) -> int:
@@ -223,7 +306,7 @@ class UniqueCaptions:
         return self._bounds[-1]
 
     def read(self, first_id: int, stop_id: int) -> pa.Table:
-        """Returns the captions with ids in [first_id, stop_id): key, text, source (dump position), image_id."""
+        """Returns the captions with ids in [first_id, stop_id): key, text, source (positions), image_id, vector."""
         pieces = []
         bucket = bisect_right(self._bounds, first_id) - 1
         while first_id < stop_id:
@@ -235,15 +318,39 @@ class UniqueCaptions:
         return pa.Table.from_batches(pieces, _UNIQUE_COLUMNS)
 
 
+@dataclass(frozen=True)
+class Grown:
+    """A caption of the index that is added to, with all its sources (positions) and images after the addition."""
+
+    sources: list[int]
+    image_ids: list[str]
+
+
+def read_grown(work_uri: str, deduped: Sequence[Deduped], first_id: int, stop_id: int) -> dict[int, Grown]:
+    """Returns by id the captions in [first_id, stop_id) that have grown."""
+    found: dict[int, Grown] = {}
+    for bucket in [number for number, counts in enumerate(deduped) if counts.grown]:
+        with open_arrow(_grown_uri(work_uri, bucket)) as source:
+            for row in pa.ipc.open_file(source).get_batch(0).to_pylist():
+                if first_id <= row["known_id"] < stop_id:
+                    found[row["known_id"]] = Grown(row["source"], row["image_id"] or [])
+    return found
+
+
 def _unique_uri(work_uri: str, bucket: int) -> str:
     return storage.join(work_uri, "unique", f"bucket-{bucket:05d}.arrow")
+
+
+def _grown_uri(work_uri: str, bucket: int) -> str:
+    return storage.join(work_uri, "grown", f"bucket-{bucket:05d}.arrow")
 
 
 def _images_uri(work_uri: str, bucket: int) -> str:
     return storage.join(work_uri, "images", f"bucket-{bucket:05d}.npy")
 
 
-def _batch(schema: pa.Schema, columns: Iterable[Sequence[object]]) -> pa.RecordBatch:
+def _batch(schema: pa.Schema, rows: Iterable[tuple[object, ...]]) -> pa.RecordBatch:
+    columns: list[Sequence[Any]] = list(zip(*rows, strict=True)) or [()] * len(schema)
     arrays = [pa.array(values, field.type) for values, field in zip(columns, schema, strict=True)]
     return pa.record_batch(arrays, schema=schema)
 

@@ -1,16 +1,17 @@
-"""Builds and publishes an index: scan, clean, dedupe, embed, shard, verify, publish.
+"""Builds an index, or adds to one: scan, clean, dedupe, embed, train, shard, verify, calibrate, publish.
 
-The driver holds plans and counts, never texts or vectors. Stages meet in files below the index's staging folder.
+The driver holds plans and counts, never texts or vectors. Stages meet in files below the build's staging folder; what a
+stage has finished is recorded there, so that a build that was stopped goes on where it was.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import version
-from typing import Any, TypeVar
+from typing import Any
 
 from index_builder.buckets import (
     Dealt,
@@ -18,30 +19,32 @@ from index_builder.buckets import (
     DedupeTask,
     UniqueCaptions,
     count_captions_per_image,
-    deal_rows,
+    deal_dumps,
     dedupe_bucket,
-    plan_buckets,
     plan_counting,
-    plan_dealing,
 )
-from index_builder.cleaning import RULES_VERSION
+from index_builder.buckets import DealTask as DealDumpsTask
+from index_builder.calibration import Calibration, Embeddings
+from index_builder.cleaning import RULES_VERSION, describe_filters
 from index_builder.dump_formats import Columns
-from index_builder.dumps import DumpScan, find_dumps, scan_dump
-from index_builder.embedding import EmbedParts, VectorParts
-from index_builder.publish import Staging, load_current, publish_version
-from index_builder.sharding import ShardTask, WrittenShard, plan_shards, shard_memory_bytes, write_shard, write_template
-from index_builder.tasks import node_resources, run_actors, run_tasks
-from index_builder.verification import VerifyTask, draw_sample, measure_recall, verify_shard
+from index_builder.dumps import find_dumps, scan_dump
+from index_builder.embedding import VectorParts
+from index_builder.encoding import Encoding
+from index_builder.inputs import open_inputs
+from index_builder.plan import IndexPlan, plan_index, plan_shards, with_open_nlist
+from index_builder.publish import load_current, publish_version
+from index_builder.removal import draft_removal
+from index_builder.sharding import GrowTask, ShardTask, WrittenShard, grow_captions, write_shard
+from index_builder.stage_runner import Progress, StageRunner
+from index_builder.staging import Staging
+from index_builder.stored import DealStoredTask, StoredIndex, deal_shard
+from index_builder.training import TrainTask, make_index, train_template
 from smallcap import storage
-from smallcap.actor_plan import plan_actors
 from smallcap.config import IndexConfig
 from smallcap.errors import ConfigError
-from smallcap.index_manifest import EncoderIdentity, IndexManifest, SourceEntry, utc_now
+from smallcap.index_manifest import FileEntry, IndexManifest, ShardEntry, utc_now
 
-Result = TypeVar("Result")
-
-Progress = Callable[[str, int, int], None]
-"""Called with a stage's name, and how many of how many units of it are done."""
+DEFAULT_RECALL = 0.99  # of recall@4
 
 
 @dataclass(frozen=True)
@@ -52,193 +55,378 @@ class BuildReport:
         manifest: Of the version that is now current.
         index_uri: Where it is published.
         seconds: Wall time of each stage, in their order.
-        no_op: The current version had been built from the same dumps with the same options, so nothing was done.
+        no_op: The current version is what was asked for already, so nothing was done.
+        new_captions: Captions that this build added, embedded here or not.
+        embedded: Of them, how many were embedded here.
     """
 
     manifest: IndexManifest
     index_uri: str
     seconds: dict[str, float]
     no_op: bool
+    new_captions: int = 0
+    embedded: int = 0
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """What a build would do: the answer of a dry run.
+
+    Attributes:
+        index_uri: Where it would be published.
+        rows: Rows of the dumps.
+        dropped: Rows that are left out, by reason.
+        new_captions: Captions that would be added.
+        to_embed: Of them, how many have no embedding yet.
+        embed_s: Estimated seconds of embedding them on this cluster, from a calibration batch.
+        index: Key, lists, training sample, shards, and their memory.
+    """
+
+    index_uri: str
+    rows: int
+    dropped: dict[str, int]
+    new_captions: int
+    to_embed: int
+    embed_s: float
+    index: IndexPlan
 
 
 def build_index(config: IndexConfig, progress: Progress | None = None) -> BuildReport:
-    """Builds an index from caption dumps and publishes it as the current version; Ray must be connected.
+    """Builds an index from caption dumps, or changes one, and publishes it as the current version; Ray must run.
 
-    A build that fails or dies leaves the former version current and untouched.
+    A build that fails or dies leaves the former version current and untouched. The same call goes on with what it had
+    finished.
 
     Raises:
-        ConfigError: There are no dumps, or no caption passes the filters.
+        ConfigError: The options contradict the index, there are no dumps, or no caption passes the filters.
         SchemaError: A dump cannot be read, or lacks the text column.
         CheckpointError: The encoder or the tokenizer cannot be found or loaded.
         StorageError: A dump or the index's folder cannot be read or written.
-        IndexIntegrityError: The staged files are not what was written.
+        ConflictError: The same build runs already, or another one has published meanwhile.
+        IndexIntegrityError: The files are not what was written.
+        RunError: The index misses its recall target.
     """
-    return _Build(config, progress or _ignore).run()
+    build = _Build(config, progress or _ignore)
+    return build.remove() if config.remove else build.run()
+
+
+def plan_build(config: IndexConfig, progress: Progress | None = None) -> BuildPlan:
+    """Cleans and counts the captions, and says what `build_index` would do with them; nothing is published or kept.
+
+    Raises:
+        ConfigError, SchemaError, CheckpointError, StorageError: As `build_index`.
+    """
+    return _Build(config, progress or _ignore).plan()
 
 
 def _ignore(stage: str, done: int, total: int) -> None:
     """The progress of a caller that wants none."""
 
 
+@dataclass(frozen=True)
+class _Cleaned:
+    """The captions of a build before they are embedded."""
+
+    captions: UniqueCaptions
+    deduped: tuple[Deduped, ...]
+    rows: list[int]  # of each dump file
+    dropped: dict[str, int]
+    work_uri: str
+
+    @property
+    def to_embed(self) -> int:
+        return sum(bucket.captions - bucket.embedded for bucket in self.deduped)
+
+    @property
+    def changes_nothing(self) -> bool:
+        return not len(self.captions) and not any(bucket.grown for bucket in self.deduped)
+
+
 class _Build:
-    """One build's options and clock; each stage is a method."""
+    """One build's options and inputs; each stage is a method."""
 
     def __init__(self, config: IndexConfig, progress: Progress) -> None:
         self._config = config
-        self._progress = progress
         self._index_uri = storage.absolute(config.out)
-        self._columns = Columns(config.text_column, config.image_id_column)
-        self._dtype = "float32" if config.compute.dtype == "auto" else config.compute.dtype
-        self._seconds: dict[str, float] = {}
+        self._current = load_current(self._index_uri)
+        self._inputs, identity = open_inputs(config, self._index_uri, self._current)
+        dtype = "float32" if config.compute.dtype == "auto" else config.compute.dtype
+        self._runner = StageRunner(config.compute, progress)
+        self._encoding = Encoding(identity, dtype, self._runner)
+        self._columns = Columns(config.text_column, config.image_id_column, config.embedding_column, identity.dim)
 
     def run(self) -> BuildReport:
-        from smallcap.clip_encoder import resolve_encoder_identity  # loads torch
+        """Builds, or adds."""
+        self._scan()
+        base = self._inputs.base
+        known = {(source.uri, source.sha256) for source in base.manifest.sources} if base else set()
+        added_before = base is not None and not self._inputs.given
+        if added_before and all((scan.dump.uri, scan.sha256) in known for scan in self._inputs.scans):
+            return self._no_op()
+        if self._current is not None and (self._current.plan == self._plan_of_version() or self._is_compact()):
+            return self._no_op()
+        with Staging(self._index_uri, self._plan_of_files()) as staging:
+            cleaned = self._clean(staging)
+            if base is not None and cleaned.changes_nothing:
+                return self._no_op()
+            draft, embeddings = self._fill(cleaned, staging)
+            manifest = self._calibrate(draft, embeddings)
+            with self._runner.stage("publish"):
+                publish_version(self._index_uri, manifest, self._current.index_id if self._current else None)
+        new = len(cleaned.captions)
+        return BuildReport(manifest, self._index_uri, self._runner.seconds, False, new, cleaned.to_embed)
 
-        current = load_current(self._index_uri)
-        identity = resolve_encoder_identity(self._config.encoder)
-        scans = self._scan()
-        if current is not None and self._is_same(current, scans, identity):
-            return BuildReport(current, self._index_uri, self._seconds, no_op=True)
-        with Staging(self._index_uri) as staging:
-            dealt, deduped = self._clean(scans, staging), []
-            if any(part.chunks for part in dealt):
-                deduped = self._dedupe(scans, dealt, staging)
-            dropped = _count_dropped(dealt, deduped)
-            captions = UniqueCaptions(staging.work_uri, [bucket.captions for bucket in deduped])
-            if not len(captions):
-                raise ConfigError(
-                    "No caption of the dumps passes the filters.",
-                    where=", ".join(self._config.dumps),
-                    found=", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "no rows",
-                    remedy="Check --text-column and the cleaning options.",
-                )
-            most = self._count_images(deduped, staging)
-            vectors = self._embed(captions, identity, staging)
-            shards = self._shard(captions, vectors, scans, staging)
-            draft = IndexManifest(
-                encoder=identity,
-                dim=identity.dim,
-                index_key=self._index_key,
-                template=write_template(staging.version_uri, identity.dim),
-                shards=tuple(shard.vectors for shard in shards),
-                captions=tuple(shard.captions for shard in shards),
-                max_captions_per_image=most,
-                sources=_sources(scans, dealt),
-                filters=self._filters(),
-                dropped=dropped,
-                embedding_dtype=self._dtype,
-                builder_version=version("smallcap"),
-                created_at=utc_now(),
-            )
-            manifest = self._verify(draft, vectors, staging).with_index_id()
-            with self._stage("publish"):
-                publish_version(self._index_uri, staging, manifest)
-        return BuildReport(manifest, self._index_uri, self._seconds, no_op=False)
+    def plan(self) -> BuildPlan:
+        """Says what `run` would do."""
+        self._scan()
+        with Staging(self._index_uri, self._plan_of_files()) as staging:
+            cleaned = self._clean(staging)
+            index = self._plan_index(len(cleaned.captions))
+            with self._runner.stage("calibrate"):
+                embed_s = self._encoding.estimate_seconds(cleaned.captions, cleaned.to_embed)
+        return BuildPlan(
+            self._index_uri,
+            sum(cleaned.rows),
+            cleaned.dropped,
+            len(cleaned.captions),
+            cleaned.to_embed,
+            embed_s,
+            index,
+        )
 
-    @property
-    def _index_key(self) -> str:
-        return "Flat" if self._config.index_key == "auto" else self._config.index_key
+    def remove(self) -> BuildReport:
+        """Removes what the config names from the current version."""
+        base = self._inputs.base
+        assert base is not None
+        with self._runner.stage("remove"):
+            draft = draft_removal(base, self._config.remove, self._runner)
+        if draft is None:
+            return self._no_op()
+        manifest = self._calibrate(draft, [Embeddings(None)] * len(draft.shards))
+        with self._runner.stage("publish"):
+            publish_version(self._index_uri, manifest, base.manifest.index_id)
+        return BuildReport(manifest, self._index_uri, self._runner.seconds, no_op=False)
+
+    def _no_op(self) -> BuildReport:
+        assert self._current is not None
+        return BuildReport(self._current, self._index_uri, self._runner.seconds, no_op=True)
+
+    def _is_compact(self) -> bool:
+        """Says whether a compaction would only write again what is there."""
+        current, config = self._current, self._config
+        assert current is not None
+        is_whole = current.operation == "build" and current.removed is None
+        return config.compact and is_whole and config.index_key == "auto" and config.shards == "auto"
+
+    def _options(self) -> dict[str, Any]:
+        config = self._config
+        return {
+            "filters": self._filters(),
+            "embedding_column": config.embedding_column,
+            "index_key": config.index_key,
+            "shards": config.shards,
+            "memory_budget_gb": config.memory_budget_gb,
+            "dtype": self._encoding.dtype,
+        }
 
     def _filters(self) -> dict[str, Any]:
         return {
             "rules": RULES_VERSION,
             "text_column": self._config.text_column,
             "image_id_column": self._config.image_id_column,
-            **self._config.cleaning.model_dump(mode="json"),
+            **describe_filters(self._config.cleaning),
         }
 
-    def _is_same(self, current: IndexManifest, scans: Sequence[DumpScan], identity: EncoderIdentity) -> bool:
-        """Says whether this build would make the current version again."""
-        return (
-            current.encoder.weights_sha256 == identity.weights_sha256
-            and current.embedding_dtype == self._dtype
-            and current.index_key == self._index_key
-            and current.filters == self._filters()
-            and len(current.shards) == len(plan_shards(current.ntotal, self._config.shards))
-            and [(source.uri, source.sha256) for source in current.sources]
-            == [(scan.dump.uri, scan.sha256) for scan in scans]
+    def _plan_of_files(self) -> str:
+        """Returns the hash of all that decides the index's files."""
+        return self._inputs.digest(self._encoding.encoder, self._options())
+
+    def _plan_of_version(self) -> str:
+        """Returns the hash of all that decides the version: its files, and how they are searched."""
+        recall = self._config.recall.model_dump(mode="json", exclude={"accept"})
+        return hashlib.sha256(json.dumps([self._plan_of_files(), recall]).encode()).hexdigest()
+
+    def _scan(self) -> None:
+        with self._runner.stage("scan"):
+            dumps = find_dumps(self._config.dumps) if self._config.dumps else []
+            tasks = [(dump, self._columns) for dump in dumps]
+            scans = self._runner.run("scan", scan_dump, tasks)
+            self._inputs = replace(self._inputs, scans=tuple(scans))
+
+    def _clean(self, staging: Staging) -> _Cleaned:
+        """Cleans, deals and deduplicates all rows."""
+        with self._runner.stage("clean"):
+            tasks, buckets = self._inputs.deal_tasks(
+                staging.work_uri, self._columns, self._config.cleaning, self._encoding.encoder
+            )
+            dealt = self._runner.run_recorded(staging, "clean", Dealt, _deal, tasks)
+        deduped: list[Deduped] = []
+        chunks = tuple(chunk for part in dealt for chunk in part.chunks)
+        if chunks:
+            with self._runner.stage("dedupe"):
+                buckets_to_do = [DedupeTask(staging.work_uri, bucket, chunks) for bucket in range(buckets)]
+                deduped = self._runner.run_recorded(staging, "dedupe", Deduped, dedupe_bucket, buckets_to_do)
+        captions = UniqueCaptions(staging.work_uri, [bucket.captions for bucket in deduped])
+        dropped = self._count_dropped(dealt, deduped)
+        if not len(captions) and self._inputs.base is None:
+            raise ConfigError(
+                "No caption of the dumps passes the filters.",
+                where=", ".join([*self._config.dumps, *self._config.from_indexes]),
+                found=", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "no rows",
+                remedy="Check --text-column and the cleaning options.",
+            )
+        return _Cleaned(captions, tuple(deduped), self._inputs.rows_of_scans(dealt), dropped, staging.work_uri)
+
+    def _count_dropped(self, dealt: Sequence[Dealt], deduped: Sequence[Deduped]) -> dict[str, int]:
+        dropped = {"duplicate": sum(bucket.duplicates for bucket in deduped)}
+        counts = [part.dropped for part in dealt] + [parent.manifest.dropped for parent in self._inputs.parents]
+        for part in counts:
+            for reason, count in part.items():
+                dropped[reason] = dropped.get(reason, 0) + count
+        return dict(sorted(dropped.items()))
+
+    def _plan_index(self, new_captions: int) -> IndexPlan:
+        base, index_key = self._inputs.base, self._config.index_key
+        budget = self._config.memory_budget_gb
+        if self._config.compact and index_key == "auto":
+            assert self._current is not None
+            index_key = with_open_nlist(self._current.index_key)
+        if base is None:
+            return plan_index(
+                new_captions,
+                self._encoding.encoder.dim,
+                index_key,
+                self._config.shards,
+                None if budget is None else budget * 1e9,
+            )
+        manifest = base.manifest
+        shards = tuple(plan_shards(new_captions, self._config.shards))
+        return IndexPlan(manifest.index_key, new_captions, manifest.dim, 0, shards)
+
+    def _fill(self, cleaned: _Cleaned, staging: Staging) -> tuple[IndexManifest, list[Embeddings]]:
+        """Embeds the captions, trains the template, and writes the shards; returns the version's draft."""
+        base, captions = self._inputs.base, cleaned.captions
+        plan = self._plan_index(len(captions))
+        self._runner.check_memory("template", plan.training_bytes if plan.training_rows else 0)
+        self._runner.check_memory("shard", plan.shard_bytes)
+        if base is None:
+            make_index(plan.index_key, plan.dim)  # a wrong key, too, fails before hours of embedding
+        most = self._count_images(cleaned)
+        vectors = self._embed(cleaned)
+        template = base.manifest.template if base else self._train(plan, vectors, staging)
+        sources = self._inputs.sources(cleaned.rows)
+        names = tuple(source.name for source in sources)
+        first_id = base.manifest.id_count if base else 0
+        shards = self._shard(plan, template, first_id, cleaned, vectors, names, staging)
+        kept = base.manifest if base else None
+        draft = IndexManifest(
+            encoder=kept.encoder if kept else self._encoding.encoder,
+            dim=self._encoding.encoder.dim,
+            index_key=plan.index_key,
+            nlist=plan.nlist,
+            codec=plan.codec,
+            embedding_dtype=self._embedding_dtype(cleaned),
+            template=template,
+            shards=(*(kept.shards if kept else ()), *(shard.shard for shard in shards)),
+            captions=(*self._grow(cleaned, names, staging), *(shard.captions for shard in shards)),
+            vectors=(*(kept.vectors if kept else ()), *(shard.vectors for shard in shards if shard.vectors)),
+            removed=kept.removed if kept else None,
+            max_captions_per_image=most,
+            sources=sources,
+            filters=self._filters(),
+            dropped=cleaned.dropped,
+            operation="add" if kept else "build",
+            parents=tuple(parent.manifest.index_id for parent in self._inputs.parents),
+            plan=self._plan_of_version(),
+            trained_on=(kept.trained_on or kept.ntotal) if kept else len(captions),
+            builder_version=version("smallcap"),
+            created_at=utc_now(),
         )
+        first_rows = [first - first_id for first in (shard.shard.first_id for shard in shards)]
+        embeddings = [Embeddings(None)] * (len(kept.shards) if kept else 0)
+        return draft, [*embeddings, *(Embeddings(vectors, first_row) for first_row in first_rows)]
 
-    def _scan(self) -> list[DumpScan]:
-        with self._stage("scan"):
-            tasks = [(dump, self._columns) for dump in find_dumps(self._config.dumps)]
-            return self._collect("scan", run_tasks(scan_dump, tasks), len(tasks))
+    def _embedding_dtype(self, cleaned: _Cleaned) -> str:
+        if cleaned.to_embed:
+            return self._encoding.dtype
+        parents = self._inputs.parents
+        return parents[0].manifest.embedding_dtype if parents else "imported"
 
-    def _clean(self, scans: Sequence[DumpScan], staging: Staging) -> list[Dealt]:
-        with self._stage("clean"):
-            tasks = plan_dealing(scans, staging.work_uri, self._columns, self._config.cleaning)
-            return self._collect("clean", run_tasks(deal_rows, tasks), len(tasks))
+    def _count_images(self, cleaned: _Cleaned) -> int:
+        with self._runner.stage("count images"):
+            tasks = plan_counting(cleaned.work_uri, cleaned.deduped)
+            return max(self._runner.run("count images", count_captions_per_image, tasks))
 
-    def _dedupe(self, scans: Sequence[DumpScan], dealt: Sequence[Dealt], staging: Staging) -> list[Deduped]:
-        with self._stage("dedupe"):
-            chunks = tuple(chunk for part in dealt for chunk in part.chunks)
-            tasks = [DedupeTask(staging.work_uri, bucket, chunks) for bucket in range(plan_buckets(scans))]
-            return self._collect("dedupe", run_tasks(dedupe_bucket, tasks), len(tasks))
+    def _embed(self, cleaned: _Cleaned) -> VectorParts:
+        with self._runner.stage("embed"):
+            brought = any(scan.dump.embeddings for scan in self._inputs.scans) or self._config.embedding_column
+            if brought and not self._config.trust_embeddings and cleaned.to_embed < len(cleaned.captions):
+                self._encoding.check_imported(cleaned.captions, self._config.dumps)
+            return self._encoding.embed(cleaned.captions, cleaned.to_embed, cleaned.work_uri)
 
-    def _count_images(self, deduped: Sequence[Deduped], staging: Staging) -> int:
-        with self._stage("count images"):
-            tasks = plan_counting(staging.work_uri, deduped)
-            return max(self._collect("count images", run_tasks(count_captions_per_image, tasks), len(tasks)))
-
-    def _embed(self, captions: UniqueCaptions, identity: EncoderIdentity, staging: Staging) -> VectorParts:
-        with self._stage("embed"):
-            vectors = VectorParts(staging.work_uri, len(captions), identity.dim)
-            plan = plan_actors(self._config.compute, node_resources())
-            arguments = (self._config.encoder, plan.device, self._dtype, captions, staging.work_uri)
-            done = 0
-            for _, rows in run_actors(EmbedParts, arguments, range(vectors.count), plan):
-                done += rows
-                self._progress("embed", done, len(captions))
-            return vectors
+    def _train(self, plan: IndexPlan, vectors: VectorParts, staging: Staging) -> FileEntry:
+        with self._runner.stage("template"):
+            task = TrainTask(self._index_uri, plan, vectors)
+            [template] = self._runner.run_recorded(
+                staging, "template", FileEntry, train_template, [task], plan.training_bytes
+            )
+            return template
 
     def _shard(
-        self, captions: UniqueCaptions, vectors: VectorParts, scans: Sequence[DumpScan], staging: Staging
+        self,
+        plan: IndexPlan,
+        template: FileEntry,
+        first_id: int,
+        cleaned: _Cleaned,
+        vectors: VectorParts,
+        names: tuple[str, ...],
+        staging: Staging,
     ) -> list[WrittenShard]:
-        with self._stage("shard"):
-            names = tuple(scan.dump.name for scan in scans)
-            ranges = plan_shards(len(captions), self._config.shards)
+        with self._runner.stage("shard"):
             tasks = [
-                ShardTask(number, first_id, stop_id, staging.version_uri, captions, vectors, names)
-                for number, (first_id, stop_id) in enumerate(ranges)
+                ShardTask(
+                    self._index_uri,
+                    plan.index_key,
+                    template,
+                    first_id + start,
+                    start,
+                    stop,
+                    cleaned.captions,
+                    vectors,
+                    names,
+                )
+                for start, stop in plan.shards
             ]
-            memory = shard_memory_bytes(ranges, vectors.dim)
-            return self._collect("shard", run_tasks(write_shard, tasks, memory), len(tasks))
+            return self._runner.run_recorded(staging, "shard", WrittenShard, write_shard, tasks, plan.shard_bytes)
 
-    def _verify(self, draft: IndexManifest, vectors: VectorParts, staging: Staging) -> IndexManifest:
-        with self._stage("verify"):
-            sample = draw_sample(vectors, draft.ntotal)
+    def _grow(self, cleaned: _Cleaned, names: tuple[str, ...], staging: Staging) -> list[ShardEntry]:
+        """Writes again the caption files of the base in which captions have gained sources or images."""
+        base = self._inputs.base
+        if base is None or not any(bucket.grown for bucket in cleaned.deduped):
+            return list(base.manifest.captions) if base else []
+        with self._runner.stage("grow"):
             tasks = [
-                VerifyTask(staging.version_uri, draft.index_key, shard, captions, vectors, sample)
-                for shard, captions in zip(draft.shards, draft.captions, strict=True)
+                GrowTask(base, number, cleaned.work_uri, cleaned.deduped, names)
+                for number in range(len(base.manifest.captions))
             ]
-            checks = self._collect("verify", run_tasks(verify_shard, tasks), len(tasks))
-            return draft.model_copy(update={"recall": measure_recall(checks, sample)})
+            return self._runner.run_recorded(staging, "grow", ShardEntry, grow_captions, tasks)
 
-    def _collect(self, stage: str, results: Iterable[tuple[int, Result]], total: int) -> list[Result]:
-        """Gathers results in the order of their tasks, telling the caller of each."""
-        found: dict[int, Result] = {}
-        for position, result in results:
-            found[position] = result
-            self._progress(stage, len(found), total)
-        return [found[position] for position in range(total)]
+    def _calibrate(self, draft: IndexManifest, embeddings: Sequence[Embeddings]) -> IndexManifest:
+        with self._runner.stage("calibrate"):
+            recall = self._config.recall
+            images = recall.calibration_images
+            queries = self._encoding.image_queries(images, 2 * recall.queries) if images else None
+            if self._config.remove:  # what must go goes, whatever that does to the recall
+                recall = recall.model_copy(update={"accept": True})
+            index = StoredIndex(self._index_uri, draft, self._config.cache_dir)
+            calibration = Calibration(index, embeddings, recall, self._target(), self._runner.run)
+            return calibration.run(queries).with_index_id()
 
-    @contextmanager
-    def _stage(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._seconds[name] = time.perf_counter() - start
-
-
-def _count_dropped(dealt: Sequence[Dealt], deduped: Sequence[Deduped]) -> dict[str, int]:
-    dropped = {"duplicate": sum(bucket.duplicates for bucket in deduped)}
-    for part in dealt:
-        for reason, count in part.dropped.items():
-            dropped[reason] = dropped.get(reason, 0) + count
-    return dict(sorted(dropped.items()))
+    def _target(self) -> float:
+        base = self._inputs.base
+        inherited = base.manifest.recall_target if base else None
+        return self._config.recall.target or inherited or DEFAULT_RECALL
 
 
-def _sources(scans: Sequence[DumpScan], dealt: Sequence[Dealt]) -> tuple[SourceEntry, ...]:
-    rows = [count for part in dealt for count in part.rows]
-    return tuple(
-        SourceEntry(uri=scan.dump.uri, rows=count, sha256=scan.sha256) for scan, count in zip(scans, rows, strict=True)
-    )
+def _deal(task: DealDumpsTask | DealStoredTask) -> Dealt:
+    return deal_dumps(task) if isinstance(task, DealDumpsTask) else deal_shard(task)

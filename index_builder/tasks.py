@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -28,6 +29,8 @@ def run_tasks(
 ) -> Iterator[tuple[int, Result]]:
     """Runs `function` on every item in Ray tasks; yields (position of the item, result) in the order of finishing.
 
+    Where there are fewer items than CPUs, they share them: faiss has as many threads as its task has CPUs.
+
     Args:
         function: Picklable; see the module's docstring.
         items: Small, picklable work descriptions, never the data itself.
@@ -37,8 +40,11 @@ def run_tasks(
         SmallCapError: The first that a task raised.
     """
     memory = None if memory_bytes is None else min(memory_bytes, _largest_node("memory"))
+    cpus = _cpus_per_task(len(items))
     yield from _results(
-        _dataset(items).map_batches(_Guarded(function), batch_size=1, batch_format="pyarrow", memory=memory)
+        _dataset(items).map_batches(
+            _Guarded(function, cpus), batch_size=1, batch_format="pyarrow", num_cpus=cpus, memory=memory
+        )
     )
 
 
@@ -63,6 +69,12 @@ def node_resources() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
+def _cpus_per_task(tasks: int) -> int:
+    """Returns how many CPUs of one node each of some tasks can have; one of the cluster's is left to Ray Data."""
+    cpus = sum(int(node.get("CPU", 0)) for node in node_resources())
+    return max(1, min((cpus - 1) // max(1, tasks), _largest_node("CPU")))
+
+
 def _largest_node(resource: str) -> int:
     """Returns the most of a resource that a single node has."""
     return max(int(node.get(resource, 0)) for node in node_resources())
@@ -82,10 +94,11 @@ def _results(dataset: ray.data.Dataset) -> Iterator[tuple[int, Any]]:
 
 
 class _Guarded(Generic[Item, Result]):
-    def __init__(self, function: Callable[[Item], Result]) -> None:
-        self._function = function
+    def __init__(self, function: Callable[[Item], Result], cpus: int = 1) -> None:
+        self._function, self._cpus = function, cpus
 
     def __call__(self, batch: pa.Table) -> pa.Table:
+        _use_threads(self._cpus)
         item: Item = pickle.loads(batch["item"][0].as_py())  # noqa: S301 - this job's driver wrote it
         try:
             result: Result | SmallCapError = self._function(item)
@@ -108,6 +121,17 @@ def _raise(error: SmallCapError) -> Callable[[Any], Any]:
         raise error
 
     return function
+
+
+def _use_threads(count: int) -> None:
+    """Gives faiss as many threads as the task has CPUs, at most the cores there are.
+
+    Ray says so in OMP_NUM_THREADS, which a process that has run another task before does not read again.
+    """
+    if count > 1 or "faiss" in sys.modules:
+        import faiss
+
+        faiss.omp_set_num_threads(min(count, len(os.sched_getaffinity(0))))
 
 
 def use_own_cores() -> None:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import sys
 
-from index_builder.build import BuildReport, build_index
+from index_builder.build import BuildPlan, BuildReport, build_index, plan_build
+from index_builder.plan import plan_index, with_open_nlist
+from index_builder.removal import COMPACT_ABOVE
 from jobs.config_args import run_job
 from jobs.ray_session import connect
 from smallcap.config import IndexConfig
+from smallcap.index_manifest import IndexManifest
+
+_RETRAIN_ABOVE = 2.0  # times the captions that the template was trained for
 
 
 def run(config: IndexConfig, address: str | None = None) -> BuildReport:
-    """Connects to Ray, builds the index and publishes it.
+    """Connects to Ray, builds the index, or changes it, and publishes it.
 
     Raises:
         RunError: See `index_builder.build.build_index`.
@@ -20,24 +25,96 @@ def run(config: IndexConfig, address: str | None = None) -> BuildReport:
     return build_index(config, _print_progress)
 
 
+def plan(config: IndexConfig, address: str | None = None) -> BuildPlan:
+    """Connects to Ray, and says what `run` would do.
+
+    Raises:
+        RunError: See `index_builder.build.plan_build`.
+    """
+    connect(address)
+    return plan_build(config, _print_progress)
+
+
 def describe(report: BuildReport) -> str:
     """Returns what a build did, in a few lines for people."""
     manifest = report.manifest
     if report.no_op:
-        built = f"version {manifest.index_id} of {report.index_uri}"
-        return f"Nothing to do: {built} was built from the same dumps and options."
+        return f"Nothing to do: version {manifest.index_id} of {report.index_uri} is what was asked for."
     rows = sum(source.rows for source in manifest.sources)
-    dropped = ", ".join(f"{count:,} {reason}" for reason, count in manifest.dropped.items() if count) or "none"
-    recall = ", ".join(f"recall@{entry.k} {entry.recall:.4f}" for entry in manifest.recall)
+    new = ""
+    if report.new_captions != manifest.ntotal and manifest.operation == "add":
+        new = f" ({report.new_captions:,} new, {report.embedded:,} of them embedded now)"
     seconds = ", ".join(f"{stage} {spent:.1f} s" for stage, spent in report.seconds.items())
+    shards = _shards(len(manifest.shards))
     return "\n".join(
         [
             f"Published version {manifest.index_id} of {report.index_uri}",
-            f"  {manifest.ntotal:,} captions of {rows:,} rows in {len(manifest.shards)} shards; dropped: {dropped}",
-            f"  {recall} at {manifest.recall[0].queries_per_s:,.0f} queries/s",
+            f"  {manifest.ntotal:,} captions{new} of {rows:,} rows in {shards}, "
+            f"{manifest.index_key}; dropped: {_counts(manifest.dropped)}",
+            f"  {_recall(manifest)}",
+            *(f"  {line}" for line in advice(manifest)),
             f"  {seconds}",
         ]
     )
+
+
+def describe_plan(plan: BuildPlan) -> str:
+    """Returns what a build would do, in a few lines for people."""
+    index = plan.index
+    shards = _shards(len(index.shards))
+    training = f", trained on {index.training_rows:,} of them" if index.training_rows else ""
+    return "\n".join(
+        [
+            f"Would publish to {plan.index_uri}; nothing was built.",
+            f"  {plan.new_captions:,} new captions of {plan.rows:,} rows; dropped: {_counts(plan.dropped)}",
+            f"  {index.index_key} in {shards}{training}",
+            f"  memory: training {_gb(index.training_bytes if index.training_rows else 0)}, "
+            f"writing a shard {_gb(index.shard_bytes)}, serving {_gb(index.serving_bytes)} mapped",
+            f"  {plan.to_embed:,} captions to embed, about {plan.embed_s:,.0f} s on this cluster",
+        ]
+    )
+
+
+def advice(manifest: IndexManifest) -> list[str]:
+    """Returns what the user may want to do next: compact, or train anew."""
+    lines = []
+    removed = manifest.id_count - manifest.ntotal
+    if removed > COMPACT_ABOVE * manifest.id_count:
+        share = removed / manifest.id_count
+        lines.append(f"{share:.0%} of the captions are removed and still on disk: rebuild with --compact.")
+    if manifest.operation != "add":
+        return lines
+    if manifest.nlist is not None and manifest.ntotal > _RETRAIN_ABOVE * (manifest.trained_on or manifest.ntotal):
+        lines.append(
+            f"Its lists were trained for {manifest.trained_on:,} captions: rebuild with --compact to train them anew."
+        )
+    usual = with_open_nlist(plan_index(manifest.ntotal, manifest.dim, "auto", "auto").index_key)
+    if manifest.index_key == "Flat" and usual != "Flat":
+        lines.append(f"At this size {usual} is faster: rebuild with --compact --index-key {usual}.")
+    return lines
+
+
+def _recall(manifest: IndexManifest) -> str:
+    entries = ", ".join(
+        f"recall@{entry.k} {entry.recall:.4f}" + (f" (at least {entry.recall_low:.4f})" if entry.recall_low else "")
+        for entry in manifest.recall
+    )
+    first = manifest.recall[0]
+    lists = f", nprobe {first.nprobe} of {manifest.nlist}" if first.nprobe else ""
+    queries = f"{first.queries:,} queries, {manifest.recall_queries or 'captions'}"
+    return f"{entries} on {queries}; {first.queries_per_s:,.0f} queries/s{lists}"
+
+
+def _counts(dropped: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} {reason}" for reason, count in dropped.items() if count) or "none"
+
+
+def _shards(count: int) -> str:
+    return "1 shard" if count == 1 else f"{count:,} shards"
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"
 
 
 def _print_progress(stage: str, done: int, total: int) -> None:

@@ -23,6 +23,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+index_app = typer.Typer(
+    help="A published index's versions: list them, go back to one, remove old ones.", no_args_is_help=True
+)
+app.add_typer(index_app, name="index")
+
 ConfigFile = Annotated[str | None, typer.Option("--config", help="YAML file with options; flags win over it.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="Any option by its dotted name, as a.b=c; repeatable.")]
 Address = Annotated[str | None, typer.Option(help="Address of a Ray cluster; by default a local one is started.")]
@@ -75,35 +80,123 @@ def demo(
 @app.command("build-index")
 def build_index(
     dumps: Annotated[
-        list[str] | None, typer.Argument(help="Caption dumps: CSV, TSV, JSONL, Parquet, COCO JSON.")
+        list[str] | None, typer.Argument(help="Caption dumps: CSV, TSV, JSONL, Parquet, COCO JSON, embedding folders.")
     ] = None,
     out: Annotated[str | None, typer.Option(help="The index's folder or prefix.")] = None,
     encoder: Annotated[str | None, typer.Option(help="demo, open_clip:MODEL/PRETRAINED, or hf:ID-OR-PATH.")] = None,
+    add: Annotated[bool, typer.Option("--add", help="Add the dumps to the index at --out.")] = False,
+    from_indexes: Annotated[
+        list[str] | None, typer.Option("--from", help="Take the captions of this index, too; repeatable.")
+    ] = None,
+    reuse: Annotated[
+        list[str] | None, typer.Option(help="Take embeddings of equal texts from this index; repeatable.")
+    ] = None,
+    remove: Annotated[
+        list[str] | None,
+        typer.Option(help="source=NAME, image=ID, text=CAPTION, image=@FILE or text=@FILE; repeatable."),
+    ] = None,
+    compact: Annotated[
+        bool, typer.Option("--compact", help="Rebuild without what was removed, newly trained.")
+    ] = False,
     text_column: Annotated[str | None, typer.Option(help="Column of the texts.")] = None,
     image_id_column: Annotated[str | None, typer.Option(help="Column of the source images' ids.")] = None,
-    index_key: Annotated[str | None, typer.Option(help="faiss index key.")] = None,
+    embedding_column: Annotated[str | None, typer.Option(help="Parquet column of the texts' embeddings.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Counts a caption's tokens: gpt2, demo, folder or hub id.")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Longer captions are left out.")] = None,
+    drop: Annotated[list[str] | None, typer.Option(help="Leave out urls, markup or repeats; repeatable.")] = None,
+    blocklist: Annotated[str | None, typer.Option(help="File of words and phrases, one per line.")] = None,
+    index_key: Annotated[
+        str | None, typer.Option(help="auto, Flat, IVF,SQfp16, IVF,SQ8, or any key of faiss's factory.")
+    ] = None,
     shards: Annotated[int | None, typer.Option(help="Number of shards.")] = None,
+    memory_budget_gb: Annotated[float | None, typer.Option(help="Memory of a node that the index may take.")] = None,
+    calibration_images: Annotated[
+        list[str] | None, typer.Option(help="Images like those to caption, to calibrate with; repeatable.")
+    ] = None,
+    recall_target: Annotated[float | None, typer.Option(help="Least recall@4 against exact search.")] = None,
+    accept_recall: Annotated[
+        bool, typer.Option("--accept-recall", help="Publish although the recall target is missed.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count and plan; build nothing.")] = False,
     config: ConfigFile = None,
     sets: Sets = None,
     address: Address = None,
 ) -> None:
-    """Build and publish an index from caption dumps."""
+    """Build and publish an index from caption dumps; add to one, or remove from one."""
     from smallcap.config import IndexConfig, load_config
 
     flags: dict[str, Any] = {
         "dumps": dumps,
         "out": out,
         "encoder": encoder,
+        "add": add or None,
+        "from_indexes": from_indexes,
+        "reuse": reuse,
+        "remove": remove,
+        "compact": compact or None,
         "text_column": text_column,
         "image_id_column": image_id_column,
+        "embedding_column": embedding_column,
+        "cleaning.tokenizer": tokenizer,
+        "cleaning.max_tokens": max_tokens,
+        "cleaning.drop": drop,
+        "cleaning.blocklist": blocklist,
         "index_key": index_key,
         "shards": shards,
+        "memory_budget_gb": memory_budget_gb,
+        "recall.calibration_images": calibration_images,
+        "recall.target": recall_target,
+        "recall.accept": accept_recall or None,
     }
     resolved = load_config(IndexConfig, config, flags, sets or ())
 
     from jobs import build_index as job  # imports torch and Ray, which a wrong option need not wait for
 
-    print(job.describe(job.run(resolved, address)))
+    if dry_run:
+        print(job.describe_plan(job.plan(resolved, address)))
+    else:
+        print(job.describe(job.run(resolved, address)))
+
+
+@index_app.command("list")
+def index_list(index: Annotated[str, typer.Argument(help="Published index.")], as_json: AsJson = False) -> None:
+    """Show an index's versions, the newest first."""
+    from jobs import console
+    from jobs import index as job
+
+    versions = job.list_index(index)
+    if as_json:
+        print(json.dumps(versions))
+    else:
+        console.print_versions(versions)
+
+
+@index_app.command("use")
+def index_use(
+    index: Annotated[str, typer.Argument(help="Published index.")],
+    version: Annotated[str, typer.Argument(help="Id of a version, its beginning, or previous.")],
+) -> None:
+    """Make another version the current one; runs that have begun keep theirs."""
+    from index_builder.lifecycle import use_version
+
+    print(f"Current version of {index}: {use_version(index, version).index_id}")
+
+
+@index_app.command("gc")
+def index_gc(
+    index: Annotated[str, typer.Argument(help="Published index.")],
+    grace: Annotated[str, typer.Option(help="Keep what was needed or written in this time: 90s, 30m, 12h, 7d.")] = "1d",
+    keep: Annotated[int, typer.Option(min=0, help="Former versions to keep in any case.")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove versions that have not been current for a while, and files that no version needs."""
+    from jobs import index as job
+
+    garbage = job.collect(index, grace, keep, dry_run)
+    print(json.dumps(garbage) if as_json else job.describe_garbage(garbage, dry_run))
 
 
 @app.command()

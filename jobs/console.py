@@ -58,6 +58,20 @@ def print_samples(run: str, count: int) -> None:
                     out.print(Text(f"    {neighbour['score']:.2f}  {neighbour['text']}", style="dim"))
 
 
+def print_versions(versions: Sequence[Mapping[str, Any]]) -> None:
+    """Prints an index's versions, the current one marked with a star."""
+    table = Table(box=None, pad_edge=False)
+    for header in ("", "version", "made (UTC)", "by", "captions", "key", "recall@4"):
+        table.add_column(header, justify="right" if header in ("captions", "recall@4") else "left", overflow="fold")
+    for version in versions:
+        mark = Text("*", style="bold green") if version["current"] else Text("")
+        made = version["created_at"][:16].replace("T", " ")
+        values = (version[name] for name in ("operation", "ntotal", "index_key"))
+        recall = version["recall"].get("recall@4")
+        table.add_row(mark, version["index_id"], made, *(_compact(value) for value in (*values, recall)))
+    out.print(table)
+
+
 def print_facts(facts: Mapping[str, Any]) -> None:
     """Prints nested facts as an aligned list; `samples` come last, as a table."""
     table = Table(box=None, pad_edge=False, show_header=False)

@@ -42,12 +42,18 @@ def _inspect_index(path: str, samples: int) -> dict[str, Any]:
         "ntotal": manifest.ntotal,
         "bytes": sum(entry.bytes for entry in manifest.files),
         "shards": len(manifest.shards),
+        "removed": manifest.id_count - manifest.ntotal,
         "recall": {f"recall@{entry.k}": entry.recall for entry in manifest.recall},
+        "recall_low": {f"recall@{entry.k}": entry.recall_low for entry in manifest.recall},
+        "ceiling": {f"recall@{entry.k}": entry.ceiling for entry in manifest.recall},
+        "queries": manifest.recall[0].queries if manifest.recall else None,
         "queries_per_s": max((entry.queries_per_s for entry in manifest.recall), default=None),
-        "nprobe": manifest.recall[0].nprobe if manifest.recall else None,
         **manifest.model_dump(
             mode="json",
-            include={"index_id", "index_key", "dim", "metric", "encoder", "dropped", "sources", "created_at"},
+            include={
+                *("index_id", "index_key", "nlist", "nprobe", "k_factor", "codec", "dim", "metric", "encoder"),
+                *("recall_target", "recall_queries", "operation", "parents", "dropped", "sources", "created_at"),
+            },
         ),
         "samples": [{"caption_id": row.caption_id, "text": row.text, "image_id": list(row.image_ids)} for row in rows],
     }

@@ -1,23 +1,19 @@
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 import index_builder.build as build_module
+import index_builder.encoding as encoding_module
 import index_builder.publish as publish_module
 from index_builder.build import BuildReport, build_index
 from smallcap import storage
-from smallcap.actor_plan import ActorPlan
 from smallcap.clip_encoder import load_retrieval_encoder, resolve_encoder_identity
 from smallcap.config import CleaningConfig, IndexConfig
 from smallcap.errors import CheckpointError, ConfigError, RunError, SchemaError
-from smallcap.index_manifest import load_pointer, version_uri
+from smallcap.index_manifest import load_pointer
 from smallcap.retriever import Retriever
 
 COLOURS = ("red", "green", "blue", "grey", "white")
@@ -46,25 +42,8 @@ def config(dump: Path | str, out: Path | str, clip: Path, **options: object) -> 
     return IndexConfig(dumps=(str(dump),), out=str(out), encoder=f"hf:{clip}", **options)  # type: ignore[arg-type]
 
 
-@pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs the work items here, one after the other, last one first: quick, and another schedule than Ray's."""
-
-    def run_tasks(function: Any, items: Any, memory_bytes: int | None = None) -> Iterator[tuple[int, Any]]:
-        for position in reversed(range(len(items))):
-            yield position, function(items[position])
-
-    def run_actors(actor: Any, arguments: Any, items: Any, plan: ActorPlan) -> Iterator[tuple[int, Any]]:
-        yield from run_tasks(actor(*arguments), items)
-
-    monkeypatch.setattr(build_module, "run_tasks", run_tasks)
-    monkeypatch.setattr(build_module, "run_actors", run_actors)
-    monkeypatch.setattr(build_module, "node_resources", lambda: [{"CPU": 2.0}])
-
-
 def files_of(report: BuildReport) -> dict[str, bytes]:
-    folder = Path(version_uri(report.index_uri, report.manifest.index_id))
-    return {entry.file: (folder / entry.file).read_bytes() for entry in report.manifest.files}
+    return {entry.file: (Path(report.index_uri) / entry.file).read_bytes() for entry in report.manifest.files}
 
 
 @pytest.mark.usefixtures("in_process")
@@ -83,8 +62,11 @@ def test_a_build_from_dump_to_search(tmp_path: Path, dump: Path, tiny_clip: Path
     assert manifest.encoder == resolve_encoder_identity(f"hf:{tiny_clip}")
     assert [(entry.k, entry.recall) for entry in manifest.recall] == [(4, 1.0), (10, 1.0)]
     assert ("embed", 40, 40) in seen
-    assert list(report.seconds) == ["scan", "clean", "dedupe", "count images", "embed", "shard", "verify", "publish"]
-    assert sorted(path.name for path in (tmp_path / "index").iterdir()) == ["current.json", "versions"]
+    stages = ["scan", "clean", "dedupe", "count images", "embed", "template", "shard", "calibrate", "publish"]
+    assert list(report.seconds) == stages
+    assert (report.new_captions, report.embedded) == (40, 40)
+    names = sorted(path.name for path in (tmp_path / "index").iterdir())
+    assert names == [".current.json.lock", "current.json", "files", "versions"]
 
     encoder = load_retrieval_encoder(f"hf:{tiny_clip}")
     retriever = Retriever.open(report.index_uri, encoder=encoder.identity, cache_dir=str(tmp_path / "cache"))
@@ -92,7 +74,7 @@ def test_a_build_from_dump_to_search(tmp_path: Path, dump: Path, tiny_clip: Path
     assert best[0].text == "a blue kite"  # the first row's spelling
     assert best[0].score == pytest.approx(1, abs=1e-5)
     [row] = retriever.captions.rows([best[0].caption_id])
-    assert (row.source, row.image_ids) == ("captions.csv", ("image5-0.jpg", "image5-1.jpg", "image5-2.jpg"))
+    assert (row.sources, row.image_ids) == (("captions.csv",), ("image5-0.jpg", "image5-1.jpg", "image5-2.jpg"))
     [others] = retriever.search(encoder.encode_texts(["a blue kite"]), 40, ["image5-1.jpg"])
     assert len(others) == 36
 
@@ -110,12 +92,14 @@ def test_shard_count_changes_no_answer(tmp_path: Path, dump: Path, tiny_clip: Pa
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize("key", ["Flat", "IVF4,SQ8"])
 def test_builds_repeat_byte_for_byte_on_ray_and_off_it(
-    tmp_path: Path, dump: Path, tiny_clip: Path, request: pytest.FixtureRequest
+    tmp_path: Path, dump: Path, tiny_clip: Path, request: pytest.FixtureRequest, key: str
 ) -> None:
-    on_ray = build_index(config(dump, tmp_path / "ray", tiny_clip, shards=3))
+    options = {"shards": 3, "index_key": key, "recall": {"target": 0.1}}
+    on_ray = build_index(config(dump, tmp_path / "ray", tiny_clip, **options))
     request.getfixturevalue("in_process")
-    off_ray = build_index(config(dump, tmp_path / "process", tiny_clip, shards=3))
+    off_ray = build_index(config(dump, tmp_path / "process", tiny_clip, **options))
     assert files_of(on_ray) == files_of(off_ray)
     assert on_ray.manifest.index_id == off_ray.manifest.index_id
 
@@ -139,32 +123,41 @@ def test_the_same_dumps_and_options_are_a_no_op(tmp_path: Path, dump: Path, tiny
 
 
 @pytest.mark.usefixtures("in_process")
-@pytest.mark.parametrize("step", ["verify", "publish", "pointer"])
-def test_a_failure_before_the_marker_leaves_the_old_version(
+@pytest.mark.parametrize("step", ["shard", "calibrate", "publish", "pointer"])
+def test_a_failure_before_the_marker_leaves_the_old_version_and_what_was_done(
     tmp_path: Path, dump: Path, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     index = tmp_path / "index"
     before = build_index(config(dump, index, tiny_clip)).manifest.index_id
     with dump.open("a") as file:
         file.write("new.jpg,a purple elephant\n")
+    changed = config(dump, index, tiny_clip, shards=3)
 
     def fail(*arguments: object) -> None:
         raise RunError("stopped here")
 
     with monkeypatch.context() as patch:
-        if step == "verify":
-            patch.setattr(build_module, "measure_recall", fail)
+        if step == "shard":
+            patch.setattr(build_module, "write_shard", fail)
+        elif step == "calibrate":
+            patch.setattr(build_module.Calibration, "run", fail)
         elif step == "publish":
             patch.setattr(build_module, "publish_version", fail)
         else:
-            patch.setattr(publish_module, "write_pointer", fail)
+            patch.setattr(publish_module, "switch_pointer", fail)
         with pytest.raises(RunError, match="stopped here"):
-            build_index(config(dump, index, tiny_clip))
+            build_index(changed)
     assert Retriever.open(str(index), cache_dir=str(tmp_path / "cache")).index_id == before
-    assert not list(index.glob(".staging-*"))
-    after = build_index(config(dump, index, tiny_clip))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encoding_module, "EmbedParts", fail)  # what was done is not done again
+        for name in ("deal_dumps", "dedupe_bucket", *(["write_shard"] if step != "shard" else [])):
+            patch.setattr(build_module, name, fail)
+        after = build_index(changed)
     assert after.manifest.ntotal == 41
+    assert not list(index.glob(".staging-*"))
     assert Retriever.open(str(index), cache_dir=str(tmp_path / "cache")).index_id == after.manifest.index_id
+    assert files_of(after) == files_of(build_index(config(dump, tmp_path / "at once", tiny_clip, shards=3)))
 
 
 @pytest.mark.ray
@@ -177,16 +170,12 @@ def test_a_build_from_s3_to_s3(tmp_path: Path, s3: str, tiny_clip: Path) -> None
     assert remote.manifest.ntotal == 41
     assert build_index(config(f"{s3}/dumps", f"{s3}/index", tiny_clip, shards=2)).no_op
     names = {uri.removeprefix(f"{s3}/index/") for uri in storage.list_files(f"{s3}/index")}
-    version = f"versions/{remote.manifest.index_id}"
-    assert names == {
-        "current.json",
-        *(f"{version}/{entry.file}" for entry in remote.manifest.files),
-        f"{version}/manifest.json",
-    }
+    manifest = f"versions/{remote.manifest.index_id}/manifest.json"
+    assert names == {"current.json", manifest, *(entry.file for entry in remote.manifest.files)}
     fs, path = storage.filesystem(f"{s3}/index")
     assert not [name for name in fs.find(path) if ".staging" in name]
     retriever = Retriever.open(f"{s3}/index", cache_dir=str(tmp_path / "cache"))
-    assert {row.source for row in retriever.captions.sample(41)} == {"captions.csv", "captions.jsonl"}
+    assert {row.sources for row in retriever.captions.sample(41)} == {("captions.csv",), ("captions.jsonl",)}
 
 
 @pytest.mark.ray
@@ -206,7 +195,7 @@ def test_dumps_and_encoders_that_cannot_be_read(tmp_path: Path, dump: Path, tiny
     (dump.parent / "broken.csv").write_bytes(b'image,caption\na.jpg,fine\nb.jpg,"no end\n')
     with pytest.raises(SchemaError, match=r"never ends(.|\n)*line 3"):
         build_index(config(dump.parent, tmp_path / "index", tiny_clip))
-    assert not list((tmp_path / "index").glob("*"))
+    assert not (tmp_path / "index" / "current.json").exists()
 
 
 @pytest.mark.ray
@@ -228,37 +217,15 @@ def test_an_encoder_that_cannot_be_loaded_fails_once_with_its_own_error(
 def test_real_captions(tmp_path: Path, shared_data: Path, tiny_clip: Path) -> None:
     lines = (shared_data / "flickr" / "captions.csv").read_text().splitlines(keepends=True)
     (tmp_path / "captions.csv").write_text("".join(lines[:3001]))
-    cleaning = CleaningConfig(tokenizer=str(shared_data / "gpt2_tokenizer"))
-    report = build_index(config(tmp_path / "captions.csv", tmp_path / "index", tiny_clip, cleaning=cleaning))
+    report = build_index(config(tmp_path / "captions.csv", tmp_path / "index", tiny_clip))
     assert report.manifest.sources[0].rows == 3000
     assert report.manifest.ntotal + sum(report.manifest.dropped.values()) == 3000
     assert report.manifest.max_captions_per_image == 5
     assert report.manifest.dropped["too_long"] > 0
 
 
-class TestStaging:
-    def owner(self, folder: Path, **values: object) -> Path:
-        folder.mkdir(parents=True)
-        (folder / "owner.json").write_text(json.dumps(values))
-        return folder
-
-    def test_only_dead_builds_are_removed(self, tmp_path: Path) -> None:
-        here = publish_module.socket.gethostname()
-        mine = self.owner(tmp_path / ".staging-mine", host=here, pid=os.getpid(), alive_at=0)
-        gone = self.owner(tmp_path / ".staging-gone", host=here, pid=2**22 + 1, alive_at=1e12)
-        far = self.owner(tmp_path / ".staging-far", host="far", pid=1, alive_at=publish_module.time.time())
-        silent = self.owner(tmp_path / ".staging-silent", host="far", pid=1, alive_at=1)
-        (tmp_path / ".staging-anonymous" / "work").mkdir(parents=True)
-        with publish_module.Staging(str(tmp_path)) as staging:
-            left = {path.name for path in tmp_path.iterdir()}
-            assert left == {mine.name, far.name, Path(staging.uri).name}
-        assert not gone.exists()
-        assert not silent.exists()
-        assert not Path(staging.uri).exists()
-
-
 def test_unit_vectors_are_required() -> None:
-    from index_builder.embedding import EmbedParts
+    from index_builder.embedding import _check_unit
 
     with pytest.raises(RunError, match=r"no unit vectors(.|\n)*caption 11(.|\n)*nan"):
-        EmbedParts._check(EmbedParts.__new__(EmbedParts), np.array([[1, 0], [np.nan, 0]], np.float32), 10)
+        _check_unit(np.array([[1, 0], [np.nan, 0]], np.float32), 10)

@@ -32,7 +32,7 @@ def test_command_line_and_what_it_prints(
     runpy.run_module("jobs.build_index", run_name="__main__")
     printed = capsys.readouterr()
     assert load_manifest(f"{tmp_path}/index").index_id in printed.out
-    assert "2 captions of 3 rows in 2 shards; dropped: 1 duplicate" in printed.out
+    assert "2 captions of 3 rows in 2 shards, Flat; dropped: 1 duplicate" in printed.out
     assert "recall@4 1.0000" in printed.out
     assert "embed: 2 done" in printed.err
     runpy.run_module("jobs.build_index", run_name="__main__")

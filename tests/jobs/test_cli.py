@@ -1,6 +1,7 @@
 """The command line as a user meets it: a real process for errors and exit codes, in-process calls for the rest."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -86,9 +87,40 @@ def test_caption_and_inspect(index: str, photo: str, tiny_smallcap: Path, tmp_pa
     assert "1 dogs" in invoke("inspect", index, "--samples", "10")
 
 
+@pytest.mark.ray
+def test_an_index_is_added_to_removed_from_and_gone_back_in(index: str, tmp_path: Path) -> None:
+    mine = str(tmp_path / "index")
+    shutil.copytree(index, mine)
+    (tmp_path / "more.csv").write_text("image,caption\nx.jpg,a grey whale\nx.jpg,3 dogs\n")
+    dump = str(tmp_path / "more.csv")
+    dry = invoke("build-index", dump, "--add", "--out", mine, "--dry-run")
+    assert "1 new captions of 2 rows; dropped: 1 duplicate" in dry
+    assert "1 captions to embed" in dry
+    assert "11 captions (1 new, 1 of them embedded now)" in invoke("build-index", dump, "--add", "--out", mine)
+    assert "a grey whale" in invoke("search", "--index", mine, "--text", "a grey whale", "-k", "1")
+    removed = invoke("build-index", "--remove", "text=A Grey Whale", "--remove", "image=0.jpg", "--out", mine)
+    assert "9 captions of 12 rows" in removed
+    assert "2 removed" in removed
+    assert "grey whale" not in invoke("search", "--index", mine, "--text", "a grey whale", "-k", "10")
+    versions = json.loads(invoke("index", "list", mine, "--json").splitlines()[-1])
+    assert [(version["operation"], version["current"]) for version in versions] == [
+        ("remove", True),
+        ("add", False),
+        ("build", False),
+    ]
+    assert versions[1]["index_id"] in invoke("index", "list", mine)
+    assert versions[1]["index_id"] in invoke("index", "use", mine, "previous")
+    facts = json.loads(invoke("inspect", mine, "--json").splitlines()[-1])
+    assert (facts["index_id"], facts["ntotal"]) == (versions[1]["index_id"], 11)
+    assert "Would remove 2 version(s)" in invoke("index", "gc", mine, "--grace", "0s", "--keep", "0", "--dry-run")
+    gone = json.loads(invoke("index", "gc", mine, "--grace", "0s", "--keep", "0", "--json").splitlines()[-1])
+    assert sorted(gone["versions"]) == sorted(versions[number]["index_id"] for number in (0, 2))
+    assert "a grey whale" in invoke("search", "--index", mine, "--text", "a grey whale", "-k", "1")
+
+
 def test_version_and_help() -> None:
     assert invoke("--version").strip() == __version__
-    for command in ("demo", "build-index", "caption", "search", "inspect"):
+    for command in ("demo", "build-index", "caption", "search", "inspect", "index", "bench"):
         assert command in invoke("--help")
         assert "--help" in invoke(command, "--help")
 
@@ -105,6 +137,11 @@ def test_version_and_help() -> None:
         (["search", "--index", "/nowhere", "--text", "x"], 1, "no published index"),
         (["search", "--index", "/nowhere"], 2, "either --image or --text"),
         (["build-index", "/nowhere.csv", "--out", "o", "--encoder", "RN50"], 2, "open_clip:RN50x64/openai"),
+        (["build-index", "--add", "a.csv", "--out", "o", "--encoder", "demo"], 1, "no published index to add to"),
+        (["build-index", "a.csv", "--out", "o"], 2, "give --encoder"),
+        (["build-index", "--remove", "everything", "--out", "o"], 2, "source=NAME"),
+        (["index", "list", "/nowhere"], 1, "no published index"),
+        (["index", "gc", "/nowhere", "--grace", "soon"], 2, "no duration"),
         (["no-such-command"], 2, "No such command"),
     ],
 )

@@ -1,0 +1,182 @@
+"""What a build reads: dump files and stored indexes, the source files behind both, and the hash of it all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from index_builder.buckets import Dealt, DealTask, plan_buckets, plan_dealing
+from index_builder.dump_formats import Columns
+from index_builder.dumps import DumpScan
+from index_builder.stored import DealStoredTask, Role, StoredIndex
+from smallcap import storage
+from smallcap.config import CleaningConfig, IndexConfig
+from smallcap.errors import ConfigError, ManifestError
+from smallcap.index_manifest import EncoderIdentity, IndexManifest, SourceEntry, load_manifest
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All that a build's captions come from, in the order in which the first of equal captions is kept.
+
+    Attributes:
+        base: The version that is added to; None for a build of its own.
+        given: Indexes whose captions are taken.
+        scans: Dump files.
+        lenders: Indexes that only lend embeddings.
+    """
+
+    base: StoredIndex | None
+    given: tuple[StoredIndex, ...]
+    scans: tuple[DumpScan, ...]
+    lenders: tuple[StoredIndex, ...]
+
+    @property
+    def parents(self) -> tuple[StoredIndex, ...]:
+        """The indexes whose captions the new version has."""
+        return (*([self.base] if self.base else ()), *self.given)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing that captions could come from."""
+        return not (self.parents or self.scans)
+
+    def sources(self, rows: Sequence[int] | None = None) -> tuple[SourceEntry, ...]:
+        """Returns the source files: those of the parents, then the dumps; each once, under names that differ.
+
+        Args:
+            rows: Of each dump file, once they are counted.
+        """
+        entries: dict[tuple[str, str], SourceEntry] = {}
+        for entry in self._entries(rows or [0] * len(self.scans)):
+            entries.setdefault((entry.uri, entry.sha256), entry)
+        return _with_own_names(entries.values())
+
+    def _entries(self, rows: Sequence[int]) -> Iterator[SourceEntry]:
+        for parent in self.parents:
+            for entry, name in zip(parent.manifest.sources, parent.source_names(), strict=True):
+                yield entry.model_copy(update={"name": name})
+        for scan, count in zip(self.scans, rows, strict=True):
+            yield SourceEntry(uri=scan.dump.uri, name=scan.dump.name, rows=count, sha256=scan.sha256)
+
+    def deal_tasks(
+        self, work_uri: str, columns: Columns, cleaning: CleaningConfig, identity: EncoderIdentity
+    ) -> tuple[list[DealTask | DealStoredTask], int]:
+        """Returns the dealing tasks in the order of their rows, and the number of buckets."""
+        buckets = plan_buckets(self._bytes())
+        position = {(source.uri, source.sha256): number for number, source in enumerate(self.sources())}
+        tasks: list[DealTask | DealStoredTask] = []
+
+        def add_stored(index: StoredIndex, role: Role) -> None:
+            named = zip(index.source_names(), index.manifest.sources, strict=True)
+            sources = {} if role == "lender" else {name: position[source.uri, source.sha256] for name, source in named}
+            same_encoder = index.manifest.encoder.weights_sha256 == identity.weights_sha256
+            for shard in range(len(index.manifest.captions)):
+                with_vectors = same_encoder and role != "known"
+                tasks.append(DealStoredTask(work_uri, len(tasks), index, shard, role, sources, buckets, with_vectors))
+
+        if self.base is not None:
+            add_stored(self.base, "known")
+        for index in self.given:
+            add_stored(index, "given")
+        first = [position[scan.dump.uri, scan.sha256] for scan in self.scans]
+        tasks += plan_dealing(self.scans, work_uri, columns, cleaning, buckets, len(tasks), first)
+        for index in self.lenders:
+            if index.manifest.encoder.weights_sha256 == identity.weights_sha256:
+                add_stored(index, "lender")
+        return tasks, buckets
+
+    def _bytes(self) -> int:
+        """Estimates what is dealt: the dumps, and texts and embeddings of the indexes."""
+        stored = [entry.bytes for index in self.parents for entry in index.manifest.captions]
+        moved = [entry.bytes for index in (*self.given, *self.lenders) for entry in index.manifest.shards]
+        return sum(scan.bytes for scan in self.scans) + sum(stored) + sum(moved)
+
+    def rows_of_scans(self, dealt: Sequence[Dealt]) -> list[int]:
+        """Returns the number of rows of each dump file."""
+        return [count for part in dealt for count in part.rows]
+
+    def digest(self, identity: EncoderIdentity, options: Mapping[str, Any]) -> str:
+        """Returns a hash of the inputs and of all options that decide what is built of them."""
+        decides = {
+            "builder": version("smallcap"),
+            "encoder": [identity.weights_sha256, identity.dim],
+            "base": self.base.manifest.index_id if self.base else None,
+            "given": [index.manifest.index_id for index in self.given],
+            "scans": [[scan.dump.uri, scan.sha256] for scan in self.scans],
+            "lenders": [index.manifest.index_id for index in self.lenders],
+            "options": options,
+        }
+        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+
+def open_inputs(config: IndexConfig, index_uri: str, current: IndexManifest | None) -> tuple[Inputs, EncoderIdentity]:
+    """Opens the indexes that a build reads; its dumps are scanned later.
+
+    Args:
+        config: The build's options.
+        index_uri: Where it publishes.
+        current: The version that is current there.
+
+    Returns:
+        The inputs, and the encoder of the new version.
+
+    Raises:
+        ConfigError: The options contradict the index that is added to.
+        ManifestError: An index is not there.
+        IndexIntegrityError: The index that is added to was made by another encoder.
+        CheckpointError: The encoder cannot be found.
+    """
+
+    def stored(uri: str, manifest: IndexManifest | None = None) -> StoredIndex:
+        return StoredIndex(storage.absolute(uri), manifest or load_manifest(uri), config.cache_dir)
+
+    if (config.add or config.remove or config.compact) and current is None:
+        raise ManifestError(
+            "There is no published index to add to, remove from or compact.",
+            where=index_uri,
+            remedy="Build one first: the same command without --add, --remove and --compact.",
+        )
+    base = stored(index_uri, current) if config.add or config.remove else None
+    if base is not None and config.index_key not in ("auto", base.manifest.index_key):
+        raise ConfigError(
+            "What is added to an index has the index's own key.",
+            where="index_key",
+            expected=f"{base.manifest.index_key}, or auto",
+            found=config.index_key,
+            remedy=f"For another key rebuild it: smallcap build-index --compact --index-key {config.index_key} …",
+        )
+    given = (stored(index_uri, current),) if config.compact else tuple(map(stored, config.from_indexes))
+    inputs = Inputs(base, given, (), tuple(map(stored, config.reuse)))
+    for parent in inputs.parents:
+        parent.check_pairs()
+    encoder = _resolve_encoder(config, inputs.parents)
+    if base is not None:
+        base.manifest.check_encoder(encoder, index_uri)
+    return inputs, encoder
+
+
+def _resolve_encoder(config: IndexConfig, parents: Sequence[StoredIndex]) -> EncoderIdentity:
+    """Returns the encoder's identity; where nothing need be embedded its weights need not be at hand."""
+    if config.encoder is None and not config.dumps:
+        return parents[0].manifest.encoder
+    from smallcap.clip_encoder import resolve_encoder_identity  # torch
+
+    return resolve_encoder_identity(config.encoder or parents[0].manifest.encoder.spec)
+
+
+def _with_own_names(entries: Iterable[SourceEntry]) -> tuple[SourceEntry, ...]:
+    """Numbers equal names of different files, `captions.csv#2`; the names that parents gave come first and stay."""
+    taken: set[str] = set()
+    named = []
+    for entry in entries:
+        name, number = entry.name, 2
+        while name in taken:
+            name, number = f"{entry.name}#{number}", number + 1
+        taken.add(name)
+        named.append(entry.model_copy(update={"name": name}))
+    return tuple(named)

@@ -1,0 +1,167 @@
+"""What to build: index key, number of lists, training sample, shards and their memory, from sizes alone.
+
+Nothing here reads data. The thresholds follow measurements on CPU (docs/benchmarks.md); `--index-key` overrides them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import log2
+from typing import Literal
+
+from index_builder.embedding import PART_ROWS
+from smallcap.errors import ConfigError
+
+ROWS_PER_SHARD = 1_000_000
+MOST_FLAT = 1_000_000  # vectors; above, exact search is slower than the encoders
+MOST_FLOAT16 = 10_000_000  # vectors; above, lists in float16 take more memory than a node usually has to spare
+HNSW_FROM_NLIST = 32_768  # where finding a vector's list by comparing all of them dominates the build
+K_FACTOR = 4  # candidates per neighbour that are ranked again behind a lossy codec
+_LARGEST_NLIST = 65_536
+_SAMPLE_PER_LIST = 64
+_LEAST_PER_LIST = 39  # below which faiss warns of poor centroids
+_BASE_BYTES = 512 << 20  # of a process with faiss and Arrow
+_OPEN_NLIST = re.compile(r"IVF,(SQfp16|SQ8|Flat)")
+_CHOSEN_NLIST = re.compile(r"IVF\d+(_HNSW32)?,(SQfp16|SQ8|Flat)")
+_NLIST = re.compile(r"IVF(\d+)")
+
+
+@dataclass(frozen=True)
+class IndexPlan:
+    """What is built.
+
+    Attributes:
+        index_key: Of faiss's index factory, with its number of lists.
+        rows: Captions, or the most there can be while they have not been counted.
+        dim: Length of a vector.
+        training_rows: Captions that train the template; 0 where nothing is trained.
+        shards: Each shard's [first, stop) of the new captions.
+    """
+
+    index_key: str
+    rows: int
+    dim: int
+    training_rows: int
+    shards: tuple[tuple[int, int], ...]
+
+    @property
+    def nlist(self) -> int | None:
+        """Lists of an inverted file; None for others."""
+        return nlist_of(self.index_key)
+
+    @property
+    def codec(self) -> str:
+        """How a vector is stored: `float32`, `float16`, or what the key says."""
+        last = self.index_key.rsplit(",", 1)[-1]
+        return {"Flat": "float32", "SQfp16": "float16"}.get(last, last)
+
+    @property
+    def training_bytes(self) -> int:
+        """Memory of the training task: the sample as float32, faiss's own copy of it, and the centroids."""
+        return 2 * self.training_rows * self.dim * 4 + 2 * (self.nlist or 0) * self.dim * 4 + _BASE_BYTES
+
+    @property
+    def shard_bytes(self) -> int:
+        """Memory of writing the largest shard: its vectors, at float32 an upper bound, and parts beside them."""
+        largest = max((stop - first for first, stop in self.shards), default=0)
+        return largest * self.dim * 4 + 4 * PART_ROWS * self.dim * 4 + _BASE_BYTES
+
+    @property
+    def serving_bytes(self) -> int:
+        """What a node maps to search it, re-ranking vectors and texts not counted."""
+        return self.rows * bytes_per_vector(self.index_key, self.dim) + (self.nlist or 0) * self.dim * 4
+
+
+def plan_index(
+    rows: int, dim: int, index_key: str, shards: int | Literal["auto"], memory_budget_bytes: float | None = None
+) -> IndexPlan:
+    """Chooses how to index a number of captions.
+
+    Args:
+        rows: Captions to index.
+        dim: Length of a vector.
+        index_key: `auto`, `IVF,CODEC`, or any string of faiss's index factory.
+        shards: How many.
+        memory_budget_bytes: What the searched part may take on a node, for `auto`.
+    """
+    key = _choose_key(rows, dim, memory_budget_bytes) if index_key == "auto" else _with_nlist(index_key, rows)
+    nlist = nlist_of(key)
+    if nlist is not None and rows < nlist:
+        raise ConfigError(
+            "There are fewer captions than lists.",
+            where=f"index_key={key}",
+            expected=f"at least {nlist} captions",
+            found=str(rows),
+            remedy="Use --index-key auto, or fewer lists.",
+        )
+    training = 0 if key == "Flat" else min(rows, max(_SAMPLE_PER_LIST * (nlist or 0), 100_000))
+    return IndexPlan(key, rows, dim, training, tuple(plan_shards(rows, shards)))
+
+
+def _choose_key(rows: int, dim: int, budget: float | None) -> str:
+    keys = [
+        key
+        for key, most in (("Flat", MOST_FLAT), ("IVF,SQfp16", MOST_FLOAT16), ("IVF,SQ8", float("inf")))
+        if rows <= most
+    ]
+    fitting = [key for key in keys if budget is None or rows * bytes_per_vector(key, dim) <= budget]
+    if not fitting:
+        raise ConfigError(
+            "No index of these captions fits the memory budget.",
+            where="memory_budget_gb",
+            expected=f"at least {rows * bytes_per_vector(keys[-1], dim) / 1e9:.1f}",
+            found=f"{(budget or 0) / 1e9:g}",
+            remedy="Raise it, or give a coarser --index-key, such as IVF65536_HNSW32,PQ64.",
+        )
+    return _with_nlist(fitting[0], rows)
+
+
+def bytes_per_vector(index_key: str, dim: int) -> int:
+    """Returns what one vector takes in a shard, its id included; for codecs unknown here the float32 size."""
+    listed = 8 if "IVF" in index_key else 0
+    if index_key.endswith("SQfp16"):
+        return 2 * dim + listed
+    if index_key.endswith("SQ8"):
+        return dim + listed
+    quantised = re.search(r"PQ(\d+)(x4fs)?$", index_key)
+    if quantised:
+        return int(quantised[1]) // (2 if quantised[2] else 1) + listed
+    return 4 * dim + listed
+
+
+def choose_nlist(rows: int) -> int:
+    """Returns the power of two nearest to 4 √rows, at most one list per 39 captions."""
+    wanted = 1 << round(2 + log2(rows) / 2)
+    most = 1 << int(log2(max(1, rows // _LEAST_PER_LIST)))
+    return max(1, min(wanted, most, _LARGEST_NLIST))
+
+
+def _with_nlist(key: str, rows: int) -> str:
+    """Fills the number of lists into `IVF,CODEC`; from many lists on they are found by a graph."""
+    match = _OPEN_NLIST.fullmatch(key)
+    if not match:
+        return key
+    nlist = choose_nlist(rows)
+    return f"IVF{nlist}{'_HNSW32' if nlist >= HNSW_FROM_NLIST else ''},{match[1]}"
+
+
+def with_open_nlist(key: str) -> str:
+    """Returns `IVF,CODEC` for a key whose number of lists can be chosen anew for another size; else the key itself."""
+    match = _CHOSEN_NLIST.fullmatch(key)
+    return f"IVF,{match[2]}" if match else key
+
+
+def nlist_of(index_key: str) -> int | None:
+    """Returns the number of lists in a key; None where it is no inverted file."""
+    match = _NLIST.search(index_key)
+    return int(match[1]) if match else None
+
+
+def plan_shards(rows: int, requested: int | Literal["auto"]) -> Sequence[tuple[int, int]]:
+    """Returns each shard's [first, stop): as many as requested, or one per million, and none of them empty."""
+    count = -(-rows // ROWS_PER_SHARD) if requested == "auto" else min(requested, rows)
+    bounds = [rows * number // count for number in range(count + 1)] if count else [0]
+    return list(pairwise(bounds))

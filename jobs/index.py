@@ -1,0 +1,56 @@
+"""An index's versions as plain values, for people and for JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from index_builder.lifecycle import Garbage, collect_garbage, list_versions, parse_grace
+
+
+def list_index(index: str) -> list[dict[str, Any]]:
+    """Returns what each version of an index is, the newest first.
+
+    Raises:
+        ManifestError: There is no published index.
+    """
+    return [
+        {
+            "index_id": version.manifest.index_id,
+            "current": version.is_current,
+            "current_until": version.current_until,
+            "created_at": version.manifest.created_at,
+            "operation": version.manifest.operation,
+            "parents": list(version.manifest.parents),
+            "ntotal": version.manifest.ntotal,
+            "index_key": version.manifest.index_key,
+            "recall": {f"recall@{entry.k}": entry.recall for entry in version.manifest.recall},
+            "sources": [source.name or source.uri for source in version.manifest.sources],
+        }
+        for version in list_versions(index)
+    ]
+
+
+def collect(index: str, grace: str, keep: int, dry_run: bool) -> dict[str, Any]:
+    """Removes what no version needs; returns what went, or would go.
+
+    Raises:
+        ConfigError: `grace` is no duration.
+        ManifestError: There is no published index.
+    """
+    garbage: Garbage = collect_garbage(index, parse_grace(grace), keep, dry_run)
+    return {
+        "versions": list(garbage.versions),
+        "files": list(garbage.files),
+        "bytes": garbage.bytes,
+        "staging": list(garbage.staging),
+    }
+
+
+def describe_garbage(garbage: dict[str, Any], dry_run: bool) -> str:
+    """Returns what went, in a line for people."""
+    versions, files, staging = (len(garbage[name]) for name in ("versions", "files", "staging"))
+    done = "Would remove" if dry_run else "Removed"
+    return (
+        f"{done} {versions} version(s), {files} file(s) with {garbage['bytes'] / 1e6:,.1f} MB, "
+        f"and {staging} folder(s) of builds that ended early."
+    )

@@ -1,0 +1,91 @@
+"""A build that dies: run by `test_restart.py` as a process of its own.
+
+    python killed_build.py CONFIG.json STAGE DONE VICTIM
+
+It kills the driver (itself), or with VICTIM `worker` a Ray worker, when DONE items of STAGE are finished; STAGE
+`pointer` is the moment before the pointer is switched. VICTIM `process` is a driver that runs its work items itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import index_builder.build as build_module
+import index_builder.publish as publish_module
+import index_builder.stage_runner as runner_module
+from smallcap.config import IndexConfig
+
+
+def die(*arguments: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def in_process() -> None:
+    def run_tasks(function: Any, items: Any, memory_bytes: int | None = None) -> Iterator[tuple[int, Any]]:
+        for position, item in enumerate(items):
+            yield position, function(item)
+
+    def run_actors(actor: Any, arguments: Any, items: Any, plan: object) -> Iterator[tuple[int, Any]]:
+        yield from run_tasks(actor(*arguments), items)
+
+    runner_module.run_tasks = run_tasks
+    runner_module.run_actors = run_actors
+    runner_module.node_resources = lambda: [{"CPU": 2.0}]
+
+
+def kill_a_worker() -> None:
+    """Kills the next worker of this session's Ray that is seen at work."""
+    import ray
+
+    session = Path(ray._private.worker._global_node.get_session_dir_path()).name
+    for _ in range(3000):
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                title = (folder / "cmdline").read_bytes()
+                mine = title.startswith(b"ray::MapBatches") and session.encode() in (folder / "environ").read_bytes()
+            except OSError:
+                continue
+            if mine or title.startswith(b"ray::MapWorker"):
+                os.kill(int(folder.name), signal.SIGKILL)
+                print(f"killed {title[:60].decode()}", flush=True)
+                return
+        time.sleep(0.002)
+    print("no worker was seen", flush=True)
+
+
+def main(config_file: str, stage: str, done: int, victim: str) -> None:
+    config = IndexConfig.model_validate(json.loads(Path(config_file).read_text()))
+    if victim == "process":
+        in_process()
+    else:
+        from jobs.ray_session import connect
+
+        connect()
+    if stage == "pointer":
+        publish_module.switch_pointer = die
+    killers: list[threading.Thread] = []
+
+    def watch(name: str, finished: int, total: int) -> None:
+        if name == stage and finished >= min(done, total) and not killers:
+            if victim != "worker":
+                die()
+            killers.append(threading.Thread(target=kill_a_worker))
+            killers[0].start()
+
+    progress: Callable[[str, int, int], None] = watch
+    report = build_module.build_index(config, progress)
+    for killer in killers:
+        killer.join()
+    print(json.dumps({"index_id": report.manifest.index_id}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4])

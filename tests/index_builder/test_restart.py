@@ -1,0 +1,89 @@
+"""What is killed, at whatever moment, is followed by the index that an undisturbed build makes."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from index_builder.build import BuildReport, build_index
+from index_builder.staging import STAGING_PREFIX
+from smallcap.config import CleaningConfig, IndexConfig
+from smallcap.index_manifest import load_manifest
+
+SCRIPT = Path(__file__).with_name("killed_build.py")
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_clip: Path) -> IndexConfig:
+    """Two dumps of 4,000 captions together, in four shards."""
+    for number in range(2):
+        rows = (f"image{row // 2},a picture of thing {row} of dump {number}" for row in range(2_000))
+        (tmp_path / f"{number}.csv").write_text("\n".join(["image,caption", *rows]) + "\n")
+    return IndexConfig(
+        dumps=(f"{tmp_path}/0.csv", f"{tmp_path}/1.csv"),
+        out=f"{tmp_path}/index",
+        encoder=f"hf:{tiny_clip}",
+        index_key="IVF16,SQ8",
+        shards=4,
+        cleaning=CleaningConfig(tokenizer=None),
+        recall={"target": 0.1, "queries": 64},  # type: ignore[arg-type]
+        cache_dir=f"{tmp_path}/cache",
+    )
+
+
+def run(config: IndexConfig, stage: str, done: int, victim: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
+    (tmp_path / "config.json").write_text(config.model_dump_json())
+    command = [sys.executable, str(SCRIPT), f"{tmp_path}/config.json", stage, str(done), victim]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=250)
+
+
+def files_of(report: BuildReport) -> dict[str, bytes]:
+    return {entry.file: (Path(report.index_uri) / entry.file).read_bytes() for entry in report.manifest.files}
+
+
+def check_restart(config: IndexConfig, stage: str, victim: str, tmp_path: Path) -> None:
+    """Kills a build, looks that nothing is published, and goes on with it in this process."""
+    killed = run(config, stage, 2, victim, tmp_path)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    index = Path(config.out)
+    assert not (index / "current.json").exists()
+    assert len(list(index.glob(f"{STAGING_PREFIX}*"))) == 1
+    seen: list[str] = []
+    restarted = build_index(config, lambda name, done, total: seen.append(name))
+    assert not list(index.glob(f"{STAGING_PREFIX}*"))
+    whole = build_index(config.model_copy(update={"out": f"{tmp_path}/undisturbed"}))
+    assert restarted.manifest.index_id == whole.manifest.index_id
+    assert files_of(restarted) == files_of(whole)
+    if stage in ("template", "shard", "calibrate", "pointer"):
+        assert "embed" not in seen  # no part of it was left to do
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("stage", ["clean", "embed", "shard", "pointer"])
+def test_a_killed_driver(tmp_path: Path, config: IndexConfig, stage: str) -> None:
+    check_restart(config, stage, "process", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("stage", ["clean", "dedupe", "embed", "template", "shard", "calibrate", "pointer"])
+def test_a_killed_driver_of_a_ray(tmp_path: Path, config: IndexConfig, stage: str) -> None:
+    check_restart(config, stage, "driver", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("stage", ["scan", "clean", "dedupe", "embed", "shard"])
+def test_a_killed_worker(tmp_path: Path, config: IndexConfig, stage: str) -> None:
+    """Kills the first worker seen at work after an item of the stage is finished."""
+    survived = run(config, stage, 1, "worker", tmp_path)
+    assert survived.returncode == 0, survived.stderr
+    assert "killed ray::" in survived.stdout
+    whole = build_index(config.model_copy(update={"out": f"{tmp_path}/undisturbed"}))
+    assert load_manifest(config.out).index_id == whole.manifest.index_id
