@@ -1,0 +1,147 @@
+"""autofaiss's side of the index benchmark, run by an interpreter that has autofaiss: which key, `build`, `search`.
+
+    PYTHON -m benchmarks.index_autofaiss choose ROWS DIM BYTES,BYTES,… ANSWER
+    PYTHON -m benchmarks.index_autofaiss build EMBEDDINGS OUT BYTES THREADS ANSWER
+    PYTHON -m benchmarks.index_autofaiss search OUT QUERIES K BATCHES SECONDS THREADS TRUTH TARGETS ANSWER
+
+Everything is autofaiss's own choice but the memory: key, training, search parameters, query time (10 ms). It imports
+nothing of smallcap, whose faiss is another package.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+from autofaiss import build_index
+from autofaiss.external.optimize import get_optimal_index_keys_v2
+
+from benchmarks.measuring import queries_per_s
+
+_RECALL_AT = (4, 10)
+_MOST = {"efSearch": 2**14, "nprobe": 6144}  # the largest that autofaiss itself tries
+
+
+def choose(rows: str, dim: str, budgets: str) -> dict[str, Any]:
+    """Returns the key that autofaiss chooses for each memory, in bytes; `default` stands for its own default."""
+    default = inspect.signature(build_index).parameters["max_index_memory_usage"].default
+    memories = {budget: default if budget == "default" else f"{budget}B" for budget in budgets.split(",")}
+    keys = {budget: get_optimal_index_keys_v2(int(rows), int(dim), memory) for budget, memory in memories.items()}
+    return {
+        "keys": {budget: found[0] if found else None for budget, found in keys.items()},
+        "versions": {"autofaiss": version("autofaiss"), "faiss": faiss.__version__, "numpy": np.__version__},
+    }
+
+
+def build(embeddings: str, out: str, budget: str, threads: str) -> dict[str, Any]:
+    """Builds an index with autofaiss's own settings."""
+    memory = {} if budget == "default" else {"max_index_memory_usage": f"{budget}B"}
+    folder = Path(out)
+    folder.mkdir(parents=True)
+    start = time.perf_counter()
+    index, infos = build_index(
+        embeddings,
+        index_path=str(folder / "knn.index"),
+        index_infos_path=str(folder / "infos.json"),
+        metric_type="ip",
+        nb_cores=int(threads),
+        **memory,
+    )
+    stop = time.perf_counter()
+    assert index is not None, "autofaiss built nothing; it says why above"
+    return {
+        "start": start,
+        "stop": stop,
+        "index_key": infos["index_key"],
+        "index_param": infos["index_param"],
+        "index_bytes": (folder / "knn.index").stat().st_size,
+    }
+
+
+class _Tuned:
+    """An index at one setting of its search; `ht` and the like stay as autofaiss chose them."""
+
+    def __init__(self, index: Any, param: str) -> None:
+        self._index = index
+        self._settings = dict(setting.split("=") for setting in param.split(",") if setting)
+        self.name = next((name for name in ("nprobe", "efSearch") if name in self._settings), None)
+        self._both = {"nprobe", "efSearch"} <= set(self._settings)  # the lists are found by a graph
+        inverted_file = faiss.try_extract_index_ivf(index)
+        self.most = min(_MOST[self.name], inverted_file.nlist if self.name == "nprobe" else 2**30) if self.name else 0
+
+    def use(self, value: int | None = None) -> str:
+        """Sets `name`, by default to what autofaiss chose; returns all settings."""
+        settings = dict(self._settings)
+        if value is not None and self.name:
+            settings[self.name] = str(value)
+            if self._both:
+                settings["efSearch"] = str(2 * value)  # as autofaiss ties them
+        text = ",".join(f"{name}={setting}" for name, setting in settings.items())
+        faiss.ParameterSpace().set_index_parameters(self._index, text)
+        return text
+
+
+def search(
+    out: str, queries: str, k: str, batches: str, seconds: str, threads: str, truth: str, targets: str
+) -> dict[str, Any]:
+    """Measures the index at its own setting, and at the least that reaches each recall@4 asked for."""
+    faiss.omp_set_num_threads(int(threads))
+    index = faiss.read_index(str(Path(out) / "knn.index"))
+    infos = json.loads((Path(out) / "infos.json").read_text())
+    vectors, exact = np.load(queries), np.load(truth)
+    tuned = _Tuned(index, infos["index_param"])
+    sizes = [int(size) for size in batches.split(",")]
+
+    def recalls() -> dict[int, float]:
+        found = index.search(vectors, max(_RECALL_AT))[1]
+        return {at: float((found[:, :at, None] == exact[:, None, :at]).any(axis=1).mean()) for at in _RECALL_AT}
+
+    def measure(value: int | None) -> dict[str, Any]:
+        setting = tuned.use(value)
+        rates = queries_per_s(lambda batch: index.search(batch, int(k)), vectors, sizes, float(seconds))
+        return {"param": setting, "recall": recalls(), "queries_per_s": rates}
+
+    result: dict[str, Any] = {"own": measure(None), "at_recall": {}}
+    for target in (float(value) for value in targets.split(",") if value):
+        value, best = _least_setting(tuned, recalls, target)
+        reached = {"reached": True, **measure(value)} if value else {"reached": False}
+        result["at_recall"][str(target)] = {**reached, "most": best}
+    return result
+
+
+def _least_setting(tuned: _Tuned, recalls: Any, target: float) -> tuple[int | None, dict[str, Any]]:
+    """Returns the least setting with this recall@4, to a twentieth, and what was seen at the largest one tried."""
+    low, high = 0, 8
+    while True:
+        high = min(high, max(1, tuned.most))
+        setting = tuned.use(high if tuned.name else None)
+        recall = recalls()[4]
+        if recall >= target:
+            break
+        if high >= tuned.most:
+            return None, {"param": setting, "recall@4": recall}
+        low, high = high, 2 * high
+    seen = {"param": setting, "recall@4": recall}
+    while high - low > max(1, high // 20):
+        middle = (low + high) // 2
+        tuned.use(middle)
+        low, high = (low, middle) if recalls()[4] >= target else (middle, high)
+    return high, seen
+
+
+def main() -> None:
+    """Runs one step; the last argument names the file for its answer."""
+    step, *arguments, answer = sys.argv[1:]
+    result = {"choose": choose, "build": build, "search": search}[step](*arguments)
+    Path(answer).write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""What both sides of a comparison are measured with: the memory of a process with all its children, and queries/s.
+
+Needs no more than the standard library and numpy, since another interpreter than smallcap's may run it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_SAMPLE_S = 0.2
+_ROUNDS = 3
+_FIELDS = ("VmRSS", "RssAnon", "RssShmem")
+
+
+@dataclass
+class PeakMemory:
+    """The most memory that a tree of processes had at once; sampled, so that shorter peaks go unseen.
+
+    `own` counts what a process allocated or shares by way of Ray's object store; `resident` counts mapped files as
+    well, which the kernel drops when it needs the room. All in bytes.
+    """
+
+    largest_own: int = 0
+    sum_own: int = 0
+    largest_resident: int = 0
+    by_time: list[tuple[float, int, int]] = field(default_factory=list)  # (perf_counter, largest own, sum of own)
+
+    def add(self, processes: Sequence[dict[str, int]]) -> None:
+        """Takes one sample: `_FIELDS` of each process in bytes."""
+        own = [values["RssAnon"] + values["RssShmem"] for values in processes] or [0]
+        self.largest_own = max(self.largest_own, *own)
+        self.sum_own = max(self.sum_own, sum(own))
+        self.largest_resident = max([self.largest_resident, *(values["VmRSS"] for values in processes)])
+        self.by_time.append((time.perf_counter(), max(own), sum(own)))
+
+    def between(self, start: float, stop: float) -> tuple[int, int]:
+        """Returns the largest process and the largest sum between two times."""
+        samples = [sample for sample in self.by_time if start <= sample[0] <= stop]
+        return max((sample[1] for sample in samples), default=0), max((sample[2] for sample in samples), default=0)
+
+
+def run_watched(command: Sequence[str], cores: int, env: dict[str, str] | None = None) -> tuple[Any, PeakMemory]:
+    """Runs a command that writes JSON to the file its last argument names, on a number of cores.
+
+    Returns:
+        What it wrote, and the peak memory of it and its children; zeros where there is no /proc.
+
+    Raises:
+        subprocess.CalledProcessError: It failed; its own messages are on stderr.
+    """
+    peak = PeakMemory()
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "answer.json"
+        process = subprocess.Popen(
+            [*command, str(answer)],
+            env={**os.environ, **(env or {})},
+            stdout=sys.stderr,
+            preexec_fn=lambda: _use_cores(cores),  # noqa: PLW1509 - this process's threads hold no locks that it needs
+        )
+        stopped = threading.Event()
+        watcher = threading.Thread(target=_watch, args=(process.pid, peak, stopped))
+        watcher.start()
+        try:
+            status = process.wait()
+        except BaseException:
+            process.terminate()  # on ctrl-C: Ray ends with its driver
+            raise
+        finally:
+            stopped.set()
+            watcher.join()
+        if status:
+            raise subprocess.CalledProcessError(status, [*command])
+        return json.loads(answer.read_bytes()), peak
+
+
+def _use_cores(count: int) -> None:
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
+
+
+def _watch(pid: int, peak: PeakMemory, stopped: threading.Event) -> None:
+    while not stopped.wait(_SAMPLE_S):
+        peak.add(_memory_of_tree(pid))
+
+
+def _memory_of_tree(root: int) -> list[dict[str, int]]:
+    """Returns `_FIELDS` in bytes of a process and of all that descend from it."""
+    found: dict[int, dict[str, int]] = {}
+    parents: dict[int, int] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            lines = (folder / "status").read_text().splitlines()
+        except OSError:  # it has ended meanwhile
+            continue
+        values = dict(line.split(":", 1) for line in lines if ":" in line)
+        pid = int(folder.name)
+        parents[pid] = int(values["PPid"])
+        found[pid] = {name: int(values.get(name, "0").split()[0]) << 10 for name in _FIELDS}
+
+    def descends(pid: int) -> bool:
+        while pid > 1 and pid != root:
+            pid = parents.get(pid, 0)
+        return pid == root
+
+    return [values for pid, values in found.items() if descends(pid)]
+
+
+def queries_per_s(
+    search: Callable[[np.ndarray], object], queries: np.ndarray, batch_sizes: Sequence[int], seconds: float
+) -> dict[int, float]:
+    """Returns the rate of a search by batch size: the fastest of some rounds, each over other queries.
+
+    Args:
+        search: Takes [B, dim] float32.
+        queries: [Q, dim] float32, at least as many as the largest batch.
+        batch_sizes: How many queries are searched at once.
+        seconds: What a round takes at least.
+    """
+    rates = {}
+    for size in batch_sizes:
+        batches = [queries[start : start + size] for start in range(0, len(queries) - size + 1, size)]
+        search(batches[-1])  # once unmeasured: maps pages, starts threads
+        number, best = 0, 0.0
+        for _ in range(_ROUNDS):
+            start, done = time.perf_counter(), 0
+            while done == 0 or time.perf_counter() - start < seconds:
+                search(batches[number % len(batches)])
+                number, done = number + 1, done + 1
+            best = max(best, done * size / (time.perf_counter() - start))
+        rates[size] = best
+    return rates
