@@ -210,8 +210,7 @@ class Deduped:
 
     captions: int  # new ones
     embedded: int  # of them with an embedding
-    known: int  # captions of the index that is added to
-    grown: int  # of them with a new source or image
+    grown: int  # captions of the index that is added to with a new source or image
     duplicates: int
     image_pairs: int
 
@@ -225,14 +224,12 @@ def dedupe_bucket(task: DedupeTask) -> Deduped:
     new: list[UniqueCaption] = []
     grown: list[UniqueCaption] = []
     hashes: list[int] = []
-    known = 0
     for caption in deduplicator.captions():
         hashes += map(_image_hash, caption.image_ids)
         if caption.known_id is None:
             new.append(caption)
-        else:
-            known += 1
-            grown += [caption] if caption.has_grown else []
+        elif caption.has_grown:
+            grown.append(caption)
     _write_batches(_unique_uri(task.work_uri, task.bucket), _UNIQUE_COLUMNS, [_batch(_UNIQUE_COLUMNS, map(_new, new))])
     if grown:
         _write_batches(
@@ -242,7 +239,7 @@ def dedupe_bucket(task: DedupeTask) -> Deduped:
     np.save(buffer, np.array(hashes, dtype=np.uint64))
     storage.write_bytes(_images_uri(task.work_uri, task.bucket), buffer.getvalue())
     embedded = sum(caption.vector is not None for caption in new)
-    return Deduped(len(new), embedded, known, len(grown), deduplicator.duplicates, len(hashes))
+    return Deduped(len(new), embedded, len(grown), deduplicator.duplicates, len(hashes))
 
 
 def _read_rows(batch: pa.RecordBatch) -> Iterator[Row]:

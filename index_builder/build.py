@@ -154,6 +154,12 @@ class _Build:
         self._runner = StageRunner(config.compute, progress)
         self._encoding = Encoding(identity, dtype, self._runner)
         self._columns = Columns(config.text_column, config.image_id_column, config.embedding_column, identity.dim)
+        self._filters = {  # read once: a blocklist that changes meanwhile must not make the manifest contradict itself
+            "rules": RULES_VERSION,
+            "text_column": config.text_column,
+            "image_id_column": config.image_id_column,
+            **describe_filters(config.cleaning),
+        }
 
     def run(self) -> BuildReport:
         """Builds, or adds."""
@@ -221,20 +227,12 @@ class _Build:
     def _options(self) -> dict[str, Any]:
         config = self._config
         return {
-            "filters": self._filters(),
+            "filters": self._filters,
             "embedding_column": config.embedding_column,
             "index_key": config.index_key,
             "shards": config.shards,
             "memory_budget_gb": config.memory_budget_gb,
             "dtype": self._encoding.dtype,
-        }
-
-    def _filters(self) -> dict[str, Any]:
-        return {
-            "rules": RULES_VERSION,
-            "text_column": self._config.text_column,
-            "image_id_column": self._config.image_id_column,
-            **describe_filters(self._config.cleaning),
         }
 
     def _plan_of_files(self) -> str:
@@ -333,7 +331,7 @@ class _Build:
             removed=kept.removed if kept else None,
             max_captions_per_image=most,
             sources=sources,
-            filters=self._filters(),
+            filters=self._filters,
             dropped=cleaned.dropped,
             operation="add" if kept else "build",
             parents=tuple(parent.manifest.index_id for parent in self._inputs.parents),
