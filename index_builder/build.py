@@ -273,7 +273,8 @@ class _Build:
                 found=", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "no rows",
                 remedy="Check --text-column and the cleaning options.",
             )
-        return _Cleaned(captions, tuple(deduped), self._inputs.rows_of_scans(dealt), dropped, staging.work_uri)
+        rows = [count for part in dealt for count in part.rows]
+        return _Cleaned(captions, tuple(deduped), rows, dropped, staging.work_uri)
 
     def _count_dropped(self, dealt: Sequence[Dealt], deduped: Sequence[Deduped]) -> dict[str, int]:
         dropped = {"duplicate": sum(bucket.duplicates for bucket in deduped)}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from index_builder.buckets import Dealt, DealTask, plan_buckets, plan_dealing
+from index_builder.buckets import DealTask, plan_buckets, plan_dealing
 from index_builder.dump_formats import Columns
 from index_builder.dumps import DumpScan
 from index_builder.stored import DealStoredTask, Role, StoredIndex
@@ -39,11 +39,6 @@ class Inputs:
     def parents(self) -> tuple[StoredIndex, ...]:
         """The indexes whose captions the new version has."""
         return (*([self.base] if self.base else ()), *self.given)
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether there is nothing that captions could come from."""
-        return not (self.parents or self.scans)
 
     def sources(self, rows: Sequence[int] | None = None) -> tuple[SourceEntry, ...]:
         """Returns the source files: those of the parents, then the dumps; each once, under names that differ.
@@ -95,10 +90,6 @@ class Inputs:
         stored = [entry.bytes for index in self.parents for entry in index.manifest.captions]
         moved = [entry.bytes for index in (*self.given, *self.lenders) for entry in index.manifest.shards]
         return sum(scan.bytes for scan in self.scans) + sum(stored) + sum(moved)
-
-    def rows_of_scans(self, dealt: Sequence[Dealt]) -> list[int]:
-        """Returns the number of rows of each dump file."""
-        return [count for part in dealt for count in part.rows]
 
     def digest(self, identity: EncoderIdentity, options: Mapping[str, Any]) -> str:
         """Returns a hash of the inputs and of all options that decide what is built of them."""

@@ -137,9 +137,7 @@ def write_removed(index_uri: str, ids: np.ndarray) -> RemovedEntry | None:
         return None
     with storage.scratch_folder() as folder:
         np.save(folder / "removed.npy", np.sort(ids.astype(np.int64)))
-        entry = RemovedEntry.describe(folder / "removed.npy", "removed", rows=len(ids))
-        storage.move_in(folder / "removed.npy", storage.join(index_uri, entry.file))
-        return entry
+        return RemovedEntry.adopt(folder / "removed.npy", index_uri, "removed", rows=len(ids))
 
 
 def draft_removal(base: StoredIndex, removals: Sequence[str], runner: StageRunner) -> IndexManifest | None:

@@ -77,9 +77,7 @@ def write_shard(task: ShardTask) -> WrittenShard:
     with storage.scratch_folder() as folder:
 
         def publish(path: Path, kind: str) -> ShardEntry:
-            entry = ShardEntry.describe(path, kind, **ids)
-            storage.move_in(path, storage.join(task.index_uri, entry.file))
-            return entry
+            return ShardEntry.adopt(path, task.index_uri, kind, **ids)
 
         write_caption_file(folder / "captions.arrow", _caption_batch(task))
         captions = publish(folder / "captions.arrow", "captions")
@@ -214,6 +212,5 @@ def rewrite_captions(index: StoredIndex, shard: int, changes: Mapping[int, Mappi
     batch = pa.record_batch([captions.column("caption_id"), captions.column("text"), *arrays], CAPTION_STORE_COLUMNS)
     with storage.scratch_folder() as folder:
         write_caption_file(folder / "captions.arrow", batch)
-        new = ShardEntry.describe(folder / "captions.arrow", "captions", first_id=entry.first_id, rows=entry.rows)
-        storage.move_in(folder / "captions.arrow", storage.join(index.uri, new.file))
-        return new
+        ids = {"first_id": entry.first_id, "rows": entry.rows}
+        return ShardEntry.adopt(folder / "captions.arrow", index.uri, "captions", **ids)

@@ -48,9 +48,7 @@ def train_template(task: TrainTask) -> FileEntry:
     with storage.scratch_folder() as folder:
         path = folder / "template.faiss"
         faiss.write_index(index, str(path))
-        entry = FileEntry.describe(path, "template")
-        storage.move_in(path, storage.join(task.index_uri, entry.file))
-        return entry
+        return FileEntry.adopt(path, task.index_uri, "template")
 
 
 def make_index(index_key: str, dim: int) -> Any:

@@ -71,11 +71,10 @@ class FileEntry(_Record):
         return cls(file=name, bytes=path.stat().st_size, sha256=sha256, **fields)
 
     @classmethod
-    def adopt(cls, path: Path, folder: Path, kind: str, **fields: Any) -> Self:
-        """Like `describe`, and moves the file to that name below `folder`."""
+    def adopt(cls, path: Path, index_uri: str | Path, kind: str, **fields: Any) -> Self:
+        """Like `describe`, and moves the temporary file to that name in an index."""
         entry = cls.describe(path, kind, **fields)
-        (folder / entry.file).parent.mkdir(exist_ok=True)
-        path.replace(folder / entry.file)
+        storage.move_in(path, storage.join(str(index_uri), entry.file))
         return entry
 
     @field_validator("file")
