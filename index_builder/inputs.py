@@ -88,7 +88,8 @@ class Inputs:
     def _bytes(self) -> int:
         """Estimates what is dealt: the dumps, and texts and embeddings of the indexes."""
         stored = [entry.bytes for index in self.parents for entry in index.manifest.captions]
-        moved = [entry.bytes for index in (*self.given, *self.lenders) for entry in index.manifest.shards]
+        manifests = [index.manifest for index in (*self.given, *self.lenders)]
+        moved = [entry.bytes for manifest in manifests for entry in (manifest.vectors or manifest.shards)]
         return sum(scan.bytes for scan in self.scans) + sum(stored) + sum(moved)
 
     def digest(self, identity: EncoderIdentity, options: Mapping[str, Any]) -> str:

@@ -29,6 +29,7 @@ from pydantic import TypeAdapter
 
 from smallcap import storage
 from smallcap.errors import ConflictError, SmallCapError, StorageError
+from smallcap.fetching import fetch_objects
 
 STAGING_PREFIX = ".staging-"
 ABANDONED_AFTER = timedelta(days=1)
@@ -171,7 +172,7 @@ class Results(Generic[Result]):
             return {}
         files = storage.list_files(self.uri, (".json",))
         adapter = TypeAdapter(self.kind)
-        contents = storage.fetch_objects(files)
+        contents = fetch_objects(files).data
         return {
             _position(file): adapter.validate_json(content)
             for file, content in zip(files, contents, strict=True)

@@ -6,10 +6,11 @@ valid name. What follows from the machine (device, free memory) is decided by th
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -22,6 +23,7 @@ DecodeMode = Literal["exact", "fast"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 JunkFilter = Literal["urls", "markup", "repeats"]
 SearchDevice = Literal["auto", "cpu", "cuda"]
+TarIds = Literal["auto", "key", "tar/key"]
 
 
 class Config(BaseModel):
@@ -88,13 +90,20 @@ class InputConfig(Config):
     """Where images come from."""
 
     image_column: str = "image_uri"
-    """Column of a Parquet, CSV or JSONL list that holds the image's URI or path."""
+    """Column of a list that holds the image's URI or path, or of a Parquet file that holds the image's bytes."""
     id_column: str = "image_id"
     """Column of a list that holds the image's id; the URI is the id where there is no such column."""
+    tar_ids: TarIds = "auto"
+    """Ids of images in WebDataset tars: their `key`; or `tar/key`, with the tar's path below its folder; `auto` takes
+    `tar/key` only where two tars begin with the same key."""
     max_image_pixels: int = Field(100_000_000, ge=1)
     """Images with more pixels become `too_large` rows without being decoded."""
     decode: DecodeMode = "exact"
     """`exact` gives the encoders CLIP's own preprocessing to the bit; `fast` decodes JPEG at a fraction of its size."""
+    fetch_timeout_s: float = Field(30.0, gt=0)
+    """Most seconds of one request for an image, its body included."""
+    fetch_attempts: int = Field(6, ge=1)
+    """Requests for one image before it becomes a `timeout` or `unavailable` row, with growing waits in between."""
 
 
 class ComputeConfig(Config):
@@ -108,27 +117,48 @@ class ComputeConfig(Config):
     compile: bool = False
     """Compile the encoders with torch.compile (captioning only): minutes at the start, then faster on a GPU."""
     batch_size: int | Literal["auto"] = "auto"
-    """Images captioned together; `auto` is 64 on a CPU and 256 on a GPU."""
-    num_actors: int | Literal["auto"] = "auto"
-    """Captioner actors; `auto` is one per GPU share, or one per four CPU cores."""
+    """Images captioned together; `auto` is what fits into the free memory, at most 64 on a CPU and 256 on a GPU."""
+    num_actors: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Model actors that a job starts with; `auto` is one per GPU share, or one per four CPU cores, of the cluster as it
+    is then."""
+    max_actors: int | None = Field(None, ge=1)
+    """Actors that a captioning run may grow to where the cluster grows; by default those it starts with. With `device:
+    cuda` it may start before there is a GPU, and the cluster's autoscaler brings one."""
     gpus_per_actor: float = Field(1.0, gt=0)
     """GPUs of one actor; a fraction lets several actors share one GPU."""
+
+    @model_validator(mode="after")
+    def _pool_is_a_range(self) -> Self:
+        if self.max_actors is not None and self.num_actors != "auto" and self.max_actors < self.num_actors:
+            raise ValueError(f"max_actors is {self.max_actors}, but num_actors starts with {self.num_actors}")
+        return self
 
 
 class OutputConfig(Config):
     """How results are written."""
 
-    rows_per_part: int = Field(5000, ge=1)
-    """Rows of one Parquet part, the last one excepted; what an interrupted run loses is less than this per writer."""
-    rows_per_row_group: int = Field(1000, ge=1)
-    """Rows of one row group."""
+    rows_per_part: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Fewest rows of a Parquet part, the last one excepted, and what an interrupted run can lose. `auto` is 5,000 on a
+    CPU, 50,000 on a GPU, and 2,000 where tars are written."""
+    rows_per_row_group: int = Field(10_000, ge=1)
+    """Most rows of one row group."""
+    clip_score: bool = True
+    """Write the cosine of image and caption, which costs a pass of the text encoder for each caption."""
+    save_embeddings: bool = False
+    """Write the images' embeddings, too, in float16, to files beside the parts."""
+    write: tuple[Literal["webdataset"], ...] = ()
+    """What to write beside Parquet: `webdataset` makes tars of images and captions for training pipelines."""
 
 
 class CaptionConfig(Config):
     """A captioning run."""
 
     images: tuple[str, ...] = Field(min_length=1)
-    """Folders, prefixes, image files, or lists of URIs (.parquet, .csv, .tsv, .jsonl, .txt)."""
+    """Folders, prefixes, globs and files: images, WebDataset tars (.tar, .tar.gz, .tgz), Parquet with image bytes, or
+    lists of URIs (.parquet, .csv, .tsv, .jsonl, .json, .txt)."""
+    keep_columns: tuple[str, ...] = ()
+    """Columns of the lists or Parquet files that pass through to the output; of tars `json`, `txt`, or a field of the
+    json."""
     index: str | None = None
     """Published index; may be left out only with `retrieval.k=0`."""
     model: str
@@ -136,7 +166,9 @@ class CaptionConfig(Config):
     out: str
     """Output folder or prefix."""
     limit: int | None = Field(None, ge=1)
-    """Caption only the first N images in the order of their ids."""
+    """Caption only the first N images: those of lists and folders in the order of their ids, then those of tars."""
+    max_error_rate: float = Field(1.0, ge=0, le=1)
+    """The job exits with status 3 when a greater share of the rows than this are errors."""
     generation: GenerationConfig = GenerationConfig()
     retrieval: RetrievalConfig = RetrievalConfig()
     input: InputConfig = InputConfig()
@@ -252,7 +284,11 @@ class IndexConfig(Config):
 
 
 def load_config(
-    kind: type[ConfigT], file: str | None = None, flags: Mapping[str, Any] | None = None, sets: Sequence[str] = ()
+    kind: type[ConfigT],
+    file: str | None = None,
+    flags: Mapping[str, Any] | None = None,
+    sets: Sequence[str] = (),
+    base: Mapping[str, Any] | None = None,
 ) -> ConfigT:
     """Builds a config from a YAML file, flags and `a.b=c` settings; later ones win.
 
@@ -261,11 +297,13 @@ def load_config(
         file: URI of a YAML mapping.
         flags: Dotted names to values; `None` means that the flag was not given.
         sets: `a.b=c` strings; the value is read as YAML, so that `3`, `true` and `[a, b]` have their types.
+        base: A dumped config that all these change, in the place of the defaults.
 
     Raises:
         ConfigError: A key is unknown, a value is wrong, or the file is not a YAML mapping.
     """
-    values: dict[str, Any] = _read_yaml(file) if file else {}
+    values: dict[str, Any] = copy.deepcopy(dict(base)) if base else {}
+    values |= _read_yaml(file) if file else {}
     for name, value in (flags or {}).items():
         if value is not None:
             _assign(values, name, value)

@@ -26,15 +26,19 @@ __all__ = [
 
 
 class ErrorCode(StrEnum):
-    """Why one image has no caption; the values are part of schema v1."""
+    """Why one image has no caption; the values are part of the schema."""
 
     NOT_FOUND = "not_found"  # the object does not exist
     FORBIDDEN = "forbidden"  # the object exists, and these credentials may not read it
     EMPTY = "empty"  # zero bytes
     NOT_AN_IMAGE = "not_an_image"  # no known image format's signature
     TRUNCATED = "truncated"  # an image whose data ends early or is damaged
-    TOO_LARGE = "too_large"  # more pixels than `max_image_pixels`
+    TOO_LARGE = "too_large"  # more pixels than `max_image_pixels`, or more bytes than are fetched
     UNSUPPORTED = "unsupported"  # an image format or mode that the decoder refuses
+    INVALID_URI = "invalid_uri"  # malformed, or of a kind that nothing here reads
+    TIMEOUT = "timeout"  # no whole answer in time, in every attempt
+    UNAVAILABLE = "unavailable"  # the service failed or refused, in every attempt
+    CRASHED = "crashed"  # the image ended the process that decoded it
 
 
 class SmallCapError(Exception):

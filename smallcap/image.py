@@ -17,8 +17,12 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from smallcap.errors import ErrorCode, RowError
 
-_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\x00", b"MM\x00*", b"RIFF", b"\x00\x00\x01\x00")
-_CONTAINERS_WITHOUT_DECODER = (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypmsf1", b"<svg", b"%PDF")
+_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\x00", b"MM\x00*", b"\x00\x00\x01\x00")
+_WITHOUT_DECODER = (b"\xff\x0a", b"\x00\x00\x00\x0cJXL ", b"%PDF")
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+# Pillow knows these by name, but would run Ghostscript on them or has no decoder of its own.
+_NEVER_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+_SNIFFED_BYTES = 2048  # an SVG's own tag comes after comments and a document type
 MAX_IMAGE_PIXELS = 100_000_000
 _FIRST_TURNED = 5  # EXIF orientations from here on exchange width and height
 
@@ -114,23 +118,32 @@ def _read_header(data: bytes, where: str) -> Image.Image:
     # Pillow's own limit is a process-wide setting that only warns up to twice its value; ours is checked on the header.
     Image.MAX_IMAGE_PIXELS = None
     try:
-        return Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data))
     except UnidentifiedImageError:
-        head = data[:64].lstrip()
-        if any(mark in head for mark in _CONTAINERS_WITHOUT_DECODER):
-            raise RowError(ErrorCode.UNSUPPORTED, "No decoder for this format is installed.", where=where) from None
-        if data.startswith(_SIGNATURES):
-            raise RowError(ErrorCode.TRUNCATED, "The image's header ends early or is damaged.", where=where) from None
-        raise RowError(
-            ErrorCode.NOT_AN_IMAGE, "The bytes are not those of a known image format.", where=where
-        ) from None
+        raise _unidentified(data, where) from None
     except Exception as error:  # a damaged header can raise nearly anything, by its format's plugin
         raise RowError(ErrorCode.TRUNCATED, f"The image's header is damaged: {error}", where=where) from error
+    if image.format in _NEVER_DECODED:
+        raise RowError(ErrorCode.UNSUPPORTED, f"Images of the format {image.format} are not decoded.", where=where)
+    return image
+
+
+def _unidentified(data: bytes, where: str) -> RowError:
+    """Says what bytes are that Pillow does not take for an image."""
+    head = data[:_SNIFFED_BYTES].lower()
+    in_box, brand = data[4:8] == b"ftyp", data[8:12]
+    is_svg = b"<svg" in head and b"<html" not in head
+    if data.startswith(_WITHOUT_DECODER) or (in_box and brand in _HEIF_BRANDS) or is_svg:
+        return RowError(ErrorCode.UNSUPPORTED, "No decoder for this format is installed.", where=where)
+    is_webp = data.startswith(b"RIFF") and b"WEBP".startswith(brand)
+    if data.startswith(_SIGNATURES) or is_webp or (in_box and brand in (b"avif", b"avis")):
+        return RowError(ErrorCode.TRUNCATED, "The image's header ends early or is damaged.", where=where)
+    return RowError(ErrorCode.NOT_AN_IMAGE, "The bytes are not those of a known image format.", where=where)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):  # convert() would clip these at 255, not scale them
-        values = np.asarray(image, dtype=np.float32)
+        values = np.nan_to_num(np.asarray(image, dtype=np.float32))
         top = 65535.0 if image.mode.startswith("I;16") or values.max(initial=0) > 255 else 255.0
         return Image.fromarray((values.clip(0, top) * (255.0 / top)).astype(np.uint8)).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:

@@ -1,37 +1,41 @@
 """The doorway to storage: every URI that smallcap reads or writes goes through here.
 
 Local paths, `s3://` (s3fs; the endpoint from AWS_ENDPOINT_URL) and any other fsspec URL look alike to the callers. The
-hot path of fetching many small objects (`fetch_objects`) uses obstore for S3, asynchronously and without a HEAD request
-each. This module knows nothing of images, indexes or schemas.
+hot path of fetching many small objects is `smallcap.fetching`. This module knows nothing of images, indexes or schemas.
 """
 
 from __future__ import annotations
 
-import asyncio
 import fcntl
 import hashlib
+import io
 import os
+import random
 import shutil
 import tempfile
+import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
 import fsspec
 from fsspec.core import url_to_fs
 
-from smallcap.errors import ErrorCode, RowError, RunError, StorageError
+from smallcap.errors import RunError, StorageError
 
 if TYPE_CHECKING:
     from obstore.store import S3Credential, S3Store
 
-FETCH_CONCURRENCY = 64
 _CHUNK_BYTES = 8 << 20
+_READ_ATTEMPTS = 5  # of one ranged read in a row, beside the client's own
+_SORTED_ENTRIES = 200_000  # a folder with more is listed in the order of its disk: names are not held in any number
+_S3_RETRIES = 6  # with botocore's growing waits about half a minute; s3fs repeats some calls once more by itself
+_WRITER = "smallcap-writer"  # S3 metadata of an object that several processes may replace
 _CREDENTIALS_LIFETIME = timedelta(minutes=5)  # after which botocore is asked whether they are still good
 
 
@@ -58,9 +62,11 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     Raises:
         StorageError: The protocol is unknown, or its package is missing.
     """
+    # The endpoint is named, so that fsspec keeps no filesystem of another endpoint for it.
+    of_s3 = {"endpoint_url": s3_endpoint(), "config_kwargs": {"retries": {"max_attempts": _S3_RETRIES}}}
     try:
         # no cache of listings: other processes write to the same places
-        fs, path = url_to_fs(absolute(uri), use_listings_cache=False)
+        fs, path = url_to_fs(absolute(uri), use_listings_cache=False, **(of_s3 if uri.startswith("s3://") else {}))
     except (ValueError, ImportError) as error:
         raise StorageError(
             "Cannot open this kind of URI.",
@@ -124,6 +130,31 @@ def read_bytes(uri: str) -> bytes:
         return bytes(fs.cat_file(path))
 
 
+def read_tail(uri: str, length: int) -> bytes:
+    """Reads the last bytes of a file, or all where it has fewer; on S3 with one request.
+
+    Raises:
+        StorageError: It is missing, forbidden, or the service fails.
+    """
+    with _translated(uri, "read this file"):
+        if uri.startswith("s3://"):
+            import obstore
+            from obstore.exceptions import BaseError
+
+            bucket, _, key = uri.removeprefix("s3://").partition("/")
+            store = s3_store(bucket, s3_endpoint())
+            try:
+                return bytes(obstore.get(store, key, options={"range": {"suffix": length}}).bytes())
+            except BaseError:
+                if size(uri) == 0:  # has no range that S3 could serve
+                    return b""
+                raise
+        fs, path = filesystem(uri)
+        with fs.open(path, "rb", cache_type="none") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - length))
+            return bytes(file.read())
+
+
 def write_bytes(uri: str, data: bytes) -> None:
     """Writes one whole file atomically: a reader sees the old content or the new one, never a part.
 
@@ -170,30 +201,43 @@ def update_bytes(uri: str, update: Callable[[bytes | None], bytes]) -> None:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 write_bytes(uri, update(target.read_bytes() if target.exists() else None))
     elif uri.startswith("s3://"):
-        while not _update_s3(uri, update):
-            pass
+        with _translated(uri, "write this file"):
+            _update_s3(uri, update)
     else:
         write_bytes(uri, update(read_bytes(uri) if exists(uri) else None))
 
 
-def _update_s3(uri: str, update: Callable[[bytes | None], bytes]) -> bool:
-    """Returns whether the object was still the one that was read when it was replaced."""
+def _update_s3(uri: str, update: Callable[[bytes | None], bytes]) -> None:
+    """Replaces an object only while it is the one that was read; begins again where it no longer is.
+
+    A write whose answer was lost may have taken place, so each writer signs its object and looks for its signature
+    before it writes again.
+    """
     import obstore
-    from obstore.exceptions import AlreadyExistsError, PreconditionError
+    from obstore.exceptions import AlreadyExistsError, GenericError, PreconditionError
 
     bucket, _, key = uri.removeprefix("s3://").partition("/")
-    with _translated(uri, "write this file"):
-        store = _s3_store(bucket, _s3_endpoint())
-        try:
+    store = s3_store(bucket, s3_endpoint())
+    signature = uuid.uuid4().hex
+    failures = 0
+    while True:
+        found, e_tag = None, None
+        with suppress(FileNotFoundError):
             response = obstore.get(store, key)
+            if response.attributes.get(_WRITER) == signature:
+                return
             found, e_tag = bytes(response.bytes()), response.meta["e_tag"]
-        except FileNotFoundError:
-            found, e_tag = None, None
+        mode: Any = "create" if found is None else {"e_tag": e_tag}
         try:
-            obstore.put(store, key, update(found), mode="create" if found is None else {"e_tag": e_tag})
+            obstore.put(store, key, update(found), mode=mode, attributes={_WRITER: signature})
+            return
         except (AlreadyExistsError, PreconditionError):
-            return False
-        return True
+            continue
+        except GenericError:  # obstore repeats no conditional write whose connection broke
+            failures += 1
+            if failures > _S3_RETRIES:
+                raise
+            time.sleep(random.uniform(0, 0.1 * 2**failures))
 
 
 def upload(local_path: str | Path, uri: str) -> None:
@@ -287,6 +331,184 @@ def list_files(uri: str, suffixes: Sequence[str] = ()) -> list[str]:
     return sorted(kept)
 
 
+def iter_files(uri: str, suffixes: Sequence[str] = ()) -> Iterator[str]:
+    """Lists the files that `list_files` lists, as a stream: memory does not grow with their number.
+
+    They are sorted on S3 and in local folders of up to 200,000 entries each; elsewhere they come in any order.
+
+    Args:
+        uri: Folder, prefix, glob pattern, or file.
+        suffixes: Lower-case endings to keep; all files when empty.
+
+    Raises:
+        StorageError: Nothing exists at `uri`, or the service fails.
+    """
+    root = absolute(uri)
+    if is_glob(root):
+        fixed = root[: min(root.index(mark) for mark in "*?[" if mark in root)].rpartition("/")[0]
+        prefix = "" if is_local(root) else root.split("://", 1)[0] + "://"
+        fs, pattern = filesystem(root)
+        with _translated(root, "list this path"):
+            found: Iterator[str] = iter(sorted(prefix + path for path in fs.glob(pattern) if not fs.isdir(path)))
+    elif is_local(root):
+        fixed, found = root, _walk_local(root)
+    elif root.startswith("s3://"):
+        fixed, found = root, _walk_s3(root)
+    else:
+        fixed, found = root, iter(list_files(root))
+    endings = tuple(suffixes)
+    any_file = False
+    while True:
+        with _translated(uri, "list this path"):  # not around the yield: the caller's own errors are not the storage's
+            path = next(found, None)
+        if path is None:
+            break
+        any_file = True
+        hidden = any(part.startswith((".", "_")) for part in path[len(fixed) :].split("/"))
+        if not hidden and (not endings or path.lower().endswith(endings)):
+            yield path
+    if not any_file and not exists(uri):
+        raise StorageError("Cannot list this path: it does not exist.", where=uri, remedy="Check the path.")
+
+
+def is_glob(uri: str) -> bool:
+    """Says whether a URI is a pattern of names."""
+    return any(mark in uri for mark in "*?[")
+
+
+def _walk_local(root: str) -> Iterator[str]:
+    """Yields the files below a folder; those of a folder that is not huge in the order of their whole paths."""
+    if os.path.isfile(root):
+        yield root
+        return
+    if not os.path.isdir(root):
+        return
+    with os.scandir(root) as entries:
+        first = list(islice(entries, _SORTED_ENTRIES))
+        # A folder sorts as its name and a slash: then walking in this order gives whole paths in order.
+        first.sort(key=lambda entry: entry.name + "/" if entry.is_dir(follow_symlinks=False) else entry.name)
+        for some in (first, entries):
+            for entry in some:
+                if entry.is_dir(follow_symlinks=False):
+                    yield from _walk_local(entry.path)
+                else:
+                    yield entry.path
+
+
+def _walk_s3(root: str) -> Iterator[str]:
+    import obstore
+
+    bucket, _, key = root.removeprefix("s3://").partition("/")
+    store = s3_store(bucket, s3_endpoint())
+    empty = True
+    for page in obstore.list(store, key or None, chunk_size=1000):
+        for entry in page:
+            empty = False
+            yield f"s3://{bucket}/{entry['path']}"
+    if empty and key and not root.endswith("/"):
+        try:
+            obstore.head(store, key)
+        except FileNotFoundError:
+            return
+        yield root  # one object, not a prefix
+
+
+def open_ranged(uri: str, buffer_bytes: int = 0) -> IO[bytes]:
+    """Opens a file for reading in ranges; on S3 each read is one ranged request, repeated when the connection breaks.
+
+    Args:
+        uri: The file.
+        buffer_bytes: Read ahead so much at a time, for reading from front to back; 0 reads what is asked for.
+
+    Raises:
+        StorageError: It is missing (caused by a `FileNotFoundError`), forbidden (`PermissionError`), or the service
+            fails; also from its `read`.
+    """
+    with _translated(uri, "read this file"):
+        if is_local(uri):
+            return open(absolute(uri), "rb", buffering=max(buffer_bytes, io.DEFAULT_BUFFER_SIZE))
+        if uri.startswith("s3://"):
+            raw = _S3Object(uri)
+            return io.BufferedReader(raw, buffer_bytes) if buffer_bytes else cast("IO[bytes]", raw)
+        fs, path = filesystem(uri)
+        return cast("IO[bytes]", fs.open(path, "rb"))
+
+
+class _S3Object(io.RawIOBase):
+    """An object of S3 as a file; it is the same object, by its ETag, in all reads."""
+
+    def __init__(self, uri: str) -> None:
+        import obstore
+        from obstore.exceptions import PermissionDeniedError
+
+        super().__init__()
+        self._uri = uri
+        bucket, _, self._key = uri.removeprefix("s3://").partition("/")
+        self._store = s3_store(bucket, s3_endpoint())
+        try:
+            meta = obstore.head(self._store, self._key)
+        except PermissionDeniedError as error:
+            raise PermissionError(str(error)) from error
+        self._size, self._e_tag, self._at = meta["size"], meta["e_tag"], 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        return self._at
+
+    def readall(self) -> bytes:
+        return self.read(max(self._size - self._at, 0)) or b""
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = memoryview(buffer).cast("B")
+        stop = min(self._at + len(wanted), self._size)
+        if stop <= self._at:
+            return 0
+        data = self._read_range(self._at, stop)
+        wanted[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+    def _read_range(self, start: int, stop: int) -> memoryview:
+        import obstore
+        from obstore.exceptions import BaseError, PermissionDeniedError, PreconditionError
+
+        problem: Exception | None = None
+        for attempt in range(_READ_ATTEMPTS):
+            if attempt:
+                time.sleep(0.5 * 2**attempt)
+            try:
+                options: Any = {"range": (start, stop), "if_match": self._e_tag}
+                data = memoryview(obstore.get(self._store, self._key, options=options).bytes())
+            except (FileNotFoundError, PermissionDeniedError, PreconditionError) as error:
+                raise StorageError(
+                    "An object has changed while it was read.",
+                    where=self._uri,
+                    found=f"{type(error).__name__}: {error}",
+                    remedy="Run the same command again, when nobody writes to it.",
+                ) from error
+            except (BaseError, OSError) as error:
+                problem = error
+                continue
+            if len(data) == stop - start:
+                return data
+            problem = EOFError(f"{len(data)} bytes instead of {stop - start}")
+        raise StorageError(
+            "The object store fails after retries.",
+            where=self._uri,
+            found=f"{type(problem).__name__}: {problem}",
+            remedy="Check AWS_ENDPOINT_URL, the credentials and the service; then run the same command again.",
+        ) from problem
+
+
 def list_folder(uri: str) -> list[str]:
     """Lists the names directly in a folder or prefix as URIs, hidden ones included, sorted; empty where it is not."""
     fs, root = filesystem(uri)
@@ -332,67 +554,24 @@ def scratch_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-def fetch_objects(uris: Sequence[str], concurrency: int = FETCH_CONCURRENCY) -> list[bytes | RowError]:
-    """Fetches many objects at once; a missing or forbidden one becomes its row's error.
-
-    Args:
-        uris: Local paths, s3:// and other fsspec URIs in any mix.
-        concurrency: Most requests in flight.
-
-    Returns:
-        For each URI, in order, its bytes or a `RowError` (`not_found`, `forbidden`).
-
-    Raises:
-        StorageError: The service itself fails (no such bucket, no credentials, retries used up).
-    """
-    results: dict[str, bytes | RowError] = {}
-    on_s3 = sorted({uri for uri in uris if uri.startswith("s3://")})
-    elsewhere = sorted({uri for uri in uris if not uri.startswith("s3://")})
-    if on_s3:
-        results.update(asyncio.run(_fetch_s3(on_s3, concurrency)))
-    if elsewhere:
-        with ThreadPoolExecutor(max_workers=min(concurrency, len(elsewhere))) as pool:
-            results.update(zip(elsewhere, pool.map(_fetch_one, elsewhere), strict=True))
-    return [results[uri] for uri in uris]
-
-
-def _fetch_one(uri: str) -> bytes | RowError:
-    try:
-        if is_local(uri):
-            return Path(absolute(uri)).read_bytes()
-        fs, path = filesystem(uri)
-        return bytes(fs.cat_file(path))
-    except FileNotFoundError:
-        return RowError(ErrorCode.NOT_FOUND, "There is no such image.", where=uri)
-    except IsADirectoryError:
-        return RowError(ErrorCode.NOT_FOUND, "This is a folder, not an image.", where=uri)
-    except PermissionError:
-        return RowError(ErrorCode.FORBIDDEN, "The image may not be read with these credentials.", where=uri)
-    except StorageError:
-        raise
-    except Exception as error:
-        raise StorageError("Cannot fetch images.", where=uri, found=f"{type(error).__name__}: {error}") from error
-
-
-async def _fetch_s3(uris: Iterable[str], concurrency: int) -> dict[str, bytes | RowError]:
-    gate = asyncio.Semaphore(concurrency)
-    endpoint = _s3_endpoint()
-
-    async def fetch(uri: str) -> tuple[str, bytes | RowError]:
-        bucket, _, key = uri.removeprefix("s3://").partition("/")
-        async with gate:
-            return uri, await _get_s3_object(_s3_store(bucket, endpoint), uri, key)
-
-    return dict(await asyncio.gather(*(fetch(uri) for uri in uris)))
-
-
-def _s3_endpoint() -> str | None:
+def s3_endpoint() -> str | None:
+    """Returns the address of the S3 service where it is not Amazon's own."""
     return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
 
 
 @lru_cache
-def _s3_store(bucket: str, endpoint: str | None) -> S3Store:
-    """Opens a bucket with botocore's credentials and region, so that fetching and s3fs see the same account."""
+def s3_store(bucket: str, endpoint: str | None, max_retries: int = 10, timeout_s: float = 30.0) -> S3Store:
+    """Opens a bucket with botocore's credentials and region, so that obstore and s3fs see the same account.
+
+    Args:
+        bucket: Its name.
+        endpoint: `s3_endpoint()`.
+        max_retries: How often obstore itself repeats a request.
+        timeout_s: Most seconds of one request.
+
+    Raises:
+        StorageError: There are no credentials.
+    """
     import botocore.session
     from obstore.store import S3Store
 
@@ -416,27 +595,10 @@ def _s3_store(bucket: str, endpoint: str | None) -> S3Store:
         bucket,
         endpoint=endpoint,
         region=session.get_config_variable("region") or "us-east-1",
-        client_options={"allow_http": bool(endpoint and endpoint.startswith("http://"))},
+        client_options={
+            "allow_http": bool(endpoint and endpoint.startswith("http://")),
+            "timeout": timedelta(seconds=timeout_s),
+        },
+        retry_config={"max_retries": max_retries},
         credential_provider=provide,
     )
-
-
-async def _get_s3_object(store: S3Store, uri: str, key: str) -> bytes | RowError:
-    from obstore.exceptions import PermissionDeniedError
-
-    try:
-        response = await store.get_async(key)
-        return bytes(await response.bytes_async())
-    except FileNotFoundError as error:
-        if "NoSuchBucket" in str(error):
-            raise StorageError("The bucket does not exist.", where=uri, remedy="Check the bucket's name.") from error
-        return RowError(ErrorCode.NOT_FOUND, "There is no such image.", where=uri)
-    except PermissionDeniedError:
-        return RowError(ErrorCode.FORBIDDEN, "The image may not be read with these credentials.", where=uri)
-    except Exception as error:
-        raise StorageError(
-            "The object store fails after retries.",
-            where=uri,
-            found=f"{type(error).__name__}: {error}",
-            remedy="Check AWS_ENDPOINT_URL, the credentials and the service; then run the same command again.",
-        ) from error

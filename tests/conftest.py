@@ -5,8 +5,8 @@ S3 starts before Ray: Ray's workers are other processes and take the endpoint fr
 
 from __future__ import annotations
 
+import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.tiny_models import make_tiny_clip, make_tiny_smallcap
 from smallcap import storage
 from smallcap.caption_store import CAPTION_STORE_COLUMNS, write_caption_file
 from smallcap.index_manifest import (
@@ -35,14 +36,11 @@ from smallcap.index_manifest import (
     manifest_uri,
     write_pointer,
 )
-from smallcap.model_files import tokenizer_folder
 
 # Before anything of Ray is imported.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
-
-TINY_DIM = 16
 
 
 @pytest.fixture(scope="session")
@@ -57,76 +55,18 @@ def other_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_clip(tmp_path_factory.mktemp("other-clip"), seed=1)
 
 
-def make_tiny_clip(folder: Path, seed: int) -> Path:
-    """Writes a tiny CLIPModel and its tokenizer."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
-
-    vocabulary = {symbol: number for number, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    vocabulary |= {"<|startoftext|>": 256, "<|endoftext|>": 257}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<|startoftext|> $A <|endoftext|>", special_tokens=[("<|startoftext|>", 256), ("<|endoftext|>", 257)]
-    )
-    ends = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=77, **ends).save_pretrained(folder)
-    layers = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = {**layers, "vocab_size": 258, "max_position_embeddings": 77, "bos_token_id": 256, "eos_token_id": 257}
-    vision = {**layers, "image_size": 32, "patch_size": 16}
-    torch.manual_seed(seed)
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=TINY_DIM))
-    for parameter in model.parameters():  # the usual initialisation is so small that all texts look alike
-        torch.nn.init.normal_(parameter, std=0.2)
-    model.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="session")
 def tiny_smallcap(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Path) -> Path:
     """A SmallCap checkpoint whose vision tower is `tiny_clip`'s, with a random GPT-2 and GPT-2's own tokenizer."""
-    import torch
-    from transformers import CLIPModel
-
-    from smallcap.checkpoint import SmallCapConfig, SmallCapModel, save_checkpoint
-    from smallcap.text_decoder import DecoderConfig
-
     folder = tmp_path_factory.mktemp("tiny-smallcap")
-    clip = CLIPModel.from_pretrained(tiny_clip)
-    decoder = DecoderConfig(
-        model_type="this_gpt2",
-        vocab_size=50257,
-        hidden_size=32,
-        num_layers=2,
-        num_heads=2,
-        ffn_size=64,
-        max_positions=512,
-        encoder_hidden_size=32,
-        cross_attention_reduce_factor=2,
-        layer_norm_eps=1e-5,
-        activation="gelu_new",
-        dropout=0.1,
-    )
-    config = SmallCapConfig({"vision_config": clip.config.vision_config.to_dict()}, decoder, 13, 0, max_new_tokens=8)
-    torch.manual_seed(0)
-    model = SmallCapModel(config)
-    for parameter in model.decoder.parameters():  # GPT-2's initialisation would say the same of every image
-        torch.nn.init.normal_(parameter, std=0.3)
-    model.encoder.transformer.load_state_dict(clip.vision_model.state_dict())
-    save_checkpoint(model, folder)
-    for name in ("vocab.json", "merges.txt"):
-        shutil.copy(tokenizer_folder("gpt2") / name, folder)
+    make_tiny_smallcap(folder, tiny_clip)
     return folder
 
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
     """The endpoint of an S3 server of this test session; `AWS_ENDPOINT_URL` and dummy credentials are exported."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = _free_port()
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     endpoint = f"http://127.0.0.1:{port}"
@@ -146,6 +86,50 @@ def s3_server() -> Iterator[str]:
         server.wait()
         for name, value in before.items():
             os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class FaultProxy:
+    """A running `tests/fault_proxy.py`, whose `FaultPlan` is replaced by `plan` and whose counts are `done()`."""
+
+    def __init__(self, endpoint: str) -> None:
+        self.endpoint = endpoint
+
+    def plan(self, **plan: Any) -> None:
+        data = json.dumps(plan).encode()
+        urllib.request.urlopen(urllib.request.Request(f"{self.endpoint}/__faults__", data, method="POST")).close()
+
+    def done(self) -> dict[str, int]:
+        with urllib.request.urlopen(f"{self.endpoint}/__faults__") as answer:
+            return Counter(json.load(answer)["done"])
+
+
+@pytest.fixture(scope="session")
+def fault_proxy_server(s3_server: str) -> Iterator[FaultProxy]:
+    """The fault proxy in front of the session's S3 server, in a process of its own."""
+    port = _free_port()
+    script = Path(__file__).with_name("fault_proxy.py")
+    server = subprocess.Popen([sys.executable, script, "--port", str(port), "--target", s3_server])
+    try:
+        _wait_for(f"http://127.0.0.1:{port}/__faults__", server)
+        yield FaultProxy(f"http://127.0.0.1:{port}")
+    finally:
+        server.terminate()
+        server.wait()
+
+
+@pytest.fixture
+def fault_proxy(fault_proxy_server: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """The fault proxy, without faults until its `plan` is called; this process's S3 goes through it."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", fault_proxy_server.endpoint)
+    fault_proxy_server.plan()
+    yield fault_proxy_server
+    fault_proxy_server.plan()
 
 
 def _wait_for(endpoint: str, server: subprocess.Popen[bytes]) -> None:

@@ -1,4 +1,6 @@
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -24,6 +26,21 @@ def bomb() -> bytes:
     return encode(Image.new("1", (20_000, 20_000)), "PNG")
 
 
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png_header(width: int, height: int) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", zlib.compress(b""))
+
+
+def with_text_bomb(png: bytes) -> bytes:
+    """A comment of 100 MB in 100 kB."""
+    place = png.index(b"IDAT") - 4
+    return png[:place] + png_chunk(b"zTXt", b"k\x00\x00" + zlib.compress(bytes(100_000_000))) + png[place:]
+
+
 JPEG = encode(gradient(120, 80), "JPEG")
 PNG = encode(gradient(120, 80), "PNG")
 BAD_IMAGES = {
@@ -36,6 +53,30 @@ BAD_IMAGES = {
     "PNG with flipped bytes": (PNG[:60] + bytes(255 - b for b in PNG[60:90]) + PNG[90:], ErrorCode.TRUNCATED),
     "bomb": (bomb(), ErrorCode.TOO_LARGE),
     "SVG": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', ErrorCode.UNSUPPORTED),
+    "SVG after a document type": (
+        b'<?xml version="1.0"?>\n<!-- drawn by hand -->\n<!DOCTYPE svg SYSTEM "svg11.dtd">\n<svg/>',
+        ErrorCode.UNSUPPORTED,
+    ),
+    "HTML page with an SVG in it": (b"<!DOCTYPE html><HTML><body><svg></svg></body></html>", ErrorCode.NOT_AN_IMAGE),
+    "error of an object store": (
+        b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>',
+        ErrorCode.NOT_AN_IMAGE,
+    ),
+    "pointer of Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", ErrorCode.NOT_AN_IMAGE),
+    "JPEG XL": (b"\x00\x00\x00\x0cJXL \r\n\x87\n" + bytes(40), ErrorCode.UNSUPPORTED),
+    "EPS": (encode(gradient(20, 20), "EPS"), ErrorCode.UNSUPPORTED),
+    "sound file": (b"RIFF\x24\x00\x00\x00WAVEfmt " + bytes(30), ErrorCode.NOT_AN_IMAGE),
+    "video": (b"\x00\x00\x00\x18ftypmp42\x00\x00\x00\x00mp42isom", ErrorCode.NOT_AN_IMAGE),
+    "WebP cut in its header": (encode(gradient(120, 80), "WEBP")[:10], ErrorCode.TRUNCATED),
+    "truncated GIF": (encode(gradient(120, 80), "GIF")[:500], ErrorCode.TRUNCATED),
+    "zeros": (bytes(1000), ErrorCode.NOT_AN_IMAGE),
+    "PNG that says 2^31 by 2^31": (png_header(2**31 - 1, 2**31 - 1), ErrorCode.TOO_LARGE),
+    "PNG without pixels": (png_header(0, 5), ErrorCode.TRUNCATED),
+    "GIF with a screen of 65535²": (
+        b"GIF89a" + b"\xff" * 4 + bytes(3) + b",\x00\x00\x00\x00\x01\x00\x01\x00\x00\x02;",
+        ErrorCode.TOO_LARGE,
+    ),
+    "PNG with a bomb of text": (with_text_bomb(encode(gradient(120, 80), "PNG")), ErrorCode.TRUNCATED),
     "HEIC": (b"\x00\x00\x00\x18ftypheic\x00\x00\x00\x00mif1heic", ErrorCode.UNSUPPORTED),
 }
 
@@ -62,10 +103,16 @@ def test_sixteen_bit_png_is_scaled_not_clipped() -> None:
     assert np.abs(pixels[:, :, 0].astype(int) - (ramp / 257).astype(int)).max() <= 1
 
 
-def test_an_animation_gives_its_first_frame() -> None:
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_an_animation_gives_its_first_frame(kind: str) -> None:
     red, blue = Image.new("RGB", (32, 32), (255, 0, 0)), Image.new("RGB", (32, 32), (0, 0, 255))
-    image = decode_image(encode(red, "GIF", save_all=True, append_images=[blue]))
-    assert image.getpixel((16, 16)) == (255, 0, 0)
+    image = decode_image(encode(red, kind, save_all=True, append_images=[blue]))
+    assert np.abs(np.subtract(image.getpixel((16, 16)), (255, 0, 0))).max() < 3
+
+
+def test_values_that_are_no_numbers_are_black() -> None:
+    image = decode_image(encode(Image.fromarray(np.full((8, 8), np.nan, np.float32)), "TIFF"))
+    assert image.getpixel((4, 4)) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("orientation", [3, 6, 8])

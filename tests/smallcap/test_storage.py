@@ -4,11 +4,12 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from smallcap import storage
-from smallcap.errors import ConflictError, ErrorCode, RowError, StorageError
+from smallcap.errors import ConflictError, StorageError
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -92,17 +93,33 @@ def test_files_are_uploaded_and_downloaded(folder: str, tmp_path: Path) -> None:
     assert (tmp_path / "down").read_bytes() == b"bytes"
 
 
-def test_many_objects_are_fetched_in_order_and_missing_ones_are_rows(folder: str) -> None:
-    uris = [storage.join(folder, f"{number}.bin") for number in range(20)]
-    for number, uri in enumerate(uris):
-        storage.write_bytes(uri, bytes([number]))
-    missing = storage.join(folder, "missing.bin")
-    fetched = storage.fetch_objects([*uris, missing, uris[3]])
-    assert fetched[:20] == [bytes([number]) for number in range(20)]
-    assert fetched[21] == bytes([3])
-    assert isinstance(fetched[20], RowError)
-    assert fetched[20].code == ErrorCode.NOT_FOUND
-    assert missing in str(fetched[20])
+@pytest.mark.parametrize("fault", ["slow_down", "reset", "lost"])
+def test_writes_survive_a_failing_service(s3: str, fault_proxy: Any, fault: str, tmp_path: Path) -> None:
+    large = os.urandom(6 << 20)  # in parts
+    (tmp_path / "large").write_bytes(large)
+    fault_proxy.plan(schedule=[fault, fault], methods=["PUT", "POST"])
+    storage.write_bytes(f"{s3}/small", b"small")
+    storage.upload(tmp_path / "large", f"{s3}/large")
+    assert fault_proxy.done()[fault] >= 4
+    fault_proxy.plan()
+    assert storage.read_bytes(f"{s3}/small") == b"small"
+    assert storage.read_bytes(f"{s3}/large") == large
+
+
+@pytest.mark.parametrize("fault", ["slow_down", "reset", "lost"])
+def test_an_update_takes_place_once_in_spite_of(s3: str, fault_proxy: Any, fault: str) -> None:
+    """Also where the first write did arrive, and only its answer was lost."""
+    for _ in range(3):
+        fault_proxy.plan(schedule=[fault, fault], methods=["PUT"])
+        storage.update_bytes(f"{s3}/counter", lambda found: b"%d" % (int(found or b"0") + 1))
+        assert fault_proxy.done()[fault] >= 1
+    assert storage.read_bytes(f"{s3}/counter") == b"3"
+
+
+def test_reads_survive_truncated_bodies(s3: str, fault_proxy: Any) -> None:
+    storage.write_bytes(f"{s3}/file", bytes(100_000))
+    fault_proxy.plan(schedule=["truncated", "slow_down"], methods=["GET"])
+    assert storage.read_bytes(f"{s3}/file") == bytes(100_000)
 
 
 def test_a_missing_path_is_an_error_that_names_it(folder: str) -> None:
@@ -113,24 +130,9 @@ def test_a_missing_path_is_an_error_that_names_it(folder: str) -> None:
         storage.list_files(uri)
 
 
-def test_a_missing_bucket_stops_the_run(s3: str) -> None:
-    with pytest.raises(StorageError):
-        storage.fetch_objects(["s3://no-such-bucket-at-all/a.jpg"])
-
-
 def test_an_unknown_protocol_is_refused() -> None:
     with pytest.raises(StorageError, match="Use a local path"):
         storage.read_bytes("gopher://host/file")
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_forbidden_file_is_a_row(tmp_path: Path) -> None:
-    file = tmp_path / "secret"
-    file.write_bytes(b"x")
-    file.chmod(0)
-    (fetched,) = storage.fetch_objects([str(file)])
-    assert isinstance(fetched, RowError)
-    assert fetched.code == ErrorCode.FORBIDDEN
 
 
 def test_a_failed_write_leaves_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,3 +153,49 @@ def test_sha256_is_that_of_the_bytes(tmp_path: Path) -> None:
     (tmp_path / "abc").write_bytes(b"abc")
     known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert storage.sha256_file(tmp_path / "abc") == known
+
+
+def test_the_end_of_a_file_is_read_alone(folder: str) -> None:
+    for content, tail in ((b"0123456789", b"789"), (b"01", b"01"), (b"", b"")):
+        storage.write_bytes(storage.join(folder, "file"), content)
+        assert storage.read_tail(storage.join(folder, "file"), 3) == tail
+    with pytest.raises(StorageError, match="does not exist"):
+        storage.read_tail(storage.join(folder, "nothing"), 3)
+
+
+def test_files_are_listed_as_a_stream_as_in_a_list(tmp_path: Path, s3: str) -> None:
+    names = ("a/1.jpg", "a.jpg", "a-b/2.JPG", "a/b/3.jpg", "c.txt", "_d/4.jpg", "a/.5.jpg", "ü #%20+.jpg")
+    for root in (str(tmp_path / "in"), f"{s3}/in"):
+        for name in names:
+            storage.write_bytes(f"{root}/{name}", b"x")
+        found = list(storage.iter_files(root, (".jpg",)))
+        assert found == storage.list_files(root, (".jpg",))
+        assert found == [f"{root}/{name}" for name in ("a-b/2.JPG", "a.jpg", "a/1.jpg", "a/b/3.jpg", "ü #%20+.jpg")]
+        assert list(storage.iter_files(f"{root}/a/*.jpg")) == [f"{root}/a/1.jpg"]
+        assert list(storage.iter_files(f"{root}/c.txt")) == [f"{root}/c.txt"]
+        with pytest.raises(StorageError, match="does not exist"):
+            list(storage.iter_files(f"{root}/none"))
+
+
+def test_a_file_is_read_in_ranges(tmp_path: Path, s3: str) -> None:
+    data = bytes(range(256)) * 40
+    for uri in (f"{tmp_path}/a.bin", f"{s3}/ü #%20+.bin"):
+        storage.write_bytes(uri, data)
+        for buffer_bytes in (0, 1000):
+            with storage.open_ranged(uri, buffer_bytes) as file:
+                assert file.read(10) == data[:10]
+                assert file.seek(-20, os.SEEK_END) == len(data) - 20
+                assert file.read(100) == data[-20:]
+                assert file.read(1) == b""
+                file.seek(5)
+                assert file.read() == data[5:]
+        with pytest.raises(StorageError, match="does not exist"):
+            storage.open_ranged(f"{uri}.none")
+
+
+def test_an_object_that_changes_while_it_is_read_is_an_error(s3: str) -> None:
+    storage.write_bytes(f"{s3}/a.bin", b"first")
+    with storage.open_ranged(f"{s3}/a.bin") as file:
+        storage.write_bytes(f"{s3}/a.bin", b"other")
+        with pytest.raises(StorageError, match="changed"):
+            file.read(3)
