@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from smallcap import storage
 from smallcap.clip_encoder import load_retrieval_encoder, normalise_pixels
 from smallcap.config import InputConfig
 from smallcap.dataset import list_images
 from smallcap.errors import ConfigError, RowError
+from smallcap.fetching import fetch_objects
 from smallcap.image import crop_pixels, decode_image
 
 IMAGES_PER_TASK = 64
@@ -43,7 +43,7 @@ class EmbedImages:
     def __call__(self, uris: Sequence[str]) -> EmbeddedImages:
         """Embeds some images; those that cannot be read are counted."""
         crops = []
-        for uri, data in zip(uris, storage.fetch_objects(uris), strict=True):
+        for uri, data in zip(uris, fetch_objects(uris).data, strict=True):
             try:
                 if isinstance(data, RowError):
                     raise data

@@ -71,10 +71,15 @@ def test_an_image_named_twice_is_there_once(photos: Path) -> None:
     assert listed(photos, photos) == listed(photos)
 
 
-def test_one_id_for_two_images_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "list.csv").write_text("image_id,image_uri\n7,https://host/a.jpg\n7,https://host/b.jpg\n")
-    with pytest.raises(ConfigError, match="One image id stands for two images"):
-        listed(tmp_path / "list.csv")
+def test_of_two_images_with_one_id_the_first_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("image_id,image_uri\n7,https://host/b.jpg\n7,https://host/a.jpg\n")
+    assert listed(tmp_path / "list.csv") == {"7": "https://host/a.jpg"}
+
+
+def test_images_in_tars_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "00000.tar").write_bytes(b"")
+    with pytest.raises(ConfigError, match="tars"):
+        listed(tmp_path)
 
 
 def test_no_images_and_no_path_are_errors(photos: Path, tmp_path: Path) -> None:

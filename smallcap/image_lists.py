@@ -1,0 +1,278 @@
+"""Reads lists of image URIs as a stream: Parquet, CSV, TSV, JSONL, JSON and text, in tables of some thousand rows.
+
+It knows the file formats and which columns are asked for; what a URI leads to it never looks at.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet as pq
+
+from smallcap import storage
+from smallcap.config import InputConfig
+from smallcap.errors import SchemaError
+
+BATCH_ROWS = 65_536
+_BLOCK_BYTES = 16 << 20
+TEXT_COLUMN = "image_uri"  # the one column of a .txt list, and of a JSON array of strings
+
+# Each gives the list's column names, and then its rows as tables with the columns that are asked for.
+_Rows = Iterator[pa.Table]
+_Reader = Callable[[IO[bytes], Callable[[Sequence[str]], list[str]]], _Rows]
+
+
+@dataclass(frozen=True)
+class ImageList:
+    """One list of URIs.
+
+    Attributes:
+        uri: Of the list, absolute.
+        config: The columns of its URIs and ids.
+        keep_columns: Further columns to read.
+    """
+
+    uri: str
+    config: InputConfig
+    keep_columns: tuple[str, ...] = ()
+
+    def tables(self) -> Iterator[pa.Table]:
+        """Yields `image_id` and `image_uri` (string, absolute, never null) and the kept columns.
+
+        Raises:
+            SchemaError: The list is damaged, has not a column that it must have, or a row has no URI or id.
+            StorageError: It cannot be read.
+        """
+        suffix = "." + self.uri.rsplit(".", 1)[-1].lower()
+        first_row = 1
+        with storage.open_ranged(self.uri, 0 if suffix == ".parquet" else _BLOCK_BYTES) as file:
+            rows = _READERS[suffix](file, self._columns_to_read)
+            while True:
+                try:
+                    table = next(rows, None)
+                except (pa.ArrowException, UnicodeDecodeError, json.JSONDecodeError, OSError) as error:
+                    raise SchemaError(
+                        "The list of images cannot be read.", where=self.uri, found=str(error)[:500]
+                    ) from error
+                if table is None:
+                    return
+                yield self._images(table, first_row)
+                first_row += table.num_rows
+
+    def _columns_to_read(self, found: Sequence[str]) -> list[str]:
+        """Returns the needed columns of a list that has the columns `found`."""
+        image = self.config.image_column if self.config.image_column in found else None
+        if image is None and list(found) == [TEXT_COLUMN]:
+            image = TEXT_COLUMN
+        if image is None:
+            raise SchemaError(
+                "The list of images has no such column.",
+                where=self.uri,
+                expected=self.config.image_column,
+                found=", ".join(found),
+                remedy="Name the column: --set input.image_column=NAME.",
+            )
+        check_kept_columns(self.keep_columns, found, self.uri)
+        ids = [self.config.id_column] if self.config.id_column in found else []
+        return list(dict.fromkeys([image, *ids, *self.keep_columns]))
+
+    def _images(self, table: pa.Table, first_row: int) -> pa.Table:
+        names = table.column_names
+        given = self._named(table, names[0], first_row)
+        ids = self._named(table, self.config.id_column, first_row) if self.config.id_column in names else given
+        kept = {name: plain(table[name]) for name in self.keep_columns}
+        return pa.table({"image_id": ids, "image_uri": self._absolute(given), **kept})
+
+    def _named(self, table: pa.Table, name: str, first_row: int) -> pa.ChunkedArray:
+        """Returns a column of URIs or ids as strings, and checks that each row has one."""
+        what = "id" if name == self.config.id_column and name != table.column_names[0] else "URI"
+        try:
+            values = plain(table[name]).cast(pa.string())
+        except pa.ArrowException as error:
+            raise SchemaError(
+                f"A list's {what}s are no strings.", where=self.uri, expected=name, found=str(table[name].type)
+            ) from error
+        missing = pc.fill_null(pc.equal(values, ""), True)
+        row = pc.index(missing, True).as_py()
+        if row >= 0:
+            raise SchemaError(
+                f"A row of the list has no {what}.", where=f"{self.uri}, row {first_row + row}", expected=name
+            )
+        return values
+
+    def _absolute(self, uris: pa.ChunkedArray) -> pa.ChunkedArray:
+        """Makes relative URIs absolute: they are relative to the list's folder."""
+        is_absolute = pc.or_(pc.match_substring(uris, "://"), pc.starts_with(uris, "/"))
+        if pc.all(is_absolute, min_count=0).as_py():
+            return uris
+        folder = self.uri.rsplit("/", 1)[0]
+        below = pc.binary_join_element_wise(folder, pc.utf8_rtrim(uris, "/"), "/")
+        return pc.if_else(is_absolute, uris, below)
+
+
+def check_kept_columns(keep_columns: Sequence[str], found: Sequence[str], where: str) -> None:
+    """Checks that a file has all columns to keep.
+
+    Raises:
+        SchemaError: It has not.
+    """
+    missing = [name for name in keep_columns if name not in found]
+    if missing:
+        raise SchemaError(
+            "There is no such column to keep.",
+            where=where,
+            expected=", ".join(missing),
+            found=", ".join(found) or "no columns",
+            remedy="Check --keep-columns.",
+        )
+
+
+def plain(values: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Decodes a dictionary column, so that all batches have one type; a column of nulls only becomes strings."""
+    if pa.types.is_dictionary(values.type):
+        return values.cast(values.type.value_type)
+    return values.cast(pa.string()) if pa.types.is_null(values.type) else values
+
+
+def _read_parquet(file: IO[bytes], choose: Callable[[Sequence[str]], list[str]]) -> _Rows:
+    parquet = pq.ParquetFile(file, buffer_size=8 << 20)
+    columns = choose(parquet.schema_arrow.names)
+    for batch in parquet.iter_batches(BATCH_ROWS, columns=columns):
+        yield pa.Table.from_batches([batch]).select(columns)
+
+
+def _read_csv(delimiter: str) -> _Reader:
+    def read(file: IO[bytes], choose: Callable[[Sequence[str]], list[str]]) -> _Rows:
+        parse = pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+        names = pa.csv.open_csv(_Unclosed(file), parse_options=parse).schema.names
+        columns = choose(names)
+        file.seek(0)
+        # A CSV has no types: as strings, a row far down cannot contradict the rows at the top, and 007 stays 007.
+        convert = pa.csv.ConvertOptions(
+            column_types=dict.fromkeys(columns, pa.string()),
+            include_columns=columns,
+            null_values=[""],
+            strings_can_be_null=True,
+            quoted_strings_can_be_null=False,
+        )
+        options = pa.csv.ReadOptions(block_size=_BLOCK_BYTES)
+        reader = pa.csv.open_csv(_Unclosed(file), read_options=options, parse_options=parse, convert_options=convert)
+        for batch in reader:
+            yield pa.Table.from_batches([batch])
+
+    return read
+
+
+def _read_jsonl(file: IO[bytes], choose: Callable[[Sequence[str]], list[str]]) -> _Rows:
+    options = pa.json.ReadOptions(block_size=_BLOCK_BYTES)
+    found = pa.json.open_json(_Unclosed(file), read_options=options).schema
+    columns = choose(found.names)
+    file.seek(0)
+    fields = [found.field(name) for name in columns]
+    types = pa.schema([field.with_type(pa.string()) if field.type == pa.null() else field for field in fields])
+    parse = pa.json.ParseOptions(explicit_schema=types, unexpected_field_behavior="ignore")
+    for batch in pa.json.open_json(_Unclosed(file), read_options=options, parse_options=parse):
+        yield pa.Table.from_batches([batch]).select(columns)
+
+
+def _read_text(file: IO[bytes], choose: Callable[[Sequence[str]], list[str]]) -> _Rows:
+    choose([TEXT_COLUMN])
+    lines: list[str] = []
+    for line in _text(file):
+        if line.strip():
+            lines.append(line.rstrip("\r\n"))
+        if len(lines) == BATCH_ROWS:
+            yield pa.table({TEXT_COLUMN: pa.array(lines, pa.string())})
+            lines = []
+    if lines:
+        yield pa.table({TEXT_COLUMN: pa.array(lines, pa.string())})
+
+
+def _read_json(file: IO[bytes], choose: Callable[[Sequence[str]], list[str]]) -> _Rows:
+    """Reads an array of objects or of strings, of which only a block and a batch are held."""
+    columns: list[str] = []
+    schema: pa.Schema | None = None
+    for items in _json_batches(_text(file)):
+        rows = [item if isinstance(item, dict) else {TEXT_COLUMN: item} for item in items]
+        if not columns:
+            columns = choose(list(dict.fromkeys(chain.from_iterable(rows))))
+        needed = [{name: row.get(name) for name in columns} for row in rows]
+        table = pa.Table.from_pylist(needed, schema=schema)
+        if schema is None:
+            table = pa.table({name: plain(table[name]) for name in columns})
+            schema = table.schema
+        yield table
+
+
+def _json_batches(text: io.TextIOWrapper) -> Iterator[list[Any]]:
+    """Yields the elements of a JSON array, which must be objects or strings, in batches."""
+    decoder = json.JSONDecoder()
+    buffer = text.read(_BLOCK_BYTES).lstrip()
+    if not buffer.startswith("["):
+        raise json.JSONDecodeError("not an array of objects or strings", buffer[:100], 0)
+    buffer = buffer[1:]
+    items: list[Any] = []
+    at = 0
+    while True:
+        while at < len(buffer) and buffer[at] in " \t\r\n,":
+            at += 1
+        if buffer.startswith("]", at):
+            break
+        try:
+            if not buffer.startswith(("{", '"'), at):
+                raise json.JSONDecodeError("expected an object or a string", buffer[at : at + 100], 0)
+            item, at = decoder.raw_decode(buffer, at)
+        except json.JSONDecodeError:
+            more = text.read(_BLOCK_BYTES)
+            if not more:
+                raise
+            buffer, at = buffer[at:] + more, 0
+            continue
+        items.append(item)
+        if len(items) == BATCH_ROWS:
+            yield items
+            items = []
+    if items:
+        yield items
+
+
+def _text(file: IO[bytes]) -> io.TextIOWrapper:
+    return io.TextIOWrapper(io.BufferedReader(_Unclosed(file)), encoding="utf-8-sig")
+
+
+class _Unclosed(io.RawIOBase):
+    """Lends a file to a reader that would close it."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int | None = -1) -> bytes:
+        return self._file.read(-1 if size is None else size)
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._file.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+_READERS: dict[str, _Reader] = {
+    ".parquet": _read_parquet,
+    ".csv": _read_csv(","),
+    ".tsv": _read_csv("\t"),
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".txt": _read_text,
+}
+LIST_SUFFIXES = tuple(_READERS)

@@ -1,0 +1,225 @@
+"""Puts listed images in the order of their ids, each id once, in memory that does not grow with their number.
+
+Sorted runs are spilled to a local folder as Arrow files and merged as a stream. This module knows nothing of sources
+and of how the list is stored: it takes and gives tables that begin with the columns `image_id` and `image_uri`.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+RUN_ROWS = 500_000  # images that are sorted in memory
+RUN_BYTES = 256 << 20  # or fewer, where kept columns are large
+BATCH_ROWS = 65_536  # of a spilled run, and of most tables that are yielded
+EXAMPLES = 5
+_ORDER = [("image_id", "ascending"), ("image_uri", "ascending")]
+
+
+class UnsortedError(Exception):
+    """Images that were taken to be in order are not; caught where they are listed."""
+
+
+@dataclass(frozen=True)
+class DuplicateExample:
+    """One id that stands for two images."""
+
+    image_id: str
+    taken: str  # URI
+    left_out: str  # URI
+
+
+@dataclass
+class Duplicates:
+    """What was left out because its id had been named before."""
+
+    count: int = 0
+    examples: list[DuplicateExample] = field(default_factory=list)  # only those with different URIs, at most five
+
+
+def checked_order(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Passes tables on that are in the order of id and URI already.
+
+    Raises:
+        UnsortedError: They are not.
+    """
+    before: tuple[str, str] | None = None
+    for table in tables:
+        if not table.num_rows:
+            continue
+        if (before is not None and _key(table, 0) < before) or not _in_order(table):
+            raise UnsortedError
+        before = _key(table, table.num_rows - 1)
+        yield table
+
+
+def sort_images(tables: Iterable[pa.Table], scratch: Path) -> Iterator[pa.Table]:
+    """Yields all rows in the order of id and URI.
+
+    Args:
+        tables: Of one schema, in any order.
+        scratch: An empty local folder, for about as many bytes as the tables have.
+    """
+    runs: list[Path] = []
+    for table in _gathered(tables):
+        if runs or table.num_rows >= RUN_ROWS or table.nbytes >= RUN_BYTES:
+            runs.append(_spill(sort_table(table), scratch / f"run-{len(runs):05d}.arrow"))
+        else:
+            yield from _slices(sort_table(table))  # the only one
+    if runs:
+        yield from _merge([_Run(path) for path in runs])
+
+
+def unique_images(tables: Iterable[pa.Table], found: Duplicates) -> Iterator[pa.Table]:
+    """Leaves out the rows whose id came before; of different URIs the first one stays.
+
+    Args:
+        tables: In the order of id and URI.
+        found: Counts what is left out.
+    """
+    before_id = before_uri = None  # of the row before
+    taken = ""  # the URI that its id stands for
+    for table in tables:
+        if not table.num_rows:
+            continue
+        ids, uris = table["image_id"].combine_chunks(), table["image_uri"].combine_chunks()
+        again = _equals_previous(ids, before_id)
+        taken_now = uris[-1].as_py()
+        if again.any():
+            found.count += int(again.sum())
+            first = np.maximum.accumulate(np.where(again, -1, np.arange(len(again))))  # row that begins each id
+            for row in np.flatnonzero(again & ~_equals_previous(uris, before_uri)):
+                if len(found.examples) == EXAMPLES:
+                    break
+                known = taken if first[row] < 0 else uris[int(first[row])].as_py()
+                found.examples.append(DuplicateExample(ids[int(row)].as_py(), known, uris[int(row)].as_py()))
+            taken_now = taken if first[-1] < 0 else uris[int(first[-1])].as_py()
+        before_id, before_uri, taken = ids[-1].as_py(), uris[-1].as_py(), taken_now
+        if not again.all():
+            yield table.filter(pa.array(~again)) if again.any() else table
+
+
+def without_known(tables: Iterable[pa.Table], known: Iterable[pa.Array]) -> Iterator[pa.Table]:
+    """Leaves out the rows whose id is known.
+
+    Args:
+        tables: In the order of their ids.
+        known: Ids in order, in arrays of any length; only a few are held at a time.
+    """
+    chunks = (chunk for chunk in known if len(chunk))
+    chunk = next(chunks, None)
+    for table in tables:
+        if not table.num_rows:
+            continue
+        ids = table["image_id"].combine_chunks()
+        last = ids[-1].as_py()
+        seen = np.zeros(len(ids), dtype=bool)
+        while chunk is not None:
+            seen |= pc.is_in(ids, value_set=chunk).to_numpy(zero_copy_only=False)
+            if chunk[-1].as_py() >= last:
+                break  # the next table may have ids of this chunk
+            chunk = next(chunks, None)
+        if not seen.all():
+            yield table.filter(pa.array(~seen)) if seen.any() else table
+
+
+def sort_table(table: pa.Table) -> pa.Table:
+    """Sorts one table by id and URI, in memory."""
+    table = table.combine_chunks()
+    if not table.num_rows or _in_order(table):
+        return table
+    ids = table["image_id"].combine_chunks()
+    # One key sorts several times faster than two, and the second matters only where an id comes twice.
+    order = pc.array_sort_indices(ids)
+    if _equals_previous(ids.take(order), None).any():
+        order = pc.sort_indices(table, sort_keys=_ORDER)
+    return table.take(order).combine_chunks()
+
+
+def _gathered(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Joins tables to some of a run's size, the last one excepted."""
+    held: list[pa.Table] = []
+    rows = size = 0
+    for table in tables:
+        held.append(table)
+        rows, size = rows + table.num_rows, size + table.nbytes
+        if rows >= RUN_ROWS or size >= RUN_BYTES:
+            yield pa.concat_tables(held)
+            held, rows, size = [], 0, 0
+    if rows:
+        yield pa.concat_tables(held)
+
+
+def _spill(table: pa.Table, path: Path) -> Path:
+    with pa.ipc.new_file(str(path), table.schema) as writer:
+        writer.write_table(table, max_chunksize=BATCH_ROWS)
+    return path
+
+
+class _Run:
+    """A spilled run that is read from front to back; its pages are the kernel's to keep or drop."""
+
+    def __init__(self, path: Path) -> None:
+        self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        self._next = 0
+        self.head: pa.Table | None = None  # what of the current batch has not been taken
+        self._advance()
+
+    def _advance(self) -> None:
+        self.head = None
+        if self._next < self._reader.num_record_batches:
+            self.head = pa.Table.from_batches([self._reader.get_batch(self._next)])
+            self._next += 1
+
+    def last_key(self) -> tuple[str, str]:
+        assert self.head is not None
+        return _key(self.head, self.head.num_rows - 1)
+
+    def take_until(self, key: tuple[str, str]) -> pa.Table:
+        """Takes the rows of the current batch up to `key`, which may be none."""
+        assert self.head is not None
+        head = self.head
+        count = bisect_right(range(head.num_rows), key, key=lambda row: _key(head, row))
+        if count == head.num_rows:
+            self._advance()
+        else:
+            self.head = head.slice(count)
+        return head.slice(0, count)
+
+
+def _merge(runs: list[_Run]) -> Iterator[pa.Table]:
+    """Merges runs: what is up to the least of their batches' last keys is all there, and is sorted and given."""
+    while runs := [run for run in runs if run.head is not None]:
+        key = min(run.last_key() for run in runs)
+        yield sort_table(pa.concat_tables([run.take_until(key) for run in runs]))
+
+
+def _slices(table: pa.Table) -> Iterator[pa.Table]:
+    for start in range(0, table.num_rows, BATCH_ROWS):
+        yield table.slice(start, BATCH_ROWS)
+
+
+def _key(table: pa.Table, row: int) -> tuple[str, str]:
+    return table["image_id"][row].as_py(), table["image_uri"][row].as_py()
+
+
+def _in_order(table: pa.Table) -> bool:
+    ids, uris = table["image_id"].combine_chunks(), table["image_uri"].combine_chunks()
+    if not pc.all(pc.less_equal(ids[:-1], ids[1:]), min_count=0).as_py():
+        return False
+    return bool(pc.all(pc.or_(pc.less(ids[:-1], ids[1:]), pc.less_equal(uris[:-1], uris[1:])), min_count=0).as_py())
+
+
+def _equals_previous(values: pa.Array, before: str | None) -> np.ndarray:
+    """Says for each value whether it equals the one before it; `before` is the one before the first."""
+    equal = np.zeros(len(values), dtype=bool)
+    if len(values):
+        equal[0] = before is not None and values[0].as_py() == before
+        equal[1:] = pc.equal(values[1:], values[:-1]).to_numpy(zero_copy_only=False)
+    return equal
