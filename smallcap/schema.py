@@ -1,6 +1,7 @@
 """The columns of a captioning run's Parquet parts: their versions, metadata, and the reader's check.
 
-All parts of a run have the version that the run began with; readers know all versions.
+All parts of a run have the version that the run began with; readers know all versions. From version 3 on columns of the
+input may follow the fixed ones; a part names them in its metadata, and its footer says what it holds (`part_files`).
 
 The authority is docs/formats.md. A change here raises `SCHEMA_VERSION`, keeps reading the old one, and gets a CHANGELOG
 heading.
@@ -8,11 +9,13 @@ heading.
 
 from __future__ import annotations
 
+import json
+
 import pyarrow as pa
 
 from smallcap.errors import SchemaError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 STATUS_OK = "ok"
 STATUS_ERROR = "error"
 
@@ -51,21 +54,83 @@ _VERSION_1 = pa.schema(
 
 # Version 2 adds the further captions of an image.
 CAPTION_COLUMNS = _VERSION_1.insert(8, pa.field("alternatives", pa.list_(ALTERNATIVE_TYPE)))
-_COLUMNS = {1: _VERSION_1, 2: CAPTION_COLUMNS}
+# Version 3 has the same fixed columns; kept columns may follow them.
+_COLUMNS = {1: _VERSION_1, 2: CAPTION_COLUMNS, 3: CAPTION_COLUMNS}
+_KEEPS_COLUMNS = 3  # the first version that does
+
+# What rows have beside the schema's columns on their way to a part: these go to the part's sidecars.
+EMBEDDING_COLUMN = "embedding"
+IMAGE_BYTES_COLUMN = "image_bytes"
+# `logprob` is what a tar's JSON files call `caption_logprob`.
+_TAKEN_NAMES = (*CAPTION_COLUMNS.names, EMBEDDING_COLUMN, IMAGE_BYTES_COLUMN, "logprob")
 
 _VERSION_KEY = b"smallcap.schema_version"
+_KEPT_KEY = b"smallcap.kept_columns"
 
 
-def caption_schema(run_id: str, model_id: str, index_id: str, version: int = SCHEMA_VERSION) -> pa.Schema:
-    """Returns a schema version's columns with the file metadata that every part carries."""
-    return _COLUMNS[version].with_metadata(
-        {
-            _VERSION_KEY: str(version).encode(),
-            b"smallcap.run_id": run_id.encode(),
-            b"smallcap.model_id": model_id.encode(),
-            b"smallcap.index_id": index_id.encode(),
-        }
-    )
+def caption_schema(
+    run_id: str,
+    model_id: str,
+    index_id: str,
+    version: int = SCHEMA_VERSION,
+    kept_columns: pa.Schema | None = None,
+) -> pa.Schema:
+    """Returns a schema version's columns with the file metadata that every part carries.
+
+    Args:
+        run_id: Of the run.
+        model_id: Of the run's model.
+        index_id: Of the index version that the run retrieves from.
+        version: Of the schema.
+        kept_columns: Columns of the input that pass through to the output, from version 3 on.
+
+    Raises:
+        SchemaError: Kept columns have names that smallcap's own columns have, or the version knows no kept columns.
+    """
+    metadata = {
+        _VERSION_KEY: str(version).encode(),
+        b"smallcap.run_id": run_id.encode(),
+        b"smallcap.model_id": model_id.encode(),
+        b"smallcap.index_id": index_id.encode(),
+    }
+    kept = [pa.field(field.name, field.type) for field in kept_columns or ()]  # without flags of the input's own
+    if version >= _KEEPS_COLUMNS:
+        metadata[_KEPT_KEY] = json.dumps([field.name for field in kept]).encode()
+    elif kept:
+        raise SchemaError(
+            "A run that began with an older smallcap has no kept columns.",
+            expected=f"schema version {_KEEPS_COLUMNS} or newer",
+            found=str(version),
+            remedy="Leave the kept columns out, or give another --out.",
+        )
+    names = [*_TAKEN_NAMES, *(field.name for field in kept)]
+    if taken := sorted({field.name for field in kept if names.count(field.name) > 1}):
+        raise SchemaError(
+            "Kept columns have names that the output needs, or one of them is named twice.",
+            expected="other names than " + ", ".join(_TAKEN_NAMES),
+            found=", ".join(taken),
+            remedy="Rename these columns in the input, or do not keep them.",
+        )
+    return pa.schema([*_COLUMNS[version], *kept], metadata)
+
+
+def kept_columns(schema: pa.Schema) -> list[str]:
+    """Returns the names of the columns that a part took from the input; none before version 3.
+
+    Raises:
+        SchemaError: The metadata that names them is damaged.
+    """
+    try:
+        names = json.loads((schema.metadata or {}).get(_KEPT_KEY, b"[]"))
+    except ValueError:
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise SchemaError(
+            "A part's list of kept columns is damaged.",
+            expected="file metadata smallcap.kept_columns, a JSON list of names",
+            found=repr(schema.metadata[_KEPT_KEY]),
+        )
+    return names
 
 
 def check_caption_schema(schema: pa.Schema, where: str) -> None:
@@ -92,18 +157,24 @@ def check_caption_schema(schema: pa.Schema, where: str) -> None:
             remedy="Read it with the smallcap release that wrote it, or a newer one.",
         )
     columns = _COLUMNS[int(version)]
-    if not schema.equals(columns, check_metadata=False):
+    kept = kept_columns(schema) if int(version) >= _KEEPS_COLUMNS else []
+    fixed = pa.schema(list(schema)[: len(columns)])
+    if not fixed.equals(columns, check_metadata=False) or schema.names[len(columns) :] != kept:
         raise SchemaError(
             "This part's columns are not those of its schema version.",
             where=where,
-            expected=", ".join(columns.names),
+            expected=", ".join([*columns.names, *kept]),
             found=", ".join(schema.names),
         )
 
 
 def to_newest_version(table: pa.Table) -> pa.Table:
-    """Returns rows of any version with the newest version's columns; what an older one lacks is null."""
+    """Returns rows of any version with the newest version's columns, then those that were kept from the input.
+
+    What an older version lacks is null.
+    """
     missing = [field for field in CAPTION_COLUMNS if field.name not in table.column_names]
     for field in missing:
         table = table.append_column(field, pa.nulls(len(table), field.type))
-    return table.select(CAPTION_COLUMNS.names)
+    kept = [name for name in table.column_names if name not in CAPTION_COLUMNS.names]
+    return table.select([*CAPTION_COLUMNS.names, *kept])

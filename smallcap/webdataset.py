@@ -1,0 +1,142 @@
+"""WebDataset tars of captioned images: `KEY.jpg`, `KEY.txt` and `KEY.json` for each, as trainers read them.
+
+It knows tars, keys and image signatures, and nothing of runs or parts. The same samples give the same bytes.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import re
+import tarfile
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from smallcap.errors import SchemaError
+
+_EXTENSIONS = {
+    b"\xff\xd8\xff": "jpg",
+    b"\x89PNG": "png",
+    b"GIF8": "gif",
+    b"BM": "bmp",
+    b"II*\x00": "tif",
+    b"MM\x00*": "tif",
+    b"RIFF": "webp",
+    b"\x00\x00\x01\x00": "ico",
+}
+_IMAGE_EXTENSION = re.compile(r"\.(jpe?g|jfif|png|gif|bmp|tiff?|webp|ico|avif|heic)$", re.IGNORECASE)
+_SCHEME = re.compile(r"^[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+_CONTROL = re.compile(r"[\x00-\x1f\x7f\\]")  # a backslash separates folders for some unpackers
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One captioned image of a tar."""
+
+    image_id: str
+    data: bytes  # the image file as it was fetched
+    caption: str
+    record: dict[str, Any]  # the values of its JSON file besides the id and the caption
+
+
+def image_extension(data: bytes) -> str:
+    """Returns the usual extension of an image format by the signature of its bytes; `bin` where it is unknown."""
+    for signature, extension in _EXTENSIONS.items():
+        if data.startswith(signature):
+            return extension
+    return "avif" if data[4:12] == b"ftypavif" else "bin"
+
+
+def sample_key(image_id: str, taken: Collection[str]) -> str:
+    """Returns an image's key: its id as a relative path whose last component has no dot.
+
+    WebDataset ends a key at the first dot of its last component. A scheme, a leading slash and the image's extension
+    are left off; other dots there become `_`, as do empty and relative components and control characters.
+
+    Args:
+        image_id: Of the image.
+        taken: The tar's keys so far; where two ids have the same key, the later one gets `-2`, `-3`, ….
+    """
+    path = _CONTROL.sub("_", _IMAGE_EXTENSION.sub("", _SCHEME.sub("", image_id))).lstrip("/")
+    *folders, base = ["_" if part in ("", ".", "..") else part for part in path.split("/")]
+    key = "/".join([*folders, base.replace(".", "_")])
+    number, unique = 1, key
+    while unique in taken:
+        number += 1
+        unique = f"{key}-{number}"
+    return unique
+
+
+def write_samples(path: Path, samples: Iterable[Sample]) -> int:
+    """Writes a tar with the samples in their order; returns how many there were."""
+    taken: set[str] = set()
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for sample in samples:
+            key = sample_key(sample.image_id, taken)
+            taken.add(key)
+            record = _plain({"image_id": sample.image_id, "caption": sample.caption} | sample.record)
+            _add(tar, f"{key}.{image_extension(sample.data)}", sample.data)
+            _add(tar, f"{key}.txt", sample.caption.encode())
+            _add(tar, f"{key}.json", json.dumps(record, ensure_ascii=False).encode())
+    return len(taken)
+
+
+def drop_samples(source: Path, target: Path, image_ids: Collection[str]) -> int:
+    """Copies a tar without the samples of some images; returns how many samples are left.
+
+    Raises:
+        SchemaError: The tar is damaged.
+    """
+    try:
+        with tarfile.open(source) as tar:
+            members = tar.getmembers()
+            ids = {_key(m.name): json.loads(_content(tar, m))["image_id"] for m in members if m.name.endswith(".json")}
+            kept = {key for key, image_id in ids.items() if image_id not in image_ids}
+            with tarfile.open(target, "w", format=tarfile.PAX_FORMAT) as copy:
+                for member in members:
+                    if _key(member.name) in kept:
+                        _add(copy, member.name, _content(tar, member))
+    except (tarfile.TarError, ValueError, KeyError) as error:
+        raise SchemaError(
+            "A WebDataset tar of the output cannot be read.",
+            where=str(source),
+            found=str(error),
+            remedy="Delete it and the part of the same name, and start the run again to redo its images.",
+        ) from error
+    return len(kept)
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)  # its date is 0, its owner 0 without a name
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    assert file is not None, "write_samples writes nothing but files"
+    return file.read()
+
+
+def _key(name: str) -> str:
+    folder, slash, base = name.rpartition("/")
+    return folder + slash + base.split(".", 1)[0]
+
+
+def _plain(value: Any) -> Any:
+    """Returns a value as JSON has it: bytes as base64, what is not finite as null, dates and decimals as text."""
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    if isinstance(value, dict):
+        return {str(name): _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return str(value)
