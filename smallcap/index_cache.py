@@ -77,6 +77,19 @@ def open_version_folder(
     return cache.root
 
 
+def missing_files(
+    index_uri: str,
+    manifest: IndexManifest,
+    cache_dir: str = DEFAULT_CACHE_DIR,
+    entries: Sequence[FileEntry] | None = None,
+) -> list[FileEntry]:
+    """Returns which of the files `open_version_folder` would have to download to this node; none of a local index."""
+    if storage.is_local(index_uri):
+        return []
+    cache = NodeCache(Path(cache_dir).expanduser())
+    return [entry for entry in (manifest.files if entries is None else entries) if not cache.has(entry)]
+
+
 class NodeCache:
     """One node's cache folder, shared by its processes.
 
@@ -95,6 +108,10 @@ class NodeCache:
             for _ in pool.map(lambda entry: self._verify(folder, entry), entries):
                 pass
 
+    def has(self, entry: FileEntry) -> bool:
+        """Says whether a file is in the cache, verified and untouched since."""
+        return self._is_verified(self.root, entry)
+
     def fetch(self, index_uri: str, entries: Sequence[FileEntry], keep: set[str]) -> None:
         """Downloads the files that the cache lacks or has damaged.
 
@@ -111,7 +128,7 @@ class NodeCache:
                     expected=f"{FILES_FOLDER}/… or {VERSIONS_FOLDER}/…",
                     found=entry.file,
                 )
-        if all(self._is_verified(self.root, entry) for entry in entries):
+        if all(self.has(entry) for entry in entries):
             return
         with self._locked("downloads"):
             downloads = self.root / "downloads"

@@ -1,9 +1,12 @@
-"""How this process treats memory that it has freed."""
+"""How much memory a process can still have, and how it treats what it has freed."""
 
 from __future__ import annotations
 
 import ctypes
+import os
+import resource
 import sys
+from pathlib import Path
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 _MOST_KEPT = 2**31 - 1  # bytes, free at the top of the heap
@@ -20,3 +23,46 @@ def keep_freed_memory() -> None:
         if mallopt is not None:
             mallopt(_M_MMAP_MAX, 0)
             mallopt(_M_TRIM_THRESHOLD, _MOST_KEPT)
+
+
+def available_bytes(root: Path = Path("/")) -> int:
+    """Returns the memory that this process could take now: what the machine has left, or less in a container.
+
+    Args:
+        root: Where `proc` and `sys` are.
+    """
+    left = [_machine_bytes(root)]
+    for limit_file, used_file, stat_file, reclaimable in (
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),  # control groups, version 2
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+    ):
+        folder = root / "sys/fs/cgroup"
+        try:
+            limit, used = ((folder / name).read_text().strip() for name in (limit_file, used_file))
+            of_group = dict(line.split() for line in (folder / stat_file).read_text().splitlines())
+            if limit != "max":  # version 1 writes a number larger than any memory
+                left.append(int(limit) - int(used) + int(of_group.get(reclaimable, 0)))
+        except (OSError, ValueError):
+            continue
+    return max(0, min(left))
+
+
+def private_bytes() -> int:
+    """Returns the memory that is this process's own: without pages of files, which its node's processes share."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # not Linux: all of it at its peak, macOS counts bytes
+
+
+def _machine_bytes(root: Path) -> int:
+    try:
+        for line in (root / "proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # not Linux: all there is

@@ -1,19 +1,187 @@
-from pathlib import Path
+"""The cluster file is sound as far as can be told offline, and its way of submitting a job works on a local Ray."""
 
+import io
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import yaml
+from PIL import Image
+
+from smallcap.actor_plan import plan_actors
+from smallcap.clip_encoder import resolve_encoder_identity
+from smallcap.config import CaptionConfig, load_config
+from smallcap.index_manifest import IndexManifest
 
 ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "cluster.yaml").read_text()
+CLUSTER = yaml.safe_load(TEXT)
+HEAD, WORKER = CLUSTER["available_node_types"]["head"], CLUSTER["available_node_types"]["gpu_worker"]
 
 
 def test_the_cluster_file_passes_rays_own_check() -> None:
     private = pytest.importorskip("ray.autoscaler._private.util")
-    config = yaml.safe_load((ROOT / "cluster.yaml").read_text())
-    private.validate_config(private.prepare_config(config))
+    private.validate_config(private.prepare_config(yaml.safe_load(TEXT)))
 
 
 def test_the_cluster_installs_what_is_beside_it() -> None:
-    config = yaml.safe_load((ROOT / "cluster.yaml").read_text())
-    assert config["file_mounts"] == {"~/smallcap": "."}
-    assert any("~/smallcap/constraints.txt" in command for command in config["setup_commands"])
+    assert CLUSTER["file_mounts"] == {"~/smallcap": "."}
+    (install,) = (command for command in CLUSTER["setup_commands"] if "pip install" in command)
+    assert "~/smallcap/constraints.txt" in install
+    assert "ray[default]" in install  # for jobs and metrics
     assert (ROOT / "constraints.txt").is_file()
+    assert re.search(r"^prometheus_client==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+
+
+def test_jobs_and_workers_find_python_and_the_region() -> None:
+    for name in ("head_start_ray_commands", "worker_start_ray_commands"):
+        *_, start = CLUSTER[name]
+        assert "PATH=~/venv/bin:$PATH" in start
+        assert f"AWS_DEFAULT_REGION={CLUSTER['provider']['region']} " in start
+
+
+@pytest.fixture
+def run_config(tmp_path: Path) -> CaptionConfig:
+    """The run.yaml that the file's comment shows."""
+    (block,) = re.findall(r"^#   images:.*?(?=^#\n)", TEXT, re.MULTILINE | re.DOTALL)
+    (tmp_path / "run.yaml").write_text(re.sub(r"^#   ", "", block, flags=re.MULTILINE))
+    return load_config(CaptionConfig, str(tmp_path / "run.yaml"))
+
+
+def test_the_config_in_its_comment_brings_the_gpus_that_the_file_allows(run_config: CaptionConfig) -> None:
+    compute = run_config.compute
+    plan = plan_actors(compute, [HEAD["resources"]])  # what there is when the job starts
+    assert (plan.device, plan.num_actors) == ("cuda", 1)
+    assert plan.max_actors == WORKER["max_workers"] * WORKER["resources"]["GPU"] / compute.gpus_per_actor
+
+
+def test_a_worker_has_what_an_actor_needs(run_config: CaptionConfig) -> None:
+    plan = plan_actors(run_config.compute, [HEAD["resources"]])
+    assert WORKER["min_workers"] == 0
+    assert WORKER["max_workers"] <= CLUSTER["max_workers"]
+    assert WORKER["resources"]["GPU"] >= plan.gpus_per_actor
+    assert WORKER["resources"]["CPU"] >= plan.cpus_per_actor + 1  # one task at least feeds it
+    assert "GPU" not in HEAD["resources"]
+    assert "InstanceMarketOptions" not in HEAD["node_config"]
+
+
+def test_every_node_type_shows_its_instance_profile() -> None:
+    profiles = re.findall(r"^      # (IamInstanceProfile: .*)$", TEXT, re.MULTILINE)
+    assert len(profiles) == len(CLUSTER["available_node_types"])
+    for profile in profiles:
+        assert yaml.safe_load(profile)["IamInstanceProfile"]["Arn"].startswith("arn:aws:iam::")
+    assert "aws_access_key_id" not in TEXT.lower()
+
+
+def free_port() -> int:
+    """A port outside the range of Ray's workers."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port: int = probe.getsockname()[1]
+        if port >= 20000:
+            return port
+
+
+def own_environment() -> dict[str, str]:
+    """This process's environment without what other fixtures put there for the session's Ray."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AWS_"))}
+    return environment | {"RAY_AUTH_MODE": "disabled"}
+
+
+@pytest.fixture
+def head(tmp_path: Path) -> Iterator[str]:
+    """The address of the dashboard of a Ray of this test's own, started as the cluster file starts its head."""
+    pytest.importorskip("aiohttp_cors", reason="ray[default] is not installed")
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: Ray's sockets lie in it
+    port = free_port()
+    binaries = Path(sys.executable).parent
+    environment = own_environment() | {"PATH": f"{binaries}:{os.environ['PATH']}", "RAY_USAGE_STATS_ENABLED": "0"}
+    with (tmp_path / "head.log").open("wb") as log:
+        process = subprocess.Popen(
+            [
+                binaries / "ray", "start", "--head", "--block", "--port=0", f"--dashboard-port={port}",
+                "--dashboard-host=127.0.0.1", "--dashboard-agent-listen-port=0",
+                f"--ray-client-server-port={free_port()}", "--min-worker-port=0", "--max-worker-port=0",
+                "--num-cpus=4", f"--temp-dir={folder}",
+            ],
+            env=environment, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+    try:
+        address = f"http://127.0.0.1:{port}"
+        wait_until(lambda: answers(f"{address}/api/version"), process, tmp_path / "head.log")
+        yield address
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)  # and not `ray stop`, which would end every Ray of this machine
+        process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2):
+            return True
+    except OSError:
+        return False
+
+
+def wait_until(ready: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not ready():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.5)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_job_is_submitted_to_a_cluster(
+    head: str, tmp_path: Path, tiny_clip: Path, tiny_smallcap: Path, publish_index: Callable[..., IndexManifest]
+) -> None:
+    vectors = np.eye(16, dtype=np.float32)
+    texts = [f"{number} dogs" for number in range(16)]
+    publish_index(str(tmp_path / "index"), vectors, texts, encoder=resolve_encoder_identity(f"hf:{tiny_clip}"))
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(5):
+        pixels = np.random.default_rng(number).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "JPEG")
+        (images / f"{number}.jpg").write_bytes(buffer.getvalue())
+    run: dict[str, Any] = {
+        "images": [str(images)],
+        "index": str(tmp_path / "index"),
+        "model": str(tiny_smallcap),
+        "out": str(tmp_path / "out"),
+        "compute": {"dtype": "float32", "batch_size": 8},
+        "retrieval": {"cache_dir": str(tmp_path / "cache")},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    command = [
+        Path(sys.executable).parent / "ray", "job", "submit", "--address", head, "--submission-id", "captions",
+        "--working-dir", ".", "--", "python", "-m", "jobs.caption", "--config", str(tmp_path / "run.yaml"),
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, cwd=ROOT, env=own_environment(), capture_output=True, text=True, timeout=250, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Job 'captions' succeeded" in done.stdout + done.stderr
+    assert "5 rows: 5 ok, 0 errors" in done.stdout
+    parts = sorted((tmp_path / "out").glob("part-*.parquet"))
+    rows = [row for part in parts for row in pq.read_table(part).to_pylist()]
+    assert sorted(row["image_id"] for row in rows) == [f"{number}.jpg" for number in range(5)]
+    assert {row["status"] for row in rows} == {"ok"}
+    assert all(len(row["neighbours"]) == 4 for row in rows)

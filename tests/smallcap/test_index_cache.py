@@ -19,8 +19,9 @@ import pytest
 
 from smallcap import index_cache, storage
 from smallcap.errors import IndexIntegrityError, ManifestError, StorageError
-from smallcap.index_cache import check_file, open_version_folder
+from smallcap.index_cache import check_file, missing_files, open_version_folder
 from smallcap.index_manifest import FileEntry, IndexManifest, load_manifest
+from smallcap.index_part import files_of
 from smallcap.retriever import Retriever
 
 PublishIndex = Callable[..., IndexManifest]
@@ -137,8 +138,11 @@ class TestDownloads:
         Retriever.open(f"{s3}/index", cache_dir=cache)
         after = publish_index(f"{s3}/index", vectors, texts, shards=3)
         asked.clear()
-        Retriever.open(f"{s3}/index", cache_dir=cache)
         new = {entry.file for entry in after.files} - {entry.file for entry in before.files}
+        missing = missing_files(f"{s3}/index", after, cache, files_of(after))
+        assert {entry.file for entry in missing} == new
+        Retriever.open(f"{s3}/index", cache_dir=cache)
+        assert missing_files(f"{s3}/index", after, cache, files_of(after)) == []
         assert {uri.removeprefix(f"{s3}/index/") for uri in asked} == new
         assert len(new) == 2
         publish_index(f"{s3}/other", vectors, texts, shards=3)
@@ -349,6 +353,11 @@ class TestOnDiskLists:
         check_file(path, FileEntry.describe(path, "shard"))
         path.write_bytes(b"ilod" * 10_000)
         check_file(path, FileEntry.describe(path, "shard"))
+
+
+def test_a_local_index_has_nothing_to_download(tmp_path: Path, cache: str, publish_index: PublishIndex) -> None:
+    uri = str(tmp_path / "index")
+    assert missing_files(uri, publish_index(uri, unit_vectors(20), ["t"] * 20), cache) == []
 
 
 def test_a_missing_file(tmp_path: Path, cache: str, publish_index: PublishIndex) -> None:

@@ -1,0 +1,154 @@
+"""How many images fit into the memory that is left: what captioning one image takes, counted from the sizes.
+
+The keys and values of the decoder are counted to the byte; activations are the few largest tensors that live at once.
+Nothing is run and nothing is measured but the free memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from smallcap.captioner import Captioner
+from smallcap.checkpoint import SmallCapConfig
+from smallcap.decoding import GenerationOptions
+from smallcap.process_memory import available_bytes
+from smallcap.sampling import Sampling
+
+_MOST_ON_CPU, _MOST_ON_GPU = 64, 256  # images; larger batches gain nothing
+_TOKENS_PER_CAPTION, _TOKENS_OF_TEMPLATE = 25, 10  # of a prompt: the longest captions that an index holds by default
+# Shares of the free memory. A CPU's is also that of the tasks that decode, of Ray's object store and of the pages of
+# the index; a GPU's allocator cannot use every gap.
+_USABLE_ON_CPU, _USABLE_ON_GPU = 0.5, 0.8
+_PREFILLED_ON_CPU = 1024  # tokens at once, see `smallcap.engine`
+_SAMPLING_BYTES = 48  # per logit: probabilities, sorted with their places, and sums in float64
+
+
+@dataclass(frozen=True)
+class VisionTower:
+    """What of a vision tower decides how much memory it takes."""
+
+    image_px: int
+    width: int
+    patch_px: int | None  # None for a ResNet
+
+    @classmethod
+    def of(cls, tower: nn.Module, image_px: int) -> VisionTower:
+        """Reads the sizes off the tower's first convolution: a transformer's cuts patches, a ResNet's overlaps."""
+        first = next(module for module in tower.modules() if isinstance(module, nn.Conv2d))
+        if first.kernel_size == first.stride:
+            return cls(image_px, first.out_channels, first.kernel_size[0])
+        return cls(image_px, 2 * first.out_channels, None)
+
+    @property
+    def values(self) -> int:
+        """The largest number of values that live at once for one image, of all but its pixels."""
+        if (
+            self.patch_px is None
+        ):  # three feature maps of the stem, or of the first blocks at half its size and 4 × width
+            return 4 * (self.image_px // 2) ** 2 * self.width
+        positions = (self.image_px // self.patch_px) ** 2 + 1
+        return positions * self.width * 14  # a residual and its norm, and the feed-forward's 4 × width three times
+
+
+@dataclass(frozen=True)
+class ImageMemory:
+    """Bytes that captioning takes for each image of a batch."""
+
+    kv_cache: int  # of self-attention: the prompt once, the new tokens of every beam
+    cross_attention: int  # keys and values of the image
+    logits: int  # of all beams, and what choosing among them needs
+    encoder: int  # activations, pixels included
+    prefill: int  # activations of the prompts, where all are run at once
+    copies: int  # of keys and values that live at once
+
+    @property
+    def bytes(self) -> int:
+        """The most that is needed at one time."""
+        decoding = self.copies * (self.kv_cache + self.cross_attention) + max(self.logits, self.prefill)
+        # On a GPU the next batch is encoded beside it.
+        return decoding + self.encoder if self.copies > 2 else max(decoding, self.encoder)
+
+
+def image_memory(
+    config: SmallCapConfig,
+    retrieval: VisionTower | None,
+    generation: GenerationOptions,
+    prompt_tokens: int,
+    dtype: str,
+    device: str = "cpu",
+) -> ImageMemory:
+    """Counts what captioning one image takes.
+
+    Args:
+        config: The checkpoint's.
+        retrieval: The retrieval encoder's vision tower; None where it is the model's own, or there is none.
+        generation: Beams and lengths.
+        prompt_tokens: S, of the longest prompt.
+        dtype: Of weights and activations.
+        device: `cpu`, or a CUDA device.
+    """
+    decoder, size = config.decoder, torch.finfo(getattr(torch, dtype)).bits // 8
+    on_gpu = device.startswith("cuda")
+    patch_px, image_px = config.vision.get("patch_size", 32), config.vision.get("image_size", 224)
+    own = VisionTower(image_px, decoder.encoder_hidden_size, patch_px)
+    positions = (image_px // patch_px) ** 2 + 1  # P
+    sequences = generation.num_sequences
+    slots = prompt_tokens + sequences * (generation.max_new_tokens - 1)  # T
+    towers = [own, retrieval] if retrieval else [own]
+    per_logit = size + 8 + (_SAMPLING_BYTES if generation.strategy is Sampling else 0)
+    per_logit += 4 if generation.no_repeat_ngram_size else 0
+    of_token = 6 * decoder.hidden_size + 2 * decoder.ffn_size
+    return ImageMemory(
+        kv_cache=2 * decoder.num_layers * decoder.hidden_size * slots * size,
+        cross_attention=2 * decoder.num_layers * decoder.cross_attention_size * positions * size,
+        logits=sequences * decoder.vocab_size * per_logit,
+        encoder=max(tower.values * size + 3 * tower.image_px**2 * (1 + 8 + size) for tower in towers)
+        + 2 * positions * decoder.encoder_hidden_size * size,
+        prefill=prompt_tokens * (of_token + 2 * prompt_tokens) * size if on_gpu else 0,
+        # Images that are done leave by copying the others; recorded steps have a copy of their own, of a power of two.
+        copies=4 if on_gpu else 2,
+    )
+
+
+def largest_batch(
+    config: SmallCapConfig,
+    retrieval: VisionTower | None,
+    generation: GenerationOptions,
+    prompt_tokens: int,
+    free_bytes: int,
+    dtype: str,
+    device: str = "cpu",
+) -> int:
+    """Returns how many images can be captioned together in `free_bytes`; see `image_memory` for the other arguments.
+
+    Returns:
+        At least 1, for there is no smaller batch; at most 64 on a CPU and 256 on a GPU, which gain nothing by more.
+    """
+    on_gpu = device.startswith("cuda")
+    decoder, size = config.decoder, torch.finfo(getattr(torch, dtype)).bits // 8
+    one = image_memory(config, retrieval, generation, prompt_tokens, dtype, device)
+    fixed = 0 if on_gpu else _PREFILLED_ON_CPU * (6 * decoder.hidden_size + 2 * decoder.ffn_size) * size
+    fitting = (free_bytes * (_USABLE_ON_GPU if on_gpu else _USABLE_ON_CPU) - fixed) / one.bytes
+    return max(1, min(int(fitting), _MOST_ON_GPU if on_gpu else _MOST_ON_CPU))
+
+
+def largest_batch_here(captioner: Captioner, actors: int = 1) -> int:
+    """Returns how many images a loaded captioner can caption together in the memory that its device has left now.
+
+    Args:
+        captioner: Loaded, its index too: what they take is no longer free.
+        actors: That share the device: a GPU, or the node's memory.
+    """
+    model, encoder = captioner.model, captioner.retrieval_encoder
+    separate = encoder is not None and encoder.vision_tower is not model.encoder.transformer
+    retrieval = VisionTower.of(encoder.vision_tower, encoder.preprocessing.size_px) if encoder and separate else None
+    device = model.device.type
+    free_bytes = torch.cuda.mem_get_info(model.device)[0] if device == "cuda" else available_bytes()
+    prompt_tokens = _TOKENS_OF_TEMPLATE + captioner.k * _TOKENS_PER_CAPTION
+    dtype = str(model.dtype).removeprefix("torch.")
+    return largest_batch(
+        model.config, retrieval, captioner.generation, prompt_tokens, free_bytes // actors, dtype, device
+    )
