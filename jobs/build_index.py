@@ -123,4 +123,4 @@ def _print_progress(stage: str, done: int, total: int) -> None:
 
 
 if __name__ == "__main__":
-    run_job(IndexConfig, lambda config, address: describe(run(config, address)))
+    run_job(IndexConfig, lambda config, address: (describe(run(config, address)), 0))

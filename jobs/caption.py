@@ -1,53 +1,41 @@
 """The captioning job: images in, Parquet with captions and retrieved neighbours out.
 
-    list → drop what is done → fetch and decode (CPU tasks) → caption (actor pool) → write parts
+    what is left of the input → load (fetch and decode, CPU tasks) → caption (actor pool) → write parts
 
 Runs as `smallcap caption …` or, for `ray job submit`, as `python -m jobs.caption --config FILE --set a.b=c`.
 """
 
 from __future__ import annotations
 
+import pickle
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from jobs.config_args import run_job
-from jobs.run_record import (
-    RUN_FORMAT_VERSION,
-    Attempt,
-    ImageCounts,
-    RunRecord,
-    count_images,
-    drop_duplicates,
-    finished_ids,
-    load_run_record,
-    run_lock,
-    write_run_record,
-)
-from smallcap.actor_plan import plan_actors
-from smallcap.captioner import CropPlan
-from smallcap.checkpoint import checkpoint_id
-from smallcap.clip_encoder import resolve_encoder_identity
+from jobs.caption_plan import captioner_spec, count_images, load_spec, plan_on_cluster
+from jobs.caption_plan import dry_run as plan_dry_run
+from jobs.config_args import EXIT_TOO_MANY_ERRORS, run_job
+from jobs.run_record import RUN_FORMAT_VERSION, Attempt, ImageCounts, Input, RunRecord, run_lock, write_run_record
+from jobs.run_work import finish_run, list_work, open_record, what_is_left
 from smallcap.config import CaptionConfig
-from smallcap.dataset import list_images
-from smallcap.index_manifest import load_manifest, utc_now
-from smallcap.precision import fastest_cpu_dtype
+from smallcap.coverage import WorkItem
+from smallcap.index_manifest import utc_now
 from smallcap.schema import caption_schema
+from smallcap.work_list import WorkList
 
 if TYPE_CHECKING:
+    from jobs.monitor import Snapshot
     from jobs.retrieval_actors import Partitions
 
-_IMAGES_PER_BLOCK = 256
 # A block's files, its crops, and one large image being decoded. It also makes the task unlike an actor of one CPU, into
 # which Ray would otherwise fuse it.
-_DECODE_MEMORY_BYTES = 512 << 20
-_CPU_BATCH, _GPU_BATCH = 64, 256  # images
-_BATCHES_PER_CALL = {"cpu": 1, "cuda": 4}  # on a GPU an actor prepares its next batch while it decodes one
+_LOAD_MEMORY_BYTES = 512 << 20
+_MOST_TASKS = 20_000  # that the driver keeps account of at a time; with more fragments, a task takes several
 
 
 @dataclass(frozen=True)
@@ -58,14 +46,24 @@ class RunSummary:
     record: RunRecord
     new_images: int  # captioned, or failed, by this call
     images: ImageCounts  # in the output, of all attempts
+    stages: tuple[str, ...] = ()  # where this call's time went, for people
+
+    @property
+    def error_rate(self) -> float:
+        """The share of the run's rows that have no caption."""
+        return self.images.error / self.images.total if self.images.total else 0.0
 
 
-def run(config: CaptionConfig, address: str | None = None) -> RunSummary:
+def run(
+    config: CaptionConfig, address: str | None = None, *, retry_failed: bool = False, relist: bool = False
+) -> RunSummary:
     """Captions all images of `config` that have no row in its output yet.
 
     Args:
         config: What to caption, with what, and where to write.
         address: Of a Ray cluster; by default the one this process belongs to, or a new local one.
+        retry_failed: Try images again whose rows are errors.
+        relist: List the input again, and take what has come since; without it a run keeps to its first list.
 
     Returns:
         The finished run. When everything was done before, nothing is computed and Ray is not started.
@@ -75,129 +73,118 @@ def run(config: CaptionConfig, address: str | None = None) -> RunSummary:
         RunError: Storage, index or checkpoint cannot be used.
     """
     with run_lock(config.out):
-        record = _open_record(config)
-        todo = _images_to_do(config)
-        if todo.num_rows:
-            record = _caption(config, record, todo, address)
-        if record.status != "complete":
-            drop_duplicates(config.out)
-            record = record.model_copy(update={"status": "complete", "images": count_images(config.out)})
-            write_run_record(config.out, record)
-    return RunSummary(config.out, record, todo.num_rows, record.images)
+        record = open_record(config)
+        if record.is_done(config.limit) and not (retry_failed or relist):
+            return RunSummary(config.out, record, 0, record.images)
+        work = list_work(config, record, relist)
+        record = record.model_copy(update={"input": Input.of(work)})
+        items = what_is_left(config, work, retry_failed)
+        new_images = 0
+        stages: tuple[str, ...] = ()
+        if items:
+            record, stages = _caption(config, record, work, items, address)
+            new_images = record.attempts[-1].images
+        record = finish_run(config, record, work)
+    return RunSummary(config.out, record, new_images, record.images, stages)
 
 
 def describe(summary: RunSummary) -> str:
     """Returns what a call of the job did and where its time went, in a few lines for people."""
-    images = summary.images
+    images, record = summary.images, summary.record
     lines = [f"Nothing to do: all {images.total:,} images have their rows already."]
-    if summary.new_images:
-        attempt = summary.record.attempts[-1]
-        lines = _describe_attempt(attempt, summary.new_images)
+    if summary.stages:
+        lines = list(summary.stages)
+    elif record.input:
+        lines.append(f"The input was listed at {record.input.listed_at}; --relist looks for images that came since.")
+    if repeated := record.count_repeated():
+        lines.append(f"{repeated:,} images were named again, and captioned once.")
     errors = ", ".join(f"{count:,} {code}" for code, count in images.errors_by_code.items())
     counts = f"{images.total:,} rows: {images.ok:,} ok, {images.error:,} errors"
-    lines.append(counts + (f" ({errors})" if errors else ""))
+    lines.append(counts + (f" ({errors}); --retry-failed tries them again" if errors else ""))
     lines.append(f"Parquet: {summary.out}/part-*.parquet")
     return "\n".join(lines)
 
 
-def _describe_attempt(attempt: Attempt, images: int) -> list[str]:
-    """Says an attempt's rate, its stages' own rates, and which of them holds the others up."""
-    assert attempt.seconds and attempt.decode_s and attempt.caption_s and attempt.actors
-    busy = attempt.caption_s / attempt.actors / attempt.seconds
-    verdict = "captioning is the bottleneck" if busy > 0.5 else "starting up, reading and writing took most of the time"
-    actor = f"one {attempt.device} actor, {attempt.dtype or ''}"
-    search = f", search: {' and '.join(attempt.search_backends)}" if attempt.search_backends else ""
-    fallbacks = "" if attempt.decoded_by_pillow is None else f", {attempt.decoded_by_pillow:,} whole by Pillow"
-    return [
-        f"Captioned {images:,} images in {attempt.seconds:.1f} s, {images / attempt.seconds:.1f} images/s:",
-        f"  fetch and decode  {images / attempt.decode_s:8,.1f} images/s in one CPU task{fallbacks}",
-        f"  caption           {images / attempt.caption_s:8,.1f} images/s in {actor}{search}",
-        f"  {attempt.actors} actor(s) busy {busy:.0%} of the time: {verdict}",
-    ]
-
-
-def _open_record(config: CaptionConfig) -> RunRecord:
-    """Continues the output folder's run, or begins one; pins the index's version for all attempts."""
-    model_id = checkpoint_id(config.model)
-    record = load_run_record(config.out)
-    if record is not None:
-        record.check_same_run(config, model_id, config.out)
-        return record
-    manifest = load_manifest(config.index) if config.index and config.retrieval.k != 0 else None
-    encoder = config.retrieval.encoder or (manifest.encoder.spec if manifest else None)
-    if manifest and encoder:
-        manifest.check_encoder(resolve_encoder_identity(encoder), config.index or "")
-    return RunRecord.new(config, model_id, manifest.index_id if manifest else None, encoder)
-
-
-def _images_to_do(config: CaptionConfig) -> pa.Table:
-    """Lists the images that have no row in the output, sorted by id."""
-    images = list_images(config.images, config.input)
-    if config.limit is not None:
-        images = images.slice(0, config.limit)
-    done = pc.is_in(images["image_id"], value_set=finished_ids(config.out))
-    return images.filter(pc.invert(done))
-
-
-def _caption(config: CaptionConfig, record: RunRecord, todo: pa.Table, address: str | None) -> RunRecord:
-    """Runs one attempt of the pipeline over the images to do."""
+def _caption(
+    config: CaptionConfig, record: RunRecord, work: WorkList, items: Sequence[WorkItem], address: str | None
+) -> tuple[RunRecord, tuple[str, ...]]:
+    """Runs one attempt of the pipeline over what is left; returns where its time went as well."""
     import ray
 
-    from index_builder.tasks import node_resources
-    from jobs.ray_session import connect, own_errors, stage_progress
-    from jobs.stages import CaptionerSpec, CaptionImages, PartSink, fetch_and_decode
+    from jobs.caption_stage import CaptionImages
+    from jobs.load_stage import load_images
+    from jobs.monitor import start_monitor
+    from jobs.part_sink import PartSink
+    from jobs.progress import show_progress, stage_table
+    from jobs.ray_session import connect, own_errors
 
     connect(address)
-    pool = plan_actors(config.compute, node_resources())
-    if pool.device == "cpu" and config.compute.dtype == "auto":
-        pool = replace(pool, dtype=_cpu_dtype(record))
+    plan = plan_on_cluster(config, record)
+    actors = plan.actors
     attempt = Attempt(
-        started_at=utc_now(), images=todo.num_rows, actors=pool.num_actors, device=pool.device, dtype=pool.dtype
+        token=uuid.uuid4().hex, started_at=utc_now(), actors=actors.num_actors, device=actors.device, dtype=actors.dtype
     )
-    record = record.model_copy(update={"status": "running", "format_version": RUN_FORMAT_VERSION})
-    write_run_record(config.out, record.model_copy(update={"attempts": (*record.attempts, attempt)}))
+    attempts = (*record.attempts, attempt)
+    record = record.model_copy(update={"status": "running", "format_version": RUN_FORMAT_VERSION, "attempts": attempts})
+    write_run_record(config.out, record)
 
-    schema = caption_schema(record.run_id, record.model_id, record.index_id or "", record.schema_version)
-    sink = PartSink(
-        config.out, schema, len(record.attempts), config.output.rows_per_part, config.output.rows_per_row_group
+    schema = caption_schema(
+        record.run_id, record.model_id, record.index_id or "", record.schema_version, work.kept_columns
     )
-    plan = CropPlan.load(config.model, record.retrieval_encoder, config.input.decode)
-    batch_size = _batch_size(config, pool.device)
-    spec = CaptionerSpec(config, pool.device, pool.dtype, record.index_id, record.retrieval_encoder, batch_size)
-
     started = time.perf_counter()
-    with own_errors(), stage_progress(), _partitions(config, record) as partitions:
-        spec = replace(spec, partitions=partitions)
+    monitor = start_monitor(count_images(items), record.images.total, record.run_id, len(items))
+    with own_errors(), monitor, show_progress(monitor), _partitions(config, record) as partitions:
+        loading = load_spec(config, record, work, plan, monitor)
+        captioning = replace(captioner_spec(config, record, plan, monitor), partitions=partitions)
+        sink = PartSink(config.out, attempt, len(attempts), schema, plan.rows_per_part, plan.parts, monitor)
         (
-            ray.data.from_arrow(todo)
-            .repartition(target_num_rows_per_block=_IMAGES_PER_BLOCK)
+            ray.data.from_arrow(pa.table({"item": [pickle.dumps(item) for item in items]}))
+            .repartition(target_num_rows_per_block=-(-len(items) // _MOST_TASKS))
             .map_batches(
-                fetch_and_decode,
-                batch_size=_IMAGES_PER_BLOCK,
-                fn_kwargs={"plan": plan, "max_pixels": config.input.max_image_pixels},
-                memory=_DECODE_MEMORY_BYTES,
+                load_images,
+                batch_size=1,
+                batch_format="pyarrow",
+                fn_kwargs={"spec": loading},
+                memory=_LOAD_MEMORY_BYTES,
             )
             .map_batches(
                 CaptionImages,
-                fn_constructor_args=(spec,),
-                batch_size=batch_size * _BATCHES_PER_CALL[pool.device],
-                compute=ray.data.ActorPoolStrategy(size=pool.num_actors),
-                num_cpus=pool.cpus_per_actor,
-                num_gpus=pool.gpus_per_actor,
+                fn_constructor_args=(captioning,),
+                batch_size=plan.images_per_call,
+                batch_format="pyarrow",
+                compute=ray.data.ActorPoolStrategy(min_size=actors.num_actors, max_size=actors.max_actors),
+                num_cpus=actors.cpus_per_actor,
+                num_gpus=actors.gpus_per_actor,
             )
             .write_datasink(sink)
         )
-    attempt = attempt.model_copy(
+        snapshot = monitor.snapshot()
+    seconds = time.perf_counter() - started
+    fast = config.input.decode == "fast"
+    stages = stage_table(snapshot, seconds, actors, plan.load_tasks, fast) if snapshot else ()
+    attempt = _measured(attempt, snapshot, seconds, fast)
+    return record.model_copy(update={"attempts": (*attempts[:-1], attempt)}), tuple(stages)
+
+
+def _measured(attempt: Attempt, snapshot: Snapshot | None, seconds: float, fast_decode: bool) -> Attempt:
+    """Returns the record of an attempt that has ended, with what its stages reported."""
+    ended = attempt.model_copy(update={"finished_at": utc_now(), "seconds": round(seconds, 3)})
+    if snapshot is None:
+        return ended
+    return ended.model_copy(
         update={
-            "finished_at": utc_now(),
-            "seconds": round(time.perf_counter() - started, 3),
-            "decode_s": round(sink.totals.decode_s, 3),
-            "caption_s": round(sink.totals.caption_s, 3),
-            "decoded_by_pillow": sink.totals.by_pillow if config.input.decode == "fast" else None,
-            "search_backends": tuple(sorted(sink.totals.searched_by)),
+            "images": snapshot.write.images,
+            "decode_s": round(snapshot.load.seconds, 3),
+            "fetch_s": round(snapshot.load.fetch_s, 3),
+            "fetch_retries": snapshot.load.retries,
+            "repeated_ids": snapshot.load.duplicates,
+            "caption_s": round(snapshot.caption.seconds, 3),
+            "write_s": round(snapshot.write.seconds, 3),
+            "actors": max(snapshot.actors, 1),
+            "decoded_by_pillow": snapshot.load.by_pillow if fast_decode else None,
+            "search_backends": tuple(sorted(snapshot.caption.searched_by)),
         }
     )
-    return record.model_copy(update={"attempts": (*record.attempts, attempt)})
 
 
 @contextmanager
@@ -212,27 +199,19 @@ def _partitions(config: CaptionConfig, record: RunRecord) -> Iterator[Partitions
         yield partitions
 
 
-def _cpu_dtype(record: RunRecord) -> str:
-    """Returns what `auto` means on CPU actors: what earlier attempts of the run took, else what a worker measures."""
-    import ray
-
-    earlier = [attempt.dtype for attempt in record.attempts if attempt.device == "cpu" and attempt.dtype]
-    if earlier:
-        return earlier[0]
-    dtype: str = ray.get(ray.remote(_measure_cpu_dtype).remote())
-    return dtype
+def exit_status(config: CaptionConfig, summary: RunSummary) -> int:
+    """Returns 0, or the status that says that more images failed than the config accepts."""
+    return EXIT_TOO_MANY_ERRORS if summary.error_rate > config.max_error_rate else 0
 
 
-def _measure_cpu_dtype() -> str:
-    """Runs on a worker; Ray takes no cached function."""
-    return fastest_cpu_dtype()
-
-
-def _batch_size(config: CaptionConfig, device: str) -> int:
-    if config.compute.batch_size != "auto":
-        return config.compute.batch_size
-    return _GPU_BATCH if device == "cuda" else _CPU_BATCH
+def _run_as_module(
+    config: CaptionConfig, address: str | None, dry_run: bool, retry_failed: bool, relist: bool
+) -> tuple[str, int]:
+    if dry_run:
+        return "\n".join(plan_dry_run(config, address).lines()), 0
+    summary = run(config, address, retry_failed=retry_failed, relist=relist)
+    return describe(summary), exit_status(config, summary)
 
 
 if __name__ == "__main__":
-    run_job(CaptionConfig, lambda config, address: describe(run(config, address)))
+    run_job(CaptionConfig, _run_as_module, ("dry_run", "retry_failed", "relist"))

@@ -1,6 +1,6 @@
 """The `smallcap` command: every job and look-up, with one way of taking options and of reporting errors.
 
-Exit codes: 0 done, 1 run error, 2 usage.
+Exit codes: 0 done, 1 run error, 2 usage, 3 done with more failed rows than `--max-error-rate`.
 """
 
 from __future__ import annotations
@@ -211,7 +211,23 @@ def caption(
     num_beams: Annotated[int | None, typer.Option(help="Beams; 1 decodes greedily.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
     batch_size: Annotated[str | None, typer.Option(help="Images captioned together, or auto.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first N images by id.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first N images.")] = None,
+    keep_columns: Annotated[
+        str | None, typer.Option(help="Columns of lists, or fields of tars' JSON, to pass on: a,b,c.")
+    ] = None,
+    save_embeddings: Annotated[
+        bool | None, typer.Option("--save-embeddings", help="Write image embeddings, too.")
+    ] = None,
+    write: Annotated[str | None, typer.Option(help="Also write the images with their captions: webdataset.")] = None,
+    max_error_rate: Annotated[float | None, typer.Option(help="Exit with 3 above this share of failed rows.")] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try failed images again; the run's folder is enough for that.")
+    ] = False,
+    relist: Annotated[bool, typer.Option("--relist", help="List the input again and take what is new.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the input, caption a few batches, and say what the run will take.")
+    ] = False,
+    gpu_hour_cost: Annotated[float | None, typer.Option(help="With --dry-run: $ of one GPU for an hour.")] = None,
     config: ConfigFile = None,
     sets: Sets = None,
     address: Address = None,
@@ -219,22 +235,42 @@ def caption(
     """Caption images. Stopped and started again, it does what is missing."""
     from smallcap.config import CaptionConfig, load_config
 
+    if retry_failed and out is None and config is None and images and len(images) == 1:
+        out, images = images[0], None  # a run's folder: its own config holds
     flags: dict[str, Any] = {
         "images": images,
         "index": index,
         "model": model,
         "out": out,
         "limit": limit,
+        "keep_columns": keep_columns.split(",") if keep_columns else None,
+        "max_error_rate": max_error_rate,
         "retrieval.k": k,
         "generation.num_beams": num_beams,
         "compute.dtype": dtype,
         "compute.batch_size": batch_size if batch_size in (None, "auto") else _as_int("--batch-size", batch_size),
+        "output.save_embeddings": save_embeddings,
+        "output.write": [write] if write else None,
     }
-    resolved = load_config(CaptionConfig, config, flags, sets or ())
+    base = None
+    if retry_failed and images is None and config is None:
+        from jobs.run_record import load_run_config
+
+        base = load_run_config(out or "")
+    resolved = load_config(CaptionConfig, config, flags, sets or (), base)
 
     from jobs import caption as job  # imports torch and Ray, which a wrong option need not wait for
 
-    print(job.describe(job.run(resolved, address)))
+    if dry_run:
+        from jobs.caption_plan import dry_run as make_plan
+
+        plan = make_plan(resolved, address, gpu_hour_cost)
+        print("\n".join(plan.lines()))
+        return
+    summary = job.run(resolved, address, retry_failed=retry_failed, relist=relist)
+    print(job.describe(summary))
+    if status := job.exit_status(resolved, summary):
+        raise typer.Exit(status)
 
 
 @app.command()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from jobs.run_record import RUN_FILE, list_parts, load_run_record, read_parts
+from jobs.run_record import RUN_FILE, load_run_record, read_parts
 from smallcap import storage
 from smallcap.caption_store import load_caption_sample
 from smallcap.errors import ConfigError
 from smallcap.index_manifest import POINTER_FILE
+from smallcap.part_files import list_parts
 from smallcap.schema import CAPTION_COLUMNS
 
 _MOST_SAMPLES = 10_000

@@ -1,38 +1,42 @@
-"""A captioning run's own record, `run.json`, and what its parts say is done.
+"""A captioning run's own record, `run.json`: what is pinned for all of its attempts, and what each of them did.
 
-The finished output is the checkpoint: which images are done is read from the parts' id column, and nothing else is
-trusted. `run.json` pins what must not change while a run is stopped and started (config, model, index version).
+Which images are done is not in it: that is read from the parts (`smallcap.coverage`), and nothing else is trusted.
 """
 
 from __future__ import annotations
 
 import fcntl
-import io
 import json
 import platform
 import uuid
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from smallcap import storage
 from smallcap.config import CaptionConfig, config_difference
-from smallcap.errors import ConfigError, SchemaError, StorageError
-from smallcap.schema import SCHEMA_VERSION, STATUS_OK, check_caption_schema, to_newest_version
+from smallcap.errors import ConfigError, ConflictError, SchemaError, StorageError
+from smallcap.part_files import PartInfo, list_parts
+from smallcap.schema import SCHEMA_VERSION, check_caption_schema, to_newest_version
+from smallcap.work_list import WorkList
 
 RUN_FILE = "run.json"
-RUN_FORMAT_VERSION = 3
+RUN_FORMAT_VERSION = 4
 _PACKAGES = ("smallcap", "torch", "transformers", "open_clip_torch", "pyarrow", "ray")
-# What may differ between the attempts of one run: where it runs, and how much of its input it takes.
-_FREE = tuple(f"compute.{name}" for name in ("device", "compile", "batch_size", "num_actors", "gpus_per_actor"))
-_FREE += ("limit", "out", "retrieval.partitions", "retrieval.search_device")
+# What may differ between the attempts of one run: where it runs, how it fetches, and how much of its input it takes.
+_FREE = (
+    *(f"compute.{name}" for name in ("device", "compile", "batch_size", "num_actors", "max_actors", "gpus_per_actor")),
+    *(f"input.{name}" for name in ("fetch_timeout_s", "fetch_attempts")),
+    *(f"output.{name}" for name in ("rows_per_part", "rows_per_row_group")),
+    *("limit", "max_error_rate", "out", "retrieval.partitions", "retrieval.search_device"),
+)
 
 
 class _Record(BaseModel):
@@ -42,13 +46,18 @@ class _Record(BaseModel):
 class Attempt(_Record):
     """One start of the job, and what it did."""
 
+    token: str = ""  # nobody else's; see check_attempt
     started_at: str
     finished_at: str | None = None
-    images: int = 0
+    images: int = 0  # that got their row
     seconds: float | None = None  # wall clock of the pipeline, Ray's start and the models' loading included
-    decode_s: float | None = None  # summed over CPU tasks
+    decode_s: float | None = None  # fetching and decoding, summed over CPU tasks
+    fetch_s: float | None = None  # of these, fetching
+    fetch_retries: int | None = None  # requests that were repeated
+    repeated_ids: int = 0  # images of tars that were left out, since another one of the same tar has the id
     caption_s: float | None = None  # summed over actors, loading excluded
-    actors: int | None = None
+    write_s: float | None = None  # summed over the tasks that write parts
+    actors: int | None = None  # most at a time
     device: str | None = None
     dtype: str | None = None
     decoded_by_pillow: int | None = None  # images that decode: fast left to Pillow
@@ -63,12 +72,38 @@ class ImageCounts(_Record):
     error: int = 0
     errors_by_code: dict[str, int] = {}
 
+    @classmethod
+    def of(cls, parts: Iterable[PartInfo]) -> ImageCounts:
+        """Sums what the parts say of themselves."""
+        ok, errors = 0, Counter[str]()
+        for part in parts:
+            ok += part.ok
+            errors.update(part.errors)
+        failed = errors.total()
+        return cls(total=ok + failed, ok=ok, error=failed, errors_by_code=dict(sorted((+errors).items())))
+
+
+class Input(_Record):
+    """The list of the run's images, as it was made."""
+
+    listed_at: str
+    images: int | None  # None where nobody knows how many there are in tars
+    fragments: int
+    duplicates: int  # named again, and left out
+
+    @classmethod
+    def of(cls, work: WorkList) -> Input:
+        """Returns the facts of a list of work."""
+        return cls(
+            listed_at=work.listed_at, images=work.images, fragments=len(work.fragments), duplicates=work.duplicates
+        )
+
 
 class RunRecord(_Record):
     """The content of `run.json`; older format versions lack some fields, whose defaults here are what held."""
 
-    format_version: Literal[1, 2, 3] = 1
-    schema_version: Literal[1, 2] = 1  # of the run's parts
+    format_version: Literal[1, 2, 3, 4] = 1
+    schema_version: Literal[1, 2, 3] = 1  # of the run's parts
     run_id: str
     status: Literal["running", "complete"] = "running"
     config: dict[str, Any]
@@ -76,7 +111,10 @@ class RunRecord(_Record):
     index_id: str | None
     retrieval_encoder: str | None
     versions: dict[str, str]
+    input: Input | None = None
     images: ImageCounts = ImageCounts()
+    repeated_ids: int = 0  # images of tars and Parquet files that were left out, since another file has the id
+    limit: int | None = None  # of the attempt that made the run complete
     attempts: tuple[Attempt, ...] = ()
 
     @classmethod
@@ -94,6 +132,16 @@ class RunRecord(_Record):
             retrieval_encoder=retrieval_encoder,
             versions={"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
         )
+
+    def is_done(self, limit: int | None) -> bool:
+        """Says whether the first `limit` images of the run's list, or all, have their rows already."""
+        listed = self.status == "complete" and self.input is not None
+        return listed and (self.limit is None or (limit is not None and limit <= self.limit))
+
+    def count_repeated(self) -> int:
+        """Returns how many images were named again, in lists, within a tar, or in two files."""
+        listed = self.input.duplicates if self.input else 0
+        return listed + self.repeated_ids + sum(attempt.repeated_ids for attempt in self.attempts)
 
     def check_same_run(self, config: CaptionConfig, model_id: str, out: str) -> None:
         """Checks that a command continues this run.
@@ -138,6 +186,19 @@ def load_run_record(out: str) -> RunRecord | None:
         raise SchemaError("run.json is malformed.", where=where, found=str(error)) from error
 
 
+def load_run_config(out: str) -> dict[str, Any]:
+    """Returns a run's own config, dumped.
+
+    Raises:
+        ConfigError: There is no run.
+        SchemaError: `run.json` is malformed.
+    """
+    record = load_run_record(out) if out else None
+    if record is None:
+        raise ConfigError("There is no run in this folder.", where=out or "--out", expected=f"a folder with {RUN_FILE}")
+    return record.config | {"out": out}
+
+
 def write_run_record(out: str, record: RunRecord) -> None:
     """Writes `run.json`, atomically, in the newest format version."""
     record = record.model_copy(update={"format_version": RUN_FORMAT_VERSION})
@@ -145,11 +206,30 @@ def write_run_record(out: str, record: RunRecord) -> None:
     storage.write_bytes(storage.join(out, RUN_FILE), data.encode())
 
 
+def check_attempt(out: str, attempt: Attempt) -> None:
+    """Checks that an attempt is the run's newest, before anything of it is written.
+
+    What a killed driver's workers still write would be work for nothing, and of two drivers one must stop.
+
+    Raises:
+        ConflictError: A later attempt has begun.
+    """
+    record = load_run_record(out)
+    if record is None or not record.attempts or record.attempts[-1].token != attempt.token:
+        raise ConflictError(
+            "Another process has started this run again; this one stops.",
+            where=out,
+            expected=f"the attempt of {attempt.started_at}",
+            found=f"one of {record.attempts[-1].started_at}" if record and record.attempts else "no run.json",
+            remedy="Let the other one finish.",
+        )
+
+
 @contextmanager
 def run_lock(out: str) -> Iterator[None]:
     """Keeps a second driver of this machine out of the same output folder while the first one lives.
 
-    An object store offers no such lock: there, `drop_duplicates` mends what two drivers wrote twice.
+    An object store offers no such lock: there, `check_attempt` stops the earlier of two drivers.
 
     Raises:
         ConfigError: Another driver holds the folder.
@@ -173,13 +253,6 @@ def run_lock(out: str) -> Iterator[None]:
         yield
 
 
-def list_parts(out: str) -> list[str]:
-    """Lists a run's Parquet parts, oldest attempt first."""
-    if not storage.exists(out):
-        return []
-    return [uri for uri in storage.list_files(out, (".parquet",)) if uri.rsplit("/", 1)[-1].startswith("part-")]
-
-
 def read_parts(out: str, columns: list[str]) -> Iterator[tuple[str, pa.Table]]:
     """Reads some columns of every part, one part at a time.
 
@@ -200,50 +273,6 @@ def read_parts(out: str, columns: list[str]) -> Iterator[tuple[str, pa.Table]]:
                     found=str(error),
                     remedy="smallcap writes parts whole; delete this one, and start the run again to redo its images.",
                 ) from error
-
-
-def finished_ids(out: str) -> pa.ChunkedArray:
-    """Returns the ids of all images that have a row in the output, errors included."""
-    return pa.chunked_array([c for _, t in read_parts(out, ["image_id"]) for c in t["image_id"].chunks], pa.string())
-
-
-def count_images(out: str) -> ImageCounts:
-    """Counts the output's rows by status and error code."""
-    statuses: dict[str, int] = {}
-    for _, table in read_parts(out, ["status", "error_code"]):
-        for row in table.group_by(["status", "error_code"]).aggregate([([], "count_all")]).to_pylist():
-            name = STATUS_OK if row["status"] == STATUS_OK else str(row["error_code"])
-            statuses[name] = statuses.get(name, 0) + row["count_all"]
-    ok = statuses.pop(STATUS_OK, 0)
-    errors = sum(statuses.values())
-    return ImageCounts(total=ok + errors, ok=ok, error=errors, errors_by_code=dict(sorted(statuses.items())))
-
-
-def drop_duplicates(out: str) -> int:
-    """Removes rows of images that an earlier part already has; returns how many there were.
-
-    They arise when a worker of a killed driver outlives it and writes its part after the next attempt has begun.
-    """
-    seen = pa.array([], pa.string())
-    dropped = 0
-    for uri, table in read_parts(out, ["image_id"]):
-        ids = table["image_id"].combine_chunks()
-        again = pc.is_in(ids, value_set=seen)
-        if count := pc.sum(again).as_py():
-            dropped += count
-            _keep_rows(uri, pc.invert(again))
-        seen = pa.concat_arrays([seen, ids.filter(pc.invert(again))])
-    return dropped
-
-
-def _keep_rows(uri: str, keep: pa.BooleanArray) -> None:
-    if not pc.any(keep).as_py():
-        storage.remove(uri)
-        return
-    table = pq.read_table(io.BytesIO(storage.read_bytes(uri))).filter(keep)
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
-    storage.write_bytes(uri, buffer.getvalue())
 
 
 def _pinned(config: dict[str, Any]) -> dict[str, Any]:

@@ -38,10 +38,11 @@ from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
 from smallcap.beam_search import BeamSearch
 from smallcap.caption_store import CAPTION_STORE_COLUMNS, write_caption_file
-from smallcap.captioner import Captioner, Pixels
+from smallcap.captioner import Captioner
 from smallcap.checkpoint import SmallCapConfig, SmallCapModel
 from smallcap.clip_encoder import HFRetrievalEncoder, OpenCLIPRetrievalEncoder, RetrievalEncoder
 from smallcap.config import GenerationConfig
+from smallcap.crops import Pixels
 from smallcap.decoding import GenerationOptions
 from smallcap.engine import prefill
 from smallcap.errors import ConfigError

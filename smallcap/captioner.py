@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,9 +29,10 @@ from smallcap.clip_encoder import (
     vision_preprocessing,
 )
 from smallcap.config import DecodeMode, GenerationConfig, SearchDevice
+from smallcap.crops import CropPlan, Pixels
 from smallcap.engine import Generated
 from smallcap.errors import ConfigError, RowError
-from smallcap.image import MAX_IMAGE_PIXELS, Preprocessing, ScaledImage, crop_pixels, decode_image, decode_scaled
+from smallcap.image import MAX_IMAGE_PIXELS, Preprocessing
 from smallcap.index_manifest import load_manifest
 from smallcap.model_files import resolve_folder
 from smallcap.precision import resolve_dtype
@@ -62,66 +63,10 @@ class CaptionResult:
     clip_score: float | None = None  # cosine of image and caption; None without a retrieval encoder
     alternatives: tuple[ScoredCaption, ...] = ()  # the next best captions, where more than one was asked for
     neighbours: tuple[Neighbour, ...] = ()
+    embedding: np.ndarray | None = field(default=None, compare=False)  # [dim] float32, the retrieval encoder's
     width: int | None = None  # px
     height: int | None = None  # px
     error: RowError | None = None
-
-
-@dataclass(frozen=True)
-class Pixels:
-    """One image's crops, as the encoders take them: the product of a CPU task."""
-
-    vision: np.ndarray  # [S, S, 3] uint8
-    retrieval: np.ndarray | None  # [S', S', 3] uint8; None where the retrieval encoder takes the same crop
-    width: int  # px of the whole image
-    height: int  # px of the whole image
-    by_pillow: bool = True  # False where a fast decoder did it
-
-
-@dataclass(frozen=True)
-class CropPlan:
-    """Which crops the model needs of every image; small enough to send to every decoding task."""
-
-    vision: Preprocessing
-    retrieval: Preprocessing | None  # None where there is no retrieval encoder, or it takes the same crop
-    decode: DecodeMode = "exact"
-
-    @classmethod
-    def of(cls, vision: Preprocessing, retrieval: Preprocessing | None, decode: DecodeMode = "exact") -> CropPlan:
-        """Returns the plan for two encoders, of which the second may be missing or take the first one's crop."""
-        return cls(vision, None if retrieval == vision else retrieval, decode)
-
-    @classmethod
-    def load(cls, model: str, retrieval_encoder: str | None, decode: DecodeMode = "exact") -> CropPlan:
-        """Returns the plan for a checkpoint and a retrieval encoder spec without loading either's weights.
-
-        Raises:
-            CheckpointError: One of them cannot be found.
-        """
-        vision = vision_preprocessing(load_config(resolve_folder(model, demo_part="smallcap")).vision)
-        return cls.of(vision, load_preprocessing(retrieval_encoder) if retrieval_encoder else None, decode)
-
-    def crop(self, data: bytes | Image.Image, max_pixels: int = MAX_IMAGE_PIXELS, where: str = "") -> Pixels:
-        """Decodes an image and cuts its crops.
-
-        Raises:
-            RowError: The image cannot be decoded.
-        """
-        if isinstance(data, Image.Image):
-            return self._cut(ScaledImage.whole(data.convert("RGB")))
-        if self.decode == "exact":
-            return self._cut(ScaledImage.whole(decode_image(data, max_pixels, where)))
-        least_px = max(crop.size_px for crop in (self.vision, self.retrieval) if crop)
-        return self._cut(decode_scaled(data, least_px, max_pixels, where))
-
-    def _cut(self, decoded: ScaledImage) -> Pixels:
-        return Pixels(
-            vision=crop_pixels(decoded.image, self.vision),
-            retrieval=crop_pixels(decoded.image, self.retrieval) if self.retrieval else None,
-            width=decoded.width,
-            height=decoded.height,
-            by_pillow=decoded.by_pillow,
-        )
 
 
 @dataclass(frozen=True)
@@ -154,6 +99,7 @@ class Captioner:
         retriever: NeighbourSearch | None = None,
         k: int = 4,
         generation: GenerationConfig | None = None,
+        clip_score: bool = True,
     ) -> None:
         if k and (retriever is None or retrieval_encoder is None):
             raise ConfigError(
@@ -162,6 +108,7 @@ class Captioner:
         self.model, self.tokenizer, self.k = model, tokenizer, k
         self.retrieval_encoder, self.retriever = retrieval_encoder, retriever
         self.generation = model.generation_options(generation or GenerationConfig())
+        self._scores_captions = clip_score
         self._beside: torch.cuda.Stream | None = None
         self._shares_encoder = retrieval_encoder is not None and retrieval_encoder.share_weights_with(model.encoder)
         self.crop_plan = CropPlan.of(
@@ -183,6 +130,7 @@ class Captioner:
         compile_encoders: bool = False,
         search_device: SearchDevice = "auto",
         retriever: NeighbourSearch | None = None,
+        clip_score: bool = True,
     ) -> Captioner:
         """Loads all parts of a captioner.
 
@@ -199,6 +147,7 @@ class Captioner:
             compile_encoders: Run the encoders through torch.compile; pays off in long runs.
             search_device: Where the index is searched; `auto` is the model's GPU where both fit on it, else the CPU.
             retriever: The index opened already, in the place of `index`.
+            clip_score: Embed each caption, too, for its cosine with the image.
 
         Raises:
             CheckpointError: The model or the encoder cannot be loaded.
@@ -221,7 +170,7 @@ class Captioner:
             retriever.use_device(device, search_device)
         tokenizer = load_tokenizer(tokenizer_source(model))
         k = (loaded.config.k if loaded.config.rag else 0) if k is None else k
-        captioner = cls(loaded, tokenizer, encoder, retriever, k, generation)
+        captioner = cls(loaded, tokenizer, encoder, retriever, k, generation, clip_score)
         captioner.pack()
         if compile_encoders:
             captioner.compile_encoders()
@@ -353,6 +302,7 @@ class Captioner:
                 clip_score=clip_scores[i],
                 alternatives=tuple(others),
                 neighbours=tuple(batch.neighbours[i]),
+                embedding=None if batch.queries is None else batch.queries[i],
                 width=batch.sizes[i][0],
                 height=batch.sizes[i][1],
             )
@@ -391,7 +341,7 @@ class Captioner:
         return self.retriever.search(queries, self.k, exclude_image_ids)
 
     def _clip_scores(self, queries: np.ndarray | None, captions: Sequence[str]) -> list[float | None]:
-        if queries is None or self.retrieval_encoder is None:
+        if queries is None or self.retrieval_encoder is None or not self._scores_captions:
             return [None] * len(captions)
         embedded = self.retrieval_encoder.encode_texts(captions)
         return [float(score) for score in (queries * embedded).sum(axis=1)]
@@ -401,6 +351,16 @@ class Captioner:
         if self.model.device.type == "cuda":  # from pinned memory the copy runs beside the GPU's work
             pixels = pixels.pin_memory()
         return normalise_pixels(pixels.to(self.model.device, non_blocking=True), preprocessing, self.model.dtype)
+
+
+def load_crop_plan(model: str, retrieval_encoder: str | None, decode: DecodeMode = "exact") -> CropPlan:
+    """Returns the crops that a checkpoint and a retrieval encoder spec take, without loading the weights of either.
+
+    Raises:
+        CheckpointError: One of them cannot be found.
+    """
+    vision = vision_preprocessing(load_config(resolve_folder(model, demo_part="smallcap")).vision)
+    return CropPlan.of(vision, load_preprocessing(retrieval_encoder) if retrieval_encoder else None, decode)
 
 
 def image_key(pixels: Pixels) -> int:

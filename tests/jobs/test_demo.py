@@ -8,8 +8,8 @@ import pytest
 
 from demo.world import named_kinds
 from jobs.demo import DemoResult, run_demo
-from jobs.run_record import list_parts
 from smallcap.model_files import demo_folder
+from smallcap.part_files import list_parts
 
 pytestmark = pytest.mark.ray
 

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from jobs.inspect import inspect_path
-from jobs.run_record import count_images, finished_ids, load_run_record
+from jobs.run_record import load_run_record, read_parts
 from smallcap.errors import ConfigError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -20,8 +20,8 @@ def test_a_run_of_each_version_is_read(version: int) -> None:
     record = load_run_record(run)
     assert record is not None
     assert (record.status, record.schema_version) == ("complete", version)
-    assert finished_ids(run).to_pylist() == ["10000000.jpg", "10000001.jpg", "broken.jpg"]
-    assert count_images(run) == record.images
+    ids = [image_id for _, table in read_parts(run, ["image_id"]) for image_id in table["image_id"].to_pylist()]
+    assert ids == ["10000000.jpg", "10000001.jpg", "broken.jpg"]
     assert record.images.errors_by_code == {"not_an_image": 1}
     facts = inspect_path(run, samples=2)
     alternatives = [sample["alternatives"] for sample in facts["samples"]]

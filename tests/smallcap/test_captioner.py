@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from index_builder.build import build_index
-from smallcap.captioner import Captioner, CropPlan
+from smallcap.captioner import Captioner, load_crop_plan
 from smallcap.config import GenerationConfig, IndexConfig
 from smallcap.errors import ConfigError, ErrorCode, IndexIntegrityError
 
@@ -70,7 +70,7 @@ def test_neighbours_are_the_nearest_captions(captioner: Captioner) -> None:
 @pytest.mark.ray
 def test_the_vision_tower_is_shared(captioner: Captioner, index: str, tiny_smallcap: Path, other_clip: Path) -> None:
     assert captioner._shares_encoder
-    assert captioner.crop_plan == CropPlan.load(str(tiny_smallcap), captioner.retriever.manifest.encoder.spec)  # type: ignore[union-attr]
+    assert captioner.crop_plan == load_crop_plan(str(tiny_smallcap), captioner.retriever.manifest.encoder.spec)  # type: ignore[union-attr]
     assert captioner.crop_plan.retrieval is None
     with pytest.raises(IndexIntegrityError, match="another retrieval encoder"):
         Captioner.from_pretrained(str(tiny_smallcap), index, retrieval_encoder=f"hf:{other_clip}")

@@ -1,0 +1,37 @@
+"""What the tests of captioning runs share: small images, configs of tiny models, and the rows of an output."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+from PIL import Image
+
+from smallcap import storage
+from smallcap.config import CaptionConfig, load_config
+from smallcap.part_files import list_parts
+
+
+def jpeg(seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).resize((80, 60)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def write_images(folder: str, count: int) -> None:
+    for number in range(count):
+        storage.write_bytes(storage.join(folder, f"{number:03d}.jpg"), jpeg(number))
+
+
+def config_for(images: str, index: str, model: Path, out: str, *sets: str) -> CaptionConfig:
+    flags: dict[str, Any] = {"images": [images], "index": index, "model": str(model), "out": out}
+    return load_config(CaptionConfig, flags=flags, sets=["compute.batch_size=8", "compute.dtype=float32", *sets])
+
+
+def read_rows(out: str) -> pd.DataFrame:
+    """All rows of a run, by image id."""
+    tables = [pq.read_table(io.BytesIO(storage.read_bytes(part))).to_pandas() for part in list_parts(out)]
+    return pd.concat(tables).set_index("image_id", drop=False).sort_index()

@@ -1,0 +1,181 @@
+"""Runs over every kind of input: tars, Parquet with image bytes, lists with columns to keep, inputs that grow."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from caption_runs import config_for, jpeg, read_rows, write_images
+
+from jobs import caption
+from jobs.run_record import load_run_record
+from smallcap import storage
+from smallcap.captioner import Captioner
+from smallcap.errors import ConfigError
+from smallcap.part_files import list_parts
+
+pytestmark = pytest.mark.ray
+
+
+def tar_of(members: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, data in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def write_tar(uri: str, first: int, count: int) -> None:
+    """Writes a shard as img2dataset lays it out."""
+    members: dict[str, bytes] = {}
+    for number in range(first, first + count):
+        key = f"{number:09d}"
+        about = {"key": key, "url": f"https://host/{number}.jpg", "status": "success", "similarity": number / 10}
+        members |= {f"{key}.jpg": jpeg(number), f"{key}.txt": b"alt", f"{key}.json": json.dumps(about).encode()}
+    storage.write_bytes(uri, tar_of(members))
+
+
+def test_tars_are_read_with_their_keys_and_json(s3: str, index: str, tiny_smallcap: Path) -> None:
+    tars, out = f"{s3}/tars", f"{s3}/out"
+    for shard in range(2):
+        write_tar(storage.join(tars, f"{shard:05d}.tar"), 100 * shard, 12)
+        storage.write_bytes(storage.join(tars, f"{shard:05d}.parquet"), b"img2dataset's own, not read")
+        storage.write_bytes(storage.join(tars, f"{shard:05d}_stats.json"), b"{}")
+    config = config_for(tars, index, tiny_smallcap, out, "keep_columns=[url,json]")
+    summary = caption.run(config)
+    assert summary.new_images == 24
+    rows = read_rows(out)
+    numbers = [*range(12), *range(100, 112)]
+    assert list(rows.image_id) == [f"{number:09d}" for number in numbers]
+    assert list(rows.url) == [f"https://host/{number}.jpg" for number in numbers]
+    assert [json.loads(text)["similarity"] for text in rows.json] == [number / 10 for number in numbers]
+    alone = Captioner.from_pretrained(str(tiny_smallcap), index, dtype="float32")
+    assert list(rows.caption) == [result.caption for result in alone.caption([jpeg(number) for number in numbers])]
+    assert caption.run(config).new_images == 0
+
+
+@pytest.mark.slow
+def test_a_limited_run_over_tars_goes_on_where_it_stopped(tmp_path: Path, index: str, tiny_smallcap: Path) -> None:
+    tars, out = str(tmp_path / "tars"), str(tmp_path / "out")
+    for shard in range(3):
+        write_tar(f"{tars}/{shard:05d}.tar", 100 * shard, 10)
+    assert caption.run(config_for(tars, index, tiny_smallcap, out, "limit=14")).new_images == 14
+    assert caption.run(config_for(tars, index, tiny_smallcap, out, "limit=13")).new_images == 0
+    assert caption.run(config_for(tars, index, tiny_smallcap, out)).new_images == 16
+    assert len(read_rows(out)) == 30
+
+
+def test_a_damaged_tar_loses_no_image_before_the_damage(tmp_path: Path, index: str, tiny_smallcap: Path) -> None:
+    tars, out = tmp_path / "tars", str(tmp_path / "out")
+    write_tar(f"{tars}/00000.tar", 0, 10)
+    write_tar(f"{tars}/00001.tar", 100, 10)
+    whole = (tars / "00001.tar").read_bytes()
+    (tars / "00001.tar").write_bytes(whole[: len(whole) // 2])
+    (tars / "00002.tar").write_bytes(b"no tar at all")
+    (tars / "00003.tar").write_bytes(b"")
+    summary = caption.run(config_for(str(tars), index, tiny_smallcap, out))
+    rows = read_rows(out)
+    assert 10 + 3 < summary.images.ok < 20
+    assert summary.images.error == 3
+    assert rows[rows.status == "error"].image_uri.str.contains("0000[123].tar").all()
+    for shard in (1, 2):  # what was damaged is put right
+        write_tar(f"{tars}/{shard:05d}.tar", 100 * shard, 10)
+    (tars / "00003.tar").unlink()
+    summary = caption.run(config_for(str(tars), index, tiny_smallcap, out), retry_failed=True)
+    assert (summary.images.ok, summary.images.errors_by_code) == (30, {"not_found": 1})
+    numbers = [*range(10), *range(100, 110), *range(200, 210)]
+    rows = read_rows(out)
+    assert list(rows[rows.status == "ok"].image_id) == [f"{number:09d}" for number in numbers]
+    assert caption.run(config_for(str(tars), index, tiny_smallcap, out)).new_images == 0
+
+
+def test_an_id_in_two_tars_is_captioned_once_and_counted(tmp_path: Path, index: str, tiny_smallcap: Path) -> None:
+    tars, out = str(tmp_path / "tars"), str(tmp_path / "out")
+    write_tar(f"{tars}/a.tar", 0, 6)
+    write_tar(f"{tars}/b.tar", 4, 6)  # two keys of the other one; its first key is its own
+    summary = caption.run(config_for(tars, index, tiny_smallcap, out, "output.rows_per_part=4"))
+    assert list(read_rows(out).image_id) == [f"{number:09d}" for number in range(10)]
+    assert summary.record.repeated_ids == 2
+    assert "2 images were named again" in caption.describe(summary)
+    assert caption.run(config_for(tars, index, tiny_smallcap, out, "output.rows_per_part=4")).new_images == 0
+
+
+def test_parquet_with_image_bytes(s3: str, index: str, tiny_smallcap: Path) -> None:
+    """As Hugging Face datasets are stored."""
+    source, out = f"{s3}/data", f"{s3}/out"
+    structs = [{"bytes": jpeg(number), "path": f"{number}.jpg"} for number in range(9)] + [{"bytes": b"", "path": "no"}]
+    table = pa.table({"image": structs, "license": [f"cc-{number % 2}" for number in range(10)]})
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, row_group_size=4)
+    storage.write_bytes(storage.join(source, "train-00000.parquet"), buffer.getvalue())
+    sets = ("input.image_column=image", "keep_columns=[license]")
+    summary = caption.run(config_for(source, index, tiny_smallcap, out, *sets))
+    rows = read_rows(out)
+    assert sorted(rows.image_id) == sorted([*(f"{number}.jpg" for number in range(9)), "no"])
+    assert rows.loc["7.jpg"].license == "cc-1"
+    assert summary.images.errors_by_code == {"empty": 1}
+
+
+def test_kept_columns_keep_their_types(tmp_path: Path, index: str, tiny_smallcap: Path) -> None:
+    images, out = str(tmp_path / "images"), str(tmp_path / "out")
+    write_images(images, 6)
+    table = pa.table(
+        {
+            "image_uri": [f"{images}/{number:03d}.jpg" for number in range(6)],
+            "image_id": [f"id-{number}" for number in range(6)],
+            "rating": pa.array([1, None, 3, 4, None, 6], pa.int64()),
+            "tags": pa.array([["a"], [], None, ["b", "c"], ["d"], []], pa.list_(pa.string())),
+        }
+    )
+    pq.write_table(table, tmp_path / "list.parquet")
+    listing = str(tmp_path / "list.parquet")
+    caption.run(config_for(listing, index, tiny_smallcap, out, "keep_columns=[rating,tags]"))
+    written = pa.concat_tables(pq.read_table(part) for part in list_parts(out)).sort_by("image_id")
+    assert written.select(["rating", "tags"]).equals(table.select(["rating", "tags"]))
+    with pytest.raises(ConfigError, match="keep_columns"):
+        caption.run(config_for(listing, index, tiny_smallcap, out))
+
+
+def test_duplicates_in_a_list_are_reported_and_captioned_once(tmp_path: Path, index: str, tiny_smallcap: Path) -> None:
+    images, out = str(tmp_path / "images"), str(tmp_path / "out")
+    write_images(images, 3)
+    rows = ["a,000.jpg", "b,001.jpg", "a,000.jpg", "b,002.jpg"]
+    (tmp_path / "images" / "list.csv").write_text("\n".join(["image_id,image_uri", *rows]))
+    summary = caption.run(config_for(f"{images}/list.csv", index, tiny_smallcap, out))
+    assert list(read_rows(out).image_id) == ["a", "b"]
+    record = load_run_record(out)
+    assert record is not None and record.input is not None
+    assert record.input.duplicates == 2
+    assert "2 images were named again" in caption.describe(summary)
+
+
+def test_outputs_beside_the_parts(s3: str, index: str, tiny_smallcap: Path) -> None:
+    images, out = f"{s3}/images", f"{s3}/out"
+    write_images(images, 10)
+    storage.write_bytes(storage.join(images, "bad.jpg"), b"no image")
+    sets = ("output.save_embeddings=true", "output.write=[webdataset]", "output.rows_per_part=4")
+    caption.run(config_for(images, index, tiny_smallcap, out, *sets))
+    rows = read_rows(out)
+    embeddings = pa.concat_tables(
+        pq.read_table(io.BytesIO(storage.read_bytes(uri)))
+        for uri in storage.list_folder(storage.join(out, "_embeddings"))
+    )
+    assert sorted(embeddings["image_id"].to_pylist()) == list(rows[rows.status == "ok"].image_id)
+    captioner = Captioner.from_pretrained(str(tiny_smallcap), index, dtype="float32")
+    by_id = dict(zip(embeddings["image_id"].to_pylist(), embeddings["embedding"].to_pylist(), strict=True))
+    (alone,) = captioner.caption([jpeg(7)])
+    assert alone.embedding is not None
+    assert by_id["007.jpg"] == pytest.approx(alone.embedding.tolist(), abs=2e-3)
+    members: dict[str, bytes] = {}
+    for uri in storage.list_files(storage.join(out, "webdataset")):
+        with tarfile.open(fileobj=io.BytesIO(storage.read_bytes(uri))) as tar:
+            members |= {entry.name: tar.extractfile(entry).read() for entry in tar}  # type: ignore[union-attr]
+    assert len(members) == 30
+    assert members["007.jpg"] == jpeg(7)
+    assert members["007.txt"].decode() == rows.loc["007.jpg"].caption
+    assert json.loads(members["007.json"])["image_id"] == "007.jpg"

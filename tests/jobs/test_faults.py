@@ -1,0 +1,42 @@
+"""A store that fails every few requests: the job ends with every image, and says how often it had to ask again."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from caption_runs import config_for, read_rows, write_images
+from conftest import FaultProxy
+
+from jobs import caption
+from jobs.run_record import load_run_record
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+RATES = {"slow_down": 0.06, "reset": 0.04, "truncated": 0.04, "lost": 0.02, "slow": 0.01}
+
+
+def test_a_run_through_a_failing_store_loses_nothing(
+    s3: str, fault_proxy_server: FaultProxy, index: str, tiny_smallcap: Path, tmp_path: Path
+) -> None:
+    images, out = f"{s3}/images", f"{s3}/out"
+    write_images(images, 400)
+    fault_proxy_server.plan(seed=1, rates=RATES, slow_s=4)
+    sets = ("input.fetch_timeout_s=2", "output.rows_per_part=64", "compute.batch_size=8", "compute.dtype=float32")
+    command = [sys.executable, "-m", "jobs.cli", "caption", images, "--index", index, "--model", str(tiny_smallcap)]
+    command += ["--out", out, *(argument for one in sets for argument in ("--set", one))]
+    environment = os.environ | {"AWS_ENDPOINT_URL": fault_proxy_server.endpoint}
+    environment.pop("RAY_ADDRESS", None)
+    subprocess.run(command, env=environment, check=True, timeout=240)
+    faults = fault_proxy_server.done()
+    assert all(faults[kind] for kind in RATES), faults
+
+    caption.run(config_for(images, index, tiny_smallcap, str(tmp_path / "expected"), *sets))
+    rows, expected = read_rows(out), read_rows(str(tmp_path / "expected"))
+    assert list(rows.image_id) == list(expected.image_id)
+    assert list(rows.status) == ["ok"] * 400
+    assert list(rows.caption) == list(expected.caption)
+    record = load_run_record(out)
+    assert record is not None
+    assert record.attempts[-1].fetch_retries

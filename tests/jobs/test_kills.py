@@ -1,0 +1,282 @@
+"""Whatever is killed, at whatever moment, the output is that of an undisturbed run: each image once, with its caption.
+
+The job runs as its own process with its own Ray. What is killed is found by its title among the processes that carry
+this run's mark in their environment. "During a write" is a moment that a `sitecustomize` of the test's makes long: it
+holds every part back just before it appears, and says which process is writing.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from caption_runs import config_for, read_rows, write_images
+from PIL import Image
+
+from jobs import caption
+from jobs.run_record import load_run_record
+from smallcap import storage
+from smallcap.part_files import list_parts, read_part_infos
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(280)]
+
+IMAGES = 700  # three fragments
+SETS = ("output.rows_per_part=32", "compute.batch_size=8", "compute.dtype=float32")
+MARK = "SMALLCAP_TEST_RUN"
+SITE = """
+import asyncio, os, pathlib, time
+
+def hold():
+    held = pathlib.Path(os.environ["HELD"])
+    held.with_name(f".{os.getpid()}").write_text(str(os.getpid()))
+    held.with_name(f".{os.getpid()}").replace(held)
+
+if os.environ.get("HELD"):
+    replace = pathlib.Path.replace
+
+    def slow_replace(self, target):
+        if "/part-" in str(target):
+            hold()
+            time.sleep(1)
+        return replace(self, target)
+
+    pathlib.Path.replace = slow_replace
+    if os.environ.get("HELD_ON_S3"):
+        import s3fs
+
+        pipe = s3fs.S3FileSystem._pipe_file
+
+        async def slow_pipe(self, path, data, **options):
+            if "/part-" in path:
+                hold()
+                await asyncio.sleep(1)
+            return await pipe(self, path, data, **options)
+
+        s3fs.S3FileSystem._pipe_file = slow_pipe
+
+if os.environ.get("DEADLY_SIZE"):
+    import PIL.Image
+
+    open_image = PIL.Image.open
+
+    def deadly_open(*arguments, **options):
+        image = open_image(*arguments, **options)
+        if str(image.size) == os.environ["DEADLY_SIZE"]:
+            os.kill(os.getpid(), 11)
+        return image
+
+    PIL.Image.open = deadly_open
+"""
+TITLES = {"actor": "ray::MapWorker(MapBatches(CaptionImages))", "worker": "ray::MapBatches(load_images)"}
+
+
+def held_parts(held: Path, out: str) -> dict[str, str]:
+    """Returns the environment in which parts are held back."""
+    return {"HELD": str(held)} | ({"HELD_ON_S3": "1"} if out.startswith("s3") else {})
+
+
+def site_in(folder: Path, paths: str) -> dict[str, str]:
+    """Returns the environment in which every Python process runs the test's `sitecustomize`."""
+    (folder / "site").mkdir(exist_ok=True)
+    (folder / "site" / "sitecustomize.py").write_text(SITE)
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(folder / "site"), paths]))}
+
+
+class Job:
+    """A captioning command as a process group of its own, and all that it started."""
+
+    def __init__(self, command: list[str], folder: Path, hold: bool = False, out: str = "", **more: str) -> None:
+        self.mark, self.held = uuid.uuid4().hex, folder / "held"
+        self.held.unlink(missing_ok=True)
+        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        environment |= {MARK: self.mark, **more}
+        if hold:
+            environment |= held_parts(self.held, out)
+        if hold or more:
+            environment |= site_in(folder, environment.get("PYTHONPATH", ""))
+        self.log = folder / "job.log"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                command, env=environment, start_new_session=True, stdout=log, stderr=subprocess.STDOUT
+            )
+
+    def processes(self, title: str = "") -> list[int]:
+        """Returns the ids of this job's processes, of those with a title where one is given."""
+        found = []
+        for folder in Path("/proc").iterdir():
+            try:
+                own = folder.name.isdigit() and f"{MARK}={self.mark}".encode() in (folder / "environ").read_bytes()
+                if own and (folder / "cmdline").read_bytes().startswith(title.encode()):
+                    found.append(int(folder.name))
+            except OSError:  # it has just ended, or is not ours
+                continue
+        return found
+
+    def kill_all(self) -> None:
+        """Kills the driver and its Ray, as a machine that goes down does."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        for process in self.processes():
+            os.kill(process, signal.SIGKILL)
+
+    def wait(self) -> None:
+        status = self.process.wait(timeout=200)
+        assert status == 0, self.log.read_text()[-3000:]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = str(tmp_path_factory.mktemp("images"))
+    write_images(folder, IMAGES)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(
+    images: str, index: str, tiny_smallcap: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[tuple[str, str]]:
+    """Ids and captions of an undisturbed run."""
+    out = str(tmp_path_factory.mktemp("expected") / "out")
+    caption.run(config_for(images, index, tiny_smallcap, out, *SETS))
+    return ids_and_captions(out)
+
+
+def ids_and_captions(out: str) -> list[tuple[str, str]]:
+    rows = read_rows(out)
+    return list(zip(rows.image_id, rows.caption, strict=True))
+
+
+@pytest.fixture(params=["local", "s3"])
+def out(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    folder = str(tmp_path) if request.param == "local" else str(request.getfixturevalue("s3"))
+    return storage.join(folder, f"out-{uuid.uuid4().hex[:6]}")
+
+
+def until(condition: Callable[[], object], job: Job, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert job.process.poll() is None, f"the job ended too early:\n{job.log.read_text()[-3000:]}"
+        assert time.monotonic() < deadline, f"nothing to kill in time:\n{job.log.read_text()[-3000:]}"
+        time.sleep(0.02)
+
+
+def command_for(images: str, index: str, model: Path, out: str, *flags: str) -> list[str]:
+    command = [sys.executable, "-m", "jobs.cli", "caption", images, "--index", index, "--model", str(model)]
+    return [*command, "--out", out, *(argument for one in SETS for argument in ("--set", one)), *flags]
+
+
+def wait_for_moment(moment: str, job: Job, out: str, title: str) -> None:
+    if moment == "early":
+        until(lambda: job.processes(title), job)
+    elif moment == "middle":
+        until(lambda: list_parts(out) and job.processes(title), job)
+    else:
+        until(job.held.exists, job)
+
+
+def check(out: str, expected: list[tuple[str, str]], attempts: int) -> None:
+    assert ids_and_captions(out) == expected
+    record = load_run_record(out)
+    assert record is not None
+    assert (record.status, len(record.attempts)) == ("complete", attempts)
+    assert record.images.total == record.images.ok == IMAGES
+
+
+@pytest.mark.parametrize("moment", ["early", "middle", "during a write"])
+def test_a_killed_driver(
+    moment: str, out: str, images: str, index: str, tiny_smallcap: Path, expected: list, tmp_path: Path
+) -> None:
+    """The driver and its whole Ray; then the same command again, which does only what is left."""
+    command = command_for(images, index, tiny_smallcap, out)
+    job = Job(command, tmp_path, moment == "during a write", out)
+    wait_for_moment(moment, job, out, TITLES["worker"])
+    job.kill_all()
+    held = sum(len(rows) for _, info in read_part_infos(out) if info for rows in info.rows.values())
+    assert held < IMAGES, "the kill came too late to show anything"
+    again = Job(command, tmp_path)
+    again.wait()
+    record = load_run_record(out)
+    assert record is not None
+    assert record.attempts[-1].images == IMAGES - held
+    check(out, expected, attempts=2)
+
+
+@pytest.mark.parametrize("moment", ["early", "middle", "during a write"])
+@pytest.mark.parametrize("victim", ["actor", "worker"])
+def test_a_killed_process_of_ray(
+    victim: str, moment: str, out: str, images: str, index: str, tiny_smallcap: Path, expected: list, tmp_path: Path
+) -> None:
+    """The job goes on by itself. During a write the worker that dies is the one that writes."""
+    hold = moment == "during a write"
+    job = Job(command_for(images, index, tiny_smallcap, out), tmp_path, hold, out)
+    wait_for_moment(moment, job, out, "" if hold and victim == "worker" else TITLES[victim])
+    writing = hold and victim == "worker"
+    process = int(job.held.read_text()) if writing else job.processes(TITLES[victim])[0]
+    os.kill(process, signal.SIGKILL)
+    job.wait()
+    check(out, expected, attempts=1)
+
+
+@pytest.fixture
+def second_node(
+    s3_server: str, tmp_path: Path, out: str, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[str, Callable[[], None]]]:
+    """A Ray cluster of two nodes that hold parts back: its address, and what kills the raylet of the second."""
+    from ray.cluster_utils import Cluster
+
+    for name, value in (held_parts(tmp_path / "held", out) | site_in(tmp_path, "")).items():
+        monkeypatch.setenv(name, value)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, "include_dashboard": False})
+    try:
+        node = cluster.add_node(num_cpus=3)
+        cluster.wait_for_nodes()
+        yield cluster.address, lambda: cluster.remove_node(node, allow_graceful=False)
+    finally:
+        cluster.shutdown()
+
+
+@pytest.mark.parametrize("moment", ["early", "middle", "during a write"])
+def test_a_killed_node(
+    moment: str,
+    out: str,
+    images: str,
+    index: str,
+    tiny_smallcap: Path,
+    expected: list,
+    second_node: tuple[str, Callable[[], None]],
+    tmp_path: Path,
+) -> None:
+    """The raylet of a second node dies, and with it what ran there; the first node finishes the run."""
+    address, kill_node = second_node
+    flags = ("--address", address, "--set", "compute.num_actors=2")
+    job = Job(command_for(images, index, tiny_smallcap, out, *flags), tmp_path)
+    if moment == "early":
+        until(lambda: (record := load_run_record(out)) and record.attempts, job)
+    elif moment == "middle":
+        until(lambda: list_parts(out), job)
+    else:
+        until(job.held.exists, job)
+    kill_node()
+    job.wait()
+    check(out, expected, attempts=1)
+
+
+def test_an_image_that_kills_its_process_becomes_a_row(
+    index: str, tiny_smallcap: Path, tmp_path: Path, s3_server: str
+) -> None:
+    """The image is real, and the decoder of this test dies of it; the others of its batch have their captions."""
+    images, out = str(tmp_path / "images"), str(tmp_path / "out")
+    write_images(images, 40)
+    Image.new("RGB", (77, 55), "red").save(tmp_path / "images" / "deadly.png")
+    Job(command_for(images, index, tiny_smallcap, out), tmp_path, DEADLY_SIZE="(77, 55)").wait()
+    rows = read_rows(out)
+    assert len(rows) == 41
+    assert rows.loc["deadly.png"].error_code == "crashed"
+    assert (rows.status == "ok").sum() == 40
