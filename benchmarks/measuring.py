@@ -1,4 +1,4 @@
-"""What both sides of a comparison are measured with: the memory of a process with all its children, and queries/s.
+"""What benchmarks measure with: the memory of a process with all its children, at its peak or over time, and queries/s.
 
 Needs no more than the standard library and numpy, since another interpreter than smallcap's may run it.
 """
@@ -92,11 +92,11 @@ def _use_cores(count: int) -> None:
 
 def _watch(pid: int, peak: PeakMemory, stopped: threading.Event) -> None:
     while not stopped.wait(_SAMPLE_S):
-        peak.add(_memory_of_tree(pid))
+        peak.add(list(_memory_of_tree(pid).values()))
 
 
-def _memory_of_tree(root: int) -> list[dict[str, int]]:
-    """Returns `_FIELDS` in bytes of a process and of all that descend from it."""
+def _memory_of_tree(root: int) -> dict[int, dict[str, int]]:
+    """Returns `_FIELDS` in bytes of a process and of all that descend from it, by process id."""
     found: dict[int, dict[str, int]] = {}
     parents: dict[int, int] = {}
     for folder in Path("/proc").glob("[0-9]*"):
@@ -114,7 +114,59 @@ def _memory_of_tree(root: int) -> list[dict[str, int]]:
             pid = parents.get(pid, 0)
         return pid == root
 
-    return [values for pid, values in found.items() if descends(pid)]
+    return {pid: values for pid, values in found.items() if descends(pid)}
+
+
+@dataclass(frozen=True)
+class RayMemory:
+    """The memory of a driver and of the Ray that it started, at one moment, in bytes."""
+
+    driver_resident: int  # mapped files and shared pages included
+    driver_own: int  # what it allocated, as the two below
+    workers_own: int  # summed
+    daemons_own: int  # Ray's own processes, summed
+    object_store: int  # pages of the store that were ever written: it reuses them, and gives none back
+
+
+def ray_memory(driver: int) -> RayMemory:
+    """Measures now; zeros where the driver has ended."""
+    own = {"driver": 0, "workers": 0, "daemons": 0}
+    driver_resident = 0
+    store: dict[tuple[int, int], int] = {}
+    for pid, values in _memory_of_tree(driver).items():
+        if pid == driver:
+            kind, driver_resident = "driver", values["VmRSS"]
+        else:
+            kind = "workers" if _command(pid).startswith("ray::") else "daemons"
+        own[kind] += values["RssAnon"]
+        if kind == "daemons":
+            store.update(_object_store_files(pid))
+    return RayMemory(driver_resident, own["driver"], own["workers"], own["daemons"], sum(store.values()))
+
+
+def _command(pid: int) -> str:
+    try:
+        return (Path("/proc") / str(pid) / "cmdline").read_bytes().decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def _object_store_files(pid: int) -> dict[tuple[int, int], int]:
+    """Returns device, inode and allocated bytes of the store's files that a process has open; they have no name."""
+    files = {}
+    try:
+        for link in (Path("/proc") / str(pid) / "fd").iterdir():
+            if str(link.readlink()).startswith("/dev/shm/plasma"):
+                found = link.stat()
+                files[found.st_dev, found.st_ino] = found.st_blocks * 512
+    except OSError:  # it has ended meanwhile, or closed the file
+        pass
+    return files
+
+
+def tree_of(root: int) -> list[int]:
+    """Returns the ids of a process and of all that descend from it."""
+    return list(_memory_of_tree(root))
 
 
 def queries_per_s(

@@ -1,0 +1,123 @@
+"""The rate of the captioning job beside a bare loop over the same captioner, and beside Ray Data used plainly.
+
+All sides caption the same images with the same model, precision, batch size and threads, one after the other, each in a
+process of its own. What counts is a job's rate once it is warm: the time of 2N images less that of N images, each the
+fastest of some runs in one Ray, so that starting, loading and draining drop out. Against "beside" (decoding in a thread
+beside captioning) a job can only lose; against "sequence" it may win by what it does at the same time.
+
+Plain Ray Data reads all images at 256 px, which is less work to decode into crops than the other sides have, and writes
+paths and captions only.
+
+    python -m benchmarks.job --images 512 --json demo.json
+    python -m benchmarks.job --real-size --photos ../shared/data/flickr/images --images 256 --json real.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.index import describe_machine
+from benchmarks.job_data import demo_model, real_size_model, repeat_images
+from benchmarks.job_sides import SIDES, Settings, run_side
+from benchmarks.measuring import run_watched
+from benchmarks.scale_data import environment
+from smallcap.precision import resolve_dtype
+
+MODELS = {"demo": demo_model, "real-size": real_size_model}  # the published sizes with random weights
+_SCENES = Path(__file__).resolve().parents[1] / "demo" / "images"
+
+
+def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """Runs every side; prints what each found to stderr as soon as it is there."""
+    model = MODELS[options.model](work)
+    settings = Settings(
+        model=model.checkpoint,
+        index=model.index,
+        small=str(repeat_images(options.photos, work / "small", options.images)),
+        large=str(repeat_images(options.photos, work / "large", 2 * options.images)),
+        work=str(work / "out"),
+        device=options.device,
+        dtype=resolve_dtype(options.dtype, options.device),
+        threads=options.threads,
+        actors=1,
+        batch_size=options.batch_size,
+        max_new_tokens=options.max_new_tokens,
+        rounds=options.rounds,
+    )
+    results: dict[str, Any] = {
+        "machine": describe_machine(options.threads),
+        "model": options.model,
+        "images": options.images,
+        "batch_size": options.batch_size,
+        "dtype": settings.dtype,
+        "max_new_tokens": options.max_new_tokens,
+    }
+    cores = os.cpu_count() or 1
+    for name in options.sides:
+        command = run_side(name, replace(settings, work=f"{settings.work}-{name}"), work)
+        found, peak = run_watched(command, cores, {**environment(), "OMP_NUM_THREADS": str(options.threads)})
+        results[name] = found | {"memory_bytes": peak.sum_own}
+        print(f"{name}: {json.dumps(results[name])}", file=sys.stderr, flush=True)
+    return results
+
+
+def table(results: dict[str, Any]) -> str:
+    """Returns the results for people."""
+    lines = [", ".join(f"{name} {value}" for name, value in results["machine"].items())]
+    lines.append(
+        f"model: {results['model']}, {results['dtype']}, batches of {results['batch_size']}, "
+        f"N = {results['images']:,} images"
+    )
+    rates: dict[str, float | None] = {}
+    if "bare" in results:
+        rates["bare loop, in sequence"] = results["bare"]["sequence_images_per_s"]
+        rates["bare loop, decoding beside"] = results["bare"]["beside_images_per_s"]
+    for name, title in (("smallcap", "smallcap's job"), ("plain", "plain Ray Data")):
+        if name in results:
+            rates[f"{title}, once warm"] = results[name]["warm_images_per_s"]
+            rates[f"{title}, 2N images with its start"] = results[name]["whole_images_per_s"]
+    ceiling = max((rate for name, rate in rates.items() if rate and name.startswith("bare")), default=None)
+    lines.append(f"{'':40} {'images/s':>9}" + ("  ratio to the better bare loop" if ceiling else ""))
+    for name, rate in rates.items():
+        if rate is None:
+            lines.append(f"{name:40} N is too small beside the start")
+            continue
+        lines.append(f"{name:40} {rate:9.2f}" + (f" {rate / ceiling:6.2f}" if ceiling else ""))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Prints the rates; the last line is JSON."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--images", type=int, default=512, help="N; jobs run over N and 2N images, the loop over N")
+    parser.add_argument("--photos", type=Path, default=_SCENES, help="folder of images to repeat; the demo's scenes")
+    parser.add_argument("--model", choices=tuple(MODELS), default="demo")
+    parser.add_argument(
+        "--real-size", dest="model", action="store_const", const="real-size", help="as --model real-size"
+    )
+    parser.add_argument("--max-new-tokens", type=int, help="by default the checkpoint's; random weights use all of it")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of one captioner on a CPU")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--rounds", type=int, default=2, help="runs over N images; the fastest counts")
+    parser.add_argument("--sides", nargs="+", choices=tuple(SIDES), default=list(SIDES))
+    parser.add_argument("--json", type=Path, help="file for the JSON line")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="smallcap-job-") as work:
+        results = measure(options, Path(work))
+    print(table(results))
+    print(json.dumps(results))
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""What `benchmarks.job` captions, and with what: photographs under many names; the demo's model or one of real size."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import CLIPConfig, CLIPModel
+
+from benchmarks.scale_data import environment
+from smallcap import benchmark, storage
+from smallcap.checkpoint import save_checkpoint
+from smallcap.clip_encoder import resolve_encoder_identity
+from smallcap.index_manifest import manifest_uri, write_pointer
+
+DEMO_INDEX = "out/demo/index"
+_SUFFIXES = (".jpg", ".jpeg", ".png")
+_RANDOM_CAPTIONS = 100_000  # in the index of real size
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint and an index for it."""
+
+    checkpoint: str
+    index: str
+
+
+def repeat_images(source: Path, folder: Path, images: int) -> Path:
+    """Fills a folder with so many files: those of `source`, again and again under other names."""
+    files = sorted(path for path in source.iterdir() if path.suffix.lower() in _SUFFIXES)
+    if not files:
+        raise SystemExit(f"There are no images in {source}.")
+    folder.mkdir(parents=True)
+    for number in range(images):
+        path = files[number % len(files)]
+        target = folder / f"{number:06d}{path.suffix.lower()}"
+        try:
+            os.link(path, target)
+        except OSError:  # on another file system
+            target.write_bytes(path.read_bytes())
+    return folder
+
+
+def demo_model(folder: Path) -> Model:
+    """Returns the demo's model with its index: that of `make demo` where it is, else one built in `folder`."""
+    if Path(DEMO_INDEX).exists():
+        return Model("demo", str(Path(DEMO_INDEX).resolve()))
+    build = f"from jobs.demo import build_demo_index; build_demo_index({str(folder / 'index')!r})"
+    subprocess.run([sys.executable, "-c", build], env=environment(), stdout=sys.stderr, check=True)
+    return Model("demo", str(folder / "index"))
+
+
+def real_size_model(folder: Path) -> Model:
+    """Writes CLIP ViT-B/32 with GPT-2 124M, and an index of random vectors and captions; the weights are random."""
+    model = benchmark.build_model(4, "cpu", "float32")
+    tokenizer = benchmark.build_tokenizer()
+    checkpoint, clip_folder, index = folder / "smallcap", folder / "clip", folder / "index"
+    save_checkpoint(model, checkpoint)
+    tokenizer.save_pretrained(checkpoint)
+    text = {"vocab_size": benchmark.GPT2_124M.vocab_size}
+    torch.manual_seed(0)
+    clip = CLIPModel(CLIPConfig(vision_config=benchmark.VIT_B_32, text_config=text, projection_dim=512))
+    clip.vision_model.load_state_dict(model.encoder.transformer.state_dict())  # one pass serves both encoders
+    clip.save_pretrained(clip_folder)
+    tokenizer.pad_token = "!"
+    tokenizer.model_max_length = 77
+    tokenizer.save_pretrained(clip_folder)
+    index.mkdir()
+    vectors = np.random.default_rng(0).standard_normal((_RANDOM_CAPTIONS, 512), dtype=np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    identity = resolve_encoder_identity(f"hf:{clip_folder}")
+    captions = benchmark.random_captions(_RANDOM_CAPTIONS)
+    manifest = benchmark.write_index(index, vectors, captions, identity).manifest
+    storage.write_bytes(manifest_uri(str(index), manifest.index_id), manifest.to_json().encode())
+    write_pointer(str(index), manifest.index_id)
+    return Model(str(checkpoint), str(index))
+
+
+def list_files(folder: Path) -> Sequence[Path]:
+    """Returns a folder's files in the order of their names."""
+    return sorted(folder.iterdir())

