@@ -61,18 +61,19 @@ if os.environ.get("HELD"):
 
         s3fs.S3FileSystem._pipe_file = slow_pipe
 
-if os.environ.get("DEADLY_SIZE"):
+if os.environ.get("OPENING_TAKES"):
     import PIL.Image
 
     open_image = PIL.Image.open
 
-    def deadly_open(*arguments, **options):
+    def slow_open(*arguments, **options):
         image = open_image(*arguments, **options)
-        if str(image.size) == os.environ["DEADLY_SIZE"]:
+        time.sleep(float(os.environ["OPENING_TAKES"]))
+        if str(image.size) == os.environ.get("DEADLY_SIZE"):
             os.kill(os.getpid(), 11)
         return image
 
-    PIL.Image.open = deadly_open
+    PIL.Image.open = slow_open
 """
 TITLES = {"actor": "ray::MapWorker(MapBatches(CaptionImages))", "worker": "ray::MapBatches(load_images)"}
 
@@ -96,11 +97,10 @@ class Job:
         self.mark, self.held = uuid.uuid4().hex, folder / "held"
         self.held.unlink(missing_ok=True)
         environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-        environment |= {MARK: self.mark, **more}
+        environment |= {MARK: self.mark, "OPENING_TAKES": "0.01", **more}  # else all is loaded before the first part
         if hold:
             environment |= held_parts(self.held, out)
-        if hold or more:
-            environment |= site_in(folder, environment.get("PYTHONPATH", ""))
+        environment |= site_in(folder, environment.get("PYTHONPATH", ""))
         self.log = folder / "job.log"
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
@@ -196,7 +196,7 @@ def test_a_killed_driver(
     """The driver and its whole Ray; then the same command again, which does only what is left."""
     command = command_for(images, index, tiny_smallcap, out)
     job = Job(command, tmp_path, moment == "during a write", out)
-    wait_for_moment(moment, job, out, TITLES["worker"])
+    wait_for_moment(moment, job, out, "")
     job.kill_all()
     held = sum(len(rows) for _, info in read_part_infos(out) if info for rows in info.rows.values())
     assert held < IMAGES, "the kill came too late to show anything"
@@ -231,7 +231,7 @@ def second_node(
     """A Ray cluster of two nodes that hold parts back: its address, and what kills the raylet of the second."""
     from ray.cluster_utils import Cluster
 
-    for name, value in (held_parts(tmp_path / "held", out) | site_in(tmp_path, "")).items():
+    for name, value in (held_parts(tmp_path / "held", out) | site_in(tmp_path, "") | {"OPENING_TAKES": "0.01"}).items():
         monkeypatch.setenv(name, value)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, "include_dashboard": False})
     try:
@@ -275,7 +275,7 @@ def test_an_image_that_kills_its_process_becomes_a_row(
     images, out = str(tmp_path / "images"), str(tmp_path / "out")
     write_images(images, 40)
     Image.new("RGB", (77, 55), "red").save(tmp_path / "images" / "deadly.png")
-    Job(command_for(images, index, tiny_smallcap, out), tmp_path, DEADLY_SIZE="(77, 55)").wait()
+    Job(command_for(images, index, tiny_smallcap, out), tmp_path, OPENING_TAKES="0", DEADLY_SIZE="(77, 55)").wait()
     rows = read_rows(out)
     assert len(rows) == 41
     assert rows.loc["deadly.png"].error_code == "crashed"
