@@ -196,7 +196,7 @@ def test_a_killed_driver(
     """The driver and its whole Ray; then the same command again, which does only what is left."""
     command = command_for(images, index, tiny_smallcap, out)
     job = Job(command, tmp_path, moment == "during a write", out)
-    wait_for_moment(moment, job, out, "")
+    wait_for_moment(moment, job, out, TITLES["worker"] if moment == "early" else "")
     job.kill_all()
     held = sum(len(rows) for _, info in read_part_infos(out) if info for rows in info.rows.values())
     assert held < IMAGES, "the kill came too late to show anything"
