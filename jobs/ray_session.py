@@ -22,6 +22,8 @@ def connect(address: str | None = None) -> None:
             started for this process.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # An actor shares its cores with loading tasks: threads that spin while they wait would take the cores from both.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Ray's C++ side prints its own warnings about Ray Data's actors as errors to the driver's terminal.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
