@@ -156,7 +156,9 @@ def _caption(
                 num_cpus=actors.cpus_per_actor,
                 num_gpus=actors.gpus_per_actor,
             )
-            .write_datasink(sink)
+            # No CPU of their own: else loading, which always has more to do, keeps them waiting until all is loaded,
+            # and a kill costs all that was captioned.
+            .write_datasink(sink, ray_remote_args={"num_cpus": 0})
         )
         snapshot = monitor.snapshot()
     seconds = time.perf_counter() - started
