@@ -74,7 +74,7 @@ class CaptionImages:
             raise self._captioner
         started = time.perf_counter()
         good = np.flatnonzero(pc.equal(batch["status"], STATUS_OK).to_numpy()).tolist()
-        pixels = _pixels(batch, good)
+        pixels = pixels_of(batch, good)
         exclude = [batch["image_id"][row].as_py() for row in good] if self._excludes else None
         batches = self._captioner.caption_batches(_split(pixels, exclude, self._batch_size))
         captioned = dict(zip(good, (result for results in batches for result in results), strict=True))
@@ -156,8 +156,8 @@ def _load_captioner(spec: CaptionerSpec) -> Captioner:
     )
 
 
-def _pixels(batch: pa.Table, rows: Sequence[int]) -> list[Pixels]:
-    """Returns some rows' crops, as views into the batch."""
+def pixels_of(batch: pa.Table, rows: Sequence[int]) -> list[Pixels]:
+    """Returns the crops of some rows of `load_images`, as views into the batch."""
     vision = _tensor(batch[VISION_PIXELS])
     retrieval = _tensor(batch[RETRIEVAL_PIXELS]) if RETRIEVAL_PIXELS in batch.column_names else None
     widths, heights = batch["width"].to_pylist(), batch["height"].to_pylist()

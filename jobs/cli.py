@@ -274,6 +274,73 @@ def caption(
 
 
 @app.command()
+def train(
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(help="Images with captions: COCO or Karpathy JSON, CSV, Parquet, WebDataset tars."),
+    ] = None,
+    index: Annotated[str | None, typer.Option(help="Published index that prompts are made from.")] = None,
+    out: Annotated[str | None, typer.Option(help="Output folder or prefix.")] = None,
+    model: Annotated[str | None, typer.Option(help="Checkpoint to train further; or else the parts:")] = None,
+    vision_encoder: Annotated[str | None, typer.Option(help="CLIP: openai/clip-vit-base-patch32, or a folder.")] = None,
+    decoder: Annotated[
+        str | None, typer.Option(help="gpt2, facebook/opt-125m, facebook/xglm-564M, or a folder.")
+    ] = None,
+    reduce_factor: Annotated[int | None, typer.Option(help="Of new cross-attention: 1, 2, 4, 8 or 16.")] = None,
+    retrieval_encoder: Annotated[str | None, typer.Option(help="Its spec; by default the index's.")] = None,
+    images: Annotated[str | None, typer.Option(help="Folder or prefix of the images that lists name.")] = None,
+    validation: Annotated[
+        list[str] | None, typer.Option(help="Images with captions to choose the best epoch by; repeatable.")
+    ] = None,
+    retrieval: Annotated[
+        str | None, typer.Option(help="top-k, sample-k (of the nearest 50), or c-sample-k (the nearest and k - 1).")
+    ] = None,
+    k: Annotated[int | None, typer.Option("--k", "-k", help="Retrieved captions in the prompt; 0 for none.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over all captions.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples of a step, over all workers.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of AdamW, at its highest.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    accumulate: Annotated[int | None, typer.Option(help="Batches that a step is cut into, to save memory.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Training processes; by default one per GPU.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first N images.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the input and say what there is to do.")] = False,
+    config: ConfigFile = None,
+    sets: Sets = None,
+    address: Address = None,
+) -> None:
+    """Train cross-attention. Stopped and started again, it goes on from its newest checkpoint."""
+    from smallcap.config import load_config
+    from smallcap.train_config import TrainConfig
+
+    flags: dict[str, Any] = {
+        "sources": sources,
+        "index": index,
+        "out": out,
+        "model": model,
+        "vision_encoder": vision_encoder,
+        "decoder": decoder,
+        "reduce_factor": reduce_factor,
+        "retrieval_encoder": retrieval_encoder,
+        "images": images,
+        "validation": validation,
+        "retrieval.mode": retrieval,
+        "retrieval.k": k,
+        "optimizer.epochs": epochs,
+        "optimizer.batch_size": batch_size,
+        "optimizer.learning_rate": learning_rate,
+        "optimizer.accumulate": accumulate,
+        "dtype": dtype,
+        "workers": workers,
+        "limit": limit,
+    }
+    resolved = load_config(TrainConfig, config, flags, sets or ())
+
+    from jobs import train as job  # imports torch and Ray, which a wrong option need not wait for
+
+    print("\n".join(job.plan_lines(resolved)) if dry_run else job.describe(job.run(resolved, address)))
+
+
+@app.command()
 def search(
     index: Annotated[str, typer.Option(help="Published index.")],
     image: Annotated[str | None, typer.Option(help="Query by an image.")] = None,

@@ -15,10 +15,10 @@ from smallcap.work_list import (
     WORK_FOLDER,
     Fragment,
     WorkList,
+    count_images,
     extend_work_list,
     load_work_list,
     make_work_list,
-    read_fragment,
 )
 
 
@@ -76,12 +76,7 @@ def what_is_left(config: CaptionConfig, work: WorkList, retry_failed: bool = Fal
     coverage = Coverage(_read_parts(config.out, work), retry_failed)
 
     def count_rows(fragment: Fragment, most: int) -> int:
-        counted = 0
-        for images in read_fragment(fragment, None, config.input, work.kept_columns):
-            counted += len(images.rows)
-            if counted >= most:
-                break
-        return counted
+        return count_images(fragment, most, config.input)
 
     return list(work_left(work.fragments, coverage, config.limit, count_rows))
 

@@ -263,8 +263,7 @@ class Captioner:
         """Encodes, embeds, retrieves and prompts: all that comes before the first token; None for no images."""
         if not pixels:
             return None
-        hidden_states, class_token = self._encode(pixels)
-        queries = self._embed(pixels, class_token)
+        hidden_states, queries = self.encode(pixels)
         neighbours = self._retrieve(queries, exclude_image_ids, len(pixels))
         texts = [[neighbour.text for neighbour in of_image] for of_image in neighbours]
         config = self.model.config
@@ -314,6 +313,20 @@ class Captioner:
         length = len(generated.token_ids)
         caption = decode_caption(self.tokenizer, generated.token_ids, self.generation.eos_token_id)
         return ScoredCaption(caption, generated.score * length**self.generation.length_penalty, length)
+
+    @torch.inference_mode()
+    def encode(self, pixels: Sequence[Pixels]) -> tuple[Tensor, np.ndarray | None]:
+        """Returns all that the frozen encoders say of images.
+
+        Args:
+            pixels: B images' crops, made by this captioner's `crop_plan`.
+
+        Returns:
+            Cross-attention's [B, P, Hv] hidden states, and for search [B, dim] float32 unit vectors, or None where
+            there is no retrieval encoder.
+        """
+        hidden_states, class_token = self._encode(pixels)
+        return hidden_states, self._embed(pixels, class_token)
 
     def _encode(self, pixels: Sequence[Pixels]) -> tuple[Tensor, Tensor]:
         """Returns the vision encoder's hidden states [B, P, Hv] and class token [B, Hv]."""

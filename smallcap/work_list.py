@@ -53,6 +53,7 @@ __all__ = [
     "FragmentTable",
     "InputBatch",
     "WorkList",
+    "count_images",
     "extend_work_list",
     "load_work_list",
     "make_work_list",
@@ -190,6 +191,16 @@ def read_fragment(
         yield from read_parquet(fragment, wanted, config, kept_columns)
     elif (batch := _read_uris(fragment, kept_columns).only(wanted)) is not None:
         yield batch
+
+
+def count_images(fragment: Fragment, most: int, config: InputConfig) -> int:
+    """Reads a fragment, whose length is known only so, until it has had `most` images; returns how many it had."""
+    counted = 0
+    for images in read_fragment(fragment, None, config, pa.schema([])):
+        counted += len(images.rows)
+        if counted >= most:
+            break
+    return counted
 
 
 def no_images(sources: Sequence[str]) -> ConfigError:

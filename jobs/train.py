@@ -1,0 +1,260 @@
+"""The training job: images with captions and an index in, a checkpoint with trained cross-attention out.
+
+    list → store features (once per image) → store candidates (of the index) → train (Ray Train) → write the model
+
+Runs as `smallcap train …` or, for `ray job submit`, as `python -m jobs.train --config FILE --set a.b=c`. What an
+earlier attempt has finished is not done again.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from jobs.config_args import run_job
+from jobs.run_record import run_lock
+from jobs.train_candidates import count_leaks, store_candidates
+from jobs.train_export import write_model
+from jobs.train_features import store_features
+from jobs.train_fit import TrainPlan, fit, plan_training
+from jobs.train_inputs import TrainInputs, list_inputs
+from jobs.train_loop import WorkerSpec
+from jobs.train_record import TrainAttempt, TrainData, TrainRecord, choose_best, load_train_record
+from jobs.train_start import ModelStart
+from smallcap import storage
+from smallcap.checkpoint import SmallCapModel
+from smallcap.clip_encoder import load_preprocessing, resolve_encoder_identity
+from smallcap.crops import CropPlan
+from smallcap.errors import ConfigError, RunError
+from smallcap.example_stream import ExampleStream
+from smallcap.feature_store import Split, StoreManifest
+from smallcap.index_manifest import load_manifest, utc_now
+from smallcap.train_checkpoints import find_train_checkpoint
+from smallcap.train_config import TrainConfig
+from smallcap.training import frozen_sha256, weights_sha256
+
+
+@dataclass(frozen=True)
+class TrainSummary:
+    """What a call of the job did, and what its output folder now holds."""
+
+    out: str
+    record: TrainRecord
+    new_steps: int  # of this call
+
+
+def run(config: TrainConfig, address: str | None = None) -> TrainSummary:
+    """Trains to the end, from wherever an earlier attempt in the same folder has come to.
+
+    Args:
+        config: What to train on, what to start from, and where to write.
+        address: Of a Ray cluster; by default the one this process belongs to, or a new local one.
+
+    Returns:
+        The finished run. When everything was done before, nothing is computed and Ray is not started.
+
+    Raises:
+        ConfigError: The options are wrong, or the output holds a run with others.
+        RunError: Storage, index or a model cannot be used.
+    """
+    with run_lock(config.out):
+        record, start = open_record(config)
+        if record.status == "complete":
+            return TrainSummary(config.out, record, 0)
+        return _train(config, record, start, address)
+
+
+def open_record(config: TrainConfig) -> tuple[TrainRecord, ModelStart]:
+    """Continues the output folder's run, or begins one; pins the index's version and the start for all attempts.
+
+    Raises:
+        ConfigError: The folder holds a run with other options.
+        RunError: Index or model cannot be used.
+    """
+    record = load_train_record(config.out)
+    if record is not None:
+        start = ModelStart(config, record.retrieval_encoder)
+        record.check_same_run(config, start.model_id())
+        return record, start
+    manifest = load_manifest(config.index) if config.index and config.retrieval.k else None
+    encoder = config.retrieval_encoder or (manifest.encoder.spec if manifest else None)
+    if manifest and encoder:
+        manifest.check_encoder(resolve_encoder_identity(encoder), config.index or "")
+    start = ModelStart(config, encoder)
+    return TrainRecord.new(config, start.model_id(), manifest.index_id if manifest else None, encoder), start
+
+
+def _train(config: TrainConfig, record: TrainRecord, start: ModelStart, address: str | None) -> TrainSummary:
+    """Runs one attempt of all stages."""
+    from jobs.ray_session import connect, own_errors
+
+    model = start.load()
+    record = record.model_copy(
+        update={
+            "frozen_sha256": frozen_sha256(model, model.decoder),
+            "trained_parameters": sum(p.numel() for p in model.decoder.cross_attention_parameters().values()),
+        }
+    )
+    record.write(config.out)
+    connect(address)
+    folders = (config.features or storage.join(config.out, "features"), storage.join(config.out, "candidates"))
+    inputs = list_inputs(config, folders[0])
+    with own_errors():
+        features = store_features(config, start, inputs, _crop_plan(model, start), _vision_sha256(model), folders[0])
+        leaks = None
+        if record.index_id is not None:
+            store_candidates(config, load_manifest(config.index or "", record.index_id), features, folders)
+            leaks = count_leaks(features, folders)
+    plan = plan_training(config, record.dtype)
+    streams = [_stream(config, features, folders, split) for split in ("train", "validation")]
+    record = record.model_copy(
+        update={
+            "dtype": plan.dtype,
+            "data": _describe_data(features, inputs, leaks),
+            "steps": streams[0].batches_per_epoch * config.optimizer.epochs,
+        }
+    )
+    record, new_steps = _fit(config, record, WorkerSpec(config, start, plan.dtype, streams[0], streams[1]), plan)
+    return TrainSummary(config.out, _finish(config, record, start), new_steps)
+
+
+def _fit(config: TrainConfig, record: TrainRecord, spec: WorkerSpec, plan: TrainPlan) -> tuple[TrainRecord, int]:
+    """Trains what is left; returns the record with this attempt, and how many steps it took."""
+    if not spec.examples.examples:
+        raise ConfigError(
+            "There are no examples to train on.",
+            where=", ".join(config.sources),
+            expected="images that can be read, with captions",
+            found=f"errors: {record.data.errors if record.data else {}}",
+        )
+    found = find_train_checkpoint(config.out)
+    attempt = TrainAttempt(
+        started_at=utc_now(), device=plan.device, workers=plan.workers, first_step=found.step if found else 0
+    )
+    attempts = (*record.attempts, attempt)
+    record = record.model_copy(update={"attempts": attempts})
+    record.write(config.out)
+    started = time.perf_counter()
+    fit(spec, plan, record.run_id)
+    finished = attempt.model_copy(update={"finished_at": utc_now(), "seconds": round(time.perf_counter() - started, 3)})
+    new_steps = (record.steps or 0) - attempt.first_step
+    return record.model_copy(update={"attempts": (*attempts[:-1], finished)}), new_steps
+
+
+def _finish(config: TrainConfig, record: TrainRecord, start: ModelStart) -> TrainRecord:
+    """Writes the best epoch's model, and then the record that says so."""
+    last = find_train_checkpoint(config.out)
+    if last is None or len(last.epochs) != config.optimizer.epochs:
+        raise RunError("Training ended without its last checkpoint.", where=config.out)
+    best, selected_by = choose_best(last.epochs)
+    after = write_model(config.out, start, best.step, record.frozen_sha256 or "")
+    record = record.model_copy(
+        update={
+            "status": "complete",
+            "epochs": last.epochs,
+            "best_epoch": best.epoch,
+            "selected_by": selected_by,
+            "frozen_sha256_after": after,
+        }
+    )
+    record.write(config.out)
+    return record
+
+
+def _crop_plan(model: SmallCapModel, start: ModelStart) -> CropPlan:
+    retrieval = load_preprocessing(start.retrieval_encoder) if start.retrieval_encoder else None
+    return CropPlan.of(model.encoder.preprocessing, retrieval, start.config.data.input.decode)
+
+
+def _vision_sha256(model: SmallCapModel) -> str:
+    return weights_sha256(model.encoder.named_parameters())
+
+
+def _stream(config: TrainConfig, features: StoreManifest, folders: tuple[str, str], split: Split) -> ExampleStream:
+    options = config.optimizer
+    candidates = folders[1] if config.retrieval.k else None
+    parts = tuple(features.of(split))
+    return ExampleStream(folders[0], candidates, parts, options.batch_size, options.shuffle_parts, options.seed)
+
+
+def _describe_data(features: StoreManifest, inputs: TrainInputs, leaks: int | None) -> TrainData:
+    errors: dict[str, int] = {}
+    for part in features.parts:
+        for code, count in part.errors.items():
+            errors[code] = errors.get(code, 0) + count
+    train = features.of("train")
+    return TrainData(
+        images=sum(part.images for part in train),
+        examples=sum(part.examples for part in train),
+        validation_images=sum(part.images for part in features.of("validation")),
+        errors=dict(sorted(errors.items())),
+        malformed=inputs.malformed,
+        leaks=leaks,
+    )
+
+
+def plan_lines(config: TrainConfig) -> list[str]:
+    """Lists the input and says what there is to train on and with; writes nothing to its output, starts no Ray.
+
+    Raises:
+        ConfigError: The options are wrong, or the output holds a run with others.
+        RunError: Storage, index or a model cannot be used.
+    """
+    record, start = open_record(config)
+    model = start.load()
+    with storage.scratch_folder() as scratch:
+        inputs = list_inputs(config, str(scratch))
+    trained = sum(p.numel() for p in model.decoder.cross_attention_parameters().values())
+    vision = model.config.vision
+    patches = (vision.get("image_size", 224) // vision.get("patch_size", 32)) ** 2 + 1
+    image_bytes = patches * vision["hidden_size"] * 2
+    shards = {kind: sum(item.work.fragment.kind == kind for item in inputs.items) for kind in ("tar", "parquet")}
+    steps = -(-inputs.listed_examples // config.optimizer.batch_size)
+    return [
+        f"Start: {record.start_id}; {trained:,} parameters to train, reduce factor "
+        f"{model.config.decoder.cross_attention_reduce_factor}",
+        f"Training images of lists: {inputs.listed_images:,}, with {inputs.listed_examples:,} captions",
+        f"Beside them: {shards['tar']:,} tars, {shards['parquet']:,} row groups of Parquet files with images",
+        f"Validation: {'yes' if inputs.has('validation') else 'none; the last epoch is taken'}",
+        f"Features: {image_bytes:,} bytes for each image, {image_bytes * inputs.listed_images / 1e9:.2f} GB for lists",
+        f"Steps of lists: {steps:,} in each of {config.optimizer.epochs} epochs",
+        f"Retrieval: {_describe_retrieval(config, record)}",
+    ]
+
+
+def _describe_retrieval(config: TrainConfig, record: TrainRecord) -> str:
+    k, mode = config.retrieval.k, config.retrieval.mode
+    return f"{mode}, k = {k}, index version {record.index_id}" if k else "none"
+
+
+def describe(summary: TrainSummary) -> str:
+    """Returns what a call of the job did, in a few lines for people."""
+    record, data = summary.record, summary.record.data
+    lines = [f"{summary.new_steps:,} steps." if summary.new_steps else "Nothing to do: the run is complete."]
+    if data is not None:
+        errors = ", ".join(f"{count:,} {code}" for code, count in data.errors.items())
+        lines.append(
+            f"{data.images:,} images with {data.examples:,} captions" + (f"; left out: {errors}" if errors else "")
+        )
+        if data.malformed:
+            lines.append(f"{data.malformed:,} rows of lists could not be read")
+        if data.leaks is not None and data.leaks > data.images // 2:
+            lines.append(
+                f"{data.leaks:,} images were retrieved one of their own captions: do the ids of the index match theirs?"
+            )
+    for epoch in record.epochs:
+        validation = "" if epoch.validation_loss is None else f", validation loss {epoch.validation_loss:.4f}"
+        cider = "" if epoch.cider is None else f", CIDEr {100 * epoch.cider:.1f}"
+        lines.append(f"epoch {epoch.epoch}: loss {epoch.loss:.4f}{validation}{cider}")
+    lines.append(f"Model: {summary.out}/model, of epoch {record.best_epoch} (by {record.selected_by})")
+    return "\n".join(lines)
+
+
+def _run_as_module(config: TrainConfig, address: str | None, dry_run: bool) -> tuple[str, int]:
+    if dry_run:
+        return "\n".join(plan_lines(config)), 0
+    return describe(run(config, address)), 0
+
+
+if __name__ == "__main__":
+    run_job(TrainConfig, _run_as_module, ("dry_run",))

@@ -1,0 +1,348 @@
+"""What there is to train on: images and their captions from COCO, Karpathy, CSV, JSONL, Parquet and WebDataset sources.
+
+Sources that name their images become a stored list, one row for each image with all of its captions; tars and Parquet
+files with image bytes are read where they are. Both are cut into the fragments that captioning reads. The captions of
+lists are held in memory while they are grouped by image; images never are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from index_builder.dump_formats import Columns, read_rows
+from smallcap import storage
+from smallcap.coverage import Coverage, WorkItem, work_left
+from smallcap.errors import ConfigError, SchemaError
+from smallcap.feature_store import SPLITS, Split
+from smallcap.fragments import FRAGMENT_ROWS, Fragment
+from smallcap.image_sources import IMAGE_COLUMNS
+from smallcap.parquet_shards import ParquetOutline, image_bytes_column, read_outlines
+from smallcap.tar_shards import TAR_SUFFIXES, choose_tar_ids
+from smallcap.train_config import TrainConfig
+from smallcap.work_list import count_images
+
+_LIST_SUFFIXES = (".json", ".csv", ".tsv", ".jsonl", ".ndjson")
+_CAPTIONS = pa.field("captions", pa.list_(pa.string()))
+_KARPATHY_SPLITS: dict[Any, Split] = {"train": "train", "restval": "train", "val": "validation"}
+_BATCH_ROWS = 10_000
+
+
+class Pair(NamedTuple):
+    """One image and one of its captions."""
+
+    split: Split
+    image_id: str
+    image_uri: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class TrainItem:
+    """Some images of a split that are read together.
+
+    Attributes:
+        split: Theirs.
+        work: Which rows of which fragment.
+        kept: The columns that hold their captions.
+    """
+
+    split: Split
+    work: WorkItem
+    kept: pa.Schema
+
+
+@dataclass
+class TrainInputs:
+    """All that a run trains on.
+
+    Attributes:
+        items: In their order.
+        sha256: Of ids, captions, and the names and sizes of tars and Parquet files.
+        malformed: Rows of lists that could not be read.
+        listed_images, listed_examples: To train on, of lists alone: what tars and Parquet files hold is not known yet.
+    """
+
+    items: list[TrainItem] = field(default_factory=list)
+    sha256: str = ""
+    malformed: int = 0
+    listed_images: int = 0
+    listed_examples: int = 0
+
+    def has(self, split: Split) -> bool:
+        """Says whether there is anything of a split."""
+        return any(item.split == split for item in self.items)
+
+
+def list_inputs(config: TrainConfig, folder: str) -> TrainInputs:
+    """Lists the images and captions of a run, and stores what is named by lists.
+
+    Args:
+        config: The run's.
+        folder: Where the stored lists go: `_lists/SPLIT.parquet`.
+
+    Raises:
+        ConfigError: There are no images with captions to train on.
+        SchemaError: A source is damaged, or lacks a column.
+        StorageError: A source does not exist, or the service fails.
+    """
+    listing = _Listing(config, folder)
+    for source in config.sources:
+        listing.add(source, "train")
+    for source in config.validation:
+        listing.add(source, "validation")
+    inputs = listing.finish()
+    if not inputs.has("train"):
+        raise ConfigError(
+            "There are no images with captions.",
+            where=", ".join(config.sources),
+            expected=f"files ending in {' '.join((*_LIST_SUFFIXES, '.parquet', *TAR_SUFFIXES))}",
+        )
+    return inputs
+
+
+class _Listing:
+    """Collects a run's sources and cuts them into fragments."""
+
+    def __init__(self, config: TrainConfig, folder: str) -> None:
+        self._config, self._folder = config, folder
+        data = config.data
+        self._input = data.input.model_copy(update={"image_column": data.image_column, "id_column": data.id_column})
+        self._images: dict[Split, dict[str, tuple[str, list[str]]]] = {split: {} for split in SPLITS}
+        self._tars: dict[Split, dict[str, str]] = {split: {} for split in SPLITS}
+        self._parquet: dict[Split, dict[str, tuple[str, ParquetOutline]]] = {split: {} for split in SPLITS}
+        self._inputs = TrainInputs()
+
+    def add(self, source: str, wanted: Split) -> None:
+        """Adds a file, or the files of a folder: its tars, or where it has none its lists and Parquet files."""
+        source = storage.absolute(source)
+        files = storage.list_files(source, (*_LIST_SUFFIXES, ".parquet", *TAR_SUFFIXES))
+        tars = [file for file in files if file.lower().endswith(TAR_SUFFIXES)]
+        for tar in tars:  # beside them, downloaders leave statistics as JSON and Parquet
+            self._tars[wanted][tar] = tar.removeprefix(source).lstrip("/") or tar.rsplit("/", 1)[-1]
+        if tars:
+            return
+        for outline in read_outlines([file for file in files if file.lower().endswith(".parquet")]):
+            if outline.problem:
+                raise SchemaError("The Parquet file cannot be read.", where=outline.uri, found=outline.problem)
+            if image_bytes_column(outline.schema, self._input, outline.uri) is None:
+                self._add_pairs(_parquet_pairs(outline.uri, self._config, wanted), wanted)
+            else:
+                name = outline.uri.removeprefix(source).lstrip("/") or outline.uri.rsplit("/", 1)[-1]
+                self._parquet[wanted][outline.uri] = (name.removesuffix(".parquet"), outline)
+        for file in files:
+            if not file.lower().endswith(".parquet"):
+                self._add_pairs(read_pairs(file, self._config, wanted, self._count_malformed), wanted)
+
+    def _count_malformed(self) -> None:
+        self._inputs.malformed += 1
+
+    def _add_pairs(self, pairs: Iterator[Pair], wanted: Split) -> None:
+        """Takes a source's pairs; of a file with splits, validation is taken where no other validation is given."""
+        for pair in pairs:
+            if pair.split == wanted or (wanted == "train" and not self._config.validation):
+                _, captions = self._images[pair.split].setdefault(pair.image_id, (pair.image_uri, []))
+                captions.append(pair.caption)
+
+    def finish(self) -> TrainInputs:
+        """Stores the lists and returns all items."""
+        digest = hashlib.sha256()
+        for split in SPLITS:
+            fragments = [
+                *self._list_fragments(split, digest),
+                *self._tar_fragments(split, digest),
+                *self._parquet_fragments(split, digest),
+            ]
+            kept_of = {fragment.number: kept for fragment, kept in fragments}
+            left = work_left(
+                [fragment for fragment, _ in fragments],
+                Coverage(()),
+                self._config.limit,
+                lambda fragment, most: count_images(fragment, most, self._input),
+            )
+            self._inputs.items += [TrainItem(split, work, kept_of[work.fragment.number]) for work in left]
+        listed = list(self._images["train"].values())[: self._config.limit]
+        self._inputs.listed_images = len(listed)
+        self._inputs.listed_examples = sum(len(captions) for _, captions in listed)
+        self._inputs.sha256 = digest.hexdigest()
+        return self._inputs
+
+    def _list_fragments(self, split: Split, digest: Any) -> Iterator[tuple[Fragment, pa.Schema]]:
+        images = self._images[split]
+        if not images:
+            return
+        for image_id, (_, captions) in images.items():
+            digest.update(json.dumps([split, image_id, captions]).encode())
+        uri = storage.join(self._folder, "_lists", f"{split}.parquet")
+        columns = [list(images), [uri for uri, _ in images.values()], [captions for _, captions in images.values()]]
+        schema = pa.schema([*IMAGE_COLUMNS, _CAPTIONS])
+        table = pa.table([pa.array(column, kind.type) for column, kind in zip(columns, schema, strict=True)], schema)
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer, row_group_size=FRAGMENT_ROWS, compression="zstd")
+        storage.write_bytes(uri, buffer.getvalue())
+        for group, start in enumerate(range(0, len(images), FRAGMENT_ROWS)):
+            rows = min(FRAGMENT_ROWS, len(images) - start)
+            yield Fragment(self._number(), "uris", storage.absolute(uri), group, rows), pa.schema([_CAPTIONS])
+
+    def _tar_fragments(self, split: Split, digest: Any) -> Iterator[tuple[Fragment, pa.Schema]]:
+        tars = self._tars[split]
+        by_tar = bool(tars) and choose_tar_ids(list(tars)) == "tar/key"
+        kept = pa.schema([pa.field("txt", pa.string()), pa.field("json", pa.string())])
+        for uri, name in tars.items():
+            digest.update(json.dumps([split, name, storage.size(uri)]).encode())
+            prefix = f"{name[: name.lower().rindex('.t')]}/" if by_tar else ""
+            yield Fragment(self._number(), "tar", uri, 0, None, prefix), kept
+
+    def _parquet_fragments(self, split: Split, digest: Any) -> Iterator[tuple[Fragment, pa.Schema]]:
+        for uri, (name, outline) in self._parquet[split].items():
+            digest.update(json.dumps([split, name, storage.size(uri)]).encode())
+            column = _caption_column(outline.schema, self._config.data.caption_column, uri)
+            kept = pa.schema([pa.field(column, outline.schema.field(column).type)])
+            for group, rows in enumerate(outline.rows):
+                if rows:
+                    yield Fragment(self._number(), "parquet", uri, group, rows, f"{name}/"), kept
+
+    _next = 0
+
+    def _number(self) -> int:
+        self._next += 1
+        return self._next - 1
+
+
+def read_pairs(uri: str, config: TrainConfig, split: Split, on_malformed: Callable[[], None]) -> Iterator[Pair]:
+    """Reads a list of images with captions: COCO's or Karpathy's JSON, CSV, TSV or JSONL.
+
+    Args:
+        uri: Of the file.
+        config: The columns, and the folder of the images.
+        split: Of all images, where the file has no splits of its own.
+        on_malformed: Is called for each row that cannot be read.
+
+    Raises:
+        SchemaError: The file is damaged, or names no images.
+    """
+    data, root = config.data, config.images or uri.rsplit("/", 1)[0]
+    with storage.local_file(uri) as path:
+        if uri.lower().endswith(".json") and (images := _karpathy_images(path.read_bytes())):
+            yield from _karpathy_pairs(images, root)
+            return
+        for row in read_rows(path, uri, Columns(data.caption_column, data.image_column)):
+            if row.problem or not row.text.strip():
+                on_malformed()
+            elif row.image_id is None:
+                raise SchemaError(
+                    "A caption has no image.",
+                    where=f"{uri}: line {row.line}",
+                    expected=f"a column {data.image_column}",
+                    remedy="Name the column: --set data.image_column=NAME.",
+                )
+            else:
+                yield Pair(split, row.image_id, _below(root, row.image_id), clean(row.text))
+
+
+def captions_of(table: pa.Table, caption_column: str) -> list[list[str]]:
+    """Returns each image's captions.
+
+    Args:
+        table: Nothing but the columns that its source had for them: `txt` and `json` of a tar, or one of strings or of
+            lists of strings.
+        caption_column: The field of a tar's JSON files that holds the caption, or a list; `txt` stands in for it.
+    """
+    if "json" in table.column_names:
+        found = [
+            _json_field(text, caption_column) or plain
+            for text, plain in zip(table["json"].to_pylist(), table["txt"].to_pylist(), strict=True)
+        ]
+    else:
+        found = table[0].to_pylist()
+    lists = [[value] if isinstance(value, str) else value or [] for value in found]
+    return [[clean(text) for text in texts if isinstance(text, str) and text.strip()] for texts in lists]
+
+
+def clean(text: str) -> str:
+    """Returns a caption on one line."""
+    return " ".join(text.split())
+
+
+def _karpathy_images(data: bytes) -> list[dict[str, Any]] | None:
+    """Returns the images of Karpathy's JSON; None for any other, which the reader of dumps judges."""
+    try:
+        content = json.loads(data)
+    except ValueError:
+        return None
+    images = content.get("images") if isinstance(content, dict) else None
+    return images if isinstance(images, list) and images and "sentences" in images[0] else None
+
+
+def _karpathy_pairs(images: Sequence[dict[str, Any]], root: str) -> Iterator[Pair]:
+    """Yields the pairs of Karpathy's train, restval and val images.
+
+    Captions are the sentences' tokens, in lower case and without punctuation, as the reference trains on them. The
+    images lie below ROOT/filepath, or where they do not, below ROOT.
+    """
+    first = images[0]
+    nested = "filepath" in first and storage.exists(storage.join(root, first["filepath"], first["filename"]))
+    for image in images:
+        split = _KARPATHY_SPLITS.get(image.get("split", "train"))
+        if split is not None:
+            folder = storage.join(root, image["filepath"]) if nested else root
+            for sentence in image["sentences"]:
+                caption = " ".join(sentence["tokens"]) if "tokens" in sentence else clean(sentence["raw"])
+                yield Pair(split, image["filename"], _below(folder, image["filename"]), caption)
+
+
+def _parquet_pairs(uri: str, config: TrainConfig, split: Split) -> Iterator[Pair]:
+    """Yields the pairs of a Parquet list of URIs, whose captions are strings or lists of them."""
+    data, root = config.data, config.images or uri.rsplit("/", 1)[0]
+    with storage.open_ranged(uri) as file:
+        parquet = pq.ParquetFile(file)
+        names = parquet.schema_arrow.names
+        if data.image_column not in names:
+            raise SchemaError(
+                "The Parquet file has no column of images.",
+                where=uri,
+                expected=data.image_column,
+                found=", ".join(names),
+                remedy="Name the column: --set data.image_column=NAME.",
+            )
+        column = _caption_column(parquet.schema_arrow, data.caption_column, uri)
+        ids = data.id_column if data.id_column in names else data.image_column
+        for batch in parquet.iter_batches(_BATCH_ROWS, columns=list({data.image_column, column, ids})):
+            table = pa.Table.from_batches([batch])
+            captions = captions_of(table.select([column]), column)
+            images, image_ids = table[data.image_column].to_pylist(), table[ids].to_pylist()
+            for image, image_id, texts in zip(images, image_ids, captions, strict=True):
+                for text in texts:
+                    yield Pair(split, str(image_id), _below(root, image), text)
+
+
+def _caption_column(schema: pa.Schema, wanted: str, uri: str) -> str:
+    column = next((name for name in (wanted, f"{wanted}s") if name in schema.names), None)
+    if column is None:
+        raise SchemaError(
+            "The Parquet file has no column of captions.",
+            where=uri,
+            expected=wanted,
+            found=", ".join(schema.names),
+            remedy="Name the column: --set data.caption_column=NAME.",
+        )
+    return column
+
+
+def _json_field(text: str | None, name: str) -> Any:
+    try:
+        fields = json.loads(text or "null")
+    except ValueError:
+        return None
+    return fields.get(name) if isinstance(fields, dict) else None
+
+
+def _below(root: str, path: str) -> str:
+    return path if "://" in path or path.startswith("/") else storage.join(storage.absolute(root), path)

@@ -1,0 +1,154 @@
+"""A training run's own record, `train.json`: what is pinned for all of its attempts, and what came of them.
+
+How far the run is stands in its checkpoints (`smallcap.train_checkpoints`), and nowhere else.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import uuid
+from importlib.metadata import version
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from smallcap import storage
+from smallcap.config import config_difference
+from smallcap.errors import ConfigError, SchemaError
+from smallcap.train_checkpoints import EpochResult
+from smallcap.train_config import TrainConfig
+
+RECORD_FILE = "train.json"
+SelectedBy = Literal["cider", "validation_loss", "last"]
+_PACKAGES = ("smallcap", "torch", "transformers", "open_clip_torch", "pyarrow", "ray")
+# What may differ between the attempts of one run: where it runs, how it fetches, and where things are kept.
+_FREE = ("out", "features", "workers", "compute", "checkpoint_steps", "images")
+
+
+class TrainAttempt(BaseModel):
+    """One start of the job."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    started_at: str
+    finished_at: str | None = None
+    device: str
+    workers: int
+    first_step: int  # that it did
+    seconds: float | None = None  # wall clock of the training loop, starts and validation included
+
+
+class TrainData(BaseModel):
+    """What a run trains on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    images: int
+    examples: int
+    validation_images: int
+    errors: dict[str, int]  # images without features, by code
+    malformed: int  # rows of lists that could not be read
+    leaks: int | None = None  # images with a candidate that has the text of one of their own captions
+
+
+class TrainRecord(BaseModel):
+    """The content of `train.json`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: Literal[1] = 1
+    run_id: str
+    status: Literal["running", "complete"] = "running"
+    config: dict[str, Any]
+    start_id: str
+    index_id: str | None
+    retrieval_encoder: str | None
+    versions: dict[str, str]
+    dtype: str | None = None  # of the forward pass
+    data: TrainData | None = None
+    trained_parameters: int | None = None
+    steps: int | None = None
+    frozen_sha256: str | None = None  # of all weights but the cross-attention, before training
+    frozen_sha256_after: str | None = None  # of the model that was written
+    epochs: tuple[EpochResult, ...] = ()
+    selected_by: SelectedBy | None = None
+    best_epoch: int | None = None
+    attempts: tuple[TrainAttempt, ...] = ()
+
+    @classmethod
+    def new(
+        cls, config: TrainConfig, start_id: str, index_id: str | None, retrieval_encoder: str | None
+    ) -> TrainRecord:
+        """Returns the record of a run that begins."""
+        return cls(
+            run_id=uuid.uuid4().hex[:12],
+            config=config.model_dump(mode="json"),
+            start_id=start_id,
+            index_id=index_id,
+            retrieval_encoder=retrieval_encoder,
+            versions={"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
+        )
+
+    def check_same_run(self, config: TrainConfig, start_id: str) -> None:
+        """Checks that a command continues this run.
+
+        Raises:
+            ConfigError: Its config or the model that it starts from differs.
+        """
+        own = TrainConfig.model_validate(self.config).model_dump(mode="json")  # with the defaults of newer options
+        changes = config_difference(_pinned(own), _pinned(config.model_dump(mode="json")))
+        if start_id != self.start_id:
+            changes.append(f"model weights: {self.start_id} → {start_id}")
+        if changes:
+            raise ConfigError(
+                "The output folder holds a run with other options.",
+                where=config.out,
+                found="; ".join(changes),
+                remedy="Start again with the run's own options, or give another --out.",
+            )
+
+    def write(self, out: str) -> None:
+        """Writes `train.json`, atomically."""
+        data = json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
+        storage.write_bytes(storage.join(out, RECORD_FILE), data.encode())
+
+
+def load_train_record(out: str) -> TrainRecord | None:
+    """Loads a run's record; None where no run has begun.
+
+    Raises:
+        SchemaError: `train.json` is malformed, or of an unknown format version.
+    """
+    where = storage.join(out, RECORD_FILE)
+    if not storage.exists(where):
+        return None
+    try:
+        return TrainRecord.model_validate_json(storage.read_bytes(where))
+    except ValidationError as error:
+        raise SchemaError(
+            "train.json is malformed, or of another format version.",
+            where=where,
+            expected="format_version 1",
+            found=str(error),
+            remedy="Use the smallcap release that wrote it, or a newer one.",
+        ) from error
+
+
+def choose_best(epochs: tuple[EpochResult, ...]) -> tuple[EpochResult, SelectedBy]:
+    """Returns the best epoch, the earlier of two equal ones, and what it was chosen by: CIDEr, else validation loss."""
+    if all(epoch.cider is not None for epoch in epochs):
+        return max(epochs, key=lambda epoch: (epoch.cider or 0.0, -epoch.epoch)), "cider"
+    if all(epoch.validation_loss is not None for epoch in epochs):
+        return min(epochs, key=lambda epoch: (epoch.validation_loss or 0.0, epoch.epoch)), "validation_loss"
+    return epochs[-1], "last"
+
+
+def _pinned(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns the options that all attempts of a run must share."""
+    pinned = {name: value for name, value in config.items() if name not in _FREE}
+    fetching = {"fetch_timeout_s", "fetch_attempts"}
+    data = {name: value for name, value in config["data"].items() if name != "input"}
+    data["input"] = {name: value for name, value in config["data"]["input"].items() if name not in fetching}
+    retrieval = {name: value for name, value in config["retrieval"].items() if name != "cache_dir"}
+    return pinned | {"data": data, "retrieval": retrieval}
