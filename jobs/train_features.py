@@ -105,7 +105,7 @@ def _encode_all(config: TrainConfig, start: ModelStart, items: list[TrainItem], 
     from jobs.monitor import start_monitor
     from jobs.ray_session import stage_progress
 
-    actors = plan_actors(config.compute.model_copy(update={"dtype": "float32"}), node_resources())
+    actors = plan_actors(config.compute.of_actors(), node_resources())
     with stage_progress(), start_monitor(None, 0, "features", len(items)) as monitor:
         loading = LoadSpec(plan, config.data.input, pa.schema([]), keep_bytes=False, monitor=monitor)
         (

@@ -136,12 +136,13 @@ def load_train_record(out: str) -> TrainRecord | None:
 
 
 def choose_best(epochs: tuple[EpochResult, ...]) -> tuple[EpochResult, SelectedBy]:
-    """Returns the best epoch, the earlier of two equal ones, and what it was chosen by: CIDEr, else validation loss."""
-    if all(epoch.cider is not None for epoch in epochs):
-        return max(epochs, key=lambda epoch: (epoch.cider or 0.0, -epoch.epoch)), "cider"
-    if all(epoch.validation_loss is not None for epoch in epochs):
-        return min(epochs, key=lambda epoch: (epoch.validation_loss or 0.0, epoch.epoch)), "validation_loss"
-    return epochs[-1], "last"
+    """Returns the best epoch and what it was chosen by: CIDEr, and of equals and without it, validation loss."""
+    if any(epoch.validation_loss is None for epoch in epochs):
+        return epochs[-1], "last"
+    by_loss = sorted(epochs, key=lambda epoch: epoch.validation_loss or 0.0)
+    if any(epoch.cider is None for epoch in epochs):
+        return by_loss[0], "validation_loss"
+    return max(by_loss, key=lambda epoch: epoch.cider or 0.0), "cider"
 
 
 def _pinned(config: dict[str, Any]) -> dict[str, Any]:

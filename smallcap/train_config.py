@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -61,6 +61,19 @@ class OptimizerConfig(Config):
     """Parts of stored features (at most 256 images each) that are held and shuffled together."""
 
 
+class TrainComputeConfig(Config):
+    """Where features are computed, and where training runs."""
+
+    device: str = "auto"
+    """`auto` (GPUs where Ray has any, else CPUs), `cpu`, or `cuda`."""
+    num_actors: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Actors that encode and search; `auto` is one per GPU, or one per four CPU cores."""
+
+    def of_actors(self) -> ComputeConfig:
+        """Returns the same as the options of a pool of actors, which compute in float32."""
+        return ComputeConfig(device=self.device, num_actors=self.num_actors, dtype="float32")
+
+
 class TrainConfig(Config):
     """A training run."""
 
@@ -101,7 +114,7 @@ class TrainConfig(Config):
     data: TrainDataConfig = TrainDataConfig()
     retrieval: TrainRetrievalConfig = TrainRetrievalConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
-    compute: ComputeConfig = ComputeConfig()
+    compute: TrainComputeConfig = TrainComputeConfig()
 
     @model_validator(mode="after")
     def _starts_somewhere(self) -> Self:
