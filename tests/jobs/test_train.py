@@ -8,10 +8,14 @@ import pytest
 import torch
 from train_runs import loss_curve, train_config, write_captioned_images
 
+from transformers import GPT2Config, GPT2LMHeadModel
+
 from jobs import train
+from smallcap import storage
 from smallcap.captioner import Captioner
 from smallcap.checkpoint import load_checkpoint
-from smallcap.errors import ConfigError
+from smallcap.config import load_config
+from smallcap.errors import CheckpointError, ConfigError
 
 pytestmark = pytest.mark.ray
 IMAGES = 24
@@ -86,3 +90,68 @@ def test_a_finished_run_is_a_no_op_and_refuses_other_options(
     assert again.record == finished.record
     with pytest.raises(ConfigError, match=r"optimizer.learning_rate: 0.003 → 0.5"):
         train.run(config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"learning_rate": 0.5})}))
+
+
+@pytest.mark.slow
+def test_two_workers_have_the_losses_of_one(source: Path, index: str, tiny_smallcap: Path, tmp_path: Path) -> None:
+    """Without dropout, which depends on the worker; 48 examples in batches of 10 leave the last one uneven."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_smallcap, model)
+    values = json.loads((model / "config.json").read_text())
+    values["decoder"] |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    (model / "config.json").write_text(json.dumps(values))
+    shared = (f"features={tmp_path}/features", f"validation=[{source}]", "optimizer.batch_size=10")
+    runs = [
+        train.run(train_config(source, index, model, tmp_path / str(workers), f"workers={workers}", *shared))
+        for workers in (1, 2)
+    ]
+    one, two = (loss_curve(run.out) for run in runs)
+    assert len(one) == 10
+    assert two == pytest.approx(one, rel=1e-5)
+    for epoch, other in zip(runs[0].record.epochs, runs[1].record.epochs, strict=True):
+        assert other.validation_loss == pytest.approx(epoch.validation_loss, rel=1e-5)
+        assert other.cider == pytest.approx(epoch.cider)
+    assert runs[1].record.attempts[0].workers == 2
+
+
+@pytest.mark.slow
+def test_a_model_of_parts_is_trained_on_s3(
+    source: Path, index: str, tiny_smallcap: Path, tiny_clip: Path, s3: str, tmp_path: Path
+) -> None:
+    """Images, list and output on S3; the language model is a folder of transformers; nothing is retrieved."""
+    decoder = tmp_path / "gpt2"
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 256}
+    GPT2LMHeadModel(GPT2Config(vocab_size=50257, **sizes)).save_pretrained(decoder)
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(tiny_smallcap / name, decoder)
+    for file in source.parent.iterdir():
+        storage.upload(file, f"{s3}/data/{file.name}")
+    flags = {
+        "sources": [f"{s3}/data/captions.csv"],
+        "out": f"{s3}/out",
+        "vision_encoder": str(tiny_clip),
+        "decoder": str(decoder),
+        "retrieval.k": 0,
+        "optimizer.epochs": 1,
+        "optimizer.batch_size": 16,
+        "optimizer.accumulate": 3,
+        "dtype": "bfloat16",
+        "reduce_factor": 8,
+    }
+    config = load_config(train.TrainConfig, flags=flags)
+    assert "48 captions" not in "".join(train.plan_lines(config))  # two more are of images that cannot be read
+    summary = train.run(config)
+    assert (summary.record.steps, summary.record.selected_by, summary.record.index_id) == (3, "last", None)
+    for uri in storage.list_files(f"{s3}/out/model"):
+        storage.download(uri, tmp_path / uri.rsplit("/", 1)[-1])
+    model = load_checkpoint(str(tmp_path))
+    assert not model.config.rag
+    assert (model.config.eos_token_id, model.config.pad_token_id) == (13, 0)
+    assert model.config.decoder.cross_attention_reduce_factor == 8
+    assert train.run(config).new_steps == 0
+
+
+def test_a_wrong_model_is_told_before_ray_starts(source: Path, index: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no config.json|no weights file"):
+        train.run(train_config(source, index, tmp_path, tmp_path / "out"))
