@@ -19,6 +19,7 @@ from jobs.train_features import store_features
 from jobs.train_fit import TrainPlan, fit, plan_training
 from jobs.train_inputs import TrainInputs, list_inputs
 from jobs.train_loop import WorkerSpec
+from jobs.train_progress import show_training
 from jobs.train_record import TrainAttempt, TrainData, TrainRecord, choose_best, load_train_record
 from jobs.train_start import ModelStart
 from smallcap import storage
@@ -104,7 +105,7 @@ def _train(config: TrainConfig, record: TrainRecord, start: ModelStart, address:
         leaks = None
         if record.index_id is not None:
             store_candidates(config, load_manifest(config.index or "", record.index_id), features, folders)
-            leaks = count_leaks(features, folders)
+            leaks = record.data.leaks if record.data else count_leaks(features, folders)
     plan = plan_training(config, record.dtype)
     streams = [_stream(config, features, folders, split) for split in ("train", "validation")]
     record = record.model_copy(
@@ -135,7 +136,8 @@ def _fit(config: TrainConfig, record: TrainRecord, spec: WorkerSpec, plan: Train
     record = record.model_copy(update={"attempts": attempts})
     record.write(config.out)
     started = time.perf_counter()
-    fit(spec, plan, record.run_id)
+    with show_training(config.out, record.steps or 0):
+        fit(spec, plan, record.run_id)
     finished = attempt.model_copy(update={"finished_at": utc_now(), "seconds": round(time.perf_counter() - started, 3)})
     new_steps = (record.steps or 0) - attempt.first_step
     return record.model_copy(update={"attempts": (*attempts[:-1], finished)}), new_steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -63,6 +64,7 @@ def fit(spec: WorkerSpec, plan: TrainPlan, run_id: str) -> None:
         RunError: What stopped a worker, where it is one of ours.
         ray.train.TrainingFailedError: Workers died more often than is accepted.
     """
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # paths of the config are relative to where the job was started
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
     from ray.train.torch import TorchTrainer
 

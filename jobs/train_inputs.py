@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -32,6 +34,7 @@ from smallcap.work_list import count_images
 _LIST_SUFFIXES = (".json", ".csv", ".tsv", ".jsonl", ".ndjson")
 _CAPTIONS = pa.field("captions", pa.list_(pa.string()))
 _KARPATHY_SPLITS: dict[Any, Split] = {"train": "train", "restval": "train", "val": "validation"}
+_TAR_ENDING = re.compile(r"\.(tar|tar\.gz|tgz)$", re.IGNORECASE)
 _BATCH_ROWS = 10_000
 
 
@@ -118,6 +121,7 @@ class _Listing:
         self._images: dict[Split, dict[str, tuple[str, list[str]]]] = {split: {} for split in SPLITS}
         self._tars: dict[Split, dict[str, str]] = {split: {} for split in SPLITS}
         self._parquet: dict[Split, dict[str, tuple[str, ParquetOutline]]] = {split: {} for split in SPLITS}
+        self._numbers = count()
         self._inputs = TrainInputs()
 
     def add(self, source: str, wanted: Split) -> None:
@@ -189,7 +193,7 @@ class _Listing:
         storage.write_bytes(uri, buffer.getvalue())
         for group, start in enumerate(range(0, len(images), FRAGMENT_ROWS)):
             rows = min(FRAGMENT_ROWS, len(images) - start)
-            yield Fragment(self._number(), "uris", storage.absolute(uri), group, rows), pa.schema([_CAPTIONS])
+            yield Fragment(next(self._numbers), "uris", storage.absolute(uri), group, rows), pa.schema([_CAPTIONS])
 
     def _tar_fragments(self, split: Split, digest: Any) -> Iterator[tuple[Fragment, pa.Schema]]:
         tars = self._tars[split]
@@ -197,8 +201,8 @@ class _Listing:
         kept = pa.schema([pa.field("txt", pa.string()), pa.field("json", pa.string())])
         for uri, name in tars.items():
             digest.update(json.dumps([split, name, storage.size(uri)]).encode())
-            prefix = f"{name[: name.lower().rindex('.t')]}/" if by_tar else ""
-            yield Fragment(self._number(), "tar", uri, 0, None, prefix), kept
+            prefix = f"{_TAR_ENDING.sub('', name)}/" if by_tar else ""
+            yield Fragment(next(self._numbers), "tar", uri, 0, None, prefix), kept
 
     def _parquet_fragments(self, split: Split, digest: Any) -> Iterator[tuple[Fragment, pa.Schema]]:
         for uri, (name, outline) in self._parquet[split].items():
@@ -207,13 +211,7 @@ class _Listing:
             kept = pa.schema([pa.field(column, outline.schema.field(column).type)])
             for group, rows in enumerate(outline.rows):
                 if rows:
-                    yield Fragment(self._number(), "parquet", uri, group, rows, f"{name}/"), kept
-
-    _next = 0
-
-    def _number(self) -> int:
-        self._next += 1
-        return self._next - 1
+                    yield Fragment(next(self._numbers), "parquet", uri, group, rows, f"{name}/"), kept
 
 
 def read_pairs(uri: str, config: TrainConfig, split: Split, on_malformed: Callable[[], None]) -> Iterator[Pair]:

@@ -2,20 +2,21 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from train_runs import loss_curve, train_config, write_captioned_images
-
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from jobs import train
 from smallcap import storage
 from smallcap.captioner import Captioner
-from smallcap.checkpoint import load_checkpoint
+from smallcap.checkpoint import load_checkpoint, save_checkpoint
 from smallcap.config import load_config
 from smallcap.errors import CheckpointError, ConfigError
+from smallcap.prompt import PromptTemplate
 
 pytestmark = pytest.mark.ray
 IMAGES = 24
@@ -75,7 +76,7 @@ def test_bad_images_are_counted(finished: train.TrainSummary) -> None:
 def test_the_best_epoch_is_chosen_by_cider(finished: train.TrainSummary) -> None:
     record = finished.record
     assert record.selected_by == "cider"
-    best = max(record.epochs, key=lambda epoch: (epoch.cider, -epoch.epoch))
+    best = max(record.epochs, key=lambda epoch: (epoch.cider, -epoch.validation_loss))
     assert record.best_epoch == best.epoch
     assert all(epoch.validation_loss is not None for epoch in record.epochs)
 
@@ -152,6 +153,17 @@ def test_a_model_of_parts_is_trained_on_s3(
     assert train.run(config).new_steps == 0
 
 
+@pytest.mark.slow
+def test_a_workers_own_error_is_the_runs(source: Path, index: str, tiny_smallcap: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_smallcap, model)
+    loaded = load_checkpoint(str(model))
+    loaded.config = replace(loaded.config, template=PromptTemplate(with_retrieval="|| " + "word " * 600))
+    save_checkpoint(loaded, model)
+    with pytest.raises(ConfigError, match="do not fit the decoder's positions"):
+        train.run(train_config(source, index, model, tmp_path / "out", f"features={tmp_path}/features"))
+
+
 def test_a_wrong_model_is_told_before_ray_starts(source: Path, index: str, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no config.json|no weights file"):
+    with pytest.raises(CheckpointError, match="no weights file"):
         train.run(train_config(source, index, tmp_path, tmp_path / "out"))

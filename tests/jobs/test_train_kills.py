@@ -24,7 +24,7 @@ def start(command: list[str], log: Path) -> tuple[subprocess.Popen[bytes], str]:
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {MARK: mark}
     with log.open("w") as file:
         process = subprocess.Popen(
-            command, env=environment, start_new_session=True, stdout=file, stderr=subprocess.STDOUT
+            command, env=environment, start_new_session=True, stdout=file, stderr=subprocess.STDOUT, cwd=log.parent
         )
     return process, mark
 
@@ -50,10 +50,11 @@ def test_a_killed_run(index: str, tiny_smallcap: Path, tmp_path: Path) -> None:
     source = write_captioned_images(tmp_path / "images", 24)
     command = [sys.executable, "-m", "jobs.cli", "train", str(source), "--index", index, "--model", str(tiny_smallcap)]
     command += ["--epochs", "12", "--batch-size", "8", "--dtype", "float32", "--retrieval", "c-sample-k"]
-    command += ["--set", f"features={tmp_path}/features", "--set", "checkpoint_steps=4"]
+    command += ["--set", "features=features", "--set", "checkpoint_steps=4"]
     interrupted, straight = tmp_path / "interrupted", tmp_path / "straight"
 
-    process, mark = start([*command, "--out", str(interrupted)], tmp_path / "killed.log")
+    # Relative paths, as people give them.
+    process, mark = start([*command, "--out", "interrupted"], tmp_path / "killed.log")
     deadline = time.monotonic() + 200
     while not list(interrupted.glob("checkpoints/*/checkpoint.json")):
         assert process.poll() is None, (tmp_path / "killed.log").read_text()[-3000:]
@@ -64,7 +65,7 @@ def test_a_killed_run(index: str, tiny_smallcap: Path, tmp_path: Path) -> None:
     assert record["status"] == "running"
     assert not (interrupted / "model").exists()
 
-    finish([*command, "--out", str(interrupted)], tmp_path / "again.log")
+    finish([*command, "--out", "interrupted"], tmp_path / "again.log")
     finish([*command, "--out", str(straight)], tmp_path / "straight.log")
     record = json.loads((interrupted / "train.json").read_text())
     assert [attempt["first_step"] > 0 for attempt in record["attempts"]] == [False, True]

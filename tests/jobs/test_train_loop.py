@@ -32,10 +32,6 @@ def spec(tmp_path: Path, tiny_smallcap: Path) -> WorkerSpec:
     return WorkerSpec(config, ModelStart(config, None), "float32", train, validation)
 
 
-class Interrupted(Exception):
-    pass
-
-
 class InterruptedWorker(Worker):
     """A worker that stops after so many steps of its own, before the next checkpoint."""
 
@@ -45,7 +41,7 @@ class InterruptedWorker(Worker):
         super()._count(report, epoch)
         self.steps_left -= 1
         if not self.steps_left:
-            raise Interrupted
+            raise InterruptedError
 
 
 def run_to_end(spec: WorkerSpec, kind: type[Worker] = Worker) -> Worker:
@@ -61,7 +57,7 @@ def test_an_interrupted_run_has_the_curve_of_an_undisturbed_one(spec: WorkerSpec
     ]
     straight = run_to_end(specs[0])
     for _ in range(2):  # each is three steps further than the newest checkpoint, which has two
-        with pytest.raises(Interrupted):
+        with pytest.raises(InterruptedError):
             run_to_end(specs[1], InterruptedWorker)
     run_to_end(specs[1])
     first, second = (loss_curve(one.config.out) for one in specs)

@@ -77,7 +77,14 @@ def test_candidates_come_back_in_their_order(tmp_path: Path) -> None:
 
 def test_a_fragment_is_finished_when_all_of_its_batches_are_there(tmp_path: Path, features: np.ndarray) -> None:
     table = feature_table(rows("ok", "ok"), [["a"], ["b"]], features, None)
-    for fragment, batch, is_last in [(0, 0, True), (1, 0, False), (1, 2, True), (2, 0, False), (2, 1, True), (3, 0, False)]:
+    for fragment, batch, is_last in [
+        (0, 0, True),
+        (1, 0, False),
+        (1, 2, True),
+        (2, 0, False),
+        (2, 1, True),
+        (3, 0, False),
+    ]:
         write_part(str(tmp_path / "train" / part_name(fragment, batch, is_last)), table)
     assert finished_fragments(str(tmp_path), "train") == {0, 2}
     assert finished_fragments(str(tmp_path), "validation") == set()
@@ -87,7 +94,7 @@ def test_a_store_of_something_else_is_refused_with_the_difference(tmp_path: Path
     uri = str(tmp_path / "features.json")
     manifest = open_store(uri, {"inputs": "abc", "preprocessing": {"size_px": 224}})
     assert open_store(uri, manifest.identity) == manifest
-    with pytest.raises(ConfigError, match=r'preprocessing.size_px: 224 → 336'):
+    with pytest.raises(ConfigError, match=r"preprocessing.size_px: 224 → 336"):
         open_store(uri, {"inputs": "abc", "preprocessing": {"size_px": 336}})
     Path(uri).write_text('{"format_version": 2, "identity": {}}')
     with pytest.raises(SchemaError, match="another format version"):
