@@ -18,9 +18,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from index_builder.tasks import node_resources, use_own_cores
+from jobs.caption_pairs import captions_of
 from jobs.caption_stage import pixels_of
 from jobs.load_stage import LoadSpec, load_batch
-from jobs.train_inputs import TrainInputs, TrainItem, captions_of
+from jobs.train_inputs import TrainInputs, TrainItem
 from jobs.train_start import ModelStart
 from smallcap import storage
 from smallcap.actor_plan import plan_actors

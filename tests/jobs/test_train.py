@@ -9,13 +9,16 @@ import pytest
 import torch
 from train_runs import loss_curve, train_config, write_captioned_images
 from transformers import GPT2Config, GPT2LMHeadModel
+from typer.testing import CliRunner
 
 from jobs import train
+from jobs.cli import app
 from smallcap import storage
 from smallcap.captioner import Captioner
 from smallcap.checkpoint import load_checkpoint, save_checkpoint
 from smallcap.config import load_config
 from smallcap.errors import CheckpointError, ConfigError
+from smallcap.feature_store import read_features, read_queries
 from smallcap.prompt import PromptTemplate
 
 pytestmark = pytest.mark.ray
@@ -55,6 +58,29 @@ def test_the_loss_falls_and_the_frozen_weights_stay(finished: train.TrainSummary
     unchanged = {name: torch.equal(weight, after.get_parameter(name)) for name, weight in before.named_parameters()}
     trained = {f"decoder.{name}" for name in before.decoder.cross_attention_parameters()}
     assert {name for name, same in unchanged.items() if not same} == trained
+
+
+def test_stored_features_are_what_the_encoders_say(
+    finished: train.TrainSummary, tiny_smallcap: Path, index: str, source: Path
+) -> None:
+    (part,) = Path(finished.out).glob("features/train/*.parquet")
+    rows, queries = read_features(str(part)), read_queries(str(part))
+    assert rows.image_ids == [f"{number:03d}.jpg" for number in range(IMAGES)]
+    assert rows.captions[1] == ["a bus on the road", "the bus number 1"]
+    captioner = Captioner.from_pretrained(str(tiny_smallcap), index, dtype="float32")
+    pixels = [captioner.crop_plan.crop((source.parent / name).read_bytes()) for name in rows.image_ids]
+    hidden_states, embeddings = captioner.encode(pixels)
+    torch.testing.assert_close(torch.tensor(rows.features), hidden_states.half(), rtol=1e-2, atol=1e-2)
+    assert queries.embeddings == pytest.approx(embeddings, abs=1e-5)
+
+
+def test_the_command_says_what_there_is_to_do(source: Path, index: str, tiny_smallcap: Path, tmp_path: Path) -> None:
+    arguments = ["train", str(source), "--index", index, "--model", str(tiny_smallcap), "--out", str(tmp_path / "out")]
+    printed = CliRunner().invoke(app, [*arguments, "--dry-run", "--batch-size", "10"], catch_exceptions=False).output
+    assert "Training images of lists: 26, with 50 captions" in printed
+    assert "Steps of lists: 5 in each of 10 epochs" in printed
+    assert "4,256 parameters to train, reduce factor 2" in printed
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_model_captions_with_its_own_tokenizer(finished: train.TrainSummary, index: str, source: Path) -> None:

@@ -11,7 +11,8 @@ import pytest
 from caption_runs import jpeg
 from train_runs import train_config
 
-from jobs.train_inputs import TrainInputs, captions_of, list_inputs
+from jobs.caption_pairs import captions_of
+from jobs.train_inputs import TrainInputs, list_inputs
 from smallcap.errors import ConfigError, SchemaError
 from smallcap.work_list import read_fragment
 
