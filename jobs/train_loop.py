@@ -7,6 +7,7 @@ examples and takes its share; what depends on the share is dropout alone.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -83,7 +84,6 @@ class Worker:
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         model = spec.start.load()
         self.texts = ExampleTexts(spec.config, model, spec.start.load_tokenizer())
-        self.model_config = model.config
         self.generation = model.generation_options(GenerationConfig())
         self.decoder = model.decoder.to(device)  # the encoders' work is done
         self.steps_per_epoch = spec.examples.batches_per_epoch
@@ -95,6 +95,7 @@ class Worker:
         if found is not None:
             self._go_on_from(found)
         self.log = TrainLog(spec.config.out, self.at.step)
+        self._saved: tuple[int, ...] = (self.at.step,)  # steps of the newest checkpoints
 
     def _go_on_from(self, found: TrainCheckpoint) -> None:
         out = self.spec.config.out
@@ -116,12 +117,9 @@ class Worker:
         """Takes the epoch's steps that are left, validates, and saves."""
         epoch = len(self.at.epochs)
         first = self.at.step - epoch * self.steps_per_epoch
-        batches = self.spec.examples.batches(epoch, first, self.rank, self.world_size)
         every = self.spec.config.checkpoint_steps
-        for place, examples in enumerate(batches, start=first):
-            step = self.at.step
-            report = self.trainer.step(step, self._token_batches(examples, epoch))
-            self._count(report, epoch)
+        for place, batches in enumerate(self._prepared(epoch, first), start=first):
+            self._count(self.trainer.step(self.at.step, batches), epoch)
             if every and self.at.step % every == 0 and place + 1 < self.steps_per_epoch:
                 self._save()
         loss = self.at.epoch_loss / self.at.epoch_tokens
@@ -137,6 +135,20 @@ class Worker:
         tokens = self.at.epoch_tokens + report.tokens
         self.at = self.at.model_copy(update={"step": self.at.step + 1, "epoch_loss": loss, "epoch_tokens": tokens})
 
+    def _prepared(self, epoch: int, first: int) -> Iterator[list[TokenBatch]]:
+        """Yields this worker's share of an epoch's steps; the next one is read and tokenised meanwhile."""
+        shares = self.spec.examples.batches(epoch, first, self.rank, self.world_size)
+
+        def prepare() -> list[TokenBatch] | None:
+            examples = next(shares, None)
+            return None if examples is None else self._token_batches(examples, epoch)
+
+        with ThreadPoolExecutor(1, "prepare") as thread:
+            ahead = thread.submit(prepare)
+            while (batches := ahead.result()) is not None:
+                ahead = thread.submit(prepare)
+                yield batches
+
     def _token_batches(self, examples: Sequence[Example], epoch: int) -> list[TokenBatch]:
         """Cuts a worker's share of a step into as many batches as all workers make."""
         count, mode = self.options.accumulate, self.spec.config.retrieval.mode
@@ -145,26 +157,21 @@ class Worker:
         return [self.texts.token_batch(share, mode, (self.options.seed, epoch)) for share in shares]
 
     def _save(self) -> None:
-        """Writes a checkpoint, and checks that training has not touched what is frozen."""
+        """Writes a checkpoint, log and data first; the last one only if training has left the frozen weights alone."""
         if self.rank == 0:
-            after = (
-                frozen_sha256(self.decoder, self.decoder) if len(self.at.epochs) == self.options.epochs else self.frozen
-            )
-            if after != self.frozen:
-                raise CheckpointError(
-                    "Training has changed weights that are frozen.", expected=self.frozen, found=after
-                )
-            out = self.spec.config.out
+            if len(self.at.epochs) == self.options.epochs:
+                self._check_frozen()
+            out, weights = self.spec.config.out, self.decoder.cross_attention_parameters()
             self.log.flush()
-            self.at = save_train_checkpoint(
-                out, self.at, self.decoder.cross_attention_parameters(), self.trainer.state_dict()
-            )
-            kept = {self.at.step, *self._kept()}
-            remove_train_checkpoints(out, kept)
+            self.at = save_train_checkpoint(out, self.at, weights, self.trainer.state_dict())
+            remove_train_checkpoints(out, self._kept())
         if self.world_size > 1:
             dist.barrier()
 
-    _saved: tuple[int, ...] = ()
+    def _check_frozen(self) -> None:
+        after = frozen_sha256(self.decoder, self.decoder)
+        if after != self.frozen:
+            raise CheckpointError("Training has changed weights that are frozen.", expected=self.frozen, found=after)
 
     def _kept(self) -> set[int]:
         """Returns the steps whose checkpoints stay: the newest ones', and the best epoch's."""

@@ -92,6 +92,7 @@ class ExampleStream:
             for place in shuffled[skipped:].tolist():
                 yield examples[place]
             skipped = 0
+            del examples  # before the next window is read
 
 
 def read_examples(stream: ExampleStream, part: PartEntry) -> list[Example]:
