@@ -99,13 +99,9 @@ class Benchmark:
 
     def _autofaiss(self, data: MadeData, ours: Sequence[dict[str, Any]]) -> None:
         """Builds each index that autofaiss chooses for some memory once, and searches it for all that it stands by."""
-        budgets = {f"{run['key']}, searched shard": str(run["shard_bytes"]) for run in ours}
-        budgets |= {
-            f"{run['key']}, re-ranking vectors too": str(run["shard_bytes"] + run["vectors_bytes"])
-            for run in ours
-            if run["vectors_bytes"]
-        }
-        budgets["autofaiss's default"] = "default"
+        budgets = _budgets(ours) if "equal" in self._options.autofaiss_memory else {}
+        if "default" in self._options.autofaiss_memory:
+            budgets["autofaiss's default"] = "default"
         module = [self._options.autofaiss_python, "-m", "benchmarks.index_autofaiss"]
         wanted = list(dict.fromkeys(budgets.values()))
         chosen, _ = self._watch([*module, "choose", str(data.rows), str(DIM), ",".join(wanted)])
@@ -139,6 +135,15 @@ class Benchmark:
 
     def _watch(self, command: Sequence[str]) -> tuple[Any, PeakMemory]:
         return run_watched(command, self._options.threads, {"PYTHONPATH": str(_ROOT)})
+
+
+def _budgets(ours: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Returns what smallcap's indexes take, in bytes, by what it is: without and with the vectors that rank again."""
+    searched = {f"{run['key']}, searched shard": str(run["shard_bytes"]) for run in ours}
+    lossy = [run for run in ours if run["vectors_bytes"]]
+    return searched | {
+        f"{run['key']}, re-ranking vectors too": str(run["shard_bytes"] + run["vectors_bytes"]) for run in lossy
+    }
 
 
 def _by_stage(built: dict[str, Any], peak: PeakMemory) -> list[dict[str, Any]]:
@@ -267,6 +272,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--threads", type=int, default=2, help="cores that either side may use")
     parser.add_argument("--autofaiss-python", help="an interpreter that has autofaiss; see benchmarks/README.md")
     parser.add_argument("--autofaiss-rows", type=int, default=10**9, help="leave autofaiss out above this many rows")
+    parser.add_argument(
+        "--autofaiss-memory",
+        nargs="+",
+        choices=("equal", "default"),
+        default=["equal", "default"],
+        help="what autofaiss may take: what smallcap's indexes take, and what it takes when it is not told",
+    )
     parser.add_argument("--work", type=Path, help="folder for some GB of files; by default a temporary one")
     parser.add_argument("--json", type=Path, help="file for the results, written anew after each step")
     options = parser.parse_args(arguments)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 # A block's files, its crops, and one large image being decoded. It also makes the task unlike an actor of one CPU, into
 # which Ray would otherwise fuse it.
 _LOAD_MEMORY_BYTES = 512 << 20
-_MOST_TASKS = 20_000  # that the driver keeps account of at a time; with more fragments, a task takes several
+_MOST_TASKS = 4_000  # the driver takes some milliseconds to offer one; with more fragments, a task takes several
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,10 @@ def _caption(
     config: CaptionConfig, record: RunRecord, work: WorkList, items: Sequence[WorkItem], address: str | None
 ) -> tuple[RunRecord, tuple[str, ...]]:
     """Runs one attempt of the pipeline over what is left; returns where its time went as well."""
+    from jobs.ray_session import connect, limit_blocks, own_errors
+
+    connect(address)  # before Ray Data is imported: it reads some of its settings then
+
     import ray
 
     from jobs.caption_stage import CaptionImages
@@ -116,9 +120,7 @@ def _caption(
     from jobs.monitor import start_monitor
     from jobs.part_sink import PartSink
     from jobs.progress import show_progress, stage_table
-    from jobs.ray_session import connect, own_errors
 
-    connect(address)
     plan = plan_on_cluster(config, record)
     actors = plan.actors
     attempt = Attempt(
@@ -135,11 +137,11 @@ def _caption(
     monitor = start_monitor(count_images(items), record.images.total, record.run_id, len(items))
     with own_errors(), monitor, show_progress(monitor), _partitions(config, record) as partitions:
         loading = load_spec(config, record, work, plan, monitor)
+        limit_blocks(loading.plan.image_bytes * plan.images_per_block)
         captioning = replace(captioner_spec(config, record, plan, monitor), partitions=partitions)
         sink = PartSink(config.out, attempt, len(attempts), schema, plan.rows_per_part, plan.parts, monitor)
         (
-            ray.data.from_arrow(pa.table({"item": [pickle.dumps(item) for item in items]}))
-            .repartition(target_num_rows_per_block=-(-len(items) // _MOST_TASKS))
+            ray.data.from_arrow(_task_inputs(items))
             .map_batches(
                 load_images,
                 batch_size=1,
@@ -166,6 +168,16 @@ def _caption(
     stages = stage_table(snapshot, seconds, actors, plan.load_tasks, fast) if snapshot else ()
     attempt = _measured(attempt, snapshot, seconds, fast)
     return record.model_copy(update={"attempts": (*attempts[:-1], attempt)}), tuple(stages)
+
+
+def _task_inputs(items: Sequence[WorkItem]) -> list[pa.Table]:
+    """Returns what each loading task is to do, one block for each.
+
+    Ray Data's `repartition` would make the same blocks, at some ten a second, and the first task starts after the last.
+    """
+    together = -(-len(items) // _MOST_TASKS)
+    pickled = [pickle.dumps(item) for item in items]
+    return [pa.table({"item": pickled[start : start + together]}) for start in range(0, len(pickled), together)]
 
 
 def _measured(attempt: Attempt, snapshot: Snapshot | None, seconds: float, fast_decode: bool) -> Attempt:

@@ -19,6 +19,7 @@ from smallcap.actor_plan import ActorPlan, plan_actors
 from smallcap.captioner import load_crop_plan
 from smallcap.config import CaptionConfig
 from smallcap.coverage import Coverage, WorkItem, work_left
+from smallcap.fragments import FRAGMENT_ROWS
 from smallcap.index_manifest import load_manifest
 from smallcap.part_files import PartOptions
 from smallcap.precision import fastest_cpu_dtype
@@ -53,6 +54,11 @@ class CaptionPlan:
     def images_per_call(self) -> int:
         """How many images an actor is given at a time."""
         return self.batch_size * _BATCHES_PER_CALL[self.actors.device]
+
+    @property
+    def images_per_block(self) -> int:
+        """How many loaded images a block holds at most; what waits for the actors is counted in blocks."""
+        return max(FRAGMENT_ROWS, self.images_per_call)
 
     @property
     def load_tasks(self) -> int:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 from smallcap.errors import SmallCapError
 
+_MOST_BLOCK_BYTES = 128 << 20  # Ray Data's own default
 _LOCAL_CPUS = 4  # logical; on smaller machines a pool of actors and the tasks that feed it must still fit
 
 
@@ -26,6 +27,9 @@ def connect(address: str | None = None) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Ray's C++ side prints its own warnings about Ray Data's actors as errors to the driver's terminal.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    # Loading stops when what waits for the actors is a few times what they hold, and not when half of the object store
+    # is full: memory stays flat, and a kill costs little that was loaded.
+    os.environ.setdefault("RAY_DATA_DOWNSTREAM_CAPACITY_OBJECT_STORE_BUDGET_UTIL_THRESHOLD", "0")
     import ray
     from ray.data import DataContext
 
@@ -64,6 +68,14 @@ def _quiet_start() -> Iterator[None]:
         finally:
             os.dup2(terminal, 2)
             os.close(terminal)
+
+
+def limit_blocks(most_bytes: int) -> None:
+    """Has Ray Data end a block, from here on, when it holds so many bytes; never above Ray's own limit."""
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    context.target_max_block_size = min(most_bytes, _MOST_BLOCK_BYTES)
 
 
 @contextmanager

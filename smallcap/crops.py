@@ -38,6 +38,11 @@ class CropPlan:
         """Returns the plan for two encoders, of which the second may be missing or take the first one's crop."""
         return cls(vision, None if retrieval == vision else retrieval, decode)
 
+    @property
+    def image_bytes(self) -> int:
+        """What the crops of one image take."""
+        return sum(3 * crop.size_px**2 for crop in (self.vision, self.retrieval) if crop)
+
     def crop(self, data: bytes | Image.Image, max_pixels: int = MAX_IMAGE_PIXELS, where: str = "") -> Pixels:
         """Decodes an image and cuts its crops.
 
