@@ -31,6 +31,7 @@ from smallcap.work_list import WorkList
 if TYPE_CHECKING:
     from jobs.monitor import Snapshot
     from jobs.retrieval_actors import Partitions
+    from jobs.train_inputs import TrainItem
 
 # A block's files, its crops, and one large image being decoded. It also makes the task unlike an actor of one CPU, into
 # which Ray would otherwise fuse it.
@@ -141,7 +142,7 @@ def _caption(
         captioning = replace(captioner_spec(config, record, plan, monitor), partitions=partitions)
         sink = PartSink(config.out, attempt, len(attempts), schema, plan.rows_per_part, plan.parts, monitor)
         (
-            ray.data.from_arrow(_task_inputs(items))
+            ray.data.from_arrow(task_inputs(items))
             .map_batches(
                 load_images,
                 batch_size=1,
@@ -170,8 +171,8 @@ def _caption(
     return record.model_copy(update={"attempts": (*attempts[:-1], attempt)}), tuple(stages)
 
 
-def _task_inputs(items: Sequence[WorkItem]) -> list[pa.Table]:
-    """Returns what each loading task is to do, one block for each.
+def task_inputs(items: Sequence[WorkItem] | Sequence[TrainItem]) -> list[pa.Table]:
+    """Returns what each loading task is to do, one block for each, as the pickled items of its column `item`.
 
     Ray Data's `repartition` would make the same blocks, at some ten a second, and the first task starts after the last.
     """

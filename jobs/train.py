@@ -10,15 +10,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from jobs.config_args import run_job
 from jobs.run_record import run_lock
-from jobs.train_candidates import count_leaks, store_candidates
 from jobs.train_export import write_model
-from jobs.train_features import store_features
-from jobs.train_fit import TrainPlan, fit, plan_training
 from jobs.train_inputs import TrainInputs, list_inputs
-from jobs.train_loop import WorkerSpec
 from jobs.train_progress import show_training
 from jobs.train_record import TrainAttempt, TrainData, TrainRecord, choose_best, load_train_record
 from jobs.train_start import ModelStart
@@ -33,6 +30,10 @@ from smallcap.index_manifest import load_manifest, utc_now
 from smallcap.train_checkpoints import find_train_checkpoint
 from smallcap.train_config import TrainConfig
 from smallcap.training import frozen_sha256, weights_sha256
+
+if TYPE_CHECKING:
+    from jobs.train_fit import TrainPlan
+    from jobs.train_loop import WorkerSpec
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,13 @@ def _train(config: TrainConfig, record: TrainRecord, start: ModelStart, address:
     """Runs one attempt of all stages."""
     from jobs.ray_session import connect, own_errors
 
+    connect(address)  # before Ray Data is imported: it reads some of its settings then
+
+    from jobs.train_candidates import count_leaks, store_candidates
+    from jobs.train_features import store_features
+    from jobs.train_fit import plan_training
+    from jobs.train_loop import WorkerSpec
+
     model = start.load()
     record = record.model_copy(
         update={
@@ -97,7 +105,6 @@ def _train(config: TrainConfig, record: TrainRecord, start: ModelStart, address:
         }
     )
     record.write(config.out)
-    connect(address)
     folders = (config.features or storage.join(config.out, "features"), storage.join(config.out, "candidates"))
     inputs = list_inputs(config, folders[0])
     with own_errors():
@@ -128,6 +135,8 @@ def _fit(config: TrainConfig, record: TrainRecord, spec: WorkerSpec, plan: Train
             expected="images that can be read, with captions",
             found=f"errors: {record.data.errors if record.data else {}}",
         )
+    from jobs.train_fit import fit
+
     found = find_train_checkpoint(config.out)
     attempt = TrainAttempt(
         started_at=utc_now(), device=plan.device, workers=plan.workers, first_step=found.step if found else 0

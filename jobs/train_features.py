@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from index_builder.tasks import node_resources, use_own_cores
+from jobs.caption import task_inputs
 from jobs.caption_pairs import captions_of
 from jobs.caption_stage import pixels_of
 from jobs.load_stage import LoadSpec, load_batch
@@ -39,6 +40,7 @@ from smallcap.feature_store import (
     part_name,
     write_part,
 )
+from smallcap.fragments import FRAGMENT_ROWS
 from smallcap.schema import STATUS_OK
 from smallcap.train_config import TrainConfig
 from smallcap.work_list import read_fragment
@@ -104,14 +106,14 @@ def _encode_all(config: TrainConfig, start: ModelStart, items: list[TrainItem], 
     import ray
 
     from jobs.monitor import start_monitor
-    from jobs.ray_session import stage_progress
+    from jobs.ray_session import limit_blocks, stage_progress
 
     actors = plan_actors(config.compute.of_actors(), node_resources())
     with stage_progress(), start_monitor(None, 0, "features", len(items)) as monitor:
+        limit_blocks(plan.image_bytes * FRAGMENT_ROWS)
         loading = LoadSpec(plan, config.data.input, pa.schema([]), keep_bytes=False, monitor=monitor)
         (
-            ray.data.from_arrow(pa.table({"item": [pickle.dumps(item) for item in items]}))
-            .repartition(target_num_rows_per_block=1)
+            ray.data.from_arrow(task_inputs(items))
             .map_batches(
                 load_items,
                 batch_size=1,
