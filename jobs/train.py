@@ -106,7 +106,7 @@ def _train(config: TrainConfig, record: TrainRecord, start: ModelStart, address:
     )
     record.write(config.out)
     folders = (config.features or storage.join(config.out, "features"), storage.join(config.out, "candidates"))
-    inputs = list_inputs(config, folders[0])
+    inputs = list_inputs(config, config.out)
     with own_errors():
         features = store_features(config, start, inputs, _crop_plan(model, start), _vision_sha256(model), folders[0])
         leaks = None

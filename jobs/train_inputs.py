@@ -78,7 +78,7 @@ def list_inputs(config: TrainConfig, folder: str) -> TrainInputs:
 
     Args:
         config: The run's.
-        folder: Where the stored lists go: `_lists/SPLIT.parquet`.
+        folder: Where the stored lists go, as `_lists/SPLIT.parquet`.
 
     Raises:
         ConfigError: There are no images with captions to train on.

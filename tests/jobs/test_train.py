@@ -74,6 +74,15 @@ def test_stored_features_are_what_the_encoders_say(
     assert queries.embeddings == pytest.approx(embeddings, abs=1e-5)
 
 
+def test_features_of_other_images_are_refused(
+    finished: train.TrainSummary, index: str, tiny_smallcap: Path, tmp_path: Path
+) -> None:
+    other = write_captioned_images(tmp_path / "other", 3)
+    shared = f"features={finished.out}/features"
+    with pytest.raises(ConfigError, match="inputs_sha256: "):
+        train.run(train_config(other, index, tiny_smallcap, tmp_path / "out", shared))
+
+
 def test_the_command_says_what_there_is_to_do(source: Path, index: str, tiny_smallcap: Path, tmp_path: Path) -> None:
     arguments = ["train", str(source), "--index", index, "--model", str(tiny_smallcap), "--out", str(tmp_path / "out")]
     printed = CliRunner().invoke(app, [*arguments, "--dry-run", "--batch-size", "10"], catch_exceptions=False).output
