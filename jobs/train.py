@@ -94,9 +94,10 @@ def _train(config: TrainConfig, record: TrainRecord, start: ModelStart, address:
 
     from jobs.train_candidates import count_leaks, store_candidates
     from jobs.train_features import store_features
-    from jobs.train_fit import plan_training
+    from jobs.train_fit import check_installed, plan_training
     from jobs.train_loop import WorkerSpec
 
+    check_installed()
     model = start.load()
     record = record.model_copy(
         update={

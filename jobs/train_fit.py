@@ -30,6 +30,20 @@ class TrainPlan:
     cpus_per_worker: int
 
 
+def check_installed() -> None:
+    """Checks that Ray Train can be imported, before hours are spent on features; a cluster must be connected.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    try:
+        import ray.train  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            "Ray Train is not installed.", found=str(error), remedy="Install the extra: pip install 'smallcap[train]'."
+        ) from error
+
+
 def plan_training(config: TrainConfig, dtype: str | None) -> TrainPlan:
     """Lays training out on the cluster that this process is connected to.
 
