@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pyarrow as pa
 import pytest
 
@@ -37,3 +40,8 @@ def test_other_errors_pass_unchanged() -> None:
         _ = 1 / 0
     with pytest.raises(RowError), own_errors():
         raise RowError(ErrorCode.EMPTY, "It is empty.")
+
+
+def test_the_commands_import_ray_data_only_after_its_settings_are_made() -> None:
+    code = "import sys, jobs.cli, jobs.caption, jobs.ray_session; print('ray.data' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
