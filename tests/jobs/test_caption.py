@@ -306,7 +306,7 @@ def test_every_loading_task_has_a_block_until_there_are_too_many(monkeypatch: py
     items = [WorkItem(Fragment(number, "uris", "list.parquet", number, rows=256), None) for number in range(10)]
 
     def numbers(some: list[WorkItem]) -> list[list[int]]:
-        blocks = [block["item"].to_pylist() for block in caption._task_inputs(some)]
+        blocks = [block["item"].to_pylist() for block in caption.task_inputs(some)]
         return [[pickle.loads(item).fragment.number for item in block] for block in blocks]
 
     assert numbers(items[:4]) == [[0], [1], [2], [3]]
