@@ -143,9 +143,9 @@ def test_two_workers_have_the_losses_of_one(source: Path, index: str, tiny_small
     ]
     one, two = (loss_curve(run.out) for run in runs)
     assert len(one) == 10
-    assert two == pytest.approx(one, rel=1e-5)
+    assert two == pytest.approx(one, rel=1e-4)
     for epoch, other in zip(runs[0].record.epochs, runs[1].record.epochs, strict=True):
-        assert other.validation_loss == pytest.approx(epoch.validation_loss, rel=1e-5)
+        assert other.validation_loss == pytest.approx(epoch.validation_loss, rel=1e-4)
         assert other.cider == pytest.approx(epoch.cider)
     assert runs[1].record.attempts[0].workers == 2
 
