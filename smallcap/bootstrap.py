@@ -1,8 +1,8 @@
 """Confidence intervals of figures over a set of images, by resampling the images.
 
-A figure is computed from sums over images: a mean from a sum and a count, corpus BLEU from eight counts and two lengths.
-Resampling repeats the sums, not the scoring. Several figures share their resamples, so that the differences of two runs on
-the same images are paired.
+A figure is computed from sums over images: a mean from a sum and a count, corpus BLEU from n-gram counts and lengths.
+Resampling repeats the sums, not the scoring. Several figures share their resamples, so that the differences of two runs
+on the same images are paired.
 """
 
 from __future__ import annotations
