@@ -56,15 +56,17 @@ def score_meteor(candidates: Sequence[str], references: Sequence[Sequence[str]])
             "METEOR returned something else than statistics.",
             where=str(jar),
             expected=f"{len(lines)} lines of {_STATISTICS} numbers",
-            found=f"{len(rows)} lines" + next((f", such as {' '.join(row)[:200]}" for row in rows if len(row) != _STATISTICS), ""),
-        )  # fmt: skip
+            found=f"{len(rows)} lines of {sorted({len(row) for row in rows})} numbers",
+        )
     return Statistics(_meteor_counts(np.array(rows, np.float64)), meteor_of)
 
 
 def _meteor_counts(numbers: np.ndarray) -> np.ndarray:
     """Weighs the program's numbers, [images, 23], into [images, 7], whose sums give the figure of a set."""
     lengths, function_words = numbers[:, 0:2], numbers[:, 2:4]  # [images, caption or reference]
-    matches = numbers[:, 4:20].reshape(-1, 4, 2, 2)  # [images, kind of match, content or function, caption or reference]
+    matches = numbers[:, 4:20].reshape(
+        -1, 4, 2, 2
+    )  # [images, kind of match, content or function, caption or reference]
     word_weights = np.array([_DELTA, 1 - _DELTA])
     weighted_matches = np.einsum("imws,m,w->is", matches, _MATCH_WEIGHTS, word_weights)
     weighted_lengths = _DELTA * (lengths - function_words) + (1 - _DELTA) * function_words
@@ -77,8 +79,8 @@ def meteor_of(counts: np.ndarray) -> np.ndarray:
     """Returns METEOR of summed counts.
 
     Args:
-        counts: [..., 7]: weighted matches of captions and of references, their weighted lengths, their matched words, and
-            the chunks in which these lie.
+        counts: [..., 7]: weighted matches of captions and of references, their weighted lengths, their matched words,
+            and the chunks in which these lie.
 
     Source: Denkowski and Lavie, Meteor Universal (2014), section 2; the class MeteorScorer of METEOR 1.5.
     """
@@ -115,6 +117,6 @@ def score_spice(candidates: Sequence[str], references: Sequence[Sequence[str]]) 
             "SPICE ended with an error.",
             where=str(pycocoevalcap_folder() / "spice"),
             found=str(error),
-            remedy="It was written for Java 8, takes up to 8 GB, and writes into its own folder; or leave it out of --metrics.",
+            remedy="It was written for Java 8, takes up to 8 GB, and writes into its own folder. Or leave it out.",
         ) from error
     return np.array([entry["All"]["f"] for entry in scores], np.float64)

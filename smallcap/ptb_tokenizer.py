@@ -17,7 +17,9 @@ from smallcap.java_tools import has_java, pycocoevalcap_folder, run_java
 Tokenizer = Literal["ptb-java", "ptb-python"]
 
 # What pycocoevalcap drops. Brackets are not among it: `-lowerCase` has turned them into -lrb- and -rrb- by then.
-PUNCTUATION = frozenset("'' ' `` ` -LRB- -RRB- -LCB- -RCB- . ? ! , : - -- ... ;".split())
+PUNCTUATION = frozenset(
+    ("''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";")
+)
 _JAR = "stanford-corenlp-3.4.1.jar"
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-", '"': "''"}
 _SAME = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "–": "--", "—": "--", "…": "...", "£": "#", "€": "$"})
