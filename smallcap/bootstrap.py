@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
+
+NameT = TypeVar("NameT")
 
 
 class Interval(NamedTuple):
@@ -54,7 +56,7 @@ def _ratio(sums: np.ndarray) -> np.ndarray:
         return sums[..., 0] / sums[..., 1]
 
 
-def resample(statistics: Mapping[str, Statistics], resamples: int, seed: int) -> dict[str, np.ndarray]:
+def resample(statistics: Mapping[NameT, Statistics], resamples: int, seed: int) -> dict[NameT, np.ndarray]:
     """Draws the images again, with replacement, and returns the figures of each draw.
 
     Args:
