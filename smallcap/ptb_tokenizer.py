@@ -37,11 +37,11 @@ _TOKEN = re.compile(
     | o'clock\b
     | [^\W\d_]+(?=n't\b) | n't\b                               # do n't
     | '(?:s|m|d|re|ve|ll)\b                                    # dog 's
-    | '(?:em|\d0s)\b | 'n'(?!\w)
+    | '(?:em|\d0s)\b | 'n'
     | [\#@][^\W\d]\w*
     | (?:[a-z]\.)+(?!\w)                                       # u.s., the letter p.
     | \b(?:{_ABBREVIATIONS})\.(?!\w) | \bno\.(?=\s*\d)
-    | \d+(?:[.,:/]\d+)*(?:[\w-]*\w)?
+    | \d+:\d\d(?=[ap]m\b) | \d+(?:[.,:/]\d+)*(?:[\w-]*\w)?
     | \w+(?:[-./@!_]\w+)*                                      # t-shirt, and/or
     | --+ | \.\.\. | [?!]{{2,}} | \S
     """,

@@ -7,8 +7,9 @@ and what no reference belongs to is counted.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +23,7 @@ from smallcap.schema import STATUS_OK
 COLUMNS = ("image_id", "status", "error_code", "caption", "caption_tokens", "clip_score", "neighbours")
 VALUES = ("clip_cosine", "retrieval_recall", "copied", "words", "tokens")
 _EXAMPLES = 5
+_ROWS_AT_ONCE = 1_000
 
 
 @dataclass
@@ -61,33 +63,38 @@ def collect_run(tables: Iterable[pa.Table], references: References, where: str) 
     Raises:
         SchemaError: Two of the run's images mean one image of the references.
     """
-    run, ids = RunCaptions(), {}
-    for table in tables:
-        for batch in table.to_batches():
-            for row in batch.to_pylist():
-                run.rows += 1
-                if row["status"] != STATUS_OK:
-                    run.errors[row["error_code"]] += 1
-                    continue
-                image = references.find(row["image_id"])
-                if image is None:
-                    run.unmatched += 1
-                    run.examples += [row["image_id"]] * (len(run.examples) < _EXAMPLES)
-                    continue
-                if image in ids:
-                    raise SchemaError(
-                        "Two images of the run mean one image of the references.",
-                        where=f"{where}: {ids[image]} and {row['image_id']}",
-                        found=f"{references.where}: {image}",
-                        remedy="Give the images ids that are the references' file names or ids.",
-                    )
-                ids[image] = row["image_id"]
-                run.captions[image] = row["caption"]
-                run.values[image] = _values(row, references.captions[image])
+    run = RunCaptions()
+    ids: dict[str, str] = {}
+    for row in _rows(tables):
+        run.rows += 1
+        if row["status"] != STATUS_OK:
+            run.errors[row["error_code"]] += 1
+            continue
+        image = references.find(row["image_id"])
+        if image is None:
+            run.unmatched += 1
+            run.examples += [row["image_id"]] * (len(run.examples) < _EXAMPLES)
+            continue
+        if image in ids:
+            raise SchemaError(
+                "Two images of the run mean one image of the references.",
+                where=f"{where}: {ids[image]} and {row['image_id']}",
+                found=f"{references.where}: {image}",
+                remedy="Give the images ids that are the references' file names or ids.",
+            )
+        ids[image] = row["image_id"]
+        run.captions[image] = row["caption"]
+        run.values[image] = _values(row, references.captions[image])
     return run
 
 
-def _values(row: dict, references: tuple[str, ...]) -> tuple[float, ...]:
+def _rows(tables: Iterable[pa.Table]) -> Iterator[dict[str, Any]]:
+    for table in tables:
+        for batch in table.to_batches(_ROWS_AT_ONCE):
+            yield from batch.to_pylist()
+
+
+def _values(row: dict[str, Any], references: tuple[str, ...]) -> tuple[float, ...]:
     words = tokenize_in_python(row["caption"])
     retrieved = [neighbour["text"] for neighbour in row["neighbours"] or ()]
     nothing = float("nan")
