@@ -42,14 +42,19 @@ class Diversity:
     vocabulary: int
 
 
-def content_words(captions: Iterable[str]) -> set[str]:
-    """Returns the different words of captions that are no function words and have a letter or a digit."""
-    words = {word for caption in captions for word in tokenize_in_python(caption).split()}
+def content_words(tokenized: Iterable[str]) -> set[str]:
+    """Returns the different words of tokenised captions that are no function words and have a letter or a digit."""
+    words = {word for caption in tokenized for word in caption.split()}
     return {word for word in words - _FUNCTION_WORDS if any(letter.isalnum() for letter in word)}
 
 
 def retrieval_recall(references: Sequence[str], retrieved: Sequence[str]) -> float:
-    """Returns the share of the references' content words that are in retrieved captions; NaN where there are none."""
+    """Returns the share of the references' content words that retrieved captions have; NaN where there are none.
+
+    Args:
+        references: Tokenised.
+        retrieved: Tokenised.
+    """
     wanted = content_words(references)
     return len(wanted & content_words(retrieved)) / len(wanted) if wanted else float("nan")
 

@@ -7,6 +7,7 @@ closed up, both give the same words.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from typing import Literal
@@ -28,6 +29,7 @@ _ABBREVIATIONS = (
     "mr|mrs|ms|dr|st|jr|sr|vs|etc|mt|ft|co|inc|ltd|corp|bros|ave|blvd|rd|prof|rev|gen|col|sgt|capt|lt|gov|sen|rep|hon"
     "|jan|feb|apr|aug|sept|oct|nov|dec|mo|ca|ph\\.d"
 )
+_CROSSES_SPACES = re.compile(r"<|\bno\.\s", re.IGNORECASE)  # the only rules that look beyond one
 _TOKEN = re.compile(
     rf"""
       (?:https?://|www\.)[^\s<>"]*[^\s<>"'.,;:!?)\]]           # URLs
@@ -96,8 +98,15 @@ def tokenize_in_python(caption: str) -> str:
 
     Rules that captions do not need are missing (fractions, ordinals in foreign scripts, smileys, most abbreviations).
     """
-    text = _BEYOND_BMP.sub("", caption).translate(_SAME)
-    return _without_punctuation([_BRACKETS.get(token, token).lower() for token in _TOKEN.findall(text)])
+    text = caption if caption.isascii() else _BEYOND_BMP.sub("", caption).translate(_SAME)
+    chunks = [text] if _CROSSES_SPACES.search(text) else text.split()
+    return " ".join(filter(None, map(_tokenize_chunk, chunks)))
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _tokenize_chunk(chunk: str) -> str:
+    """Tokenises what stands between spaces; captions repeat most of it."""
+    return _without_punctuation([_BRACKETS.get(token, token).lower() for token in _TOKEN.findall(chunk)])
 
 
 def _without_punctuation(tokens: list[str]) -> str:

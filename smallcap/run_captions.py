@@ -96,12 +96,12 @@ def _rows(tables: Iterable[pa.Table]) -> Iterator[dict[str, Any]]:
 
 def _values(row: dict[str, Any], references: tuple[str, ...]) -> tuple[float, ...]:
     words = tokenize_in_python(row["caption"])
-    retrieved = [neighbour["text"] for neighbour in row["neighbours"] or ()]
+    retrieved = [tokenize_in_python(neighbour["text"]) for neighbour in row["neighbours"] or ()]
     nothing = float("nan")
     return (
         nothing if row["clip_score"] is None else row["clip_score"],
-        retrieval_recall(references, retrieved) if retrieved else nothing,
-        float(words in map(tokenize_in_python, retrieved)) if retrieved else nothing,
+        retrieval_recall(list(map(tokenize_in_python, references)), retrieved) if retrieved else nothing,
+        float(words in retrieved) if retrieved else nothing,
         float(len(words.split())),
         nothing if row["caption_tokens"] is None else float(row["caption_tokens"]),
     )

@@ -8,7 +8,7 @@ from smallcap.caption_words import Diversity, content_words, measure_diversity, 
 
 
 def test_content_words_name_what_one_could_see() -> None:
-    assert content_words(["A dog isn't on the beach, is it?", "The dog's 2 balls!"]) == {"dog", "beach", "2", "balls"}
+    assert content_words(["a dog is n't on the beach is it", "the dog 's 2 balls"]) == {"dog", "beach", "2", "balls"}
 
 
 def test_retrieval_recall_is_the_share_of_the_references_words_that_were_retrieved() -> None:
