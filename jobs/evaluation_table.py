@@ -10,9 +10,7 @@ from rich.text import Text
 
 from jobs.console import out
 
-# Papers print these times 100.
-_PERCENT = ("cider", "bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_l", "spice", "retrieval_recall", "copied",
-            "novel")  # fmt: skip
+_AS_THEY_ARE = ("clip_score", "clip_cosine", "words", "tokens")  # all else is shown times 100, as papers do
 _NAMES = {
     "cider": "CIDEr",
     "bleu_1": "BLEU-1",
@@ -37,7 +35,7 @@ def print_evaluation(result: Mapping[str, Any]) -> None:
     runs = result["runs"]
     for number, run in enumerate(runs, start=1):
         out.print(Text(f"{_label(number, len(runs))}: {run['run']}", style="cyan"), soft_wrap=True)
-        out.print(f"  {_counts(run, result)}", soft_wrap=True)
+        out.print(Text(f"  {_counts(run, result)}"), soft_wrap=True)
     out.print()
     out.print(_figures(result))
     out.print(f"{result['images']:,} images, {result['captions_per_image']:.1f} references each; {_method(result)}")
@@ -60,7 +58,7 @@ def _figures(result: Mapping[str, Any]) -> Table:
             shown = (_shown(name, run["figures"][name]["value"]) for run in runs)
             table.add_row(_NAMES[name], *shown, _difference(name, differences[name]))
         else:
-            table.add_row(_NAMES[name], _cell(name, runs[0]["figures"][name]))
+            table.add_row(_NAMES[name], Text(_cell(name, runs[0]["figures"][name])))
     for name, show in _DETAILS.items():
         table.add_row(name, *(show(run) for run in runs))
     return table
@@ -93,7 +91,7 @@ def _difference(name: str, figure: Mapping[str, float | None]) -> Text:
 def _shown(name: str, value: float | None) -> str:
     if value is None:
         return "–"
-    scaled, digits = (100 * value, 1) if name in _PERCENT else (value, 3)
+    scaled, digits = (value, 3) if name in _AS_THEY_ARE else (100 * value, 1)
     return f"{round(scaled, digits) + 0.0:.{digits}f}"  # + 0.0 makes -0.0 a plain 0
 
 
