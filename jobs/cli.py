@@ -380,6 +380,49 @@ def inspect(
 
 
 @app.command()
+def evaluate(
+    runs: Annotated[
+        list[str] | None, typer.Argument(help="Output of a captioning run, or of two to compare on the same images.")
+    ] = None,
+    references: Annotated[
+        str | None, typer.Option(help="COCO captions, Karpathy's splits, or a table of images and captions.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Of Karpathy's splits, the one to take, such as test.")] = None,
+    text_column: Annotated[str | None, typer.Option(help="Column of a table's captions.")] = None,
+    image_id_column: Annotated[str | None, typer.Option(help="Column of a table's file names or image ids.")] = None,
+    metrics: Annotated[str | None, typer.Option(help="Of cider,bleu,rouge_l,meteor,spice; by default all.")] = None,
+    index: Annotated[str | None, typer.Option(help="Captions in this index do not count as novel.")] = None,
+    bootstrap: Annotated[int | None, typer.Option(help="Draws for the 95% intervals; 0 for none.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the draws.")] = None,
+    out: Annotated[str | None, typer.Option(help="Also write the result to this file, as JSON.")] = None,
+    config: ConfigFile = None,
+    sets: Sets = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score a run's captions against references, or compare two runs, with confidence intervals."""
+    from jobs import evaluate as job
+    from jobs.evaluation_table import print_evaluation
+    from smallcap.config import EvaluateConfig, load_config
+
+    flags: dict[str, Any] = {
+        "runs": runs or None,
+        "references": references,
+        "split": split,
+        "text_column": text_column,
+        "image_id_column": image_id_column,
+        "metrics": metrics.split(",") if metrics else None,
+        "index": index,
+        "bootstrap": bootstrap,
+        "seed": seed,
+        "out": out,
+    }
+    result = job.run(load_config(EvaluateConfig, config, flags, sets or ()))
+    print_evaluation(result)
+    if as_json:
+        print(json.dumps(result))
+
+
+@app.command()
 def bench(
     photos: Annotated[list[str] | None, typer.Argument(help="Image files; by default one is made.")] = None,
     images: Annotated[int, typer.Option(min=1, help="Images that the whole loop captions.")] = 64,

@@ -1,17 +1,19 @@
 """Confidence intervals of figures over a set of images, by resampling the images.
 
-A figure is computed from sums over images: a mean from a sum and a count, corpus BLEU from eight counts and two lengths.
-Resampling repeats the sums, not the scoring. Several figures share their resamples, so that the differences of two runs on
-the same images are paired.
+A figure is computed from sums over images: a mean from a sum and a count, corpus BLEU from n-gram counts and lengths.
+Resampling repeats the sums, not the scoring. Several figures share their resamples, so that the differences of two runs
+on the same images are paired.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
+
+NameT = TypeVar("NameT")
 
 
 class Interval(NamedTuple):
@@ -54,7 +56,7 @@ def _ratio(sums: np.ndarray) -> np.ndarray:
         return sums[..., 0] / sums[..., 1]
 
 
-def resample(statistics: Mapping[str, Statistics], resamples: int, seed: int) -> dict[str, np.ndarray]:
+def resample(statistics: Mapping[NameT, Statistics], resamples: int, seed: int) -> dict[NameT, np.ndarray]:
     """Draws the images again, with replacement, and returns the figures of each draw.
 
     Args:

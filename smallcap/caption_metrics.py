@@ -1,11 +1,12 @@
 """CIDEr, BLEU, ROUGE-L, METEOR and SPICE of captions against references: pycocoevalcap's figures, image by image.
 
-The first three need no Java. pycocoevalcap's code computes them; what is here keeps the n-grams of one image at a time and
-each image's share of a figure, from which `bootstrap` makes intervals. Everything counts the words of `ptb_tokenizer`.
+The first three need no Java. pycocoevalcap's code computes them; what is here keeps the n-grams of one image at a time
+and each image's share of a figure, from which `bootstrap` makes intervals. All count the words of `ptb_tokenizer`.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 
 from smallcap.bootstrap import Statistics, mean_of
 from smallcap.errors import ConfigError
+from smallcap.java_metrics import meteor_of, score_meteor, score_spice, what_metric_lacks
 from smallcap.java_tools import pycocoevalcap_folder
 from smallcap.ptb_tokenizer import Tokenizer, tokenize_captions
 
@@ -30,8 +32,8 @@ class MetricScores:
     """One metric of a set of captions.
 
     Args:
-        mean: The figure that papers report for the set. Of BLEU and METEOR it is computed from counts summed over the set,
-            and is not the mean of `per_image`.
+        mean: The figure that papers report for the set. Of BLEU and METEOR it is computed from counts summed over the
+            set, and is not the mean of `per_image`.
         per_image: Each image's own score.
         tokenizer: What made words of the captions.
         statistics: What `mean` is computed from, one row for each image in the order of `per_image`.
@@ -90,12 +92,26 @@ class _Captions:
     candidates: list[str]
     references: list[list[str]]
 
+    @functools.cached_property
+    def bleu_counts(self) -> np.ndarray:
+        """What `bleu_of` takes, for all four orders: [images, 10]."""
+        from pycocoevalcap.bleu.bleu_scorer import cook_refs, cook_test
+
+        counts = np.empty((len(self.candidates), 2 * _MAX_NGRAM + 2))
+        for row, candidate, references in zip(counts, self.candidates, self.references, strict=True):
+            cooked = cook_test(candidate, cook_refs(references, n=_MAX_NGRAM), eff="closest", n=_MAX_NGRAM)
+            row[:] = *cooked["correct"], *cooked["guess"], cooked["testlen"], cooked["reflen"]
+        return counts
+
 
 def _check_input(
     candidates: Mapping[str, str], references: Mapping[str, Sequence[str]], metrics: Sequence[str]
 ) -> None:
     if unknown := [metric for metric in metrics if metric not in METRICS]:
         raise ConfigError("There is no such metric.", expected=", ".join(METRICS), found=", ".join(unknown))
+    for metric in metrics:
+        if lack := what_metric_lacks(metric):
+            raise ConfigError("A metric cannot run here.", where=metric, found=lack)
     if not candidates:
         raise ConfigError("There are no captions to score.")
     if lacking := [image for image in candidates if not references.get(image)]:
@@ -110,7 +126,13 @@ def _score(metric: str, captions: _Captions) -> tuple[np.ndarray, Statistics]:
     """Returns each image's score, [images], and the statistics of the set's."""
     if metric in BLEU_METRICS:
         return _bleu(captions, BLEU_METRICS.index(metric) + 1)
-    scores = {"cider": _cider, "rouge_l": _rouge_l}[metric](captions)
+    if metric == "meteor":
+        statistics = score_meteor(captions.candidates, captions.references)
+        return meteor_of(statistics.counts), statistics
+    if metric == "spice":
+        scores = score_spice(captions.candidates, captions.references)
+    else:
+        scores = {"cider": _cider, "rouge_l": _rouge_l}[metric](captions)
     return scores, mean_of(scores)
 
 
@@ -146,13 +168,10 @@ def _rouge_l(captions: _Captions) -> np.ndarray:
 
 
 def _bleu(captions: _Captions, order: int) -> tuple[np.ndarray, Statistics]:
-    from pycocoevalcap.bleu.bleu_scorer import cook_refs, cook_test
-
-    counts = np.empty((len(captions.candidates), 2 * order + 2))
-    for row, candidate, references in zip(counts, captions.candidates, captions.references, strict=True):
-        cooked = cook_test(candidate, cook_refs(references, n=order), eff="closest", n=order)
-        row[:] = *cooked["correct"], *cooked["guess"], cooked["testlen"], cooked["reflen"]
-    return bleu_of(counts), Statistics(counts, bleu_of)
+    counts = captions.bleu_counts
+    columns = [*range(order), *range(_MAX_NGRAM, _MAX_NGRAM + order), -2, -1]
+    statistics = Statistics(counts[:, columns], bleu_of)
+    return bleu_of(statistics.counts), statistics
 
 
 def bleu_of(counts: np.ndarray) -> np.ndarray:

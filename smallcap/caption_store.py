@@ -27,6 +27,7 @@ CAPTION_STORE_COLUMNS = pa.schema(
         pa.field("image_id", pa.list_(pa.string())),  # of every image that has this caption in any dump; null if none
     ]
 )
+_TEXTS_AT_ONCE = 10_000
 _COLUMNS_V1 = CAPTION_STORE_COLUMNS.set(2, pa.field("source", pa.string(), nullable=False))  # the first file only
 
 
@@ -161,15 +162,37 @@ def load_caption_sample(
     """
     manifest = load_manifest(index_uri, index_id)
     shard = manifest.captions[0]
-    removed = np.zeros(0, np.int64)
-    if manifest.removed is not None:
-        data = storage.read_bytes(storage.join(index_uri, manifest.removed.file))
-        removed = np.load(io.BytesIO(data), allow_pickle=False)
+    removed = _load_removed(index_uri, manifest)
     with open_arrow(storage.join(index_uri, shard.file)) as source:
         batch = pa.ipc.open_file(source).get_batch(0)
         live = np.setdiff1d(np.arange(batch.num_rows), removed - shard.first_id)
         rows = batch.take(pa.array(live[_evenly_spaced(len(live), count)])).to_pylist()
     return manifest, [_caption_row(row) for row in rows]
+
+
+def read_texts(index_uri: str, index_id: str | None = None) -> Iterator[list[str]]:
+    """Reads all live captions of a version, some ten thousand at a time, without fetching its vectors.
+
+    Raises:
+        ManifestError: There is no such index or version.
+        StorageError: A caption file cannot be read.
+    """
+    manifest = load_manifest(index_uri, index_id)
+    removed = _load_removed(index_uri, manifest)
+    for shard in manifest.captions:
+        with open_arrow(storage.join(index_uri, shard.file)) as source:
+            texts = pa.ipc.open_file(source).get_batch(0).column("text")
+            live = np.setdiff1d(np.arange(len(texts)), removed - shard.first_id)
+            for start in range(0, len(live), _TEXTS_AT_ONCE):
+                yield texts.take(pa.array(live[start : start + _TEXTS_AT_ONCE])).to_pylist()
+
+
+def _load_removed(index_uri: str, manifest: IndexManifest) -> np.ndarray:
+    """Returns the ids of removed captions, [removed] int64."""
+    if manifest.removed is None:
+        return np.zeros(0, np.int64)
+    data = storage.read_bytes(storage.join(index_uri, manifest.removed.file))
+    return np.load(io.BytesIO(data), allow_pickle=False)
 
 
 def open_arrow(uri: str) -> pa.NativeFile:

@@ -19,6 +19,7 @@ from smallcap import storage
 from smallcap.errors import ConfigError
 
 ConfigT = TypeVar("ConfigT", bound="Config")
+CaptionMetric = Literal["cider", "bleu", "rouge_l", "meteor", "spice"]
 DecodeMode = Literal["exact", "fast"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 JunkFilter = Literal["urls", "markup", "repeats"]
@@ -281,6 +282,32 @@ class IndexConfig(Config):
             if kind not in ("source", "image", "text") or not equals or not value:
                 raise ValueError("each must be source=NAME, image=ID, text=CAPTION, image=@FILE or text=@FILE")
         return remove
+
+
+class EvaluateConfig(Config):
+    """An evaluation of one captioning run, or of two side by side."""
+
+    runs: tuple[str, ...] = Field(min_length=1, max_length=2)
+    """Output folders or prefixes of captioning runs."""
+    references: str
+    """Reference captions: COCO captions or Karpathy's splits (.json), or a table of images and captions (.csv, .tsv,
+    .jsonl, .parquet)."""
+    split: str | None = None
+    """Of Karpathy's splits, the one to take, such as `test`; by default all."""
+    text_column: str = "caption"
+    """Column of a table that holds the reference caption."""
+    image_id_column: str = "image"
+    """Column of a table that holds the image's file name or id."""
+    metrics: tuple[CaptionMetric, ...] = get_args(CaptionMetric)
+    """Caption metrics to compute; those that cannot run on this machine are named and left out."""
+    index: str | None = None
+    """Published index; captions that its datastore holds are not counted as novel."""
+    bootstrap: int = Field(1000, ge=0)
+    """Draws for the 95% confidence intervals; 0 computes none."""
+    seed: int = 0
+    """Of the draws."""
+    out: str | None = None
+    """File for the result as JSON."""
 
 
 def load_config(

@@ -54,11 +54,12 @@ def run_java(options: Sequence[str], text: str, name: str) -> str:
     Raises:
         RunError: It ended with an error.
     """
-    done = subprocess.run(["java", *options], input=text.encode(), capture_output=True, check=False)
+    command = ["java", "-Dfile.encoding=UTF-8", *options]  # whatever the locale is
+    done = subprocess.run(command, input=text.encode(), capture_output=True, check=False)
     if done.returncode:
         raise RunError(
             f"{name} ended with an error.",
-            where="java " + " ".join(options),
+            where=" ".join(command),
             found=done.stderr.decode(errors="replace").strip()[-500:] or f"status {done.returncode}",
         )
     return done.stdout.decode()

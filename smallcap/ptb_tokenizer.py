@@ -1,12 +1,13 @@
 """Captions as the words that caption metrics count: Penn Treebank tokens in lower case, without punctuation.
 
 The official tokenizer is Stanford's, a Java program that pycocoevalcap brings. Where no Java runs, `tokenize_in_python`
-follows its rules as far as captions need them; on the captions of Flickr8k, as they are and with their punctuation closed
-up, both give the same words.
+follows its rules as far as captions need them; on the captions of Flickr8k, as they are and with their punctuation
+closed up, both give the same words.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from typing import Literal
@@ -17,31 +18,32 @@ from smallcap.java_tools import has_java, pycocoevalcap_folder, run_java
 Tokenizer = Literal["ptb-java", "ptb-python"]
 
 # What pycocoevalcap drops. Brackets are not among it: `-lowerCase` has turned them into -lrb- and -rrb- by then.
-PUNCTUATION = frozenset(("''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";"))  # fmt: skip
+PUNCTUATION = frozenset(
+    ("''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";")
+)
 _JAR = "stanford-corenlp-3.4.1.jar"
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-", '"': "''"}
-_SAME = str.maketrans(
-    {"‘": "'", "’": "'", "“": '"', "”": '"', "–": "--", "—": "--", "…": "...", "£": "#", "€": "$"}
-)  # fmt: skip
+_SAME = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "–": "--", "—": "--", "…": "...", "£": "#", "€": "$"})
 _BEYOND_BMP = re.compile("[\U00010000-\U0010ffff]")  # emoji: the Java program skips them
 _ABBREVIATIONS = (
     "mr|mrs|ms|dr|st|jr|sr|vs|etc|mt|ft|co|inc|ltd|corp|bros|ave|blvd|rd|prof|rev|gen|col|sgt|capt|lt|gov|sen|rep|hon"
     "|jan|feb|apr|aug|sept|oct|nov|dec|mo|ca|ph\\.d"
 )
+_CROSSES_SPACES = re.compile(r"<|\bno\.\s", re.IGNORECASE)  # the only rules that look beyond one
 _TOKEN = re.compile(
     rf"""
       (?:https?://|www\.)[^\s<>"]*[^\s<>"'.,;:!?)\]]           # URLs
     | [\w.+-]+@[\w-]+(?:\.[\w-]+)+                             # addresses
     | </?[a-z][^<>]*>                                          # tags
-    | can(?=not\b) | gon(?=na\b) | got(?=ta\b) | wan(?=na\b) | gim(?=me\b) | lem(?=me\b) | y'(?=all\b) | 't(?=is\b|was\b)
+    | can(?=not\b) | (?:gon|wan)(?=na\b) | got(?=ta\b) | (?:gim|lem)(?=me\b) | y'(?=all\b) | 't(?=is\b|was\b)
     | o'clock\b
     | [^\W\d_]+(?=n't\b) | n't\b                               # do n't
     | '(?:s|m|d|re|ve|ll)\b                                    # dog 's
-    | '(?:em|\d0s)\b | 'n'(?!\w)
+    | '(?:em|\d0s)\b | 'n'
     | [\#@][^\W\d]\w*
     | (?:[a-z]\.)+(?!\w)                                       # u.s., the letter p.
     | \b(?:{_ABBREVIATIONS})\.(?!\w) | \bno\.(?=\s*\d)
-    | \d+(?:[.,:/]\d+)*(?:[\w-]*\w)?
+    | \d+:\d\d(?=[ap]m\b) | \d+(?:[.,:/]\d+)*(?:[\w-]*\w)?
     | \w+(?:[-./@!_]\w+)*                                      # t-shirt, and/or
     | --+ | \.\.\. | [?!]{{2,}} | \S
     """,
@@ -96,8 +98,15 @@ def tokenize_in_python(caption: str) -> str:
 
     Rules that captions do not need are missing (fractions, ordinals in foreign scripts, smileys, most abbreviations).
     """
-    text = _BEYOND_BMP.sub("", caption).translate(_SAME)
-    return _without_punctuation([_BRACKETS.get(token, token).lower() for token in _TOKEN.findall(text)])
+    text = caption if caption.isascii() else _BEYOND_BMP.sub("", caption).translate(_SAME)
+    chunks = [text] if _CROSSES_SPACES.search(text) else text.split()
+    return " ".join(filter(None, map(_tokenize_chunk, chunks)))
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _tokenize_chunk(chunk: str) -> str:
+    """Tokenises what stands between spaces; captions repeat most of it."""
+    return _without_punctuation([_BRACKETS.get(token, token).lower() for token in _TOKEN.findall(chunk)])
 
 
 def _without_punctuation(tokens: list[str]) -> str:

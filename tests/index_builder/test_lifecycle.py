@@ -15,7 +15,7 @@ from index_builder.build import BuildReport, build_index
 from index_builder.lifecycle import collect_garbage, list_versions, parse_grace, use_version
 from jobs.build_index import advice
 from smallcap import storage
-from smallcap.caption_store import load_caption_sample
+from smallcap.caption_store import load_caption_sample, read_texts
 from smallcap.config import CleaningConfig, IndexConfig
 from smallcap.errors import ConfigError, ConflictError, ManifestError
 from smallcap.index_manifest import load_manifest, load_pointer, switch_pointer
@@ -181,6 +181,8 @@ def test_removing_by_source_image_and_text(tmp_path: Path, tiny_clip: Path, buil
 
     _, samples = load_caption_sample(report.index_uri, 1000, report.manifest.index_id)
     assert {row.text for row in samples} <= texts  # what was removed is not shown
+    live = [text for batch in read_texts(report.index_uri, report.manifest.index_id) for text in batch]
+    assert sorted(live) == sorted(texts)
 
     readded = build(rows[:2], "third.csv", add=True, encoder=None)
     assert (readded.new_captions, readded.manifest.ntotal) == (2, 98)

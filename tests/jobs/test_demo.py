@@ -7,7 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from demo.world import named_kinds
+from jobs import evaluate
 from jobs.demo import DemoResult, run_demo
+from smallcap.config import EvaluateConfig
 from smallcap.model_files import demo_folder
 from smallcap.part_files import list_parts
 
@@ -39,6 +41,26 @@ def test_retrieved_captions_are_of_training_scenes_and_alike(demo: tuple[str, De
         assert len(scores) == 4
         assert scores == sorted(scores, reverse=True)
     assert sum(row["clip_score"] for row in rows) / len(rows) > 0.7
+
+
+def test_its_captions_are_evaluated_against_its_references(demo: tuple[str, DemoResult]) -> None:
+    _, result = demo
+    config = EvaluateConfig(
+        runs=(result.summary.out,),
+        references=str(demo_folder() / "references.json"),
+        metrics=("cider", "bleu", "rouge_l"),
+        index=result.index,
+        bootstrap=200,
+    )
+    evaluation = evaluate.run(config)
+    own = evaluation["runs"][0]
+    assert evaluation["images"] == evaluation["references"]["images"] == own["rows"]
+    assert (own["without_references"], own["errors"]) == (0, {})
+    figures = own["figures"]
+    assert figures["cider"]["low"] < figures["cider"]["value"] < figures["cider"]["high"]
+    assert figures["cider"]["value"] > 1
+    assert figures["novel"]["value"] <= 1 - figures["copied"]["value"]
+    assert 0 < figures["retrieval_recall"]["value"] < 1
 
 
 def test_run_again_it_redoes_nothing(demo: tuple[str, DemoResult]) -> None:

@@ -11,7 +11,7 @@ from jobs.run_record import load_run_record, read_parts
 from smallcap.errors import ConfigError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-RUNS = {version: str(GOLDEN / f"run_v{version}") for version in (1, 2)}
+RUNS = {1: str(GOLDEN / "run_v1"), 2: str(GOLDEN / "run_v2"), 3: str(GOLDEN / "run_json_v4")}
 
 
 @pytest.mark.parametrize("version", RUNS)
