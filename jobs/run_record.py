@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import fcntl
 import json
-import platform
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,8 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from jobs.same_run import check_same_options, installed_versions
 from smallcap import storage
-from smallcap.config import CaptionConfig, config_difference
+from smallcap.config import CaptionConfig
 from smallcap.errors import ConfigError, ConflictError, SchemaError, StorageError
 from smallcap.part_files import PartInfo, list_parts
 from smallcap.schema import SCHEMA_VERSION, check_caption_schema, to_newest_version
@@ -29,7 +28,6 @@ from smallcap.work_list import WorkList
 
 RUN_FILE = "run.json"
 RUN_FORMAT_VERSION = 4
-_PACKAGES = ("smallcap", "torch", "transformers", "open_clip_torch", "pyarrow", "ray")
 # What may differ between the attempts of one run: where it runs, how it fetches, and how much of its input it takes.
 _FREE = (
     *(f"compute.{name}" for name in ("device", "compile", "batch_size", "num_actors", "max_actors", "gpus_per_actor")),
@@ -130,7 +128,7 @@ class RunRecord(_Record):
             model_id=model_id,
             index_id=index_id,
             retrieval_encoder=retrieval_encoder,
-            versions={"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
+            versions=installed_versions(),
         )
 
     def is_done(self, limit: int | None) -> bool:
@@ -149,17 +147,7 @@ class RunRecord(_Record):
         Raises:
             ConfigError: Its config or its model differs, and mixing the two would make one output of two runs.
         """
-        own = CaptionConfig.model_validate(self.config).model_dump(mode="json")  # with the defaults of newer options
-        changes = config_difference(_pinned(own), _pinned(config.model_dump(mode="json")))
-        if model_id != self.model_id:
-            changes.append(f"model weights: {self.model_id} → {model_id}")
-        if changes:
-            raise ConfigError(
-                "The output folder holds a run with other options.",
-                where=out,
-                found="; ".join(changes),
-                remedy="Start again with the run's own options, or give another --out.",
-            )
+        check_same_options(self.config, config, _FREE, (self.model_id, model_id), out)
 
 
 def load_run_record(out: str) -> RunRecord | None:
@@ -273,15 +261,3 @@ def read_parts(out: str, columns: list[str]) -> Iterator[tuple[str, pa.Table]]:
                     found=str(error),
                     remedy="smallcap writes parts whole; delete this one, and start the run again to redo its images.",
                 ) from error
-
-
-def _pinned(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns the options that all attempts of a run must share."""
-    pinned = {group: dict(value) if isinstance(value, dict) else value for group, value in config.items()}
-    for name in _FREE:
-        group, _, option = name.partition(".")
-        if option:
-            pinned[group].pop(option, None)
-        else:
-            pinned.pop(group, None)
-    return pinned

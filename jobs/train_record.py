@@ -6,24 +6,24 @@ How far the run is stands in its checkpoints (`smallcap.train_checkpoints`), and
 from __future__ import annotations
 
 import json
-import platform
 import uuid
-from importlib.metadata import version
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from jobs.same_run import check_same_options, installed_versions
 from smallcap import storage
-from smallcap.config import config_difference
-from smallcap.errors import ConfigError, SchemaError
+from smallcap.errors import SchemaError
 from smallcap.train_checkpoints import EpochResult
 from smallcap.train_config import TrainConfig
 
 RECORD_FILE = "train.json"
 SelectedBy = Literal["cider", "validation_loss", "last"]
-_PACKAGES = ("smallcap", "torch", "transformers", "open_clip_torch", "pyarrow", "ray")
 # What may differ between the attempts of one run: where it runs, how it fetches, and where things are kept.
-_FREE = ("out", "features", "workers", "compute", "checkpoint_steps", "images")
+_FREE = (
+    *("out", "features", "workers", "compute", "checkpoint_steps", "images", "retrieval.cache_dir"),
+    *(f"data.input.{name}" for name in ("fetch_timeout_s", "fetch_attempts")),
+)
 
 
 class TrainAttempt(BaseModel):
@@ -87,7 +87,7 @@ class TrainRecord(BaseModel):
             start_id=start_id,
             index_id=index_id,
             retrieval_encoder=retrieval_encoder,
-            versions={"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
+            versions=installed_versions(),
         )
 
     def check_same_run(self, config: TrainConfig, start_id: str) -> None:
@@ -96,17 +96,7 @@ class TrainRecord(BaseModel):
         Raises:
             ConfigError: Its config or the model that it starts from differs.
         """
-        own = TrainConfig.model_validate(self.config).model_dump(mode="json")  # with the defaults of newer options
-        changes = config_difference(_pinned(own), _pinned(config.model_dump(mode="json")))
-        if start_id != self.start_id:
-            changes.append(f"model weights: {self.start_id} → {start_id}")
-        if changes:
-            raise ConfigError(
-                "The output folder holds a run with other options.",
-                where=config.out,
-                found="; ".join(changes),
-                remedy="Start again with the run's own options, or give another --out.",
-            )
+        check_same_options(self.config, config, _FREE, (self.start_id, start_id), config.out)
 
     def write(self, out: str) -> None:
         """Writes `train.json`, atomically."""
@@ -143,13 +133,3 @@ def choose_best(epochs: tuple[EpochResult, ...]) -> tuple[EpochResult, SelectedB
     if any(epoch.cider is None for epoch in epochs):
         return by_loss[0], "validation_loss"
     return max(by_loss, key=lambda epoch: epoch.cider or 0.0), "cider"
-
-
-def _pinned(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns the options that all attempts of a run must share."""
-    pinned = {name: value for name, value in config.items() if name not in _FREE}
-    fetching = {"fetch_timeout_s", "fetch_attempts"}
-    data = {name: value for name, value in config["data"].items() if name != "input"}
-    data["input"] = {name: value for name, value in config["data"]["input"].items() if name not in fetching}
-    retrieval = {name: value for name, value in config["retrieval"].items() if name != "cache_dir"}
-    return pinned | {"data": data, "retrieval": retrieval}

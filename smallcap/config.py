@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import difflib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
@@ -345,14 +345,20 @@ def load_config(
         raise _as_config_error(kind, error, file) from error
 
 
-def config_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Lists what differs between two dumped configs, as `name: old → new` lines."""
+def config_difference(old: Mapping[str, Any], new: Mapping[str, Any], free: Collection[str] = ()) -> list[str]:
+    """Lists what differs between two dumped configs, as `name: old → new` lines.
+
+    Args:
+        old: The one config.
+        new: The other.
+        free: Dotted names of options, or of groups of them, that may differ.
+    """
     before, after = dict(_flatten(old)), dict(_flatten(new))
     names = sorted(before.keys() | after.keys())
     return [
         f"{name}: {json.dumps(before.get(name))} → {json.dumps(after.get(name))}"
         for name in names
-        if before.get(name) != after.get(name)
+        if before.get(name) != after.get(name) and not any(f"{name}.".startswith(f"{one}.") for one in free)
     ]
 
 
