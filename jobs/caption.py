@@ -7,15 +7,12 @@ Runs as `smallcap caption …` or, for `ray job submit`, as `python -m jobs.capt
 
 from __future__ import annotations
 
-import pickle
 import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
-
-import pyarrow as pa
 
 from jobs.caption_plan import captioner_spec, count_images, load_spec, plan_on_cluster
 from jobs.caption_plan import dry_run as plan_dry_run
@@ -31,12 +28,6 @@ from smallcap.work_list import WorkList
 if TYPE_CHECKING:
     from jobs.monitor import Snapshot
     from jobs.retrieval_actors import Partitions
-    from jobs.train_inputs import TrainItem
-
-# A block's files, its crops, and one large image being decoded. It also makes the task unlike an actor of one CPU, into
-# which Ray would otherwise fuse it.
-_LOAD_MEMORY_BYTES = 512 << 20
-_MOST_TASKS = 4_000  # the driver takes some milliseconds to offer one; with more fragments, a task takes several
 
 
 @dataclass(frozen=True)
@@ -110,14 +101,14 @@ def _caption(
     config: CaptionConfig, record: RunRecord, work: WorkList, items: Sequence[WorkItem], address: str | None
 ) -> tuple[RunRecord, tuple[str, ...]]:
     """Runs one attempt of the pipeline over what is left; returns where its time went as well."""
-    from jobs.ray_session import connect, limit_blocks, own_errors
+    from jobs.ray_session import connect, own_errors
 
     connect(address)  # before Ray Data is imported: it reads some of its settings then
 
     import ray
 
     from jobs.caption_stage import CaptionImages
-    from jobs.load_stage import load_images
+    from jobs.load_stage import load_images, start_loading
     from jobs.monitor import start_monitor
     from jobs.part_sink import PartSink
     from jobs.progress import show_progress, stage_table
@@ -138,18 +129,10 @@ def _caption(
     monitor = start_monitor(count_images(items), record.images.total, record.run_id, len(items))
     with own_errors(), monitor, show_progress(monitor), _partitions(config, record) as partitions:
         loading = load_spec(config, record, work, plan, monitor)
-        limit_blocks(loading.plan.image_bytes * plan.images_per_block)
         captioning = replace(captioner_spec(config, record, plan, monitor), partitions=partitions)
         sink = PartSink(config.out, attempt, len(attempts), schema, plan.rows_per_part, plan.parts, monitor)
         (
-            ray.data.from_arrow(task_inputs(items))
-            .map_batches(
-                load_images,
-                batch_size=1,
-                batch_format="pyarrow",
-                fn_kwargs={"spec": loading},
-                memory=_LOAD_MEMORY_BYTES,
-            )
+            start_loading(items, load_images, loading, plan.images_per_block)
             .map_batches(
                 CaptionImages,
                 fn_constructor_args=(captioning,),
@@ -169,16 +152,6 @@ def _caption(
     stages = stage_table(snapshot, seconds, actors, plan.load_tasks, fast) if snapshot else ()
     attempt = _measured(attempt, snapshot, seconds, fast)
     return record.model_copy(update={"attempts": (*attempts[:-1], attempt)}), tuple(stages)
-
-
-def task_inputs(items: Sequence[WorkItem] | Sequence[TrainItem]) -> list[pa.Table]:
-    """Returns what each loading task is to do, one block for each, as the pickled items of its column `item`.
-
-    Ray Data's `repartition` would make the same blocks, at some ten a second, and the first task starts after the last.
-    """
-    together = -(-len(items) // _MOST_TASKS)
-    pickled = [pickle.dumps(item) for item in items]
-    return [pa.table({"item": pickled[start : start + together]}) for start in range(0, len(pickled), together)]
 
 
 def _measured(attempt: Attempt, snapshot: Snapshot | None, seconds: float, fast_decode: bool) -> Attempt:

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import pickle
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import ray.data
 from ray.data.extensions import ArrowTensorArray
 
 from jobs.monitor import MonitorClient, StageReport
+from jobs.ray_session import limit_blocks
 from smallcap.config import InputConfig
 from smallcap.coverage import WorkItem
 from smallcap.crops import CropPlan, Pixels
@@ -28,6 +30,10 @@ from smallcap.work_list import InputBatch, read_fragment
 # What places a row in the run's input, for the footer of the part that it comes to.
 FRAGMENT, FRAGMENT_ROW, ENDS_FRAGMENT = "fragment", "fragment_row", "ends_fragment"
 VISION_PIXELS, RETRIEVAL_PIXELS = "vision_pixels", "retrieval_pixels"
+# A block's files, its crops, and one large image being decoded. It also makes the task unlike an actor of one CPU, into
+# which Ray would otherwise fuse it.
+_LOAD_MEMORY_BYTES = 512 << 20
+_MOST_TASKS = 4_000  # the driver takes some milliseconds to offer one; with more fragments, a task takes several
 _FETCHED_TOGETHER = FETCH_CONCURRENCY  # files held in memory at once; their crops are small
 _CRASHED = RowError(
     ErrorCode.CRASHED,
@@ -57,6 +63,33 @@ class _Loaded:
     fetch_s: float = 0.0
     retries: int = 0
     fetched_bytes: int = 0
+
+
+def start_loading(
+    items: Sequence[Any], load: Callable[..., Iterator[pa.Table]], spec: LoadSpec, images_per_block: int
+) -> ray.data.Dataset:
+    """Returns the first stage of a pipeline, which loads a few blocks ahead of the stage that takes its images.
+
+    Args:
+        items: What there is to do.
+        load: Takes a table whose column `item` has some of them pickled, and `spec`; yields tables.
+        spec: What is needed of the images.
+        images_per_block: The most that a block holds; what waits for the next stage is counted in blocks.
+    """
+    limit_blocks(spec.plan.image_bytes * images_per_block)
+    return ray.data.from_arrow(task_inputs(items)).map_batches(
+        load, batch_size=1, batch_format="pyarrow", fn_kwargs={"spec": spec}, memory=_LOAD_MEMORY_BYTES
+    )
+
+
+def task_inputs(items: Sequence[Any]) -> list[pa.Table]:
+    """Returns what each loading task is to do, one block for each, as the pickled items of its column `item`.
+
+    Ray Data's `repartition` would make the same blocks, at some ten a second, and the first task starts after the last.
+    """
+    together = -(-len(items) // _MOST_TASKS)
+    pickled = [pickle.dumps(item) for item in items]
+    return [pa.table({"item": pickled[start : start + together]}) for start in range(0, len(pickled), together)]
 
 
 def load_images(batch: pa.Table, spec: LoadSpec) -> Iterator[pa.Table]:

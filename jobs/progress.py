@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, Protocol, TextIO
+from typing import Any, Literal, Protocol, TextIO
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -77,9 +77,15 @@ def show_progress(monitor: SnapshotSource, stream: TextIO | None = None) -> Iter
         stream: Where they are shown; by default stderr.
     """
     stream = stream or sys.stderr
-    draw = _draw_live if stream.isatty() else _print_lines
+    with beside(_draw_live if stream.isatty() else _print_lines, monitor, stream):
+        yield
+
+
+@contextmanager
+def beside(show: Callable[..., None], *arguments: Any) -> Iterator[None]:
+    """Runs `show(*arguments, ended)` in a thread while the block runs; then sets the event `ended` and waits for it."""
     ended = threading.Event()
-    thread = threading.Thread(target=draw, args=(monitor, stream, ended), name="progress", daemon=True)
+    thread = threading.Thread(target=show, args=(*arguments, ended), name="progress", daemon=True)
     thread.start()
     try:
         yield

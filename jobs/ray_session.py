@@ -11,7 +11,6 @@ from contextlib import contextmanager
 
 from smallcap.errors import SmallCapError
 
-_MOST_BLOCK_BYTES = 128 << 20  # Ray Data's own default
 _LOCAL_CPUS = 4  # logical; on smaller machines a pool of actors and the tasks that feed it must still fit
 
 
@@ -73,9 +72,9 @@ def _quiet_start() -> Iterator[None]:
 def limit_blocks(most_bytes: int) -> None:
     """Has Ray Data end a block, from here on, when it holds so many bytes; never above Ray's own limit."""
     from ray.data import DataContext
+    from ray.data.context import DEFAULT_TARGET_MAX_BLOCK_SIZE
 
-    context = DataContext.get_current()
-    context.target_max_block_size = min(most_bytes, _MOST_BLOCK_BYTES)
+    DataContext.get_current().target_max_block_size = min(most_bytes, DEFAULT_TARGET_MAX_BLOCK_SIZE)
 
 
 @contextmanager

@@ -18,10 +18,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from index_builder.tasks import node_resources, use_own_cores
-from jobs.caption import task_inputs
 from jobs.caption_pairs import captions_of
 from jobs.caption_stage import pixels_of
-from jobs.load_stage import LoadSpec, load_batch
+from jobs.load_stage import LoadSpec, load_batch, start_loading
 from jobs.train_inputs import TrainInputs, TrainItem
 from jobs.train_start import ModelStart
 from smallcap import storage
@@ -45,7 +44,6 @@ from smallcap.schema import STATUS_OK
 from smallcap.train_config import TrainConfig
 from smallcap.work_list import read_fragment
 
-_LOAD_MEMORY_BYTES = 512 << 20  # as captioning's loading tasks
 _ENCODED_TOGETHER = 64  # images
 
 
@@ -106,21 +104,13 @@ def _encode_all(config: TrainConfig, start: ModelStart, items: list[TrainItem], 
     import ray
 
     from jobs.monitor import start_monitor
-    from jobs.ray_session import limit_blocks, stage_progress
+    from jobs.ray_session import stage_progress
 
     actors = plan_actors(config.compute.of_actors(), node_resources())
     with stage_progress(), start_monitor(None, 0, "features", len(items)) as monitor:
-        limit_blocks(plan.image_bytes * FRAGMENT_ROWS)
         loading = LoadSpec(plan, config.data.input, pa.schema([]), keep_bytes=False, monitor=monitor)
         (
-            ray.data.from_arrow(task_inputs(items))
-            .map_batches(
-                load_items,
-                batch_size=1,
-                batch_format="pyarrow",
-                fn_kwargs={"spec": loading},
-                memory=_LOAD_MEMORY_BYTES,
-            )
+            start_loading(items, load_items, loading, FRAGMENT_ROWS)
             .map_batches(
                 EncodeImages,
                 fn_constructor_args=(EncoderSpec(start, actors.device),),

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from jobs.progress import beside
 from jobs.train_log import FLUSH_S, read_log_lines
 from smallcap.errors import StorageError
 
@@ -20,14 +21,8 @@ def show_training(out: str, steps: int) -> Iterator[None]:
         out: The run's folder.
         steps: Of the whole run.
     """
-    ended = threading.Event()
-    thread = threading.Thread(target=_watch, args=(out, steps, ended), daemon=True)
-    thread.start()
-    try:
+    with beside(_watch, out, steps):
         yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 def _watch(out: str, steps: int, ended: threading.Event) -> None:

@@ -2,7 +2,6 @@
 
 import io
 import json
-import pickle
 import runpy
 import shutil
 import sys
@@ -20,9 +19,7 @@ from jobs.run_record import load_run_record
 from smallcap import storage
 from smallcap.captioner import Captioner
 from smallcap.config import IndexConfig
-from smallcap.coverage import WorkItem
 from smallcap.errors import CheckpointError, ConfigError, ManifestError, SchemaError
-from smallcap.fragments import Fragment
 from smallcap.part_files import list_parts
 from smallcap.schema import CAPTION_COLUMNS, caption_schema, check_caption_schema
 
@@ -299,15 +296,3 @@ def test_a_failing_store_stops_the_run_with_its_own_message(
     record = load_run_record(str(tmp_path / "out"))
     assert record is not None
     assert record.status == "running"
-
-
-def test_every_loading_task_has_a_block_until_there_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(caption, "_MOST_TASKS", 4)
-    items = [WorkItem(Fragment(number, "uris", "list.parquet", number, rows=256), None) for number in range(10)]
-
-    def numbers(some: list[WorkItem]) -> list[list[int]]:
-        blocks = [block["item"].to_pylist() for block in caption.task_inputs(some)]
-        return [[pickle.loads(item).fragment.number for item in block] for block in blocks]
-
-    assert numbers(items[:4]) == [[0], [1], [2], [3]]
-    assert numbers(items) == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9]]
