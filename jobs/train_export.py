@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-
 from jobs.train_start import ModelStart
 from smallcap import storage
 from smallcap.checkpoint import load_checkpoint, save_checkpoint
 from smallcap.errors import CheckpointError
-from smallcap.train_checkpoints import load_trained_weights
+from smallcap.train_checkpoints import restore_trained_weights
 from smallcap.training import frozen_sha256
 
 MODEL_FOLDER = "model"
@@ -30,10 +28,7 @@ def write_model(out: str, start: ModelStart, step: int, frozen: str) -> str:
         CheckpointError: What was written has other frozen weights than the start.
     """
     model = start.load()
-    weights = load_trained_weights(out, step)
-    with torch.no_grad():
-        for name, parameter in model.decoder.cross_attention_parameters().items():
-            parameter.copy_(weights[name])
+    restore_trained_weights(model.decoder.cross_attention_parameters(), out, step)
     with storage.scratch_folder() as folder:
         save_checkpoint(model, folder)
         start.load_tokenizer().save_pretrained(folder)

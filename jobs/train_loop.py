@@ -33,8 +33,8 @@ from smallcap.train_checkpoints import (
     TrainCheckpoint,
     find_train_checkpoint,
     load_train_state,
-    load_trained_weights,
     remove_train_checkpoints,
+    restore_trained_weights,
     save_train_checkpoint,
 )
 from smallcap.train_config import TrainConfig
@@ -101,10 +101,8 @@ class Worker:
         out = self.spec.config.out
         if found.frozen_sha256 != self.frozen:
             raise CheckpointError("The checkpoint belongs to other frozen weights.", where=f"{out}/{found.folder}")
-        weights = load_trained_weights(out, found.step, found.sha256[WEIGHTS_FILE])
-        with torch.no_grad():
-            for name, parameter in self.decoder.cross_attention_parameters().items():
-                parameter.copy_(weights[name])
+        weights = self.decoder.cross_attention_parameters()
+        restore_trained_weights(weights, out, found.step, found.sha256[WEIGHTS_FILE])
         self.trainer.load_state_dict(load_train_state(out, found))
         self.at = found
 
@@ -184,14 +182,17 @@ class Worker:
         stream = self.spec.validation
         if not stream.examples:
             return {"validation_loss": None, "cider": None}
-        batches = (self.texts.token_batch(some, "top-k", (0,)) for some in self._validation_batches())
-        loss = self.trainer.evaluate(batches)
         captions: dict[str, str] = {}
         references: dict[str, list[str]] = {}
-        for some in self._validation_batches():
-            captions |= self._caption([example for example in some if example.number == 0])
-            for example in some:
-                references.setdefault(example.image_id, []).append(example.caption)
+
+        def batches() -> Iterator[TokenBatch]:
+            for some in self._validation_batches():
+                captions.update(self._caption([example for example in some if example.number == 0]))
+                for example in some:
+                    references.setdefault(example.image_id, []).append(example.caption)
+                yield self.texts.token_batch(some, "top-k", (0,))
+
+        loss = self.trainer.evaluate(batches())
         cider = score_cider(_gathered(captions), _gathered(references))
         return {"validation_loss": loss.loss, "cider": cider}
 

@@ -106,6 +106,18 @@ def load_trained_weights(out: str, step: int, sha256: str | None = None) -> dict
     return load(_read(storage.join(out, FOLDER, folder_name(step), WEIGHTS_FILE), sha256))
 
 
+@torch.no_grad()
+def restore_trained_weights(weights: Mapping[str, Tensor], out: str, step: int, sha256: str | None = None) -> None:
+    """Copies the trained weights of the checkpoint after so many steps into these of the same names.
+
+    Raises:
+        CheckpointError: They are not what the marker says.
+    """
+    trained = load_trained_weights(out, step, sha256)
+    for name, weight in weights.items():
+        weight.copy_(trained[name])
+
+
 def load_train_state(out: str, checkpoint: TrainCheckpoint) -> dict[str, Any]:
     """Reads the state of optimiser and scaler.
 
