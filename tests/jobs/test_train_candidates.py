@@ -8,6 +8,7 @@ import pyarrow as pa
 
 from jobs.train_candidates import CandidateSpec, FindCandidates, count_leaks
 from smallcap.feature_store import StoreManifest, feature_table, list_parts, part_name, read_candidates, write_part
+from smallcap.index_manifest import IndexManifest
 
 IMAGES = 6
 NAME = part_name(0, 0, is_last=True)
@@ -36,13 +37,19 @@ def find(folder: Path, features: StoreManifest, index_id: str, depth: int) -> li
     return read_candidates(str(folder / "candidates" / "train" / NAME))
 
 
-def test_own_captions_are_left_out(tmp_path: Path, publish_index: Callable) -> None:
-    """Every image's two captions are the nearest of all to it."""
+def two_captions_each(
+    folder: Path, publish_index: Callable, owner: str
+) -> tuple[np.ndarray, IndexManifest, StoreManifest]:
+    """Images whose two captions are the nearest of all to them: their vectors, an index, and stored features."""
     images = unit_vectors(IMAGES)
     texts = [f"caption {number}" for number in range(2 * IMAGES)]
-    owners = [[f"{number // 2}.jpg"] for number in range(2 * IMAGES)]
-    manifest = publish_index(str(tmp_path / "index"), np.repeat(images, 2, axis=0), texts, owners)
-    features = write_features(tmp_path, images, [f"{image}.jpg" for image in range(IMAGES)])
+    owners = [[owner.format(number // 2)] for number in range(2 * IMAGES)]
+    manifest = publish_index(str(folder / "index"), np.repeat(images, 2, axis=0), texts, owners)
+    return images, manifest, write_features(folder, images, [f"{image}.jpg" for image in range(IMAGES)])
+
+
+def test_own_captions_are_left_out(tmp_path: Path, publish_index: Callable) -> None:
+    images, manifest, features = two_captions_each(tmp_path, publish_index, "{}.jpg")
     folders = str(tmp_path / "features"), str(tmp_path / "candidates")
 
     found = find(tmp_path, features, manifest.index_id, depth=2)
@@ -57,10 +64,6 @@ def test_own_captions_are_left_out(tmp_path: Path, publish_index: Callable) -> N
 
 
 def test_ids_that_do_not_match_are_noticed(tmp_path: Path, publish_index: Callable) -> None:
-    images = unit_vectors(IMAGES)
-    texts = [f"caption {number}" for number in range(2 * IMAGES)]
-    owners = [[f"images/{number // 2}.jpg"] for number in range(2 * IMAGES)]
-    manifest = publish_index(str(tmp_path / "index"), np.repeat(images, 2, axis=0), texts, owners)
-    features = write_features(tmp_path, images, [f"{image}.jpg" for image in range(IMAGES)])
+    _, manifest, features = two_captions_each(tmp_path, publish_index, "images/{}.jpg")
     find(tmp_path, features, manifest.index_id, depth=2)
     assert count_leaks(features, (str(tmp_path / "features"), str(tmp_path / "candidates"))) == IMAGES
