@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help setup demo test test-all lint format bench demo-model clean
+.PHONY: help setup demo test test-all lint format bench demo-model claims clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -40,6 +40,9 @@ bench: $(INSTALLED) ## Measure every stage on this machine
 
 demo-model: $(INSTALLED) ## Make the demo's world and model again (needs fonts-noto-color-emoji)
 	$(BIN)/python -m demo.make
+
+claims: $(INSTALLED) ## Measure the paper's claims on the demo world (after demo-model: it trains variants)
+	$(BIN)/python -m demo.claims
 
 clean: ## Remove what the demo and the tools wrote
 	rm -rf out .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,4 +1,4 @@
-"""The rendered training scenes as one array, and the places of their objects on the patch grid."""
+"""Rendered scenes as one array, and the places of their objects on the patch grid."""
 
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from demo.render import render_crop
-from demo.world import TRAIN_SEEDS, Scene, load_kinds, sample_scene
+from demo.world import Scene, SceneSet, load_kinds, sample_scene
+from smallcap.precision import fastest_cpu_dtype
 
 IMAGE_PX = 96
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -17,30 +18,31 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_OBJECTS = 3
 
 
-def train_scenes(count: int) -> list[Scene]:
-    """Returns the first `count` training scenes."""
-    return [sample_scene(seed) for seed in TRAIN_SEEDS[:count]]
-
-
 def _render_chunk(seeds: Sequence[int], side_px: int) -> np.ndarray:
     return np.stack([render_crop(sample_scene(seed), side_px) for seed in seeds])
 
 
-def render_pool(seeds: Sequence[int], path: Path, workers: int = 2) -> np.ndarray:
-    """Renders the scenes once to `path` (.npy); a file that is already there is used.
+def render_pool(scenes: SceneSet, count: int, folder: Path, workers: int = 2) -> np.ndarray:
+    """Renders the first `count` scenes of a set once, to a file in `folder`; one that is already there is used.
 
     Returns:
-        uint8 [N, IMAGE_PX, IMAGE_PX, 3], memory-mapped.
+        uint8 [count, IMAGE_PX, IMAGE_PX, 3], memory-mapped.
     """
+    path = folder / f"scenes-{scenes.name}-{count}.npy"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        chunks = [seeds[i : i + 250] for i in range(0, len(seeds), 250)]
+        folder.mkdir(parents=True, exist_ok=True)
+        chunks = [scenes.seeds[i : min(i + 250, count)] for i in range(0, count, 250)]
         with ProcessPoolExecutor(workers) as pool:
             images = np.concatenate(list(pool.map(partial(_render_chunk, side_px=IMAGE_PX), chunks)))
         partial_path = path.with_suffix(".partial.npy")
         np.save(partial_path, images)
         partial_path.rename(path)
     return np.load(path, mmap_mode="r")
+
+
+def fast_matrices() -> torch.autocast:
+    """Returns the context of a training's forward pass: bfloat16 where this CPU is faster in it, else float32."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=fastest_cpu_dtype() == "bfloat16")
 
 
 def normalise(images: np.ndarray) -> torch.Tensor:

@@ -1,48 +1,55 @@
-"""What the demo ships beside its model: the caption dump, the held-out pictures and their reference captions."""
+"""What the demo ships beside its model: caption dumps, test pictures and their reference captions."""
 
 import csv
 import json
 from pathlib import Path
 
 from demo.render import encode_jpeg
-from demo.world import HELD_OUT_SEEDS, TRAIN_SEEDS, captions_of, sample_scene
+from demo.world import OTHER, OTHER_TEST, TEST, TRAINING, SceneSet, captions_of, sample_scene, scenes_of
 
-DATASTORE_SCENES = 3_000
+DATASTORE_SCENES = 4_000
 CAPTIONS_PER_SCENE = 2
-SHIPPED_IMAGES = 48
 REFERENCES_PER_IMAGE = 5
+SHIPPED_IMAGES = 48  # of the training domains
+SHIPPED_OTHER_IMAGES = 24
+FIRST_MEASURED = 1_000  # test scenes from here on are measured, and never shipped
 
 
-def datastore_rows() -> list[tuple[str, str]]:
-    """Returns (image, caption) of the dump: captions of the first training scenes."""
+def image_name(scenes: SceneSet, seed: int) -> str:
+    """Returns the name that a dump gives to the image of a scene, which is not shipped."""
+    return f"{scenes.name}-{seed}.jpg"
+
+
+def datastore_rows(scenes: SceneSet = TRAINING, count: int = DATASTORE_SCENES) -> list[tuple[str, str]]:
+    """Returns (image, caption) of a dump: captions of the first `count` scenes of a set."""
     return [
-        (f"train-{seed:06d}.jpg", caption)
-        for seed in TRAIN_SEEDS[:DATASTORE_SCENES]
-        for caption in captions_of(sample_scene(seed), CAPTIONS_PER_SCENE, salt="datastore")
+        (image_name(scenes, scene.seed), caption)
+        for scene in scenes_of(scenes, count)
+        for caption in captions_of(scene, CAPTIONS_PER_SCENE, salt="datastore")
     ]
 
 
-def write_captions(path: Path) -> None:
-    """Writes the dump as CSV with the columns image and caption."""
+def write_captions(rows: list[tuple[str, str]], path: Path) -> None:
+    """Writes a dump as CSV with the columns image and caption."""
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["image", "caption"])
-        writer.writerows(datastore_rows())
+        writer.writerows(rows)
 
 
-def write_images(folder: Path) -> None:
-    """Writes the held-out pictures that the demo captions."""
+def write_images(scenes: SceneSet, count: int, folder: Path) -> None:
+    """Writes the first pictures of a set; a file's name is its scene's seed."""
     folder.mkdir(parents=True, exist_ok=True)
-    for seed in HELD_OUT_SEEDS[:SHIPPED_IMAGES]:
-        (folder / f"{seed}.jpg").write_bytes(encode_jpeg(sample_scene(seed)))
+    for scene in scenes_of(scenes, count):
+        (folder / f"{scene.seed}.jpg").write_bytes(encode_jpeg(scene))
 
 
-def write_references(path: Path) -> None:
+def write_references(scenes: SceneSet, count: int, path: Path) -> None:
     """Writes the pictures' captions in COCO's format; the image id is the scene's seed."""
-    seeds = HELD_OUT_SEEDS[:SHIPPED_IMAGES]
+    seeds = scenes.seeds[:count]
     captions = [(seed, caption) for seed in seeds for caption in captions_of(sample_scene(seed), REFERENCES_PER_IMAGE)]
     references = {
-        "info": {"description": "Captions of the demo's held-out scenes"},
+        "info": {"description": "Captions of the demo's test scenes"},
         "images": [{"id": seed, "file_name": f"{seed}.jpg"} for seed in seeds],
         "annotations": [
             {"id": number, "image_id": seed, "caption": caption}
@@ -50,3 +57,13 @@ def write_references(path: Path) -> None:
         ],
     }
     path.write_text(json.dumps(references, indent=1) + "\n", encoding="utf-8")
+
+
+def write_shipped(folder: Path) -> None:
+    """Writes all of it: dumps, pictures and references of the training domains and of the held-out ones."""
+    write_captions(datastore_rows(TRAINING), folder / "captions.csv")
+    write_captions(datastore_rows(OTHER), folder / "captions-held-out.csv")
+    write_images(TEST, SHIPPED_IMAGES, folder / "images")
+    write_images(OTHER_TEST, SHIPPED_OTHER_IMAGES, folder / "images-held-out")
+    write_references(TEST, SHIPPED_IMAGES, folder / "references.json")
+    write_references(OTHER_TEST, SHIPPED_OTHER_IMAGES, folder / "references-held-out.json")

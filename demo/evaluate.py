@@ -1,4 +1,4 @@
-"""How often the demo's captions name exactly the objects that a held-out scene has.
+"""How often the demo's captions name exactly the objects that a test scene has.
 
 Renders scenes that no training saw, captions them through `smallcap.Captioner` with the index of `demo/captions.csv`,
 reads the objects out of each caption and compares them, with their counts, with the scene's. The last line is JSON.
@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from demo.datastore import FIRST_MEASURED
 from demo.render import encode_jpeg
-from demo.world import HELD_OUT_SEEDS, Scene, named_kinds, sample_scene
+from demo.world import TEST, Scene, named_kinds, scenes_of
 from jobs.demo import build_demo_index
 from smallcap.captioner import Captioner
 from smallcap.config import GenerationConfig
 
-FIRST_SEED = 1_000  # far from the scenes that are shipped as pictures
 BATCH_SIZE = 32
 
 
@@ -71,7 +71,7 @@ def summarise(results: list[SceneResult], seconds: float) -> Report:
 
 def print_report(report: Report, results: list[SceneResult], wrong_shown: int = 8) -> None:
     """Prints the shares and some of the wrong captions; the last line is the report as JSON."""
-    print(f"{report.scenes} held-out scenes: all objects right in {report.right:.1%} ({report.seconds:.0f} s)")
+    print(f"{report.scenes} test scenes: all objects right in {report.right:.1%} ({report.seconds:.0f} s)")
     for count, share in report.right_by_objects.items():
         print(f"  with {count} object{'s' if count > 1 else ''}: {share:.1%}")
     print(f"objects found: {report.objects_found:.1%}")
@@ -81,8 +81,8 @@ def print_report(report: Report, results: list[SceneResult], wrong_shown: int = 
 
 
 def evaluate(captioner: Captioner, scene_count: int, report_file: Path | None = None) -> Report:
-    """Measures a captioner on held-out scenes, prints the report and returns it."""
-    scenes = [sample_scene(seed) for seed in HELD_OUT_SEEDS[FIRST_SEED : FIRST_SEED + scene_count]]
+    """Measures a captioner on scenes of the training domains that no training saw, prints the report and returns it."""
+    scenes = scenes_of(TEST, scene_count, FIRST_MEASURED)
     start = time.perf_counter()
     results = list(caption_scenes(captioner, scenes))
     report = summarise(results, time.perf_counter() - start)
@@ -93,7 +93,7 @@ def evaluate(captioner: Captioner, scene_count: int, report_file: Path | None = 
 
 
 def main() -> None:
-    """Measures the demo model on held-out scenes."""
+    """Measures the demo model on test scenes."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--model", default="demo", help="`demo`, or a folder with a SmallCap checkpoint")
     parser.add_argument("--index", default="out/demo/index", help="index of demo/captions.csv, built if need be")

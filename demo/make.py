@@ -1,4 +1,4 @@
-"""Makes the demo again from nothing: pictures, CLIP, GPT-2, cross-attention, caption dump, and the measurement.
+"""Makes the demo again from nothing: pictures, CLIP, GPT-2, cross-attention, caption dumps, and the measurement.
 
 Each step writes below the work folder and is skipped when its output is there; `--force` does all of them again.
 """
@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 
 from demo.data import render_pool
-from demo.datastore import write_captions, write_images, write_references
+from demo.datastore import write_shipped
 from demo.evaluate import evaluate
 from demo.tokenizer import clip_form, save_gpt2_tokenizer, train_tokenizer
 from demo.train_clip import ClipRecipe, save_clip, train_clip
 from demo.train_cross_attention import CrossAttentionRecipe, train_cross_attention
 from demo.train_language_model import LanguageRecipe, train_language_model
-from demo.world import TRAIN_SEEDS
+from demo.world import TRAINING, WEB
 from jobs.demo import build_demo_index
 from smallcap.captioner import Captioner
 
@@ -41,22 +41,23 @@ def run_step(name: str, output: Path, make: Callable[[Path], None]) -> None:
 
 def make_model(work: Path) -> None:
     """Trains the three parts below `work`, in the order in which each needs the one before."""
-    recipe = ClipRecipe()
+    clip, cross_attention = ClipRecipe(), CrossAttentionRecipe()
     start = time.perf_counter()
-    images = render_pool(TRAIN_SEEDS[: recipe.scenes], work / f"scenes-{recipe.scenes}.npy")
+    web_images = render_pool(WEB, clip.scenes, work)
+    images = render_pool(TRAINING, cross_attention.scenes, work)
     print(f"scenes: {time.perf_counter() - start:.0f} s", flush=True)
-    tokenizer = train_tokenizer(TRAIN_SEEDS[: recipe.scenes])
+    tokenizer = train_tokenizer()
 
     def make_clip(folder: Path) -> None:
         wrapped = clip_form(tokenizer)
-        save_clip(train_clip(recipe, images, wrapped), wrapped, folder)
+        save_clip(train_clip(clip, web_images, wrapped), wrapped, folder)
 
     def make_language_model(folder: Path) -> None:
         train_language_model(LanguageRecipe(), tokenizer).save_pretrained(folder)
         save_gpt2_tokenizer(tokenizer, folder)
 
     def make_smallcap(folder: Path) -> None:
-        train_cross_attention(CrossAttentionRecipe(), work / "clip", work / "language-model", images, folder)
+        train_cross_attention(cross_attention, work / "clip", work / "language-model", images, folder)
 
     run_step("clip", work / "clip", make_clip)
     run_step("language model", work / "language-model", make_language_model)
@@ -64,15 +65,14 @@ def make_model(work: Path) -> None:
 
 
 def publish(work: Path) -> None:
-    """Puts what ships into `demo/`: the model, the held-out pictures, the dump and the references."""
+    """Puts what ships into `demo/`: the model, the test pictures, the dumps and the references."""
     for part in ("clip", "smallcap"):
         target = DEMO / "model" / part
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(work / part, target)
-    shutil.rmtree(DEMO / "images", ignore_errors=True)
-    write_images(DEMO / "images")
-    write_captions(DEMO / "captions.csv")
-    write_references(DEMO / "references.json")
+    for pictures in ("images", "images-held-out"):
+        shutil.rmtree(DEMO / pictures, ignore_errors=True)
+    write_shipped(DEMO)
 
 
 def main() -> None:

@@ -6,29 +6,30 @@ an end and a padding token after the vocabulary.
 """
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from demo.world import captions_of, sample_scene
+from demo.world import WEB, captions_of, scenes_of
 
-VOCAB_SIZE = 768
+VOCAB_SIZE = 1_436  # enough that each noun and plural is one token
 PAD_TOKEN, EOS_TOKEN = "!", "."
 CLIP_START, CLIP_END, CLIP_PAD = "<|startoftext|>", "<|endoftext|>", "<|pad|>"
 CLIP_MAX_TOKENS = 32
 PROMPT_WORDS = "Similar images show\n\n{}\n\n{}.\n\nThis image shows {}."
 
 
-def train_tokenizer(seeds: Iterable[int]) -> Tokenizer:
-    """Learns the BPE from the captions of these scenes, alone and inside the prompt."""
+def train_tokenizer(scenes: int = 24_000) -> Tokenizer:
+    """Learns the BPE from captions of the first web scenes, inside the prompt."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    tokenizer.train_from_iterator((PROMPT_WORDS.format(*captions_of(sample_scene(seed), 3)) for seed in seeds), trainer)
+    tokenizer.train_from_iterator(
+        (PROMPT_WORDS.format(*captions_of(scene, 3)) for scene in scenes_of(WEB, scenes)), trainer
+    )
     assert tokenizer.token_to_id(PAD_TOKEN) == 0 and tokenizer.encode(EOS_TOKEN).ids == [13]
     return tokenizer
 

@@ -1,7 +1,8 @@
 """Trains the demo's small GPT-2 on caption text alone: what is frozen before cross-attention is trained.
 
-The documents are single captions, lists of captions that share objects, and such lists inside SmallCap's prompt. No
-image is involved, but the decoder learns, as a large language model would have, to use what it is prompted with.
+The documents are single captions, lists of captions that share objects, and such lists inside SmallCap's prompt, of
+scenes of all domains. No image is involved, but the decoder learns, as a large language model would have, to use what
+it is prompted with.
 """
 
 import argparse
@@ -16,12 +17,14 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from demo.data import fast_matrices
 from demo.tokenizer import EOS_TOKEN, PAD_TOKEN, save_gpt2_tokenizer, train_tokenizer
 from demo.train_clip import build_optimizer
-from demo.world import TRAIN_SEEDS, Scene, captions_of, sample_scene
+from demo.world import WEB, Scene, captions_of, scenes_of
 
 PROMPT = "Similar images show\n\n{}.\n\nThis image shows "
 IGNORED = -100
+MOST_RELATED = 7  # captions in a prompt
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class LanguageRecipe:
 
     scenes: int = 24_000
     captions_per_scene: int = 4
-    steps: int = 1_500
+    steps: int = 2_000
     batch_size: int = 32
     learning_rate: float = 3e-3
     warmup_steps: int = 100
@@ -79,15 +82,24 @@ class Documents:
         form = rng.random()
         if form < 0.1:
             return self._ids(caption + EOS_TOKEN)
-        if form < 0.5:  # one scene told several times: that what was named is named again is learnt here first
+        if form < 0.35:  # one scene told several times: that what was named is named again is learnt here first
             return self._ids("\n\n".join(rng.sample(self.captions[row], 4)) + EOS_TOKEN)
         # The prompt ends in a space of its own and the caption starts without one, as SmallCap joins them.
-        return self._ids(PROMPT.format("\n\n".join(self._related(row, rng)))) + self._ids(caption + EOS_TOKEN)
+        related = self._related(row, rng.randint(1, MOST_RELATED), rng)
+        return self._ids(PROMPT.format("\n\n".join(related))) + self._ids(caption + EOS_TOKEN)
 
-    def _related(self, row: int, rng: random.Random) -> list[str]:
-        """Draws four captions: a third of the scene itself, the others of scenes that share an object with it."""
+    def _related(self, row: int, count: int, rng: random.Random) -> list[str]:
+        """Draws captions: most of the scene itself or of one that shares an object with it, a few of any scene."""
         nouns = list(self.scenes[row].kinds)
-        rows = [row if rng.random() < 0.33 else rng.choice(self.rows_of[rng.choice(nouns)]) for _ in range(4)]
+        rows = []
+        for _ in range(count):
+            kind = rng.random()
+            if kind < 0.35:
+                rows.append(row)
+            elif kind < 0.9:
+                rows.append(rng.choice(self.rows_of[rng.choice(nouns)]))
+            else:
+                rows.append(rng.randrange(len(self.scenes)))
         return [rng.choice(self.captions[other]) for other in rows]
 
     def _ids(self, text: str) -> list[int]:
@@ -106,8 +118,7 @@ def train_language_model(recipe: LanguageRecipe, tokenizer: Tokenizer) -> GPT2LM
     """Trains on text; prints the state every 100 steps."""
     torch.manual_seed(recipe.seed)
     rng = random.Random(recipe.seed)
-    scenes = [sample_scene(seed) for seed in TRAIN_SEEDS[: recipe.scenes]]
-    documents = Documents(scenes, recipe.captions_per_scene, tokenizer)
+    documents = Documents(scenes_of(WEB, recipe.scenes), recipe.captions_per_scene, tokenizer)
     model = build_language_model(tokenizer).train()
     optimizer, schedule = build_optimizer(
         model, recipe.steps, recipe.learning_rate, recipe.warmup_steps, recipe.weight_decay
@@ -115,7 +126,7 @@ def train_language_model(recipe: LanguageRecipe, tokenizer: Tokenizer) -> GPT2LM
     start = time.perf_counter()
     for step in range(recipe.steps):
         ids, labels = pad_documents([documents.draw(rng) for _ in range(recipe.batch_size)])
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_matrices():
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
         loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
         optimizer.zero_grad()
@@ -137,7 +148,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     recipe = LanguageRecipe(steps=arguments.steps)
-    tokenizer = train_tokenizer(TRAIN_SEEDS[: recipe.scenes])
+    tokenizer = train_tokenizer()
     folder = arguments.work_dir / "language-model"
     train_language_model(recipe, tokenizer).save_pretrained(folder)
     save_gpt2_tokenizer(tokenizer, folder)

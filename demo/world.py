@@ -1,7 +1,7 @@
 """What a scene of the demo world is, and how people would caption it.
 
-Owns the kinds of objects (`kinds.csv`), grounds, sizes, layouts, the phrasings of captions and the parser that reads
-the objects back. It knows neither fonts nor models: `demo.render` draws a scene.
+Owns the kinds of objects (`kinds.csv`), the sets of scenes, grounds, sizes, layouts, the phrasings of captions and the
+parser that reads the objects back. It knows neither fonts nor models: `demo.render` draws a scene.
 """
 
 import csv
@@ -15,9 +15,25 @@ from pathlib import Path
 
 KINDS_FILE = Path(__file__).with_name("kinds.csv")
 
-# A scene is its seed. Held-out seeds start far above any training seed, so that the two can never meet.
-TRAIN_SEEDS = range(1_000_000)
-HELD_OUT_SEEDS = range(10_000_000, 11_000_000)
+TRAINING_DOMAINS = ("animals", "food", "clothing", "household", "play", "nature")
+HELD_OUT_DOMAINS = ("creatures", "produce", "vehicles", "tools")  # never shown to cross-attention's training
+
+
+@dataclass(frozen=True)
+class SceneSet:
+    """Scenes for one purpose: a scene is its seed, so sets whose seeds do not meet share no scene."""
+
+    name: str
+    seeds: range
+    domains: tuple[str, ...]
+
+
+WEB = SceneSet("web", range(1_000_000), TRAINING_DOMAINS + HELD_OUT_DOMAINS)  # for CLIP and GPT-2
+TRAINING = SceneSet("training", range(1_000_000, 2_000_000), TRAINING_DOMAINS)  # for cross-attention, and its datastore
+OTHER = SceneSet("other", range(2_000_000, 3_000_000), HELD_OUT_DOMAINS)  # the held-out domains' own datastore
+TEST = SceneSet("test", range(10_000_000, 11_000_000), TRAINING_DOMAINS)
+OTHER_TEST = SceneSet("other-test", range(11_000_000, 12_000_000), HELD_OUT_DOMAINS)
+SCENE_SETS = (WEB, TRAINING, OTHER, TEST, OTHER_TEST)
 
 GROUNDS: dict[str, tuple[int, int, int]] = {
     "red": (205, 92, 88),
@@ -49,7 +65,11 @@ LAYOUTS: dict[str, tuple[tuple[float, float], ...]] = {
     "two_above_one": ((0.26, 0.27), (0.74, 0.27), (0.5, 0.73)),
 }
 LAYOUTS_BY_COUNT = {1: ("alone",), 2: ("beside", "above"), 3: ("row", "column", "one_above_two", "two_above_one")}
-COUNT_SHARES = {1: 0.3, 2: 0.4, 3: 0.3}
+COUNT_SHARES = {1: 0.35, 2: 0.4, 3: 0.25}
+ALIKE_SHARE = 0.2  # of the scenes of several objects: all of one kind
+PAIR_SHARE = 0.5  # of the other scenes where two objects stand beside each other in a level of their own: those alike
+GROUND_NAMED_SHARE = 0.5  # of the captions
+PAIRS = {"one_above_two": (1, 2), "two_above_one": (0, 1)}
 
 
 @dataclass(frozen=True)
@@ -77,7 +97,7 @@ class PlacedObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """One to three objects in a layout on a coloured ground."""
+    """One to three objects of one domain in a layout on a coloured ground."""
 
     seed: int
     ground: str
@@ -100,20 +120,49 @@ def load_kinds() -> tuple[Kind, ...]:
         )
 
 
+@cache
+def kinds_of(domain: str) -> tuple[Kind, ...]:
+    """Returns the kinds of one domain, in the table's order."""
+    return tuple(kind for kind in load_kinds() if kind.domain == domain)
+
+
 def sample_scene(seed: int) -> Scene:
-    """Returns the scene of this seed: the same seed gives the same scene on every machine."""
+    """Returns the scene of this seed: the same seed gives the same scene on every machine.
+
+    Raises:
+        ValueError: The seed is in none of SCENE_SETS.
+    """
+    domains = next((scenes.domains for scenes in SCENE_SETS if seed in scenes.seeds), None)
+    if domains is None:
+        raise ValueError(f"seed {seed} is in none of {', '.join(f'{s.name} {s.seeds}' for s in SCENE_SETS)}")
     rng = random.Random(seed)
+    domain = rng.choice(domains)
     count = rng.choices(list(COUNT_SHARES), weights=list(COUNT_SHARES.values()))[0]
     layout = rng.choice(LAYOUTS_BY_COUNT[count])
     ground = rng.choice(list(GROUNDS))
-    kinds = rng.sample(load_kinds(), count)
+    kinds = _sample_kinds(kinds_of(domain), layout, rng)
     sizes = _sample_sizes(count, rng)
-    centres = LAYOUTS[layout]
     objects = tuple(
         _place(kind, size, centre, 0.08 if count == 1 else 0.02, rng)
-        for kind, size, centre in zip(kinds, sizes, centres, strict=True)
+        for kind, size, centre in zip(kinds, sizes, LAYOUTS[layout], strict=True)
     )
     return Scene(seed, ground, layout, objects)
+
+
+def scenes_of(scenes: SceneSet, count: int, first: int = 0) -> list[Scene]:
+    """Returns `count` scenes of a set, from its `first` on."""
+    return [sample_scene(seed) for seed in scenes.seeds[first : first + count]]
+
+
+def _sample_kinds(pool: Sequence[Kind], layout: str, rng: random.Random) -> list[Kind]:
+    """Different kinds, or one kind several times; in a level of two, those two may be alike."""
+    kinds = rng.sample(pool, len(LAYOUTS[layout]))
+    if rng.random() < ALIKE_SHARE:
+        return [kinds[0]] * len(kinds)
+    if layout in PAIRS and rng.random() < PAIR_SHARE:
+        first, second = PAIRS[layout]
+        kinds[second] = kinds[first]
+    return kinds
 
 
 def _sample_sizes(count: int, rng: random.Random) -> list[str]:
@@ -136,13 +185,19 @@ def _place(kind: Kind, size: str, centre: tuple[float, float], jitter: float, rn
 
 
 def describe(scene: Scene, rng: random.Random) -> str:
-    """Returns one caption of the scene: lower-case, no final stop, every object named once and in reading order."""
-    phrase = rng.choice(_PHRASINGS[scene.layout])(scene, rng)
+    """Returns one caption of the scene: lower-case, no final stop, every object named once and in reading order.
+
+    Objects of one kind are counted (`two dogs`), not named one after the other.
+    """
+    alike = len(scene.objects) > 1 and len(scene.kinds) == 1
+    phrase = rng.choice(_ALIKE_PHRASINGS[scene.layout] if alike else _PHRASINGS[scene.layout])(scene, rng)
     opening = rng.choice(["", "", "", "", "a picture of ", "there is ", "we see "])
-    if not phrase.startswith(("a ", "an ")):
+    if not phrase.startswith(("a ", "an ", "two ", "three ")):
         opening = ""
-    ending = rng.choice(["", " on a {} ground", " on a {} background", " on {}", " in front of a {} wall"])
-    return opening + phrase + ending.format(scene.ground)
+    if opening == "there is " and phrase.startswith(("two ", "three ")):
+        opening = "there are "
+    ending = rng.choice(_GROUND_ENDINGS).format(scene.ground) if rng.random() < GROUND_NAMED_SHARE else ""
+    return opening + phrase + ending
 
 
 def captions_of(scene: Scene, count: int, salt: str = "caption") -> list[str]:
@@ -161,14 +216,28 @@ def _name(placed: PlacedObject, adjective: str = "") -> str:
     return f"a {adjective} {kind.noun}" if adjective else f"{kind.article} {kind.noun}"
 
 
+def _count(scene: Scene) -> str:
+    number = {number: word for word, number in NUMBER_WORDS.items()}[len(scene.objects)]
+    return f"{number} {scene.objects[0].kind.plural}"
+
+
 def _alone(scene: Scene, rng: random.Random) -> str:
     placed = scene.objects[0]
     adjective = "" if placed.size == "medium" else placed.size
     return rng.choice([_name(placed), _name(placed, adjective), "just " + _name(placed, adjective)])
 
 
-def _listed(scene: Scene, rng: random.Random) -> str:
+def _names(scene: Scene) -> list[str]:
+    """What is named in turn: an object, or a pair of a kind."""
     names = [_name(placed) for placed in scene.objects]
+    if len(scene.kinds) < len(names):  # of three, a pair
+        first, second = PAIRS[scene.layout]
+        names[first : second + 1] = [f"two {scene.objects[first].kind.plural}"]
+    return names
+
+
+def _listed(scene: Scene, rng: random.Random) -> str:
+    names = _names(scene)
     return ", ".join(names[:-1]) + " and " + names[-1]
 
 
@@ -207,15 +276,28 @@ def _column(scene: Scene, rng: random.Random) -> str:
 
 
 def _one_above_two(scene: Scene, rng: random.Random) -> str:
-    top, left, right = map(_name, scene.objects)
-    return f"{top} above {left} and {right}"
+    top, *below = _names(scene)
+    return f"{top} above {' and '.join(below)}"
 
 
 def _two_above_one(scene: Scene, rng: random.Random) -> str:
-    left, right, bottom = map(_name, scene.objects)
-    return f"{left} and {right} above {bottom}"
+    *above, bottom = _names(scene)
+    return f"{' and '.join(above)} above {bottom}"
 
 
+def _counted(scene: Scene, rng: random.Random) -> str:
+    return _count(scene)
+
+
+def _counted_across(scene: Scene, rng: random.Random) -> str:
+    return f"{_count(scene)} {rng.choice(['side by side', 'in a row'])}"
+
+
+def _counted_down(scene: Scene, rng: random.Random) -> str:
+    return f"{_count(scene)} {rng.choice(['one above the other', 'in a column'])}"
+
+
+_GROUND_ENDINGS = (" on a {} ground", " on a {} background", " on {}", " in front of a {} wall")
 _PHRASINGS: dict[str, Sequence[Callable[[Scene, random.Random], str]]] = {
     "alone": (_alone,),
     "beside": (_beside, _beside, _listed, _sized_pair),
@@ -224,6 +306,14 @@ _PHRASINGS: dict[str, Sequence[Callable[[Scene, random.Random], str]]] = {
     "column": (_column, _column, _listed),
     "one_above_two": (_one_above_two, _one_above_two, _listed),
     "two_above_one": (_two_above_one, _two_above_one, _listed),
+}
+_ALIKE_PHRASINGS: dict[str, Sequence[Callable[[Scene, random.Random], str]]] = {
+    "beside": (_counted, _counted_across),
+    "above": (_counted, _counted_down),
+    "row": (_counted, _counted_across),
+    "column": (_counted, _counted_down),
+    "one_above_two": (_counted,),
+    "two_above_one": (_counted,),
 }
 
 

@@ -62,19 +62,22 @@ def _root(
 
 @app.command()
 def demo(
-    out: Annotated[str, typer.Option(help="Folder for the demo's index and captions.")] = "out/demo",
+    out: Annotated[str, typer.Option(help="Folder for the demo's indexes and captions.")] = "out/demo",
     show: Annotated[int, typer.Option(help="How many images to show.")] = 6,
     address: Address = None,
 ) -> None:
-    """Build the demo's index, caption its scenes with its small trained model, and show some results."""
+    """Caption the demo's scenes with its small trained model; then swap the datastore, and caption other domains."""
     from jobs import caption as caption_job
     from jobs import console
-    from jobs.demo import run_demo
+    from jobs.demo import compare_swap, run_demo
 
     result = run_demo(out, address)
     print(f"Index: {'built' if result.index_was_built else 'up to date'}, {result.index}")
     print(caption_job.describe(result.summary), end="\n\n")
     console.print_samples(result.summary.out, show)
+    print("\nScenes of domains that the model was not trained on, with the old datastore and with their own:\n")
+    console.print_swap(compare_swap(result.swap)[:show])
+    print(f"\nParquet: {result.swap.before.out} and {result.swap.after.out}")
 
 
 @app.command("build-index")

@@ -58,6 +58,21 @@ def print_samples(run: str, count: int) -> None:
                     out.print(Text(f"    {neighbour['score']:.2f}  {neighbour['text']}", style="dim"))
 
 
+def print_swap(rows: Sequence[Mapping[str, str]]) -> None:
+    """Prints images with their captions by one datastore and by another, and a person's caption to compare with."""
+    table = Table(box=None, pad_edge=False)
+    for header in ("image", "training domains' datastore", "own datastore", "reference"):
+        table.add_column(header, overflow="fold")
+    for row in rows:
+        table.add_row(
+            Text(row["image"], style="cyan"),
+            Text(row["before"]),
+            Text(row["after"], style="bold"),
+            Text(row["reference"], style="dim"),
+        )
+    out.print(table)
+
+
 def print_versions(versions: Sequence[Mapping[str, Any]]) -> None:
     """Prints an index's versions, the current one marked with a star."""
     table = Table(box=None, pad_edge=False)

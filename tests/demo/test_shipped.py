@@ -9,16 +9,39 @@ from PIL import Image
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
-from demo.datastore import CAPTIONS_PER_SCENE, REFERENCES_PER_IMAGE, SHIPPED_IMAGES
-from demo.world import HELD_OUT_SEEDS, TRAIN_SEEDS, captions_of, named_kinds, sample_scene
+from demo.claim_report import tables
+from demo.datastore import (
+    CAPTIONS_PER_SCENE,
+    REFERENCES_PER_IMAGE,
+    SHIPPED_IMAGES,
+    SHIPPED_OTHER_IMAGES,
+    datastore_rows,
+)
+from demo.world import (
+    OTHER,
+    OTHER_TEST,
+    TEST,
+    TRAINING,
+    WEB,
+    SceneSet,
+    captions_of,
+    load_kinds,
+    named_kinds,
+    sample_scene,
+    scenes_of,
+)
 
 DEMO = Path(__file__).parents[2] / "demo"
-LIMIT_BYTES = 15 * 2**20
+LIMIT_BYTES = 20_000_000
+SHIPPED = [
+    pytest.param("", TEST, TRAINING, SHIPPED_IMAGES, id="training domains"),
+    pytest.param("-held-out", OTHER_TEST, OTHER, SHIPPED_OTHER_IMAGES, id="held-out domains"),
+]
 
 
-def captions() -> list[dict[str, str]]:
-    with (DEMO / "captions.csv").open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+def captions(suffix: str) -> list[tuple[str, str]]:
+    with (DEMO / f"captions{suffix}.csv").open(encoding="utf-8", newline="") as file:
+        return [(row["image"], row["caption"]) for row in csv.DictReader(file)]
 
 
 def test_the_whole_demo_stays_small() -> None:
@@ -27,35 +50,32 @@ def test_the_whole_demo_stays_small() -> None:
     assert not [path for path in files if path.suffix in {".bin", ".pt", ".pkl", ".ttf"}]
 
 
-def test_the_shipped_pictures_are_held_out_and_the_dump_is_of_training_scenes() -> None:
-    images = sorted((DEMO / "images").glob("*.jpg"))
-    assert len(images) == SHIPPED_IMAGES
-    assert all(int(path.stem) in HELD_OUT_SEEDS for path in images)
-    rows = captions()
-    seeds = [int(row["image"].removeprefix("train-").removesuffix(".jpg")) for row in rows]
-    assert all(seed in TRAIN_SEEDS for seed in seeds)
-    assert not {path.name for path in images} & {row["image"] for row in rows}
-    assert all(seeds.count(seed) >= CAPTIONS_PER_SCENE for seed in seeds[:50])
+@pytest.mark.parametrize(("suffix", "pictures", "dumped", "count"), SHIPPED)
+def test_pictures_are_of_test_scenes_and_dumps_of_others(
+    suffix: str, pictures: SceneSet, dumped: SceneSet, count: int
+) -> None:
+    names = sorted(path.name for path in (DEMO / f"images{suffix}").glob("*.jpg"))
+    assert names == [f"{seed}.jpg" for seed in pictures.seeds[:count]]
+    rows = captions(suffix)
+    assert rows == datastore_rows(dumped)
+    assert len(rows) == CAPTIONS_PER_SCENE * len({image for image, _ in rows})
 
 
-def test_the_dump_names_the_objects_of_its_scenes() -> None:
-    for row in captions()[:500]:
-        seed = int(row["image"].removeprefix("train-").removesuffix(".jpg"))
-        assert named_kinds(row["caption"]) == sample_scene(seed).kinds
-
-
-def test_each_picture_has_references_that_name_its_objects() -> None:
-    references = json.loads((DEMO / "references.json").read_text(encoding="utf-8"))
+@pytest.mark.parametrize(("suffix", "pictures", "dumped", "count"), SHIPPED)
+def test_each_picture_has_references_that_name_its_objects(
+    suffix: str, pictures: SceneSet, dumped: SceneSet, count: int
+) -> None:
+    references = json.loads((DEMO / f"references{suffix}.json").read_text(encoding="utf-8"))
     files = {image["id"]: image["file_name"] for image in references["images"]}
-    assert len(files) == SHIPPED_IMAGES and all((DEMO / "images" / name).exists() for name in files.values())
-    assert len(references["annotations"]) == SHIPPED_IMAGES * REFERENCES_PER_IMAGE
+    assert len(files) == count and all((DEMO / f"images{suffix}" / name).exists() for name in files.values())
+    assert len(references["annotations"]) == count * REFERENCES_PER_IMAGE
     for annotation in references["annotations"]:
         scene = sample_scene(int(Path(files[annotation["image_id"]]).stem))
         assert named_kinds(annotation["caption"]) == scene.kinds
 
 
 def test_pictures_are_small_jpegs() -> None:
-    for path in (DEMO / "images").glob("*.jpg"):
+    for path in DEMO.glob("images*/*.jpg"):
         with Image.open(path) as image:
             assert (image.format, image.size) == ("JPEG", (192, 192))
 
@@ -69,8 +89,10 @@ def test_the_tokenizer_keeps_gpt2s_conventions() -> None:
     assert tokenizer.decode(ids) == prompt
     assert tokenizer.encode("\n\n").ids == tokenizer.encode("\n").ids * 2
     assert ids[-1] == tokenizer.encode(" ").ids[0]
-    for seed in range(500):
-        assert all(len(tokenizer.encode(caption).ids) <= 22 for caption in captions_of(sample_scene(seed), 2))
+    for scene in scenes_of(WEB, 500):
+        assert all(len(tokenizer.encode(caption).ids) <= 22 for caption in captions_of(scene, 2))
+    for kind in load_kinds():
+        assert [len(tokenizer.encode(f" {word}").ids) for word in (kind.noun, kind.plural)] == [1, 1]
 
 
 def test_the_clip_tokenizer_ends_each_text_where_the_text_tower_looks() -> None:
@@ -95,3 +117,15 @@ def test_the_checkpoint_has_the_references_layout() -> None:
     layer = "decoder.transformer.h.0"
     assert {"encoder.post_layernorm.weight", "decoder.transformer.wte.weight"} <= names
     assert {f"{layer}.crossattention.{part}.weight" for part in ("c_attn", "q_attn", "c_proj")} <= names
+
+
+def test_the_claims_are_of_a_thousand_scenes_and_stand_in_the_readme() -> None:
+    claims = json.loads((DEMO / "claims.json").read_text(encoding="utf-8"))
+    assert claims["scenes"] >= 1_000
+    transfer = claims["transfer"]
+    assert transfer["own_datastore"]["cider_low"] > transfer["training_datastore"]["cider_high"]
+    assert transfer["own_datastore"]["cider_low"] > transfer["random"]["cider_high"]
+    assert transfer["own_datastore"]["cider_low"] > transfer["none"]["cider_high"]
+    assert tables(claims) in (DEMO / "README.md").read_text(encoding="utf-8")
+    for plot in ("datastores", "k", "sizes"):
+        assert (DEMO / f"claims-{plot}.png").stat().st_size > 5_000

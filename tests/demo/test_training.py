@@ -1,16 +1,21 @@
 """What the training scripts feed their models."""
 
+import dataclasses
 import random
 
 import numpy as np
+import pytest
 import torch
 
+from demo.cross_attention_data import TrainingScenes, plain_batches, prompted_batches, retrieve_others
+from demo.cross_attention_start import Whitening, start_at_nouns
 from demo.data import object_table, region_masks
 from demo.datastore import datastore_rows
 from demo.tokenizer import train_tokenizer
-from demo.train_cross_attention import Whitening, retrieve_others
 from demo.train_language_model import IGNORED, Documents, pad_documents
-from demo.world import load_kinds, sample_scene
+from demo.world import TRAINING, WEB, load_kinds, named_kinds, sample_scene, scenes_of
+from smallcap.checkpoint import SmallCapModel, load_checkpoint, tokenizer_source
+from smallcap.prompt import encode_texts, load_tokenizer
 
 
 def test_region_masks_average_the_patches_in_the_middle_of_an_object() -> None:
@@ -34,8 +39,8 @@ def test_object_table_lists_kinds_and_ignores_absent_objects() -> None:
 
 
 def test_documents_end_with_eos_and_padding_is_not_learnt() -> None:
-    tokenizer = train_tokenizer(range(200))
-    documents = Documents([sample_scene(seed) for seed in range(200)], 4, tokenizer)
+    tokenizer = train_tokenizer(200)
+    documents = Documents(scenes_of(WEB, 200), 4, tokenizer)
     rng = random.Random(0)
     drawn = [documents.draw(rng) for _ in range(20)]
     ids, labels = pad_documents(drawn)
@@ -54,15 +59,58 @@ class _TextIsItsRow:
 
 def test_an_images_own_captions_are_not_retrieved_for_it(monkeypatch) -> None:  # type: ignore[no-untyped-def]
     rows = datastore_rows()[:12]
-    monkeypatch.setattr("demo.train_cross_attention.datastore_rows", lambda: rows)
+    monkeypatch.setattr("demo.cross_attention_data.datastore_rows", lambda: rows)
     query = np.zeros((1, 12), np.float32)
     query[0, [0, 1, 7, 5]] = [4, 3, 2, 1]  # rows 0 and 1 are captions of the first training scene
-    assert retrieve_others(_TextIsItsRow(), query, k=2) == [[rows[7][1], rows[5][1]]]  # type: ignore[arg-type]
+    assert retrieve_others(_TextIsItsRow(), query, count=2) == [[rows[7][1], rows[5][1]]]  # type: ignore[arg-type]
+
+
+def test_prompts_hold_the_candidates_that_the_mode_chooses() -> None:
+    model, tokenizer = load_checkpoint("demo"), load_tokenizer(tokenizer_source("demo"))
+    kinds = load_kinds()
+    candidates = [[f"a {kind.noun}" for kind in kinds[row : row + 60]] for row in range(20)]
+    for mode, allowed in (("top-k", 4), ("sample-k", 50)):
+        scenes = TrainingScenes(torch.zeros(20, 1, 1), [[[7, 8]]] * 20, candidates, mode)  # type: ignore[arg-type]
+        seen: set[int] = set()
+        for rows, examples in prompted_batches(model, tokenizer, scenes, 6, 5, random.Random(0)):
+            for row, (ids, labels) in zip(rows, examples, strict=True):
+                assert ids[-2:] == [7, 8] and labels[-3:] == [7, 8, model.config.eos_token_id]
+                named = named_kinds(tokenizer.decode(ids[:-2]))
+                assert len(named) == 4
+                seen |= {candidates[row].index(f"a {noun}") for noun in named}
+        assert (seen == set(range(4))) if mode == "top-k" else (max(seen) > 20)
+        assert max(seen) < allowed
+
+
+def test_plain_prompts_hold_no_captions() -> None:
+    model, tokenizer = load_checkpoint("demo"), load_tokenizer(tokenizer_source("demo"))
+    scenes = TrainingScenes(torch.zeros(3, 1, 1), [[[7, 8]]] * 3, [["a dog"]] * 3, "top-k")
+    for _, examples in plain_batches(model, tokenizer, scenes, 2, 4, random.Random(0)):
+        assert [tokenizer.decode(ids[:-2]) for ids, _ in examples] == ["This image shows "] * 4
+
+
+@pytest.mark.parametrize("reduce_factor", [1, 4])
+def test_values_start_near_the_nouns_of_their_patches(reduce_factor: int) -> None:
+    torch.manual_seed(0)
+    config = load_checkpoint("demo").config
+    decoder = dataclasses.replace(config.decoder, cross_attention_reduce_factor=reduce_factor)
+    model = SmallCapModel(dataclasses.replace(config, decoder=decoder))
+    tokenizer = load_tokenizer(tokenizer_source("demo"))
+    nouns = [ids[0] for ids in encode_texts(tokenizer, [f" {kind.noun}" for kind in load_kinds()])]
+    scenes = [scene for scene in scenes_of(TRAINING, 400) if len(scene.objects) == 1]
+    kinds, _ = object_table(scenes)
+    of_kind = torch.randn(len(nouns), 128)
+    features = of_kind[kinds[:, 0]][:, None].expand(-1, 1 + 36, -1) + 0.1 * torch.randn(len(scenes), 37, 128)
+    start_at_nouns(model, features, scenes, nouns, scale=1.0)
+    attention = model.decoder.transformer.h[-1].crossattention  # type: ignore[union-attr]
+    values = attention.c_attn(features[:, 18])[:, -attention.c_proj.weight.shape[0] :]
+    read = attention.c_proj(values) @ model.decoder.token_embedding[nouns].T
+    known = kinds[:, 0].unique()
+    right = known[read[:, known].argmax(1)] == kinds[:, 0]
+    assert right.float().mean() > (0.9 if reduce_factor == 1 else 0.3)  # of about 140 kinds
 
 
 def test_whitened_features_have_unit_spread_and_fold_into_the_weights() -> None:
-    from smallcap.checkpoint import load_checkpoint
-
     model = load_checkpoint("demo")
     attention = model.decoder.transformer.h[-1].crossattention  # type: ignore[union-attr]
     size = attention.c_attn.weight.shape[0]

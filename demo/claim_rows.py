@@ -1,0 +1,91 @@
+"""One row of the claims: a captioner on rendered test scenes, scored by CIDEr and by the objects it names."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from demo.datastore import FIRST_MEASURED, REFERENCES_PER_IMAGE
+from demo.render import encode_jpeg
+from demo.world import Scene, SceneSet, captions_of, named_kinds, scenes_of
+from smallcap.bootstrap import interval, mean_of, resample
+from smallcap.caption_metrics import score_captions
+from smallcap.captioner import Captioner
+from smallcap.retriever import Neighbour, NeighbourSearch, Retriever
+
+BATCH_SIZE = 64
+RESAMPLES = 1_000
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """Rendered test scenes with their reference captions."""
+
+    scenes: list[Scene]
+    images: list[bytes]  # JPEG
+    references: dict[str, list[str]]  # by the scene's seed
+
+    @classmethod
+    def render(cls, of: SceneSet, count: int) -> "Scenes":
+        """Renders `count` scenes of a set that are not among the shipped pictures."""
+        scenes = scenes_of(of, count, FIRST_MEASURED)
+        references = {str(scene.seed): captions_of(scene, REFERENCES_PER_IMAGE) for scene in scenes}
+        return cls(scenes, [encode_jpeg(scene) for scene in scenes], references)
+
+
+@dataclass(frozen=True)
+class Row:
+    """CIDEr (1.0 is what papers print as 100) and the share of scenes with exactly their objects named.
+
+    `low` and `high` are the ends of 95% bootstrap intervals over scenes.
+    """
+
+    cider: float
+    cider_low: float
+    cider_high: float
+    accuracy: float
+    accuracy_low: float
+    accuracy_high: float
+
+    def as_json(self) -> dict[str, float]:
+        """Returns the figures, rounded to what the number of scenes supports."""
+        return {name: round(value, 4) for name, value in asdict(self).items()}
+
+
+class RandomCaptions(NeighbourSearch):
+    """Finds captions of a datastore whatever the query: the control that shows what a prompt's length alone does."""
+
+    def __init__(self, retriever: Retriever, captions: Sequence[str], seed: int = 0) -> None:
+        self.manifest, self.index_id, self.dim = retriever.manifest, retriever.index_id, retriever.dim
+        self._captions = captions
+        self._rng = np.random.default_rng(seed)
+
+    def search(
+        self, queries: np.ndarray, k: int, exclude_image_ids: Sequence[str | None] | None = None
+    ) -> list[list[Neighbour]]:
+        """Returns k captions for each query, drawn without regard to it; their scores are not a number."""
+        drawn = [self._rng.choice(len(self._captions), size=k, replace=False) for _ in queries]
+        return [[Neighbour(int(i), self._captions[i], float("nan")) for i in rows] for rows in drawn]
+
+
+def measure(captioner: Captioner, scenes: Scenes) -> Row:
+    """Captions the scenes and scores the captions."""
+    captions: list[str] = []
+    for start in range(0, len(scenes.images), BATCH_SIZE):
+        results = captioner.caption(scenes.images[start : start + BATCH_SIZE])
+        captions += [result.caption or "" for result in results]
+    return score(captions, scenes)
+
+
+def score(captions: Sequence[str], scenes: Scenes) -> Row:
+    """Scores one caption per scene."""
+    by_scene = {str(scene.seed): caption for scene, caption in zip(scenes.scenes, captions, strict=True)}
+    right = [named_kinds(caption) == scene.kinds for scene, caption in zip(scenes.scenes, captions, strict=True)]
+    statistics: dict[str, Any] = {
+        "cider": score_captions(by_scene, scenes.references, ["cider"])["cider"].statistics,
+        "accuracy": mean_of(np.array(right, dtype=np.float64)),
+    }
+    draws = resample(statistics, RESAMPLES, seed=0)
+    (cider_low, cider_high), (low, high) = interval(draws["cider"]), interval(draws["accuracy"])
+    return Row(statistics["cider"].value, cider_low, cider_high, statistics["accuracy"].value, low, high)

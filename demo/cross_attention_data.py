@@ -1,0 +1,141 @@
+"""What the demo's cross-attention is trained on: encoded scenes, their captions, and what is retrieved for them."""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import faiss
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from demo.data import normalise
+from demo.datastore import CAPTIONS_PER_SCENE, datastore_rows, image_name
+from demo.world import TRAINING, captions_of, scenes_of
+from smallcap.checkpoint import SmallCapModel
+from smallcap.clip_encoder import RetrievalEncoder
+from smallcap.prompt import build_prompts, build_training_example, encode_texts
+from smallcap.retrieval_sampling import RetrievalMode, candidates_needed, choose_retrieved
+
+ENCODE_BATCH = 250
+BATCHES_SORTED = (
+    16  # are drawn together and sorted by the length of their prompts, which saves a quarter of the padding
+)
+
+
+@dataclass(frozen=True)
+class TrainingScenes:
+    """N training scenes as cross-attention sees them.
+
+    Attributes:
+        features: [N, P, Hv].
+        captions: For each scene the token ids of some captions.
+        candidates: For each scene captions of the datastore, not its own, nearest first.
+        mode: Which of the candidates a prompt holds.
+    """
+
+    features: Tensor
+    captions: list[list[list[int]]]
+    candidates: list[list[str]]
+    mode: RetrievalMode
+
+
+@torch.inference_mode()
+def encode_scenes(
+    model: SmallCapModel, retrieval_encoder: RetrievalEncoder, images: np.ndarray
+) -> tuple[Tensor, np.ndarray]:
+    """Returns cross-attention's features [N, P, Hv] (fp16, to fit in memory) and the embeddings [N, D] for search."""
+    assert retrieval_encoder.share_weights_with(model.encoder), "the two roles of CLIP have different weights"
+    features, embeddings = [], []
+    for start in range(0, len(images), ENCODE_BATCH):
+        hidden, class_token = model.encoder(normalise(np.array(images[start : start + ENCODE_BATCH])))
+        features.append(hidden.half())
+        embeddings.append(retrieval_encoder.project(class_token).numpy())
+    return torch.cat(features), np.concatenate(embeddings)
+
+
+def retrieve_others(retrieval_encoder: RetrievalEncoder, embeddings: np.ndarray, count: int) -> list[list[str]]:
+    """Returns for each training scene the nearest captions of the dump that are not its own, nearest first."""
+    rows = datastore_rows()
+    captions_xb = retrieval_encoder.encode_texts([caption for _, caption in rows])
+    index = faiss.IndexFlatIP(captions_xb.shape[1])
+    index.add(captions_xb)
+    _, neighbours = index.search(embeddings, count + CAPTIONS_PER_SCENE)
+    retrieved = []
+    for seed, found in zip(TRAINING.seeds, neighbours, strict=False):
+        own = image_name(TRAINING, seed)
+        retrieved.append([rows[i][1] for i in found if rows[i][0] != own][:count])
+    return retrieved
+
+
+def load_training_scenes(
+    model: SmallCapModel,
+    retrieval_encoder: RetrievalEncoder,
+    tokenizer: PreTrainedTokenizerBase,
+    images: np.ndarray,
+    captions_per_scene: int,
+    mode: RetrievalMode,
+) -> TrainingScenes:
+    """Encodes the first scenes of the training set, one for each image, and retrieves for them."""
+    features, embeddings = encode_scenes(model, retrieval_encoder, images)
+    return TrainingScenes(
+        features=features,
+        captions=[
+            encode_texts(tokenizer, captions_of(scene, captions_per_scene))
+            for scene in scenes_of(TRAINING, len(images))
+        ],
+        candidates=retrieve_others(retrieval_encoder, embeddings, candidates_needed(mode, model.config.k)),
+        mode=mode,
+    )
+
+
+Batch = tuple[list[int], list[tuple[list[int], list[int]]]]  # rows and, for each, its input ids and labels
+
+
+def plain_batches(
+    model: SmallCapModel,
+    tokenizer: PreTrainedTokenizerBase,
+    scenes: TrainingScenes,
+    steps: int,
+    batch_size: int,
+    rng: random.Random,
+) -> Iterator[Batch]:
+    """Yields examples whose prompt holds no captions."""
+    prompt = build_prompts(tokenizer, model.config.template, [[]])[0]
+    for _ in range(steps):
+        rows = [rng.randrange(len(scenes.captions)) for _ in range(batch_size)]
+        yield rows, _examples(model, scenes, rows, [prompt] * batch_size, rng)
+
+
+def prompted_batches(
+    model: SmallCapModel,
+    tokenizer: PreTrainedTokenizerBase,
+    scenes: TrainingScenes,
+    steps: int,
+    batch_size: int,
+    rng: random.Random,
+) -> Iterator[Batch]:
+    """Yields examples whose prompt holds k retrieved captions."""
+    drawn = np.random.default_rng(rng.randrange(2**32))
+    batches: list[list[tuple[int, list[int]]]] = []
+    for _ in range(steps):
+        if not batches:
+            rows = [rng.randrange(len(scenes.captions)) for _ in range(BATCHES_SORTED * batch_size)]
+            chosen = [choose_retrieved(scenes.candidates[row], model.config.k, scenes.mode, drawn) for row in rows]
+            prompted = list(zip(rows, build_prompts(tokenizer, model.config.template, chosen), strict=True))
+            prompted.sort(key=lambda pair: len(pair[1]))
+            batches = [prompted[i : i + batch_size] for i in range(0, len(prompted), batch_size)]
+            rng.shuffle(batches)
+        rows, prompts = map(list, zip(*batches.pop(), strict=True))
+        yield rows, _examples(model, scenes, rows, prompts, rng)
+
+
+def _examples(
+    model: SmallCapModel, scenes: TrainingScenes, rows: list[int], prompts: list[list[int]], rng: random.Random
+) -> list[tuple[list[int], list[int]]]:
+    eos, pad = model.config.eos_token_id, model.config.pad_token_id
+    return [
+        build_training_example(prompt, rng.choice(scenes.captions[row]), eos, pad)
+        for row, prompt in zip(rows, prompts, strict=True)
+    ]
