@@ -14,7 +14,7 @@ START, END = "<!-- claims: written by demo.claims -->", "<!-- end of claims -->"
 DATASTORES = {
     "none": "no retrieval",
     "random": "captions drawn at random",
-    "training_datastore": "the training domains'",
+    "training_datastore": "the other domains'",
     "own_datastore": "their own",
     "own_datastore_half": "half of their own",
     "own_datastore_eighth": "an eighth of their own",
@@ -54,7 +54,7 @@ def tables(values: Values) -> str:
         f"CIDEr and, in brackets, the share of scenes whose caption names exactly their objects, with 95% intervals; "
         f"{values['scenes']:,} scenes of each side that no training saw.",
         _table(
-            ["captions of", *SIDES.values()],
+            ["datastore", *SIDES.values()],
             [
                 [label, *(_cell(values[side].get(_side_name(name, side))) for side in SIDES)]
                 for name, label in DATASTORES.items()
@@ -107,12 +107,11 @@ def _plot_datastores(values: Values, path: Path) -> None:
             color=COLOURS[side],
             label=SIDES[side],
         )
-    foreign = {"training_datastore": "the other domains'"}
-    axes.set_yticks([place + 0.19 for place in range(len(names))], [foreign.get(n, DATASTORES[n]) for n in names])
+    axes.set_yticks([place + 0.19 for place in range(len(names))], [DATASTORES[name] for name in names])
     axes.invert_yaxis()
     axes.set_xlabel("CIDEr, with 95% intervals")
     axes.set_ylabel("datastore")
-    axes.legend(frameon=False)
+    figure.legend(frameon=False, loc="outside upper right", ncols=2)
     _save(figure, path)
 
 
@@ -132,6 +131,8 @@ def _plot_lines(rows: Mapping[Any, Values], label: str, path: Path, logarithmic:
         )
     if logarithmic:
         axes.set_xscale("log")
+        axes.set_xticks(places, [f"{place:,}" for place in places])
+        axes.minorticks_off()
     axes.set_xlabel(label)
     axes.set_ylabel("CIDEr, with 95% intervals")
     axes.set_ylim(bottom=0)

@@ -9,6 +9,7 @@ import argparse
 import random
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from demo.world import WEB, Scene, captions_of, scenes_of
 PROMPT = "Similar images show\n\n{}.\n\nThis image shows "
 IGNORED = -100
 MOST_RELATED = 7  # captions in a prompt
+BATCHES_SORTED = 16  # are drawn together
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,19 @@ class Documents:
         return list(self.tokenizer.encode(text).ids)
 
 
+def document_batches(
+    documents: Documents, steps: int, batch_size: int, rng: random.Random
+) -> Iterator[list[list[int]]]:
+    """Yields batches of documents of like length, which saves half of the padding."""
+    batches: list[list[list[int]]] = []
+    for _ in range(steps):
+        if not batches:
+            drawn = sorted((documents.draw(rng) for _ in range(BATCHES_SORTED * batch_size)), key=len)
+            batches = [drawn[i : i + batch_size] for i in range(0, len(drawn), batch_size)]
+            rng.shuffle(batches)
+        yield batches.pop()
+
+
 def pad_documents(documents: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns ids [B, longest], padded at the right, and labels with IGNORED at the padding."""
     longest = max(map(len, documents))
@@ -124,8 +139,8 @@ def train_language_model(recipe: LanguageRecipe, tokenizer: Tokenizer) -> GPT2LM
         model, recipe.steps, recipe.learning_rate, recipe.warmup_steps, recipe.weight_decay
     )
     start = time.perf_counter()
-    for step in range(recipe.steps):
-        ids, labels = pad_documents([documents.draw(rng) for _ in range(recipe.batch_size)])
+    for step, batch in enumerate(document_batches(documents, recipe.steps, recipe.batch_size, rng)):
+        ids, labels = pad_documents(batch)
         with fast_matrices():
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
         loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
