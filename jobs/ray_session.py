@@ -11,8 +11,12 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from smallcap.errors import SmallCapError
+
+if TYPE_CHECKING:
+    import ray.data
 
 _LOCAL_CPUS = 4  # logical; on smaller machines a pool of actors and the tasks that feed it must still fit
 
@@ -72,12 +76,14 @@ def _quiet_start() -> Iterator[None]:
             os.close(terminal)
 
 
-def limit_blocks(most_bytes: int) -> None:
-    """Has Ray Data end a block, from here on, when it holds so many bytes; never above Ray's own limit."""
-    from ray.data import DataContext
+def limit_blocks(dataset: ray.data.Dataset, most_bytes: int) -> None:
+    """Has Ray Data end a block of a dataset, and of what is made of it, when it holds so many bytes.
+
+    Never above Ray's own limit. The process's other datasets keep theirs: each has a copy of the settings.
+    """
     from ray.data.context import DEFAULT_TARGET_MAX_BLOCK_SIZE
 
-    DataContext.get_current().target_max_block_size = min(most_bytes, DEFAULT_TARGET_MAX_BLOCK_SIZE)
+    dataset.context.target_max_block_size = min(most_bytes, DEFAULT_TARGET_MAX_BLOCK_SIZE)
 
 
 @contextmanager

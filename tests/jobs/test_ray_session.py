@@ -2,11 +2,12 @@ import gc
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 import pyarrow as pa
 import pytest
 
-from jobs.ray_session import own_errors
+from jobs.ray_session import limit_blocks, own_errors
 from smallcap.errors import ErrorCode, RowError, StorageError
 
 
@@ -59,6 +60,24 @@ def test_a_bug_of_an_actor_arrives_and_no_actor_stays(ray_session: None) -> None
         fail_in_actors(ZeroDivisionError("a bug"))
     wait_for_free_cpus()
     del kept  # not before
+
+
+@pytest.mark.ray
+def test_blocks_are_limited_for_one_dataset_alone(ray_session: None) -> None:
+    import ray
+
+    def four_tables(batch: pa.Table) -> Iterator[pa.Table]:
+        for _ in range(4):
+            yield pa.table({"bytes": [b"0" * 1000]})
+
+    def blocks(limit: int | None) -> int:
+        dataset = ray.data.from_arrow(pa.table({"item": [0]}))
+        if limit is not None:
+            limit_blocks(dataset, limit)
+        return int(dataset.map_batches(four_tables, batch_format="pyarrow").materialize().num_blocks())
+
+    assert blocks(1000) == 4
+    assert blocks(None) == 1
 
 
 def test_other_errors_pass_unchanged() -> None:
