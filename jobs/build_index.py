@@ -8,7 +8,7 @@ from index_builder.build import BuildPlan, BuildReport, build_index, plan_build
 from index_builder.plan import plan_index, with_open_nlist
 from index_builder.removal import COMPACT_ABOVE
 from jobs.config_args import run_job
-from jobs.ray_session import connect
+from jobs.ray_session import connect, own_errors
 from smallcap.config import IndexConfig
 from smallcap.index_manifest import IndexManifest
 
@@ -22,7 +22,8 @@ def run(config: IndexConfig, address: str | None = None) -> BuildReport:
         RunError: See `index_builder.build.build_index`.
     """
     connect(address)
-    return build_index(config, _print_progress)
+    with own_errors():
+        return build_index(config, _print_progress)
 
 
 def plan(config: IndexConfig, address: str | None = None) -> BuildPlan:

@@ -76,8 +76,9 @@ def start_loading(
         spec: What is needed of the images.
         images_per_block: The most that a block holds; what waits for the next stage is counted in blocks.
     """
-    limit_blocks(spec.plan.image_bytes * images_per_block)
-    return ray.data.from_arrow(task_inputs(items)).map_batches(
+    inputs = ray.data.from_arrow(task_inputs(items))
+    limit_blocks(inputs, spec.plan.image_bytes * images_per_block)
+    return inputs.map_batches(
         load, batch_size=1, batch_format="pyarrow", fn_kwargs={"spec": spec}, memory=_LOAD_MEMORY_BYTES
     )
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import TYPE_CHECKING
 
 from smallcap.errors import SmallCapError
+
+if TYPE_CHECKING:
+    import ray.data
 
 _LOCAL_CPUS = 4  # logical; on smaller machines a pool of actors and the tasks that feed it must still fit
 
@@ -69,12 +76,14 @@ def _quiet_start() -> Iterator[None]:
             os.close(terminal)
 
 
-def limit_blocks(most_bytes: int) -> None:
-    """Has Ray Data end a block, from here on, when it holds so many bytes; never above Ray's own limit."""
-    from ray.data import DataContext
+def limit_blocks(dataset: ray.data.Dataset, most_bytes: int) -> None:
+    """Has Ray Data end a block of a dataset, and of what is made of it, when it holds so many bytes.
+
+    Never above Ray's own limit. The process's other datasets keep theirs: each has a copy of the settings.
+    """
     from ray.data.context import DEFAULT_TARGET_MAX_BLOCK_SIZE
 
-    DataContext.get_current().target_max_block_size = min(most_bytes, DEFAULT_TARGET_MAX_BLOCK_SIZE)
+    dataset.context.target_max_block_size = min(most_bytes, DEFAULT_TARGET_MAX_BLOCK_SIZE)
 
 
 @contextmanager
@@ -94,15 +103,41 @@ def stage_progress() -> Iterator[None]:
 def own_errors() -> Iterator[None]:
     """Raises a smallcap error of a task or an actor as itself, without the frames of Ray around it.
 
-    Any other exception passes unchanged.
+    Any other exception passes unchanged, but for the variables in Ray's frames. Either way the failed pipeline's actors
+    end, and the next job of this process finds their CPUs free.
     """
     try:
         yield
     except Exception as error:
+        _let_go_of_actors(error)
         own = _find_own_error(error)
         if own is None:
             raise
         raise own from None
+
+
+def _let_go_of_actors(error: BaseException) -> None:
+    """Ends the actors that an exception of Ray Data keeps alive, by emptying Ray's frames in its traceback.
+
+    An actor ends when nothing refers to it. The variables of these frames do, as long as someone keeps the exception (a
+    notebook or a debugger does), and after that until cycles are collected. The next pipeline, whose actors take all
+    CPUs but one, would wait for a CPU to load with.
+    """
+    seen: set[int] = set()
+    left: list[object] = [error]
+    while left:
+        one = left.pop()
+        if not isinstance(one, BaseException) or id(one) in seen:
+            continue
+        seen.add(id(one))
+        for found, _ in traceback.walk_tb(one.__traceback__):
+            frame: FrameType | None = found
+            while frame is not None and frame.f_globals.get("__name__", "").startswith(("ray.", "threading")):
+                with suppress(RuntimeError):  # it is still running
+                    frame.clear()
+                frame = frame.f_back  # down to the first of the pipeline's thread, which refers to all of it
+        left += [getattr(one, "cause", None), one.__cause__, one.__context__]
+    gc.collect()
 
 
 def _find_own_error(error: BaseException | None) -> SmallCapError | None:
