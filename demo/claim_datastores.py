@@ -47,7 +47,7 @@ def build_datastores(work: Path) -> dict[str, str]:
         "everything": training + other + noise_rows(len(training) + len(other)),
     }
     work.mkdir(parents=True, exist_ok=True)
-    indexes = {}
+    indexes: dict[str, str] = {}
     for name, rows in dumps.items():
         write_captions(rows, work / f"{name}.csv")
         config = IndexConfig(
@@ -55,6 +55,7 @@ def build_datastores(work: Path) -> dict[str, str]:
             out=str(work / name),
             encoder=DEMO,
             shards=1,
+            reuse=tuple(indexes.values()),  # embeddings of the same captions
             cleaning=CleaningConfig(tokenizer=DEMO),
         )
         indexes[name] = build_index.run(config).index_uri

@@ -7,7 +7,7 @@ from pathlib import Path
 from demo.render import encode_jpeg
 from demo.world import OTHER, OTHER_TEST, TEST, TRAINING, SceneSet, captions_of, sample_scene, scenes_of
 
-DATASTORE_SCENES = 4_000
+DATASTORE_SCENES = 10_000
 CAPTIONS_PER_SCENE = 2
 REFERENCES_PER_IMAGE = 5
 SHIPPED_IMAGES = 48  # of the training domains

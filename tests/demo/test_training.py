@@ -12,7 +12,7 @@ from demo.cross_attention_start import Whitening, start_at_nouns
 from demo.data import object_table, region_masks
 from demo.datastore import datastore_rows
 from demo.tokenizer import train_tokenizer
-from demo.train_language_model import IGNORED, Documents, pad_documents
+from demo.train_language_model import IGNORED, Documents, document_batches, pad_documents
 from demo.world import TRAINING, WEB, load_kinds, named_kinds, sample_scene, scenes_of
 from smallcap.checkpoint import SmallCapModel, load_checkpoint, tokenizer_source
 from smallcap.prompt import encode_texts, load_tokenizer
@@ -48,6 +48,17 @@ def test_documents_end_with_eos_and_padding_is_not_learnt() -> None:
         assert document[-1] == 13
         assert labels[row, len(document) :].eq(IGNORED).all()
         assert ids[row, : len(document)].tolist() == document == labels[row, : len(document)].tolist()
+
+
+def test_batches_hold_documents_of_like_length() -> None:
+    tokenizer = train_tokenizer(200)
+    documents = Documents(scenes_of(WEB, 200), 4, tokenizer)
+    batches = list(document_batches(documents, steps=20, batch_size=8, rng=random.Random(0)))
+    assert [len(batch) for batch in batches] == [8] * 20
+    spreads = [max(map(len, batch)) - min(map(len, batch)) for batch in batches]
+    lengths = [len(document) for batch in batches for document in batch]
+    assert sum(spreads) / len(spreads) < 0.25 * (max(lengths) - min(lengths))
+    assert batches == list(document_batches(documents, steps=20, batch_size=8, rng=random.Random(0)))
 
 
 class _TextIsItsRow:
