@@ -34,7 +34,7 @@ from smallcap.training import freeze_all_but_cross_attention
 DEMO = Path(__file__).parent
 KS = range(1, 8)
 REDUCE_FACTORS = (1, 2, 4, 8, 16)
-SHORT = {"scenes": 12_000, "steps": 300}  # of the trainings that are compared with each other
+SHORT = {"scenes": 8_000, "steps": 240}  # of the trainings that are compared with each other
 MODES = ("top-k", "sample-k")
 
 
