@@ -47,7 +47,7 @@ class Claims:
         self.values: dict[str, Any] = found if found.get("scenes") == scenes else {"scenes": scenes}
 
     def row(self, path: str, make: Callable[[], Row]) -> None:
-        """Measures the row at a dotted path, unless it is there."""
+        """Measures the row at a path of sections and a name, unless it is there."""
         *sections, name = path.split("/")
         values = self.values
         for section in sections:
