@@ -40,14 +40,18 @@ class PackedLinear(nn.Module):
 
 
 def can_pack(model: nn.Module) -> bool:
-    """Returns whether a model's linear layers can be packed: bfloat16 weights on a CPU, and torch has the operators."""
+    """Returns whether a model's linear layers can be packed: bfloat16 weights, and a CPU and a torch that can do it.
+
+    Without AVX-512 the operators are there, and refuse bfloat16.
+    """
     weight = next(model.parameters())
-    operators = ("_reorder_linear_weight", "_linear_pointwise")
+    operators = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
     return (
         weight.device.type == "cpu"
         and weight.dtype == torch.bfloat16
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and all(hasattr(torch.ops.mkldnn, name) for name in operators)
+        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     )
 
 
