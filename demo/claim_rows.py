@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from demo.datastore import FIRST_MEASURED, REFERENCES_PER_IMAGE
+from demo.evaluate import SceneResult
 from demo.render import encode_jpeg
-from demo.world import Scene, SceneSet, captions_of, named_kinds, scenes_of
+from demo.world import Scene, SceneSet, captions_of, scenes_of
 from smallcap.bootstrap import interval, mean_of, resample
 from smallcap.caption_metrics import score_captions
 from smallcap.captioner import Captioner
@@ -81,7 +82,7 @@ def measure(captioner: Captioner, scenes: Scenes) -> Row:
 def score(captions: Sequence[str], scenes: Scenes) -> Row:
     """Scores one caption per scene."""
     by_scene = {str(scene.seed): caption for scene, caption in zip(scenes.scenes, captions, strict=True)}
-    right = [named_kinds(caption) == scene.kinds for scene, caption in zip(scenes.scenes, captions, strict=True)]
+    right = [SceneResult(scene, caption).right for scene, caption in zip(scenes.scenes, captions, strict=True)]
     statistics: dict[str, Any] = {
         "cider": score_captions(by_scene, scenes.references, ["cider"])["cider"].statistics,
         "accuracy": mean_of(np.array(right, dtype=np.float64)),

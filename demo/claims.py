@@ -24,6 +24,7 @@ from demo.claim_report import write_report
 from demo.claim_rows import RandomCaptions, Row, Scenes, measure
 from demo.data import render_pool
 from demo.datastore import datastore_rows
+from demo.make import DEMO, run_step
 from demo.train_cross_attention import CrossAttentionRecipe, train_cross_attention
 from demo.world import OTHER, OTHER_TEST, TEST, TRAINING
 from smallcap.captioner import Captioner
@@ -31,7 +32,6 @@ from smallcap.checkpoint import load_checkpoint
 from smallcap.retriever import Retriever
 from smallcap.training import freeze_all_but_cross_attention
 
-DEMO = Path(__file__).parent
 KS = range(1, 8)
 REDUCE_FACTORS = (1, 2, 4, 8, 16)
 SHORT = {"scenes": 8_000, "steps": 240}  # of the trainings that are compared with each other
@@ -140,17 +140,16 @@ class Experiments:
 
     def _trained(self, name: str, recipe: CrossAttentionRecipe) -> str:
         """Trains a cross-attention below the work folder, unless it is there."""
-        out = self.work / "claims" / name
-        if not out.exists():
-            clip, language_model = self.work / "clip", self.work / "language-model"
+        clip, language_model = self.work / "clip", self.work / "language-model"
+
+        def train(folder: Path) -> None:
             if not language_model.exists():
                 raise SystemExit(f"{language_model} is not there: run `make demo-model` first")
-            unfinished = out.with_name(f"{out.name}.unfinished")
-            shutil.rmtree(unfinished, ignore_errors=True)
             images = render_pool(TRAINING, CrossAttentionRecipe.scenes, self.work)
-            print(f"training {name}", flush=True)
-            train_cross_attention(recipe, clip, language_model, images, unfinished)
-            unfinished.rename(out)
+            train_cross_attention(recipe, clip, language_model, images, folder)
+
+        out = self.work / "claims" / name
+        run_step(name, out, train)
         return str(out)
 
 
@@ -172,7 +171,7 @@ def main() -> None:
     experiments = Experiments(arguments.work_dir, Claims(measured, arguments.scenes), arguments.scenes)
     for section in (experiments.datastores, experiments.numbers_of_captions, experiments.sizes, experiments.sampling):
         section()
-        write_report(experiments.claims.values, arguments.out)
+    write_report(experiments.claims.values, arguments.out)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from demo.data import normalise
+from demo.data import batches_of_like_length, normalise
 from demo.datastore import CAPTIONS_PER_SCENE, datastore_rows, image_name
 from demo.world import TRAINING, captions_of, scenes_of
 from smallcap.checkpoint import SmallCapModel
@@ -19,9 +19,6 @@ from smallcap.prompt import build_prompts, build_training_example, encode_texts
 from smallcap.retrieval_sampling import RetrievalMode, candidates_needed, choose_retrieved
 
 ENCODE_BATCH = 250
-BATCHES_SORTED = (
-    16  # are drawn together and sorted by the length of their prompts, which saves a quarter of the padding
-)
 
 
 @dataclass(frozen=True)
@@ -93,49 +90,40 @@ def load_training_scenes(
 Batch = tuple[list[int], list[tuple[list[int], list[int]]]]  # rows and, for each, its input ids and labels
 
 
-def plain_batches(
-    model: SmallCapModel,
-    tokenizer: PreTrainedTokenizerBase,
-    scenes: TrainingScenes,
-    steps: int,
-    batch_size: int,
-    rng: random.Random,
-) -> Iterator[Batch]:
-    """Yields examples whose prompt holds no captions."""
-    prompt = build_prompts(tokenizer, model.config.template, [[]])[0]
-    for _ in range(steps):
-        rows = [rng.randrange(len(scenes.captions)) for _ in range(batch_size)]
-        yield rows, _examples(model, scenes, rows, [prompt] * batch_size, rng)
+@dataclass(frozen=True)
+class Examples:
+    """Draws training examples for a model: a scene's prompt and one of its captions."""
 
+    model: SmallCapModel
+    tokenizer: PreTrainedTokenizerBase
+    scenes: TrainingScenes
+    rng: random.Random
 
-def prompted_batches(
-    model: SmallCapModel,
-    tokenizer: PreTrainedTokenizerBase,
-    scenes: TrainingScenes,
-    steps: int,
-    batch_size: int,
-    rng: random.Random,
-) -> Iterator[Batch]:
-    """Yields examples whose prompt holds k retrieved captions."""
-    drawn = np.random.default_rng(rng.randrange(2**32))
-    batches: list[list[tuple[int, list[int]]]] = []
-    for _ in range(steps):
-        if not batches:
-            rows = [rng.randrange(len(scenes.captions)) for _ in range(BATCHES_SORTED * batch_size)]
-            chosen = [choose_retrieved(scenes.candidates[row], model.config.k, scenes.mode, drawn) for row in rows]
-            prompted = list(zip(rows, build_prompts(tokenizer, model.config.template, chosen), strict=True))
-            prompted.sort(key=lambda pair: len(pair[1]))
-            batches = [prompted[i : i + batch_size] for i in range(0, len(prompted), batch_size)]
-            rng.shuffle(batches)
-        rows, prompts = map(list, zip(*batches.pop(), strict=True))
-        yield rows, _examples(model, scenes, rows, prompts, rng)
+    def plain(self, steps: int, batch_size: int) -> Iterator[Batch]:
+        """Yields examples whose prompt holds no captions."""
+        prompt = build_prompts(self.tokenizer, self.model.config.template, [[]])[0]
+        for _ in range(steps):
+            yield self._batch([(row, prompt) for row in self._draw_rows(batch_size)])
 
+    def prompted(self, steps: int, batch_size: int) -> Iterator[Batch]:
+        """Yields examples whose prompt holds k retrieved captions, in a batch of like length."""
+        drawn = np.random.default_rng(self.rng.randrange(2**32))
+        config, scenes = self.model.config, self.scenes
 
-def _examples(
-    model: SmallCapModel, scenes: TrainingScenes, rows: list[int], prompts: list[list[int]], rng: random.Random
-) -> list[tuple[list[int], list[int]]]:
-    eos, pad = model.config.eos_token_id, model.config.pad_token_id
-    return [
-        build_training_example(prompt, rng.choice(scenes.captions[row]), eos, pad)
-        for row, prompt in zip(rows, prompts, strict=True)
-    ]
+        def draw(count: int) -> list[tuple[int, list[int]]]:
+            rows = self._draw_rows(count)
+            chosen = [choose_retrieved(scenes.candidates[row], config.k, scenes.mode, drawn) for row in rows]
+            return list(zip(rows, build_prompts(self.tokenizer, config.template, chosen), strict=True))
+
+        for prompted in batches_of_like_length(draw, lambda pair: len(pair[1]), steps, batch_size, self.rng):
+            yield self._batch(prompted)
+
+    def _draw_rows(self, count: int) -> list[int]:
+        return [self.rng.randrange(len(self.scenes.captions)) for _ in range(count)]
+
+    def _batch(self, prompted: list[tuple[int, list[int]]]) -> Batch:
+        eos, pad = self.model.config.eos_token_id, self.model.config.pad_token_id
+        captions = self.scenes.captions
+        return [row for row, _ in prompted], [
+            build_training_example(prompt, self.rng.choice(captions[row]), eos, pad) for row, prompt in prompted
+        ]

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from demo.cross_attention_data import Batch, load_training_scenes, plain_batches, prompted_batches
+from demo.cross_attention_data import Batch, Examples, load_training_scenes
 from demo.cross_attention_start import Whitening, start_at_nouns
 from demo.data import fast_matrices, render_pool
 from demo.world import TRAINING, load_kinds, scenes_of
@@ -119,10 +119,9 @@ def train_cross_attention(
     nouns = [ids[0] for ids in encode_texts(tokenizer, [f" {kind.noun}" for kind in load_kinds()])]
     started = features[:STARTED_FROM]
     start_at_nouns(model, started, scenes_of(TRAINING, len(started)), nouns, recipe.start_scale)
-    rng = random.Random(recipe.seed)
+    examples = Examples(model, tokenizer, scenes, random.Random(recipe.seed))
     batches = itertools.chain(
-        plain_batches(model, tokenizer, scenes, recipe.plain_steps, recipe.plain_batch_size, rng),
-        prompted_batches(model, tokenizer, scenes, recipe.steps, recipe.batch_size, rng),
+        examples.plain(recipe.plain_steps, recipe.plain_batch_size), examples.prompted(recipe.steps, recipe.batch_size)
     )
     train(recipe, model, features, batches)
     whitening.fold_into(model)

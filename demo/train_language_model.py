@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from demo.data import fast_matrices
+from demo.data import batches_of_like_length, fast_matrices
 from demo.tokenizer import EOS_TOKEN, PAD_TOKEN, save_gpt2_tokenizer, train_tokenizer
 from demo.train_clip import build_optimizer
 from demo.world import WEB, Scene, captions_of, scenes_of
@@ -26,7 +26,6 @@ from demo.world import WEB, Scene, captions_of, scenes_of
 PROMPT = "Similar images show\n\n{}.\n\nThis image shows "
 IGNORED = -100
 MOST_RELATED = 7  # captions in a prompt
-BATCHES_SORTED = 16  # are drawn together
 
 
 @dataclass(frozen=True)
@@ -111,14 +110,10 @@ class Documents:
 def document_batches(
     documents: Documents, steps: int, batch_size: int, rng: random.Random
 ) -> Iterator[list[list[int]]]:
-    """Yields batches of documents of like length, which saves half of the padding."""
-    batches: list[list[list[int]]] = []
-    for _ in range(steps):
-        if not batches:
-            drawn = sorted((documents.draw(rng) for _ in range(BATCHES_SORTED * batch_size)), key=len)
-            batches = [drawn[i : i + batch_size] for i in range(0, len(drawn), batch_size)]
-            rng.shuffle(batches)
-        yield batches.pop()
+    """Yields batches of documents of like length."""
+    return batches_of_like_length(
+        lambda count: [documents.draw(rng) for _ in range(count)], len, steps, batch_size, rng
+    )
 
 
 def pad_documents(documents: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -21,7 +21,6 @@ HELD_OUT = "held-out"  # domains that the model's cross-attention was not traine
 class SwapResult:
     """Images of held-out domains, captioned with the datastore of the training domains and with their own."""
 
-    index: str
     before: caption.RunSummary
     after: caption.RunSummary
 
@@ -51,7 +50,7 @@ def run_demo(out: str, address: str | None = None) -> DemoResult:
         name: _caption(f"images-{HELD_OUT}", index, storage.join(out, f"captions-{HELD_OUT}", name), address)
         for name, index in (("before", report.index_uri), ("after", own))
     }
-    return DemoResult(report.index_uri, not report.no_op, summary, SwapResult(own, **swapped))
+    return DemoResult(report.index_uri, not report.no_op, summary, SwapResult(**swapped))
 
 
 def build_demo_index(out: str, address: str | None = None, dump: str = "captions.csv") -> BuildReport:

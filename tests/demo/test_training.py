@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from demo.cross_attention_data import TrainingScenes, plain_batches, prompted_batches, retrieve_others
+from demo.cross_attention_data import Examples, TrainingScenes, retrieve_others
 from demo.cross_attention_start import Whitening, start_at_nouns
 from demo.data import object_table, region_masks
 from demo.datastore import datastore_rows
@@ -83,7 +83,7 @@ def test_prompts_hold_the_candidates_that_the_mode_chooses() -> None:
     for mode, allowed in (("top-k", 4), ("sample-k", 50)):
         scenes = TrainingScenes(torch.zeros(20, 1, 1), [[[7, 8]]] * 20, candidates, mode)  # type: ignore[arg-type]
         seen: set[int] = set()
-        for rows, examples in prompted_batches(model, tokenizer, scenes, 6, 5, random.Random(0)):
+        for rows, examples in Examples(model, tokenizer, scenes, random.Random(0)).prompted(6, 5):
             for row, (ids, labels) in zip(rows, examples, strict=True):
                 assert ids[-2:] == [7, 8] and labels[-3:] == [7, 8, model.config.eos_token_id]
                 named = named_kinds(tokenizer.decode(ids[:-2]))
@@ -96,7 +96,7 @@ def test_prompts_hold_the_candidates_that_the_mode_chooses() -> None:
 def test_plain_prompts_hold_no_captions() -> None:
     model, tokenizer = load_checkpoint("demo"), load_tokenizer(tokenizer_source("demo"))
     scenes = TrainingScenes(torch.zeros(3, 1, 1), [[[7, 8]]] * 3, [["a dog"]] * 3, "top-k")
-    for _, examples in plain_batches(model, tokenizer, scenes, 2, 4, random.Random(0)):
+    for _, examples in Examples(model, tokenizer, scenes, random.Random(0)).plain(2, 4):
         assert [tokenizer.decode(ids[:-2]) for ids, _ in examples] == ["This image shows "] * 4
 
 
