@@ -368,12 +368,17 @@ def _packed_linear_flops(x_shape: Sequence[int], weight_shape: Sequence[int], *_
 
 
 def prefill_flops(model: SmallCapModel, prompt_tokens: int) -> float:
-    """Of the image's cross-attention keys and values, the prompt, and the first token's logits."""
+    """Of the image's cross-attention keys and values, the prompt, and the first token's logits.
+
+    The last layer computes of the prompt its keys and values, and all else of its last token.
+    """
     config = model.config.decoder
     projected = 2.0 * _encoder_tokens(model) * config.encoder_hidden_size * 2 * config.cross_attention_size
     causal = prompt_tokens * (prompt_tokens + 1) / 2  # pairs of tokens that attend
-    attention = 4.0 * causal * config.hidden_size
-    return config.num_layers * (projected + prompt_tokens * _token_flops(model) + attention) + _head_flops(config)
+    inner_layer = prompt_tokens * _token_flops(model) + 4.0 * causal * config.hidden_size
+    keys_and_values = 2.0 * (prompt_tokens - 1) * 2 * config.hidden_size**2
+    last_layer = keys_and_values + _token_flops(model) + 4.0 * prompt_tokens * config.hidden_size
+    return config.num_layers * projected + (config.num_layers - 1) * inner_layer + last_layer + _head_flops(config)
 
 
 def decode_flops(model: SmallCapModel, prompt_tokens: int, length: int, num_beams: int) -> float:

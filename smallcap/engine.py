@@ -211,8 +211,9 @@ def prefill(
             additive_mask(causal_mask(mask), cache.keys.dtype),
             of_group,
             PromptSlots(cache, group, ids.shape[1]),
+            last_only=True,
         )
-        last_hidden.append(hidden[:, -1:])
+        last_hidden.append(hidden)
     state.choose(decoder.logits(torch.cat(last_hidden)))
     return state
 

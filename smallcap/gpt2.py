@@ -15,7 +15,15 @@ from torch import Tensor, nn
 
 from smallcap.errors import CheckpointError
 from smallcap.kv_cache import KeyValueSlots
-from smallcap.text_decoder import CrossAttentionKV, DecoderConfig, TextDecoder, activation, attend, split_heads
+from smallcap.text_decoder import (
+    CrossAttentionKV,
+    DecoderConfig,
+    TextDecoder,
+    activation,
+    attend,
+    masks_by_layer,
+    split_heads,
+)
 
 
 def parse_gpt2_config(values: dict[str, Any]) -> DecoderConfig:
@@ -91,10 +99,11 @@ class SelfAttention(nn.Module):
         self.c_proj = Conv1D(config.hidden_size, config.hidden_size)
 
     def forward(self, hidden_states: Tensor, mask: Tensor, layer: int, cache: KeyValueSlots | None) -> Tensor:
-        """[B, S, E] to [B, S, E]."""
+        """[B, S, E] and a mask [B, 1, Q, T] to [B, Q, E], of the last Q positions."""
         queries, keys, values = (split_heads(x, self.num_heads) for x in self.c_attn(hidden_states).chunk(3, dim=-1))
         if cache is not None:
             keys, values = cache.append(layer, keys, values)  # [B, H, T, D]
+        queries = queries[:, :, -mask.shape[2] :]
         mixed = attend(queries, keys, values, mask, self.dropout if self.training else 0.0)
         return self.c_proj(mixed)
 
@@ -152,8 +161,8 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, mask: Tensor, cross_kv: tuple[Tensor, Tensor], layer: int, cache: KeyValueSlots | None
     ) -> Tensor:
-        """[B, S, E] to [B, S, E]."""
-        x = x + self.dropout(self.attn(self.ln_1(x), mask, layer, cache))
+        """[B, S, E] and a mask [B, 1, Q, T] to [B, Q, E], of the last Q positions."""
+        x = x[:, -mask.shape[2] :] + self.dropout(self.attn(self.ln_1(x), mask, layer, cache))
         x = x + self.dropout(self.crossattention(self.ln_cross_attn(x), cross_kv))
         return x + self.dropout(self.mlp(self.ln_2(x)))
 
@@ -176,11 +185,13 @@ class Transformer(nn.Module):
         mask: Tensor,
         cross_kv: CrossAttentionKV,
         cache: KeyValueSlots | None,
+        last_only: bool,
     ) -> Tensor:
-        """[B, S] token ids and positions to [B, S, E]."""
+        """[B, S] token ids and positions to [B, S, E], or to [B, 1, E] of the last position only."""
         x = self.drop(self.wte(input_ids) + self.wpe(position_ids))
+        masks = masks_by_layer(mask, len(self.h), last_only)
         for layer, block in enumerate(self.h):
-            x = block(x, mask, cross_kv[layer], layer, cache)
+            x = block(x, masks[layer], cross_kv[layer], layer, cache)
         return self.ln_f(x)
 
 
@@ -207,9 +218,10 @@ class GPT2Decoder(TextDecoder):
         attention_mask: Tensor,
         cross_kv: CrossAttentionKV,
         cache: KeyValueSlots | None = None,
+        last_only: bool = False,
     ) -> Tensor:
-        """Returns the last layer's normalised hidden states, [B, S, E]."""
-        hidden_states = self.transformer(input_ids, position_ids, attention_mask, cross_kv, cache)
+        """Returns the last layer's normalised hidden states: [B, S, E], or [B, 1, E] of the last position only."""
+        hidden_states = self.transformer(input_ids, position_ids, attention_mask, cross_kv, cache, last_only)
         if cache is not None:
             cache.advance(input_ids.shape[1])
         return hidden_states

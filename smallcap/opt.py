@@ -17,7 +17,15 @@ from torch import Tensor, nn
 
 from smallcap.errors import CheckpointError
 from smallcap.kv_cache import KeyValueSlots
-from smallcap.text_decoder import CrossAttentionKV, DecoderConfig, TextDecoder, activation, attend, split_heads
+from smallcap.text_decoder import (
+    CrossAttentionKV,
+    DecoderConfig,
+    TextDecoder,
+    activation,
+    attend,
+    masks_by_layer,
+    split_heads,
+)
 
 POSITION_OFFSET = 2  # fairseq keeps the first two positions for padding
 ENCODER_HIDDEN_SIZE = 768  # the reference writes it into the code for these decoders, whatever the config says
@@ -120,12 +128,13 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x: Tensor, mask: Tensor, cross_kv: tuple[Tensor, Tensor], layer: int, cache: KeyValueSlots | None
     ) -> Tensor:
-        """[B, S, E] to [B, S, E]."""
+        """[B, S, E] and a mask [B, 1, Q, T] to [B, Q, E], of the last Q positions."""
         normed = self.self_attn_layer_norm(x)
         keys, values = self.self_attn.project(normed)
         if cache is not None:
             keys, values = cache.append(layer, keys, values)  # [B, H, T, D]
-        x = x + self.dropout(self.self_attn(normed, keys, values, mask))
+        wanted = slice(-mask.shape[2], None)
+        x = x[:, wanted] + self.dropout(self.self_attn(normed[:, wanted], keys, values, mask))
         x = x + self.dropout(self.encoder_attn(self.encoder_attn_layer_norm(x), *cross_kv, None))
         return x + self.dropout(self.fc2(self.activation(self.fc1(self.final_layer_norm(x)))))
 
@@ -151,11 +160,13 @@ class DecoderStack(nn.Module, ABC):
         mask: Tensor,
         cross_kv: CrossAttentionKV,
         cache: KeyValueSlots | None,
+        last_only: bool,
     ) -> Tensor:
-        """[B, S] token ids and positions to [B, S, E]."""
+        """[B, S] token ids and positions to [B, S, E], or to [B, 1, E] of the last position only."""
         x = self.embed(input_ids, position_ids)
+        masks = masks_by_layer(mask, len(self.layers), last_only)
         for layer, block in enumerate(self.layers):
-            x = block(x, mask, cross_kv[layer], layer, cache)
+            x = block(x, masks[layer], cross_kv[layer], layer, cache)
         if cache is not None:
             cache.advance(input_ids.shape[1])
         return self.last_norm(x)
@@ -206,9 +217,10 @@ class StackedDecoder(TextDecoder):
         attention_mask: Tensor,
         cross_kv: CrossAttentionKV,
         cache: KeyValueSlots | None = None,
+        last_only: bool = False,
     ) -> Tensor:
-        """Returns the last layer's normalised hidden states, [B, S, E]."""
-        return self._stack(input_ids, position_ids, attention_mask, cross_kv, cache)
+        """Returns the last layer's normalised hidden states: [B, S, E], or [B, 1, E] of the last position only."""
+        return self._stack(input_ids, position_ids, attention_mask, cross_kv, cache, last_only)
 
     @property
     def token_embedding(self) -> Tensor:

@@ -76,8 +76,12 @@ class TextDecoder(nn.Module, ABC):
         attention_mask: Tensor,  # [B, 1, S, T], added to the attention scores: 0 or -inf
         cross_kv: CrossAttentionKV,
         cache: KeyValueSlots | None = None,
+        last_only: bool = False,
     ) -> Tensor:
-        """Returns the last layer's normalised hidden states, [B, S, E]; stores keys and values if there is a cache."""
+        """Returns the last layer's normalised hidden states, [B, S, E]; stores keys and values if there is a cache.
+
+        With `last_only` it returns those of the last position, [B, 1, E], and the last layer computes no others.
+        """
 
     @property
     @abstractmethod
@@ -112,6 +116,12 @@ def split_heads(states: Tensor, num_heads: int) -> Tensor:
     """Returns [B, S, H * D] as [B, H, S, D]."""
     batch, length, size = states.shape
     return states.view(batch, length, num_heads, size // num_heads).transpose(1, 2)
+
+
+def masks_by_layer(mask: Tensor, num_layers: int, last_only: bool) -> list[Tensor]:
+    """Returns each layer's attention mask, [B, 1, Q, T]: a layer gives the states of the last Q positions it is fed."""
+    last = mask[:, :, -1:] if last_only else mask
+    return [*[mask] * (num_layers - 1), last]
 
 
 def attend(

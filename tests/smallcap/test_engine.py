@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from smallcap.checkpoint import DECODER_KINDS, SmallCapModel, load_checkpoint
 from smallcap.config import GenerationConfig
 from smallcap.decoding import GenerationOptions
-from smallcap.engine import Generated, causal_mask, generate, pad_prompts
+from smallcap.engine import Generated, additive_mask, causal_mask, generate, pad_prompts
 from smallcap.errors import ConfigError
+from smallcap.kv_cache import KVCache, PromptSlots
 from smallcap.packed_linear import PackedLinear, can_pack
 from smallcap.text_decoder import TextDecoder
 
@@ -83,6 +84,28 @@ def test_logits_are_the_references(case: Case) -> None:
             logits = decoder.logits(decoder(ids, torch.arange(len(prompt))[None], mask, cross_kv))
         reference = torch.tensor(case.arrays[f"logits_{index}"])
         assert (logits[0, -len(reference) :] - reference).abs().max() < 2e-3
+
+
+def test_the_last_position_alone_is_that_of_all(case: Case) -> None:
+    decoder, prompts = case.decoder, case.prompts[:3]
+    config = decoder.config
+    ids, mask = pad_prompts(prompts, 0, torch.device("cpu"))
+    positions, attention_mask = mask.cumsum(1).sub(1).clamp(min=0), additive_mask(causal_mask(mask), torch.float32)
+    outputs, caches = [], []
+    for last_only in (False, True):
+        sizes = (config.num_layers, config.num_heads, config.head_dim)
+        cache = KVCache(sizes, mask, num_beams=1, max_steps=1, dtype=torch.float32)
+        with torch.inference_mode():
+            cross_kv = decoder.cross_attention_kv(case.hidden_states[: len(prompts)])
+            slots = PromptSlots(cache, slice(len(prompts)), ids.shape[1])
+            outputs.append(decoder(ids, positions, attention_mask, cross_kv, slots, last_only))
+        caches.append(cache)
+    of_all, of_last = outputs
+    assert of_last.shape == (len(prompts), 1, config.hidden_size)
+    assert (of_all[:, -1:] - of_last).abs().max() < 1e-5 * of_all.abs().max()
+    filled = slice(ids.shape[1])
+    assert torch.equal(caches[0].keys[:, :, :, filled], caches[1].keys[:, :, :, filled])
+    assert torch.equal(caches[0].values[:, :, :, filled], caches[1].values[:, :, :, filled])
 
 
 @pytest.mark.parametrize("name", BEAMS)
