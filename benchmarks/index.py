@@ -2,9 +2,9 @@
 
 For each number of rows and each index key: wall time by stage, peak memory of the whole process tree, bytes per vector,
 recall against brute force, and queries/s of `smallcap.retriever.Retriever.search`. autofaiss chooses its own key and
-search parameters for the memory that smallcap's searched shard takes, and once more with its default memory; it is
-also measured at the least nprobe or efSearch that reaches smallcap's recall, where there is one. Both sides run on the
-same number of cores. What the vectors are is in `index_data`.
+search parameters for the memory that smallcap's searched shard takes, and builds in that of smallcap's largest process;
+and once more with its default memory. It is also measured at the least nprobe or efSearch that reaches smallcap's
+recall, where there is one. Both sides run on the same number of cores. What the vectors are is in `index_data`.
 
     python -m benchmarks.index --rows 100000 1000000 --autofaiss-python AUTOFAISS-VENV/bin/python --json index.json
 
@@ -51,6 +51,8 @@ class Benchmark:
     def __init__(self, options: argparse.Namespace, work: Path) -> None:
         self._options, self._work = options, work
         self.results: dict[str, Any] = {"machine": describe_machine(options.threads), "runs": []}
+        if options.go_on:
+            self.results["runs"] = json.loads(options.json.read_bytes())["runs"]
 
     def run(self) -> None:
         """Measures everything, writing the results again after each step: a long run that is stopped leaves some."""
@@ -58,10 +60,18 @@ class Benchmark:
         for rows in self._options.rows:
             _say(f"{rows:,} rows: making vectors, queries and their exact neighbours")
             data = make_data(self._work / "data", rows, self._options.queries)
-            ours = [self._add(rows, self._smallcap(data, key, encoder)) for key in self._options.keys]
+            ours = [
+                self._measured(rows, "smallcap", key) or self._add(rows, self._smallcap(data, key, encoder))
+                for key in self._options.keys
+            ]
             if self._options.autofaiss_python and rows <= self._options.autofaiss_rows:
                 self._autofaiss(data, ours)
             shutil.rmtree(data.folder)
+
+    def _measured(self, rows: int, side: str, key: str) -> dict[str, Any] | None:
+        """Returns what a run that is gone on with has measured already."""
+        wanted = (rows, side, key)
+        return next((run for run in self.results["runs"] if (run["rows"], run["side"], run["key"]) == wanted), None)
 
     def _add(self, rows: int, result: dict[str, Any]) -> dict[str, Any]:
         self.results["runs"].append({"rows": rows, **result})
@@ -108,13 +118,16 @@ class Benchmark:
         self.results["machine"]["autofaiss"] = chosen["versions"]
         keys = chosen["keys"]
         targets = ",".join(dict.fromkeys(str(run["recall_measured"][str(K)]) for run in ours))
+        build_memory = str(max(run["build_memory"]["largest_bytes"] for run in ours))
         threads, sizes = str(self._options.threads), ",".join(map(str, BATCH_SIZES))
         for key in dict.fromkeys(key for key in keys.values() if key):
+            if self._measured(data.rows, "autofaiss", key):
+                continue
             stands_by = [name for name, budget in budgets.items() if keys[budget] == key]
             _say(f"{data.rows:,} rows: autofaiss {key} (for {'; '.join(stands_by)})")
             out = self._work / "autofaiss"
             budget = next(budget for budget in wanted if keys[budget] == key)
-            built, peak = self._watch([*module, "build", str(data.embeddings), str(out), budget, threads])
+            built, peak = self._watch([*module, "build", str(data.embeddings), str(out), budget, build_memory, threads])
             arguments = [str(out), str(data.queries), str(K), sizes, str(self._options.seconds), threads]
             truth = str(data.folder / "truth.npy")
             searched, search_peak = self._watch([*module, "search", *arguments, truth, targets])
@@ -281,7 +294,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument("--work", type=Path, help="folder for some GB of files; by default a temporary one")
     parser.add_argument("--json", type=Path, help="file for the results, written anew after each step")
+    parser.add_argument("--go-on", action="store_true", help="measure what the file of --json does not have yet")
     options = parser.parse_args(arguments)
+    if options.go_on and not (options.json and options.json.exists()):
+        parser.error("--go-on needs --json with the results of a run that was stopped")
     if options.queries < max(BATCH_SIZES):
         parser.error(f"--queries must be at least {max(BATCH_SIZES)}")
     return options

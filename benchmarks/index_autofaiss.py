@@ -1,7 +1,7 @@
 """autofaiss's side of the index benchmark, run by an interpreter that has autofaiss: which key, `build`, `search`.
 
     PYTHON -m benchmarks.index_autofaiss choose ROWS DIM BYTES,BYTES,… ANSWER
-    PYTHON -m benchmarks.index_autofaiss build EMBEDDINGS OUT BYTES THREADS ANSWER
+    PYTHON -m benchmarks.index_autofaiss build EMBEDDINGS OUT INDEX-BYTES BUILD-BYTES THREADS ANSWER
     PYTHON -m benchmarks.index_autofaiss search OUT QUERIES K BATCHES SECONDS THREADS TRUTH TARGETS ANSWER
 
 Everything is autofaiss's own choice but the memory: key, training, search parameters, query time (10 ms). It imports
@@ -40,9 +40,10 @@ def choose(rows: str, dim: str, budgets: str) -> dict[str, Any]:
     }
 
 
-def build(embeddings: str, out: str, budget: str, threads: str) -> dict[str, Any]:
-    """Builds an index with autofaiss's own settings."""
-    memory = {} if budget == "default" else {"max_index_memory_usage": f"{budget}B"}
+def build(embeddings: str, out: str, budget: str, build_memory: str, threads: str) -> dict[str, Any]:
+    """Builds an index with autofaiss's own settings, for some memory of the index and of the build, or its defaults."""
+    equal = {"max_index_memory_usage": f"{budget}B", "current_memory_available": f"{build_memory}B"}
+    memory = {} if budget == "default" else equal
     folder = Path(out)
     folder.mkdir(parents=True)
     start = time.perf_counter()

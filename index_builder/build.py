@@ -106,8 +106,7 @@ def build_index(config: IndexConfig, progress: Progress | None = None) -> BuildR
         IndexIntegrityError: The files are not what was written.
         RunError: The index misses its recall target.
     """
-    build = _Build(config, progress or _ignore)
-    return build.remove() if config.remove else build.run()
+    return Build(config, progress).run()
 
 
 def plan_build(config: IndexConfig, progress: Progress | None = None) -> BuildPlan:
@@ -116,7 +115,7 @@ def plan_build(config: IndexConfig, progress: Progress | None = None) -> BuildPl
     Raises:
         ConfigError, SchemaError, CheckpointError, StorageError: As `build_index`.
     """
-    return _Build(config, progress or _ignore).plan()
+    return Build(config, progress).plan()
 
 
 def _ignore(stage: str, done: int, total: int) -> None:
@@ -142,16 +141,28 @@ class _Cleaned:
         return not len(self.captions) and not any(bucket.grown for bucket in self.deduped)
 
 
-class _Build:
-    """One build's options and inputs; each stage is a method."""
+class Build:
+    """One build's options and inputs; each stage is a method. Making one needs no Ray, and finds most wrong options.
 
-    def __init__(self, config: IndexConfig, progress: Progress) -> None:
+    Args:
+        config: What is built, or changed.
+        progress: Is told how far each stage is.
+
+    Raises:
+        ConfigError: The options contradict the index, or there are no dumps.
+        CheckpointError: The encoder or the tokenizer cannot be found.
+        StorageError: A dump is not there, or cannot be listed.
+        ManifestError, IndexIntegrityError: An index is not there, or was made by another encoder.
+    """
+
+    def __init__(self, config: IndexConfig, progress: Progress | None = None) -> None:
         self._config = config
         self._index_uri = storage.absolute(config.out)
         self._current = load_current(self._index_uri)
         self._inputs, identity = open_inputs(config, self._index_uri, self._current)
+        self._dumps = find_dumps(config.dumps) if config.dumps else []
         dtype = "float32" if config.compute.dtype == "auto" else config.compute.dtype
-        self._runner = StageRunner(config.compute, progress)
+        self._runner = StageRunner(config.compute, progress or _ignore)
         self._encoding = Encoding(identity, dtype, self._runner)
         self._columns = Columns(config.text_column, config.image_id_column, config.embedding_column, identity.dim)
         self._filters = {  # read once: a blocklist that changes meanwhile must not make the manifest contradict itself
@@ -162,7 +173,10 @@ class _Build:
         }
 
     def run(self) -> BuildReport:
-        """Builds, or adds."""
+        """Builds, adds or removes, and publishes; see `build_index`."""
+        return self._remove() if self._config.remove else self._build()
+
+    def _build(self) -> BuildReport:
         self._scan()
         base = self._inputs.base
         known = {(source.uri, source.sha256) for source in base.manifest.sources} if base else set()
@@ -183,7 +197,7 @@ class _Build:
         return BuildReport(manifest, self._index_uri, self._runner.seconds, False, new, cleaned.to_embed)
 
     def plan(self) -> BuildPlan:
-        """Says what `run` would do."""
+        """Says what `run` would do; see `plan_build`."""
         self._scan()
         with Staging(self._index_uri, self._plan_of_files()) as staging:
             cleaned = self._clean(staging)
@@ -200,7 +214,7 @@ class _Build:
             index,
         )
 
-    def remove(self) -> BuildReport:
+    def _remove(self) -> BuildReport:
         """Removes what the config names from the current version."""
         base = self._inputs.base
         assert base is not None
@@ -246,8 +260,7 @@ class _Build:
 
     def _scan(self) -> None:
         with self._runner.stage("scan"):
-            dumps = find_dumps(self._config.dumps) if self._config.dumps else []
-            tasks = [(dump, self._columns) for dump in dumps]
+            tasks = [(dump, self._columns) for dump in self._dumps]
             scans = self._runner.run("scan", scan_dump, tasks)
             self._inputs = replace(self._inputs, scans=tuple(scans))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from index_builder.build import BuildPlan, BuildReport, build_index, plan_build
+from index_builder.build import Build, BuildPlan, BuildReport
 from index_builder.plan import plan_index, with_open_nlist
 from index_builder.removal import COMPACT_ABOVE
 from jobs.config_args import run_job
@@ -21,9 +21,10 @@ def run(config: IndexConfig, address: str | None = None) -> BuildReport:
     Raises:
         RunError: See `index_builder.build.build_index`.
     """
+    build = Build(config, _print_progress)  # what is missing is told before Ray starts
     connect(address)
     with own_errors():
-        return build_index(config, _print_progress)
+        return build.run()
 
 
 def plan(config: IndexConfig, address: str | None = None) -> BuildPlan:
@@ -32,8 +33,10 @@ def plan(config: IndexConfig, address: str | None = None) -> BuildPlan:
     Raises:
         RunError: See `index_builder.build.plan_build`.
     """
+    build = Build(config, _print_progress)
     connect(address)
-    return plan_build(config, _print_progress)
+    with own_errors():
+        return build.plan()
 
 
 def describe(report: BuildReport) -> str:

@@ -9,6 +9,8 @@ import torch
 
 _ROWS, _IN, _OUT = 512, 768, 3072  # a feed-forward layer of GPT-2 over some prompts
 _LEAST_GAIN = 1.3  # of bfloat16 over float32, for which its rounding is accepted
+_PROBE_ROWS = 16  # enough to see that a machine emulates bfloat16, which can be a hundred times slower than float32
+_EMULATED = 0.5  # at such a gain or less in the probe
 
 
 def matrix_rate(
@@ -45,8 +47,13 @@ def matrix_rate(
 @cache
 def fastest_cpu_dtype() -> str:
     """Returns `bfloat16` where this machine multiplies it clearly faster than `float32`, else `float32`."""
-    gain = matrix_rate(torch.bfloat16) / matrix_rate(torch.float32)
-    return "bfloat16" if gain >= _LEAST_GAIN else "float32"
+    return "bfloat16" if _gain(_PROBE_ROWS) > _EMULATED and _gain(_ROWS) >= _LEAST_GAIN else "float32"
+
+
+def _gain(rows: int) -> float:
+    """Returns how much faster a product of so many rows is in bfloat16 than in float32."""
+    shape = (rows, _IN, _OUT)
+    return matrix_rate(torch.bfloat16, shape=shape) / matrix_rate(torch.float32, shape=shape)
 
 
 def resolve_dtype(dtype: str, device: str) -> str:

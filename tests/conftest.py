@@ -5,8 +5,15 @@ S3 starts before Ray: Ray's workers are other processes and take the endpoint fr
 
 from __future__ import annotations
 
-import json
 import os
+
+# Before anything of Ray, torch or faiss is imported.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait leave the cores to the tests' other processes
+
+import json
 import socket
 import subprocess
 import sys
@@ -36,11 +43,6 @@ from smallcap.index_manifest import (
     manifest_uri,
     write_pointer,
 )
-
-# Before anything of Ray is imported.
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 
 @pytest.fixture(scope="session")

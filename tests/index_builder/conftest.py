@@ -14,7 +14,18 @@ from smallcap.actor_plan import ActorPlan
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs the work items here, one after the other, last one first: quick, and another schedule than Ray's."""
+    run_here(monkeypatch)
 
+
+@pytest.fixture(scope="module")
+def module_in_process() -> Iterator[None]:
+    """`in_process` for all of a module."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        run_here(monkeypatch)
+        yield
+
+
+def run_here(monkeypatch: pytest.MonkeyPatch) -> None:
     def run_tasks(function: Any, items: Any, memory_bytes: int | None = None) -> Iterator[tuple[int, Any]]:
         for position in reversed(range(len(items))):
             yield position, function(items[position])

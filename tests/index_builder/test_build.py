@@ -92,11 +92,10 @@ def test_shard_count_changes_no_answer(tmp_path: Path, dump: Path, tiny_clip: Pa
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_session")
-@pytest.mark.parametrize("key", ["Flat", "IVF4,SQ8"])
 def test_builds_repeat_byte_for_byte_on_ray_and_off_it(
-    tmp_path: Path, dump: Path, tiny_clip: Path, request: pytest.FixtureRequest, key: str
+    tmp_path: Path, dump: Path, tiny_clip: Path, request: pytest.FixtureRequest
 ) -> None:
-    options = {"shards": 3, "index_key": key, "recall": {"target": 0.1}}
+    options = {"shards": 3, "index_key": "IVF4,SQ8", "recall": {"target": 0.1}}
     on_ray = build_index(config(dump, tmp_path / "ray", tiny_clip, **options))
     request.getfixturevalue("in_process")
     off_ray = build_index(config(dump, tmp_path / "process", tiny_clip, **options))

@@ -1,9 +1,11 @@
 from pathlib import Path
 
 import pytest
+from caption_runs import config_for, write_images
 
 from index_builder.build import build_index
-from smallcap.config import IndexConfig
+from jobs import caption
+from smallcap.config import CaptionConfig, IndexConfig
 
 
 @pytest.fixture(scope="session")
@@ -16,6 +18,17 @@ def index(ray_session: None, tiny_clip: Path, tmp_path_factory: pytest.TempPathF
     dumps = (str(folder / "dump.csv"),)
     build_index(IndexConfig(dumps=dumps, out=str(folder / "index"), encoder=f"hf:{tiny_clip}", shards=2))
     return str(folder / "index")
+
+
+@pytest.fixture(scope="session")
+def finished_run(index: str, tiny_smallcap: Path, tmp_path_factory: pytest.TempPathFactory) -> CaptionConfig:
+    """The config of a run over nine images, in parts of four, that is complete; a copy of its output is its equal."""
+    folder = tmp_path_factory.mktemp("finished-run")
+    write_images(f"{folder}/images", 9)
+    sets = ("output.rows_per_part=4", "compute.batch_size=4")
+    config = config_for(f"{folder}/images", index, tiny_smallcap, f"{folder}/out", *sets)
+    caption.run(config)
+    return config
 
 
 @pytest.fixture(params=["local", "s3"])

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from jobs.build_index import run
+from jobs import build_index
 from smallcap.config import IndexConfig
-from smallcap.errors import StorageError
+from smallcap.errors import CheckpointError, ManifestError, StorageError
 from smallcap.index_manifest import load_manifest
 
 pytestmark = pytest.mark.ray
@@ -58,8 +58,17 @@ def test_module_starts_its_own_ray(tmp_path: Path, arguments: list[str]) -> None
     assert load_manifest(f"{tmp_path}/index").index_id in done.stdout
 
 
-@pytest.mark.usefixtures("ray_session")
-def test_run_takes_a_config(tmp_path: Path, tiny_clip: Path) -> None:
-    config = IndexConfig(dumps=(f"{tmp_path}/absent.csv",), out=f"{tmp_path}/index", encoder=f"hf:{tiny_clip}")
-    with pytest.raises(StorageError, match="does not exist"):
-        run(config)
+def test_what_is_missing_is_named_before_ray_starts(
+    tmp_path: Path, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build_index, "connect", lambda _: pytest.fail("Ray was started for nothing"))
+    (tmp_path / "captions.csv").write_text("caption\na dog\n")
+    there = IndexConfig(dumps=(f"{tmp_path}/captions.csv",), out=f"{tmp_path}/index", encoder=f"hf:{tiny_clip}")
+    for changed, error, message in (
+        ({"dumps": (f"{tmp_path}/absent.csv",)}, StorageError, "does not exist"),
+        ({"encoder": f"hf:{tmp_path}/absent"}, CheckpointError, "no such model folder"),
+        ({"add": True}, ManifestError, "no published index to add to"),
+    ):
+        for function in (build_index.run, build_index.plan):
+            with pytest.raises(error, match=message):
+                function(there.model_copy(update=changed))

@@ -11,7 +11,6 @@ import pytest
 from caption_runs import config_for, jpeg, read_rows, write_images
 
 from jobs import caption
-from jobs.run_record import load_run_record
 from smallcap import storage
 from smallcap.captioner import Captioner
 from smallcap.errors import ConfigError
@@ -43,14 +42,16 @@ def write_tar(uri: str, first: int, count: int) -> None:
 def test_tars_are_read_with_their_keys_and_json(s3: str, index: str, tiny_smallcap: Path) -> None:
     tars, out = f"{s3}/tars", f"{s3}/out"
     for shard in range(2):
-        write_tar(storage.join(tars, f"{shard:05d}.tar"), 100 * shard, 12)
+        write_tar(storage.join(tars, f"{shard:05d}.tar"), 10 * shard, 12)  # two keys are in both
         storage.write_bytes(storage.join(tars, f"{shard:05d}.parquet"), b"img2dataset's own, not read")
         storage.write_bytes(storage.join(tars, f"{shard:05d}_stats.json"), b"{}")
-    config = config_for(tars, index, tiny_smallcap, out, "keep_columns=[url,json]")
+    config = config_for(tars, index, tiny_smallcap, out, "keep_columns=[url,json]", "output.rows_per_part=4")
     summary = caption.run(config)
-    assert summary.new_images == 24
+    assert summary.new_images == 22
+    assert summary.record.repeated_ids == 2
+    assert "2 images were named again" in caption.describe(summary)
     rows = read_rows(out)
-    numbers = [*range(12), *range(100, 112)]
+    numbers = range(22)
     assert list(rows.image_id) == [f"{number:09d}" for number in numbers]
     assert list(rows.url) == [f"https://host/{number}.jpg" for number in numbers]
     assert [json.loads(text)["similarity"] for text in rows.json] == [number / 10 for number in numbers]
@@ -94,17 +95,6 @@ def test_a_damaged_tar_loses_no_image_before_the_damage(tmp_path: Path, index: s
     assert caption.run(config_for(str(tars), index, tiny_smallcap, out)).new_images == 0
 
 
-def test_an_id_in_two_tars_is_captioned_once_and_counted(tmp_path: Path, index: str, tiny_smallcap: Path) -> None:
-    tars, out = str(tmp_path / "tars"), str(tmp_path / "out")
-    write_tar(f"{tars}/a.tar", 0, 6)
-    write_tar(f"{tars}/b.tar", 4, 6)  # two keys of the other one; its first key is its own
-    summary = caption.run(config_for(tars, index, tiny_smallcap, out, "output.rows_per_part=4"))
-    assert list(read_rows(out).image_id) == [f"{number:09d}" for number in range(10)]
-    assert summary.record.repeated_ids == 2
-    assert "2 images were named again" in caption.describe(summary)
-    assert caption.run(config_for(tars, index, tiny_smallcap, out, "output.rows_per_part=4")).new_images == 0
-
-
 def test_parquet_with_image_bytes(s3: str, index: str, tiny_smallcap: Path) -> None:
     """As Hugging Face datasets are stored."""
     source, out = f"{s3}/data", f"{s3}/out"
@@ -121,37 +111,29 @@ def test_parquet_with_image_bytes(s3: str, index: str, tiny_smallcap: Path) -> N
     assert summary.images.errors_by_code == {"empty": 1}
 
 
-def test_kept_columns_keep_their_types(tmp_path: Path, index: str, tiny_smallcap: Path) -> None:
+def test_a_list_keeps_its_columns_types_and_what_it_names_again_is_captioned_once(
+    tmp_path: Path, index: str, tiny_smallcap: Path
+) -> None:
     images, out = str(tmp_path / "images"), str(tmp_path / "out")
     write_images(images, 6)
     table = pa.table(
         {
-            "image_uri": [f"{images}/{number:03d}.jpg" for number in range(6)],
+            "image_uri": [f"{number:03d}.jpg" for number in range(6)],
             "image_id": [f"id-{number}" for number in range(6)],
             "rating": pa.array([1, None, 3, 4, None, 6], pa.int64()),
             "tags": pa.array([["a"], [], None, ["b", "c"], ["d"], []], pa.list_(pa.string())),
         }
     )
-    pq.write_table(table, tmp_path / "list.parquet")
-    listing = str(tmp_path / "list.parquet")
-    caption.run(config_for(listing, index, tiny_smallcap, out, "keep_columns=[rating,tags]"))
+    listing = f"{images}/list.parquet"
+    pq.write_table(pa.concat_tables([table, table.slice(2, 2)]), listing)
+    summary = caption.run(config_for(listing, index, tiny_smallcap, out, "keep_columns=[rating,tags]"))
+    assert summary.record.input is not None
+    assert summary.record.input.duplicates == 2
+    assert "2 images were named again" in caption.describe(summary)
     written = pa.concat_tables(pq.read_table(part) for part in list_parts(out)).sort_by("image_id")
     assert written.select(["rating", "tags"]).equals(table.select(["rating", "tags"]))
     with pytest.raises(ConfigError, match="keep_columns"):
         caption.run(config_for(listing, index, tiny_smallcap, out))
-
-
-def test_duplicates_in_a_list_are_reported_and_captioned_once(tmp_path: Path, index: str, tiny_smallcap: Path) -> None:
-    images, out = str(tmp_path / "images"), str(tmp_path / "out")
-    write_images(images, 3)
-    rows = ["a,000.jpg", "b,001.jpg", "a,000.jpg", "b,002.jpg"]
-    (tmp_path / "images" / "list.csv").write_text("\n".join(["image_id,image_uri", *rows]))
-    summary = caption.run(config_for(f"{images}/list.csv", index, tiny_smallcap, out))
-    assert list(read_rows(out).image_id) == ["a", "b"]
-    record = load_run_record(out)
-    assert record is not None and record.input is not None
-    assert record.input.duplicates == 2
-    assert "2 images were named again" in caption.describe(summary)
 
 
 def test_outputs_beside_the_parts(s3: str, index: str, tiny_smallcap: Path) -> None:
