@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,7 +80,21 @@ def make_index(index_key: str, dim: int) -> Any:
         inverted.by_residual = False  # a list then holds float16(vector), which can be taken out as it went in
     if inverted is not None:
         inverted.cp.min_points_per_centroid = 1  # small samples are the user's choice; faiss would warn on stderr
+    for part in _parts_of(index):
+        if hasattr(
+            part, "do_polysemous_training"
+        ):  # product quantizers: minutes of ordering codes for Hamming filters,
+            part.do_polysemous_training = False  # which no search here uses
     return index
+
+
+def _parts_of(index: Any) -> Iterator[Any]:
+    """Yields an index and those that it puts its vectors into."""
+    yield index
+    for name in ("index", "storage"):
+        inner = getattr(index, name, None)
+        if isinstance(inner, faiss.Index):
+            yield from _parts_of(faiss.downcast_index(inner))
 
 
 def uniform_sample(rows: int, count: int) -> np.ndarray:

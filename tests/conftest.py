@@ -31,8 +31,10 @@ import numpy as np
 import pytest
 
 from benchmarks.tiny_models import make_tiny_clip, make_tiny_smallcap
+from index_builder.training import make_index
 from smallcap import storage
 from smallcap.caption_store import CAPTION_STORE_COLUMNS, write_caption_file
+from smallcap.faiss_index import transforms_of
 from smallcap.index_manifest import (
     EncoderIdentity,
     FileEntry,
@@ -281,12 +283,19 @@ def write_version(
 
 @lru_cache
 def train_index(index_key: str, dim: int, vectors: bytes) -> np.ndarray:
-    """Returns a trained, empty index, serialized: many tests train the same one, and product quantizers take long."""
+    """Returns a trained, empty index, serialized: many tests train the same one."""
     import faiss
 
-    index = faiss.index_factory(dim, index_key, faiss.METRIC_INNER_PRODUCT)
-    index.train(np.frombuffer(vectors, np.float32).reshape(-1, dim))
-    return faiss.serialize_index(index)
+    return faiss.serialize_index(train_quickly(index_key, np.frombuffer(vectors, np.float32).reshape(-1, dim)))
+
+
+def train_quickly(index_key: str, vectors: np.ndarray) -> Any:
+    """Returns an index trained as the builder does, but for a rotation of few steps (OPQ: fifty, half a minute)."""
+    index = make_index(index_key, vectors.shape[1])
+    for transform in transforms_of(index):
+        transform.niter = 2
+    index.train(vectors)
+    return index
 
 
 @pytest.fixture(scope="session")

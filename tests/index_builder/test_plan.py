@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import faiss
 import numpy as np
 import pytest
 from hypothesis import given
@@ -82,3 +83,13 @@ def test_samples_are_sorted_spread_and_inside(rows: int, count: int) -> None:
     assert (np.diff(sample) >= 0).all()
     if rows >= 2 * count:
         assert len(np.unique(sample)) > count // 2
+
+
+@pytest.mark.parametrize("key", ["PQ8", "IVF4,PQ8", "OPQ8,IVF4,PQ8", "HNSW8_PQ8"])
+def test_no_product_quantizer_orders_its_codes(key: str) -> None:
+    index, names = make_index(key, 32), []
+    for wrapped in ("index", "storage"):
+        while isinstance(getattr(index, wrapped, None), faiss.Index):
+            index = faiss.downcast_index(getattr(index, wrapped))
+            names.append(wrapped)
+    assert index.do_polysemous_training is False

@@ -7,6 +7,7 @@ from typing import Any
 import faiss
 import numpy as np
 import pytest
+from conftest import train_quickly
 
 from smallcap import storage
 from smallcap.errors import IndexIntegrityError
@@ -22,12 +23,6 @@ OF_CODES = ["IVF16,SQ8", "IVF16,PQ8", "IVF16,PQ8x4fs", "IVF16,RaBitQ", "OPQ8,IVF
 def unit_vectors(rows: int, seed: int = 0) -> np.ndarray:
     vectors = np.random.default_rng(seed).standard_normal((rows, DIM)).astype(np.float32)
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-
-
-def train(key: str, vectors: np.ndarray) -> Any:
-    index = faiss.index_factory(DIM, key, faiss.METRIC_INNER_PRODUCT)
-    index.train(vectors)
-    return index
 
 
 def write_shard(
@@ -68,7 +63,7 @@ def test_which_keys_need_vectors(key: str, lossy: bool) -> None:
 def test_several_shards_are_one_index_bit_by_bit(tmp_path: Path, key: str) -> None:
     """Lists chosen once, by this library, give the scores that faiss gives over everything in one index."""
     vectors, queries = unit_vectors(3000), unit_vectors(40, seed=1)
-    trained = train(key, vectors)
+    trained = train_quickly(key, vectors)
     whole = write_shard(tmp_path / "whole", trained, key, vectors)
     assigned = assign(whole.index, queries, 5)
     assert assigned is not None
@@ -87,7 +82,7 @@ def test_several_shards_are_one_index_bit_by_bit(tmp_path: Path, key: str) -> No
 def test_the_answer_is_that_of_faisss_own_sharding(tmp_path: Path) -> None:
     key = "IVF16,Flat"
     vectors, queries = unit_vectors(3000), unit_vectors(40, seed=1)
-    trained = train(key, vectors)
+    trained = train_quickly(key, vectors)
     shards = [write_shard(tmp_path, trained, key, vectors[first : first + 1000], first) for first in (0, 1000, 2000)]
     together = faiss.IndexShardsIVF(trained.quantizer, trained.nlist, False, False)
     for shard in shards:
@@ -104,7 +99,7 @@ def test_the_answer_is_that_of_faisss_own_sharding(tmp_path: Path) -> None:
 class TestAssignment:
     def test_it_is_by_exact_scores_and_list_numbers(self) -> None:
         vectors, queries = unit_vectors(3000), unit_vectors(40, seed=1)
-        trained = train("IVF16,Flat", vectors)
+        trained = train_quickly("IVF16,Flat", vectors)
         centroids = trained.quantizer.reconstruct_n(0, 16)
         scores = (queries.astype(np.float64)[:, None] * centroids).sum(axis=2).astype(np.float32)
         assigned = assign(trained, queries, 6)
@@ -112,12 +107,12 @@ class TestAssignment:
         expected = np.lexsort((np.broadcast_to(np.arange(16), scores.shape), -scores), axis=-1)[:, :6]
         np.testing.assert_array_equal(assigned.lists, expected)
         np.testing.assert_array_equal(assigned.scores, np.take_along_axis(scores, expected, 1))
-        assert assign(train("Flat", vectors), queries, 6) is None
+        assert assign(train_quickly("Flat", vectors), queries, 6) is None
 
     @pytest.mark.parametrize("key", ["IVF16,Flat", "IVF16_HNSW8,Flat", "OPQ8,IVF16,PQ8"])
     def test_the_batch_does_not_enter_it(self, key: str) -> None:
         vectors, queries = unit_vectors(3000), unit_vectors(70, seed=1)
-        trained = train(key, vectors)
+        trained = train_quickly(key, vectors)
         together = assign(trained, queries, 6)
         assert together is not None
         for row in range(70):
@@ -127,7 +122,7 @@ class TestAssignment:
                 np.testing.assert_array_equal(getattr(alone, name)[0], getattr(together, name)[row])
 
     def test_more_lists_than_there_are(self) -> None:
-        trained = train("IVF16,Flat", unit_vectors(3000))
+        trained = train_quickly("IVF16,Flat", unit_vectors(3000))
         assigned = assign(trained, unit_vectors(3), 999)
         assert assigned is not None
         assert assigned.lists.shape == (3, 16)
@@ -138,7 +133,7 @@ class TestVectors:
     @pytest.mark.parametrize("key", [*LOSSLESS, "IVF16,SQ8", "HNSW8"])
     def test_they_come_in_the_order_of_their_ids(self, tmp_path: Path, key: str, by_residual: bool) -> None:
         vectors = unit_vectors(500)
-        trained = train(key, vectors)
+        trained = train_quickly(key, vectors)
         if key == "IVF16,SQfp16":
             trained.by_residual = by_residual
         order = np.random.default_rng(0).permutation(500)
@@ -153,7 +148,7 @@ class TestVectors:
     @pytest.mark.parametrize("key", [*LOSSLESS, "IVF16,SQ8"])
     def test_they_score_ids(self, tmp_path: Path, key: str) -> None:
         vectors, queries = unit_vectors(500), unit_vectors(3, seed=1)
-        shard = write_shard(tmp_path, train(key, vectors), key, vectors, 1000)
+        shard = write_shard(tmp_path, train_quickly(key, vectors), key, vectors, 1000)
         ids = np.array([[1000, 1499, -1], [1007, 1007, 1008], [-1, -1, -1]])
         scores = shard.rank(queries, ids)
         stored = shard.stored_vectors(0, 500).astype(np.float64)
@@ -164,7 +159,7 @@ class TestVectors:
 
     def test_a_lossy_shard_without_them(self, tmp_path: Path) -> None:
         vectors = unit_vectors(500)
-        write_shard(tmp_path, train("SQ8", vectors), "SQ8", vectors)
+        write_shard(tmp_path, train_quickly("SQ8", vectors), "SQ8", vectors)
         shard = open_shard(tmp_path / "0.faiss", "SQ8", 500)
         assert shard.candidates(vectors[:2], 3)[1][:, 0].tolist() == [0, 1]
         with pytest.raises(IndexIntegrityError, match="file of vectors is missing"):
@@ -175,14 +170,14 @@ class TestVectors:
     )
     def test_a_file_of_other_vectors(self, tmp_path: Path, wrong: np.ndarray) -> None:
         vectors = unit_vectors(500)
-        write_shard(tmp_path, train("SQ8", vectors), "SQ8", vectors)
+        write_shard(tmp_path, train_quickly("SQ8", vectors), "SQ8", vectors)
         np.save(tmp_path / "wrong.npy", wrong)
         with pytest.raises(IndexIntegrityError, match="not what the manifest says"):
             open_shard(tmp_path / "0.faiss", "SQ8", 500, vectors_file=tmp_path / "wrong.npy")
 
     def test_a_list_that_holds_an_id_twice(self, tmp_path: Path) -> None:
         vectors = unit_vectors(500)
-        index = train("IVF16,Flat", vectors)
+        index = train_quickly("IVF16,Flat", vectors)
         index.add_with_ids(vectors, np.arange(500).clip(max=498))
         faiss.write_index(index, str(tmp_path / "x.faiss"))
         with pytest.raises(IndexIntegrityError, match="each of its vectors once"):
@@ -219,7 +214,7 @@ class TestUnreadable:
             open_shard(tmp_path / "x.faiss", claimed, 100)
 
     def test_a_truncated_file(self, tmp_path: Path) -> None:
-        index = train("IVF2,Flat", unit_vectors(100))
+        index = train_quickly("IVF2,Flat", unit_vectors(100))
         index.add(unit_vectors(100))
         faiss.write_index(index, str(tmp_path / "x.faiss"))
         (tmp_path / "x.faiss").write_bytes((tmp_path / "x.faiss").read_bytes()[:-99])
@@ -228,7 +223,7 @@ class TestUnreadable:
 
     def test_ids_outside_the_shard(self, tmp_path: Path) -> None:
         vectors = unit_vectors(100)
-        index = train("IVF2,Flat", vectors)
+        index = train_quickly("IVF2,Flat", vectors)
         for first, name in ((0, "low"), (1001, "high")):
             index.reset()
             index.add_with_ids(vectors, np.arange(first, first + 100))
