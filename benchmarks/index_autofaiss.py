@@ -14,6 +14,7 @@ import inspect
 import json
 import sys
 import time
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -100,14 +101,16 @@ def search(
     tuned = _Tuned(index, infos["index_param"])
     sizes = [int(size) for size in batches.split(",")]
 
-    def recalls() -> dict[int, float]:
+    @cache
+    def recalls(value: int | None) -> dict[int, float]:
+        tuned.use(value)
         found = index.search(vectors, max(_RECALL_AT))[1]
         return {at: float((found[:, :at, None] == exact[:, None, :at]).any(axis=1).mean()) for at in _RECALL_AT}
 
     def measure(value: int | None) -> dict[str, Any]:
-        setting = tuned.use(value)
+        recall, setting = recalls(value), tuned.use(value)
         rates = queries_per_s(lambda batch: index.search(batch, int(k)), vectors, sizes, float(seconds))
-        return {"param": setting, "recall": recalls(), "queries_per_s": rates}
+        return {"param": setting, "recall": recall, "queries_per_s": rates}
 
     result: dict[str, Any] = {"own": measure(None), "at_recall": {}}
     for target in (float(value) for value in targets.split(",") if value):
@@ -122,8 +125,8 @@ def _least_setting(tuned: _Tuned, recalls: Any, target: float) -> tuple[int | No
     low, high = 0, 8
     while True:
         high = min(high, max(1, tuned.most))
-        setting = tuned.use(high if tuned.name else None)
-        recall = recalls()[4]
+        value = high if tuned.name else None
+        setting, recall = tuned.use(value), recalls(value)[4]
         if recall >= target:
             break
         if high >= tuned.most:
@@ -132,8 +135,7 @@ def _least_setting(tuned: _Tuned, recalls: Any, target: float) -> tuple[int | No
     seen = {"param": setting, "recall@4": recall}
     while high - low > max(1, high // 20):
         middle = (low + high) // 2
-        tuned.use(middle)
-        low, high = (low, middle) if recalls()[4] >= target else (middle, high)
+        low, high = (low, middle) if recalls(middle)[4] >= target else (middle, high)
     return high, seen
 
 
