@@ -109,15 +109,6 @@ def build_index(config: IndexConfig, progress: Progress | None = None) -> BuildR
     return Build(config, progress).run()
 
 
-def plan_build(config: IndexConfig, progress: Progress | None = None) -> BuildPlan:
-    """Cleans and counts the captions, and says what `build_index` would do with them; nothing is published or kept.
-
-    Raises:
-        ConfigError, SchemaError, CheckpointError, StorageError: As `build_index`.
-    """
-    return Build(config, progress).plan()
-
-
 def _ignore(stage: str, done: int, total: int) -> None:
     """The progress of a caller that wants none."""
 
@@ -197,7 +188,11 @@ class Build:
         return BuildReport(manifest, self._index_uri, self._runner.seconds, False, new, cleaned.to_embed)
 
     def plan(self) -> BuildPlan:
-        """Says what `run` would do; see `plan_build`."""
+        """Cleans and counts the captions, and says what `run` would do with them; nothing is published or kept.
+
+        Raises:
+            ConfigError, SchemaError, CheckpointError, StorageError: As `build_index`.
+        """
         self._scan()
         with Staging(self._index_uri, self._plan_of_files()) as staging:
             cleaned = self._clean(staging)

@@ -81,10 +81,8 @@ def make_index(index_key: str, dim: int) -> Any:
     if inverted is not None:
         inverted.cp.min_points_per_centroid = 1  # small samples are the user's choice; faiss would warn on stderr
     for part in _parts_of(index):
-        if hasattr(
-            part, "do_polysemous_training"
-        ):  # product quantizers: minutes of ordering codes for Hamming filters,
-            part.do_polysemous_training = False  # which no search here uses
+        if hasattr(part, "do_polysemous_training"):
+            part.do_polysemous_training = False  # it orders codes for a Hamming filter, which no search here uses
     return index
 
 

@@ -31,7 +31,7 @@ def plan(config: IndexConfig, address: str | None = None) -> BuildPlan:
     """Connects to Ray, and says what `run` would do.
 
     Raises:
-        RunError: See `index_builder.build.plan_build`.
+        RunError: See `index_builder.build.Build.plan`.
     """
     build = Build(config, _print_progress)
     connect(address)

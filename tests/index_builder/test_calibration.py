@@ -260,14 +260,14 @@ class TestImports:
 
 @pytest.mark.usefixtures("in_process")
 def test_a_dry_run_counts_and_leaves_nothing(tmp_path: Path, tiny_clip: Path) -> None:
-    from index_builder.build import plan_build
+    from index_builder.build import Build
     from jobs.build_index import describe_plan
 
     (tmp_path / "dump.csv").write_text("image,caption\n" + "".join(f"i,caption {n % 150}\n" for n in range(200)))
     config = IndexConfig(
         dumps=(str(tmp_path / "dump.csv"),), out=str(tmp_path / "index"), encoder=f"hf:{tiny_clip}", index_key="IVF,SQ8"
     )
-    plan = plan_build(config)
+    plan = Build(config).plan()
     assert (plan.rows, plan.new_captions, plan.to_embed, plan.dropped["duplicate"]) == (200, 150, 150, 50)
     assert plan.index.index_key == "IVF2,SQ8"
     assert plan.embed_s > 0
