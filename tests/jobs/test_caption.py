@@ -157,12 +157,12 @@ def test_a_run_that_an_older_release_began_stays_of_its_version(tmp_path: Path, 
         del attempt["dtype"], attempt["decoded_by_pillow"], attempt["token"]
     Path(out, "run.json").write_text(json.dumps(record | {"format_version": 1}))
     shutil.rmtree(Path(out, "_work"))
-    Path(list_parts(out)[0]).unlink()
-    for part in list_parts(out):
+    for number, part in enumerate(list_parts(out)):
         old = caption_schema("run", "model", "index", 1)
-        pq.write_table(pq.read_table(part).select(old.names).cast(old), part)
+        rows = pq.read_table(part).select(old.names).cast(old)
+        pq.write_table(rows.slice(0 if number else 2), part)  # two images had not been captioned yet
 
-    assert caption.run(config).new_images == 4
+    assert caption.run(config).new_images == 2
     versions = {pq.read_schema(part).metadata[b"smallcap.schema_version"] for part in list_parts(out)}
     assert versions == {b"1"}
     assert list(read_rows(out).caption) == list(read_rows(finished_run.out).caption)
