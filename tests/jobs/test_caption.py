@@ -209,7 +209,7 @@ def test_changed_options_are_refused_and_named(tmp_path: Path, index: str, tiny_
     caption.run(config_for(images, index, tiny_smallcap, out, "limit=2"))
     with pytest.raises(ConfigError, match=r"retrieval\.k: null → 2"):
         caption.run(config_for(images, index, tiny_smallcap, out, "retrieval.k=2"))
-    free = config_for(images, index, tiny_smallcap, out, "compute.batch_size=3")
+    free = config_for(images, index, tiny_smallcap, out, "compute.num_actors=2", "compute.batch_size=3")
     assert caption.run(free).new_images == 2  # where it runs, and a higher limit, are no change
     assert len(read_rows(out)) == 4
 

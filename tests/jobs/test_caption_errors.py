@@ -40,6 +40,7 @@ def test_failed_images_end_by_the_error_rate_and_are_tried_again_by_the_folder_a
     storage.remove(storage.join(images, "b.jpg"))
     again = CliRunner().invoke(app, ["caption", "--retry-failed", out])
     assert again.exit_code == 0, again.output
+    assert "Captioned 2 images" in again.output
     rows = read_rows(out)
     assert list(rows.image_id) == list(before.image_id)
     assert rows.loc["a.jpg"].status == "ok"

@@ -47,6 +47,7 @@ def test_tars_are_read_with_their_keys_and_json(s3: str, index: str, tiny_smallc
         storage.write_bytes(storage.join(tars, f"{shard:05d}_stats.json"), b"{}")
     config = config_for(tars, index, tiny_smallcap, out, "keep_columns=[url,json]", "output.rows_per_part=4")
     summary = caption.run(config)
+    assert summary.new_images == 24
     assert (summary.images.total, summary.record.repeated_ids) == (22, 2)
     assert "2 images were named again" in caption.describe(summary)
     rows = read_rows(out)
