@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from smallcap.benchmark import build_model
+from smallcap.benchmark.stages import build_model
 from smallcap.captioner import Captioner
-from smallcap.checkpoint import SmallCapModel
-from smallcap.prompt import build_training_example, encode_texts
-from smallcap.training import caption_loss, collate
+from smallcap.model.checkpoint import SmallCapModel
+from smallcap.model.prompt import build_training_example, encode_texts
+from smallcap.training.objective import caption_loss, collate
 
 TRUTH = "float32"
 RANDOM_PROMPT_TOKENS = 66

@@ -1,8 +1,7 @@
 """Builds and searches indexes of made caption embeddings, beside autofaiss on the same vectors and the same queries.
 
 For each number of rows and each index key: wall time by stage, peak memory of the whole process tree, bytes per vector,
-recall against brute force, and queries/s of `smallcap.retriever.Retriever.search`. autofaiss chooses its own key and
-search parameters for the memory that smallcap's searched shard takes, and builds in that of smallcap's largest process;
+recall against brute force, and queries/s of `Retriever.search`. autofaiss chooses its own key and search parameters for the memory that smallcap's searched shard takes, and builds in that of smallcap's largest process;
 and once more with its default memory. It is also measured at the least nprobe or efSearch that reaches smallcap's
 recall, where there is one. Both sides run on the same number of cores. What the vectors are is in `index_data`.
 
@@ -31,7 +30,7 @@ import numpy as np
 
 from benchmarks.index_data import DIM, RECALL_AT, MadeData, make_data, make_encoder, recall
 from benchmarks.measuring import PeakMemory, run_watched
-from smallcap.benchmark import source_commit
+from smallcap.benchmark.stages import source_commit
 
 K = 4
 BATCH_SIZES = (1, 64, 1024)

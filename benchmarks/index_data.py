@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from index_builder.verification import imitate_images
+from index_builder.recall.measurement import imitate_images
 
 DIM = 512
 RECALL_AT = (4, 10)

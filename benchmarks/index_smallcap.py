@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-_LEAST_CPUS = 4  # logical ones that Ray is told of, as jobs.ray_session tells it on a small machine
+_LEAST_CPUS = 4  # logical ones that Ray is told of, as jobs.cluster.session tells it on a small machine
 
 
 def build(dump: str, encoder: str, out: str, key: str, threads: str) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def build(dump: str, encoder: str, out: str, key: str, threads: str) -> dict[str
     import ray
 
     from index_builder.build import build_index
-    from jobs.ray_session import connect
+    from jobs.cluster.session import connect
     from smallcap.config import IndexConfig
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -62,7 +62,7 @@ def search(index: str, queries: str, k: str, batches: str, seconds: str) -> dict
     """Searches an index as the captioner does; returns what it found, as rows of the dump, and its rates."""
     from benchmarks.index_data import caption_row
     from benchmarks.measuring import queries_per_s
-    from smallcap.retriever import Retriever
+    from smallcap.index.retriever import Retriever
 
     vectors = np.load(queries)
     retriever = Retriever.open(index, cache_dir=f"{index}.cache")

@@ -28,7 +28,7 @@ from benchmarks.job_data import demo_model, real_size_model, repeat_images
 from benchmarks.job_sides import SIDES, Settings, run_side
 from benchmarks.measuring import run_watched
 from benchmarks.scale_data import environment
-from smallcap.precision import resolve_dtype
+from smallcap.machine.precision import resolve_dtype
 
 MODELS = {"demo": demo_model, "real-size": real_size_model}  # the published sizes with random weights
 _SCENES = Path(__file__).resolve().parents[1] / "demo" / "images"

@@ -14,10 +14,11 @@ import torch
 from transformers import CLIPConfig, CLIPModel
 
 from benchmarks.scale_data import environment
-from smallcap import benchmark, storage
-from smallcap.checkpoint import save_checkpoint
-from smallcap.clip_encoder import resolve_encoder_identity
-from smallcap.index_manifest import manifest_uri, write_pointer
+from smallcap import storage
+from smallcap.benchmark.stages import stages as benchmark
+from smallcap.index.manifest import manifest_uri, write_pointer
+from smallcap.model.checkpoint import save_checkpoint
+from smallcap.model.clip_encoder import resolve_encoder_identity
 
 DEMO_INDEX = "out/demo/index"
 _SUFFIXES = (".jpg", ".jpeg", ".png")

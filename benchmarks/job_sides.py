@@ -21,8 +21,8 @@ from PIL import Image
 from benchmarks.job_data import list_files
 from smallcap.captioner import Captioner
 from smallcap.config import CaptionConfig, ComputeConfig, GenerationConfig
-from smallcap.crops import Pixels
-from smallcap.process_memory import keep_freed_memory
+from smallcap.images.crops import Pixels
+from smallcap.machine.process_memory import keep_freed_memory
 
 _READ_PX = 256  # plain Ray Data reads all images at one size: its batches are arrays
 
@@ -151,7 +151,7 @@ def plain(settings: Settings) -> dict[str, Any]:
 
 def _time_job(settings: Settings, run: Callable[[str, str], None]) -> dict[str, Any]:
     """Times runs over 2N and N images in turns; their difference is what N images take once all is warm."""
-    from jobs.ray_session import connect
+    from jobs.cluster.session import connect
 
     start = time.perf_counter()
     connect()

@@ -36,9 +36,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from benchmarks.measuring import run_watched
-from smallcap.part_files import PartInfo, list_parts, read_part_infos, write_part
-from smallcap.row_ranges import RowRanges
-from smallcap.schema import STATUS_ERROR, STATUS_OK, caption_schema
+from smallcap.images.row_ranges import RowRanges
+from smallcap.output.part_files import PartInfo, list_parts, read_part_infos, write_part
+from smallcap.output.schema import STATUS_ERROR, STATUS_OK, caption_schema
 
 FRAGMENT_ROWS = 256
 PART_ROWS = 5000

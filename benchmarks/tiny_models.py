@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from smallcap.model_files import tokenizer_folder
+from smallcap.model.files import tokenizer_folder
 
 TINY_DIM = 16
 
@@ -45,8 +45,8 @@ def make_tiny_smallcap(folder: Path, clip_folder: Path) -> Path:
     import torch
     from transformers import CLIPModel
 
-    from smallcap.checkpoint import SmallCapConfig, SmallCapModel, save_checkpoint
-    from smallcap.text_decoder import DecoderConfig
+    from smallcap.decoding.text_decoder import DecoderConfig
+    from smallcap.model.checkpoint import SmallCapConfig, SmallCapModel, save_checkpoint
 
     clip = CLIPModel.from_pretrained(clip_folder)
     decoder = DecoderConfig(

@@ -7,7 +7,7 @@ from demo.datastore import DATASTORE_SCENES, datastore_rows, write_captions
 from demo.world import OTHER, TRAINING
 from jobs import build_index
 from smallcap.config import CleaningConfig, IndexConfig
-from smallcap.model_files import DEMO
+from smallcap.model.files import DEMO
 
 STOCK_PHRASES = ("click to enlarge", "photo by the author", "free shipping on all orders", "image not found")
 

@@ -10,10 +10,10 @@ from demo.datastore import FIRST_MEASURED, REFERENCES_PER_IMAGE
 from demo.evaluate import SceneResult
 from demo.render import encode_jpeg
 from demo.world import Scene, SceneSet, captions_of, scenes_of
-from smallcap.bootstrap import interval, mean_of, resample
-from smallcap.caption_metrics import score_captions
 from smallcap.captioner import Captioner
-from smallcap.retriever import Neighbour, NeighbourSearch, Retriever
+from smallcap.evaluation.bootstrap import interval, mean_of, resample
+from smallcap.evaluation.caption_metrics import score_captions
+from smallcap.index.retriever import Neighbour, NeighbourSearch, Retriever
 
 BATCH_SIZE = 64
 RESAMPLES = 1_000

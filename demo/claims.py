@@ -28,9 +28,9 @@ from demo.make import DEMO, run_step
 from demo.train_cross_attention import CrossAttentionRecipe, train_cross_attention
 from demo.world import OTHER, OTHER_TEST, TEST, TRAINING
 from smallcap.captioner import Captioner
-from smallcap.checkpoint import load_checkpoint
-from smallcap.retriever import Retriever
-from smallcap.training import freeze_all_but_cross_attention
+from smallcap.index.retriever import Retriever
+from smallcap.model.checkpoint import load_checkpoint
+from smallcap.training.objective import freeze_all_but_cross_attention
 
 KS = range(1, 8)
 REDUCE_FACTORS = (1, 2, 4, 8, 16)

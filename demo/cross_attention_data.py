@@ -13,10 +13,10 @@ from transformers import PreTrainedTokenizerBase
 from demo.data import batches_of_like_length, normalise
 from demo.datastore import CAPTIONS_PER_SCENE, datastore_rows, image_name
 from demo.world import TRAINING, captions_of, scenes_of
-from smallcap.checkpoint import SmallCapModel
-from smallcap.clip_encoder import RetrievalEncoder
-from smallcap.prompt import build_prompts, build_training_example, encode_texts
-from smallcap.retrieval_sampling import RetrievalMode, candidates_needed, choose_retrieved
+from smallcap.model.checkpoint import SmallCapModel
+from smallcap.model.clip_encoder import RetrievalEncoder
+from smallcap.model.prompt import build_prompts, build_training_example, encode_texts
+from smallcap.training.retrieval_sampling import RetrievalMode, candidates_needed, choose_retrieved
 
 ENCODE_BATCH = 250
 

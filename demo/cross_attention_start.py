@@ -14,7 +14,7 @@ from torch import Tensor
 
 from demo.data import object_table, region_masks
 from demo.world import Scene
-from smallcap.checkpoint import SmallCapModel
+from smallcap.model.checkpoint import SmallCapModel
 
 
 @dataclass(frozen=True)

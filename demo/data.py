@@ -12,7 +12,7 @@ import torch
 
 from demo.render import render_crop
 from demo.world import Scene, SceneSet, load_kinds, sample_scene
-from smallcap.precision import fastest_cpu_dtype
+from smallcap.machine.precision import fastest_cpu_dtype
 
 IMAGE_PX = 96
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)

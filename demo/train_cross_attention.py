@@ -26,13 +26,13 @@ from demo.cross_attention_data import Batch, Examples, load_training_scenes
 from demo.cross_attention_start import Whitening, start_at_nouns
 from demo.data import fast_matrices, render_pool
 from demo.world import TRAINING, load_kinds, scenes_of
-from smallcap.checkpoint import SmallCapModel, save_checkpoint
-from smallcap.clip_encoder import load_retrieval_encoder
-from smallcap.model_files import DEMO
-from smallcap.model_parts import join_frozen_parts
-from smallcap.prompt import encode_texts, load_tokenizer
-from smallcap.retrieval_sampling import RetrievalMode
-from smallcap.training import caption_loss, collate, freeze_all_but_cross_attention
+from smallcap.model.assembly import join_frozen_parts
+from smallcap.model.checkpoint import SmallCapModel, save_checkpoint
+from smallcap.model.clip_encoder import load_retrieval_encoder
+from smallcap.model.files import DEMO
+from smallcap.model.prompt import encode_texts, load_tokenizer
+from smallcap.training.objective import caption_loss, collate, freeze_all_but_cross_attention
+from smallcap.training.retrieval_sampling import RetrievalMode
 
 WHITENED_FROM, STARTED_FROM = 2_500, 4_000  # scenes
 

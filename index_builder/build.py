@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
-from index_builder.buckets import (
+from index_builder.dumps.buckets import (
     Dealt,
     Deduped,
     DedupeTask,
@@ -23,26 +23,26 @@ from index_builder.buckets import (
     dedupe_bucket,
     plan_counting,
 )
-from index_builder.buckets import DealTask as DealDumpsTask
-from index_builder.calibration import Calibration, Embeddings
-from index_builder.cleaning import RULES_VERSION, describe_filters
-from index_builder.dump_formats import Columns
-from index_builder.dumps import find_dumps, scan_dump
-from index_builder.embedding import VectorParts
-from index_builder.encoding import Encoding
+from index_builder.dumps.buckets import DealTask as DealDumpsTask
+from index_builder.dumps.cleaning import RULES_VERSION, describe_filters
+from index_builder.dumps.files import find_dumps, scan_dump
+from index_builder.dumps.formats import Columns
+from index_builder.embedding.encoding import Encoding
+from index_builder.embedding.parts import VectorParts
 from index_builder.inputs import open_inputs
 from index_builder.plan import IndexPlan, plan_index, plan_shards, with_open_nlist
-from index_builder.publish import load_current, publish_version
-from index_builder.removal import draft_removal
-from index_builder.sharding import GrowTask, ShardTask, WrittenShard, grow_captions, write_shard
-from index_builder.stage_runner import Progress, StageRunner
-from index_builder.staging import Staging
+from index_builder.recall.calibration import Calibration, Embeddings
+from index_builder.shards.filling import GrowTask, ShardTask, WrittenShard, grow_captions, write_shard
+from index_builder.shards.template import TrainTask, make_index, train_template
 from index_builder.stored import DealStoredTask, StoredIndex, deal_shard
-from index_builder.training import TrainTask, make_index, train_template
+from index_builder.versions.publish import load_current, publish_version
+from index_builder.versions.removal import draft_removal
+from index_builder.work.stage_runner import Progress, StageRunner
+from index_builder.work.staging import Staging
 from smallcap import storage
 from smallcap.config import IndexConfig
 from smallcap.errors import ConfigError
-from smallcap.index_manifest import FileEntry, IndexManifest, ShardEntry, utc_now
+from smallcap.index.manifest import FileEntry, IndexManifest, ShardEntry, utc_now
 
 DEFAULT_RECALL = 0.99  # of recall@4
 

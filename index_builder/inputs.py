@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from index_builder.buckets import DealTask, plan_buckets, plan_dealing
-from index_builder.dump_formats import Columns
-from index_builder.dumps import DumpScan
+from index_builder.dumps.buckets import DealTask, plan_buckets, plan_dealing
+from index_builder.dumps.files import DumpScan
+from index_builder.dumps.formats import Columns
 from index_builder.stored import DealStoredTask, Role, StoredIndex
 from smallcap import storage
 from smallcap.config import CleaningConfig, IndexConfig
 from smallcap.errors import ConfigError, ManifestError
-from smallcap.index_manifest import EncoderIdentity, IndexManifest, SourceEntry, load_manifest
+from smallcap.index.manifest import EncoderIdentity, IndexManifest, SourceEntry, load_manifest
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def _resolve_encoder(config: IndexConfig, parents: Sequence[StoredIndex]) -> Enc
     """Returns the encoder's identity; where nothing need be embedded its weights need not be at hand."""
     if config.encoder is None and not config.dumps:
         return parents[0].manifest.encoder
-    from smallcap.clip_encoder import resolve_encoder_identity  # torch
+    from smallcap.model.clip_encoder import resolve_encoder_identity  # torch
 
     return resolve_encoder_identity(config.encoder or parents[0].manifest.encoder.spec)
 

@@ -12,7 +12,7 @@ from itertools import pairwise
 from math import log2
 from typing import Literal
 
-from index_builder.embedding import PART_ROWS
+from index_builder.embedding.parts import PART_ROWS
 from smallcap.errors import ConfigError
 
 ROWS_PER_SHARD = 1_000_000

@@ -13,15 +13,15 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 
-from index_builder.buckets import ChunkWriter, Dealt
-from index_builder.cleaning import caption_key
-from index_builder.deduplication import Row
-from index_builder.dumps import short_names
-from smallcap.caption_store import open_caption_file
+from index_builder.dumps.buckets import ChunkWriter, Dealt
+from index_builder.dumps.cleaning import caption_key
+from index_builder.dumps.deduplication import Row
+from index_builder.dumps.files import short_names
 from smallcap.errors import IndexIntegrityError
-from smallcap.index_cache import DEFAULT_CACHE_DIR, open_version_folder
-from smallcap.index_manifest import FileEntry, IndexManifest, ShardEntry
-from smallcap.vector_shard import VectorShard
+from smallcap.index.caption_store import open_caption_file
+from smallcap.index.manifest import FileEntry, IndexManifest, ShardEntry
+from smallcap.index.node_cache import DEFAULT_CACHE_DIR, open_version_folder
+from smallcap.index.vector_shard import VectorShard
 
 _ROWS_AT_ONCE = 20_000
 

@@ -6,11 +6,11 @@ import sys
 
 from index_builder.build import Build, BuildPlan, BuildReport
 from index_builder.plan import plan_index, with_open_nlist
-from index_builder.removal import COMPACT_ABOVE
-from jobs.config_args import run_job
-from jobs.ray_session import connect, own_errors
+from index_builder.versions.removal import COMPACT_ABOVE
+from jobs.cluster.session import connect, own_errors
+from jobs.terminal.arguments import run_job
 from smallcap.config import IndexConfig
-from smallcap.index_manifest import IndexManifest
+from smallcap.index.manifest import IndexManifest
 
 _RETRAIN_ABOVE = 2.0  # times the captions that the template was trained for
 

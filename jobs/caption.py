@@ -14,20 +14,28 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from jobs.caption_plan import captioner_spec, count_images, load_spec, plan_on_cluster
-from jobs.caption_plan import dry_run as plan_dry_run
-from jobs.config_args import EXIT_TOO_MANY_ERRORS, run_job
-from jobs.run_record import RUN_FORMAT_VERSION, Attempt, ImageCounts, Input, RunRecord, run_lock, write_run_record
-from jobs.run_work import finish_run, list_work, open_record, what_is_left
+from jobs.captioning.plan import captioner_spec, count_images, load_spec, plan_on_cluster
+from jobs.captioning.plan import dry_run as plan_dry_run
+from jobs.captioning.record import (
+    RUN_FORMAT_VERSION,
+    Attempt,
+    ImageCounts,
+    Input,
+    RunRecord,
+    run_lock,
+    write_run_record,
+)
+from jobs.captioning.work import finish_run, list_work, open_record, what_is_left
+from jobs.terminal.arguments import EXIT_TOO_MANY_ERRORS, run_job
 from smallcap.config import CaptionConfig
-from smallcap.coverage import WorkItem
-from smallcap.index_manifest import utc_now
-from smallcap.schema import caption_schema
-from smallcap.work_list import WorkList
+from smallcap.images.work_list import WorkList
+from smallcap.index.manifest import utc_now
+from smallcap.output.coverage import WorkItem
+from smallcap.output.schema import caption_schema
 
 if TYPE_CHECKING:
-    from jobs.monitor import Snapshot
-    from jobs.retrieval_actors import Partitions
+    from jobs.captioning.monitor import Snapshot
+    from jobs.captioning.retrieval_actors import Partitions
 
 
 @dataclass(frozen=True)
@@ -101,17 +109,17 @@ def _caption(
     config: CaptionConfig, record: RunRecord, work: WorkList, items: Sequence[WorkItem], address: str | None
 ) -> tuple[RunRecord, tuple[str, ...]]:
     """Runs one attempt of the pipeline over what is left; returns where its time went as well."""
-    from jobs.ray_session import connect, own_errors
+    from jobs.cluster.session import connect, own_errors
 
     connect(address)  # before Ray Data is imported: it reads some of its settings then
 
     import ray
 
-    from jobs.caption_stage import CaptionImages
-    from jobs.load_stage import load_images, start_loading
-    from jobs.monitor import start_monitor
-    from jobs.part_sink import PartSink
-    from jobs.progress import show_progress, stage_table
+    from jobs.captioning.caption import CaptionImages
+    from jobs.captioning.load import load_images, start_loading
+    from jobs.captioning.monitor import start_monitor
+    from jobs.captioning.progress import show_progress, stage_table
+    from jobs.captioning.write import PartSink
 
     plan = plan_on_cluster(config, record)
     actors = plan.actors
@@ -178,7 +186,7 @@ def _measured(attempt: Attempt, snapshot: Snapshot | None, seconds: float, fast_
 @contextmanager
 def _partitions(config: CaptionConfig, record: RunRecord) -> Iterator[Partitions | None]:
     """Runs the actors that hold the index between them, where one process is not to hold all of it."""
-    from jobs.retrieval_actors import run_partitions
+    from jobs.captioning.retrieval_actors import run_partitions
 
     if record.index_id is None or config.index is None or config.retrieval.partitions == 1:
         yield None

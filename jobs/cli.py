@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs.config_args import EXIT_RUN_ERROR, EXIT_USAGE
+from jobs.terminal.arguments import EXIT_RUN_ERROR, EXIT_USAGE
 from smallcap import __version__, storage
 from smallcap.errors import ConfigError, SmallCapError
 
@@ -39,7 +39,7 @@ def main() -> None:
     try:
         app()
     except SmallCapError as error:
-        from jobs.console import print_error
+        from jobs.terminal.console import print_error
 
         print_error(error)
         sys.exit(EXIT_USAGE if isinstance(error, ConfigError) else EXIT_RUN_ERROR)
@@ -68,8 +68,8 @@ def demo(
 ) -> None:
     """Caption the demo's scenes with its small trained model; then swap the datastore, and caption other domains."""
     from jobs import caption as caption_job
-    from jobs import console
     from jobs.demo import compare_swap, run_demo
+    from jobs.terminal import console
 
     result = run_demo(out, address)
     print(f"Index: {'built' if result.index_was_built else 'up to date'}, {result.index}")
@@ -166,8 +166,8 @@ def build_index(
 @index_app.command("list")
 def index_list(index: Annotated[str, typer.Argument(help="Published index.")], as_json: AsJson = False) -> None:
     """Show an index's versions, the newest first."""
-    from jobs import console
     from jobs import index as job
+    from jobs.terminal import console
 
     versions = job.list_index(index)
     if as_json:
@@ -182,7 +182,7 @@ def index_use(
     version: Annotated[str, typer.Argument(help="Id of a version, its beginning, or previous.")],
 ) -> None:
     """Make another version the current one; runs that have begun keep theirs."""
-    from index_builder.lifecycle import use_version
+    from index_builder.versions.lifecycle import use_version
 
     print(f"Current version of {index}: {use_version(index, version).index_id}")
 
@@ -257,7 +257,7 @@ def caption(
     }
     base = None
     if retry_failed and images is None and config is None:
-        from jobs.run_record import load_run_config
+        from jobs.captioning.record import load_run_config
 
         base = load_run_config(out or "")
     resolved = load_config(CaptionConfig, config, flags, sets or (), base)
@@ -265,7 +265,7 @@ def caption(
     from jobs import caption as job  # imports torch and Ray, which a wrong option need not wait for
 
     if dry_run:
-        from jobs.caption_plan import dry_run as make_plan
+        from jobs.captioning.plan import dry_run as make_plan
 
         plan = make_plan(resolved, address, gpu_hour_cost)
         print("\n".join(plan.lines()))
@@ -313,7 +313,7 @@ def train(
 ) -> None:
     """Train cross-attention. Stopped and started again, it goes on from its newest checkpoint."""
     from smallcap.config import load_config
-    from smallcap.train_config import TrainConfig
+    from smallcap.training.config import TrainConfig
 
     flags: dict[str, Any] = {
         "sources": sources,
@@ -355,8 +355,8 @@ def search(
     """Show the captions nearest to an image or a text."""
     from dataclasses import asdict
 
-    from jobs import console
     from jobs import search as job
+    from jobs.terminal import console
 
     neighbours = job.search(index, image, text, k, encoder)
     if as_json:
@@ -372,8 +372,8 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Say what an index or a run is: counts, settings, sample rows."""
-    from jobs import console
     from jobs.inspect import inspect_path
+    from jobs.terminal import console
 
     facts = inspect_path(path, samples)
     if as_json:
@@ -404,7 +404,7 @@ def evaluate(
 ) -> None:
     """Score a run's captions against references, or compare two runs, with confidence intervals."""
     from jobs import evaluate as job
-    from jobs.evaluation_table import print_evaluation
+    from jobs.terminal.evaluation_table import print_evaluation
     from smallcap.config import EvaluateConfig, load_config
 
     flags: dict[str, Any] = {
@@ -446,8 +446,8 @@ def bench(
     """Measure every stage and the whole captioner on this machine, at real sizes with random weights."""
     import torch
 
-    from jobs import console
-    from smallcap.benchmark import BenchmarkOptions, run_benchmark
+    from jobs.terminal import console
+    from smallcap.benchmark.stages import BenchmarkOptions, run_benchmark
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

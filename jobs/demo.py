@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from index_builder.build import BuildReport
 from jobs import build_index, caption
-from jobs.run_record import read_parts
+from jobs.captioning.record import read_parts
 from smallcap import storage
 from smallcap.config import CaptionConfig, CleaningConfig, IndexConfig
-from smallcap.model_files import DEMO, demo_folder
-from smallcap.schema import STATUS_OK
+from smallcap.model.files import DEMO, demo_folder
+from smallcap.output.schema import STATUS_OK
 
 HELD_OUT = "held-out"  # domains that the model's cross-attention was not trained on, as the files are named
 

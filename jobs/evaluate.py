@@ -13,16 +13,16 @@ from typing import Any
 
 import pyarrow as pa
 
-from index_builder.dump_formats import FORMATS, Columns, read_rows
-from jobs.config_args import run_job
-from jobs.run_record import RUN_FILE, RunRecord, load_run_record, read_parts
+from index_builder.dumps.formats import FORMATS, Columns, read_rows
+from jobs.captioning.record import RUN_FILE, RunRecord, load_run_record, read_parts
+from jobs.terminal.arguments import run_job
 from smallcap import storage
-from smallcap.caption_store import read_texts
 from smallcap.config import EvaluateConfig
 from smallcap.errors import ConfigError, SchemaError
-from smallcap.evaluation import Evaluation, evaluate_runs, expand_metrics
-from smallcap.references import References, group_references, parse_references
-from smallcap.run_captions import COLUMNS, RunCaptions, collect_run
+from smallcap.evaluation.figures import Evaluation, evaluate_runs, expand_metrics
+from smallcap.evaluation.references import References, group_references, parse_references
+from smallcap.evaluation.run_captions import COLUMNS, RunCaptions, collect_run
+from smallcap.index.caption_store import read_texts
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
@@ -140,7 +140,7 @@ def _warnings(paths: tuple[str, ...], records: list[RunRecord]) -> list[str]:
 
 
 def _run_as_module(config: EvaluateConfig, address: str | None) -> tuple[str, int]:
-    from jobs.evaluation_table import print_evaluation
+    from jobs.terminal.evaluation_table import print_evaluation
 
     result = run(config)
     print_evaluation(result)

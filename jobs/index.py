@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from index_builder.lifecycle import Garbage, collect_garbage, list_versions, parse_grace
+from index_builder.versions.lifecycle import Garbage, collect_garbage, list_versions, parse_grace
 
 
 def list_index(index: str) -> list[dict[str, Any]]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from jobs.run_record import RUN_FILE, load_run_record, read_parts
+from jobs.captioning.record import RUN_FILE, load_run_record, read_parts
 from smallcap import storage
-from smallcap.caption_store import load_caption_sample
 from smallcap.errors import ConfigError
-from smallcap.index_manifest import POINTER_FILE
-from smallcap.part_files import list_parts
-from smallcap.schema import CAPTION_COLUMNS
+from smallcap.index.caption_store import load_caption_sample
+from smallcap.index.manifest import POINTER_FILE
+from smallcap.output.part_files import list_parts
+from smallcap.output.schema import CAPTION_COLUMNS
 
 _MOST_SAMPLES = 10_000
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from smallcap import storage
 from smallcap.errors import ConfigError, RowError
-from smallcap.index_manifest import load_manifest
-from smallcap.retriever import Neighbour, Retriever
+from smallcap.index.manifest import load_manifest
+from smallcap.index.retriever import Neighbour, Retriever
 
 
 def search(index: str, image: str | None, text: str | None, k: int, encoder: str | None = None) -> list[Neighbour]:
@@ -25,7 +25,7 @@ def search(index: str, image: str | None, text: str | None, k: int, encoder: str
     if (image is None) == (text is None):
         raise ConfigError("A search takes one query.", expected="either --image or --text")
     manifest = load_manifest(index)
-    from smallcap.clip_encoder import load_retrieval_encoder, normalise_pixels, resolve_encoder_identity
+    from smallcap.model.clip_encoder import load_retrieval_encoder, normalise_pixels, resolve_encoder_identity
 
     spec = encoder or manifest.encoder.spec
     retriever = Retriever.open(index, encoder=resolve_encoder_identity(spec), index_id=manifest.index_id)
@@ -35,7 +35,7 @@ def search(index: str, image: str | None, text: str | None, k: int, encoder: str
     assert image is not None
     import torch
 
-    from smallcap.image import crop_pixels, decode_image
+    from smallcap.images.decode import crop_pixels, decode_image
 
     try:
         pixels = crop_pixels(decode_image(storage.read_bytes(image), where=image), loaded.preprocessing)

@@ -12,28 +12,28 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from jobs.config_args import run_job
-from jobs.run_record import run_lock
-from jobs.train_export import write_model
-from jobs.train_inputs import TrainInputs, list_inputs
-from jobs.train_progress import show_training
-from jobs.train_record import TrainAttempt, TrainData, TrainRecord, choose_best, load_train_record
-from jobs.train_start import ModelStart
+from jobs.captioning.record import run_lock
+from jobs.terminal.arguments import run_job
+from jobs.training.export import write_model
+from jobs.training.inputs import TrainInputs, list_inputs
+from jobs.training.progress import show_training
+from jobs.training.record import TrainAttempt, TrainData, TrainRecord, choose_best, load_train_record
+from jobs.training.start import ModelStart
 from smallcap import storage
-from smallcap.checkpoint import SmallCapModel
-from smallcap.clip_encoder import load_preprocessing, resolve_encoder_identity
-from smallcap.crops import CropPlan
 from smallcap.errors import ConfigError, RunError
-from smallcap.example_stream import ExampleStream
-from smallcap.feature_store import Split, StoreManifest
-from smallcap.index_manifest import load_manifest, utc_now
-from smallcap.train_checkpoints import find_train_checkpoint
-from smallcap.train_config import TrainConfig
-from smallcap.training import frozen_sha256, weights_sha256
+from smallcap.images.crops import CropPlan
+from smallcap.index.manifest import load_manifest, utc_now
+from smallcap.model.checkpoint import SmallCapModel
+from smallcap.model.clip_encoder import load_preprocessing, resolve_encoder_identity
+from smallcap.training.checkpoints import find_train_checkpoint
+from smallcap.training.config import TrainConfig
+from smallcap.training.example_stream import ExampleStream
+from smallcap.training.feature_store import Split, StoreManifest
+from smallcap.training.objective import frozen_sha256, weights_sha256
 
 if TYPE_CHECKING:
-    from jobs.train_fit import TrainPlan
-    from jobs.train_loop import WorkerSpec
+    from jobs.training.fit import TrainPlan
+    from jobs.training.loop import WorkerSpec
 
 
 @dataclass(frozen=True)
@@ -88,14 +88,14 @@ def open_record(config: TrainConfig) -> tuple[TrainRecord, ModelStart]:
 
 def _train(config: TrainConfig, record: TrainRecord, start: ModelStart, address: str | None) -> TrainSummary:
     """Runs one attempt of all stages."""
-    from jobs.ray_session import connect, own_errors
+    from jobs.cluster.session import connect, own_errors
 
     connect(address)  # before Ray Data is imported: it reads some of its settings then
 
-    from jobs.train_candidates import count_leaks, store_candidates
-    from jobs.train_features import store_features
-    from jobs.train_fit import check_installed, plan_training
-    from jobs.train_loop import WorkerSpec
+    from jobs.training.candidates import count_leaks, store_candidates
+    from jobs.training.features import store_features
+    from jobs.training.fit import check_installed, plan_training
+    from jobs.training.loop import WorkerSpec
 
     check_installed()
     model = start.load()
@@ -136,7 +136,7 @@ def _fit(config: TrainConfig, record: TrainRecord, spec: WorkerSpec, plan: Train
             expected="images that can be read, with captions",
             found=f"errors: {record.data.errors if record.data else {}}",
         )
-    from jobs.train_fit import fit
+    from jobs.training.fit import fit
 
     found = find_train_checkpoint(config.out)
     attempt = TrainAttempt(

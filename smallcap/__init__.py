@@ -13,21 +13,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from smallcap.captioner import Captioner, CaptionResult
-    from smallcap.checkpoint import SmallCapModel, load_checkpoint, save_checkpoint
-    from smallcap.clip_encoder import load_retrieval_encoder
-    from smallcap.retriever import Neighbour, Retriever
+    from smallcap.index.retriever import Neighbour, Retriever
+    from smallcap.model.checkpoint import SmallCapModel, load_checkpoint, save_checkpoint
+    from smallcap.model.clip_encoder import load_retrieval_encoder
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "CaptionResult": "smallcap.captioner",
     "Captioner": "smallcap.captioner",
-    "Neighbour": "smallcap.retriever",
-    "Retriever": "smallcap.retriever",
-    "SmallCapModel": "smallcap.checkpoint",
-    "load_checkpoint": "smallcap.checkpoint",
-    "load_retrieval_encoder": "smallcap.clip_encoder",
-    "save_checkpoint": "smallcap.checkpoint",
+    "Neighbour": "smallcap.index.retriever",
+    "Retriever": "smallcap.index.retriever",
+    "SmallCapModel": "smallcap.model.checkpoint",
+    "load_checkpoint": "smallcap.model.checkpoint",
+    "load_retrieval_encoder": "smallcap.model.clip_encoder",
+    "save_checkpoint": "smallcap.model.checkpoint",
 }
 
 __all__ = [

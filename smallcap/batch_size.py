@@ -12,17 +12,17 @@ import torch
 from torch import nn
 
 from smallcap.captioner import Captioner
-from smallcap.checkpoint import SmallCapConfig
-from smallcap.decoding import GenerationOptions
-from smallcap.process_memory import available_bytes
-from smallcap.sampling import Sampling
+from smallcap.decoding.sampling import Sampling
+from smallcap.decoding.strategy import GenerationOptions
+from smallcap.machine.process_memory import available_bytes
+from smallcap.model.checkpoint import SmallCapConfig
 
 _MOST_ON_CPU, _MOST_ON_GPU = 64, 256  # images; larger batches gain nothing
 _TOKENS_PER_CAPTION, _TOKENS_OF_TEMPLATE = 25, 10  # of a prompt: the longest captions that an index holds by default
 # Shares of the free memory. A CPU's is also that of the tasks that decode, of Ray's object store and of the pages of
 # the index; a GPU's allocator cannot use every gap.
 _USABLE_ON_CPU, _USABLE_ON_GPU = 0.5, 0.8
-_PREFILLED_ON_CPU = 1024  # tokens at once, see `smallcap.engine`
+_PREFILLED_ON_CPU = 1024  # tokens at once, see `smallcap.decoding.engine`
 _SAMPLING_BYTES = 48  # per logit: probabilities, sorted with their places, and sums in float64
 
 

@@ -19,8 +19,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from smallcap.checkpoint import SmallCapModel, load_checkpoint, load_config, tokenizer_source
-from smallcap.clip_encoder import (
+from smallcap.config import DecodeMode, GenerationConfig, SearchDevice
+from smallcap.decoding.engine import Generated
+from smallcap.decoding.sampling import Sampling
+from smallcap.errors import ConfigError, RowError
+from smallcap.images.crops import CropPlan, Pixels
+from smallcap.images.decode import MAX_IMAGE_PIXELS, Preprocessing
+from smallcap.index.manifest import load_manifest
+from smallcap.index.retriever import Neighbour, NeighbourSearch, Retriever
+from smallcap.machine.precision import resolve_dtype
+from smallcap.model.checkpoint import SmallCapModel, load_checkpoint, load_config, tokenizer_source
+from smallcap.model.clip_encoder import (
     RetrievalEncoder,
     load_preprocessing,
     load_retrieval_encoder,
@@ -28,17 +37,8 @@ from smallcap.clip_encoder import (
     resolve_encoder_identity,
     vision_preprocessing,
 )
-from smallcap.config import DecodeMode, GenerationConfig, SearchDevice
-from smallcap.crops import CropPlan, Pixels
-from smallcap.engine import Generated
-from smallcap.errors import ConfigError, RowError
-from smallcap.image import MAX_IMAGE_PIXELS, Preprocessing
-from smallcap.index_manifest import load_manifest
-from smallcap.model_files import resolve_folder
-from smallcap.precision import resolve_dtype
-from smallcap.prompt import build_prompts, decode_caption, load_tokenizer
-from smallcap.retriever import Neighbour, NeighbourSearch, Retriever
-from smallcap.sampling import Sampling
+from smallcap.model.files import resolve_folder
+from smallcap.model.prompt import build_prompts, decode_caption, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -140,7 +140,7 @@ class Captioner:
             k: Retrieved captions per prompt; by default the checkpoint's.
             generation: How captions are decoded; by default as the checkpoint says.
             device: A torch device.
-            dtype: `float32`, `bfloat16` or `float16`; `auto` is what `smallcap.precision` finds fastest here.
+            dtype: `float32`, `bfloat16` or `float16`; `auto` is what `smallcap.machine.precision` finds fastest here.
             retrieval_encoder: Its spec; by default the one that the index names.
             cache_dir: Where copies of remote indexes are kept.
             index_id: The index's version; by default the current one.

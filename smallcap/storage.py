@@ -1,7 +1,8 @@
 """The doorway to storage: every URI that smallcap reads or writes goes through here.
 
 Local paths, `s3://` (s3fs; the endpoint from AWS_ENDPOINT_URL) and any other fsspec URL look alike to the callers. The
-hot path of fetching many small objects is `smallcap.fetching`. This module knows nothing of images, indexes or schemas.
+hot path of fetching many small objects is `smallcap.images.fetching`. This module knows nothing of images, indexes or
+schemas.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from PIL import Image
 
 from smallcap import storage
 from smallcap.config import CaptionConfig, load_config
-from smallcap.part_files import list_parts
+from smallcap.output.part_files import list_parts
 
 
 def jpeg(seed: int) -> bytes:

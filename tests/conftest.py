@@ -31,11 +31,11 @@ import numpy as np
 import pytest
 
 from benchmarks.tiny_models import make_tiny_clip, make_tiny_smallcap
-from index_builder.training import make_index
+from index_builder.shards.template import make_index
 from smallcap import storage
-from smallcap.caption_store import CAPTION_STORE_COLUMNS, write_caption_file
-from smallcap.faiss_index import transforms_of
-from smallcap.index_manifest import (
+from smallcap.index.caption_store import CAPTION_STORE_COLUMNS, write_caption_file
+from smallcap.index.faiss_index import transforms_of
+from smallcap.index.manifest import (
     EncoderIdentity,
     FileEntry,
     IndexManifest,
@@ -165,7 +165,7 @@ def ray_session(s3_server: str) -> Iterator[None]:
     """One local Ray with four logical CPUs for the whole test session."""
     import ray
 
-    from jobs.ray_session import connect
+    from jobs.cluster.session import connect
 
     connect()
     yield
@@ -218,7 +218,7 @@ def write_version(
     import faiss
     import pyarrow as pa
 
-    from smallcap.faiss_index import inverted_file_of, is_lossy
+    from smallcap.index.faiss_index import inverted_file_of, is_lossy
 
     rows, dim = vectors.shape
     folder.mkdir(parents=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from smallcap.feature_store import (
+from smallcap.training.feature_store import (
     PartEntry,
     Split,
     candidate_table,

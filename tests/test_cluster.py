@@ -21,10 +21,10 @@ import pytest
 import yaml
 from PIL import Image
 
-from smallcap.actor_plan import plan_actors
-from smallcap.clip_encoder import resolve_encoder_identity
 from smallcap.config import CaptionConfig, load_config
-from smallcap.index_manifest import IndexManifest
+from smallcap.index.manifest import IndexManifest
+from smallcap.machine.actor_plan import plan_actors
+from smallcap.model.clip_encoder import resolve_encoder_identity
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "cluster.yaml").read_text()

@@ -8,7 +8,7 @@ import numpy as np
 from caption_runs import jpeg
 
 from smallcap.config import load_config
-from smallcap.train_config import TrainConfig
+from smallcap.training.config import TrainConfig
 
 NOUNS = ("dog", "bus", "cat", "boat")
 

@@ -14,8 +14,8 @@ from demo.datastore import datastore_rows
 from demo.tokenizer import train_tokenizer
 from demo.train_language_model import IGNORED, Documents, document_batches, pad_documents
 from demo.world import TRAINING, WEB, load_kinds, named_kinds, sample_scene, scenes_of
-from smallcap.checkpoint import SmallCapModel, load_checkpoint, tokenizer_source
-from smallcap.prompt import encode_texts, load_tokenizer
+from smallcap.model.checkpoint import SmallCapModel, load_checkpoint, tokenizer_source
+from smallcap.model.prompt import encode_texts, load_tokenizer
 
 
 def test_region_masks_average_the_patches_in_the_middle_of_an_object() -> None:

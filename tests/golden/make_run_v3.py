@@ -15,9 +15,9 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from smallcap.part_files import PartInfo, PartOptions, write_part
-from smallcap.row_ranges import RowRanges
-from smallcap.schema import caption_schema
+from smallcap.images.row_ranges import RowRanges
+from smallcap.output.part_files import PartInfo, PartOptions, write_part
+from smallcap.output.schema import caption_schema
 
 DIM = 16
 KEPT = pa.schema([("split", pa.string()), ("licence", pa.int32())])

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-import index_builder.stage_runner as runner_module
-from smallcap.actor_plan import ActorPlan
+import index_builder.work.stage_runner as runner_module
+from smallcap.machine.actor_plan import ActorPlan
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import index_builder.build as build_module
-import index_builder.publish as publish_module
-import index_builder.stage_runner as runner_module
+import index_builder.versions.publish as publish_module
+import index_builder.work.stage_runner as runner_module
 from smallcap.config import IndexConfig
 
 
@@ -66,7 +66,7 @@ def main(config_file: str, stage: str, done: int, victim: str) -> None:
     if victim == "process":
         in_process()
     else:
-        from jobs.ray_session import connect
+        from jobs.cluster.session import connect
 
         connect()
     if stage == "pointer":

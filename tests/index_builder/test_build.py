@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 
 import index_builder.build as build_module
-import index_builder.encoding as encoding_module
-import index_builder.publish as publish_module
+import index_builder.embedding.encoding as encoding_module
+import index_builder.versions.publish as publish_module
 from index_builder.build import BuildReport, build_index
 from smallcap import storage
-from smallcap.clip_encoder import load_retrieval_encoder, resolve_encoder_identity
 from smallcap.config import CleaningConfig, IndexConfig
 from smallcap.errors import CheckpointError, ConfigError, RunError, SchemaError
-from smallcap.index_manifest import load_pointer
-from smallcap.retriever import Retriever
+from smallcap.index.manifest import load_pointer
+from smallcap.index.retriever import Retriever
+from smallcap.model.clip_encoder import load_retrieval_encoder, resolve_encoder_identity
 
 COLOURS = ("red", "green", "blue", "grey", "white")
 THINGS = ("dog", "cat", "ball", "boat", "tree", "kite", "house", "bird")
@@ -224,7 +224,7 @@ def test_real_captions(tmp_path: Path, shared_data: Path, tiny_clip: Path) -> No
 
 
 def test_unit_vectors_are_required() -> None:
-    from index_builder.embedding import _check_unit
+    from index_builder.embedding.parts import _check_unit
 
     with pytest.raises(RunError, match=r"no unit vectors(.|\n)*caption 11(.|\n)*nan"):
         _check_unit(np.array([[1, 0], [np.nan, 0]], np.float32), 10)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from index_builder.plan import bytes_per_vector, choose_nlist, nlist_of, plan_index, plan_shards, with_open_nlist
-from index_builder.training import make_index, uniform_sample
+from index_builder.shards.template import make_index, uniform_sample
 from smallcap.errors import ConfigError
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from index_builder.build import build_index
-from index_builder.staging import STAGING_PREFIX
+from index_builder.work.staging import STAGING_PREFIX
 from smallcap.config import CleaningConfig, IndexConfig
-from smallcap.index_manifest import load_manifest
+from smallcap.index.manifest import load_manifest
 
 SCRIPT = Path(__file__).with_name("killed_build.py")
 

@@ -10,7 +10,7 @@ import pytest
 from jobs import build_index
 from smallcap.config import IndexConfig
 from smallcap.errors import CheckpointError, ManifestError, StorageError
-from smallcap.index_manifest import load_manifest
+from smallcap.index.manifest import load_manifest
 
 pytestmark = pytest.mark.ray
 

@@ -15,13 +15,13 @@ from PIL import Image
 
 from index_builder.build import build_index
 from jobs import caption
-from jobs.run_record import load_run_record
+from jobs.captioning.record import load_run_record
 from smallcap import storage
 from smallcap.captioner import Captioner
 from smallcap.config import CaptionConfig, IndexConfig
 from smallcap.errors import CheckpointError, ConfigError, ManifestError, SchemaError
-from smallcap.part_files import list_parts
-from smallcap.schema import CAPTION_COLUMNS, caption_schema, check_caption_schema
+from smallcap.output.part_files import list_parts
+from smallcap.output.schema import CAPTION_COLUMNS, caption_schema, check_caption_schema
 
 pytestmark = pytest.mark.ray
 

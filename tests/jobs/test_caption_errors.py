@@ -10,13 +10,13 @@ from caption_runs import config_for, jpeg, read_rows, write_images
 from typer.testing import CliRunner
 
 from jobs import caption
+from jobs.captioning.record import Attempt, check_attempt, load_run_record, write_run_record
+from jobs.captioning.write import describe_part
 from jobs.cli import app
-from jobs.part_sink import describe_part
-from jobs.run_record import Attempt, check_attempt, load_run_record, write_run_record
 from smallcap import storage
 from smallcap.config import CaptionConfig
 from smallcap.errors import ConfigError, ConflictError, StorageError
-from smallcap.part_files import list_parts
+from smallcap.output.part_files import list_parts
 
 pytestmark = pytest.mark.ray
 

@@ -14,7 +14,7 @@ from jobs import caption
 from smallcap import storage
 from smallcap.captioner import Captioner
 from smallcap.errors import ConfigError
-from smallcap.part_files import list_parts
+from smallcap.output.part_files import list_parts
 
 pytestmark = pytest.mark.ray
 

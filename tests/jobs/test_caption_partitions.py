@@ -14,11 +14,11 @@ from PIL import Image
 
 from jobs import caption
 from smallcap import storage
-from smallcap.clip_encoder import load_retrieval_encoder
 from smallcap.config import CaptionConfig, load_config
 from smallcap.errors import ConfigError
-from smallcap.index_manifest import IndexManifest
-from smallcap.part_files import list_parts
+from smallcap.index.manifest import IndexManifest
+from smallcap.model.clip_encoder import load_retrieval_encoder
+from smallcap.output.part_files import list_parts
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 

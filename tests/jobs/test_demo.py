@@ -10,8 +10,8 @@ from demo.world import named_kinds
 from jobs import evaluate
 from jobs.demo import DemoResult, compare_swap, run_demo
 from smallcap.config import EvaluateConfig
-from smallcap.model_files import demo_folder
-from smallcap.part_files import list_parts
+from smallcap.model.files import demo_folder
+from smallcap.output.part_files import list_parts
 
 pytestmark = pytest.mark.ray
 

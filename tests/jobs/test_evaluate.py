@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 from jobs.cli import app
 from jobs.evaluate import run
 from smallcap import storage
-from smallcap.caption_store import read_texts
 from smallcap.config import EvaluateConfig
 from smallcap.errors import ConfigError, SchemaError, SmallCapError
+from smallcap.index.caption_store import read_texts
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 RUNS = [str(GOLDEN / f"run_v{version}") for version in (2, 1)]

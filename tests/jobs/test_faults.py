@@ -10,7 +10,7 @@ from caption_runs import config_for, read_rows, write_images
 from conftest import FaultProxy
 
 from jobs import caption
-from jobs.run_record import load_run_record
+from jobs.captioning.record import load_run_record
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -6,8 +6,8 @@ import duckdb
 import pandas as pd
 import pytest
 
+from jobs.captioning.record import load_run_record, read_parts
 from jobs.inspect import inspect_path
-from jobs.run_record import load_run_record, read_parts
 from smallcap.errors import ConfigError
 
 GOLDEN = Path(__file__).parents[1] / "golden"

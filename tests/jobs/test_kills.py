@@ -22,9 +22,9 @@ from caption_runs import config_for, read_rows, write_images
 from PIL import Image
 
 from jobs import caption
-from jobs.run_record import load_run_record
+from jobs.captioning.record import load_run_record
 from smallcap import storage
-from smallcap.part_files import list_parts, read_part_infos
+from smallcap.output.part_files import list_parts, read_part_infos
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(280)]
 

@@ -15,11 +15,11 @@ from jobs import train
 from jobs.cli import app
 from smallcap import storage
 from smallcap.captioner import Captioner
-from smallcap.checkpoint import load_checkpoint, save_checkpoint
 from smallcap.config import load_config
 from smallcap.errors import CheckpointError, ConfigError
-from smallcap.feature_store import read_features, read_queries
-from smallcap.prompt import PromptTemplate
+from smallcap.model.checkpoint import load_checkpoint, save_checkpoint
+from smallcap.model.prompt import PromptTemplate
+from smallcap.training.feature_store import read_features, read_queries
 
 pytestmark = pytest.mark.ray
 IMAGES = 24

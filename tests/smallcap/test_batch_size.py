@@ -12,13 +12,13 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from smallcap.batch_size import VisionTower, image_memory, largest_batch, largest_batch_here
-from smallcap.benchmark import build_model
+from smallcap.benchmark.stages import build_model
 from smallcap.captioner import Captioner
-from smallcap.checkpoint import SmallCapModel, load_checkpoint
 from smallcap.config import GenerationConfig
-from smallcap.crops import Pixels
-from smallcap.engine import prefill
-from smallcap.kv_cache import KVCache
+from smallcap.decoding.engine import prefill
+from smallcap.decoding.kv_cache import KVCache
+from smallcap.images.crops import Pixels
+from smallcap.model.checkpoint import SmallCapModel, load_checkpoint
 
 PROMPT_TOKENS = 60
 

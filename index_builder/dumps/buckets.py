@@ -1,0 +1,362 @@
+"""From rows to unique captions: rows are dealt into hash buckets, and each bucket is deduplicated on its own.
+
+A bucket is a range of key prefixes, so that the buckets' captions, each sorted by key, are sorted as a whole: the same
+captions get the same ids whatever the dumps' files, the buckets and the scheduling. Memory is bounded by a chunk of
+rows when dealing and by one bucket when deduplicating. Rows come from caption dumps (`deal_dumps`) and from indexes
+(`stored.deal_shard`); those that have an embedding carry it with them.
+
+    WORK/rows/00003-0001.arrow      one record batch for each bucket, rows in their order
+    WORK/unique/bucket-00007.arrow  new captions, sorted by key
+    WORK/grown/bucket-00007.arrow   captions of the index that is added to which gained a source or an image
+    WORK/images/bucket-00007.npy    a hash for each (caption, image) pair
+"""
+
+from __future__ import annotations
+
+import io
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import accumulate, islice
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from index_builder.dumps.cleaning import KEY_BYTES, Cleaner, CleanRow
+from index_builder.dumps.deduplication import Deduplicator, Row, UniqueCaption
+from index_builder.dumps.files import DumpScan, open_dump
+from index_builder.dumps.formats import Columns
+from smallcap import storage
+from smallcap.config import CleaningConfig
+from smallcap.index.caption_store import open_arrow
+
+BYTES_PER_BUCKET = 16 << 20  # of the inputs; about 200,000 captions without embeddings
+MAX_BUCKETS = 4096
+_CHUNK_BYTES = 256 << 20  # of rows that one dealing task holds in memory
+_ROW_OVERHEAD_BYTES = 400  # of a row as Python objects
+_CLEANED_AT_ONCE = 10_000
+_IMAGES_PER_COUNT = 20_000_000  # (caption, image) pairs that one counting task holds
+
+_ROW_COLUMNS = pa.schema(
+    [
+        ("key", pa.binary(KEY_BYTES)),
+        ("text", pa.string()),
+        ("source", pa.list_(pa.int32())),
+        ("image_id", pa.list_(pa.string())),
+        ("vector", pa.binary()),
+        ("known_id", pa.int64()),
+        ("lends_vector", pa.bool_()),
+    ]
+)
+_UNIQUE_COLUMNS = pa.schema([_ROW_COLUMNS.field(name) for name in ("key", "text", "source", "image_id", "vector")])
+_GROWN_COLUMNS = pa.schema([_ROW_COLUMNS.field(name) for name in ("known_id", "source", "image_id")])
+
+
+class ChunkWriter:
+    """Deals one task's rows into buckets, in chunk files of bounded size.
+
+    Args:
+        work_uri: The build's work folder.
+        task: The task's number among all dealing tasks; deduplication reads rows in this order.
+        buckets: Number of buckets.
+    """
+
+    def __init__(self, work_uri: str, task: int, buckets: int) -> None:
+        self._work_uri, self._task, self._buckets = work_uri, task, buckets
+        self._held: list[Row] = []
+        self._held_bytes = 0
+        self._chunks: list[str] = []
+
+    def add(self, rows: Iterable[Row]) -> None:
+        """Takes rows in order."""
+        for row in rows:
+            self._held.append(row)
+            self._held_bytes += _ROW_OVERHEAD_BYTES + len(row.text) + len(row.vector or b"")
+            if self._held_bytes >= _CHUNK_BYTES:
+                self._write()
+
+    def close(self) -> tuple[str, ...]:
+        """Writes what is held; returns all chunk files in order."""
+        if self._held:
+            self._write()
+        return tuple(self._chunks)
+
+    def _write(self) -> None:
+        dealt: list[list[Row]] = [[] for _ in range(self._buckets)]
+        for row in self._held:
+            dealt[int.from_bytes(row.key[:4]) * self._buckets >> 32].append(row)
+        self._chunks.append(storage.join(self._work_uri, "rows", f"{self._task:05d}-{len(self._chunks):04d}.arrow"))
+        _write_batches(self._chunks[-1], _ROW_COLUMNS, (_batch(_ROW_COLUMNS, map(_row_values, rows)) for rows in dealt))
+        self._held, self._held_bytes = [], 0
+
+
+def _row_values(row: Row) -> tuple[object, ...]:
+    return (
+        row.key,
+        row.text,
+        row.sources,
+        row.image_ids or None,
+        row.vector,
+        row.known_id,
+        row.lends_vector,
+    )
+
+
+@dataclass(frozen=True)
+class DealTask:
+    """Dump files to clean and deal.
+
+    Attributes:
+        work_uri: The build's work folder.
+        number: Of this task among all dealing tasks.
+        scans: The files.
+        sources: Position of each among the build's source files.
+        columns: What to read of them.
+        cleaning: Which rows to keep.
+        buckets: Number of buckets.
+    """
+
+    work_uri: str
+    number: int
+    scans: tuple[DumpScan, ...]
+    sources: tuple[int, ...]
+    columns: Columns
+    cleaning: CleaningConfig
+    buckets: int
+
+
+@dataclass(frozen=True)
+class Dealt:
+    """What a dealing task made: chunk files in the order of their rows, and counts."""
+
+    chunks: tuple[str, ...]
+    rows: tuple[int, ...]  # of each dump file
+    dropped: dict[str, int]
+
+
+def plan_buckets(input_bytes: int) -> int:
+    """Returns the number of buckets for inputs of this size, embeddings included."""
+    return min(MAX_BUCKETS, 1 + input_bytes // BYTES_PER_BUCKET)
+
+
+def plan_dealing(
+    scans: Sequence[DumpScan],
+    work_uri: str,
+    columns: Columns,
+    cleaning: CleaningConfig,
+    buckets: int,
+    first_task: int,
+    sources: Sequence[int],
+) -> list[DealTask]:
+    """Groups neighbouring dump files so that many small ones share a task; order is kept."""
+    groups: list[list[int]] = []
+    for number, scan in enumerate(scans):
+        if groups and sum(scans[other].bytes for other in groups[-1]) + scan.bytes <= BYTES_PER_BUCKET:
+            groups[-1].append(number)
+        else:
+            groups.append([number])
+    return [
+        DealTask(
+            work_uri,
+            first_task + task,
+            tuple(scans[number] for number in group),
+            tuple(sources[number] for number in group),
+            columns,
+            cleaning,
+            buckets,
+        )
+        for task, group in enumerate(groups)
+    ]
+
+
+def deal_dumps(task: DealTask) -> Dealt:
+    """Cleans the rows of a task's dump files and deals them into buckets.
+
+    Raises:
+        SchemaError: A dump is not what its suffix says; see `dump_formats`.
+    """
+    cleaner = Cleaner(task.cleaning)
+    writer = ChunkWriter(task.work_uri, task.number, task.buckets)
+    rows, dropped = [0] * len(task.scans), Counter[str]()
+    for number, scan in enumerate(task.scans):
+        with open_dump(scan.dump, task.columns) as reader:
+            while batch := list(islice(reader, _CLEANED_AT_ONCE)):
+                kept, reasons = cleaner.clean(batch)
+                rows[number] += len(batch)
+                dropped += reasons
+                writer.add(_as_row(row, task.sources[number]) for row in kept)
+    return Dealt(writer.close(), tuple(rows), dict(dropped))
+
+
+def _as_row(row: CleanRow, source: int) -> Row:
+    return Row(row.key, row.text, (source,), () if row.image_id is None else (row.image_id,), row.vector)
+
+
+@dataclass(frozen=True)
+class DedupeTask:
+    """A bucket to deduplicate, and all chunks in the order of their rows."""
+
+    work_uri: str
+    bucket: int
+    chunks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Deduped:
+    """Counts of one bucket."""
+
+    captions: int  # new ones
+    embedded: int  # of them with an embedding
+    grown: int  # captions of the index that is added to with a new source or image
+    duplicates: int
+    image_pairs: int
+
+
+def dedupe_bucket(task: DedupeTask) -> Deduped:
+    """Writes a bucket's new captions, sorted by key, those that have grown, and its image hashes."""
+    deduplicator = Deduplicator()
+    for chunk in task.chunks:
+        with open_arrow(chunk) as source:
+            deduplicator.add(_read_rows(pa.ipc.open_file(source).get_batch(task.bucket)))
+    new: list[UniqueCaption] = []
+    grown: list[UniqueCaption] = []
+    hashes: list[int] = []
+    for caption in deduplicator.captions():
+        hashes += map(_image_hash, caption.image_ids)
+        if caption.known_id is None:
+            new.append(caption)
+        elif caption.has_grown:
+            grown.append(caption)
+    _write_batches(_unique_uri(task.work_uri, task.bucket), _UNIQUE_COLUMNS, [_batch(_UNIQUE_COLUMNS, map(_new, new))])
+    if grown:
+        _write_batches(
+            _grown_uri(task.work_uri, task.bucket), _GROWN_COLUMNS, [_batch(_GROWN_COLUMNS, map(_grown, grown))]
+        )
+    buffer = io.BytesIO()
+    np.save(buffer, np.array(hashes, dtype=np.uint64))
+    storage.write_bytes(_images_uri(task.work_uri, task.bucket), buffer.getvalue())
+    embedded = sum(caption.vector is not None for caption in new)
+    return Deduped(len(new), embedded, len(grown), deduplicator.duplicates, len(hashes))
+
+
+def _read_rows(batch: pa.RecordBatch) -> Iterator[Row]:
+    for key, text, sources, image_ids, vector, known_id, lends in zip(
+        *(column.to_pylist() for column in batch.columns), strict=True
+    ):
+        yield Row(key, text, tuple(sources), tuple(image_ids or ()), vector, known_id, lends)
+
+
+def _new(caption: UniqueCaption) -> tuple[object, ...]:
+    return caption.key, caption.text, list(caption.sources), list(caption.image_ids) or None, caption.vector
+
+
+def _grown(caption: UniqueCaption) -> tuple[object, ...]:
+    return caption.known_id, list(caption.sources), list(caption.image_ids) or None
+
+
+def _image_hash(image_id: str) -> int:
+    return int.from_bytes(blake2b(image_id.encode(), digest_size=8).digest())
+
+
+@dataclass(frozen=True)
+class CountTask:
+    """One of `parts` shares of the image hashes to count."""
+
+    work_uri: str
+    buckets: int
+    part: int
+    parts: int
+
+
+def plan_counting(work_uri: str, deduped: Sequence[Deduped]) -> list[CountTask]:
+    """Divides the counting of captions per image so that each task's memory is bounded."""
+    parts = 1 + sum(bucket.image_pairs for bucket in deduped) // _IMAGES_PER_COUNT
+    return [CountTask(work_uri, len(deduped), part, parts) for part in range(parts)]
+
+
+def count_captions_per_image(task: CountTask) -> int:
+    """Returns the largest number of unique captions that one image of this share has."""
+    shares = []
+    for bucket in range(task.buckets):
+        hashes = np.load(io.BytesIO(storage.read_bytes(_images_uri(task.work_uri, bucket))))
+        shares.append(hashes[hashes % np.uint64(task.parts) == task.part])
+    _, counts = np.unique(np.concatenate(shares), return_counts=True)
+    return int(counts.max(initial=0))
+
+
+class UniqueCaptions:
+    """All unique captions of a build by global id, read from the bucket files; small and picklable itself.
+
+    Args:
+        work_uri: The build's work folder.
+        counts: Captions of each bucket, in order.
+    """
+
+    def __init__(self, work_uri: str, counts: Sequence[int]) -> None:
+        self._work_uri = work_uri
+        self._bounds = [0, *accumulate(counts)]
+
+    def __len__(self) -> int:
+        return self._bounds[-1]
+
+    def read(self, first_id: int, stop_id: int) -> pa.Table:
+        """Returns the captions with ids in [first_id, stop_id): key, text, source (positions), image_id, vector."""
+        pieces = []
+        bucket = bisect_right(self._bounds, first_id) - 1
+        while first_id < stop_id:
+            start, stop = self._bounds[bucket], min(stop_id, self._bounds[bucket + 1])
+            with open_arrow(_unique_uri(self._work_uri, bucket)) as source:
+                batch = pa.ipc.open_file(source).get_batch(0)
+                pieces.append(batch.slice(first_id - start, stop - first_id))
+            first_id, bucket = stop, bucket + 1
+        return pa.Table.from_batches(pieces, _UNIQUE_COLUMNS)
+
+
+@dataclass(frozen=True)
+class Grown:
+    """A caption of the index that is added to, with all its sources (positions) and images after the addition."""
+
+    sources: list[int]
+    image_ids: list[str]
+
+
+def read_grown(work_uri: str, deduped: Sequence[Deduped], first_id: int, stop_id: int) -> dict[int, Grown]:
+    """Returns by id the captions in [first_id, stop_id) that have grown."""
+    found: dict[int, Grown] = {}
+    for bucket in [number for number, counts in enumerate(deduped) if counts.grown]:
+        with open_arrow(_grown_uri(work_uri, bucket)) as source:
+            for row in pa.ipc.open_file(source).get_batch(0).to_pylist():
+                if first_id <= row["known_id"] < stop_id:
+                    found[row["known_id"]] = Grown(row["source"], row["image_id"] or [])
+    return found
+
+
+def _unique_uri(work_uri: str, bucket: int) -> str:
+    return storage.join(work_uri, "unique", f"bucket-{bucket:05d}.arrow")
+
+
+def _grown_uri(work_uri: str, bucket: int) -> str:
+    return storage.join(work_uri, "grown", f"bucket-{bucket:05d}.arrow")
+
+
+def _images_uri(work_uri: str, bucket: int) -> str:
+    return storage.join(work_uri, "images", f"bucket-{bucket:05d}.npy")
+
+
+def _batch(schema: pa.Schema, rows: Iterable[tuple[object, ...]]) -> pa.RecordBatch:
+    columns: list[Sequence[Any]] = list(zip(*rows, strict=True)) or [()] * len(schema)
+    arrays = [pa.array(values, field.type) for values, field in zip(columns, schema, strict=True)]
+    return pa.record_batch(arrays, schema=schema)
+
+
+def _write_batches(uri: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
+    """Writes an Arrow file through a temporary local one, so that a reader of `uri` sees all of it or nothing."""
+    with storage.scratch_folder() as folder:
+        path = folder / "batches.arrow"
+        with pa.ipc.new_file(str(path), schema) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+        storage.upload(path, uri)

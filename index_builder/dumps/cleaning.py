@@ -1,0 +1,130 @@
+"""Which captions enter the datastore: normal form, filters, duplicates. No Ray, and no storage but the blocklist's."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+from index_builder.dumps.filters import (
+    blocklist_sha256,
+    holds_markup,
+    holds_repeats,
+    holds_url,
+    load_blocklist,
+    normalise,
+)
+from index_builder.dumps.formats import DumpRow
+from smallcap.config import CleaningConfig
+from smallcap.model.prompt import count_tokens, load_tokenizer
+
+RULES_VERSION = 1
+"""Part of a manifest's `filters`; raised when the same dump and options would clean to something else."""
+
+KEY_BYTES = 16
+
+
+@dataclass(frozen=True)
+class CleanRow:
+    """A caption that passed the filters.
+
+    Attributes:
+        key: What duplicates have in common; see `caption_key`.
+        text: With surrounding and repeated white space removed.
+        image_id: Of the image it was written for, if known.
+        vector: Its embedding, where the dump brings one; see `DumpRow`.
+    """
+
+    key: bytes
+    text: str
+    image_id: str | None
+    vector: bytes | None = None
+
+
+def caption_key(text: str) -> bytes:
+    """Returns blake2b-128 of the text after NFKC, case folding and collapsing of white space."""
+    folded = " ".join(normalise(text).split())
+    return blake2b(folded.encode(), digest_size=KEY_BYTES).digest()
+
+
+def describe_filters(config: CleaningConfig) -> dict[str, Any]:
+    """Returns what an index's manifest keeps of the filters: the options and the sha256 of the blocklist's content.
+
+    Raises:
+        ConfigError: There is no such blocklist.
+        StorageError: The blocklist cannot be read.
+    """
+    digest = None if config.blocklist is None else blocklist_sha256(config.blocklist)
+    return {**config.model_dump(mode="json"), "blocklist_sha256": digest}
+
+
+_JUNK = (
+    ("urls", "url", holds_url),
+    ("markup", "markup", holds_markup),
+    ("repeats", "repeated_characters", holds_repeats),
+)
+
+
+class Cleaner:
+    """Applies the filters to rows of a dump.
+
+    A row is dropped for the first of these reasons that holds: the reader's `problem`, `empty`, `malformed` (half a
+    surrogate pair), `too_few_words`, `url`, `markup`, `repeated_characters`, `blocklisted`, `too_long`.
+
+    Args:
+        config: The filters; its tokenizer and blocklist are loaded here.
+
+    Raises:
+        CheckpointError: The tokenizer cannot be found or loaded.
+        ConfigError: The blocklist is missing, empty or not UTF-8.
+        StorageError: The blocklist cannot be read.
+    """
+
+    def __init__(self, config: CleaningConfig) -> None:
+        self._config = config
+        self._tokenizer = None if config.tokenizer is None else load_tokenizer(config.tokenizer)
+        self._junk = [(reason, holds) for name, reason, holds in _JUNK if name in config.drop]
+        self._blocklist = None if config.blocklist is None else load_blocklist(config.blocklist)
+
+    def clean(self, rows: Iterable[DumpRow]) -> tuple[list[CleanRow], Counter[str]]:
+        """Returns the rows that pass, in order, and the number dropped for each reason."""
+        dropped: Counter[str] = Counter()
+        candidates: list[tuple[str, str | None, bytes | None]] = []
+        for row in rows:
+            text = " ".join(row.text.split())
+            image_id = (row.image_id or "").strip() or None
+            reason = row.problem or self._reason(text, image_id)
+            if reason:
+                dropped[reason] += 1
+            else:
+                candidates.append((text, image_id, row.vector))
+        kept = []
+        lengths = self._lengths([text for text, _, _ in candidates])
+        for (text, image_id, vector), length in zip(candidates, lengths, strict=True):
+            if length > self._config.max_tokens:
+                dropped["too_long"] += 1
+            else:
+                kept.append(CleanRow(caption_key(text), text, image_id, vector))
+        return kept, dropped
+
+    def _reason(self, text: str, image_id: str | None) -> str:
+        if not text:
+            return "empty"
+        try:
+            f"{text}{image_id}".encode()
+        except UnicodeEncodeError:  # JSON can hold half a surrogate pair, which is no text
+            return "malformed"
+        if text.count(" ") + 1 < self._config.min_words:
+            return "too_few_words"
+        for reason, holds in self._junk:
+            if holds(text):
+                return reason
+        return "blocklisted" if self._blocklist is not None and self._blocklist.matches(normalise(text)) else ""
+
+    def _lengths(self, texts: Sequence[str]) -> list[int]:
+        """Returns each text's tokens, or its words where there is no tokenizer."""
+        if self._tokenizer is None:
+            return [text.count(" ") + 1 for text in texts]
+        return count_tokens(self._tokenizer, texts)

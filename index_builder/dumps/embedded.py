@@ -1,0 +1,189 @@
+"""Dumps whose embeddings lie in a file of their own, beside the captions': which files pair up, and their rows.
+
+clip-retrieval writes `text_emb/text_emb_0.npy` beside `metadata/metadata_0.parquet`; autofaiss and embedding-reader
+take `embeddings/*.npy` beside `metadata/*.parquet`; the SmallCap reference's datastore is `NAME`, a faiss index of unit
+vectors, beside `NAME_captions.json`, the list of its texts (RitaRamo/smallcap src/retrieve_caps.py). Row i of the one
+file belongs to row i of the other. A folder of images' embeddings (`img_emb`) is never taken for texts'.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from tokenize import TokenError
+from typing import Any
+
+import numpy as np
+
+from index_builder.dumps.formats import Columns, DumpRow, json_row, open_parquet, read_rows
+from index_builder.dumps.vectors import ROWS_AT_ONCE, check_dim, unit_vectors
+from smallcap import storage
+from smallcap.errors import ConfigError, IndexIntegrityError, SchemaError
+
+_LAYOUTS = (  # of the embeddings and of the captions, below the folder
+    (re.compile(r"text_emb/text_emb_\d+\.npy"), re.compile(r"metadata/metadata_\d+\.parquet")),
+    (re.compile(r"embeddings/[^/]+\.npy"), re.compile(r"metadata/[^/]+\.parquet")),
+)
+_LAST_NUMBER = re.compile(r"(\d+)\D*$")
+_DATASTORE_CAPTIONS = "_captions.json"
+_FLAT_INNER_PRODUCT, _INNER_PRODUCT = b"IxFI", 0  # of faiss: an index's first bytes, a metric
+_HEADER = struct.Struct("<4xiq16xxiQ")  # d, ntotal, metric, numbers that follow
+
+
+def find_embeddings(folder: str, files: Sequence[str]) -> dict[str, str]:
+    """Finds the captions' files of a folder that have their embeddings in another.
+
+    Args:
+        folder: URI of a folder or prefix.
+        files: URIs of all files below it.
+
+    Returns:
+        The embeddings' URI by the captions'.
+
+    Raises:
+        ConfigError: The folder is laid out for pairs, and a file of one half has no match in the other.
+        StorageError: A file cannot be read.
+    """
+    inside = {file.removeprefix(f"{folder}/"): file for file in files if file.startswith(f"{folder}/")}
+    found = {}
+    for embeddings, captions in _LAYOUTS:
+        left = [name for name in inside if embeddings.fullmatch(name)]
+        right = [name for name in inside if captions.fullmatch(name)]
+        if left and right:
+            found = {inside[name]: inside[other] for other, name in _pair_by_number(left, right, folder)}
+            break
+    for name, file in inside.items():
+        index = name.removesuffix(_DATASTORE_CAPTIONS)
+        if index != name and "/" not in index and index in inside and _holds_a_list(file):
+            found[file] = inside[index]
+    return found
+
+
+def _pair_by_number(embeddings: Sequence[str], captions: Sequence[str], folder: str) -> list[tuple[str, str]]:
+    """Pairs the names of two subfolders by the last number in each, whatever zeros it starts with."""
+    halves: list[dict[int, list[str]]] = [{}, {}]
+    for half, names in zip(halves, (embeddings, captions), strict=True):
+        for name in names:
+            match = _LAST_NUMBER.search(name.rpartition("/")[2].rpartition(".")[0])
+            half.setdefault(int(match[1]) if match else -1, []).append(name)
+    groups = [(halves[0].get(number, []), halves[1].get(number, [])) for number in sorted({*halves[0], *halves[1]})]
+    for left, right in groups:
+        if (len(left), len(right)) != (1, 1):
+            raise ConfigError(
+                "The folder's embeddings and captions do not pair up.",
+                where=folder,
+                expected="one file of embeddings and one of captions for each number in their names",
+                found=", ".join([*left, *right]),
+                remedy="Add or remove the missing half, or rename the files.",
+            )
+    return [(left, right) for [left], [right] in groups]
+
+
+def _holds_a_list(uri: str) -> bool:
+    """Says whether a JSON file is a list; COCO's captions, which may have the same name, are an object."""
+    with storage.open_file(uri) as file:
+        return bool(file.read(64).lstrip().startswith(b"["))
+
+
+def read_embedded_rows(
+    captions: Path, captions_uri: str, embeddings: Path, embeddings_uri: str, columns: Columns
+) -> Iterator[DumpRow]:
+    """Reads the rows of a pair of files in order.
+
+    Args:
+        captions: Local copy of a Parquet file, or of a JSON list of texts.
+        captions_uri: What errors call it.
+        embeddings: Local copy of a .npy file beside Parquet, of a faiss index beside JSON.
+        embeddings_uri: What errors call it.
+        columns: The columns to read; an embedding column is not.
+
+    Raises:
+        SchemaError: A file is not what it must be, or the two have not the same number of rows.
+        IndexIntegrityError: The faiss index is damaged or of another kind.
+    """
+    rows: Iterator[DumpRow]
+    if captions.suffix.lower() == ".json":
+        texts = _read_list(captions, captions_uri)
+        count, matrix = len(texts), _open_flat_index(embeddings, embeddings_uri, columns.dim)
+        rows = (json_row(text, None, number) for number, text in enumerate(texts, start=1))
+    else:
+        count = open_parquet(captions, captions_uri).metadata.num_rows
+        matrix = _open_npy(embeddings, embeddings_uri, columns.dim)
+        rows = read_rows(captions, captions_uri, columns._replace(embedding=None))
+    if count != len(matrix):
+        raise SchemaError(
+            "The dump has not one embedding for each caption.",
+            where=embeddings_uri,
+            expected=f"{count} embeddings, as {captions_uri} has captions",
+            found=str(len(matrix)),
+            remedy="Write both files again together; one of them may be of another run.",
+        )
+    return _joined(rows, matrix)
+
+
+def _joined(rows: Iterator[DumpRow], matrix: np.ndarray) -> Iterator[DumpRow]:
+    for start in range(0, len(matrix), ROWS_AT_ONCE):
+        for vector, row in zip(unit_vectors(matrix[start : start + ROWS_AT_ONCE]), rows, strict=False):
+            yield DumpRow(row.text, row.image_id, row.line, row.problem or ("" if vector else "bad_embedding"), vector)
+
+
+def _open_npy(path: Path, uri: str, dim: int | None) -> np.ndarray:
+    """Maps a matrix into memory; a .npy file with pickled objects is refused."""
+    try:
+        matrix: np.ndarray = np.lib.format.open_memmap(path, mode="r")
+    except (ValueError, TypeError, OverflowError, SyntaxError, TokenError, OSError) as error:  # headers are Python
+        raise SchemaError("This is not a .npy file of numbers.", where=uri, found=str(error)) from error
+    if matrix.ndim != 2 or matrix.dtype.kind != "f" or matrix.dtype.itemsize not in (2, 4, 8):
+        raise SchemaError(
+            "The embeddings have the wrong shape or type.",
+            where=uri,
+            expected="[rows, dim] of float16, float32 or float64",
+            found=f"{list(matrix.shape)} of {matrix.dtype}",
+        )
+    check_dim(matrix.shape[1], dim, uri)
+    return matrix
+
+
+def _read_list(path: Path, uri: str) -> list[Any]:
+    try:
+        texts = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is one
+        raise SchemaError("This is not a JSON file.", where=uri, found=str(error)) from error
+    if not isinstance(texts, list):
+        raise SchemaError("This JSON file is no list of captions.", where=uri, found=type(texts).__name__)
+    return texts
+
+
+def _open_flat_index(path: Path, uri: str, dim: int | None) -> np.ndarray:
+    """Maps the vectors of a faiss `IndexFlatIP` into memory.
+
+    Not through faiss: it follows the paths that other kinds of index name, and crashes on some damaged headers, while
+    nothing vouches for this file. Source: facebookresearch/faiss impl/index_write.cpp `write_index_header`.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header = file.read(_HEADER.size)
+    if header[:4] != _FLAT_INNER_PRODUCT:
+        raise IndexIntegrityError(
+            "The datastore's index is of a kind whose vectors cannot be taken over.",
+            where=uri,
+            expected=f"a flat faiss index of inner products ({_FLAT_INNER_PRODUCT!r})",
+            found=repr(header[:4]),
+            remedy="Give the file of the captions instead of its folder, to embed them anew.",
+        )
+    d, ntotal, metric, numbers = _HEADER.unpack(header.ljust(_HEADER.size, b"\0"))
+    if metric != _INNER_PRODUCT or d < 1 or ntotal < 0 or (numbers, size) != (d * ntotal, _HEADER.size + 4 * numbers):
+        raise IndexIntegrityError(
+            "The datastore's index is damaged, or not of inner products.",
+            where=uri,
+            expected=f"metric {_INNER_PRODUCT}, and {_HEADER.size} + 4 · ntotal · d bytes",
+            found=f"metric {metric}, {size} bytes, ntotal {ntotal}, d {d}",
+            remedy="Copy the file again.",
+        )
+    check_dim(d, dim, uri)
+    if not ntotal:
+        return np.empty((0, d), np.float32)
+    return np.memmap(path, "<f4", "r", offset=_HEADER.size, shape=(ntotal, d))

@@ -1,0 +1,1 @@
+"""Embeddings of captions and of calibration images."""

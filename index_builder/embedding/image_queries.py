@@ -1,0 +1,78 @@
+"""Embeds a sample of images as calibration queries, in actors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from smallcap.config import InputConfig
+from smallcap.errors import ConfigError, RowError
+from smallcap.images.dataset import list_images
+from smallcap.images.decode import crop_pixels, decode_image
+from smallcap.images.fetching import fetch_objects
+from smallcap.model.clip_encoder import load_retrieval_encoder, normalise_pixels
+
+IMAGES_PER_TASK = 64
+LEAST_IMAGES = 32
+
+
+@dataclass(frozen=True)
+class EmbeddedImages:
+    """Embeddings of the images that could be read, and how many could not."""
+
+    vectors: np.ndarray  # [n, dim] float32
+    failed: int
+
+
+class EmbedImages:
+    """Fetches, decodes and embeds images; one instance per actor.
+
+    Args:
+        spec: The retrieval encoder.
+        device: Torch device.
+        dtype: Precision of the encoder's weights.
+    """
+
+    def __init__(self, spec: str, device: str, dtype: str) -> None:
+        self._encoder = load_retrieval_encoder(spec, device=device, dtype=dtype)
+        self._device, self._dtype = torch.device(device), getattr(torch, dtype)
+
+    def __call__(self, uris: Sequence[str]) -> EmbeddedImages:
+        """Embeds some images; those that cannot be read are counted."""
+        crops = []
+        for uri, data in zip(uris, fetch_objects(uris).data, strict=True):
+            try:
+                if isinstance(data, RowError):
+                    raise data
+                crops.append(crop_pixels(decode_image(data, where=uri), self._encoder.preprocessing))
+            except RowError:
+                continue
+        vectors = np.zeros((0, self._encoder.dim), np.float32)
+        if crops:
+            pixels = torch.from_numpy(np.stack(crops)).to(self._device)
+            pixel_values = normalise_pixels(pixels, self._encoder.preprocessing, self._dtype)
+            vectors = self._encoder.encode_images(pixel_values).cpu().numpy()
+        return EmbeddedImages(vectors, len(uris) - len(crops))
+
+
+def plan_image_queries(sources: Sequence[str], count: int) -> list[list[str]]:
+    """Lists up to `count` of the images, evenly spaced over all, in work items.
+
+    Raises:
+        ConfigError: There are too few.
+    """
+    images = list_images(sources, InputConfig())
+    if images.num_rows < LEAST_IMAGES:
+        raise ConfigError(
+            "There are too few images to calibrate with.",
+            where=", ".join(sources),
+            expected=f"at least {LEAST_IMAGES}, better 2,000",
+            found=str(images.num_rows),
+            remedy="Give more, or none: captions then stand in for them.",
+        )
+    rows = np.unique(np.linspace(0, images.num_rows - 1, count).astype(np.int64))
+    uris = images["image_uri"].take(rows).to_pylist()
+    return [uris[start : start + IMAGES_PER_TASK] for start in range(0, len(uris), IMAGES_PER_TASK)]

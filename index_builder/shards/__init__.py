@@ -1,0 +1,1 @@
+"""The trained template, and the shards that are filled copies of it."""

@@ -1,0 +1,158 @@
+"""A published index's versions: which there are, going back to one, and removing what no version needs.
+
+A run pins the version it began with, and its actors may open it long after another has become current. A version is
+therefore removed only some time after it stopped being the current one, and a file only some time after it was written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from index_builder.work.staging import is_abandoned, staging_folders
+from smallcap import storage
+from smallcap.errors import ConfigError, ManifestError
+from smallcap.index.manifest import (
+    FILES_FOLDER,
+    VERSIONS_FOLDER,
+    IndexManifest,
+    load_manifest,
+    load_pointer,
+    load_retired,
+    manifest_uri,
+    write_pointer,
+)
+
+DEFAULT_GRACE = timedelta(days=1)
+
+
+@dataclass(frozen=True)
+class Version:
+    """One published version."""
+
+    manifest: IndexManifest
+    is_current: bool
+    current_until: str | None  # ISO 8601; None for the current one, and one that never was
+
+
+def list_versions(index_uri: str) -> list[Version]:
+    """Returns all versions, the newest first.
+
+    Raises:
+        ManifestError: There is no published index.
+    """
+    current, retired = load_pointer(index_uri), load_retired(index_uri)
+    versions = [
+        Version(manifest, manifest.index_id == current, retired.get(manifest.index_id))
+        for manifest in _manifests(index_uri)
+    ]
+    return sorted(versions, key=lambda version: (version.manifest.created_at, version.is_current), reverse=True)
+
+
+def _manifests(index_uri: str) -> Iterator[IndexManifest]:
+    for folder in storage.list_folder(storage.join(index_uri, VERSIONS_FOLDER)):
+        index_id = folder.rsplit("/", 1)[-1]
+        if storage.exists(manifest_uri(index_uri, index_id)):  # a version without one does not exist
+            yield load_manifest(index_uri, index_id)
+
+
+def use_version(index_uri: str, wanted: str) -> IndexManifest:
+    """Makes a version the current one.
+
+    Args:
+        index_uri: The index.
+        wanted: Its id, the beginning of its id, or `previous`: the one that was current before.
+
+    Raises:
+        ConfigError: There is no such version, or several.
+        IndexIntegrityError: Its manifest is damaged.
+    """
+    ids = [version.manifest.index_id for version in list_versions(index_uri)]
+    if wanted == "previous":
+        matches = [index_id for index_id in load_retired(index_uri) if index_id in ids][:1]
+    else:
+        matches = [index_id for index_id in ids if index_id.startswith(wanted)]
+    if len(matches) != 1:
+        raise ConfigError(
+            "There is no such version." if not matches else "Several versions begin like this.",
+            where=index_uri,
+            expected=", ".join(ids),
+            found=wanted,
+            remedy=f"See smallcap index list {index_uri}.",
+        )
+    manifest = load_manifest(index_uri, matches[0])
+    missing = [entry.file for entry in manifest.files if storage.size(storage.join(index_uri, entry.file)) is None]
+    if missing:
+        raise ManifestError(
+            "This version has lost files.", where=index_uri, found=", ".join(missing), remedy="Rebuild it."
+        )
+    if manifest.index_id != load_pointer(index_uri):
+        write_pointer(index_uri, manifest.index_id)
+    return manifest
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """What a collection removes, or would remove."""
+
+    versions: tuple[str, ...]
+    files: tuple[str, ...]  # URIs
+    bytes: int
+    staging: tuple[str, ...]  # URIs
+
+
+def collect_garbage(index_uri: str, grace: timedelta = DEFAULT_GRACE, keep: int = 1, dry_run: bool = False) -> Garbage:
+    """Removes versions, files and staging folders that nobody needs any more.
+
+    Args:
+        index_uri: The index.
+        grace: A version stays this long after it was current last (or was made), a file after it was written.
+        keep: Former versions, the latest ones, that stay in any case, to go back to.
+        dry_run: Only say what would go.
+
+    Returns:
+        What went.
+    """
+    versions = list_versions(index_uri)
+    before = datetime.now(UTC) - grace
+    former = sorted((v for v in versions if not v.is_current), key=_last_needed, reverse=True)
+    old = [version.manifest for version in former[keep:] if _last_needed(version) < before]
+    needed = {entry.file for v in versions if v.manifest not in old for entry in v.manifest.files}
+    folders = staging_folders(index_uri)
+    staging = [uri for uri in folders if is_abandoned(uri, grace)]
+    files: list[str] = []
+    if len(staging) == len(folders):  # what a live build has written is in no manifest yet
+        files = [
+            uri
+            for uri in storage.list_folder(storage.join(index_uri, FILES_FOLDER))
+            if f"{FILES_FOLDER}/{uri.rsplit('/', 1)[-1]}" not in needed and storage.modified_at(uri) < before
+        ]
+    sizes = sum(storage.size(uri) or 0 for uri in files)
+    if not dry_run:
+        for manifest in old:  # the manifest first: a version without one does not exist
+            storage.remove(manifest_uri(index_uri, manifest.index_id))
+            folder = f"{VERSIONS_FOLDER}/{manifest.index_id}"
+            if not any(file.startswith(folder) for file in needed):  # of format version 1, whose files lie there
+                storage.remove(storage.join(index_uri, folder))
+        for uri in [*files, *staging]:
+            storage.remove(uri)
+    return Garbage(tuple(manifest.index_id for manifest in old), tuple(files), sizes, tuple(staging))
+
+
+def _last_needed(version: Version) -> datetime:
+    """Returns when a version was made or was current last, whichever is later."""
+    return datetime.fromisoformat(max(version.manifest.created_at, version.current_until or ""))
+
+
+def parse_grace(text: str) -> timedelta:
+    """Reads a duration such as `0s`, `90s`, `30m`, `12h` or `7d`.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    units = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+    number, unit = text[:-1], text[-1:]
+    if unit not in units or not number.isdigit():
+        raise ConfigError("This is no duration.", where="--grace", expected="such as 90s, 30m, 12h or 7d", found=text)
+    return timedelta(**{units[unit]: int(number)})

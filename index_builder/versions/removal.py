@@ -1,0 +1,181 @@
+"""Takes captions out of an index without touching its vectors: tombstones, which readers skip.
+
+A caption goes when its last source or its last image goes, or by its text. What loses only some of its sources or
+images keeps the others, in a new caption file. The texts themselves leave the files when the index is compacted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import numpy as np
+
+from index_builder.dumps.cleaning import caption_key
+from index_builder.shards.filling import rewrite_captions
+from index_builder.stored import StoredIndex
+from index_builder.work.stage_runner import StageRunner
+from smallcap import storage
+from smallcap.errors import ConfigError
+from smallcap.index.manifest import IndexManifest, RemovedEntry, ShardEntry, utc_now
+
+COMPACT_ABOVE = 0.1  # of the captions removed; from here on rebuilding pays
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What to take out: names of sources, image ids, and keys of texts."""
+
+    sources: frozenset[str]
+    image_ids: frozenset[str]
+    text_keys: frozenset[bytes]
+
+
+@dataclass(frozen=True)
+class RemoveTask:
+    """One caption file to search for what is removed."""
+
+    index: StoredIndex
+    shard: int
+    removal: Removal
+
+
+@dataclass(frozen=True)
+class RemovedFromShard:
+    """What a shard has lost."""
+
+    ids: list[int]  # newly removed
+    captions: ShardEntry  # the caption file, a new one where captions have lost sources or images
+    changed: int  # captions that stay with fewer sources or images
+
+
+def parse_removals(removals: Sequence[str], index: StoredIndex) -> Removal:
+    """Reads what `IndexConfig.remove` names.
+
+    Args:
+        removals: `source=NAME`, `image=ID`, `text=CAPTION`, `image=@FILE`, `text=@FILE`.
+        index: The index that must have the sources.
+
+    Raises:
+        ConfigError: A source is unknown, or a file is empty or not UTF-8.
+        StorageError: A file cannot be read.
+    """
+    sources: set[str] = set()
+    image_ids: set[str] = set()
+    texts: set[str] = set()
+    for removal in removals:
+        kind, _, value = removal.partition("=")
+        if kind == "source":
+            sources.add(_source_name(value, index))
+        else:
+            (image_ids if kind == "image" else texts).update(_lines(value[1:]) if value.startswith("@") else [value])
+    return Removal(frozenset(sources), frozenset(image_ids), frozenset(map(caption_key, texts)))
+
+
+def _source_name(wanted: str, index: StoredIndex) -> str:
+    """Finds a source by its name or its URI."""
+    names = index.source_names()
+    for name, source in zip(names, index.manifest.sources, strict=True):
+        if wanted in (name, source.uri):
+            return name
+    raise ConfigError(
+        "The index has no such source.", where=f"remove source={wanted}", expected=", ".join(names[:20]), found=wanted
+    )
+
+
+def _lines(uri: str) -> list[str]:
+    try:
+        lines = [line.strip() for line in storage.read_bytes(uri).decode("utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ConfigError("The file of what to remove is not UTF-8.", where=uri, found=str(error)) from error
+    if not lines:
+        raise ConfigError("The file of what to remove is empty.", where=uri, expected="one image id or text per line")
+    return lines
+
+
+def remove_from_shard(task: RemoveTask) -> RemovedFromShard:
+    """Finds the captions of one shard that go, and rewrites the caption file where others change.
+
+    Raises:
+        IndexIntegrityError: The caption file is damaged.
+    """
+    already = set(task.index.removed_ids().tolist())
+    gone: list[int] = []
+    changes: dict[int, dict[str, list[str]]] = {}
+    captions = task.index.captions(task.shard)
+    columns = (captions.column(name).to_pylist() for name in ("caption_id", "text", "source", "image_id"))
+    for caption_id, text, sources, image_ids in zip(*columns, strict=True):
+        if caption_id in already:
+            continue
+        change = _without(task.removal, [sources] if isinstance(sources, str) else sources, image_ids or [])
+        if change is None or (task.removal.text_keys and caption_key(text) in task.removal.text_keys):
+            gone.append(caption_id)
+        elif change:
+            changes[caption_id] = change
+    return RemovedFromShard(gone, rewrite_captions(task.index, task.shard, changes), len(changes))
+
+
+def _without(removal: Removal, sources: Iterable[str], image_ids: Iterable[str]) -> dict[str, list[str]] | None:
+    """Returns the columns that change, or None where no source or no image is left of those there were."""
+    change = {}
+    for name, values, removed in (
+        ("source", list(sources), removal.sources),
+        ("image_id", list(image_ids), removal.image_ids),
+    ):
+        left = [value for value in values if value not in removed]
+        if values and not left:
+            return None
+        if len(left) < len(values):
+            change[name] = left
+    return change
+
+
+def write_removed(index_uri: str, ids: np.ndarray) -> RemovedEntry | None:
+    """Writes the tombstones, sorted int64 ids, to the index's files; None where there are none."""
+    if not ids.size:
+        return None
+    with storage.scratch_folder() as folder:
+        np.save(folder / "removed.npy", np.sort(ids.astype(np.int64)))
+        return RemovedEntry.adopt(folder / "removed.npy", index_uri, "removed", rows=len(ids))
+
+
+def draft_removal(base: StoredIndex, removals: Sequence[str], runner: StageRunner) -> IndexManifest | None:
+    """Finds what goes, writes tombstones and changed caption files, and drafts the version without it.
+
+    Args:
+        base: The version to remove from.
+        removals: As of `parse_removals`.
+        runner: Runs the search through the caption files.
+
+    Returns:
+        The draft, still to be calibrated; None where nothing changes.
+
+    Raises:
+        ConfigError: As of `parse_removals`, or nothing would be left.
+    """
+    removal = parse_removals(removals, base)
+    tasks = [RemoveTask(base, number, removal) for number in range(len(base.manifest.captions))]
+    lost = runner.run("remove", remove_from_shard, tasks)
+    gone = [caption_id for shard in lost for caption_id in shard.ids]
+    if not gone and not any(shard.changed for shard in lost):
+        return None
+    if len(gone) == base.manifest.ntotal:
+        raise ConfigError("Nothing would be left of the index.", where=", ".join(removals))
+    dropped = dict(base.manifest.dropped)
+    dropped["removed"] = dropped.get("removed", 0) + len(gone)
+    named = zip(base.manifest.sources, base.source_names(), strict=True)
+    return base.manifest.model_copy(
+        update={
+            "format_version": 2,
+            "captions": tuple(shard.captions for shard in lost),
+            "removed": write_removed(base.uri, np.concatenate([base.removed_ids(), np.array(gone, np.int64)])),
+            "dropped": dict(sorted(dropped.items())),
+            "sources": tuple(source.model_copy(update={"name": name}) for source, name in named),
+            "operation": "remove",
+            "parents": (base.manifest.index_id,),
+            "plan": "",
+            "builder_version": version("smallcap"),
+            "created_at": utc_now(),
+        }
+    )

@@ -1,0 +1,124 @@
+"""Runs a build's stages: their clock, their progress, and the record of what need not be done again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeVar
+
+from index_builder.work.staging import Staging, run_recorded
+from jobs.cluster.tasks import node_resources, run_actors, run_tasks
+from smallcap.config import ComputeConfig
+from smallcap.errors import ConfigError
+from smallcap.machine.actor_plan import plan_actors
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+Progress = Callable[[str, int, int], None]
+"""Called with a stage's name, and how many of how many units of it are done."""
+
+
+class StageRunner:
+    """One build's way of running work items on Ray.
+
+    Args:
+        compute: Where actors run.
+        progress: Is told of every finished item.
+
+    Attributes:
+        seconds: Wall time of each stage, in their order.
+    """
+
+    def __init__(self, compute: ComputeConfig, progress: Progress) -> None:
+        self._compute = compute
+        self.progress = progress
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Times a stage."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def run(self, stage: str, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+        """Runs a function over items in tasks; returns the results in order."""
+        return self._collect(stage, run_tasks(function, items) if items else (), len(items))
+
+    def run_recorded(
+        self,
+        staging: Staging,
+        stage: str,
+        kind: type[Result],
+        function: Callable[[Any], Result],
+        items: Sequence[Any],
+        memory_bytes: int | None = None,
+    ) -> list[Result]:
+        """Like `run`, but only over items that have no recorded result yet.
+
+        Args:
+            staging: Where results are recorded.
+            stage: The stage's name.
+            kind: Of the results.
+            function: See `tasks.run_tasks`.
+            items: The work.
+            memory_bytes: What one task needs, where that is much.
+        """
+        run = partial(run_tasks, memory_bytes=memory_bytes)
+        return self._collect(stage, run_recorded(staging.results(stage, kind), function, items, run), len(items))
+
+    def run_actors(
+        self,
+        stage: str,
+        actor: Callable[..., Callable[[Item], Result]],
+        arguments: Callable[[str], tuple[Any, ...]],
+        items: Sequence[Item],
+        sizes: Sequence[int] | None = None,
+    ) -> list[Result]:
+        """Runs items in model actors; returns the results in order.
+
+        Args:
+            stage: The stage's name.
+            actor: The actors' class.
+            arguments: Given the torch device, returns what each actor is built from.
+            items: The work.
+            sizes: Of each item, in the units of the stage's progress; by default an item is one.
+        """
+        plan = plan_actors(self._compute, node_resources())
+        return self._collect(stage, run_actors(actor, arguments(plan.device), items, plan), len(items), sizes)
+
+    def num_actors(self) -> int:
+        """Returns how many model actors the cluster has room for."""
+        return plan_actors(self._compute, node_resources()).num_actors
+
+    def check_memory(self, stage: str, needed_bytes: int) -> None:
+        """Checks that a node has what one of a stage's tasks will need.
+
+        Raises:
+            ConfigError: None has.
+        """
+        largest = max((int(node.get("memory", 0)) for node in node_resources()), default=0)
+        if largest and needed_bytes > largest:
+            raise ConfigError(
+                "No node has the memory that this stage needs.",
+                where=stage,
+                expected=f"{needed_bytes / 1e9:.1f} GB",
+                found=f"{largest / 1e9:.1f} GB on the largest node",
+                remedy="Give more --shards, or an --index-key with fewer lists, or a larger node.",
+            )
+
+    def _collect(
+        self, stage: str, results: Iterable[tuple[int, Result]], items: int, sizes: Sequence[int] | None = None
+    ) -> list[Result]:
+        """Gathers results in the order of their items, telling of each."""
+        sizes = sizes or [1] * items
+        done, total = 0, sum(sizes)
+        found: dict[int, Result] = {}
+        for position, result in results:
+            found[position] = result
+            done += sizes[position]
+            self.progress(stage, done, total)
+        return [found[position] for position in range(items)]

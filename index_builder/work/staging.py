@@ -1,0 +1,220 @@
+"""A build's own folder below the index: what it has finished, and who builds there.
+
+    INDEX/.staging-<plan>/
+      owner.json                     who builds here, and when it last showed signs of life
+      work/                          intermediate files
+      results/<stage>/000007.json    the result of a finished work item; written after its files
+
+The folder is named by the plan, a hash of all that decides the outcome. A build that was killed or failed leaves it
+behind, and the same command goes on from there. Shards and captions are written to their final place at once: their
+names are their contents, and no reader knows them before a manifest does.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, Generic, TypeVar
+
+from pydantic import TypeAdapter
+
+from smallcap import storage
+from smallcap.errors import ConflictError, SmallCapError, StorageError
+from smallcap.images.fetching import fetch_objects
+
+STAGING_PREFIX = ".staging-"
+ABANDONED_AFTER = timedelta(days=1)
+"""How long the folder of a dead build waits for the same command to go on with it."""
+
+_OWNER_FILE = "owner.json"
+_HEARTBEAT_S = 30.0
+_SILENCE_S = 600.0  # after which a build on another machine counts as dead
+_PLAN_DIGITS = 16
+
+_log = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Staging:
+    """The folder of one plan, from `with` to the end of its block; it outlasts a block that fails.
+
+    Entering takes over what a dead build of the same plan has left, and removes what dead builds of other plans left
+    more than a day ago. A build is dead when its process is gone, or, on another machine, when it has not renewed its
+    owner file for ten minutes.
+
+    Args:
+        index_uri: The index.
+        plan: Hash of all that decides the outcome.
+    """
+
+    def __init__(self, index_uri: str, plan: str) -> None:
+        self._index_uri = index_uri
+        self.uri = storage.join(index_uri, f"{STAGING_PREFIX}{plan[:_PLAN_DIGITS]}")
+        self.work_uri = storage.join(self.uri, "work")
+        self._stopped = threading.Event()
+        self._heart = threading.Thread(target=self._beat, daemon=True)
+
+    def __enter__(self) -> Staging:
+        """Raises `ConflictError` where the same build is running."""
+        for uri in staging_folders(self._index_uri):
+            if uri != self.uri and is_abandoned(uri, ABANDONED_AFTER):
+                _log.info("Removing %s, left by a build that no longer runs.", uri)
+                storage.remove(uri)
+        self._claim()
+        self._heart.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stopped.set()
+        self._heart.join()
+        try:
+            if kind is None:
+                storage.remove(self.uri)
+            else:
+                storage.write_bytes(storage.join(self.uri, _OWNER_FILE), _owner(pid=None))
+        except SmallCapError as failure:  # a later build removes it; the block's own error matters more
+            _log.warning("The staging folder %s stays behind: %s", self.uri, failure)
+
+    def results(self, stage: str, kind: type[Result]) -> Results[Result]:
+        """Returns the recorded results of a stage, each of this type."""
+        return Results(storage.join(self.uri, "results", stage), kind)
+
+    def _claim(self) -> None:
+        def claim(found: bytes | None) -> bytes:
+            if found is not None and _is_alive(found):
+                raise ConflictError(
+                    "The same build is running already.",
+                    where=self.uri,
+                    found=found.decode(errors="replace"),
+                    remedy="Wait for it, or stop it; a build on a machine that died is taken over after ten minutes.",
+                )
+            return _owner(os.getpid())
+
+        storage.update_bytes(storage.join(self.uri, _OWNER_FILE), claim)
+
+    def _beat(self) -> None:
+        while not self._stopped.wait(_HEARTBEAT_S):
+            try:
+                storage.write_bytes(storage.join(self.uri, _OWNER_FILE), _owner(os.getpid()))
+            except StorageError as error:  # a longer outage fails the build's own writes
+                _log.warning("Cannot renew %s: %s", self.uri, error)
+
+
+def _owner(pid: int | None) -> bytes:
+    """Returns an owner file's content; `pid` is None when the build has ended."""
+    return json.dumps({"host": socket.gethostname(), "pid": pid, "alive_at": time.time()}).encode()
+
+
+def _is_alive(owner: bytes) -> bool:
+    try:
+        values: dict[str, Any] = json.loads(owner)
+        host, pid, alive_at = str(values["host"]), values["pid"], float(values["alive_at"])
+    except (ValueError, TypeError, KeyError):
+        return False
+    if pid is None:
+        return False
+    if host != socket.gethostname():
+        return time.time() - alive_at < _SILENCE_S
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's process
+        return True
+    return True
+
+
+def staging_folders(index_uri: str) -> list[str]:
+    """Returns the staging folders below an index."""
+    if not storage.exists(index_uri):
+        return []
+    return [uri for uri in storage.list_folder(index_uri) if uri.rsplit("/", 1)[-1].startswith(STAGING_PREFIX)]
+
+
+def is_abandoned(staging_uri: str, after: timedelta) -> bool:
+    """Says whether a staging folder's build is dead, and has been for so long."""
+    try:
+        owner = storage.read_bytes(storage.join(staging_uri, _OWNER_FILE))
+    except StorageError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return True  # the owner file is the first thing that a live build writes
+        raise
+    if _is_alive(owner):
+        return False
+    with suppress(ValueError, TypeError, KeyError):
+        return time.time() - float(json.loads(owner)["alive_at"]) >= after.total_seconds()
+    return True
+
+
+@dataclass(frozen=True)
+class Results(Generic[Result]):
+    """The results of a stage's work items, one small JSON file each: what makes an item finished."""
+
+    uri: str
+    kind: type[Result]
+
+    def load(self) -> dict[int, Result]:
+        """Returns the results of the finished items by their position."""
+        if not storage.exists(self.uri):
+            return {}
+        files = storage.list_files(self.uri, (".json",))
+        adapter = TypeAdapter(self.kind)
+        contents = fetch_objects(files).data
+        return {
+            _position(file): adapter.validate_json(content)
+            for file, content in zip(files, contents, strict=True)
+            if isinstance(content, bytes)
+        }
+
+    def save(self, position: int, result: Result) -> None:
+        """Records one item's result."""
+        data = TypeAdapter(self.kind).dump_json(result)
+        storage.write_bytes(storage.join(self.uri, f"{position:06d}.json"), data)
+
+
+def _position(file: str) -> int:
+    return int(file.rsplit("/", 1)[-1].removesuffix(".json"))
+
+
+@dataclass(frozen=True)
+class Recorded(Generic[Item, Result]):
+    """A work item's function that records its result; called with (position, item)."""
+
+    function: Callable[[Item], Result]
+    results: Results[Result]
+
+    def __call__(self, numbered: tuple[int, Item]) -> Result:
+        """Runs the item and records what it returns."""
+        position, item = numbered
+        result = self.function(item)
+        self.results.save(position, result)
+        return result
+
+
+Run = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[tuple[int, Any]]]
+"""Runs a function over items, as `tasks.run_tasks` does: yields (position, result) in the order of finishing."""
+
+
+def run_recorded(
+    results: Results[Result], function: Callable[[Item], Result], items: Sequence[Item], run: Run
+) -> Iterator[tuple[int, Result]]:
+    """Runs the items that have no result yet; yields (position, result) of all, the recorded ones first."""
+    done = {position: result for position, result in results.load().items() if position < len(items)}
+    yield from done.items()
+    left = [(position, item) for position, item in enumerate(items) if position not in done]
+    if left:
+        for number, result in run(Recorded(function, results), left):
+            yield left[number][0], result

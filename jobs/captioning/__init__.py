@@ -1,0 +1,1 @@
+"""The captioning job's stages, its plan, its record and its display."""

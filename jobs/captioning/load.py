@@ -1,0 +1,225 @@
+"""The first stage, in CPU tasks: read fragments of the input, fetch the images, cut the crops that the model needs.
+
+Only here does a `RowError` become a row's status, in `_error_columns`. Rows travel as Arrow tables, so that kept
+columns keep their types. It imports no torch.
+"""
+
+from __future__ import annotations
+
+import pickle
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+from ray.data.extensions import ArrowTensorArray
+
+from jobs.captioning.monitor import MonitorClient, StageReport
+from jobs.cluster.session import limit_blocks
+from smallcap.config import InputConfig
+from smallcap.errors import ErrorCode, RowError
+from smallcap.images.crops import CropPlan, Pixels
+from smallcap.images.fetching import FETCH_CONCURRENCY, FetchOptions, fetch_objects
+from smallcap.images.work_list import InputBatch, read_fragment
+from smallcap.output.coverage import WorkItem
+from smallcap.output.schema import (
+    ENDS_FRAGMENT,
+    FRAGMENT,
+    FRAGMENT_ROW,
+    IMAGE_BYTES_COLUMN,
+    STATUS_ERROR,
+    STATUS_OK,
+)
+
+VISION_PIXELS, RETRIEVAL_PIXELS = "smallcap.vision_pixels", "smallcap.retrieval_pixels"
+# A block's files, its crops, and one large image being decoded. It also makes the task unlike an actor of one CPU, into
+# which Ray would otherwise fuse it.
+_LOAD_MEMORY_BYTES = 512 << 20
+_MOST_TASKS = 4_000  # the driver takes some milliseconds to offer one; with more fragments, a task takes several
+_FETCHED_TOGETHER = FETCH_CONCURRENCY  # files held in memory at once; their crops are small
+_CRASHED = RowError(
+    ErrorCode.CRASHED,
+    "The process that decoded this image died, more than once.",
+    remedy="Look at the image by itself; --retry-failed tries it again.",
+)
+
+
+@dataclass(frozen=True)
+class LoadSpec:
+    """What a loading task needs to know."""
+
+    plan: CropPlan
+    input: InputConfig
+    kept_columns: pa.Schema
+    keep_bytes: bool  # of the image files, for tars of the output
+    monitor: MonitorClient
+
+
+@dataclass
+class _Loaded:
+    """A batch's images, and what it took to get them."""
+
+    images: list[Pixels | RowError]
+    files: list[bytes | None]
+    seconds: float = 0.0
+    fetch_s: float = 0.0
+    retries: int = 0
+    fetched_bytes: int = 0
+
+
+def start_loading(
+    items: Sequence[Any], load: Callable[..., Iterator[pa.Table]], spec: LoadSpec, images_per_block: int
+) -> ray.data.Dataset:
+    """Returns the first stage of a pipeline, which loads a few blocks ahead of the stage that takes its images.
+
+    Args:
+        items: What there is to do.
+        load: Takes a table whose column `item` has some of them pickled, and `spec`; yields tables.
+        spec: What is needed of the images.
+        images_per_block: The most that a block holds; what waits for the next stage is counted in blocks.
+    """
+    inputs = ray.data.from_arrow(task_inputs(items))
+    limit_blocks(inputs, spec.plan.image_bytes * images_per_block)
+    return inputs.map_batches(
+        load, batch_size=1, batch_format="pyarrow", fn_kwargs={"spec": spec}, memory=_LOAD_MEMORY_BYTES
+    )
+
+
+def task_inputs(items: Sequence[Any]) -> list[pa.Table]:
+    """Returns what each loading task is to do, one block for each, as the pickled items of its column `item`.
+
+    Ray Data's `repartition` would make the same blocks, at some ten a second, and the first task starts after the last.
+    """
+    together = -(-len(items) // _MOST_TASKS)
+    pickled = [pickle.dumps(item) for item in items]
+    return [pa.table({"item": pickled[start : start + together]}) for start in range(0, len(pickled), together)]
+
+
+def load_images(batch: pa.Table, spec: LoadSpec) -> Iterator[pa.Table]:
+    """Reads fragments of the input, fetches their images and cuts the crops that the model needs.
+
+    Args:
+        batch: A column `item` of pickled `WorkItem`s.
+        spec: What is needed of them.
+
+    Yields:
+        Tables of at most 256 images: `image_id`, `image_uri`, `width`, `height`, `status`, `error_code`,
+        `error_message`, `fragment`, `fragment_row`, `ends_fragment`, the kept columns, [B, S, S, 3] uint8
+        `vision_pixels`, and where they are wanted `retrieval_pixels` and `image_bytes`. A failed row's pixels are 0.
+    """
+    for pickled in batch["item"]:
+        item: WorkItem = pickle.loads(pickled.as_py())  # noqa: S301 - this job's driver wrote it
+        number = item.fragment.number
+        for images in read_fragment(item.fragment, item.wanted, spec.input, spec.kept_columns):
+            yield load_batch(number, images, spec)
+
+
+def load_batch(number: int, images: InputBatch, spec: LoadSpec) -> pa.Table:
+    """Loads a batch of a fragment's images; see `load_images`."""
+    loaded = _load(number, images, spec)
+    ended = images.ends_fragment
+    spec.monitor.report(
+        StageReport(
+            stage="load",
+            images=len(images.rows),
+            seconds=loaded.seconds,
+            fetch_s=loaded.fetch_s,
+            retries=loaded.retries,
+            duplicates=images.duplicates,
+            bytes=loaded.fetched_bytes,
+            by_pillow=sum(isinstance(image, Pixels) and image.by_pillow for image in loaded.images),
+            ended_fragments=int(ended),
+            ended_images=int(images.rows[-1]) + 1 if ended else 0,
+        )
+    )
+    return _loaded_table(number, images, loaded, spec)
+
+
+def _load(number: int, images: InputBatch, spec: LoadSpec) -> _Loaded:
+    """Fetches and decodes a batch; an image that kills its process is found, and left out the next time."""
+    started = time.perf_counter()
+    loaded = _Loaded([], [])
+    position_of = {row: position for position, row in enumerate(images.rows.tolist())}
+
+    def load_rows(rows: list[int]) -> list[tuple[Pixels | RowError, bytes | None]]:
+        done: list[tuple[Pixels | RowError, bytes | None]] = []
+        for start in range(0, len(rows), _FETCHED_TOGETHER):
+            positions = [position_of[row] for row in rows[start : start + _FETCHED_TOGETHER]]
+            files = _files(images, positions, spec, loaded)
+            for position, data in zip(positions, files, strict=True):
+                pixels = _decode(data, spec, images.image_uris[position])
+                kept = data if spec.keep_bytes and isinstance(pixels, Pixels) else None
+                done.append((pixels, kept if isinstance(kept, bytes) else None))
+        return done
+
+    for result in spec.monitor.run_marked(number, list(position_of), load_rows):
+        pixels, data = result or (_CRASHED, None)
+        loaded.images.append(pixels)
+        loaded.files.append(data)
+    loaded.seconds = time.perf_counter() - started
+    return loaded
+
+
+def _files(images: InputBatch, positions: Sequence[int], spec: LoadSpec, loaded: _Loaded) -> list[bytes | RowError]:
+    """Returns image files: those that the shard held, or else fetched ones."""
+    if images.data is not None:
+        return [images.data[position] for position in positions]
+    started = time.perf_counter()
+    fetched = fetch_objects([images.image_uris[position] for position in positions], FetchOptions.of(spec.input))
+    loaded.fetch_s += time.perf_counter() - started
+    loaded.retries += fetched.retries
+    loaded.fetched_bytes += sum(len(data) for data in fetched.data if isinstance(data, bytes))
+    return fetched.data
+
+
+def _decode(data: bytes | RowError, spec: LoadSpec, uri: str) -> Pixels | RowError:
+    if isinstance(data, RowError):
+        return data
+    try:
+        return spec.plan.crop(data, spec.input.max_image_pixels, uri)
+    except RowError as error:
+        return error
+
+
+def _error_columns(error: RowError | None) -> dict[str, Any]:
+    """Returns a row's `status`, `error_code` and `error_message`."""
+    if error is None:
+        return {"status": STATUS_OK, "error_code": None, "error_message": None}
+    return {"status": STATUS_ERROR, "error_code": str(error.code), "error_message": str(error)}
+
+
+def _loaded_table(number: int, images: InputBatch, loaded: _Loaded, spec: LoadSpec) -> pa.Table:
+    count = len(images.rows)
+    errors = [_error_columns(image if isinstance(image, RowError) else None) for image in loaded.images]
+    pixels = [_blank(spec.plan) if isinstance(image, RowError) else image for image in loaded.images]
+    ends = np.zeros(count, bool)
+    ends[-1] = images.ends_fragment
+    columns: dict[str, Any] = {
+        "image_id": pa.array(images.image_ids, pa.string()),
+        "image_uri": pa.array(images.image_uris, pa.string()),
+        "width": pa.array([image.width for image in pixels], pa.int32()),
+        "height": pa.array([image.height for image in pixels], pa.int32()),
+        **{name: pa.array([error[name] for error in errors], pa.string()) for name in errors[0]},
+        FRAGMENT: pa.array(np.full(count, number, np.int32)),
+        FRAGMENT_ROW: pa.array(images.rows, pa.int32()),
+        ENDS_FRAGMENT: pa.array(ends),
+        VISION_PIXELS: ArrowTensorArray.from_numpy(np.stack([image.vision for image in pixels])),
+    }
+    if spec.plan.retrieval:
+        crops = [image.retrieval for image in pixels if image.retrieval is not None]
+        columns[RETRIEVAL_PIXELS] = ArrowTensorArray.from_numpy(np.stack(crops))
+    if images.kept is not None:
+        columns |= {name: images.kept[name] for name in images.kept.column_names}
+    if spec.keep_bytes:
+        columns[IMAGE_BYTES_COLUMN] = pa.array(loaded.files, pa.large_binary())
+    return pa.table(columns)
+
+
+def _blank(plan: CropPlan) -> Pixels:
+    """Returns what stands in a failed row's place, so that a batch's pixels remain one array."""
+    vision = np.zeros((plan.vision.size_px, plan.vision.size_px, 3), np.uint8)
+    size = plan.retrieval.size_px if plan.retrieval else 0
+    return Pixels(vision, np.zeros((size, size, 3), np.uint8) if plan.retrieval else None, 0, 0, by_pillow=False)

@@ -1,0 +1,162 @@
+"""An index too large for one machine: actors that each hold a part of it, and the retriever that asks them all.
+
+Each actor maps a contiguous share of the shards and of the caption files. `PartitionedRetriever` is the same search as
+on one machine, over a part that scatters each of its questions and gathers the answers; the results are the same, too.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import faiss
+import numpy as np
+import ray
+
+from smallcap.config import RetrievalConfig
+from smallcap.errors import SmallCapError
+from smallcap.index.manifest import IndexManifest, load_manifest
+from smallcap.index.node_cache import open_version_folder
+from smallcap.index.partition import LocalPart, share_of
+from smallcap.index.ranking import Ranking, merge_rankings
+from smallcap.index.retriever import NeighbourSearch, open_removed
+
+
+@dataclass(frozen=True)
+class Partitions:
+    """The running actors of one index version; goes to whoever searches."""
+
+    index_uri: str
+    index_id: str
+    actors: tuple[Any, ...]  # handles, in the order of their ids
+
+
+class _PartitionActor:
+    """Holds one partition; its methods are those of `IndexPart`."""
+
+    def __init__(self, index_uri: str, index_id: str, cache_dir: str, partition: tuple[int, int]) -> None:
+        # The actor asks Ray for no CPU, and Ray would have it use one. It runs while the captioners wait for it.
+        faiss.omp_set_num_threads(len(os.sched_getaffinity(0)))
+        self._part: LocalPart | SmallCapError
+        try:
+            self._part = LocalPart.open(index_uri, load_manifest(index_uri, index_id), cache_dir, partition)
+        except SmallCapError as error:  # Ray would restart the actor again and again
+            self._part = error
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Calls a method of the part."""
+        if isinstance(self._part, SmallCapError):
+            raise self._part
+        return getattr(self._part, method)(*arguments)
+
+    def pid(self) -> int:
+        """Returns the actor's process id."""
+        return os.getpid()
+
+    def check(self) -> None:
+        """Returns when the part is open.
+
+        Raises:
+            SmallCapError: It cannot be opened.
+        """
+        if isinstance(self._part, SmallCapError):
+            raise self._part
+
+
+@contextmanager
+def run_partitions(index_uri: str, index_id: str, retrieval: RetrievalConfig) -> Iterator[Partitions]:
+    """Starts the actors that hold an index's partitions, spread over the nodes, and ends them afterwards.
+
+    Args:
+        index_uri: The index.
+        index_id: Its version.
+        retrieval: How many partitions, and where nodes keep copies of remote indexes.
+
+    Yields:
+        The partitions, all of them open.
+
+    Raises:
+        ConfigError: The index has fewer shards than partitions.
+        IndexIntegrityError: Its files contradict its manifest.
+    """
+    count = retrieval.partitions
+    share_of(load_manifest(index_uri, index_id).shards, (0, count))  # says so before anything is started
+    # No CPU of Ray's, lest the captioners find none left; a question that meets a dying actor is asked again.
+    actor = ray.remote(num_cpus=0, scheduling_strategy="SPREAD", max_restarts=-1, max_task_retries=-1)(_PartitionActor)
+    actors = [actor.remote(index_uri, index_id, retrieval.cache_dir, (number, count)) for number in range(count)]
+    try:
+        ray.get([one.check.remote() for one in actors])
+        yield Partitions(index_uri, index_id, tuple(actors))
+    finally:
+        for one in actors:
+            ray.kill(one)
+
+
+class PartitionedRetriever(NeighbourSearch):
+    """Searches an index whose partitions other actors hold."""
+
+    @classmethod
+    def open(cls, partitions: Partitions, cache_dir: str) -> PartitionedRetriever:
+        """Connects to running partitions.
+
+        Args:
+            partitions: Of `run_partitions`.
+            cache_dir: Where this node keeps the list of removed ids, where there is one.
+        """
+        manifest = load_manifest(partitions.index_uri, partitions.index_id)
+        removed = [manifest.removed] if manifest.removed else []
+        folder = open_version_folder(partitions.index_uri, manifest, cache_dir, removed)
+        return cls(manifest, _ScatteredPart(manifest, partitions.actors), open_removed(manifest, folder))
+
+
+class _ScatteredPart:
+    """All of an index, by asking the partitions; an `IndexPart`."""
+
+    backend = "partitions"
+
+    def __init__(self, manifest: IndexManifest, actors: Sequence[Any]) -> None:
+        self.k_factor = manifest.k_factor
+        self.ranks_again = bool(manifest.vectors)
+        self._actors = actors
+        count = len(actors)
+        shares = [share_of(manifest.captions, (number, count)) for number in range(count)]
+        self._first_ids = np.array([share[0].first_id for share in shares])
+
+    def candidates(self, queries: np.ndarray, count: int) -> Ranking:
+        """Returns the best [B, count] of all partitions' best."""
+        return merge_rankings(self._ask_all("candidates", queries, count), count)
+
+    def rank(self, queries: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """Scores ids [B, K] by the stored vectors of the partitions that have them."""
+        return np.max(self._ask_all("rank", queries, ids), axis=0)
+
+    def image_ids(self, caption_ids: np.ndarray) -> list[list[str]]:
+        """Returns for each id [n] the images that have this caption."""
+        return self._ask_owners("image_ids", caption_ids)
+
+    def texts(self, caption_ids: np.ndarray) -> list[str]:
+        """Returns the text of each id [n]."""
+        return self._ask_owners("texts", caption_ids)
+
+    def _ask_all(self, method: str, *arguments: Any) -> list[Any]:
+        arguments = tuple(map(ray.put, arguments))  # once, and not for every actor
+        return ray.get([actor.call.remote(method, *arguments) for actor in self._actors])
+
+    def _ask_owners(self, method: str, caption_ids: np.ndarray) -> list[Any]:
+        owner_of = np.searchsorted(self._first_ids, caption_ids, side="right") - 1
+        owners = np.unique(owner_of).tolist()
+        positions = [np.flatnonzero(owner_of == owner) for owner in owners]
+        answers = ray.get(
+            [
+                self._actors[owner].call.remote(method, caption_ids[places])
+                for owner, places in zip(owners, positions, strict=True)
+            ]
+        )
+        gathered: list[Any] = [None] * len(caption_ids)
+        for places, answer in zip(positions, answers, strict=True):
+            for place, one in zip(places.tolist(), answer, strict=True):
+                gathered[place] = one
+        return gathered

@@ -1,0 +1,109 @@
+"""What a captioning run has to do and has done, without Ray: its record, its list of work, and what is left of that."""
+
+from __future__ import annotations
+
+from jobs.captioning.record import ImageCounts, RunRecord, check_attempt, load_run_record, write_run_record
+from smallcap import storage
+from smallcap.config import CaptionConfig
+from smallcap.errors import ConfigError
+from smallcap.images.work_list import (
+    WORK_FOLDER,
+    Fragment,
+    WorkList,
+    count_images,
+    extend_work_list,
+    load_work_list,
+    make_work_list,
+)
+from smallcap.index.manifest import load_manifest
+from smallcap.model.checkpoint import checkpoint_id
+from smallcap.model.clip_encoder import resolve_encoder_identity
+from smallcap.output.coverage import (
+    Coverage,
+    NamedPart,
+    WorkItem,
+    adopt_old_parts,
+    drop_repeated_ids,
+    settle,
+    work_left,
+)
+from smallcap.output.part_files import read_part_infos, remove_orphans
+from smallcap.output.schema import check_kept_columns
+
+
+def open_record(config: CaptionConfig) -> RunRecord:
+    """Continues the output folder's run, or begins one; pins the index's version for all attempts.
+
+    Raises:
+        ConfigError: The folder holds a run with other options, or columns to keep have names that the output needs.
+        RunError: Index or checkpoint cannot be used.
+    """
+    check_kept_columns(config.keep_columns)
+    model_id = checkpoint_id(config.model)
+    record = load_run_record(config.out)
+    if record is not None:
+        record.check_same_run(config, model_id, config.out)
+        return record
+    manifest = load_manifest(config.index) if config.index and config.retrieval.k != 0 else None
+    encoder = config.retrieval.encoder or (manifest.encoder.spec if manifest else None)
+    if manifest and encoder:
+        manifest.check_encoder(resolve_encoder_identity(encoder), config.index or "")
+    if config.output.save_embeddings and encoder is None:
+        raise ConfigError(
+            "There is no encoder whose embeddings could be saved.",
+            where="output.save_embeddings",
+            remedy="Give --index, or --set retrieval.encoder=SPEC.",
+        )
+    return RunRecord.new(config, model_id, manifest.index_id if manifest else None, encoder)
+
+
+def list_work(config: CaptionConfig, record: RunRecord, relist: bool = False) -> WorkList:
+    """Loads the run's list of work; makes it where the run is new, or of a release that had none."""
+    work = load_work_list(config.out) if record.attempts else None
+    if work is None:
+        storage.remove(storage.join(config.out, WORK_FOLDER))  # of a run that never began
+        work = make_work_list(config.images, config.input, config.out, config.keep_columns)
+    elif relist:
+        work = extend_work_list(config.images, config.input, config.out)
+    old = [name for name, info in read_part_infos(config.out) if info is None]
+    if old:
+        adopt_old_parts(config, work, old)
+    return work
+
+
+def _read_parts(out: str, work: WorkList) -> list[NamedPart]:
+    """Returns the footers of all parts, after what two of them have has been taken out of one."""
+    parts = _footers(out)
+    return _footers(out) if settle(out, parts, work.fragments) else parts
+
+
+def _footers(out: str) -> list[NamedPart]:
+    return [(name, info) for name, info in read_part_infos(out) if info is not None]
+
+
+def what_is_left(config: CaptionConfig, work: WorkList, retry_failed: bool = False) -> list[WorkItem]:
+    """Returns the rows of the list of work that have no row in the output; failed ones too, to try them again."""
+    coverage = Coverage(_read_parts(config.out, work), retry_failed)
+
+    def count_rows(fragment: Fragment, most: int) -> int:
+        return count_images(fragment, most, config.input)
+
+    return list(work_left(work.fragments, coverage, config.limit, count_rows))
+
+
+def finish_run(config: CaptionConfig, record: RunRecord, work: WorkList) -> RunRecord:
+    """Counts the output, when every image has its row, and says so in `run.json`."""
+    parts = _read_parts(config.out, work)
+    if any(fragment.kind != "uris" for fragment in work.fragments):
+        drop_repeated_ids(config.out, parts)
+        parts = _footers(config.out)
+    if record.attempts:
+        check_attempt(config.out, record.attempts[-1])
+    remove_orphans(config.out)
+    images = ImageCounts.of(info for _, info in parts)
+    done = sum(len(rows) for _, info in parts for rows in info.rows.values())
+    record = record.model_copy(
+        update={"status": "complete", "images": images, "repeated_ids": done - images.total, "limit": config.limit}
+    )
+    write_run_record(config.out, record)
+    return record

@@ -1,0 +1,96 @@
+"""The last stage: rows become parts, sorted by id, atomically, under names that a repeated task overwrites."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from ray.data import Datasink
+from ray.data.block import BlockAccessor
+
+from jobs.captioning.monitor import MonitorClient, StageReport
+from jobs.captioning.record import Attempt, check_attempt
+from smallcap.images.row_ranges import RowRanges
+from smallcap.output.coverage import count_rows
+from smallcap.output.part_files import PartInfo, PartOptions, write_part
+from smallcap.output.schema import ENDS_FRAGMENT, FRAGMENT, FRAGMENT_ROW, STATUS_ERROR
+
+
+class PartSink(Datasink[None]):
+    """Writes each task's rows as one part.
+
+    Args:
+        out: The run's folder.
+        attempt: The one that writes.
+        number: Its number, from 1.
+        schema: Of the parts.
+        rows_per_part: How many rows Ray gathers for one part.
+        options: How parts are written, and what beside them.
+        monitor: Is told what was written.
+    """
+
+    def __init__(
+        self,
+        out: str,
+        attempt: Attempt,
+        number: int,
+        schema: pa.Schema,
+        rows_per_part: int,
+        options: PartOptions,
+        monitor: MonitorClient,
+    ) -> None:
+        self._out, self._attempt, self._number, self._schema = out, attempt, number, schema
+        self._rows_per_part, self._options, self._monitor = rows_per_part, options, monitor
+
+    def write(self, blocks: Iterable[Any], ctx: Any) -> None:
+        """Writes one task's blocks."""
+        started = time.perf_counter()
+        tables = [BlockAccessor.for_block(block).to_arrow() for block in blocks]
+        filled = [table for table in tables if table.num_rows]
+        if not filled:
+            return
+        table = pa.concat_tables(filled)
+        info = describe_part(table)
+        table = table.filter(_first_of_each_id(table))
+        check_attempt(self._out, self._attempt)
+        name = f"part-{self._number:03d}-{ctx.task_idx:06d}.parquet"
+        write_part(self._out, name, table, info, self._schema, self._options)
+        seconds = time.perf_counter() - started
+        self._monitor.report(StageReport(stage="write", images=table.num_rows, seconds=seconds, errors=info.errors))
+
+    @property
+    def min_rows_per_write(self) -> int:
+        """How many rows Ray gathers for one part."""
+        return self._rows_per_part
+
+
+def describe_part(table: pa.Table) -> PartInfo:
+    """Returns which rows of which fragments a part holds, and how they fared.
+
+    Args:
+        table: Its rows, with the columns that place them in the run's input. Rows whose id comes again are accounted
+            for, and not counted.
+    """
+    fragments, rows = table[FRAGMENT].to_numpy(), table[FRAGMENT_ROW].to_numpy()
+    failed = pc.equal(table["status"], STATUS_ERROR).to_numpy()
+    ends = fragments[table[ENDS_FRAGMENT].to_numpy()]
+    return PartInfo(
+        rows={int(number): RowRanges.of(rows[fragments == number]) for number in np.unique(fragments)},
+        failed={
+            int(number): RowRanges.of(rows[failed & (fragments == number)]) for number in np.unique(fragments[failed])
+        },
+        ends=tuple(sorted(set(ends.tolist()))),
+        **count_rows(table.filter(_first_of_each_id(table))),
+    )
+
+
+def _first_of_each_id(table: pa.Table) -> pa.BooleanArray:
+    """Says of each row whether no earlier one has its id: in tars an id may come again."""
+    _, first = np.unique(table["image_id"].to_numpy(), return_index=True)
+    is_first = np.zeros(len(table), bool)
+    is_first[first] = True
+    return pa.array(is_first)

@@ -1,0 +1,1 @@
+"""What people type and see: arguments, tables, and errors in their own words."""

@@ -1,0 +1,153 @@
+"""What people see in the terminal: results as tables, errors in their own words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from jobs.captioning.record import read_parts
+from smallcap.errors import SmallCapError
+from smallcap.index.retriever import Neighbour
+from smallcap.output.schema import STATUS_OK
+
+if TYPE_CHECKING:  # it imports torch, which most commands do without
+    from smallcap.benchmark.stages import BenchmarkResult
+
+_SAMPLE_COLUMNS = ("image_id", "caption_id", "caption", "text", "clip_score", "status", "error_code")
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+def print_error(error: SmallCapError) -> None:
+    """Prints an error's parts, one per line."""
+    message = Text("error: ", style="bold red")
+    message.append(str(error), style="default")
+    err.print(message, soft_wrap=True)
+
+
+def print_neighbours(neighbours: Sequence[Neighbour]) -> None:
+    """Prints retrieved captions, nearest first."""
+    table = Table(box=None, pad_edge=False)
+    for header, justify in (("score", "right"), ("id", "right"), ("caption", "left")):
+        table.add_column(header, justify=justify)  # type: ignore[arg-type]
+    for neighbour in neighbours:
+        table.add_row(f"{neighbour.score:.4f}", str(neighbour.caption_id), Text(neighbour.text))
+    out.print(table)
+
+
+def print_samples(run: str, count: int) -> None:
+    """Prints some captioned images of a run with what was retrieved for them."""
+    shown = 0
+    for _, part in read_parts(run, ["image_id", "caption", "clip_score", "neighbours", "status"]):
+        for row in part.to_pylist():
+            if shown == count:
+                return
+            if row["status"] == STATUS_OK:
+                shown += 1
+                score = f"  [dim](clip score {row['clip_score']:.2f})[/dim]" if row["clip_score"] is not None else ""
+                out.print(Text(row["image_id"], style="cyan"), end="")
+                out.print("  ", end="")
+                out.print(Text(row["caption"], style="bold"), end="")
+                out.print(score)
+                for neighbour in row["neighbours"]:
+                    out.print(Text(f"    {neighbour['score']:.2f}  {neighbour['text']}", style="dim"))
+
+
+def print_swap(rows: Sequence[Mapping[str, str]]) -> None:
+    """Prints images with their captions by one datastore and by another, and a person's caption to compare with."""
+    table = Table(box=None, pad_edge=False)
+    for header in ("image", "training domains' datastore", "own datastore", "reference"):
+        table.add_column(header, overflow="fold")
+    for row in rows:
+        table.add_row(
+            Text(row["image"], style="cyan"),
+            Text(row["before"]),
+            Text(row["after"], style="bold"),
+            Text(row["reference"], style="dim"),
+        )
+    out.print(table)
+
+
+def print_versions(versions: Sequence[Mapping[str, Any]]) -> None:
+    """Prints an index's versions, the current one marked with a star."""
+    table = Table(box=None, pad_edge=False)
+    for header in ("", "version", "made (UTC)", "by", "captions", "key", "recall@4"):
+        table.add_column(header, justify="right" if header in ("captions", "recall@4") else "left", overflow="fold")
+    for version in versions:
+        mark = Text("*", style="bold green") if version["current"] else Text("")
+        made = version["created_at"][:16].replace("T", " ")
+        values = (version[name] for name in ("operation", "ntotal", "index_key"))
+        recall = version["recall"].get("recall@4")
+        table.add_row(mark, version["index_id"], made, *(_compact(value) for value in (*values, recall)))
+    out.print(table)
+
+
+def print_facts(facts: Mapping[str, Any]) -> None:
+    """Prints nested facts as an aligned list; `samples` come last, as a table."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        if name != "samples":
+            table.add_row(name, Text(_compact(value)))
+    out.print(table)
+    samples = facts.get("samples") or []
+    if samples:
+        out.print()
+        rows = Table(box=None, pad_edge=False)
+        columns = [name for name in _SAMPLE_COLUMNS if name in samples[0]]
+        for name in columns:
+            rows.add_column(name, overflow="fold")
+        for sample in samples:
+            rows.add_row(*(Text(_compact(sample[name])) for name in columns))
+        out.print(rows)
+
+
+def print_benchmark(result: BenchmarkResult) -> None:
+    """Prints the stages and the whole loop of `smallcap bench`."""
+    machine = result.machine
+    out.print(
+        f"{machine['device']}, {machine['threads']} threads, {machine['dtype']}, torch {machine['torch']}, "
+        f"commit {machine['commit'] or '–'}: matrix products at {result.matrix_tflops:.3f} TFLOP/s",
+        soft_wrap=True,
+    )
+    table = Table(box=None, pad_edge=False)
+    table.add_column("stage")
+    for header in ("images/s", "GFLOP/image", "TFLOP/s", "share"):
+        table.add_column(header, justify="right")
+    for stage in result.stages:
+        counted = (stage.gflop_per_image, stage.tflops, stage.share)
+        gflop, tflops, share = ("", "", "") if None in counted else ("{:,.2f}", "{:,.3f}", "{:.0%}")
+        formats = zip((gflop, tflops, share), counted, strict=True)
+        table.add_row(stage.stage, f"{stage.images_per_s:,.1f}", *(form.format(value) for form, value in formats))
+    out.print(table)
+    of_length = f"captions of {result.mean_caption_tokens:.1f} tokens, prompts of {result.mean_prompt_tokens:.0f}"
+    out.print(
+        f"whole loop, {of_length}: {result.images_per_s:,.2f} images/s, {result.mfu:.0%} of the matrix rate",
+        soft_wrap=True,
+    )
+    out.print(
+        f"whole loop, captions of 25 tokens: {result.images_per_s_full_length:,.2f} images/s, "
+        f"{result.mfu_full_length:.0%} of the matrix rate",
+        soft_wrap=True,
+    )
+    out.print(f"decode: fast differs from exact by {result.fast_decode_difference:.2f} of 255 on average")
+
+
+def _compact(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, bool) or not isinstance(value, int):
+        if isinstance(value, Mapping):
+            return "  ".join(f"{name}={_compact(inner)}" for name, inner in value.items()) or "none"
+        if isinstance(value, list | tuple):
+            return "; ".join(_compact(inner) for inner in value) or "none"
+        return str(value)
+    return f"{value:,}"

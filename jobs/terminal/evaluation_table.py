@@ -1,0 +1,124 @@
+"""An evaluation as tables in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from jobs.terminal.console import out
+
+_AS_THEY_ARE = ("clip_score", "clip_cosine", "words", "tokens")  # all else is shown times 100, as papers do
+_NAMES = {
+    "cider": "CIDEr",
+    "bleu_1": "BLEU-1",
+    "bleu_2": "BLEU-2",
+    "bleu_3": "BLEU-3",
+    "bleu_4": "BLEU-4",
+    "meteor": "METEOR",
+    "rouge_l": "ROUGE-L",
+    "spice": "SPICE",
+    "clip_score": "CLIPScore",
+    "clip_cosine": "CLIP cosine",
+    "retrieval_recall": "retrieval recall, %",
+    "copied": "copied from a neighbour, %",
+    "novel": "novel, %",
+    "words": "words",
+    "tokens": "tokens",
+}
+
+
+def print_evaluation(result: Mapping[str, Any]) -> None:
+    """Prints what `jobs.evaluate.run` returns: the figures with their intervals, what was left out, and warnings."""
+    runs = result["runs"]
+    for number, run in enumerate(runs, start=1):
+        out.print(Text(f"{_label(number, len(runs))}: {run['run']}", style="cyan"), soft_wrap=True)
+        out.print(Text(f"  {_counts(run, result)}"), soft_wrap=True)
+    out.print()
+    out.print(_figures(result))
+    out.print(f"{result['images']:,} images, {result['captions_per_image']:.1f} references each; {_method(result)}")
+    for metric, lack in result["unavailable"].items():
+        out.print(Text(f"{_NAMES[metric]} did not run. {lack}", style="yellow"), soft_wrap=True)
+    for warning in result["warnings"]:
+        out.print(Text(warning, style="yellow"), soft_wrap=True)
+
+
+def _figures(result: Mapping[str, Any]) -> Table:
+    runs, differences = result["runs"], result["differences"]
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    for number in range(1, len(runs) + 1):
+        table.add_column(_label(number, len(runs)), justify="right")
+    if differences:
+        table.add_column("B − A", justify="right")
+    for name in runs[0]["figures"]:
+        if differences:
+            shown = (_shown(name, run["figures"][name]["value"]) for run in runs)
+            table.add_row(_NAMES[name], *shown, _difference(name, differences[name]))
+        else:
+            table.add_row(_NAMES[name], Text(_cell(name, runs[0]["figures"][name])))
+    for name, show in _DETAILS.items():
+        table.add_row(name, *(show(run) for run in runs))
+    return table
+
+
+_DETAILS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "distinct-1, distinct-2": lambda run: f"{run['diversity']['distinct_1']:.3f}, {run['diversity']['distinct_2']:.3f}",
+    "vocabulary": lambda run: f"{run['diversity']['vocabulary']:,}",
+    "words, 5% to 95%": lambda run: _range(run["lengths"]["words"]),
+    "tokens, 5% to 95%": lambda run: _range(run["lengths"]["tokens"]),
+}
+
+
+def _range(percentiles: Mapping[str, float]) -> str:
+    return f"{percentiles['p5']:.0f} to {percentiles['p95']:.0f}" if percentiles else "–"
+
+
+def _cell(name: str, figure: Mapping[str, float | None]) -> str:
+    value, low, high = (_shown(name, figure[part]) for part in ("value", "low", "high"))
+    return value if figure["low"] is None else f"{value} [{low}, {high}]"
+
+
+def _difference(name: str, figure: Mapping[str, float | None]) -> Text:
+    """Shows a difference, in bold where its interval leaves out 0."""
+    low, high = figure["low"], figure["high"]
+    sure = low is not None and high is not None and (low > 0 or high < 0)
+    return Text(_cell(name, figure), style="bold" if sure else "")
+
+
+def _shown(name: str, value: float | None) -> str:
+    if value is None:
+        return "–"
+    scaled, digits = (value, 3) if name in _AS_THEY_ARE else (100 * value, 1)
+    return f"{round(scaled, digits) + 0.0:.{digits}f}"  # + 0.0 makes -0.0 a plain 0
+
+
+def _label(number: int, runs: int) -> str:
+    return "AB"[number - 1] if runs > 1 else "run"
+
+
+def _counts(run: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+    """Says where the run's rows and the references' images went."""
+    errors = ", ".join(f"{count:,} {code}" for code, count in run["errors"].items())
+    examples = f" (such as {run['without_references_examples'][0]})" if run["without_references"] else ""
+    evaluated = result["images"] + run["only_in_this_run"]
+    parts = [
+        f"{run['rows']:,} rows",
+        f"{sum(run['errors'].values()):,} failed" + (f" ({errors})" if errors else ""),
+        f"{run['without_references']:,} without references{examples}",
+        f"{result['references']['images'] - evaluated:,} reference images without a caption",
+    ]
+    if len(result["runs"]) > 1:
+        parts.append(f"{run['only_in_this_run']:,} that the other run lacks")
+    return "; ".join(parts)
+
+
+def _method(result: Mapping[str, Any]) -> str:
+    options = result["options"]
+    words = f"words by {result['tokenizer']}" if result["tokenizer"] else "no caption metric"
+    if not options["bootstrap"]:
+        return f"{words}; no intervals."
+    paired = ", paired" if len(result["runs"]) > 1 else ""
+    return f"{words}; 95% intervals from {options['bootstrap']:,} bootstrap draws{paired}, seed {options['seed']}."

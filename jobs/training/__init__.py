@@ -1,0 +1,1 @@
+"""The training job's stages, its record and its loop."""

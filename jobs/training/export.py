@@ -1,0 +1,44 @@
+"""Writes a finished run's model, `OUT/model`, in the reference's layout, and checks what was written."""
+
+from __future__ import annotations
+
+from jobs.training.start import ModelStart
+from smallcap import storage
+from smallcap.errors import CheckpointError
+from smallcap.model.checkpoint import load_checkpoint, save_checkpoint
+from smallcap.training.checkpoints import restore_trained_weights
+from smallcap.training.objective import frozen_sha256
+
+MODEL_FOLDER = "model"
+
+
+def write_model(out: str, start: ModelStart, step: int, frozen: str) -> str:
+    """Joins the start's frozen weights with the trained ones of a checkpoint, and writes them with the tokenizer.
+
+    Args:
+        out: The run's folder.
+        start: The model before training.
+        step: Of the checkpoint.
+        frozen: Hash of all frozen weights before training.
+
+    Returns:
+        The hash of the frozen weights that were written, read back from the files.
+
+    Raises:
+        CheckpointError: What was written has other frozen weights than the start.
+    """
+    model = start.load()
+    restore_trained_weights(model.decoder.cross_attention_parameters(), out, step)
+    with storage.scratch_folder() as folder:
+        save_checkpoint(model, folder)
+        start.load_tokenizer().save_pretrained(folder)
+        written = load_checkpoint(str(folder))
+        after = frozen_sha256(written, written.decoder)
+        if after != frozen:
+            raise CheckpointError(
+                "The model has other frozen weights than the one that was trained.", expected=frozen, found=after
+            )
+        # What makes a folder a checkpoint comes last.
+        for file in sorted(folder.iterdir(), key=lambda path: path.name == "config.json"):
+            storage.upload(file, storage.join(out, MODEL_FOLDER, file.name))
+    return after

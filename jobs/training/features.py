@@ -1,0 +1,218 @@
+"""The first stage of training: every image is fetched, decoded and encoded once, and what its encoders say is stored.
+
+    fragments of the input → load (as captioning does, CPU tasks) → encode (actor pool) → write parts
+
+A fragment's batch of at most 256 images travels as one row and becomes one part, so that a run which goes on knows from
+the parts' names what is left. Features are computed in float32 and stored in float16.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from jobs.captioning.caption import pixels_of
+from jobs.captioning.load import LoadSpec, load_batch, start_loading
+from jobs.cluster.tasks import node_resources, use_own_cores
+from jobs.training.inputs import TrainInputs, TrainItem
+from jobs.training.pairs import captions_of
+from jobs.training.start import ModelStart
+from smallcap import storage
+from smallcap.captioner import Captioner
+from smallcap.errors import RunError
+from smallcap.images.crops import CropPlan
+from smallcap.images.fragments import FRAGMENT_ROWS
+from smallcap.images.work_list import read_fragment
+from smallcap.machine.actor_plan import plan_actors
+from smallcap.model.clip_encoder import load_retrieval_encoder, resolve_encoder_identity
+from smallcap.output.schema import STATUS_OK
+from smallcap.training.config import TrainConfig
+from smallcap.training.feature_store import (
+    FEATURES_FILE,
+    StoreManifest,
+    feature_table,
+    finished_fragments,
+    list_parts,
+    open_store,
+    part_name,
+    write_part,
+)
+
+_ENCODED_TOGETHER = 64  # images
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """What an actor needs to load the encoders."""
+
+    start: ModelStart
+    device: str
+
+
+def features_identity(start: ModelStart, inputs: TrainInputs, plan: CropPlan, vision_sha256: str) -> dict[str, Any]:
+    """Returns what stored features are computed from."""
+    spec = start.retrieval_encoder
+    retrieval = resolve_encoder_identity(spec) if spec else None
+    return {
+        "vision_encoder_sha256": vision_sha256,
+        "retrieval_encoder": retrieval.model_dump(include={"weights_sha256", "dim"}) if retrieval else None,
+        "preprocessing": _as_json(asdict(plan)),
+        "inputs_sha256": inputs.sha256,
+        "max_image_pixels": start.config.data.input.max_image_pixels,
+        "limit": start.config.limit,
+        "dtype": "float16",
+    }
+
+
+def store_features(
+    config: TrainConfig, start: ModelStart, inputs: TrainInputs, plan: CropPlan, vision_sha256: str, folder: str
+) -> StoreManifest:
+    """Computes the features of all images that have none yet; a cluster must be connected where any has.
+
+    Args:
+        config: The run's.
+        start: The model.
+        inputs: What there is to train on.
+        plan: The crops that the encoders take.
+        vision_sha256: Of the vision encoder's weights.
+        folder: Of the features.
+
+    Raises:
+        ConfigError: The folder holds features of other images or encoders.
+        RunError: Storage or a model fails.
+    """
+    uri = storage.join(folder, FEATURES_FILE)
+    manifest = open_store(uri, features_identity(start, inputs, plan, vision_sha256))
+    if manifest.complete:
+        return manifest
+    done = {split: finished_fragments(folder, split) for split in ("train", "validation")}
+    left = [item for item in inputs.items if item.work.fragment.number not in done[item.split]]
+    if left:
+        _encode_all(config, start, left, plan, folder)
+    manifest = manifest.model_copy(update={"complete": True, "parts": list_parts(folder)})
+    manifest.write(uri)
+    return manifest
+
+
+def _encode_all(config: TrainConfig, start: ModelStart, items: list[TrainItem], plan: CropPlan, folder: str) -> None:
+    import ray
+
+    from jobs.captioning.monitor import start_monitor
+    from jobs.cluster.session import stage_progress
+
+    actors = plan_actors(config.compute.of_actors(), node_resources())
+    with stage_progress(), start_monitor(None, 0, "features", len(items)) as monitor:
+        loading = LoadSpec(plan, config.data.input, pa.schema([]), keep_bytes=False, monitor=monitor)
+        (
+            start_loading(items, load_items, loading, FRAGMENT_ROWS)
+            .map_batches(
+                EncodeImages,
+                fn_constructor_args=(EncoderSpec(start, actors.device),),
+                batch_size=1,
+                batch_format="pyarrow",
+                compute=ray.data.ActorPoolStrategy(size=actors.num_actors),
+                num_cpus=actors.cpus_per_actor,
+                num_gpus=actors.gpus_per_actor,
+            )
+            .map_batches(store_part, batch_size=1, batch_format="pyarrow", fn_kwargs={"folder": folder}, num_cpus=0)
+            .materialize()
+        )
+
+
+def load_items(batch: pa.Table, spec: LoadSpec) -> Iterator[pa.Table]:
+    """Reads fragments of the input and loads their images; see `jobs.captioning.load`.
+
+    Args:
+        batch: A column `item` of pickled `TrainItem`s.
+        spec: What is needed of them.
+
+    Yields:
+        One row for each batch of at most 256 images: `split`, the `name` of its part, `kept` (the names of the columns
+        with captions), and `images`, the table of `load_batch` in Arrow's IPC format.
+    """
+    for pickled in batch["item"]:
+        item: TrainItem = pickle.loads(pickled.as_py())  # noqa: S301 - this job's driver wrote it
+        fragment = item.work.fragment
+        batches = read_fragment(fragment, item.work.wanted, spec.input, item.kept)
+        following = next(batches, None)
+        number = 0
+        while following is not None:
+            images, following = following, next(batches, None)
+            loaded = load_batch(fragment.number, images, replace(spec, kept_columns=item.kept))
+            row = {"split": item.split, "name": part_name(fragment.number, number, following is None)}
+            yield _as_row(row | {"kept": item.kept.names}, loaded)
+            number += 1
+
+
+class EncodeImages:
+    """Encodes batches of decoded images; one instance per actor."""
+
+    def __init__(self, spec: EncoderSpec) -> None:
+        use_own_cores()
+        self._caption_column = spec.start.config.data.caption_column
+        self._encoders: Captioner | RunError
+        try:
+            self._encoders = _load_encoders(spec)
+        except RunError as error:  # kept for the first batch: Ray would call a failing constructor again and again
+            self._encoders = error
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Maps a row of `load_items` to one whose `images` are the rows of a part of features."""
+        if isinstance(self._encoders, RunError):
+            raise self._encoders
+        row = batch.to_pylist()[0]
+        images = pa.ipc.open_stream(batch["images"][0].as_buffer()).read_all()
+        good = np.flatnonzero(pc.equal(images["status"], STATUS_OK).to_numpy()).tolist()
+        captions = captions_of(images.select(row["kept"]), self._caption_column)
+        table = feature_table(images, captions, *self._encode(self._encoders, images, good))
+        return _as_row({"split": row["split"], "name": row["name"]}, table)
+
+    @staticmethod
+    def _encode(encoders: Captioner, images: pa.Table, rows: list[int]) -> tuple[np.ndarray, np.ndarray | None]:
+        """Returns features [n, P, Hv] float16 and embeddings [n, dim] of some rows, or of none."""
+        parts = []
+        for start in range(0, max(1, len(rows)), _ENCODED_TOGETHER):
+            some = rows[start : start + _ENCODED_TOGETHER] or [0]  # a failed row's pixels are 0
+            hidden_states, embeddings = encoders.encode(pixels_of(images, some))
+            parts.append((hidden_states.half().cpu().numpy(), embeddings))
+        features = np.concatenate([features for features, _ in parts])[: len(rows)]
+        vectors = [vectors for _, vectors in parts if vectors is not None]
+        return features, np.concatenate(vectors)[: len(rows)] if vectors else None
+
+
+def store_part(batch: pa.Table, folder: str) -> pa.Table:
+    """Writes a row of `EncodeImages` as a part."""
+    row = batch.select(["split", "name"]).to_pylist()[0]
+    table = pa.ipc.open_stream(batch["images"][0].as_buffer()).read_all()
+    write_part(storage.join(folder, row["split"], row["name"]), table)
+    return batch.select(["name"])
+
+
+def _load_encoders(spec: EncoderSpec) -> Captioner:
+    model = spec.start.load().to(spec.device)
+    encoder = spec.start.retrieval_encoder
+    retrieval = load_retrieval_encoder(encoder, spec.device) if encoder else None
+    return Captioner(model, spec.start.load_tokenizer(), retrieval, k=0, clip_score=False)
+
+
+def _as_row(values: dict[str, Any], table: pa.Table) -> pa.Table:
+    """Returns one row with a whole table in it, so that Ray neither splits nor joins it."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    row = pa.Table.from_pylist([values])
+    return row.append_column("images", pa.array([sink.getvalue().to_pybytes()], pa.large_binary()))
+
+
+def _as_json(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns nested values as they come back from JSON: lists for tuples."""
+    return {
+        name: _as_json(value) if isinstance(value, dict) else list(value) if isinstance(value, tuple) else value
+        for name, value in values.items()
+    }

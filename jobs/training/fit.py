@@ -1,0 +1,115 @@
+"""Starts the training workers with Ray Train, and says how many there are, and on what."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from jobs.cluster.session import own_errors
+from jobs.cluster.tasks import node_resources
+from jobs.training.loop import WorkerSpec, train_worker
+from smallcap import storage
+from smallcap.errors import ConfigError
+from smallcap.machine.actor_plan import plan_actors
+from smallcap.training.config import TrainConfig
+
+_MAX_FAILURES = 3  # of workers, before the run fails; each goes on from the newest checkpoint
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """How training is laid out on its cluster."""
+
+    device: str
+    dtype: str
+    workers: int
+    cpus_per_worker: int
+
+
+def check_installed() -> None:
+    """Checks that Ray Train can be imported, before hours are spent on features; a cluster must be connected.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    try:
+        import ray.train  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            "Ray Train is not installed.", found=str(error), remedy="Install the extra: pip install 'smallcap[train]'."
+        ) from error
+
+
+def plan_training(config: TrainConfig, dtype: str | None) -> TrainPlan:
+    """Lays training out on the cluster that this process is connected to.
+
+    Args:
+        config: The run's.
+        dtype: Of an earlier attempt, which later ones keep.
+    """
+    nodes = node_resources()
+    device = plan_actors(config.compute.of_actors(), nodes).device
+    gpus, cpus = (int(sum(node.get(resource, 0) for node in nodes)) for resource in ("GPU", "CPU"))
+    automatic = max(1, gpus) if device == "cuda" else 1
+    workers = automatic if config.workers == "auto" else config.workers
+    largest_node = int(max(node.get("CPU", 0) for node in nodes))
+    if dtype is None:
+        dtype = {"cuda": "bfloat16", "cpu": "float32"}[device] if config.dtype == "auto" else config.dtype
+    available = gpus if device == "cuda" else cpus
+    if workers > available:
+        raise ConfigError(
+            "The cluster is too small for so many workers.",
+            where="workers",
+            expected=f"at most {available}, its {'GPUs' if device == 'cuda' else 'CPUs'}",
+            found=str(workers),
+        )
+    cpus_per_worker = 1 if device == "cuda" else max(1, min(largest_node, (cpus - 1) // workers))
+    return TrainPlan(device, dtype, workers, cpus_per_worker)
+
+
+def fit(spec: WorkerSpec, plan: TrainPlan, run_id: str) -> None:
+    """Trains to the end; a worker that dies is replaced, and all go on from the newest checkpoint.
+
+    Raises:
+        RunError: What stopped a worker, where it is one of ours.
+        ray.train.TrainingFailedError: Workers died more often than is accepted.
+    """
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # paths of the config are relative to where the job was started
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
+    from ray.train.torch import TorchTrainer
+
+    with storage.scratch_folder() as scratch, _kept_interrupt(), own_errors():
+        trainer = TorchTrainer(
+            train_worker,
+            train_loop_config={"spec": spec},
+            scaling_config=ScalingConfig(
+                num_workers=plan.workers,
+                use_gpu=plan.device == "cuda",
+                resources_per_worker={"CPU": plan.cpus_per_worker, **({"GPU": 1} if plan.device == "cuda" else {})},
+            ),
+            run_config=RunConfig(
+                name=run_id,
+                storage_path=str(scratch),  # our checkpoints go to the run's own folder, on any storage
+                failure_config=FailureConfig(max_failures=_MAX_FAILURES),
+                logging_config=LoggingConfig(log_level="ERROR"),
+            ),
+        )
+        try:
+            trainer.fit()
+        except WorkerGroupError as error:
+            raise next(iter(error.worker_failures.values())) from None
+
+
+@contextmanager
+def _kept_interrupt() -> Iterator[None]:
+    """Takes back the handler of Ctrl-C that Ray Train leaves behind."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():  # elsewhere it leaves none
+            signal.signal(signal.SIGINT, before)

@@ -1,0 +1,203 @@
+"""What there is to train on: images and their captions from COCO, Karpathy, CSV, JSONL, Parquet and WebDataset sources.
+
+Sources that name their images become a stored list, one row for each image with all of its captions; tars and Parquet
+files with image bytes are read where they are. Both are cut into the fragments that captioning reads. The captions of
+lists are held in memory while they are grouped by image; images never are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from jobs.training.pairs import Pair, caption_column, parquet_pairs, read_pairs
+from smallcap import storage
+from smallcap.errors import ConfigError, SchemaError
+from smallcap.images.fragments import FRAGMENT_ROWS, Fragment
+from smallcap.images.parquet import ParquetOutline, image_bytes_column, read_outlines
+from smallcap.images.sources import IMAGE_COLUMNS
+from smallcap.images.tars import TAR_SUFFIXES, choose_tar_ids
+from smallcap.images.work_list import count_images
+from smallcap.output.coverage import Coverage, WorkItem, work_left
+from smallcap.training.config import TrainConfig
+from smallcap.training.feature_store import SPLITS, Split
+
+_LIST_SUFFIXES = (".json", ".csv", ".tsv", ".jsonl", ".ndjson")
+_CAPTIONS = pa.field("captions", pa.list_(pa.string()))
+_TAR_ENDING = re.compile(r"\.(tar|tar\.gz|tgz)$", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class TrainItem:
+    """Some images of a split that are read together.
+
+    Attributes:
+        split: Theirs.
+        work: Which rows of which fragment.
+        kept: The columns that hold their captions.
+    """
+
+    split: Split
+    work: WorkItem
+    kept: pa.Schema
+
+
+@dataclass
+class TrainInputs:
+    """All that a run trains on.
+
+    Attributes:
+        items: In their order.
+        sha256: Of ids, captions, and the names and sizes of tars and Parquet files.
+        malformed: Rows of lists that could not be read.
+        listed_images, listed_examples: To train on, of lists alone: what tars and Parquet files hold is not known yet.
+    """
+
+    items: list[TrainItem] = field(default_factory=list)
+    sha256: str = ""
+    malformed: int = 0
+    listed_images: int = 0
+    listed_examples: int = 0
+
+    def has(self, split: Split) -> bool:
+        """Says whether there is anything of a split."""
+        return any(item.split == split for item in self.items)
+
+
+def list_inputs(config: TrainConfig, folder: str) -> TrainInputs:
+    """Lists the images and captions of a run, and stores what is named by lists.
+
+    Args:
+        config: The run's.
+        folder: Where the stored lists go, as `_lists/SPLIT.parquet`.
+
+    Raises:
+        ConfigError: There are no images with captions to train on.
+        SchemaError: A source is damaged, or lacks a column.
+        StorageError: A source does not exist, or the service fails.
+    """
+    listing = _Listing(config, folder)
+    for source in config.sources:
+        listing.add(source, "train")
+    for source in config.validation:
+        listing.add(source, "validation")
+    inputs = listing.finish()
+    if not inputs.has("train"):
+        raise ConfigError(
+            "There are no images with captions.",
+            where=", ".join(config.sources),
+            expected=f"files ending in {' '.join((*_LIST_SUFFIXES, '.parquet', *TAR_SUFFIXES))}",
+        )
+    return inputs
+
+
+class _Listing:
+    """Collects a run's sources and cuts them into fragments."""
+
+    def __init__(self, config: TrainConfig, folder: str) -> None:
+        self._config, self._folder = config, folder
+        data = config.data
+        self._input = data.input.model_copy(update={"image_column": data.image_column, "id_column": data.id_column})
+        self._images: dict[Split, dict[str, tuple[str, list[str]]]] = {split: {} for split in SPLITS}
+        self._tars: dict[Split, dict[str, str]] = {split: {} for split in SPLITS}
+        self._parquet: dict[Split, dict[str, tuple[str, ParquetOutline]]] = {split: {} for split in SPLITS}
+        self._numbers = count()
+        self._inputs = TrainInputs()
+
+    def add(self, source: str, wanted: Split) -> None:
+        """Adds a file, or the files of a folder: its tars, or where it has none its lists and Parquet files."""
+        source = storage.absolute(source)
+        files = storage.list_files(source, (*_LIST_SUFFIXES, ".parquet", *TAR_SUFFIXES))
+        tars = [file for file in files if file.lower().endswith(TAR_SUFFIXES)]
+        for tar in tars:  # beside them, downloaders leave statistics as JSON and Parquet
+            self._tars[wanted][tar] = tar.removeprefix(source).lstrip("/") or tar.rsplit("/", 1)[-1]
+        if tars:
+            return
+        for outline in read_outlines([file for file in files if file.lower().endswith(".parquet")]):
+            if outline.problem:
+                raise SchemaError("The Parquet file cannot be read.", where=outline.uri, found=outline.problem)
+            if image_bytes_column(outline.schema, self._input, outline.uri) is None:
+                self._add_pairs(parquet_pairs(outline.uri, self._config, wanted), wanted)
+            else:
+                name = outline.uri.removeprefix(source).lstrip("/") or outline.uri.rsplit("/", 1)[-1]
+                self._parquet[wanted][outline.uri] = (name.removesuffix(".parquet"), outline)
+        for file in files:
+            if not file.lower().endswith(".parquet"):
+                self._add_pairs(read_pairs(file, self._config, wanted, self._count_malformed), wanted)
+
+    def _count_malformed(self) -> None:
+        self._inputs.malformed += 1
+
+    def _add_pairs(self, pairs: Iterator[Pair], wanted: Split) -> None:
+        """Takes a source's pairs; of a file with splits, validation is taken where no other validation is given."""
+        for pair in pairs:
+            if pair.split == wanted or (wanted == "train" and not self._config.validation):
+                _, captions = self._images[pair.split].setdefault(pair.image_id, (pair.image_uri, []))
+                captions.append(pair.caption)
+
+    def finish(self) -> TrainInputs:
+        """Stores the lists and returns all items."""
+        digest = hashlib.sha256()
+        for split in SPLITS:
+            fragments = [
+                *self._list_fragments(split, digest),
+                *self._tar_fragments(split, digest),
+                *self._parquet_fragments(split, digest),
+            ]
+            kept_of = {fragment.number: kept for fragment, kept in fragments}
+            left = work_left(
+                [fragment for fragment, _ in fragments],
+                Coverage(()),
+                self._config.limit,
+                lambda fragment, most: count_images(fragment, most, self._input),
+            )
+            self._inputs.items += [TrainItem(split, work, kept_of[work.fragment.number]) for work in left]
+        listed = list(self._images["train"].values())[: self._config.limit]
+        self._inputs.listed_images = len(listed)
+        self._inputs.listed_examples = sum(len(captions) for _, captions in listed)
+        self._inputs.sha256 = digest.hexdigest()
+        return self._inputs
+
+    def _list_fragments(self, split: Split, digest: Any) -> Iterator[tuple[Fragment, pa.Schema]]:
+        images = self._images[split]
+        if not images:
+            return
+        for image_id, (_, captions) in images.items():
+            digest.update(json.dumps([split, image_id, captions]).encode())
+        uri = storage.join(self._folder, "_lists", f"{split}.parquet")
+        columns = [list(images), [uri for uri, _ in images.values()], [captions for _, captions in images.values()]]
+        schema = pa.schema([*IMAGE_COLUMNS, _CAPTIONS])
+        table = pa.table([pa.array(column, kind.type) for column, kind in zip(columns, schema, strict=True)], schema)
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer, row_group_size=FRAGMENT_ROWS, compression="zstd")
+        storage.write_bytes(uri, buffer.getvalue())
+        for group, start in enumerate(range(0, len(images), FRAGMENT_ROWS)):
+            rows = min(FRAGMENT_ROWS, len(images) - start)
+            yield Fragment(next(self._numbers), "uris", storage.absolute(uri), group, rows), pa.schema([_CAPTIONS])
+
+    def _tar_fragments(self, split: Split, digest: Any) -> Iterator[tuple[Fragment, pa.Schema]]:
+        tars = self._tars[split]
+        by_tar = bool(tars) and choose_tar_ids(list(tars)) == "tar/key"
+        kept = pa.schema([pa.field("txt", pa.string()), pa.field("json", pa.string())])
+        for uri, name in tars.items():
+            digest.update(json.dumps([split, name, storage.size(uri)]).encode())
+            prefix = f"{_TAR_ENDING.sub('', name)}/" if by_tar else ""
+            yield Fragment(next(self._numbers), "tar", uri, 0, None, prefix), kept
+
+    def _parquet_fragments(self, split: Split, digest: Any) -> Iterator[tuple[Fragment, pa.Schema]]:
+        for uri, (name, outline) in self._parquet[split].items():
+            digest.update(json.dumps([split, name, storage.size(uri)]).encode())
+            column = caption_column(outline.schema, self._config.data.caption_column, uri)
+            kept = pa.schema([pa.field(column, outline.schema.field(column).type)])
+            for group, rows in enumerate(outline.rows):
+                if rows:
+                    yield Fragment(next(self._numbers), "parquet", uri, group, rows, f"{name}/"), kept

@@ -1,0 +1,283 @@
+"""What every training worker does: its share of each step, of the validation, and in one of them the checkpoints.
+
+Workers are processes of Ray Train, joined by torch.distributed where there are several. Each reads the same stream of
+examples and takes its share; what depends on the share is dropout alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from jobs.cluster.tasks import use_own_cores
+from jobs.training.log import TrainLog
+from jobs.training.record import choose_best
+from jobs.training.start import ModelStart
+from smallcap.config import GenerationConfig
+from smallcap.decoding.engine import generate
+from smallcap.errors import CheckpointError, ConfigError
+from smallcap.model.checkpoint import SmallCapModel
+from smallcap.model.prompt import build_prompts, build_training_example, decode_caption, encode_texts
+from smallcap.training.checkpoints import (
+    WEIGHTS_FILE,
+    EpochResult,
+    TrainCheckpoint,
+    find_train_checkpoint,
+    load_train_state,
+    remove_train_checkpoints,
+    restore_trained_weights,
+    save_train_checkpoint,
+)
+from smallcap.training.config import TrainConfig
+from smallcap.training.example_stream import Example, ExampleStream, read_examples
+from smallcap.training.objective import CrossAttentionTrainer, StepReport, TokenBatch, collate, frozen_sha256
+from smallcap.training.retrieval_sampling import RetrievalMode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Entry = TypeVar("Entry")
+_KEPT_CHECKPOINTS = 2  # the newest, beside the best epoch's
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """What a worker needs to know."""
+
+    config: TrainConfig
+    start: ModelStart
+    dtype: str
+    examples: ExampleStream
+    validation: ExampleStream
+
+
+def train_worker(config: Mapping[str, Any]) -> None:
+    """Runs one worker to the end of the run; Ray Train calls it in every worker.
+
+    Args:
+        config: `spec`, a `WorkerSpec`.
+    """
+    from ray.train.torch import get_device
+
+    use_own_cores()
+    spec: WorkerSpec = config["spec"]
+    Worker(spec, get_device()).run()
+
+
+class Worker:
+    """One worker of a run, at the point where the newest checkpoint left it.
+
+    Args:
+        spec: The run.
+        device: Where it trains.
+    """
+
+    def __init__(self, spec: WorkerSpec, device: torch.device) -> None:
+        self.spec, self.options = spec, spec.config.optimizer
+        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        model = spec.start.load()
+        self.texts = ExampleTexts(spec.config, model, spec.start.load_tokenizer())
+        self.generation = model.generation_options(GenerationConfig())
+        self.decoder = model.decoder.to(device)  # the encoders' work is done
+        self.steps_per_epoch = spec.examples.batches_per_epoch
+        total = self.steps_per_epoch * self.options.epochs
+        self.trainer = CrossAttentionTrainer(self.decoder, self.options, total, spec.dtype)
+        self.frozen = frozen_sha256(self.decoder, self.decoder)
+        self.at = TrainCheckpoint(step=0, epochs=(), frozen_sha256=self.frozen, sha256={})
+        found = find_train_checkpoint(spec.config.out)
+        if found is not None:
+            self._go_on_from(found)
+        self.log = TrainLog(spec.config.out, self.at.step)
+        self._saved: tuple[int, ...] = (self.at.step,)  # steps of the newest checkpoints
+
+    def _go_on_from(self, found: TrainCheckpoint) -> None:
+        out = self.spec.config.out
+        if found.frozen_sha256 != self.frozen:
+            raise CheckpointError("The checkpoint belongs to other frozen weights.", where=f"{out}/{found.folder}")
+        weights = self.decoder.cross_attention_parameters()
+        restore_trained_weights(weights, out, found.step, found.sha256[WEIGHTS_FILE])
+        self.trainer.load_state_dict(load_train_state(out, found))
+        self.at = found
+
+    def run(self) -> None:
+        """Trains the epochs that are left."""
+        while len(self.at.epochs) < self.options.epochs:
+            self._finish_epoch()
+
+    def _finish_epoch(self) -> None:
+        """Takes the epoch's steps that are left, validates, and saves."""
+        epoch = len(self.at.epochs)
+        first = self.at.step - epoch * self.steps_per_epoch
+        every = self.spec.config.checkpoint_steps
+        for place, batches in enumerate(self._prepared(epoch, first), start=first):
+            self._count(self.trainer.step(self.at.step, batches), epoch)
+            if every and self.at.step % every == 0 and place + 1 < self.steps_per_epoch:
+                self._save()
+        loss = self.at.epoch_loss / self.at.epoch_tokens
+        result = EpochResult(epoch=epoch + 1, step=self.at.step, loss=loss, **self._validate())
+        epochs = (*self.at.epochs, result)
+        self.at = self.at.model_copy(update={"epochs": epochs, "epoch_loss": 0.0, "epoch_tokens": 0})
+        self._save()
+
+    def _count(self, report: StepReport, epoch: int) -> None:
+        if self.rank == 0:
+            self.log.add(step=self.at.step + 1, epoch=epoch + 1, loss=report.loss, tokens=report.tokens)
+        loss = self.at.epoch_loss + report.loss * report.tokens
+        tokens = self.at.epoch_tokens + report.tokens
+        self.at = self.at.model_copy(update={"step": self.at.step + 1, "epoch_loss": loss, "epoch_tokens": tokens})
+
+    def _prepared(self, epoch: int, first: int) -> Iterator[list[TokenBatch]]:
+        """Yields this worker's share of an epoch's steps; the next one is read and tokenised meanwhile."""
+        shares = self.spec.examples.batches(epoch, first, self.rank, self.world_size)
+
+        def prepare() -> list[TokenBatch] | None:
+            examples = next(shares, None)
+            return None if examples is None else self._token_batches(examples, epoch)
+
+        with ThreadPoolExecutor(1, "prepare") as thread:
+            ahead = thread.submit(prepare)
+            while (batches := ahead.result()) is not None:
+                ahead = thread.submit(prepare)
+                yield batches
+
+    def _token_batches(self, examples: Sequence[Example], epoch: int) -> list[TokenBatch]:
+        """Cuts a worker's share of a step into as many batches as all workers make."""
+        count, mode = self.options.accumulate, self.spec.config.retrieval.mode
+        shares = [examples[place::count] for place in range(count)]
+        shares = [share for share in shares if share] if self.world_size == 1 else shares
+        return [self.texts.token_batch(share, mode, (self.options.seed, epoch)) for share in shares]
+
+    def _save(self) -> None:
+        """Writes a checkpoint, log and data first; the last one only if training has left the frozen weights alone."""
+        if self.rank == 0:
+            if len(self.at.epochs) == self.options.epochs:
+                self._check_frozen()
+            out, weights = self.spec.config.out, self.decoder.cross_attention_parameters()
+            self.log.flush()
+            self.at = save_train_checkpoint(out, self.at, weights, self.trainer.state_dict())
+            remove_train_checkpoints(out, self._kept())
+        if self.world_size > 1:
+            dist.barrier()
+
+    def _check_frozen(self) -> None:
+        after = frozen_sha256(self.decoder, self.decoder)
+        if after != self.frozen:
+            raise CheckpointError("Training has changed weights that are frozen.", expected=self.frozen, found=after)
+
+    def _kept(self) -> set[int]:
+        """Returns the steps whose checkpoints stay: the newest ones', and the best epoch's."""
+        self._saved = (*self._saved, self.at.step)[-_KEPT_CHECKPOINTS:]
+        best = {choose_best(self.at.epochs)[0].step} if self.at.epochs else set()
+        return {*self._saved, *best}
+
+    def _validate(self) -> dict[str, float | None]:
+        """Returns loss and CIDEr of the validation images, over all workers; None of each where there is none."""
+        stream = self.spec.validation
+        if not stream.examples:
+            return {"validation_loss": None, "cider": None}
+        captions: dict[str, str] = {}
+        references: dict[str, list[str]] = {}
+
+        def batches() -> Iterator[TokenBatch]:
+            for some in self._validation_batches():
+                captions.update(self._caption([example for example in some if example.number == 0]))
+                for example in some:
+                    references.setdefault(example.image_id, []).append(example.caption)
+                yield self.texts.token_batch(some, "top-k", (0,))
+
+        loss = self.trainer.evaluate(batches())
+        cider = score_cider(_gathered(captions), _gathered(references))
+        return {"validation_loss": loss.loss, "cider": cider}
+
+    def _validation_batches(self) -> Iterator[Sequence[Example]]:
+        """Yields this worker's share of the validation examples; each worker has its own parts."""
+        stream, size = self.spec.validation, self.options.batch_size
+        for part in stream.parts[self.rank :: self.world_size]:
+            examples = read_examples(stream, part)
+            yield from (examples[start : start + size] for start in range(0, len(examples), size))
+
+    def _caption(self, examples: Sequence[Example]) -> dict[str, str]:
+        """Captions images with their nearest captions in the prompt."""
+        if not examples:
+            return {}
+        self.decoder.eval()
+        features = torch.from_numpy(np.stack([example.features for example in examples]))
+        hidden_states = features.to(self.trainer.device).float()
+        prompts = self.texts.prompts(examples, "top-k", (0,))
+        generated = generate(self.decoder, hidden_states, prompts, self.generation)
+        eos = self.generation.eos_token_id
+        texts = [decode_caption(self.texts.tokenizer, best.token_ids, eos) for best, *_ in generated]
+        return {example.image_id: text for example, text in zip(examples, texts, strict=True)}
+
+
+class ExampleTexts:
+    """Turns examples into token ids.
+
+    Args:
+        config: The run's.
+        model: Its config has the template and the special tokens.
+        tokenizer: The decoder's.
+    """
+
+    def __init__(self, config: TrainConfig, model: SmallCapModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer, self._model, self._config = tokenizer, model.config, config
+        self._shape = (1, 1, model.config.vision["hidden_size"])
+
+    def prompts(self, examples: Sequence[Example], mode: RetrievalMode, seed: Sequence[int]) -> list[list[int]]:
+        """Returns each example's prompt."""
+        k = self._config.retrieval.k
+        retrieved = [example.retrieved(k, mode, seed) for example in examples]
+        return build_prompts(self.tokenizer, self._model.template, retrieved, self._model.bos_token_id)
+
+    def token_batch(self, examples: Sequence[Example], mode: RetrievalMode, seed: Sequence[int]) -> TokenBatch:
+        """Returns examples as the decoder takes them; of none a batch without labels.
+
+        Raises:
+            ConfigError: A prompt and its caption do not fit the decoder's positions.
+        """
+        eos, pad = self._model.eos_token_id, self._model.pad_token_id
+        if not examples:
+            ignored = collate([([pad], [-100])], pad)
+            return TokenBatch(torch.zeros(self._shape), *ignored)
+        prompts = self.prompts(examples, mode, seed)
+        captions = encode_texts(self.tokenizer, [example.caption for example in examples])
+        longest = self._config.optimizer.max_caption_tokens
+        built = [
+            build_training_example(prompt, caption, eos, pad, longest)
+            for prompt, caption in zip(prompts, captions, strict=True)
+        ]
+        inputs, labels = collate(built, pad)
+        if inputs.shape[1] > self._model.decoder.max_positions:
+            raise ConfigError(
+                "A prompt and its caption do not fit the decoder's positions.",
+                expected=f"at most {self._model.decoder.max_positions} tokens",
+                found=f"{inputs.shape[1]} tokens",
+                remedy="Retrieve fewer captions (-k), or index shorter ones.",
+            )
+        features = torch.from_numpy(np.stack([example.features for example in examples]))
+        return TokenBatch(features, inputs, labels)
+
+
+def score_cider(captions: Mapping[str, str], references: Mapping[str, list[str]]) -> float | None:
+    """Returns the captions' CIDEr; None where pycocoevalcap is not installed."""
+    if find_spec("pycocoevalcap") is None:
+        return None
+    from smallcap.evaluation.caption_metrics import score_captions
+
+    return float(score_captions(captions, references, ("cider",))["cider"].mean)
+
+
+def _gathered(mine: dict[str, Entry]) -> dict[str, Entry]:
+    """Returns the entries of all workers, ordered by their keys."""
+    shares: list[Any] = [mine]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        shares = [None] * dist.get_world_size()
+        dist.all_gather_object(shares, mine)
+    return dict(sorted((key, value) for share in shares for key, value in share.items()))

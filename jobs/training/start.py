@@ -1,0 +1,68 @@
+"""The model that a training run starts from: a checkpoint, or published parts joined by new cross-attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from smallcap.model.assembly import join_frozen_parts, parts_id
+from smallcap.model.checkpoint import SmallCapModel, checkpoint_id, load_checkpoint, tokenizer_source
+from smallcap.model.prompt import load_tokenizer
+from smallcap.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class ModelStart:
+    """Where the model comes from; every process that needs it loads it by itself, and gets the same weights."""
+
+    config: TrainConfig
+    retrieval_encoder: str | None
+
+    def load(self) -> SmallCapModel:
+        """Loads the model in float32 on the CPU, in eval mode; its config says what it is going to be trained for.
+
+        Raises:
+            CheckpointError: The checkpoint or a part cannot be loaded.
+            ConfigError: The parts do not fit.
+        """
+        config, k, encoder = self.config, self.config.retrieval.k, self.retrieval_encoder or ""
+        if config.model is None:
+            assert config.vision_encoder is not None and config.decoder is not None  # TrainConfig has checked it
+            return join_frozen_parts(
+                config.vision_encoder,
+                config.decoder,
+                config.reduce_factor,
+                encoder,
+                k,
+                config.eos_token,
+                config.pad_token,
+                config.optimizer.seed,
+            )
+        model = load_checkpoint(config.model)
+        model.config = replace(
+            model.config, k=k or model.config.k, rag=k > 0, retrieval_encoder=encoder or model.config.retrieval_encoder
+        )
+        return model
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Loads the decoder's tokenizer.
+
+        Raises:
+            CheckpointError: There is none.
+        """
+        config = self.config
+        return load_tokenizer(tokenizer_source(config.model) if config.model else config.decoder or "")
+
+    def model_id(self) -> str:
+        """Returns names and weights' checksums, without loading anything.
+
+        Raises:
+            CheckpointError: The checkpoint or a part cannot be found.
+        """
+        config = self.config
+        return (
+            checkpoint_id(config.model) if config.model else parts_id(config.vision_encoder or "", config.decoder or "")
+        )

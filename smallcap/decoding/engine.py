@@ -1,0 +1,292 @@
+"""Batched caption generation: prefill once per image, then one token per sequence and step.
+
+The engine sees encoder hidden states and token ids, never pixels or text. An image's cross-attention and prompt keys
+and values are computed once and shared by its beams. Prompts of like length are prefilled together, so that little of
+the arithmetic is padding. Finished images leave the batch, so that a few long captions do not keep the others' rows
+busy. On a GPU the steps are replayed as CUDA graphs (`smallcap.decoding.cuda_graphs`); on a CPU they run as they are.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from smallcap.decoding.beam_search import BeamSearch
+from smallcap.decoding.kv_cache import KVCache, PromptSlots
+from smallcap.decoding.strategy import DecodingStrategy, GenerationOptions
+from smallcap.decoding.text_decoder import CrossAttentionKV, TextDecoder
+from smallcap.errors import ConfigError
+
+_COMPACT_AT = 1 / 8  # share of finished rows at which copying the others together pays
+_PREFILL_TOKENS = 1024  # of one group of like-sized prompts on a CPU: enough rows for its matrix units
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One generated caption."""
+
+    token_ids: list[int]  # without the prompt, the eos included where it was produced
+    score: float  # sum of log probabilities over length ** length_penalty
+
+
+class DecodingState:
+    """A batch between two steps: everything that a step reads and writes.
+
+    Attributes:
+        images: Which image each row of the batch is. A batch may have more rows; those are nobody's.
+        cross_kv: Keys and values of the images, per layer.
+        cache: Keys and values of the text so far.
+        strategy: The sequences so far.
+        position: [B] int64, of the newest tokens, counted from 0 at the first real one.
+        tokens, parents: [B, N] int64, the newest tokens and the sequences they extend; set by `choose`.
+    """
+
+    tokens: Tensor
+    parents: Tensor
+
+    def __init__(
+        self,
+        images: list[int],
+        cross_kv: CrossAttentionKV,
+        cache: KVCache,
+        strategy: DecodingStrategy,
+        position: Tensor,
+    ) -> None:
+        self.images, self.cross_kv, self.cache, self.strategy = images, cross_kv, cache, strategy
+        self.position = position
+
+    def choose(self, logits: Tensor) -> None:
+        """Takes the next tokens by [B, N or 1, V] logits."""
+        self.tokens, self.parents = self.strategy.advance(logits)
+
+    def step(self, decoder: TextDecoder) -> None:
+        """Feeds every sequence its newest token and takes the next one."""
+        visible = self.cache.open_step(self.parents)[:, None]
+        mask = additive_mask(visible, self.cache.keys.dtype)  # [B, 1, N, T]
+        positions = self.position[:, None].expand_as(self.tokens)
+        hidden = decoder(self.tokens, positions, mask, self.cross_kv, self.cache)
+        self.position = self.position + 1
+        self.choose(decoder.logits(hidden))
+
+    def alias(self) -> DecodingState:
+        """Returns a state that has the same tensors, and may exchange them without this one noticing."""
+        other = copy.copy(self)
+        other.cache, other.strategy = copy.copy(self.cache), copy.copy(self.strategy)
+        return other
+
+    def take(self, rows: Sequence[int]) -> DecodingState:
+        """Returns a state of copies of some rows, in that order."""
+        taken = self.alias()
+        index = torch.tensor(rows, device=self.position.device)
+        taken.images = [self.images[row] for row in rows if row < len(self.images)]
+        taken.position, taken.tokens, taken.parents = self.position[index], self.tokens[index], self.parents[index]
+        taken.cross_kv = [(keys[index], values[index]) for keys, values in self.cross_kv]
+        taken.cache.keep(index)
+        taken.strategy.keep(index)
+        return taken
+
+    def load(self, other: DecodingState) -> None:
+        """Copies a state of as many rows or fewer into this one's tensors; what is left over repeats its last row."""
+        count = len(other.position)
+        rows = torch.arange(len(self.position), device=self.position.device).clamp(max=count - 1)
+        for own, given in zip(self.changed_by_steps(), other.changed_by_steps(), strict=True):
+            own.copy_(given[rows])
+        filled = other.cache.length
+        for own, given in ((self.cache.keys, other.cache.keys), (self.cache.values, other.cache.values)):
+            own[:, :count, :, :filled] = given[:, :, :, :filled]
+        for own_layer, given_layer in zip(self.cross_kv, other.cross_kv, strict=True):
+            for own, given in zip(own_layer, given_layer, strict=True):
+                own[:count] = given
+        self.images, self.cache.length, self.strategy.step = other.images, filled, other.strategy.step
+
+    def changed_by_steps(self) -> list[Tensor]:
+        """Returns the tensors that a step changes, all but keys and values: those it writes behind earlier ones."""
+        strategy = self.strategy
+        of_strategy = [getattr(strategy, name) for name in strategy.per_image]
+        return [self.tokens, self.parents, self.position, self.cache.visible, *of_strategy]
+
+
+# Takes a state some steps further; the state that it returns may be another, whose tensors it owns.
+Stepper = Callable[[TextDecoder, DecodingState, int], DecodingState]
+
+
+def step_eagerly(decoder: TextDecoder, state: DecodingState, steps: int) -> DecodingState:
+    """Takes a state further in place, one operation after the other."""
+    for _ in range(steps):
+        state.step(decoder)
+    return state
+
+
+@torch.inference_mode()
+def generate(
+    decoder: TextDecoder,
+    encoder_hidden_states: Tensor,
+    prompts: Sequence[Sequence[int]],
+    options: GenerationOptions,
+    keys: Sequence[int] | None = None,
+    stepper: Stepper = step_eagerly,
+    steps_per_check: int = 1,
+    prompt_multiple: int = 1,
+) -> list[list[Generated]]:
+    """Generates the best captions of each image.
+
+    Args:
+        decoder: The text decoder, in eval mode.
+        encoder_hidden_states: [B, P, Hv], on the decoder's device and in its dtype.
+        prompts: B lists of token ids, of any lengths of at least 1.
+        options: Beams or sampling, lengths and special tokens.
+        keys: B int64 numbers that tell images apart when sampling; by default their places in the batch.
+        stepper: How steps are run.
+        steps_per_check: Steps between two looks at which images are finished; each look waits for the device.
+        prompt_multiple: Prompts are padded to a multiple of so many tokens, so that few shapes occur.
+
+    Returns:
+        B lists of `options.num_captions` captions, best first; each is what a batch of that image alone would give.
+
+    Raises:
+        ConfigError: A prompt is empty, does not fit the decoder's positions, or their number is not B.
+    """
+    _check_prompts(decoder, encoder_hidden_states, prompts, options)
+    if not prompts:
+        return []
+    state = prefill(decoder, encoder_hidden_states, prompts, options, keys, prompt_multiple)
+    results: list[list[Generated]] = [[] for _ in prompts]
+    while state.strategy.step < options.max_new_tokens:
+        done = state.strategy.done.tolist()[: len(state.images)]  # the one place where the host waits for the device
+        if sum(done) >= _COMPACT_AT * len(done):
+            _collect(state, [row for row, is_done in enumerate(done) if is_done], results)
+            live = [row for row, is_done in enumerate(done) if not is_done]
+            if not live:
+                return results
+            state = state.take(live)
+        state = stepper(decoder, state, min(steps_per_check, options.max_new_tokens - state.strategy.step))
+    _collect(state, range(len(state.images)), results)
+    return results
+
+
+def prefill(
+    decoder: TextDecoder,
+    encoder_hidden_states: Tensor,
+    prompts: Sequence[Sequence[int]],
+    options: GenerationOptions,
+    keys: Sequence[int] | None = None,
+    prompt_multiple: int = 1,
+) -> DecodingState:
+    """Runs the prompts through the decoder and takes each sequence's first token; see `generate` for the arguments.
+
+    Returns:
+        The state of the batch, its images in the order of their prompts' lengths, longest first.
+    """
+    device = encoder_hidden_states.device
+    order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
+    prompts = [prompts[row] for row in order]
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    slots = -(-len(prompts[0]) // prompt_multiple) * prompt_multiple
+    prompt_mask = torch.arange(slots, device=device) >= slots - lengths[:, None]  # [B, S]
+    rows = torch.tensor(order, device=device)
+    cross_kv = decoder.cross_attention_kv(encoder_hidden_states[rows])
+    config = decoder.config
+    cache = KVCache(
+        (config.num_layers, config.num_heads, config.head_dim),
+        prompt_mask,
+        options.num_sequences,
+        options.max_new_tokens - 1,
+        encoder_hidden_states.dtype,
+    )
+    of_images = torch.arange(len(prompts)) if keys is None else torch.tensor(list(keys))
+    strategy = (options.strategy or BeamSearch)(options, of_images.to(device)[rows])
+    state = DecodingState(order, cross_kv, cache, strategy, lengths)
+
+    last_hidden = []
+    for group in _groups(prompts, device):
+        ids, mask = pad_prompts(prompts[group], options.pad_token_id, device)
+        of_group = [(of_keys[group], of_values[group]) for of_keys, of_values in cross_kv]
+        hidden = decoder(
+            ids,
+            mask.cumsum(1).sub(1).clamp(min=0),
+            additive_mask(causal_mask(mask), cache.keys.dtype),
+            of_group,
+            PromptSlots(cache, group, ids.shape[1]),
+            last_only=True,
+        )
+        last_hidden.append(hidden)
+    state.choose(decoder.logits(torch.cat(last_hidden)))
+    return state
+
+
+def _groups(prompts: Sequence[Sequence[int]], device: torch.device) -> list[slice]:
+    """Cuts prompts, longest first, into groups that are prefilled together; one group on a GPU, which wants large ones.
+
+    A group's number of prompts decides its shape only, so a caption does not depend on it.
+    """
+    if device.type != "cpu":
+        return [slice(0, len(prompts))]
+    groups, start = [], 0
+    while start < len(prompts):
+        end = start + max(1, _PREFILL_TOKENS // len(prompts[start]))
+        groups.append(slice(start, min(end, len(prompts))))
+        start = end
+    return groups
+
+
+def pad_prompts(prompts: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Pads prompts on the left to one length.
+
+    Returns:
+        Token ids [B, S] int64 and a mask [B, S] bool that is False at the padding.
+    """
+    longest = max(len(prompt) for prompt in prompts)
+    padded = [[pad_token_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    mask = torch.arange(longest)[None] >= (longest - lengths)[:, None]
+    return torch.tensor(padded, dtype=torch.int64).to(device), mask.to(device)
+
+
+def causal_mask(token_mask: Tensor) -> Tensor:
+    """Returns [B, 1, S, S] bool: each token sees itself and the real tokens before it.
+
+    Padding sees itself, because a softmax over nothing would be NaN and spread; nothing else sees the padding.
+    """
+    length = token_mask.shape[1]
+    before = torch.ones(length, length, dtype=torch.bool, device=token_mask.device).tril()
+    itself = torch.eye(length, dtype=torch.bool, device=token_mask.device)
+    return ((before & token_mask[:, None]) | itself)[:, None]
+
+
+def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns 0 where `visible` and -inf elsewhere, to be added to attention scores."""
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)
+
+
+def _collect(state: DecodingState, which: Sequence[int], results: list[list[Generated]]) -> None:
+    """Writes the best hypotheses of the batch's rows in `which` to their images' places in `results`."""
+    best = state.strategy.best()
+    chosen = torch.tensor(list(which), dtype=torch.int64, device=state.position.device)
+    columns = (x[chosen].tolist() for x in (best.token_ids, best.lengths, best.scores))
+    for row, token_ids, lengths, scores in zip(which, *columns, strict=True):
+        captions = zip(token_ids, lengths, scores, strict=True)
+        results[state.images[row]] = [Generated(ids[:length], score) for ids, length, score in captions]
+
+
+def _check_prompts(
+    decoder: TextDecoder, encoder_hidden_states: Tensor, prompts: Sequence[Sequence[int]], options: GenerationOptions
+) -> None:
+    if len(prompts) != len(encoder_hidden_states):
+        raise ConfigError(
+            "There must be one prompt per image.", expected=str(len(encoder_hidden_states)), found=str(len(prompts))
+        )
+    lengths = [len(prompt) for prompt in prompts]
+    if prompts and min(lengths) == 0:
+        raise ConfigError("A prompt is empty.", where=f"prompt {lengths.index(0)}", expected="at least one token")
+    longest = max(lengths, default=0) + options.max_new_tokens - 1
+    if longest > decoder.config.max_positions:
+        raise ConfigError(
+            "A prompt and its caption do not fit the decoder's positions.",
+            expected=f"at most {decoder.config.max_positions} tokens",
+            found=f"{longest} tokens",
+            remedy="Retrieve fewer captions (-k), or index shorter ones.",
+        )

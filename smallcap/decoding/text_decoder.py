@@ -1,0 +1,137 @@
+"""The interface of a text decoder with reduced cross-attention, and the attention all decoders share.
+
+A decoder turns token ids into hidden states and hidden states into logits. It knows no beams: the engine lays an
+image's N beams along the S axis, where during prefill the prompt's tokens lie, so that one forward pass serves both.
+Each decoder of the reference is one small module (`gpt2`, `opt`, `xglm`) with the reference's parameter names.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from smallcap.decoding.kv_cache import KeyValueSlots
+from smallcap.decoding.packed_linear import PackedLinear, pack_linears
+
+CrossAttentionKV = list[tuple[Tensor, Tensor]]  # per layer: keys and values, each [B, H, P, D / reduce factor]
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The sizes of a decoder, under one name each for every kind."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    ffn_size: int
+    max_positions: int
+    encoder_hidden_size: int
+    cross_attention_reduce_factor: int
+    layer_norm_eps: float
+    activation: str
+    dropout: float
+
+    @property
+    def head_dim(self) -> int:
+        """D, the size of one head of self-attention."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def cross_attention_size(self) -> int:
+        """Size of the cross-attention's queries, keys and values over all heads."""
+        return self.hidden_size // self.cross_attention_reduce_factor
+
+
+class TextDecoder(nn.Module, ABC):
+    """A causal language model whose layers also attend to an image's encoder hidden states.
+
+    Attributes:
+        trained_marker: What the names of the parameters that SmallCap trains contain; all others stay frozen.
+    """
+
+    config: DecoderConfig
+    trained_marker: str
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._packed_head: PackedLinear | None = None
+
+    @abstractmethod
+    def cross_attention_kv(self, encoder_hidden_states: Tensor) -> CrossAttentionKV:
+        """Projects [B, P, Hv] encoder hidden states to every layer's cross-attention keys and values."""
+
+    @abstractmethod
+    def forward(
+        self,
+        input_ids: Tensor,  # [B, S] int64
+        position_ids: Tensor,  # [B, S] int64, counted from 0 at the first real token
+        attention_mask: Tensor,  # [B, 1, S, T], added to the attention scores: 0 or -inf
+        cross_kv: CrossAttentionKV,
+        cache: KeyValueSlots | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
+        """Returns the last layer's normalised hidden states, [B, S, E]; stores keys and values if there is a cache.
+
+        With `last_only` it returns those of the last position, [B, 1, E], and the last layer computes no others.
+        """
+
+    @property
+    @abstractmethod
+    def token_embedding(self) -> Tensor:
+        """The input embedding [V, E], which is the output embedding too."""
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """Returns [..., V] logits of [..., E] hidden states."""
+        if self._packed_head is not None:
+            return cast("Tensor", self._packed_head(hidden_states.contiguous()))
+        return F.linear(hidden_states, self.token_embedding)
+
+    def pack(self) -> None:
+        """Lays the weights out for this CPU, where that can be done; the decoder is then good for inference only."""
+        if pack_linears(self):
+            self._packed_head = PackedLinear(self.token_embedding, None)
+
+    def cross_attention_parameters(self) -> dict[str, nn.Parameter]:
+        """Returns the parameters that SmallCap trains, by name."""
+        return {name: parameter for name, parameter in self.named_parameters() if self.trained_marker in name}
+
+
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    """Returns an activation by its name in transformers.
+
+    Its `gelu_new` is written as seven operations; torch has the same function as one.
+    """
+    return nn.GELU("tanh") if name == "gelu_new" else cast("Callable[[Tensor], Tensor]", ACT2FN[name])
+
+
+def split_heads(states: Tensor, num_heads: int) -> Tensor:
+    """Returns [B, S, H * D] as [B, H, S, D]."""
+    batch, length, size = states.shape
+    return states.view(batch, length, num_heads, size // num_heads).transpose(1, 2)
+
+
+def masks_by_layer(mask: Tensor, num_layers: int, last_only: bool) -> list[Tensor]:
+    """Returns each layer's attention mask, [B, 1, Q, T]: a layer gives the states of the last Q positions it is fed."""
+    last = mask[:, :, -1:] if last_only else mask
+    return [*[mask] * (num_layers - 1), last]
+
+
+def attend(
+    queries: Tensor,  # [B, H, S, D]
+    keys: Tensor,  # [B, H, T, D]
+    values: Tensor,  # [B, H, T, D]
+    mask: Tensor | None,  # added to the scores
+    dropout: float = 0.0,
+    scale: float | None = None,  # of the scores; by default D ** -0.5
+) -> Tensor:
+    """Attends with queries to keys and values; returns the heads merged, [B, S, H * D]."""
+    mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, dropout_p=dropout, scale=scale)
+    return mixed.transpose(1, 2).flatten(2)

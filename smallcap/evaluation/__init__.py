@@ -1,0 +1,1 @@
+"""Figures of captioning runs against reference captions, with confidence intervals."""

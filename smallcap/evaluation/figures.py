@@ -1,0 +1,219 @@
+"""The figures of one run, or of two on the same images, with confidence intervals.
+
+What is measured, and over which images, is here; scoring is `caption_metrics`', resampling `bootstrap`'s, reading the
+callers'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from smallcap.errors import ConfigError
+from smallcap.evaluation.bootstrap import Statistics, interval, mean_of, resample
+from smallcap.evaluation.caption_metrics import BLEU_METRICS, METRICS, MetricScores, score_captions
+from smallcap.evaluation.caption_words import Diversity, measure_diversity
+from smallcap.evaluation.java_metrics import what_metric_lacks
+from smallcap.evaluation.ptb_tokenizer import tokenize_in_python
+from smallcap.evaluation.references import References
+from smallcap.evaluation.run_captions import RunCaptions
+
+# Fewer images than this make CIDEr's weights arbitrary: they are logarithms of how many images have an n-gram.
+_FEW_IMAGES = 50
+_CLIP_SCORE_WEIGHT = 2.5  # Hessel et al., CLIPScore (2021), section 3
+_PERCENTILES = (5, 25, 50, 75, 95)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of a set of images with its 95% confidence interval; None where there is none."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Percentiles of the captions' lengths, by percentage."""
+
+    words: dict[str, float]
+    tokens: dict[str, float]
+
+
+@dataclass(frozen=True)
+class RunFigures:
+    """What was measured of one run.
+
+    Args:
+        figures: By name, in the order they are shown.
+        diversity: Of its captions.
+        lengths: Of its captions.
+    """
+
+    figures: dict[str, Figure]
+    diversity: Diversity
+    lengths: Lengths
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures of one run or two.
+
+    Args:
+        images: How many were evaluated: those with references that every run has captioned.
+        captions_per_image: References of these images, on average.
+        tokenizer: That made words of the captions for the caption metrics; None where none of them ran.
+        runs: In the order given.
+        differences: The second run's figures minus the first's, with paired intervals; empty for one run.
+        unavailable: Why a metric did not run, by metric.
+        warnings: What a reader of the figures should know.
+    """
+
+    images: int
+    captions_per_image: float
+    tokenizer: str | None
+    runs: tuple[RunFigures, ...]
+    differences: dict[str, Figure]
+    unavailable: dict[str, str]
+    warnings: tuple[str, ...]
+
+
+def evaluate_runs(
+    runs: Sequence[RunCaptions],
+    references: References,
+    metrics: Sequence[str] = METRICS,
+    resamples: int = 1000,
+    seed: int = 0,
+    datastore: Iterable[Sequence[str]] | None = None,
+) -> Evaluation:
+    """Measures one run, or two on the images that both have.
+
+    Args:
+        runs: One or two.
+        references: Of the images.
+        metrics: Names in `METRICS`; those that cannot run here are left out and named.
+        resamples: Draws of the bootstrap; 0 gives no intervals.
+        seed: Of the draws.
+        datastore: All texts of the datastore, in batches; where given, captions in it are not novel.
+
+    Raises:
+        ConfigError: There are no images to evaluate, or pycocoevalcap is not installed.
+        RunError: A Java program fails.
+    """
+    images = [image for image in runs[0].captions if all(image in run.captions for run in runs)]
+    if not images:
+        raise ConfigError(
+            "No captioned image has references.",
+            where=references.where,
+            expected="images named " + ", ".join(list(references.captions)[:3]),
+            found=", ".join(example for run in runs for example in run.examples[:3]) or "no captions",
+            remedy="Give references of these images, or caption with the references' file names or ids as image ids.",
+        )
+    unavailable = {metric: lack for metric in metrics if (lack := what_metric_lacks(metric))}
+    running = [metric for metric in metrics if metric not in unavailable]
+    stored = _found_in(datastore, runs, images)
+    scored = [_score(run, references, images, running) for run in runs]
+    statistics = [
+        {name: entry.statistics for name, entry in scores.items()} | _run_statistics(run, images, stored)
+        for run, scores in zip(runs, scored, strict=True)
+    ]
+    figures, differences = _with_intervals(statistics, resamples, seed)
+    return Evaluation(
+        images=len(images),
+        captions_per_image=float(np.mean([len(references.captions[image]) for image in images])),
+        tokenizer=next((entry.tokenizer for scores in scored for entry in scores.values()), None),
+        runs=tuple(_run_figures(run, images, own) for run, own in zip(runs, figures, strict=True)),
+        differences=differences,
+        unavailable=unavailable,
+        warnings=_warnings(len(images), running),
+    )
+
+
+def _score(
+    run: RunCaptions, references: References, images: Sequence[str], metrics: Sequence[str]
+) -> dict[str, MetricScores]:
+    if not metrics:
+        return {}
+    return score_captions({image: run.captions[image] for image in images}, references.captions, metrics)
+
+
+def _run_statistics(run: RunCaptions, images: Sequence[str], stored: set[str] | None) -> dict[str, Statistics]:
+    """Returns the figures that need no scorer."""
+    cosine, copied = run.column("clip_cosine", images), run.column("copied", images)
+    values = {
+        "clip_score": _CLIP_SCORE_WEIGHT * np.maximum(cosine, 0),  # NaN stays NaN
+        "clip_cosine": cosine,
+        "retrieval_recall": run.column("retrieval_recall", images),
+        "copied": copied,
+        "novel": 1 - copied,
+        "words": run.column("words", images),
+        "tokens": run.column("tokens", images),
+    }
+    if stored is not None:
+        known = np.array([tokenize_in_python(run.captions[image]) in stored for image in images])
+        values["novel"] = 1 - np.fmax(copied, known)  # without retrieval only the datastore counts
+    return {name: mean_of(column) for name, column in values.items()}
+
+
+def _found_in(
+    datastore: Iterable[Sequence[str]] | None, runs: Sequence[RunCaptions], images: Sequence[str]
+) -> set[str] | None:
+    """Returns which of the captions, as words, the datastore has; None where it was not given."""
+    if datastore is None:
+        return None
+    wanted = {tokenize_in_python(run.captions[image]) for run in runs for image in images}
+    return {words for texts in datastore for words in map(tokenize_in_python, texts) if words in wanted}
+
+
+def _with_intervals(
+    statistics: Sequence[Mapping[str, Statistics]], resamples: int, seed: int
+) -> tuple[list[dict[str, Figure]], dict[str, Figure]]:
+    """Returns each run's figures, and the second's minus the first's."""
+    named = {(run, name): entry for run, own in enumerate(statistics) for name, entry in own.items()}
+    values = {key: entry.value for key, entry in named.items()}
+    draws = resample(named, resamples, seed) if resamples else {}
+    figures = [
+        {name: _figure(values[run, name], draws.get((run, name))) for name in own} for run, own in enumerate(statistics)
+    ]
+    if len(statistics) == 1:
+        return figures, {}
+    return figures, {
+        name: _figure(values[1, name] - values[0, name], draws[1, name] - draws[0, name] if draws else None)
+        for name in statistics[0]
+    }
+
+
+def _figure(value: float, draws: np.ndarray | None) -> Figure:
+    if np.isnan(value):
+        return Figure(None)
+    return Figure(value) if draws is None else Figure(value, *interval(draws))
+
+
+def _run_figures(run: RunCaptions, images: Sequence[str], figures: dict[str, Figure]) -> RunFigures:
+    lengths = Lengths(*(_percentiles(run.column(name, images)) for name in ("words", "tokens")))
+    return RunFigures(figures, measure_diversity(run.captions[image] for image in images), lengths)
+
+
+def _percentiles(lengths: np.ndarray) -> dict[str, float]:
+    known = lengths[~np.isnan(lengths)]
+    if not len(known):
+        return {}
+    return {f"p{percent}": float(np.percentile(known, percent)) for percent in _PERCENTILES}
+
+
+def _warnings(images: int, metrics: Sequence[str]) -> tuple[str, ...]:
+    if images >= _FEW_IMAGES or "cider" not in metrics:
+        return ()
+    return (
+        f"CIDEr weighs n-grams by how many of the {images} images' references have them; below {_FEW_IMAGES} images "
+        "its value says little.",
+    )
+
+
+def expand_metrics(names: Iterable[str]) -> list[str]:
+    """Returns the metrics of `METRICS` that names mean, in its order; `bleu` means all four orders."""
+    wanted = {metric for name in names for metric in (BLEU_METRICS if name == "bleu" else (name,))}
+    return [metric for metric in METRICS if metric in wanted]

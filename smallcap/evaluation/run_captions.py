@@ -1,0 +1,107 @@
+"""What an evaluation takes from a captioning run: the captions that have references, and a few numbers of each image.
+
+Rows are taken as they stream by; retrieved captions are looked at and forgotten. No row is lost silently: what failed
+and what no reference belongs to is counted.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from smallcap.errors import SchemaError
+from smallcap.evaluation.caption_words import retrieval_recall
+from smallcap.evaluation.ptb_tokenizer import tokenize_in_python
+from smallcap.evaluation.references import References
+from smallcap.output.schema import STATUS_OK
+
+COLUMNS = ("image_id", "status", "error_code", "caption", "caption_tokens", "clip_score", "neighbours")
+VALUES = ("clip_cosine", "retrieval_recall", "copied", "words", "tokens")
+_EXAMPLES = 5
+_ROWS_AT_ONCE = 1_000
+
+
+@dataclass
+class RunCaptions:
+    """A run's captions of images that have references.
+
+    Args:
+        captions: By the references' names of the images.
+        values: For each image its numbers in the order of `VALUES`; NaN where it has none.
+        rows: Of the run.
+        errors: Rows without a caption by error code.
+        unmatched: Captioned images without references.
+        examples: Ids of some of these.
+    """
+
+    captions: dict[str, str] = field(default_factory=dict)
+    values: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    rows: int = 0
+    errors: Counter[str] = field(default_factory=Counter)
+    unmatched: int = 0
+    examples: list[str] = field(default_factory=list)
+
+    def column(self, name: str, images: Iterable[str]) -> np.ndarray:
+        """Returns one of the `VALUES` of some images as float64, in their order."""
+        place = VALUES.index(name)
+        return np.array([self.values[image][place] for image in images], np.float64)
+
+
+def collect_run(tables: Iterable[pa.Table], references: References, where: str) -> RunCaptions:
+    """Takes a run's captions, a table at a time.
+
+    Args:
+        tables: With `COLUMNS`.
+        references: Of the images.
+        where: What errors call the run.
+
+    Raises:
+        SchemaError: Two of the run's images mean one image of the references.
+    """
+    run = RunCaptions()
+    ids: dict[str, str] = {}
+    for row in _rows(tables):
+        run.rows += 1
+        if row["status"] != STATUS_OK:
+            run.errors[row["error_code"]] += 1
+            continue
+        image = references.find(row["image_id"])
+        if image is None:
+            run.unmatched += 1
+            run.examples += [row["image_id"]] * (len(run.examples) < _EXAMPLES)
+            continue
+        if image in ids:
+            raise SchemaError(
+                "Two images of the run mean one image of the references.",
+                where=f"{where}: {ids[image]} and {row['image_id']}",
+                found=f"{references.where}: {image}",
+                remedy="Give the images ids that are the references' file names or ids.",
+            )
+        ids[image] = row["image_id"]
+        run.captions[image] = row["caption"]
+        run.values[image] = _values(row, references.captions[image])
+    return run
+
+
+def _rows(tables: Iterable[pa.Table]) -> Iterator[dict[str, Any]]:
+    for table in tables:
+        for batch in table.to_batches(_ROWS_AT_ONCE):
+            yield from batch.to_pylist()
+
+
+def _values(row: dict[str, Any], references: tuple[str, ...]) -> tuple[float, ...]:
+    words = tokenize_in_python(row["caption"])
+    retrieved = [tokenize_in_python(neighbour["text"]) for neighbour in row["neighbours"] or ()]
+    nothing = float("nan")
+    return (
+        nothing if row["clip_score"] is None else row["clip_score"],
+        retrieval_recall(list(map(tokenize_in_python, references)), retrieved) if retrieved else nothing,
+        float(words in retrieved) if retrieved else nothing,
+        float(len(words.split())),
+        nothing if row["caption_tokens"] is None else float(row["caption_tokens"]),
+    )

@@ -1,0 +1,73 @@
+"""The crops that a model's encoders take of an image: which ones, and how they are cut from an image file.
+
+It imports no torch, so that the processes which only decode images start quickly and stay small.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from smallcap.config import DecodeMode
+from smallcap.images.decode import (
+    MAX_IMAGE_PIXELS,
+    Preprocessing,
+    ScaledImage,
+    crop_pixels,
+    decode_image,
+    decode_scaled,
+)
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """One image's crops, as the encoders take them: the product of a CPU task."""
+
+    vision: np.ndarray  # [S, S, 3] uint8
+    retrieval: np.ndarray | None  # [S', S', 3] uint8; None where the retrieval encoder takes the same crop
+    width: int  # px of the whole image
+    height: int  # px of the whole image
+    by_pillow: bool = True  # False where a fast decoder did it
+
+
+@dataclass(frozen=True)
+class CropPlan:
+    """Which crops the model needs of every image; small enough to send to every decoding task."""
+
+    vision: Preprocessing
+    retrieval: Preprocessing | None  # None where there is no retrieval encoder, or it takes the same crop
+    decode: DecodeMode = "exact"
+
+    @classmethod
+    def of(cls, vision: Preprocessing, retrieval: Preprocessing | None, decode: DecodeMode = "exact") -> CropPlan:
+        """Returns the plan for two encoders, of which the second may be missing or take the first one's crop."""
+        return cls(vision, None if retrieval == vision else retrieval, decode)
+
+    @property
+    def image_bytes(self) -> int:
+        """What the crops of one image take."""
+        return sum(3 * crop.size_px**2 for crop in (self.vision, self.retrieval) if crop)
+
+    def crop(self, data: bytes | Image.Image, max_pixels: int = MAX_IMAGE_PIXELS, where: str = "") -> Pixels:
+        """Decodes an image and cuts its crops.
+
+        Raises:
+            RowError: The image cannot be decoded.
+        """
+        if isinstance(data, Image.Image):
+            return self._cut(ScaledImage.whole(data.convert("RGB")))
+        if self.decode == "exact":
+            return self._cut(ScaledImage.whole(decode_image(data, max_pixels, where)))
+        least_px = max(crop.size_px for crop in (self.vision, self.retrieval) if crop)
+        return self._cut(decode_scaled(data, least_px, max_pixels, where))
+
+    def _cut(self, decoded: ScaledImage) -> Pixels:
+        return Pixels(
+            vision=crop_pixels(decoded.image, self.vision),
+            retrieval=crop_pixels(decoded.image, self.retrieval) if self.retrieval else None,
+            width=decoded.width,
+            height=decoded.height,
+            by_pillow=decoded.by_pillow,
+        )

@@ -1,0 +1,320 @@
+"""One request for one object, whatever its place: a local disk, an object store, a web server, any fsspec filesystem.
+
+Each client's many exceptions become one `FetchFailure` that says whether another attempt may help; what no object of a
+place could survive (no such bucket, refused credentials) is a `StorageError` at once. This module knows nothing of
+attempts, waiting and concurrency; `smallcap.images.fetching` does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import re
+import stat
+from collections.abc import Callable
+from concurrent.futures import Executor
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from smallcap import storage
+from smallcap.errors import ErrorCode, StorageError
+
+if TYPE_CHECKING:
+    import aiohttp
+    from obstore.store import ObjectStore
+
+LOCAL = "local"
+_OBJECT_STORES = ("s3", "gs", "az")
+_WEB = ("http", "https")
+_CHUNK_BYTES = 256 << 10
+_BUCKET = re.compile(r"[A-Za-z0-9$][A-Za-z0-9$._-]*")
+_WORTH_REPEATING = {408, 429, 500, 502, 503, 504}
+_SLOW_DOWN = {429, 503}
+_NO_BUCKET = {"NoSuchBucket", "ContainerNotFound"}
+# The services' own codes for "these credentials are wrong, whatever the object".
+_CREDENTIALS_REFUSED = {
+    *("AccountProblem", "ExpiredToken", "InvalidAccessKeyId", "InvalidClientTokenId", "InvalidSecurity"),
+    *("InvalidToken", "NotSignedUp", "RequestExpired", "RequestTimeTooSkewed", "SignatureDoesNotMatch"),
+    *("TokenRefreshRequired", "XAmzContentSHA256Mismatch"),
+    *("AuthenticationRequired", "AuthenticationFailed", "InvalidAuthenticationInfo", "NoAuthenticationInformation"),
+}
+_WRONG_REGION = {"AuthorizationHeaderMalformed", "PermanentRedirect"}
+_CREDENTIALS_OF = {
+    "s3": "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (AWS_SESSION_TOKEN for temporary ones), or AWS_PROFILE.",
+    "gs": "Set GOOGLE_APPLICATION_CREDENTIALS to a key file, or give the machine a service account.",
+    "az": "Set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, or give the machine a managed identity.",
+}
+
+
+class FetchFailure(Exception):  # noqa: N818 - an outcome that is weighed, not an error that is shown
+    """One request for one object failed.
+
+    Attributes:
+        code: What the row's error would be.
+        what: One sentence for people.
+        repeat: Whether another attempt may help.
+        retry_after_s: How long the server asks to wait.
+        slow_down: Whether the server asks for fewer requests.
+        unreached: Whether there was no connection to the server at all.
+    """
+
+    def __init__(
+        self,
+        code: ErrorCode,
+        what: str,
+        *,
+        repeat: bool = False,
+        retry_after_s: float | None = None,
+        slow_down: bool = False,
+        unreached: bool = False,
+    ) -> None:
+        super().__init__(what)
+        self.code, self.what, self.repeat = code, what, repeat
+        self.retry_after_s, self.slow_down, self.unreached = retry_after_s, slow_down, unreached
+
+
+def place_of(uri: str) -> str:
+    """Returns what answers for a URI: `local`, or scheme and bucket or host, as `s3://bucket`."""
+    if storage.is_local(uri):
+        return LOCAL
+    scheme, _, rest = uri.partition("://")
+    return f"{scheme.lower()}://{re.split('[/?#]', rest, maxsplit=1)[0]}"
+
+
+def is_web(place: str) -> bool:
+    """Says whether a place is a web server, one of many hosts that a list of images names."""
+    return place.split("://", 1)[0] in _WEB
+
+
+class Sources:
+    """Gets objects from everywhere; belongs to one asyncio loop.
+
+    Args:
+        executor: Where blocking reads run.
+        open_session: Opens the session for the web, on first use.
+        timeout_s: Most seconds of one request to an object store.
+        max_bytes: Larger objects are `too_large`.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        open_session: Callable[[], aiohttp.ClientSession],
+        timeout_s: float,
+        max_bytes: int,
+    ) -> None:
+        self._executor, self._open_session = executor, open_session
+        self._timeout_s, self._max_bytes = timeout_s, max_bytes
+        self._session: aiohttp.ClientSession | None = None
+
+    async def close(self) -> None:
+        """Closes connections to web servers."""
+        if self._session is not None:
+            await self._session.close()
+
+    async def get(self, uri: str) -> bytes:
+        """Returns one object's bytes, after one request.
+
+        Raises:
+            FetchFailure: This object could not be got.
+            StorageError: No object of its place can be got.
+        """
+        if not uri.isprintable():
+            raise FetchFailure(ErrorCode.INVALID_URI, "The URI has line breaks or control characters in it.")
+        scheme = place_of(uri).partition("://")[0]
+        if scheme in _WEB:
+            return await self._get_from_web(uri)
+        if scheme in _OBJECT_STORES:
+            bucket, _, key = uri.split("://", 1)[1].partition("/")
+            if not key or not _BUCKET.fullmatch(bucket):
+                raise FetchFailure(ErrorCode.INVALID_URI, f"This is not {scheme}://BUCKET/KEY.")
+            if not {"", ".", ".."}.intersection(key.split("/")):  # obstore would take these for another key
+                return await self._get_from_object_store(scheme, bucket, key)
+        read = _read_local if scheme == LOCAL else _read_by_fsspec
+        return await asyncio.get_running_loop().run_in_executor(self._executor, read, uri, self._max_bytes)
+
+    async def _get_from_object_store(self, scheme: str, bucket: str, key: str) -> bytes:
+        endpoint = storage.s3_endpoint() if scheme == "s3" else None
+        store = _object_store(scheme, bucket, endpoint, self._timeout_s)
+        try:
+            response = await store.get_async(key)
+            _check_size(response.meta["size"], self._max_bytes)
+            return bytes(await response.bytes_async())  # fewer bytes than announced are an error of obstore's
+        except FetchFailure:
+            raise
+        except Exception as error:  # obstore says most by its text
+            raise _object_store_failure(error, f"{scheme}://{bucket}/{key}") from error
+
+    async def _get_from_web(self, uri: str) -> bytes:
+        import aiohttp
+        from yarl import URL
+
+        if self._session is None:
+            self._session = self._open_session()
+        try:
+            # A signed URL must arrive as it is; only what HTTP could not carry is quoted.
+            url = URL(uri, encoded=uri.isascii() and " " not in uri)
+            async with self._session.get(url) as response:
+                _check_status(response.status, response.reason or "", response.headers.get("Retry-After"))
+                _check_size(response.content_length or 0, self._max_bytes)
+                body = bytearray()
+                async for chunk in response.content.iter_chunked(_CHUNK_BYTES):
+                    body += chunk
+                    _check_size(len(body), self._max_bytes)
+                return bytes(body)
+        except (aiohttp.InvalidURL, ValueError) as error:
+            raise FetchFailure(ErrorCode.INVALID_URI, f"This is not a web address: {error}") from error
+        except (aiohttp.ClientConnectorCertificateError, aiohttp.TooManyRedirects) as error:
+            raise FetchFailure(ErrorCode.UNAVAILABLE, f"The server cannot be used: {_named(error)}") from error
+        except TimeoutError:
+            raise
+        except aiohttp.ClientError as error:
+            raise FetchFailure(ErrorCode.UNAVAILABLE, f"The server failed: {_named(error)}", repeat=True) from error
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _check_size(size: int, max_bytes: int) -> None:
+    if size > max_bytes:
+        raise FetchFailure(ErrorCode.TOO_LARGE, f"The file has {size:,} bytes or more; at most {max_bytes:,} are read.")
+
+
+def _check_status(status: int, reason: str, retry_after: str | None) -> None:
+    if status < 300:
+        return
+    answer = f"The server answers {status} {reason}.".replace(" .", ".")
+    if status in (404, 410):
+        raise FetchFailure(ErrorCode.NOT_FOUND, answer)
+    if status in (401, 403, 407, 451):
+        raise FetchFailure(ErrorCode.FORBIDDEN, answer)
+    raise FetchFailure(
+        ErrorCode.UNAVAILABLE,
+        answer,
+        repeat=status in _WORTH_REPEATING,
+        retry_after_s=_seconds(retry_after),
+        slow_down=status in _SLOW_DOWN,
+    )
+
+
+def _seconds(retry_after: str | None) -> float | None:
+    """Reads a Retry-After header: seconds, or a date."""
+    if retry_after is None:
+        return None
+    if retry_after.strip().isdigit():
+        return float(retry_after)
+    try:
+        when = parsedate_to_datetime(retry_after)
+    except ValueError:
+        return None
+    return max(0.0, (when.replace(tzinfo=when.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
+
+
+def _read_local(uri: str, max_bytes: int) -> bytes:
+    try:
+        path = Path(storage.absolute(uri))
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):  # a pipe would never end
+            raise FetchFailure(ErrorCode.NOT_FOUND, "This is a folder or a device, not a file.")
+        _check_size(found.st_size, max_bytes)
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FetchFailure(ErrorCode.NOT_FOUND, "There is no such image.") from error
+    except PermissionError as error:
+        raise FetchFailure(ErrorCode.FORBIDDEN, "The image may not be read by this user.") from error
+    except OSError as error:  # a name too long is malformed; a network disk may come back
+        if error.errno == errno.ENAMETOOLONG:
+            raise FetchFailure(ErrorCode.INVALID_URI, f"This is not a path: {error.strerror}") from error
+        raise FetchFailure(ErrorCode.UNAVAILABLE, f"The disk fails: {_named(error)}", repeat=True) from error
+
+
+def _read_by_fsspec(uri: str, max_bytes: int) -> bytes:
+    try:
+        fs, path = storage.filesystem(uri)
+    except StorageError as error:
+        if isinstance(error.__cause__, ImportError):
+            raise
+        raise FetchFailure(ErrorCode.INVALID_URI, f"Nothing here reads this kind of URI: {error.found}") from error
+    try:
+        _check_size(int(fs.size(path) or 0), max_bytes)
+        return bytes(fs.cat_file(path))
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise FetchFailure(ErrorCode.NOT_FOUND, "There is no such image.") from error
+    except PermissionError as error:
+        raise FetchFailure(ErrorCode.FORBIDDEN, "The image may not be read with these credentials.") from error
+    except FetchFailure:
+        raise
+    except Exception as error:  # filesystems share no base class of errors
+        raise FetchFailure(ErrorCode.UNAVAILABLE, f"The service failed: {_named(error)}", repeat=True) from error
+
+
+@lru_cache
+def _object_store(scheme: str, bucket: str, endpoint: str | None, timeout_s: float) -> ObjectStore:
+    """Opens a bucket without retries of obstore's own: those would not be counted."""
+    if scheme == "s3":
+        return storage.s3_store(bucket, endpoint, max_retries=0, timeout_s=timeout_s)
+    from obstore.exceptions import BaseError
+    from obstore.store import AzureStore, GCSStore
+
+    # Without TLS only where someone has configured such an endpoint.
+    client_options = {"timeout": timedelta(seconds=timeout_s), "allow_http": True}
+    options: Any = {"client_options": client_options, "retry_config": {"max_retries": 0}}
+    try:
+        return GCSStore(bucket, **options) if scheme == "gs" else AzureStore(bucket, **options)
+    except (BaseError, ValueError) as error:
+        where = f"{scheme}://{bucket}"
+        raise StorageError(
+            "The bucket cannot be opened.", where=where, found=_brief(error), remedy=_CREDENTIALS_OF[scheme]
+        ) from error
+
+
+def _brief(error: Exception) -> str:
+    """Leaves out obstore's debugging text, which repeats its message."""
+    return f"{type(error).__name__}: {str(error).split(chr(10) + chr(10) + 'Debug source', 1)[0]}"
+
+
+def _object_store_failure(error: Exception, uri: str) -> FetchFailure:
+    """Says what an error of obstore's means for its object.
+
+    obstore gives the service's answer as text only: `status code: 503 …: <Error><Code>SlowDown</Code>…`, or the kind of
+    the failed connection.
+    """
+    from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
+
+    text, found = str(error), _brief(error)
+    status = int(match[1]) if (match := re.search(r"status code: (\d{3})", text)) else None
+    code = match[1] if (match := re.search(r"<Code>\s*(\w+)", text)) else ""
+    if code in _NO_BUCKET:
+        raise StorageError("The bucket does not exist.", where=uri, remedy="Check the bucket's name.") from error
+    unreached = bool(re.search(r"kind: Connect\b|Error\(\s*Connect\b", text))
+    refused = status is not None and status not in _WORTH_REPEATING and code != "RequestTimeout"
+    without_token = "token request" in text and (refused or unreached)  # neither a key file nor a metadata service
+    if code in _CREDENTIALS_REFUSED or without_token or isinstance(error, UnauthenticatedError):
+        raise StorageError(
+            "The object store does not accept the credentials: they are missing, wrong or expired.",
+            where=uri,
+            found=found,
+            remedy=f"{_CREDENTIALS_OF[uri.split(':', maxsplit=1)[0]]} Then run the same command again.",
+        ) from error
+    if code in _WRONG_REGION or "redirect without LOCATION" in text:
+        raise StorageError(
+            "The bucket is in another region.", where=uri, found=found, remedy="Set AWS_REGION to the bucket's region."
+        ) from error
+    if isinstance(error, FileNotFoundError):
+        return FetchFailure(ErrorCode.NOT_FOUND, "There is no such image.")
+    if isinstance(error, PermissionDeniedError):
+        answer = f" ({code})" if code else ""
+        return FetchFailure(ErrorCode.FORBIDDEN, f"The image may not be read with these credentials{answer}.")
+    if re.search(r"kind: Timeout|timed out", text):
+        return FetchFailure(ErrorCode.TIMEOUT, "The object store did not answer in time.", repeat=True)
+    return FetchFailure(
+        ErrorCode.UNAVAILABLE,
+        f"The object store failed: {found}",
+        repeat=not refused,
+        slow_down=status in _SLOW_DOWN,
+        unreached=unreached,
+    )

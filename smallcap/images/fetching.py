@@ -1,0 +1,242 @@
+"""Fetches many small objects at once, and decides what a failure means: another attempt, a row's error, a run's end.
+
+Attempts are counted here and not left to the clients, so that a run can say how often its storage failed. How one
+object is got from its place is `smallcap.images.fetch_sources`' concern.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Self
+
+from smallcap.config import InputConfig
+from smallcap.errors import ErrorCode, RowError, StorageError
+from smallcap.images.fetch_sources import LOCAL, FetchFailure, Sources, is_web, place_of
+
+if TYPE_CHECKING:
+    import aiohttp
+
+FETCH_CONCURRENCY = 64
+_OUTAGE_OBJECTS = 16  # so many failed objects of one place, and not one answer, are no accident
+_LEAST_IN_FLIGHT = 4  # fewer requests would not relieve a service, and starve the run
+
+
+@dataclass(frozen=True)
+class FetchOptions:
+    """How objects are fetched."""
+
+    concurrency: int = FETCH_CONCURRENCY
+    """Most requests in flight."""
+    timeout_s: float = 30.0
+    """Most seconds of one request, its body included."""
+    attempts: int = 6
+    """Requests for one object before it has failed."""
+    first_backoff_s: float = 0.5
+    """Longest wait before the second attempt; it doubles with each one. The wait is drawn between 0 and that."""
+    max_backoff_s: float = 30.0
+    """Longest wait, also where a server's Retry-After asks for more."""
+    max_bytes: int = 256 << 20
+    """Larger objects are `too_large`, and not downloaded."""
+
+    @classmethod
+    def of(cls, config: InputConfig) -> Self:
+        """Returns the options of a job."""
+        return cls(timeout_s=config.fetch_timeout_s, attempts=config.fetch_attempts)
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """What came of some URIs."""
+
+    data: list[bytes | RowError]
+    """In the order of the URIs: each one's bytes, or its error."""
+    retries: int
+    """Requests that had to be repeated."""
+
+
+def fetch_objects(uris: Sequence[str], options: FetchOptions = FetchOptions()) -> Fetched:
+    """Fetches many objects at once; a URI that is named twice is fetched once.
+
+    Requests are repeated after 408, 429, 500, 502, 503, 504, failed connections, time-outs and truncated bodies.
+
+    Args:
+        uris: Local paths, s3://, gs://, az://, http(s):// and other fsspec URIs in any mix.
+        options: Concurrency, time-out, attempts.
+
+    Returns:
+        Bytes or a `RowError` for each URI: `not_found`, `forbidden`, `too_large`, `invalid_uri`, `timeout` or
+        `unavailable`.
+
+    Raises:
+        StorageError: A store fails as a whole: no such bucket, refused credentials, no connection, or 16 objects that
+            failed in every attempt while none had an answer. Web servers never raise it: their objects' rows fail.
+    """
+    results, retries = asyncio.run(_fetch_all(list(dict.fromkeys(uris)), options))
+    return Fetched([results[uri] for uri in uris], retries)
+
+
+async def _fetch_all(uris: Sequence[str], options: FetchOptions) -> tuple[dict[str, bytes | RowError], int]:
+    executor = ThreadPoolExecutor(options.concurrency, thread_name_prefix="fetch")
+    sources = Sources(executor, lambda: _open_session(options), options.timeout_s, options.max_bytes)
+    fetching = _Fetching(sources, options)
+    try:
+        results = await asyncio.gather(*(fetching.fetch(uri) for uri in uris))
+    finally:
+        await sources.close()
+        executor.shutdown(wait=False, cancel_futures=True)  # a disk that hangs must not hold up the others' images
+    fetching.check_reached()
+    return dict(zip(uris, results, strict=True)), fetching.retries
+
+
+def _open_session(options: FetchOptions) -> aiohttp.ClientSession:
+    import aiohttp
+
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=options.concurrency),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        headers={"User-Agent": "smallcap", "Accept-Encoding": "identity"},  # images are compressed already
+        timeout=aiohttp.ClientTimeout(total=None),  # ours is around each attempt
+        trust_env=True,  # HTTPS_PROXY and NO_PROXY
+    )
+
+
+class AdaptiveLimit:
+    """How many requests may be in flight: half as many after the service asked to slow down, then slowly more.
+
+    It halves once for all the requests that were in flight when the first of them was refused, and grows by one after
+    as many answers as it allows at once. Belongs to one asyncio loop.
+
+    Attributes:
+        limit: The present one.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.limit = self._most = most
+        self._free = asyncio.Semaphore(most)
+        self._owed = 0  # permits to withhold, because the limit has sunk
+        self._grown = 0.0  # part of the next permit
+        self._halvings = 0
+
+    async def enter(self) -> int:
+        """Waits until one more request may begin; returns what `leave` is to be given."""
+        await self._free.acquire()
+        return self._halvings
+
+    def leave(self, entered: int, *, slow_down: bool) -> None:
+        """Ends a request; `slow_down` says whether the service refused it for there being too many."""
+        if slow_down:
+            if entered == self._halvings and self.limit > _LEAST_IN_FLIGHT:
+                lower = max(_LEAST_IN_FLIGHT, self.limit // 2)
+                self._owed += self.limit - lower
+                self.limit, self._halvings, self._grown = lower, self._halvings + 1, 0.0
+        elif self.limit < self._most:
+            self._grown += 1 / self.limit
+            if self._grown >= 1:
+                self.limit, self._grown = self.limit + 1, 0.0
+                self._free_one()
+        self._free_one()
+
+    def _free_one(self) -> None:
+        if self._owed:
+            self._owed -= 1
+        else:
+            self._free.release()
+
+
+@dataclass
+class _Place:
+    """What is known of a bucket or host in this call."""
+
+    in_flight: AdaptiveLimit
+    answered: int = 0  # objects
+    failures: dict[str, FetchFailure] = field(default_factory=dict)  # of the objects that failed in every attempt
+
+
+class _Fetching:
+    """One call of `fetch_objects`."""
+
+    def __init__(self, sources: Sources, options: FetchOptions) -> None:
+        self.sources, self.options = sources, options
+        self.free = asyncio.Semaphore(options.concurrency)  # over all places
+        self.places: dict[str, _Place] = {}
+        self.retries = 0
+
+    async def fetch(self, uri: str) -> bytes | RowError:
+        """Fetches one object, in several attempts where it must be.
+
+        Raises:
+            StorageError: Its place fails as a whole.
+        """
+        name = place_of(uri)
+        place = self.places.setdefault(name, _Place(AdaptiveLimit(self.options.concurrency)))
+        attempt = 1
+        while True:
+            try:
+                data = await self._attempt(uri, place)
+            except FetchFailure as error:
+                failure = error
+            else:
+                place.answered += 1
+                return data
+            if not failure.repeat or attempt == self.options.attempts:
+                break
+            await asyncio.sleep(self._backoff(attempt, failure))
+            attempt += 1
+            self.retries += 1
+        self._count(name, place, uri, failure)
+        tried = f" (in each of {attempt} attempts)" if attempt > 1 else ""
+        return RowError(failure.code, failure.what + tried, where=uri)
+
+    async def _attempt(self, uri: str, place: _Place) -> bytes:
+        slow_down = False
+        entered = await place.in_flight.enter()
+        try:
+            async with self.free, asyncio.timeout(self.options.timeout_s):
+                return await self.sources.get(uri)
+        except FetchFailure as failure:
+            slow_down = failure.slow_down
+            raise
+        except TimeoutError as error:
+            what = f"There was no whole answer within {self.options.timeout_s:g} s."
+            raise FetchFailure(ErrorCode.TIMEOUT, what, repeat=True) from error
+        finally:
+            place.in_flight.leave(entered, slow_down=slow_down)
+
+    def _backoff(self, attempt: int, failure: FetchFailure) -> float:
+        """Returns seconds, drawn over the whole range so that the clients of a service do not come back together."""
+        longest = min(self.options.max_backoff_s, self.options.first_backoff_s * 2 ** (attempt - 1))
+        return max(random.uniform(0, longest), min(self.options.max_backoff_s, failure.retry_after_s or 0.0))
+
+    def _count(self, name: str, place: _Place, uri: str, failure: FetchFailure) -> None:
+        if failure.code not in (ErrorCode.UNAVAILABLE, ErrorCode.TIMEOUT):
+            place.answered += failure.code != ErrorCode.INVALID_URI  # that was never asked
+            return
+        place.failures[uri] = failure
+        if name != LOCAL and not is_web(name) and not place.answered and len(place.failures) >= _OUTAGE_OBJECTS:
+            raise _outage(name, place)
+
+    def check_reached(self) -> None:
+        """Raises what fewer objects than an outage's still tell: nobody is at the other end.
+
+        Raises:
+            StorageError: No connection to an object store could be made, for any of its objects.
+        """
+        for name, place in self.places.items():
+            unreached = place.failures and all(failure.unreached for failure in place.failures.values())
+            if unreached and not place.answered and not is_web(name):
+                raise _outage(name, place)
+
+
+def _outage(name: str, place: _Place) -> StorageError:
+    uri, failure = next(iter(place.failures.items()))
+    nobody = all(failure.unreached for failure in place.failures.values())
+    return StorageError(
+        "The storage service cannot be reached." if nobody else "The storage service fails after all attempts.",
+        where=name,
+        found=f"{len(place.failures)} objects failed and none was fetched; {uri}: {failure.what}",
+        remedy="Check the endpoint (AWS_ENDPOINT_URL), the network and the service; then run the same command again.",
+    )

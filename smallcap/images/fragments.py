@@ -1,0 +1,157 @@
+"""The units that a run's input is cut into, and the batches of images that are read from them.
+
+A fragment's images have an order that never changes, so that (fragment, row) names an image for the whole run. This
+module holds the types only; it reads nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, overload
+
+import numpy as np
+import pyarrow as pa
+
+from smallcap.errors import ErrorCode, RowError, StorageError
+from smallcap.images.row_ranges import RowRanges
+
+FRAGMENT_ROWS = 256  # images of a fragment of a stored list; also the most of a batch
+FragmentKind = Literal["uris", "tar", "parquet"]
+
+FRAGMENT_COLUMNS = pa.schema(
+    [
+        pa.field("kind", pa.string(), nullable=False),
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("row_group", pa.int32(), nullable=False),
+        pa.field("rows", pa.int32()),
+        pa.field("id_prefix", pa.string(), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Some images of the input that are read together.
+
+    Attributes:
+        number: Unique in the run, rising from 0.
+        kind: `uris` of a stored list, a `tar`, or a row group of a `parquet` file with image bytes.
+        uri: Absolute: of the stored list's Parquet file, of the tar, or of the Parquet file.
+        row_group: Of that file; 0 for a tar.
+        rows: Images in it; None where that is known only when it has been read (tar).
+        id_prefix: What stands before a tar member's key, or before a Parquet row's number, in an image's id.
+    """
+
+    number: int
+    kind: FragmentKind
+    uri: str
+    row_group: int
+    rows: int | None
+    id_prefix: str = ""
+
+
+class FragmentTable(Sequence[Fragment]):
+    """All fragments of a run by their numbers, held as columns.
+
+    Args:
+        table: `FRAGMENT_COLUMNS`, with absolute URIs.
+        first: The number of its first row.
+    """
+
+    def __init__(self, table: pa.Table, first: int = 0) -> None:
+        self._table = table.combine_chunks()
+        self._first = first
+
+    def __len__(self) -> int:
+        return self._table.num_rows
+
+    @overload
+    def __getitem__(self, at: int) -> Fragment: ...
+    @overload
+    def __getitem__(self, at: slice) -> FragmentTable: ...
+    def __getitem__(self, at: int | slice) -> Fragment | FragmentTable:
+        """Returns the fragment at a place, or the fragments of a slice without steps; their numbers stay."""
+        if isinstance(at, slice):
+            start, stop, step = at.indices(len(self))
+            if step != 1:
+                raise ValueError("a slice of fragments has no steps")
+            return FragmentTable(self._table.slice(start, max(stop - start, 0)), self._first + start)
+        place = range(len(self))[at]
+        values = {name: self._table[name][place].as_py() for name in FRAGMENT_COLUMNS.names}
+        return Fragment(number=self._first + place, **values)
+
+    def __iter__(self) -> Iterator[Fragment]:
+        for place in range(len(self)):
+            yield self[place]
+
+    @property
+    def rows(self) -> np.ndarray:
+        """The rows of each fragment, [len(self)] int64; -1 where they are unknown."""
+        return np.asarray(self._table["rows"].cast(pa.int64()).fill_null(-1).to_numpy())
+
+    @property
+    def images(self) -> int | None:
+        """The rows of all fragments; None while tars make it unknown."""
+        rows = self.rows
+        return None if (rows < 0).any() else int(rows.sum())
+
+    @property
+    def table(self) -> pa.Table:
+        """The fragments as `FRAGMENT_COLUMNS`."""
+        return self._table
+
+
+@dataclass(frozen=True)
+class InputBatch:
+    """At most 256 images of one fragment.
+
+    Attributes:
+        rows: [n] int32, the row of each within its fragment, rising.
+        image_ids: Of each.
+        image_uris: Of each; in a tar `URI-OF-TAR#MEMBER`, in a Parquet file `URI#row=N` with its row in the file.
+        data: The image files, or why one cannot be read; None where they are to be fetched by their URIs.
+        kept: n rows of the kept columns; None where there are none.
+        ends_fragment: Whether the fragment's last row is among these.
+        duplicates: Images of the fragment that were left out beside these, because their ids came before.
+    """
+
+    rows: np.ndarray
+    image_ids: list[str]
+    image_uris: list[str]
+    data: list[bytes | RowError] | None
+    kept: pa.Table | None
+    ends_fragment: bool
+    duplicates: int = 0
+
+    def only(self, wanted: RowRanges | None) -> InputBatch | None:
+        """Returns the rows that are wanted (all of them for None); None where there are none."""
+        if wanted is None:
+            return self
+        places = np.flatnonzero(wanted.contains(self.rows))
+        if len(places) == len(self.rows):
+            return self
+        if not len(places):
+            return None
+        return replace(
+            self,
+            rows=self.rows[places],
+            image_ids=[self.image_ids[place] for place in places],
+            image_uris=[self.image_uris[place] for place in places],
+            data=None if self.data is None else [self.data[place] for place in places],
+            kept=None if self.kept is None else self.kept.take(places),
+            ends_fragment=self.ends_fragment and places[-1] == len(self.rows) - 1,
+        )
+
+
+def unreadable_file(error: StorageError, uri: str) -> RowError:
+    """Returns the row's error for a tar or Parquet file that is missing or forbidden.
+
+    Raises:
+        StorageError: The given one, where it is the service's fault.
+    """
+    if isinstance(error.__cause__, FileNotFoundError | IsADirectoryError):
+        return RowError(ErrorCode.NOT_FOUND, "There is no such file.", where=uri)
+    if isinstance(error.__cause__, PermissionError):
+        return RowError(ErrorCode.FORBIDDEN, "The file may not be read with these credentials.", where=uri)
+    raise error

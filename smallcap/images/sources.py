@@ -1,0 +1,180 @@
+"""Tells what each source of images is, and lists it as a stream: images by URI, tars, and Parquet files with images.
+
+It opens lists and Parquet footers, never an image. An id is the path below the source's folder, or the list's id
+column, or the URI where a list has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+
+from smallcap import storage
+from smallcap.config import InputConfig
+from smallcap.errors import ConfigError, SchemaError
+from smallcap.images.lists import BATCH_ROWS, LIST_SUFFIXES, ImageList, check_kept_columns
+from smallcap.images.parquet import ParquetOutline, image_bytes_column, read_outlines
+from smallcap.images.tars import TAR_SUFFIXES
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+IMAGE_COLUMNS = pa.schema([pa.field("image_id", pa.string()), pa.field("image_uri", pa.string())])
+
+
+@dataclass(frozen=True)
+class TarFile:
+    """One tar and its path below its source, without its ending."""
+
+    uri: str
+    name: str
+
+
+@dataclass(frozen=True)
+class ParquetImages:
+    """One Parquet file with image bytes, and its path below its source, without its ending."""
+
+    name: str
+    outline: ParquetOutline
+
+
+@dataclass
+class ImageSources:
+    """All sources of a run; what is found beside URIs is collected while `tables` is read to its end.
+
+    Attributes:
+        sources: Folders, prefixes, globs, images, tars, Parquet files, and lists of URIs.
+        config: Columns of lists and Parquet files.
+        keep_columns: Columns that pass through to the output.
+        kept: Their types, by the first source that has them.
+        tars: The tars found, each once.
+        parquet: The Parquet files with image bytes found, each once.
+    """
+
+    sources: Sequence[str]
+    config: InputConfig
+    keep_columns: tuple[str, ...] = ()
+    kept: pa.Schema | None = None
+    tars: dict[str, TarFile] = field(default_factory=dict)
+    parquet: dict[str, ParquetImages] = field(default_factory=dict)
+
+    def tables(self) -> Iterator[pa.Table]:
+        """Yields `image_id`, `image_uri` and the kept columns of all images that have URIs of their own.
+
+        Raises:
+            ConfigError: Sources differ in the types of the kept columns.
+            SchemaError: A list or Parquet file is damaged or has not the columns it must have.
+            StorageError: A source does not exist, or the service fails.
+        """
+        self.tars, self.parquet = {}, {}
+        for source in self.sources:
+            for table in self._list(storage.absolute(source)):
+                self._agree(table.select(self.keep_columns).schema, source)
+                yield table.select([*IMAGE_COLUMNS.names, *self.keep_columns])
+
+    def _list(self, source: str) -> Iterator[pa.Table]:
+        suffix = "." + source.rsplit(".", 1)[-1].lower()
+        is_list = suffix in LIST_SUFFIXES
+        if is_list and storage.is_glob(source):
+            found = sorted(storage.iter_files(source, (suffix,)))
+            if suffix == ".parquet":
+                yield from self._list_parquet(source, found)
+            else:
+                for uri in found:
+                    yield from self._read_list(uri)
+        elif is_list and not storage.is_folder(source):
+            if suffix == ".parquet":
+                yield from self._list_parquet(source, [source])
+            else:
+                yield from self._read_list(source)
+        else:
+            yield from self._list_files(source)
+
+    def _list_files(self, source: str) -> Iterator[pa.Table]:
+        """Lists a folder, prefix, glob or file: images and tars, or where there are none of them, Parquet files."""
+        wanted: tuple[str, ...] = (*IMAGE_SUFFIXES, *TAR_SUFFIXES, ".parquet")
+        parquet: list[str] = []
+        any_other = False
+        uris: list[str] = []
+        for uri in storage.iter_files(source, wanted):
+            if uri.lower().endswith(".parquet"):
+                if not any_other:
+                    parquet.append(uri)
+                continue
+            any_other, parquet = True, []
+            if uri.lower().endswith(IMAGE_SUFFIXES):
+                uris.append(uri)
+            else:
+                self._add_tar(source, uri)
+            if len(uris) == BATCH_ROWS:
+                yield self._files_table(source, uris)
+                uris = []
+        if uris:
+            yield self._files_table(source, uris)
+        yield from self._list_parquet(source, sorted(parquet))
+
+    def _files_table(self, source: str, uris: list[str]) -> pa.Table:
+        check_kept_columns(self.keep_columns, (), f"{source} (files have no columns)")
+        ids = [_below(source, uri) for uri in uris]
+        try:
+            return pa.table({"image_id": ids, "image_uri": uris}, schema=IMAGE_COLUMNS)
+        except UnicodeEncodeError as error:
+            raise SchemaError(
+                "A file's name is not UTF-8.",
+                where=repr(error.object),
+                remedy="Rename the file, or move it out of the folder.",
+            ) from error
+
+    def _add_tar(self, source: str, uri: str) -> None:
+        name = _below(source, uri)
+        ending = next(suffix for suffix in sorted(TAR_SUFFIXES, key=len, reverse=True) if uri.lower().endswith(suffix))
+        self._agree(pa.schema([pa.field(column, pa.string()) for column in self.keep_columns]), uri)
+        self.tars.setdefault(uri, TarFile(uri, name[: -len(ending)]))
+
+    def _list_parquet(self, source: str, uris: list[str]) -> Iterator[pa.Table]:
+        """Takes Parquet files as images where they hold bytes, else as lists of URIs."""
+        for outline in read_outlines(uris):
+            name = _below(source, outline.uri).removesuffix(".parquet")
+            if outline.problem and len(uris) == 1:
+                raise SchemaError("The list of images cannot be read.", where=outline.uri, found=outline.problem)
+            if outline.problem:
+                self.parquet.setdefault(outline.uri, ParquetImages(name, outline))  # reading it gives its error row
+            elif image_bytes_column(outline.schema, self.config, outline.uri) is None:
+                yield from self._read_list(outline.uri)
+            else:
+                check_kept_columns(self.keep_columns, outline.schema.names, outline.uri)
+                kept = pa.schema([_plain_field(outline.schema.field(column)) for column in self.keep_columns])
+                self._agree(kept, outline.uri)
+                self.parquet.setdefault(outline.uri, ParquetImages(name, outline))
+
+    def _read_list(self, uri: str) -> Iterator[pa.Table]:
+        return ImageList(uri, self.config, self.keep_columns).tables()
+
+    def _agree(self, kept: pa.Schema, where: str) -> None:
+        """Checks that the kept columns have the same types in all sources."""
+        kept = pa.schema([pa.field(column.name, column.type) for column in kept])
+        if self.kept is None:
+            self.kept = kept
+        elif not kept.equals(self.kept):
+            raise ConfigError(
+                "The columns to keep have different types in the sources.",
+                where=where,
+                expected=_describe(self.kept),
+                found=_describe(kept),
+                remedy="Give them one type (CSV and tars have strings), or caption in separate runs.",
+            )
+
+
+def _plain_field(column: pa.Field) -> pa.Field:
+    if pa.types.is_dictionary(column.type):
+        return column.with_type(column.type.value_type)
+    return column.with_type(pa.string()) if pa.types.is_null(column.type) else column
+
+
+def _describe(kept: pa.Schema) -> str:
+    return ", ".join(f"{column.name}: {column.type}" for column in kept)
+
+
+def _below(source: str, uri: str) -> str:
+    """Returns a file's path below its source; a file that is the source itself has its name."""
+    return uri.removeprefix(source).lstrip("/") or uri.rsplit("/", 1)[-1]

@@ -1,0 +1,217 @@
+"""The caption store: texts and their sources by global caption id, in memory-mapped Arrow files.
+
+One uncompressed record batch per shard file, so that a lookup touches only the pages of its rows and the processes of a
+node share them. This module knows nothing of vectors, caches or checksums.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from smallcap import storage
+from smallcap.errors import IndexIntegrityError
+from smallcap.index.manifest import IndexManifest, ShardEntry, load_manifest
+
+CAPTION_STORE_COLUMNS = pa.schema(
+    [
+        pa.field("caption_id", pa.int64(), nullable=False),
+        pa.field("text", pa.string(), nullable=False),
+        pa.field("source", pa.list_(pa.string()), nullable=False),  # every dump file that has this caption
+        pa.field("image_id", pa.list_(pa.string())),  # of every image that has this caption in any dump; null if none
+    ]
+)
+_TEXTS_AT_ONCE = 10_000
+_COLUMNS_V1 = CAPTION_STORE_COLUMNS.set(2, pa.field("source", pa.string(), nullable=False))  # the first file only
+
+
+@dataclass(frozen=True)
+class CaptionRow:
+    """One row of the store."""
+
+    caption_id: int
+    text: str
+    sources: tuple[str, ...]
+    image_ids: tuple[str, ...]
+
+
+class CaptionStore:
+    """Captions by global id over the caption files of one index version.
+
+    Args:
+        files: Local path of each caption file, in the order of `shards`.
+        shards: Their manifest entries, contiguous.
+
+    Raises:
+        IndexIntegrityError: A file's schema, row count or ids contradict its entry.
+    """
+
+    def __init__(self, files: Sequence[Path], shards: Sequence[ShardEntry]) -> None:
+        self._batches = [open_caption_file(file, shard) for file, shard in zip(files, shards, strict=True)]
+        self._first_ids = np.array([shard.first_id for shard in shards], dtype=np.int64)
+        self._rows = sum(shard.rows for shard in shards)
+        self._ids = range(shards[0].first_id, shards[0].first_id + self._rows)
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def texts(self, caption_ids: np.ndarray) -> list[str]:
+        """Returns the text of each id; `caption_ids` is a flat int64 array."""
+        texts = [""] * len(caption_ids)
+        for batch, positions, rows in self._located(caption_ids):
+            for position, text in zip(positions, batch.column("text").take(rows).to_pylist(), strict=True):
+                texts[position] = text
+        return texts
+
+    def image_ids(self, caption_ids: np.ndarray) -> list[list[str]]:
+        """Returns for each id the images that have this caption; `caption_ids` is a flat int64 array."""
+        image_ids: list[list[str]] = [[] for _ in caption_ids]
+        for batch, positions, rows in self._located(caption_ids):
+            for position, images in zip(positions, batch.column("image_id").take(rows).to_pylist(), strict=True):
+                image_ids[position] = images or []
+        return image_ids
+
+    def rows(self, caption_ids: Sequence[int]) -> list[CaptionRow]:
+        """Returns whole rows, in the order of the ids asked for."""
+        ids = np.asarray(caption_ids, dtype=np.int64)
+        found: dict[int, CaptionRow] = {}
+        for batch, positions, rows in self._located(ids):
+            for position, row in zip(positions, batch.take(rows).to_pylist(), strict=True):
+                found[int(position)] = _caption_row(row)
+        return [found[position] for position in range(len(ids))]
+
+    def sample(self, count: int) -> list[CaptionRow]:
+        """Returns up to `count` rows, evenly spaced over all ids."""
+        return self.rows([self._ids[row] for row in _evenly_spaced(self._rows, count)])
+
+    def _located(self, caption_ids: np.ndarray) -> Iterator[tuple[pa.RecordBatch, np.ndarray, pa.Array]]:
+        """Yields for each shard concerned its batch, the positions asked for, and the rows inside the batch."""
+        if caption_ids.size and not (caption_ids.min() >= self._ids[0] and caption_ids.max() <= self._ids[-1]):
+            raise IndexIntegrityError(
+                "A caption id is outside the caption store.",
+                expected=f"{self._ids[0]} to {self._ids[-1]}",
+                found=f"{caption_ids.min()} to {caption_ids.max()}",
+                remedy="Rebuild the index, or restore it from where it was published.",
+            )
+        shard_of = np.searchsorted(self._first_ids, caption_ids, side="right") - 1
+        for shard in np.unique(shard_of):
+            positions = np.flatnonzero(shard_of == shard)
+            yield self._batches[shard], positions, pa.array(caption_ids[positions] - self._first_ids[shard])
+
+
+def write_caption_file(path: Path, batch: pa.RecordBatch) -> None:
+    """Writes the rows of one shard as the one record batch of a caption file."""
+    with pa.ipc.new_file(str(path), CAPTION_STORE_COLUMNS) as writer:
+        writer.write_batch(batch)
+
+
+def open_caption_file(file: Path, shard: ShardEntry) -> pa.RecordBatch:
+    """Memory-maps one caption file and checks its outline against its manifest entry.
+
+    Raises:
+        IndexIntegrityError: Its schema, row count or ids contradict the entry.
+    """
+    try:
+        reader = pa.ipc.open_file(pa.memory_map(str(file)))
+        batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+    except (pa.ArrowInvalid, OSError) as error:
+        raise IndexIntegrityError("A caption file cannot be read.", where=str(file), found=str(error)) from error
+    if reader.schema not in (CAPTION_STORE_COLUMNS, _COLUMNS_V1):
+        raise IndexIntegrityError(
+            "A caption file has other columns than its format version says.",
+            where=str(file),
+            expected=", ".join(CAPTION_STORE_COLUMNS.names),
+            found=", ".join(reader.schema.names),
+        )
+    found = [batch.num_rows for batch in batches]
+    if found != [shard.rows]:
+        raise IndexIntegrityError(
+            "A caption file has not the rows that the manifest says.",
+            where=str(file),
+            expected=f"one batch of {shard.rows} rows",
+            found=f"batches of {found} rows",
+        )
+    ids = batches[0].column("caption_id")
+    if ids[0].as_py() != shard.first_id or ids[-1].as_py() != shard.first_id + shard.rows - 1:
+        raise IndexIntegrityError(
+            "A caption file holds other ids than the manifest says.",
+            where=str(file),
+            expected=f"{shard.first_id} to {shard.first_id + shard.rows - 1}",
+            found=f"{ids[0]} to {ids[-1]}",
+        )
+    return batches[0]
+
+
+def load_caption_sample(
+    index_uri: str, count: int, index_id: str | None = None
+) -> tuple[IndexManifest, list[CaptionRow]]:
+    """Reads a version's manifest and a few of its first shard's live captions, without fetching the index.
+
+    Returns:
+        The manifest, and up to `count` rows evenly spaced over the first caption file.
+
+    Raises:
+        ManifestError: There is no such index or version.
+        StorageError: The caption file cannot be read.
+    """
+    manifest = load_manifest(index_uri, index_id)
+    shard = manifest.captions[0]
+    removed = _load_removed(index_uri, manifest)
+    with open_arrow(storage.join(index_uri, shard.file)) as source:
+        batch = pa.ipc.open_file(source).get_batch(0)
+        live = np.setdiff1d(np.arange(batch.num_rows), removed - shard.first_id)
+        rows = batch.take(pa.array(live[_evenly_spaced(len(live), count)])).to_pylist()
+    return manifest, [_caption_row(row) for row in rows]
+
+
+def read_texts(index_uri: str, index_id: str | None = None) -> Iterator[list[str]]:
+    """Reads all live captions of a version, some ten thousand at a time, without fetching its vectors.
+
+    Raises:
+        ManifestError: There is no such index or version.
+        StorageError: A caption file cannot be read.
+    """
+    manifest = load_manifest(index_uri, index_id)
+    removed = _load_removed(index_uri, manifest)
+    for shard in manifest.captions:
+        with open_arrow(storage.join(index_uri, shard.file)) as source:
+            texts = pa.ipc.open_file(source).get_batch(0).column("text")
+            live = np.setdiff1d(np.arange(len(texts)), removed - shard.first_id)
+            for start in range(0, len(live), _TEXTS_AT_ONCE):
+                yield texts.take(pa.array(live[start : start + _TEXTS_AT_ONCE])).to_pylist()
+
+
+def _load_removed(index_uri: str, manifest: IndexManifest) -> np.ndarray:
+    """Returns the ids of removed captions, [removed] int64."""
+    if manifest.removed is None:
+        return np.zeros(0, np.int64)
+    data = storage.read_bytes(storage.join(index_uri, manifest.removed.file))
+    return np.load(io.BytesIO(data), allow_pickle=False)
+
+
+def open_arrow(uri: str) -> pa.NativeFile:
+    """Opens an Arrow file for random access: memory-mapped when local, ranged reads elsewhere."""
+    if storage.is_local(uri):
+        return pa.memory_map(storage.absolute(uri))
+    return pa.PythonFile(storage.open_file(uri), mode="r")
+
+
+def _caption_row(row: dict[str, Any]) -> CaptionRow:
+    sources = row["source"]
+    return CaptionRow(
+        caption_id=row["caption_id"],
+        text=row["text"],
+        sources=(sources,) if isinstance(sources, str) else tuple(sources),
+        image_ids=tuple(row["image_id"] or ()),
+    )
+
+
+def _evenly_spaced(total: int, count: int) -> list[int]:
+    count = min(total, count)
+    return [number * total // count for number in range(count)]

@@ -1,0 +1,304 @@
+"""A node's verified files of an index version: what a process must have before faiss may read a byte.
+
+A local index is used in place. The files of a remote one are kept in the node's cache under the names that they have in
+the index; those of format version 2 are named by their content, so that versions and indexes share what they have in
+common and an addition costs only its new shards:
+
+    CACHE/files/…, CACHE/versions/<index_id>/…   the files
+    CACHE/verified/…                             stamps: what was verified, and by its age when it was last used
+    CACHE/downloads/…                            unfinished downloads
+    CACHE/locks/…                                one process at a time downloads, or verifies a local index
+
+Either way every file's sha256 is checked, and a stamp (checksum, size, inode, change time) spares the next process the
+reading as long as the file stays untouched. Files only arrive by rename: truncating a mapped file would kill the
+processes that map it, while replacing or deleting it does them no harm.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from smallcap import storage
+from smallcap.errors import IndexIntegrityError, ManifestError, StorageError
+from smallcap.index.manifest import FILES_FOLDER, VERSIONS_FOLDER, FileEntry, IndexManifest
+
+DEFAULT_CACHE_DIR = "~/.cache/smallcap"
+_FORMER_FOLDER = "indexes"  # where the first release kept whole versions; its files are only ever deleted
+_DOWNLOADS_AT_ONCE = 4
+_DOWNLOAD_ATTEMPTS = 2  # a second one, because the first may have met a damaged transfer
+_IN_USE_S = 300  # a file verified so recently may be about to be mapped, and is not deleted for room
+_CHUNK_BYTES = 8 << 20
+
+# The section of a faiss file that keeps its lists in another file, which faiss would open by the path written here:
+# "ilod", two numbers that faiss takes as they are, and the length of a vector, which it refuses from 2**40 on. Random
+# codes look like this once in 2**56 bytes.
+_ON_DISK_LISTS = re.compile(rb"ilod.{16}.{5}\0{3}", re.DOTALL)
+_SECTION_BYTES = 28
+
+
+def open_version_folder(
+    index_uri: str,
+    manifest: IndexManifest,
+    cache_dir: str = DEFAULT_CACHE_DIR,
+    entries: Sequence[FileEntry] | None = None,
+) -> Path:
+    """Returns a local folder below which the version's files lie, each with the checksum of the manifest.
+
+    Args:
+        index_uri: The index's folder or prefix.
+        manifest: The version's.
+        cache_dir: The node's cache.
+        entries: The files that are needed; by default all of the version.
+
+    Raises:
+        IndexIntegrityError: A file differs from its checksum, after a second download where it is remote, or keeps
+            its lists in another file.
+        ManifestError: The manifest names files elsewhere than an index keeps them.
+        StorageError: The cache folder cannot be written, has no room, or the store fails.
+    """
+    cache = NodeCache(Path(cache_dir).expanduser())
+    entries = manifest.files if entries is None else entries
+    if storage.is_local(index_uri):
+        root = Path(storage.absolute(index_uri))
+        cache.verify_in_place(root, entries)
+        return root
+    cache.fetch(index_uri, entries, {entry.file for entry in manifest.files})
+    return cache.root
+
+
+def missing_files(
+    index_uri: str,
+    manifest: IndexManifest,
+    cache_dir: str = DEFAULT_CACHE_DIR,
+    entries: Sequence[FileEntry] | None = None,
+) -> list[FileEntry]:
+    """Returns which of the files `open_version_folder` would have to download to this node; none of a local index."""
+    if storage.is_local(index_uri):
+        return []
+    cache = NodeCache(Path(cache_dir).expanduser())
+    return [entry for entry in (manifest.files if entries is None else entries) if not cache.has(entry)]
+
+
+class NodeCache:
+    """One node's cache folder, shared by its processes.
+
+    Args:
+        root: The folder; it is made when it is needed.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def verify_in_place(self, folder: Path, entries: Sequence[FileEntry]) -> None:
+        """Verifies the files of a local index, unless this node did so before and they are untouched since."""
+        if all(self._is_verified(folder, entry) for entry in entries):
+            return
+        with self._locked(_digest(str(folder.resolve()))), ThreadPoolExecutor(_DOWNLOADS_AT_ONCE) as pool:
+            for _ in pool.map(lambda entry: self._verify(folder, entry), entries):
+                pass
+
+    def has(self, entry: FileEntry) -> bool:
+        """Says whether a file is in the cache, verified and untouched since."""
+        return self._is_verified(self.root, entry)
+
+    def fetch(self, index_uri: str, entries: Sequence[FileEntry], keep: set[str]) -> None:
+        """Downloads the files that the cache lacks or has damaged.
+
+        Args:
+            index_uri: Where they are.
+            entries: What is needed.
+            keep: Files that are not deleted to make room.
+        """
+        for entry in entries:
+            if not entry.file.startswith((f"{FILES_FOLDER}/", f"{VERSIONS_FOLDER}/")):
+                raise ManifestError(
+                    "The manifest names a file elsewhere than an index keeps them.",
+                    where=index_uri,
+                    expected=f"{FILES_FOLDER}/… or {VERSIONS_FOLDER}/…",
+                    found=entry.file,
+                )
+        if all(self.has(entry) for entry in entries):
+            return
+        with self._locked("downloads"):
+            downloads = self.root / "downloads"
+            shutil.rmtree(downloads, ignore_errors=True)  # of a process that died; the lock is ours
+            downloads.mkdir(parents=True)
+            missing = [entry for entry in entries if not self._is_whole(entry)]
+            self._make_room(sum(entry.bytes for entry in missing), keep)
+            with ThreadPoolExecutor(_DOWNLOADS_AT_ONCE) as pool:
+                for _ in pool.map(lambda entry: self._download(index_uri, entry), missing):
+                    pass
+            for entry in entries:  # the first ones may have waited long for the last
+                os.utime(self._stamp(self.root, entry.file))
+
+    @contextmanager
+    def _locked(self, name: str) -> Iterator[None]:
+        """Holds a lock that all processes of the node share; the system frees it when the holder dies."""
+        path = self.root / "locks" / f"{name}.lock"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("w")
+        except OSError as error:
+            raise StorageError(
+                "The index cache folder cannot be written.",
+                where=str(self.root),
+                found=str(error),
+                remedy="Give another one with --set retrieval.cache_dir=FOLDER.",
+            ) from error
+        with file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    # --- verifying -------------------------------------------------------------------------------------------------
+
+    def _stamp(self, folder: Path, file: str) -> Path:
+        return self.root / "verified" / f"{_digest(str(folder.resolve() / file))}.json"
+
+    def _is_verified(self, folder: Path, entry: FileEntry) -> bool:
+        """Says whether a file is as a stamp says; if so the stamp's age begins anew."""
+        stamp = self._stamp(folder, entry.file)
+        try:
+            verified = json.loads(stamp.read_text()) == _state(folder / entry.file, entry)
+            if verified:
+                os.utime(stamp)  # and not the file, whose change time is in the stamp
+        except (OSError, ValueError):
+            return False
+        return verified
+
+    def _verify(self, folder: Path, entry: FileEntry) -> None:
+        if self._is_verified(folder, entry):
+            return
+        path = folder / entry.file
+        if not path.is_file():
+            raise IndexIntegrityError(
+                "A file of the index is missing.", where=str(path), remedy="Restore it, or rebuild the index."
+            )
+        check_file(path, entry)
+        storage.write_bytes(str(self._stamp(folder, entry.file)), json.dumps(_state(path, entry)).encode())
+
+    # --- downloading -----------------------------------------------------------------------------------------------
+
+    def _is_whole(self, entry: FileEntry) -> bool:
+        """Says whether the cache has a file; a damaged copy is deleted, because the published one may be whole."""
+        path = self.root / entry.file
+        if not path.exists():
+            return False
+        try:
+            self._verify(self.root, entry)
+        except IndexIntegrityError:
+            path.unlink()
+            return False
+        return True
+
+    def _download(self, index_uri: str, entry: FileEntry) -> None:
+        target = self.root / entry.file
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for attempt in range(1, _DOWNLOAD_ATTEMPTS + 1):
+            partial = self.root / "downloads" / uuid.uuid4().hex
+            try:
+                storage.download(storage.join(index_uri, entry.file), partial)
+                check_file(partial, entry)
+                with partial.open("rb") as file:  # the stamp must not outlive the content in a power failure
+                    os.fsync(file.fileno())
+                partial.replace(target)
+                break
+            except IndexIntegrityError:
+                if attempt == _DOWNLOAD_ATTEMPTS:
+                    raise
+            finally:
+                partial.unlink(missing_ok=True)
+        storage.write_bytes(str(self._stamp(self.root, entry.file)), json.dumps(_state(target, entry)).encode())
+
+    def _make_room(self, needed: int, keep: set[str]) -> None:
+        """Deletes files of other versions, those first that were not used for longest, until `needed` bytes fit."""
+        free = _free_bytes(self.root)
+        for last_used, path in self._deletable(keep) if free < needed else ():
+            if free >= needed or time.time() - last_used < _IN_USE_S:
+                break
+            self._stamp(self.root, str(path.relative_to(self.root))).unlink(missing_ok=True)
+            path.unlink()
+            free = _free_bytes(self.root)
+        if free < needed:
+            raise StorageError(
+                "The index does not fit on this node's disk.",
+                where=str(self.root),
+                expected=f"{needed} bytes free",
+                found=f"{free} bytes free",
+                remedy="Free some space, or give another folder with --set retrieval.cache_dir=FOLDER.",
+            )
+
+    def _deletable(self, keep: set[str]) -> list[tuple[float, Path]]:
+        """Lists the cache's files but those to keep with the time of their last use, longest ago first."""
+        found = []
+        for folder in (FILES_FOLDER, VERSIONS_FOLDER, _FORMER_FOLDER):
+            for path in (self.root / folder).rglob("*"):
+                name = str(path.relative_to(self.root))
+                if path.is_file() and name not in keep:
+                    stamp = self._stamp(self.root, name)
+                    found.append(((stamp if stamp.exists() else path).stat().st_mtime, path))
+        return sorted(found)
+
+
+def check_file(path: Path, entry: FileEntry) -> None:
+    """Checks a local file's size and sha256 against its manifest entry, and that it names no other file to faiss.
+
+    Raises:
+        IndexIntegrityError: It does not pass.
+    """
+    size = path.stat().st_size
+    if size != entry.bytes:
+        raise _damaged(path, f"{entry.bytes} bytes", f"{size} bytes")
+    digest, tail, keeps_lists_elsewhere = hashlib.sha256(), b"", False
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            keeps_lists_elsewhere |= _has_on_disk_lists(tail + chunk[:_SECTION_BYTES]) or _has_on_disk_lists(chunk)
+            tail = (tail + chunk[-_SECTION_BYTES:])[-_SECTION_BYTES:]
+    if digest.hexdigest() != entry.sha256:
+        raise _damaged(path, f"sha256 {entry.sha256}", f"sha256 {digest.hexdigest()}")
+    if keeps_lists_elsewhere:
+        raise IndexIntegrityError(
+            "A file of the index keeps its lists in another file, whose path it chooses itself.",
+            where=str(path),
+            expected="lists in the file itself",
+            found="on-disk inverted lists (ilod)",
+            remedy="Read it where it was built, and write it with lists in memory; or rebuild the index.",
+        )
+
+
+def _has_on_disk_lists(data: bytes) -> bool:
+    return _ON_DISK_LISTS.search(data) is not None
+
+
+def _state(path: Path, entry: FileEntry) -> list[object]:
+    status = path.stat()
+    return [entry.sha256, status.st_size, status.st_ino, status.st_ctime_ns]
+
+
+def _free_bytes(folder: Path) -> int:
+    return shutil.disk_usage(folder).free
+
+
+def _digest(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()[:32]
+
+
+def _damaged(path: Path, expected: str, found: str) -> IndexIntegrityError:
+    return IndexIntegrityError(
+        "A file of the index is damaged.",
+        where=str(path),
+        expected=expected,
+        found=found,
+        remedy="Restore it from where it was published, or rebuild the index.",
+    )

@@ -1,0 +1,233 @@
+"""What a search asks of an index, and the part of an index that one process holds.
+
+A part is every shard, or of an index too large for one machine a contiguous share of them. `retriever` searches over a
+part without knowing where it lies; `LocalPart` is the one of this process, memory-mapped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from smallcap.errors import ConfigError, ManifestError
+from smallcap.index.caption_store import CaptionStore
+from smallcap.index.faiss_index import is_lossy
+from smallcap.index.manifest import FileEntry, IndexManifest, ShardEntry
+from smallcap.index.node_cache import open_version_folder
+from smallcap.index.ranking import NOTHING, Ranking, merge_rankings
+from smallcap.index.vector_shard import VectorShard
+
+if TYPE_CHECKING:
+    from smallcap.index.gpu_search import GpuSearch
+
+
+class IndexPart(Protocol):
+    """Vectors and captions that a search can ask for; ids are global."""
+
+    @property
+    def backend(self) -> str:
+        """What searches: `cpu`, `gpu-exact` or `faiss-gpu`."""
+
+    @property
+    def k_factor(self) -> int:
+        """Candidates for each neighbour wanted; 1 where candidates are neighbours already."""
+
+    @property
+    def ranks_again(self) -> bool:
+        """Whether the candidates' scores are approximate, and `rank` has better ones."""
+
+    def candidates(self, queries: np.ndarray, count: int) -> Ranking:
+        """Returns [B, count] of the part's best, tombstones included, filled up with (-inf, -1)."""
+
+    def rank(self, queries: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """Scores ids [B, K] by their stored vectors; those that are -1 or another part's score -inf."""
+
+    def image_ids(self, caption_ids: np.ndarray) -> list[list[str]]:
+        """Returns for each id [n] the images that have this caption."""
+
+    def texts(self, caption_ids: np.ndarray) -> list[str]:
+        """Returns the text of each id [n]."""
+
+
+class LocalPart:
+    """The shards and captions that this process has mapped.
+
+    Args:
+        manifest: The index version's.
+        folder: Below which the files of its entries lie, verified.
+        partition: (i, n) takes the i-th of n contiguous shares.
+
+    Raises:
+        ManifestError: The manifest contradicts itself.
+        ConfigError: There are fewer shards than partitions.
+        IndexIntegrityError: A file contradicts its entry.
+    """
+
+    def __init__(self, manifest: IndexManifest, folder: Path, partition: tuple[int, int] = (0, 1)) -> None:
+        check_layout(manifest)
+        self.manifest = manifest
+        vectors = {entry.first_id: folder / entry.file for entry in manifest.vectors}
+        self.shards = [
+            VectorShard(
+                folder / entry.file, entry, manifest.index_key, manifest.dim, vectors_file=vectors.get(entry.first_id)
+            )
+            for entry in share_of(manifest.shards, partition)
+        ]
+        captions = share_of(manifest.captions, partition)
+        self.captions = CaptionStore([folder / entry.file for entry in captions], captions)
+        self._gpu: GpuSearch | None = None
+
+    @classmethod
+    def open(
+        cls, index_uri: str, manifest: IndexManifest, cache_dir: str, partition: tuple[int, int] = (0, 1)
+    ) -> LocalPart:
+        """Verifies the files of one partition, downloads those that this node lacks, and maps them.
+
+        Args:
+            index_uri: The index's folder or prefix.
+            manifest: The version's.
+            cache_dir: Where this node keeps copies of remote indexes and remembers what it has verified.
+            partition: (i, n) takes the i-th of n contiguous shares.
+
+        Raises:
+            ManifestError: The manifest contradicts itself.
+            ConfigError: There are fewer shards than partitions.
+            IndexIntegrityError: The files contradict the manifest.
+            StorageError: The store or the cache folder fails.
+        """
+        return cls(
+            manifest, open_version_folder(index_uri, manifest, cache_dir, files_of(manifest, partition)), partition
+        )
+
+    def use_gpu(self, device: str) -> None:
+        """Puts the vectors on a GPU, in the best way that fits beside what is there; nothing happens where none fits.
+
+        Args:
+            device: A CUDA device, on which the model is loaded already.
+        """
+        import torch
+
+        from smallcap.index.gpu_search import open_gpu_search
+
+        self._gpu = open_gpu_search(self.shards, self.manifest.nprobe, torch.device(device), self.rank)
+
+    @property
+    def backend(self) -> str:
+        """What searches: `cpu`, `gpu-exact` or `faiss-gpu`."""
+        return self._gpu.backend if self._gpu is not None else "cpu"
+
+    @property
+    def k_factor(self) -> int:
+        """Candidates for each neighbour wanted; 1 where candidates are neighbours already."""
+        return 1 if self._gpu is not None and self._gpu.exact else self.manifest.k_factor
+
+    @property
+    def ranks_again(self) -> bool:
+        """Whether the candidates' scores are approximate, and `rank` has better ones."""
+        return not self._gpu.exact if self._gpu is not None else bool(self.manifest.vectors)
+
+    def candidates(self, queries: np.ndarray, count: int) -> Ranking:
+        """Returns [B, count] of the part's best, tombstones included, filled up with (-inf, -1)."""
+        found = self._gpu.candidates(queries, count) if self._gpu is not None else None
+        if found is not None:
+            return found
+        nprobe = self.manifest.nprobe
+        assigned = self.shards[0].assign(queries, nprobe)  # the shards' lists have the same centroids
+        best = self.shards[0].candidates(queries, count, nprobe, assigned)
+        for shard in self.shards[1:]:
+            best = merge_rankings([best, shard.candidates(queries, count, nprobe, assigned)], count)
+        return best
+
+    def rank(self, queries: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """Scores ids [B, K] by their stored vectors; those that are -1 or another part's score -inf."""
+        scores = np.full(ids.shape, -np.inf, np.float32)
+        for shard in self.shards:
+            first_id = shard.entry.first_id
+            own = (ids >= first_id) & (ids < first_id + shard.entry.rows)
+            if own.any():
+                scores = np.where(own, shard.rank(queries, np.where(own, ids, NOTHING)), scores)
+        return scores
+
+    def image_ids(self, caption_ids: np.ndarray) -> list[list[str]]:
+        """Returns for each id [n] the images that have this caption."""
+        return self.captions.image_ids(caption_ids)
+
+    def texts(self, caption_ids: np.ndarray) -> list[str]:
+        """Returns the text of each id [n]."""
+        return self.captions.texts(caption_ids)
+
+
+def share_of(entries: Sequence[ShardEntry], partition: tuple[int, int]) -> Sequence[ShardEntry]:
+    """Returns one partition's contiguous share of shards, about as many rows as each other one's.
+
+    Raises:
+        ConfigError: There are fewer shards than partitions.
+    """
+    number, count = partition
+    if count > len(entries):
+        raise ConfigError(
+            "The index has fewer shards than partitions are asked for.",
+            where="retrieval.partitions",
+            expected=f"at most {len(entries)}",
+            found=str(count),
+            remedy="Ask for fewer partitions, or build the index with more --shards.",
+        )
+    rows = np.array([entry.rows for entry in entries])
+    middles = np.cumsum(rows) - rows / 2
+    starts = np.searchsorted(middles, rows.sum() * np.arange(count) / count).tolist()
+    for part in range(1, count):  # none is empty, however uneven the shards are
+        starts[part] = min(max(starts[part], starts[part - 1] + 1), len(entries) - (count - part))
+    bounds = list(pairwise([*starts, len(entries)]))
+    first, stop = bounds[number]
+    return entries[first:stop]
+
+
+def files_of(manifest: IndexManifest, partition: tuple[int, int] = (0, 1)) -> tuple[FileEntry, ...]:
+    """Returns the files that one partition reads: all but the template, of which every shard has a copy."""
+    shards = share_of(manifest.shards, partition)
+    first_ids = {entry.first_id for entry in shards}
+    vectors = [entry for entry in manifest.vectors if entry.first_id in first_ids]
+    removed = [manifest.removed] if manifest.removed else []
+    return (*shards, *vectors, *share_of(manifest.captions, partition), *removed)
+
+
+def check_layout(manifest: IndexManifest) -> None:
+    """Checks that shards and captions cover the ids from 0 without gap or overlap, and `vectors` what they must.
+
+    Raises:
+        ManifestError: They do not.
+    """
+    for name, entries in (("shards", manifest.shards), ("captions", manifest.captions)):
+        first_id = 0
+        for entry in entries:
+            if entry.first_id != first_id or not entry.rows:
+                raise ManifestError(
+                    f"The manifest's {name} do not cover contiguous ids.",
+                    where=entry.file,
+                    expected=f"rows from id {first_id}",
+                    found=f"{entry.rows} rows from id {entry.first_id}",
+                )
+            first_id += entry.rows
+        if first_id != manifest.id_count:
+            raise ManifestError(
+                "The manifest has not one caption for each vector.",
+                expected=f"{manifest.id_count} captions",
+                found=str(first_id),
+            )
+    wanted = _ranges(manifest.shards) if is_lossy(manifest.index_key) else []
+    if _ranges(manifest.vectors) != wanted:
+        raise ManifestError(
+            "The manifest's files of vectors do not fit its shards.",
+            where=manifest.index_key,
+            expected=f"{len(wanted)} files, with the shards' ids",
+            found=f"{len(manifest.vectors)} files",
+            remedy="Rebuild the index.",
+        )
+
+
+def _ranges(entries: Sequence[ShardEntry]) -> list[tuple[int, int]]:
+    return [(entry.first_id, entry.rows) for entry in entries]

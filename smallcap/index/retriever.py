@@ -1,0 +1,239 @@
+"""Nearest captions of query vectors over a published index; never imports Ray.
+
+Scores are inner products of unit vectors. A query's answer is a function of the query, its exclusion and the index:
+the first `k * k_factor` candidates that may be retrieved, in the order of their approximate scores, ranked again by
+their stored vectors where those are better, and cut to k. Neither the number of shards, nor where they lie, nor the
+other queries of the batch enter it; `vector_shard` says what faiss itself leaves of that.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from smallcap.config import SearchDevice
+from smallcap.errors import ConfigError, IndexIntegrityError, RunError
+from smallcap.index.caption_store import CaptionStore
+from smallcap.index.manifest import EncoderIdentity, IndexManifest, load_manifest
+from smallcap.index.node_cache import DEFAULT_CACHE_DIR, open_version_folder
+from smallcap.index.partition import IndexPart, LocalPart, files_of
+from smallcap.index.ranking import NOTHING, Attempted, Ranking, best_of, settle
+
+__all__ = ["Neighbour", "NeighbourSearch", "Retriever", "open_removed"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A caption near a query; `score` is the cosine."""
+
+    caption_id: int
+    text: str
+    score: float
+
+
+class NeighbourSearch:
+    """The nearest captions of image or text embeddings in one version of an index, wherever its shards lie.
+
+    Args:
+        manifest: The version's.
+        part: All of its vectors and captions.
+        removed: Sorted ids that are no longer retrieved.
+    """
+
+    def __init__(self, manifest: IndexManifest, part: IndexPart, removed: np.ndarray) -> None:
+        self.manifest = manifest
+        self.index_id = manifest.index_id
+        self.dim = manifest.dim
+        self._part = part
+        self._removed = removed
+
+    @property
+    def search_backend(self) -> str:
+        """What searches: `cpu`, `gpu-exact` or `faiss-gpu`."""
+        return self._part.backend
+
+    def search(
+        self, queries: np.ndarray, k: int, exclude_image_ids: Sequence[str | None] | None = None
+    ) -> list[list[Neighbour]]:
+        """Returns each query's k nearest captions, best first, ties by id.
+
+        Args:
+            queries: [B, dim] float32 unit vectors of the index's encoder.
+            k: Neighbours of each; fewer come back only when the lists that a query searches hold fewer that are
+                allowed.
+            exclude_image_ids: For each query an image whose own captions are left out, or `None`.
+
+        Raises:
+            RunError: The queries have another dimension, are not finite, or the exclusions another length.
+            IndexIntegrityError: The index returns ids that it does not have.
+        """
+        queries = self._check_queries(queries)
+        excluded = [None] * len(queries) if exclude_image_ids is None else list(exclude_image_ids)
+        if len(excluded) != len(queries):
+            raise RunError(
+                "There must be one excluded image id, or None, for each query.",
+                expected=str(len(queries)),
+                found=str(len(excluded)),
+            )
+        if k < 1 or not len(queries):
+            return [[] for _ in excluded]
+        k = min(k, self.manifest.id_count)
+        scores, ids = self._allowed_candidates(queries, k * self._part.k_factor, excluded)
+        if self._part.ranks_again:
+            scores, ids = best_of(self._part.rank(queries, ids), ids, k)
+        return self._neighbours(scores[:, :k], ids[:, :k])
+
+    def _check_queries(self, queries: np.ndarray) -> np.ndarray:
+        if queries.ndim != 2 or queries.shape[1] != self.dim:
+            raise RunError("Queries do not fit the index.", expected=f"[B, {self.dim}]", found=str(list(queries.shape)))
+        if not np.isfinite(queries).all():
+            raise RunError(
+                "A query vector has a value that is not finite.",
+                found=f"rows {np.flatnonzero(~np.isfinite(queries).all(axis=1))[:5].tolist()}",
+                remedy="Check the encoder's weights and precision.",
+            )
+        return np.ascontiguousarray(queries, dtype=np.float32)
+
+    def _allowed_candidates(self, queries: np.ndarray, wanted: int, excluded: Sequence[str | None]) -> Ranking:
+        """Returns each query's first candidates that may be retrieved: [B, wanted].
+
+        How many are fetched to find them depends on the query's own exclusion only, so that an index whose answer
+        depends on what it is asked for (HNSW) gives a query the same one in every batch.
+        """
+        total = self.manifest.id_count
+        own = np.array([image is not None for image in excluded])
+        live = max(1, total - len(self._removed))
+        first_fetch = -(-wanted * total // live)
+        scores = np.empty((len(queries), wanted), np.float32)
+        ids = np.empty((len(queries), wanted), np.int64)
+        for group, fetch in ((~own, first_fetch), (own, first_fetch + self.manifest.max_captions_per_image)):
+            members = np.flatnonzero(group)
+
+            def attempt(rows: np.ndarray, fetch: int, members: np.ndarray = members) -> Attempted:
+                near, found = self._part.candidates(queries[members[rows]], fetch)
+                allowed = self._allowed(found, [excluded[row] for row in members[rows]])
+                settled = (allowed.sum(axis=1) >= wanted) | (found[:, -1] == NOTHING) | (fetch == total)
+                kept_scores, kept_ids = np.where(allowed, near, -np.inf), np.where(allowed, found, NOTHING)
+                return settled, kept_scores[settled], kept_ids[settled]
+
+            scores[members], ids[members] = settle(len(members), wanted, fetch, total, attempt)
+        return scores, ids
+
+    def _allowed(self, ids: np.ndarray, excluded: Sequence[str | None]) -> np.ndarray:
+        """Says which of the ids [B, K] exist, are not removed, and are not captions of their query's own image."""
+        allowed = ids != NOTHING
+        if len(self._removed):
+            place = np.minimum(np.searchsorted(self._removed, ids), len(self._removed) - 1)
+            allowed &= self._removed[place] != ids
+        concerned = allowed & np.array([image is not None for image in excluded])[:, None]
+        rows, columns = np.nonzero(concerned)
+        if len(rows):
+            images = self._part.image_ids(ids[rows, columns])
+            allowed[rows, columns] = [excluded[row] not in own for row, own in zip(rows.tolist(), images, strict=True)]
+        return allowed
+
+    def _neighbours(self, scores: np.ndarray, ids: np.ndarray) -> list[list[Neighbour]]:
+        texts = iter(self._part.texts(ids[ids != NOTHING]))  # in row order, as the loop below
+        return [
+            [
+                Neighbour(caption_id, next(texts), score)
+                for caption_id, score in zip(ids[row].tolist(), scores[row].tolist(), strict=True)
+                if caption_id != NOTHING
+            ]
+            for row in range(len(ids))
+        ]
+
+
+class Retriever(NeighbourSearch):
+    """The nearest captions in an index whose files are all on this node, memory-mapped: its processes share the pages.
+
+    Use `open`.
+
+    Attributes:
+        captions: The index's texts.
+    """
+
+    def __init__(self, manifest: IndexManifest, folder: Path) -> None:
+        self._local = LocalPart(manifest, folder)
+        super().__init__(manifest, self._local, open_removed(manifest, folder))
+        self.captions: CaptionStore = self._local.captions
+
+    @classmethod
+    def open(
+        cls,
+        index_uri: str,
+        *,
+        encoder: EncoderIdentity | None = None,
+        cache_dir: str = DEFAULT_CACHE_DIR,
+        index_id: str | None = None,
+    ) -> Retriever:
+        """Opens a published index: manifest, encoder check, verified local files, memory maps, in this order.
+
+        Args:
+            index_uri: The index's folder or prefix.
+            encoder: Identity of the encoder that makes the queries; `None` only where nothing is searched.
+            cache_dir: Where this node keeps copies of remote indexes and remembers what it has verified.
+            index_id: A version other than the current one.
+
+        Raises:
+            ManifestError: There is no such index, or this release cannot read it.
+            IndexIntegrityError: Another encoder built it, or its files contradict its manifest.
+            StorageError: The store or the cache folder fails.
+        """
+        manifest = load_manifest(index_uri, index_id)
+        if encoder is not None:
+            manifest.check_encoder(encoder, where=index_uri)
+        return cls(manifest, open_version_folder(index_uri, manifest, cache_dir, files_of(manifest)))
+
+    def use_device(self, device: str, search_device: SearchDevice = "auto") -> None:
+        """Moves the search to the model's GPU where that is wanted and fits; call it when the model is loaded.
+
+        Args:
+            device: Where the model is.
+            search_device: `auto` takes a GPU that the model is on, and the CPU where the vectors do not fit beside
+                the model; `cuda` insists.
+
+        Raises:
+            ConfigError: `cuda` is asked for, and the model is not on a GPU or the vectors do not fit.
+        """
+        if search_device != "cpu" and device.startswith("cuda"):
+            self._local.use_gpu(device)
+        if search_device == "cuda" and self.search_backend == "cpu":
+            raise ConfigError(
+                "The index cannot be searched on the GPU.",
+                where="retrieval.search_device",
+                expected="a GPU with room for the index beside the model",
+                found=f"the model is on {device}",
+                remedy="Give --set retrieval.search_device=auto.",
+            )
+        _log.info("Searching the index with %s.", self.search_backend)
+
+
+def open_removed(manifest: IndexManifest, folder: Path) -> np.ndarray:
+    """Memory-maps the ids that are no longer retrieved; there may be none.
+
+    Raises:
+        IndexIntegrityError: The file is not what the manifest says.
+    """
+    if manifest.removed is None:
+        return np.empty(0, np.int64)
+    file = folder / manifest.removed.file
+    try:
+        removed = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise IndexIntegrityError("The removed ids cannot be read.", where=str(file), found=str(error)) from error
+    sound = removed.shape == (manifest.removed.rows,) and removed.dtype == np.int64
+    if not (sound and removed[0] >= 0 and removed[-1] < manifest.id_count and (np.diff(removed) > 0).all()):
+        raise IndexIntegrityError(
+            "The removed ids are not what the manifest says.",
+            where=str(file),
+            expected=f"{manifest.removed.rows} rising int64 ids below {manifest.id_count}",
+            found=f"{removed.dtype} {removed.shape}",
+        )
+    return np.asarray(removed)

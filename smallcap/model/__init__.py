@@ -1,0 +1,1 @@
+"""The model: encoders, decoders with cross-attention, their checkpoints, and the prompt."""

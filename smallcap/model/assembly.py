@@ -1,0 +1,212 @@
+"""A new SmallCap model from published parts: a CLIP vision tower, a language model, and new cross-attention.
+
+Both parts are read as transformers saves them, from the hub or from folders; what follows is a model like any other.
+
+Source: RitaRamo/smallcap train.py `get_model_and_auxiliaries`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import CLIPModel, CLIPVisionModel, GPT2LMHeadModel, OPTForCausalLM, PreTrainedModel, XGLMForCausalLM
+
+from smallcap.errors import CheckpointError, ConfigError
+from smallcap.model.checkpoint import DECODER_KINDS, SmallCapConfig, SmallCapModel
+from smallcap.model.files import resolve_folder, weights_file
+from smallcap.model.prompt import load_tokenizer
+from smallcap.storage import sha256_file
+
+if TYPE_CHECKING:
+    from smallcap.decoding.text_decoder import DecoderConfig
+
+# The sizes that the reference writes into a checkpoint's encoder config; transformers derives the rest.
+_VISION_SIZES = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("image_size", "patch_size", "hidden_act", "layer_norm_eps"),
+)
+_VISION_MODELS: dict[str, type[PreTrainedModel]] = {"clip": CLIPModel, "clip_vision_model": CLIPVisionModel}
+
+
+@dataclass(frozen=True)
+class LanguageModelKind:
+    """What transformers calls a language model, and the decoder that it becomes."""
+
+    decoder: str  # a key of DECODER_KINDS
+    model: type[PreTrainedModel]
+
+
+LANGUAGE_MODELS = {
+    "gpt2": LanguageModelKind("this_gpt2", GPT2LMHeadModel),
+    "opt": LanguageModelKind("this_opt", OPTForCausalLM),
+    "xglm": LanguageModelKind("this_xglm", XGLMForCausalLM),
+}
+
+
+def join_frozen_parts(
+    vision_encoder: str,
+    decoder: str,
+    reduce_factor: int = 4,
+    retrieval_encoder: str = "",
+    k: int = 4,
+    eos_token: str = ".",
+    pad_token: str = "!",
+    seed: int = 0,
+) -> SmallCapModel:
+    """Joins a vision encoder and a language model; the cross-attention between them is new.
+
+    Args:
+        vision_encoder: Folder or hub id of a CLIP of transformers, whole or its vision tower alone.
+        decoder: Folder or hub id of a GPT-2, OPT or XGLM.
+        reduce_factor: By how much the cross-attention is narrower than the decoder's heads.
+        retrieval_encoder: Spec that the checkpoint names for its retrieval.
+        k: Captions that the model is to be prompted with; 0 makes one without retrieval.
+        eos_token: Of the decoder's vocabulary; ends a caption.
+        pad_token: Of the decoder's vocabulary; fills batches.
+        seed: Of the cross-attention's initial weights.
+
+    Returns:
+        The model in float32 on the CPU, in eval mode, all parameters frozen.
+
+    Raises:
+        CheckpointError: A part cannot be found, is of an unknown kind, or incomplete.
+        ConfigError: The parts or the reduce factor do not fit.
+    """
+    vision, vision_config = _load_vision(vision_encoder)
+    language_model, kind = _load_language_model(decoder)
+    values = language_model.config.to_dict() | {
+        "encoder_hidden_size": vision_config["hidden_size"],
+        "cross_attention_reduce_factor": reduce_factor,
+    }
+    parsed = DECODER_KINDS[kind].parse_config(values)
+    _check_sizes(parsed, vision_config["hidden_size"])
+    tokenizer = load_tokenizer(decoder)
+    vocabulary = tokenizer.get_vocab()
+    config = SmallCapConfig(
+        encoder={"vision_config": {"model_type": "clip_vision_model", **vision_config}},
+        decoder=parsed,
+        eos_token_id=_token_id(vocabulary, eos_token, decoder),
+        pad_token_id=_token_id(vocabulary, pad_token, decoder),
+        k=k or 4,
+        rag=k > 0,
+        retrieval_encoder=retrieval_encoder,
+        bos_token_id=language_model.config.bos_token_id if DECODER_KINDS[kind].prompts_start_with_bos else None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = SmallCapModel(config)
+    model.encoder.transformer.load_state_dict(vision.state_dict())
+    _fill_decoder(model, language_model, decoder)
+    model.model_id = parts_id(vision_encoder, decoder)
+    return model.eval().requires_grad_(False)
+
+
+def parts_id(vision_encoder: str, decoder: str) -> str:
+    """Returns what tells two parts from others: names and the first digits of their weights' sha256.
+
+    Raises:
+        CheckpointError: One of them cannot be found.
+    """
+    names = []
+    for source, demo_part in ((vision_encoder, "clip"), (decoder, "smallcap")):
+        folder = resolve_folder(source, demo_part)
+        name = folder.name if Path(source).is_dir() else source
+        names.append(f"{name}@{sha256_file(weights_file(folder))[:12]}")
+    return " + ".join(names)
+
+
+def _load_vision(source: str) -> tuple[nn.Module, dict[str, Any]]:
+    """Returns a CLIP's vision tower and its sizes."""
+    folder = resolve_folder(source, demo_part="clip")
+    loaded = _load(_VISION_MODELS[_model_type(folder, source, _VISION_MODELS)], folder, source)
+    config = getattr(loaded.config, "vision_config", loaded.config)
+    tower = cast("nn.Module", getattr(loaded, "vision_model", loaded))  # not nested in the newest transformers
+    return tower, {name: getattr(config, name) for name in _VISION_SIZES}
+
+
+def _load_language_model(source: str) -> tuple[PreTrainedModel, str]:
+    """Returns a language model of transformers, and the kind of decoder that it becomes."""
+    folder = resolve_folder(source, demo_part="smallcap")
+    kind = LANGUAGE_MODELS[_model_type(folder, source, LANGUAGE_MODELS)]
+    return _load(kind.model, folder, source), kind.decoder
+
+
+def _model_type(folder: Path, source: str, known: dict[str, Any]) -> str:
+    try:
+        found = json.loads((folder / "config.json").read_bytes())["model_type"]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            "This folder holds no model of transformers.",
+            where=source,
+            expected="config.json with a model_type",
+            found=f"{type(error).__name__}: {error}",
+        ) from error
+    if found not in known:
+        raise CheckpointError(
+            "The part is of a kind that cannot be used here.", where=source, expected=" or ".join(known), found=found
+        )
+    return str(found)
+
+
+def _load(kind: type[PreTrainedModel], folder: Path, source: str) -> PreTrainedModel:
+    """Loads a model of transformers whole: it would make up weights that are missing."""
+    weights_file(folder)
+    try:
+        model, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise CheckpointError("The part cannot be loaded.", where=source, found=str(error)) from error
+    if missing := sorted(info["missing_keys"]):
+        raise CheckpointError(
+            "The part's weights are incomplete.", where=source, found=f"{len(missing)} missing, as {missing[0]}"
+        )
+    return cast("PreTrainedModel", model)
+
+
+def _check_sizes(decoder: DecoderConfig, vision_hidden_size: int) -> None:
+    if decoder.encoder_hidden_size != vision_hidden_size:
+        raise ConfigError(
+            "The vision encoder does not fit this kind of decoder.",
+            where=decoder.model_type,
+            expected=f"hidden size {decoder.encoder_hidden_size}, which the reference fixes for OPT and XGLM",
+            found=str(vision_hidden_size),
+            remedy="Take a ViT-B, or a GPT-2.",
+        )
+    if decoder.head_dim % decoder.cross_attention_reduce_factor:
+        raise ConfigError(
+            "The reduce factor does not divide the decoder's head size.",
+            where="reduce_factor",
+            expected=f"a divisor of {decoder.head_dim}",
+            found=str(decoder.cross_attention_reduce_factor),
+        )
+
+
+def _fill_decoder(model: SmallCapModel, language_model: PreTrainedModel, source: str) -> None:
+    """Copies the language model's weights; all that is new must belong to the cross-attention."""
+    tensors = language_model.state_dict()
+    head = tensors.pop("lm_head.weight")
+    outcome = model.decoder.load_state_dict(tensors, strict=False)
+    new = [name for name in outcome.missing_keys if "cross" not in name and "encoder_attn" not in name]
+    if new or outcome.unexpected_keys:
+        raise CheckpointError(
+            "The language model has other weights than its config says.",
+            where=source,
+            found=", ".join([*new, *outcome.unexpected_keys][:3]),
+        )
+    if not torch.equal(head, model.decoder.token_embedding):
+        raise CheckpointError(
+            "The output embedding differs from the input embedding.", where=source, expected="tied embeddings"
+        )
+
+
+def _token_id(vocabulary: dict[str, int], token: str, source: str) -> int:
+    if token not in vocabulary:
+        raise ConfigError(
+            "The decoder's vocabulary has no such token.", where=source, expected="one of its tokens", found=token
+        )
+    return vocabulary[token]

@@ -1,0 +1,356 @@
+"""SmallCap checkpoints: loaded and saved in the reference's layout.
+
+A checkpoint is a folder with `config.json` (model type `smallcap`, an `encoder` and a `decoder` config) and its weights
+as `model.safetensors` or `pytorch_model.bin`, tensors named `encoder.*` and `decoder.*`, and usually the decoder's
+tokenizer. What smallcap stores beyond the reference (the prompt's words, decoding defaults) lies under the config's key
+`generation`, which the reference ignores. Nothing in a checkpoint is executed.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from smallcap.config import GenerationConfig
+from smallcap.decoding.beam_search import BeamSearch
+from smallcap.decoding.cuda_graphs import PROMPT_MULTIPLE, STEPS_PER_GRAPH, GraphStepper
+from smallcap.decoding.engine import Generated, generate
+from smallcap.decoding.packed_linear import pack_linears
+from smallcap.decoding.sampling import Sampling
+from smallcap.decoding.strategy import GenerationOptions, SamplingOptions
+from smallcap.decoding.text_decoder import DecoderConfig, TextDecoder
+from smallcap.errors import CheckpointError, ConfigError
+from smallcap.model.clip_encoder import VisionEncoder
+from smallcap.model.files import resolve_folder, weights_file
+from smallcap.model.gpt2 import GPT2Decoder, dump_gpt2_config, parse_gpt2_config
+from smallcap.model.opt import OPTDecoder, dump_opt_config, parse_opt_config
+from smallcap.model.prompt import PromptTemplate
+from smallcap.model.xglm import XGLMDecoder, dump_xglm_config, parse_xglm_config
+from smallcap.storage import sha256_file
+
+
+@dataclass(frozen=True)
+class DecoderKind:
+    """How one kind of decoder is read, built and written, and which hub tokenizer it was published with."""
+
+    parse_config: Callable[[dict[str, Any]], DecoderConfig]
+    build: Callable[[DecoderConfig], TextDecoder]
+    dump_config: Callable[[DecoderConfig], dict[str, Any]]
+    hub_tokenizer: str
+    prompts_start_with_bos: bool = False
+
+
+DECODER_KINDS = {
+    "this_gpt2": DecoderKind(parse_gpt2_config, GPT2Decoder, dump_gpt2_config, "gpt2"),
+    "this_opt": DecoderKind(
+        parse_opt_config, OPTDecoder, dump_opt_config, "facebook/opt-125m", prompts_start_with_bos=True
+    ),
+    "this_xglm": DecoderKind(parse_xglm_config, XGLMDecoder, dump_xglm_config, "facebook/xglm-564M"),
+}
+
+# Written by transformers 4.21 and derived from the sizes: causal masks and position indices.
+_DERIVED_TENSORS = (
+    ".attn.bias",
+    ".attn.masked_bias",
+    ".crossattention.bias",
+    ".crossattention.masked_bias",
+    ".embeddings.position_ids",
+    ".embed_positions.weights",  # XGLM's sinusoids
+)
+
+
+@dataclass(frozen=True)
+class SmallCapConfig:
+    """All that a checkpoint says beside its weights."""
+
+    encoder: dict[str, Any]  # transformers' CLIP config: either the whole model's, or the vision tower's
+    decoder: DecoderConfig
+    eos_token_id: int
+    pad_token_id: int
+    k: int = 4
+    rag: bool = True
+    retrieval_encoder: str = ""
+    bos_token_id: int | None = None  # what prompts start with; None for decoders that were trained without
+    num_beams: int = 3
+    max_new_tokens: int = 25
+    length_penalty: float = 0.0
+    template: PromptTemplate = field(default_factory=PromptTemplate)
+
+    @property
+    def vision(self) -> dict[str, Any]:
+        """The vision tower's part of the encoder config."""
+        vision: dict[str, Any] = self.encoder.get("vision_config") or self.encoder
+        return vision
+
+
+class SmallCapModel(nn.Module):
+    """A frozen vision encoder and a frozen text decoder, joined by trained cross-attention.
+
+    Attributes:
+        model_id: See `checkpoint_id`.
+    """
+
+    def __init__(self, config: SmallCapConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = VisionEncoder(config.vision)
+        self.decoder = DECODER_KINDS[config.decoder.model_type].build(config.decoder)
+        self.model_id = "untrained"
+        self._graph_stepper: GraphStepper | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' precision."""
+        return next(self.parameters()).dtype
+
+    @torch.inference_mode()
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
+        """Encodes [B, 3, S, S] normalised pixels as the [B, P, Hv] hidden states that cross-attention reads."""
+        hidden_states, _ = self.encoder(pixel_values.to(self.device, self.dtype))
+        return hidden_states
+
+    def pack(self) -> None:
+        """Lays the weights out for this CPU, where that can be done; the model is then good for inference only."""
+        pack_linears(self.encoder)
+        self.decoder.pack()
+
+    def generation_options(self, wanted: GenerationConfig) -> GenerationOptions:
+        """Returns how to decode: as `wanted`, and as the checkpoint says where that leaves something out.
+
+        Raises:
+            ConfigError: More captions are wanted than beams can give.
+        """
+        own = self.config
+        num_beams = own.num_beams if wanted.num_beams is None else wanted.num_beams
+        if wanted.num_captions > num_beams and not wanted.do_sample:
+            raise ConfigError(
+                "There cannot be more captions per image than beams.",
+                where="generation.num_captions",
+                expected=f"at most {num_beams}",
+                found=str(wanted.num_captions),
+                remedy="Raise generation.num_beams, or set generation.do_sample.",
+            )
+        return GenerationOptions(
+            num_beams=num_beams,
+            max_new_tokens=own.max_new_tokens if wanted.max_new_tokens is None else wanted.max_new_tokens,
+            length_penalty=own.length_penalty if wanted.length_penalty is None else wanted.length_penalty,
+            eos_token_id=own.eos_token_id,
+            pad_token_id=own.pad_token_id,
+            no_repeat_ngram_size=wanted.no_repeat_ngram_size,
+            num_captions=wanted.num_captions,
+            strategy=Sampling if wanted.do_sample else BeamSearch,
+            sampling=SamplingOptions(wanted.temperature, wanted.top_p, wanted.seed),
+        )
+
+    def generate(
+        self,
+        encoder_hidden_states: Tensor,
+        prompts: Sequence[Sequence[int]],
+        options: GenerationOptions | None = None,
+        keys: Sequence[int] | None = None,
+    ) -> list[list[Generated]]:
+        """Generates captions; on a GPU in recorded steps.
+
+        Args:
+            encoder_hidden_states: [B, P, Hv].
+            prompts: B lists of token ids, of any lengths of at least 1.
+            options: By default the checkpoint's.
+            keys: B int64 numbers that tell images apart when sampling; by default their places in the batch.
+
+        Returns:
+            For each image its captions, best first, without the prompts.
+        """
+        options = options or self.generation_options(GenerationConfig())
+        hidden_states = encoder_hidden_states.to(self.device, self.dtype)
+        if self.device.type != "cuda":
+            return generate(self.decoder, hidden_states, prompts, options, keys)
+        self._graph_stepper = self._graph_stepper or GraphStepper()
+        return generate(
+            self.decoder, hidden_states, prompts, options, keys, self._graph_stepper, STEPS_PER_GRAPH, PROMPT_MULTIPLE
+        )
+
+
+def load_checkpoint(source: str, device: str = "cpu", dtype: str = "float32") -> SmallCapModel:
+    """Loads a SmallCap checkpoint for inference.
+
+    Args:
+        source: `demo`, a folder, or a Hugging Face id such as `Yova/SmallCap7M`.
+        device: A torch device.
+        dtype: `float32`, `bfloat16` or `float16`.
+
+    Returns:
+        The model in eval mode, all parameters frozen.
+
+    Raises:
+        CheckpointError: It is missing, incomplete, of an unknown kind, or would need code to be executed.
+    """
+    folder = resolve_folder(source, demo_part="smallcap")
+    model = SmallCapModel(load_config(folder))
+    path = weights_file(folder)
+    load_weights(model, _read_tensors(path), str(path))
+    model.model_id = checkpoint_id(source)
+    return model.to(device=torch.device(device), dtype=getattr(torch, dtype)).eval().requires_grad_(False)
+
+
+def checkpoint_id(source: str) -> str:
+    """Returns a checkpoint's id: its name and the first digits of its weights' sha256; the weights are not loaded."""
+    name = Path(source).name if Path(source).is_dir() else source
+    return f"{name}@{sha256_file(weights_file(resolve_folder(source, demo_part='smallcap')))[:12]}"
+
+
+def load_config(folder: Path) -> SmallCapConfig:
+    """Reads a checkpoint folder's `config.json`.
+
+    Raises:
+        CheckpointError: It is missing, not a SmallCap config, or of an unknown decoder kind.
+    """
+    path = folder / "config.json"
+    try:
+        values = json.loads(path.read_bytes())
+        kind = values["decoder"]["model_type"]
+        if values["model_type"] != "smallcap":
+            raise CheckpointError(
+                "This is not a SmallCap checkpoint.", where=str(path), expected="smallcap", found=values["model_type"]
+            )
+        if kind not in DECODER_KINDS:
+            raise CheckpointError(
+                "The checkpoint has a decoder of an unknown kind.",
+                where=str(path),
+                expected=", ".join(DECODER_KINDS),
+                found=kind,
+            )
+        own = values.get("generation", {})
+        config = SmallCapConfig(
+            encoder=values["encoder"],
+            decoder=DECODER_KINDS[kind].parse_config(values["decoder"]),
+            eos_token_id=values["eos_token_id"],
+            pad_token_id=values["pad_token_id"],
+            k=values.get("k", 4),
+            rag=values.get("rag", True),
+            retrieval_encoder=values.get("retrieval_encoder", ""),
+            bos_token_id=values["decoder"]["bos_token_id"] if DECODER_KINDS[kind].prompts_start_with_bos else None,
+        )
+        return replace(config, **{**own, "template": PromptTemplate(**own.get("template", {}))})
+    except FileNotFoundError as error:
+        raise CheckpointError("The checkpoint has no config.json.", where=str(folder)) from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            "The checkpoint's config.json is malformed.", where=str(path), found=f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def load_weights(model: SmallCapModel, tensors: dict[str, Tensor], where: str) -> None:
+    """Fills a model with a checkpoint's tensors, named as in the reference's layout.
+
+    Raises:
+        CheckpointError: Tensors are missing, unknown or of other shapes, or the output embedding is not tied.
+    """
+    given = {name: tensor for name, tensor in tensors.items() if not name.endswith(_DERIVED_TENSORS)}
+    head = given.pop("decoder.lm_head.weight", None)
+    expected = _reference_names(model)
+    _check_fit(expected, given, where)
+    with torch.no_grad():
+        for name, parameter in expected.items():
+            parameter.copy_(given[name])
+    embedding = next(tensor for name, tensor in given.items() if name.endswith(("wte.weight", "embed_tokens.weight")))
+    if head is not None and not torch.equal(head, embedding):
+        raise CheckpointError(
+            "The output embedding differs from the input embedding.",
+            where=where,
+            expected="tied embeddings, as in every published SmallCap",
+        )
+
+
+def _check_fit(expected: dict[str, Tensor], given: dict[str, Tensor], where: str) -> None:
+    missing = sorted(expected.keys() - given.keys())
+    unknown = sorted(given.keys() - expected.keys())
+    misfits = [n for n in sorted(expected.keys() & given.keys()) if expected[n].shape != given[n].shape]
+    found = [
+        f"{len(names)} {what}, as {names[0]}" for what, names in (("missing", missing), ("unknown", unknown)) if names
+    ]
+    found += [f"{name} of shape {tuple(given[name].shape)}, not {tuple(expected[name].shape)}" for name in misfits[:3]]
+    if found:
+        raise CheckpointError(
+            "The checkpoint's tensors do not fit its config.",
+            where=where,
+            expected=f"{len(expected)} tensors",
+            found="; ".join(found),
+        )
+
+
+def save_checkpoint(model: SmallCapModel, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Writes a checkpoint that the reference and `load_checkpoint` can load; the tokenizer is the caller's to add."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config, kind = model.config, DECODER_KINDS[model.config.decoder.model_type]
+    bos = config.bos_token_id
+    values = {
+        "architectures": ["SmallCap"],
+        "model_type": "smallcap",
+        "is_encoder_decoder": True,
+        "tie_word_embeddings": False,
+        "encoder": {"model_type": "clip", **config.encoder},
+        "decoder": kind.dump_config(config.decoder) | ({} if bos is None else {"bos_token_id": bos}),
+        "eos_token_id": config.eos_token_id,
+        "pad_token_id": config.pad_token_id,
+        "vocab_size": config.decoder.vocab_size,
+        "max_length": config.max_new_tokens,
+        "k": config.k,
+        "rag": config.rag,
+        "retrieval_encoder": config.retrieval_encoder,
+        "generation": {
+            "num_beams": config.num_beams,
+            "max_new_tokens": config.max_new_tokens,
+            "length_penalty": config.length_penalty,
+            "template": asdict(config.template),
+        },
+    }
+    tensors = {name: t.detach().to("cpu", dtype).contiguous() for name, t in _reference_names(model).items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+
+
+def tokenizer_source(source: str) -> str:
+    """Returns where a checkpoint's tokenizer is: its own folder, or the hub tokenizer its decoder was trained with."""
+    folder = resolve_folder(source, demo_part="smallcap")
+    if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer_config.json")):
+        return str(folder)
+    decoder = json.loads((folder / "config.json").read_bytes())["decoder"]
+    return decoder.get("_name_or_path") or DECODER_KINDS[decoder["model_type"]].hub_tokenizer
+
+
+def _reference_names(model: SmallCapModel) -> dict[str, Tensor]:
+    """Returns the model's tensors under the reference's names."""
+    encoder: dict[str, Tensor] = {
+        f"encoder.{name}": tensor for name, tensor in model.encoder.transformer.named_parameters()
+    }
+    return encoder | {f"decoder.{name}": tensor for name, tensor in model.decoder.named_parameters()}
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        tensors: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return dict(tensors)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            "The weights file holds more than tensors, and is not unpickled.",
+            where=str(path),
+            remedy="Convert it to safetensors where you trust it.",
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+        raise CheckpointError("The weights file is damaged.", where=str(path), found=str(error)) from error

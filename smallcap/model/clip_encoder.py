@@ -1,0 +1,358 @@
+"""The two roles of CLIP: a vision encoder that feeds cross-attention, a retrieval encoder that embeds for search.
+
+A retrieval encoder comes from transformers (`hf:ID-OR-PATH`) or from open_clip (`open_clip:MODEL/PRETRAINED-OR-PATH`,
+also `open_clip:hf-hub:ID` and `open_clip:local-dir:FOLDER`); `demo` is the demo's own. Its identity, the checksum of
+its weights, ties an index to the only encoder whose queries it can answer, and is known before any model is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoTokenizer, CLIPModel, CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from smallcap.decoding.packed_linear import pack_linears
+from smallcap.errors import CheckpointError, ConfigError
+from smallcap.images.decode import Preprocessing
+from smallcap.index.manifest import EncoderIdentity
+from smallcap.model.files import DEMO, resolve_folder, weights_file
+from smallcap.storage import sha256_file
+
+_TEXT_BATCH = 256
+
+
+def normalise_pixels(pixels: Tensor, preprocessing: Preprocessing, dtype: torch.dtype) -> Tensor:
+    """Turns [B, S, S, 3] uint8 pixels into an encoder's [B, 3, S, S] `pixel_values`, on the pixels' device."""
+    mean = torch.tensor(preprocessing.mean, device=pixels.device) * 255
+    std = torch.tensor(preprocessing.std, device=pixels.device) * 255
+    return ((pixels.float() - mean) / std).permute(0, 3, 1, 2).to(dtype)
+
+
+def vision_preprocessing(config: dict[str, Any]) -> Preprocessing:
+    """Returns what transformers' CLIP wants its images to be, from its vision config."""
+    return Preprocessing(size_px=config.get("image_size", 224))
+
+
+class VisionEncoder(nn.Module):
+    """CLIP's vision transformer in the role that feeds cross-attention.
+
+    Attributes:
+        transformer: The model of transformers; its state dict has the names of the reference's `encoder.*` tensors.
+        preprocessing: What its pixels must look like.
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        model = CLIPVisionModel(CLIPVisionConfig(**config))
+        self.transformer: nn.Module = getattr(model, "vision_model", model)  # nested before transformers 5.20
+        self.preprocessing = vision_preprocessing(config)
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Encodes images.
+
+        Args:
+            pixel_values: [B, 3, S, S], normalised, on the model's device and in its dtype.
+
+        Returns:
+            All tokens before the last layer norm [B, P, Hv], which cross-attention reads, and the normalised class
+            token [B, Hv], which a retrieval encoder of the same weights projects.
+        """
+        outputs = self.transformer(pixel_values=pixel_values)
+        return outputs.last_hidden_state, outputs.pooler_output
+
+
+class RetrievalEncoder(ABC):
+    """Embeds images and texts as unit vectors of one space."""
+
+    def __init__(self, identity: EncoderIdentity, preprocessing: Preprocessing, device: torch.device) -> None:
+        self.identity = identity
+        self.preprocessing = preprocessing
+        self.device = device
+
+    @property
+    def dim(self) -> int:
+        """Length of an embedding."""
+        return self.identity.dim
+
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
+        """Embeds [B, 3, S, S] normalised pixels as [B, dim] float32 unit vectors."""
+        with torch.inference_mode():
+            return F.normalize(self._image_features(pixel_values).float(), dim=-1)
+
+    def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Embeds texts as a [N, dim] float32 array of unit vectors."""
+        parts = [np.zeros((0, self.dim), np.float32)]
+        with torch.inference_mode():
+            for start in range(0, len(texts), _TEXT_BATCH):
+                features = self._text_features(list(texts[start : start + _TEXT_BATCH]))
+                parts.append(F.normalize(features.float(), dim=-1).cpu().numpy())
+        return np.concatenate(parts)
+
+    def share_weights_with(self, vision_encoder: VisionEncoder) -> bool:
+        """Uses the vision encoder's weights for images when they are the same; `project` then replaces a second pass.
+
+        Returns:
+            Whether the weights are the same.
+        """
+        return False
+
+    def project(self, class_token: Tensor) -> Tensor:
+        """Embeds images from a weight-sharing vision encoder's [B, Hv] class token, as `encode_images` would."""
+        raise NotImplementedError
+
+    def pack(self) -> None:  # noqa: B027 - open_clip's attention reads its layers' weights itself, so they must stay
+        """Lays the weights out for this CPU, where that can be done; the encoder then embeds as before."""
+
+    @property
+    @abstractmethod
+    def vision_tower(self) -> nn.Module:
+        """The part that sees images."""
+
+    @abstractmethod
+    def _image_features(self, pixel_values: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _text_features(self, texts: list[str]) -> Tensor: ...
+
+
+class HFRetrievalEncoder(RetrievalEncoder):
+    """A `CLIPModel` folder of transformers."""
+
+    def __init__(self, folder: Path, identity: EncoderIdentity, device: torch.device, dtype: torch.dtype) -> None:
+        transformers_logging.disable_progress_bar()  # "Loading weights", in every actor
+        self._model = CLIPModel.from_pretrained(folder, dtype=dtype).eval().to(device)
+        tokenizer_file = folder / "tokenizer.json"
+        if tokenizer_file.is_file() and not (folder / "vocab.json").is_file():
+            self._tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(folder)
+        else:
+            self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        self._max_tokens = self._model.config.text_config.max_position_embeddings
+        super().__init__(identity, vision_preprocessing(self._model.config.vision_config.to_dict()), device)
+
+    def share_weights_with(self, vision_encoder: VisionEncoder) -> bool:
+        """Drops this model's own vision tower when its weights are the vision encoder's."""
+        mine = self._model.vision_model
+        other = vision_encoder.transformer
+        if not _same_tensors(mine.state_dict(), other.state_dict()):
+            return False
+        self._model.vision_model = other
+        return True
+
+    def project(self, class_token: Tensor) -> Tensor:
+        """Embeds images from the vision encoder's [B, Hv] normalised class token, as [B, dim] float32 unit vectors."""
+        with torch.inference_mode():
+            return F.normalize(self._model.visual_projection(class_token).float(), dim=-1)
+
+    def pack(self) -> None:
+        """Lays the weights out for this CPU, where that can be done; the encoder then embeds as before."""
+        pack_linears(self._model)
+
+    @property
+    def vision_tower(self) -> nn.Module:
+        """The part that sees images."""
+        return cast("nn.Module", self._model.vision_model)
+
+    def _image_features(self, pixel_values: Tensor) -> Tensor:
+        class_token = self._model.vision_model(pixel_values=pixel_values).pooler_output
+        return self._model.visual_projection(class_token)
+
+    def _text_features(self, texts: list[str]) -> Tensor:
+        inputs = self._tokenizer(
+            texts, padding=True, truncation=True, max_length=self._max_tokens, return_tensors="pt"
+        ).to(self.device)
+        outputs = self._model.text_model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        return self._model.text_projection(outputs.pooler_output)
+
+
+class OpenCLIPRetrievalEncoder(RetrievalEncoder):
+    """A model of open_clip: a built-in architecture with pretrained weights, or a folder or hub id with its config."""
+
+    def __init__(
+        self, name: str, pretrained: str | None, identity: EncoderIdentity, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        import open_clip
+
+        precision = {torch.float32: "fp32", torch.bfloat16: "pure_bf16", torch.float16: "pure_fp16"}[dtype]
+        self._model: Any = open_clip.create_model(
+            name,
+            pretrained=pretrained,
+            precision=precision,
+            device=device,
+            force_quick_gelu=_open_clip_tag(name, pretrained).get("quick_gelu", False),
+            require_pretrained=True,
+        ).eval()
+        self._model.visual.to(memory_format=torch.channels_last)  # as the pixels come; convolutions want it on a GPU
+        self._tokenizer = open_clip.get_tokenizer(name)
+        super().__init__(identity, _open_clip_preprocessing(name, pretrained), device)
+
+    @property
+    def vision_tower(self) -> nn.Module:
+        """The part that sees images."""
+        return cast("nn.Module", self._model.visual)
+
+    def _image_features(self, pixel_values: Tensor) -> Tensor:
+        return self._model.encode_image(pixel_values)
+
+    def _text_features(self, texts: list[str]) -> Tensor:
+        return self._model.encode_text(self._tokenizer(texts).to(self.device))
+
+
+def resolve_encoder_identity(spec: str) -> EncoderIdentity:
+    """Returns the identity of a retrieval encoder without loading its model.
+
+    Raises:
+        ConfigError: The spec has no known form.
+        CheckpointError: What it names cannot be found.
+    """
+    backend, name, pretrained = _parse_spec(spec)
+    if backend == "hf":
+        folder = resolve_folder(name, demo_part="clip")
+        weights, dim = weights_file(folder), _read_json(folder / "config.json").get("projection_dim", 512)
+    else:
+        dim = _open_clip_config(name)["embed_dim"]
+        weights = _open_clip_weights(name, pretrained, spec)
+    return EncoderIdentity(spec=spec, weights_sha256=sha256_file(weights), dim=dim)
+
+
+def load_preprocessing(spec: str) -> Preprocessing:
+    """Returns what a retrieval encoder wants its images to be, without loading its model.
+
+    Raises:
+        ConfigError: The spec has no known form.
+        CheckpointError: What it names cannot be found.
+    """
+    backend, name, pretrained = _parse_spec(spec)
+    if backend == "open_clip":
+        return _open_clip_preprocessing(name, pretrained)
+    return vision_preprocessing(_read_json(resolve_folder(name, demo_part="clip") / "config.json")["vision_config"])
+
+
+def load_retrieval_encoder(spec: str, device: str = "cpu", dtype: str = "float32") -> RetrievalEncoder:
+    """Loads a retrieval encoder.
+
+    Args:
+        spec: `demo`, `hf:ID-OR-PATH`, or `open_clip:MODEL/PRETRAINED-OR-PATH`.
+        device: A torch device.
+        dtype: `float32`, `bfloat16` or `float16`.
+
+    Raises:
+        ConfigError: The spec has no known form.
+        CheckpointError: What it names cannot be found or is no CLIP model.
+    """
+    identity = resolve_encoder_identity(spec)
+    backend, name, pretrained = _parse_spec(spec)
+    torch_device, torch_dtype = torch.device(device), getattr(torch, dtype)
+    try:
+        if backend == "hf":
+            return HFRetrievalEncoder(resolve_folder(name, demo_part="clip"), identity, torch_device, torch_dtype)
+        return OpenCLIPRetrievalEncoder(name, pretrained, identity, torch_device, torch_dtype)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise CheckpointError("The retrieval encoder cannot be loaded.", where=spec, found=str(error)) from error
+
+
+def _parse_spec(spec: str) -> tuple[Literal["hf", "open_clip"], str, str | None]:
+    """Splits a spec into backend, model name and open_clip's pretrained tag or path."""
+    if spec == DEMO:
+        return "hf", DEMO, None
+    backend, colon, name = spec.partition(":")
+    if colon and name and backend == "hf":
+        return "hf", name, None
+    if colon and name and backend == "open_clip":
+        if name.startswith(("hf-hub:", "local-dir:")):
+            return "open_clip", name, None
+        model, slash, pretrained = name.partition("/")
+        if slash and pretrained:
+            return "open_clip", model, pretrained
+    raise ConfigError(
+        "This is no retrieval encoder spec.",
+        where=spec,
+        expected="demo, hf:ID-OR-PATH, or open_clip:MODEL/PRETRAINED-OR-PATH",
+        remedy="For the paper's encoder write open_clip:RN50x64/openai.",
+    )
+
+
+def _open_clip_tag(name: str, pretrained: str | None) -> dict[str, Any]:
+    """Returns open_clip's registry entry of a pretrained tag; empty for a path or a schema name."""
+    from open_clip.pretrained import get_pretrained_cfg
+
+    return get_pretrained_cfg(name, pretrained) or {} if pretrained else {}
+
+
+def _open_clip_folder(name: str) -> Path:
+    """Returns the folder of a `hf-hub:` or `local-dir:` name."""
+    return resolve_folder(name.partition(":")[2], demo_part="clip")
+
+
+def _open_clip_config(name: str) -> dict[str, Any]:
+    """Returns an open_clip architecture's config."""
+    import open_clip
+
+    if ":" in name:
+        model_config: dict[str, Any] = _read_json(_open_clip_folder(name) / "open_clip_config.json")["model_cfg"]
+        return model_config
+    config: dict[str, Any] | None = open_clip.get_model_config(name)
+    if config is None:
+        raise CheckpointError("open_clip has no such architecture.", where=name, remedy="See open_clip.list_models().")
+    return config
+
+
+def _open_clip_preprocessing(name: str, pretrained: str | None) -> Preprocessing:
+    given = _open_clip_tag(name, pretrained)
+    if ":" in name:
+        given = _read_json(_open_clip_folder(name) / "open_clip_config.json").get("preprocess_cfg", {})
+    size = _open_clip_config(name)["vision_cfg"].get("image_size", 224)
+    default = Preprocessing(size if isinstance(size, int) else size[0], crop_rounding="nearest")
+    return replace(default, mean=tuple(given.get("mean") or default.mean), std=tuple(given.get("std") or default.std))
+
+
+def _open_clip_weights(name: str, pretrained: str | None, spec: str) -> Path:
+    """Returns the weights file of an open_clip model, downloaded if need be."""
+    import open_clip
+    from open_clip.pretrained import download_pretrained
+
+    if pretrained is None:
+        return weights_file(_open_clip_folder(name))
+    tag = _open_clip_tag(name, pretrained)
+    if not tag:
+        if Path(pretrained).is_file():
+            return Path(pretrained)
+        raise CheckpointError(
+            "The pretrained weights are neither a tag of this architecture nor a file.",
+            where=spec,
+            expected=", ".join(open_clip.list_pretrained_tags_by_model(name)) or "a file",
+            found=pretrained,
+        )
+    try:
+        return Path(download_pretrained(tag))
+    except Exception as error:  # huggingface_hub, urllib and open_clip raise without a common base
+        raise CheckpointError(
+            "open_clip's pretrained weights cannot be downloaded.",
+            where=spec,
+            found=f"{type(error).__name__}: {error}",
+            remedy="Check the network, or give a local weights file: open_clip:MODEL/PATH.",
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values: dict[str, Any] = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError) as error:
+        raise CheckpointError("The encoder's config cannot be read.", where=str(path), found=str(error)) from error
+    return values
+
+
+def _same_tensors(mine: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return mine.keys() == other.keys() and all(
+        mine[name].shape == other[name].shape and torch.equal(mine[name], other[name]) for name in mine
+    )

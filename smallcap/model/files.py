@@ -1,0 +1,95 @@
+"""From a model's name to local files: `demo`, a folder, or a Hugging Face id; and the tokenizer of GPT-2.
+
+It downloads what a hub id names and nothing else; it never loads or runs what it finds.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from smallcap.errors import CheckpointError
+
+DEMO = "demo"
+GPT2 = "gpt2"
+# Weights and text files only: no pickled optimizers, no code.
+_WANTED = ["*.json", "*.txt", "*.safetensors", "*.model", "pytorch_model*.bin", "open_clip_pytorch_model.bin"]
+
+
+def demo_folder() -> Path:
+    """Returns the folder of the demo's model, images and captions.
+
+    Raises:
+        CheckpointError: This installation has none.
+    """
+    package = Path(__file__).parents[1]
+    for folder in (package / "_demo", package.parent / "demo"):  # a wheel's copy, or the source checkout
+        if (folder / "model").is_dir():
+            return folder
+    raise CheckpointError(
+        "This installation has no demo files.",
+        where=str(package.parent / "demo"),
+        remedy="Install smallcap from a checkout of its repository, or from its wheel.",
+    )
+
+
+def tokenizer_folder(source: str) -> Path:
+    """Returns the local folder of a tokenizer; like `resolve_folder`, but GPT-2's comes with this package.
+
+    Args:
+        source: `demo`, `gpt2`, a folder, or a Hugging Face id.
+
+    Raises:
+        CheckpointError: There is no such folder, and no such hub id can be reached.
+    """
+    if source == GPT2:
+        return Path(__file__).parents[1] / "gpt2_tokenizer"
+    return resolve_folder(source, demo_part="smallcap")
+
+
+def resolve_folder(source: str, demo_part: str) -> Path:
+    """Returns the local folder of a model, after downloading it where `source` is a hub id.
+
+    Args:
+        source: `demo`, a folder, or a Hugging Face id such as `openai/clip-vit-base-patch32`.
+        demo_part: The folder below `demo/model/` that `demo` stands for.
+
+    Raises:
+        CheckpointError: There is no such folder, and no such hub id can be reached.
+    """
+    if source == DEMO:
+        return demo_folder() / "model" / demo_part
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if source.count("/") > 1 or source.startswith((".", "/", "~")):
+        raise CheckpointError(
+            "There is no such model folder.", where=source, expected="an existing folder, or a hub id", found="neither"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=_WANTED))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            "The model is neither a folder here nor reachable on the Hugging Face hub.",
+            where=source,
+            found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            remedy="Check the name and the network; HF_TOKEN for private models, HF_HOME for a shared cache.",
+        ) from error
+
+
+def weights_file(folder: Path) -> Path:
+    """Returns a model folder's weights file, safetensors before `.bin`.
+
+    Raises:
+        CheckpointError: There is none, or the weights are split into several files.
+    """
+    names = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    found = sorted(path.name for path in folder.iterdir())
+    raise CheckpointError(
+        "The model folder has no weights file.", where=str(folder), expected=" or ".join(names), found=", ".join(found)
+    )

@@ -1,0 +1,251 @@
+"""OPT with SmallCap's reduced cross-attention, in the parameter names of the reference's `this_opt` checkpoints.
+
+Its layers serve XGLM as well (`xglm`), which differs in its embeddings, its activation and where its last norm lies.
+
+Source: Zhang et al. 2022 for the language model; RitaRamo/smallcap src/opt.py for the cross-attention, whose scores are
+scaled by the head size before reduction.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from smallcap.decoding.kv_cache import KeyValueSlots
+from smallcap.decoding.text_decoder import (
+    CrossAttentionKV,
+    DecoderConfig,
+    TextDecoder,
+    activation,
+    attend,
+    masks_by_layer,
+    split_heads,
+)
+from smallcap.errors import CheckpointError
+
+POSITION_OFFSET = 2  # fairseq keeps the first two positions for padding
+ENCODER_HIDDEN_SIZE = 768  # the reference writes it into the code for these decoders, whatever the config says
+
+
+def parse_opt_config(values: dict[str, Any]) -> DecoderConfig:
+    """Reads a `this_opt` decoder's config as the reference or transformers writes it.
+
+    Raises:
+        CheckpointError: It is an OPT variant that SmallCap never used (OPT-350m's projections or late norms).
+    """
+    hidden_size = values["hidden_size"]
+    if values.get("word_embed_proj_dim", hidden_size) != hidden_size or not values.get("do_layer_norm_before", True):
+        raise CheckpointError(
+            "This OPT variant is not supported.",
+            where="decoder.word_embed_proj_dim, decoder.do_layer_norm_before",
+            expected="norms before attention and embeddings of the hidden size, as all sizes but 350m have",
+        )
+    return DecoderConfig(
+        model_type="this_opt",
+        vocab_size=values["vocab_size"],
+        hidden_size=hidden_size,
+        num_layers=values["num_hidden_layers"],
+        num_heads=values["num_attention_heads"],
+        ffn_size=values["ffn_dim"],
+        max_positions=values["max_position_embeddings"],
+        encoder_hidden_size=ENCODER_HIDDEN_SIZE,
+        cross_attention_reduce_factor=values.get("cross_attention_reduce_factor", 1),
+        layer_norm_eps=1e-5,
+        activation=values.get("activation_function", "relu"),
+        dropout=values.get("dropout", 0.1),
+    )
+
+
+def dump_opt_config(config: DecoderConfig) -> dict[str, Any]:
+    """Returns the `this_opt` config that the reference loads; the inverse of `parse_opt_config`."""
+    return {
+        "model_type": "this_opt",
+        "add_cross_attention": True,
+        "is_decoder": True,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "word_embed_proj_dim": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "ffn_dim": config.ffn_size,
+        "max_position_embeddings": config.max_positions,
+        "encoder_hidden_size": config.encoder_hidden_size,
+        "cross_attention_reduce_factor": config.cross_attention_reduce_factor,
+        "activation_function": config.activation,
+        "dropout": config.dropout,
+        "do_layer_norm_before": True,
+    }
+
+
+class Attention(nn.Module):
+    """Multi-head attention with one projection each for queries, keys and values.
+
+    Args:
+        config: The decoder's sizes.
+        size: Width of queries, keys and values over all heads.
+        source_size: Width of what keys and values are projected from.
+    """
+
+    def __init__(self, config: DecoderConfig, size: int, source_size: int) -> None:
+        super().__init__()
+        self.num_heads, self.dropout = config.num_heads, config.dropout
+        self.scale = config.head_dim**-0.5
+        self.q_proj = nn.Linear(config.hidden_size, size)
+        self.k_proj = nn.Linear(source_size, size)
+        self.v_proj = nn.Linear(source_size, size)
+        self.out_proj = nn.Linear(size, config.hidden_size)
+
+    def project(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, P, source] to keys and values, each [B, H, P, size / H]."""
+        return split_heads(self.k_proj(source), self.num_heads), split_heads(self.v_proj(source), self.num_heads)
+
+    def forward(self, hidden_states: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """[B, S, E] to [B, S, E]."""
+        queries = split_heads(self.q_proj(hidden_states), self.num_heads)
+        dropout = self.dropout if self.training else 0.0
+        return self.out_proj(attend(queries, keys, values, mask, dropout, self.scale))
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention, cross-attention and feed-forward, each normalised before and added after."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, config.hidden_size, config.hidden_size)
+        self.self_attn_layer_norm = nn.LayerNorm(config.hidden_size)
+        self.encoder_attn = Attention(config, config.cross_attention_size, config.encoder_hidden_size)
+        self.encoder_attn_layer_norm = nn.LayerNorm(config.hidden_size)
+        self.fc1 = nn.Linear(config.hidden_size, config.ffn_size)
+        self.fc2 = nn.Linear(config.ffn_size, config.hidden_size)
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size)
+        self.activation = activation(config.activation)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, x: Tensor, mask: Tensor, cross_kv: tuple[Tensor, Tensor], layer: int, cache: KeyValueSlots | None
+    ) -> Tensor:
+        """[B, S, E] and a mask [B, 1, Q, T] to [B, Q, E], of the last Q positions."""
+        normed = self.self_attn_layer_norm(x)
+        keys, values = self.self_attn.project(normed)
+        if cache is not None:
+            keys, values = cache.append(layer, keys, values)  # [B, H, T, D]
+        wanted = slice(-mask.shape[2], None)
+        x = x[:, wanted] + self.dropout(self.self_attn(normed[:, wanted], keys, values, mask))
+        x = x + self.dropout(self.encoder_attn(self.encoder_attn_layer_norm(x), *cross_kv, None))
+        return x + self.dropout(self.fc2(self.activation(self.fc1(self.final_layer_norm(x)))))
+
+
+class DecoderStack(nn.Module, ABC):
+    """Embeddings, layers and last norm of a decoder: all but its output layer."""
+
+    embed_tokens: nn.Embedding
+    layers: nn.ModuleList
+
+    @abstractmethod
+    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """[B, S] token ids and positions to [B, S, E]."""
+
+    @abstractmethod
+    def last_norm(self, x: Tensor) -> Tensor:
+        """[B, S, E] to [B, S, E]."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        mask: Tensor,
+        cross_kv: CrossAttentionKV,
+        cache: KeyValueSlots | None,
+        last_only: bool,
+    ) -> Tensor:
+        """[B, S] token ids and positions to [B, S, E], or to [B, 1, E] of the last position only."""
+        x = self.embed(input_ids, position_ids)
+        masks = masks_by_layer(mask, len(self.layers), last_only)
+        for layer, block in enumerate(self.layers):
+            x = block(x, masks[layer], cross_kv[layer], layer, cache)
+        if cache is not None:
+            cache.advance(input_ids.shape[1])
+        return self.last_norm(x)
+
+    def project_encoder(self, encoder_hidden_states: Tensor) -> CrossAttentionKV:
+        """[B, P, Hv] to every layer's cross-attention keys and values; contiguous, as they are read at every token."""
+        layers = cast("Iterable[DecoderLayer]", self.layers)
+        projected = (layer.encoder_attn.project(encoder_hidden_states) for layer in layers)
+        return [(keys.contiguous(), values.contiguous()) for keys, values in projected]
+
+
+class OPTStack(DecoderStack):
+    """OPT's learned positions; its last norm is called `final_layer_norm`."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_positions = nn.Embedding(config.max_positions + POSITION_OFFSET, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size)
+
+    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """[B, S] token ids and positions to [B, S, E]."""
+        return self.embed_tokens(input_ids) + self.embed_positions(position_ids + POSITION_OFFSET)
+
+    def last_norm(self, x: Tensor) -> Tensor:
+        """[B, S, E] to [B, S, E]."""
+        return self.final_layer_norm(x)
+
+
+class StackedDecoder(TextDecoder):
+    """A decoder over a `DecoderStack`; the output embedding is the input embedding."""
+
+    trained_marker = "encoder_attn"  # with the cross-attention's norm, unlike GPT-2's: it shares the name
+
+    @property
+    @abstractmethod
+    def _stack(self) -> DecoderStack: ...
+
+    def cross_attention_kv(self, encoder_hidden_states: Tensor) -> CrossAttentionKV:
+        """Projects [B, P, Hv] encoder hidden states to every layer's cross-attention keys and values."""
+        return self._stack.project_encoder(encoder_hidden_states)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor,
+        cross_kv: CrossAttentionKV,
+        cache: KeyValueSlots | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
+        """Returns the last layer's normalised hidden states: [B, S, E], or [B, 1, E] of the last position only."""
+        return self._stack(input_ids, position_ids, attention_mask, cross_kv, cache, last_only)
+
+    @property
+    def token_embedding(self) -> Tensor:
+        """The input embedding [V, E], which is the output embedding too."""
+        return self._stack.embed_tokens.weight
+
+
+class OPTDecoder(StackedDecoder):
+    """OPT with cross-attention."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = nn.ModuleDict({"decoder": OPTStack(config)})
+        init_weights(self)
+
+    @property
+    def _stack(self) -> DecoderStack:
+        return cast("DecoderStack", self.model["decoder"])
+
+
+def init_weights(decoder: nn.Module) -> None:
+    """fairseq's initialisation, for parts that no checkpoint fills: new cross-attention before training."""
+    for module in decoder.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            torch.nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear):
+            torch.nn.init.zeros_(module.bias)

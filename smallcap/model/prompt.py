@@ -1,0 +1,142 @@
+"""The prompt that carries retrieved captions to the decoder, and the training example built on it.
+
+Source: Ramos et al. 2023, section 3.2; RitaRamo/smallcap src/utils.py `prep_strings` and src/template.txt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from smallcap.errors import CheckpointError
+from smallcap.model.files import tokenizer_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED_LABEL = -100  # torch.nn.functional.cross_entropy's ignore_index
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """The words around the retrieved captions; the defaults are the paper's."""
+
+    with_retrieval: str = "Similar images show\n\n||\n\nThis image shows "
+    without_retrieval: str = "This image shows "
+    placeholder: str = "||"
+    separator: str = "\n\n"
+    ending: str = "."  # closes the last retrieved caption
+
+    def fill(self, retrieved: Sequence[str]) -> str:
+        """Returns the prompt's text for the retrieved captions, nearest first; none prompts without retrieval."""
+        if not retrieved:
+            return self.without_retrieval
+        return self.with_retrieval.replace(self.placeholder, self.separator.join(retrieved) + self.ending)
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """Loads a decoder's tokenizer.
+
+    Args:
+        source: `demo`, `gpt2` (which needs no network), a folder with tokenizer.json or with vocab.json and merges.txt,
+            or a hub id such as `facebook/opt-125m`.
+
+    Raises:
+        CheckpointError: There is no tokenizer at `source`.
+    """
+    from transformers import AutoTokenizer, GPT2TokenizerFast, PreTrainedTokenizerFast
+
+    folder = tokenizer_folder(source)
+    try:
+        if (folder / "tokenizer.json").is_file():
+            return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+            return GPT2TokenizerFast(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"))
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            "There is no tokenizer here.",
+            where=str(folder),
+            expected="tokenizer.json, or vocab.json and merges.txt",
+            found=str(error).splitlines()[0],
+        ) from error
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Returns the token ids of each text, without special tokens."""
+    if not texts:
+        return []
+    encoded: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    return encoded
+
+
+def count_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[int]:
+    """Returns the number of tokens of each text, without special tokens; quicker than making lists of their ids."""
+    if not tokenizer.is_fast:
+        return [len(ids) for ids in encode_texts(tokenizer, texts)]
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()  # what a tokenizer.json may ask for
+    backend.no_padding()
+    return [len(encoding) for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+
+def build_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    template: PromptTemplate,
+    retrieved: Sequence[Sequence[str]],
+    bos_token_id: int | None = None,
+) -> list[list[int]]:
+    """Returns each image's prompt as token ids.
+
+    Args:
+        tokenizer: The decoder's tokenizer.
+        template: The words around the captions.
+        retrieved: For each image its retrieved captions, nearest first; empty for a prompt without retrieval.
+        bos_token_id: What prompts start with, for a decoder that was trained so (OPT).
+    """
+    prompts = encode_texts(tokenizer, [template.fill(captions) for captions in retrieved])
+    return prompts if bos_token_id is None else [[bos_token_id, *prompt] for prompt in prompts]
+
+
+def build_training_example(
+    prompt_ids: Sequence[int],
+    caption_ids: Sequence[int],
+    eos_token_id: int,
+    pad_token_id: int,
+    max_caption_tokens: int = 25,
+    length: int | None = None,
+) -> tuple[list[int], list[int]]:
+    """Builds the decoder's input and labels for one image and its caption.
+
+    Labels stand where the decoder predicts them (they are not shifted afterwards): the prompt's last position predicts
+    the caption's first token, and the caption's last token predicts eos.
+
+    Args:
+        prompt_ids: Token ids of the prompt.
+        caption_ids: Token ids of the caption, cut to `max_caption_tokens`.
+        eos_token_id: What the caption ends with.
+        pad_token_id: Fills the input on the right.
+        max_caption_tokens: Longest caption, its eos not counted.
+        length: Pads both lists to this length.
+
+    Returns:
+        Input ids and labels of equal length; ignored positions are labelled -100.
+    """
+    caption = list(caption_ids)[:max_caption_tokens]
+    input_ids = [*prompt_ids, *caption]
+    labels = [IGNORED_LABEL] * (len(prompt_ids) - 1) + [*caption, eos_token_id]
+    padding = (length or len(input_ids)) - len(input_ids)
+    return input_ids + [pad_token_id] * padding, labels + [IGNORED_LABEL] * padding
+
+
+def decode_caption(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], eos_token_id: int) -> str:
+    """Returns the caption's text for generated token ids, without its eos and special tokens.
+
+    It works on the ids after the prompt, so that no wording of a retrieved caption can be taken for the prompt's end.
+    """
+    ids = list(token_ids)
+    if eos_token_id in ids:
+        ids = ids[: ids.index(eos_token_id)]
+    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return str(text).strip()

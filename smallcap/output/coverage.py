@@ -1,0 +1,286 @@
+"""What of a run's input its parts already hold, and what is left, as ranges of rows by fragment: ids are never held.
+
+A part says in its footer which rows of which fragments it accounts for. Two parts may account for the same row: a
+worker of a killed driver can outlive it and write after the next attempt has begun, and a repeated failure has two rows
+until its attempt ends. `settle` takes what is superfluous out again.
+"""
+
+from __future__ import annotations
+
+import io
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from smallcap import storage
+from smallcap.config import CaptionConfig
+from smallcap.images.row_ranges import RowRanges
+from smallcap.images.work_list import Fragment, WorkList, read_fragment
+from smallcap.output.part_files import PartInfo, drop_rows
+from smallcap.output.schema import STATUS_ERROR
+
+_MOST_ROWS = np.iinfo(np.int32).max  # of a fragment that has not been read to its end
+_HASHES_AT_ONCE = 1 << 24  # 8 bytes each
+
+NamedPart = tuple[str, PartInfo]  # its name within the output, and what its footer says
+
+
+@dataclass(frozen=True)
+class WorkItem:
+    """One fragment's rows that have no row in the output yet."""
+
+    fragment: Fragment
+    wanted: RowRanges | None  # None: all of it
+
+
+class Coverage:
+    """The rows of each fragment that some part accounts for.
+
+    Args:
+        parts: All parts of the run.
+        retry_failed: Whether a failed row counts as not done.
+    """
+
+    def __init__(self, parts: Iterable[NamedPart], retry_failed: bool = False) -> None:
+        self._done: dict[int, RowRanges] = {}
+        self._rows_of: dict[int, int] = {}  # of fragments whose end is known from a part
+        self.images = 0
+        for _, info in parts:
+            for fragment, rows in info.rows.items():
+                done = rows.subtract(info.failed[fragment]) if retry_failed and fragment in info.failed else rows
+                self._done[fragment] = self._done[fragment].union(done) if fragment in self._done else done
+                if (
+                    fragment in info.ends and done.stop == rows.stop
+                ):  # else its last row is tried again, and what follows
+                    self._rows_of[fragment] = rows.stop
+        self.images = sum(map(len, self._done.values()))
+
+    def rows_of(self, fragment: Fragment) -> int | None:
+        """Returns how many rows a fragment has, where that is known."""
+        return self._rows_of.get(fragment.number) if fragment.rows is None else fragment.rows
+
+    def left(self, fragment: Fragment, asked: int | None = None) -> WorkItem | None:
+        """Returns what is to be done of a fragment, of its first `asked` rows where that is given; None for nothing."""
+        done, known = self._done.get(fragment.number), self.rows_of(fragment)
+        stop = min(_MOST_ROWS if known is None else known, _MOST_ROWS if asked is None else asked)
+        if done is None:
+            return WorkItem(fragment, None if stop in (known, _MOST_ROWS) else RowRanges.span(0, stop))
+        left = RowRanges.span(0, stop).subtract(done)
+        return WorkItem(fragment, left) if left else None
+
+
+def work_left(
+    fragments: Iterable[Fragment], coverage: Coverage, limit: int | None, count_rows: Callable[[Fragment, int], int]
+) -> Iterator[WorkItem]:
+    """Yields what is left of the first `limit` images.
+
+    Args:
+        fragments: The run's, in their order.
+        coverage: What is done.
+        limit: Of images; None for all.
+        count_rows: Counts a fragment's images, up to a number, where nobody knows how many there are.
+    """
+    room = limit
+    for fragment in fragments:
+        asked = None
+        if room is not None:
+            if room <= 0:
+                return
+            rows = coverage.rows_of(fragment)
+            asked = min(room, count_rows(fragment, room) if rows is None else rows)
+            room -= asked
+        item = coverage.left(fragment, asked)
+        if item is not None:
+            yield item
+
+
+def count_rows(table: pa.Table) -> dict[str, Any]:
+    """Returns `ok` and `errors` of a `PartInfo`, for rows with `status` and `error_code`."""
+    counted = table.filter(_failed(table))["error_code"].value_counts().to_pylist()
+    errors = {entry["values"]: entry["counts"] for entry in counted}
+    return {"ok": len(table) - sum(errors.values()), "errors": errors}
+
+
+def adopt_old_parts(config: CaptionConfig, work: WorkList, old: Sequence[str]) -> None:
+    """Gives parts of older releases a footer that says which rows of the list of work they hold.
+
+    Args:
+        config: The run's.
+        work: A list that was made after those parts.
+        old: The parts' names. Rows whose images are not in the list stay, and count for nothing.
+    """
+    tables = [_read(config.out, name) for name in old]
+    place_of = {
+        image_id: (part, failed)
+        for part, table in enumerate(tables)
+        for image_id, failed in zip(table["image_id"].to_pylist(), _failed(table).to_pylist(), strict=True)
+    }
+    rows, failures = ([defaultdict[int, list[int]](list) for _ in old] for _ in range(2))
+    for fragment in work.fragments:
+        for images in read_fragment(fragment, None, config.input, work.kept_columns):
+            for row, image_id in zip(images.rows.tolist(), images.image_ids, strict=True):
+                if image_id in place_of:
+                    part, failed = place_of[image_id]
+                    rows[part][fragment.number].append(row)
+                    if failed:
+                        failures[part][fragment.number].append(row)
+    for part, (name, table) in enumerate(zip(old, tables, strict=True)):
+        info = PartInfo(_ranges(rows[part]), _ranges(failures[part]), (), **count_rows(table))
+        drop_rows(config.out, name, pa.array([], pa.string()), info)
+
+
+def _ranges(rows: Mapping[int, Sequence[int]]) -> dict[int, RowRanges]:
+    return {number: RowRanges.of(np.array(of_fragment)) for number, of_fragment in rows.items()}
+
+
+def settle(out: str, parts: Sequence[NamedPart], fragments: Sequence[Fragment]) -> int:
+    """Takes rows out of the parts that other parts have as well; returns how many there were.
+
+    A caption is kept before an error; of two captions the older, of two errors the newer.
+
+    Args:
+        out: The run's folder.
+        parts: Its parts, oldest first.
+        fragments: The run's.
+    """
+    dropped = 0
+    for position, losing in _losing_rows([info for _, info in parts]).items():
+        name, info = parts[position]
+        table = _read(out, name)
+        superseded = _superseded(out, parts, position, losing, table)
+        for number in losing:
+            superseded = pc.or_(superseded, _stands_for_rest(fragments[number], table))
+        rows = _subtract(info.rows, losing)
+        info = replace(
+            info,
+            rows=rows,
+            failed=_subtract(info.failed, losing),
+            ends=tuple(
+                number for number in info.ends if number in rows and rows[number].stop == info.rows[number].stop
+            ),
+        )
+        dropped += _drop(out, name, table, superseded, info)
+    return dropped
+
+
+def _superseded(
+    out: str, parts: Sequence[NamedPart], position: int, losing: Mapping[int, RowRanges], table: pa.Table
+) -> pa.ChunkedArray:
+    """Says of each row of a part whether another part keeps that image, by the rule of `settle`."""
+    ids, failed = table["image_id"], _failed(table)
+    superseded = pc.and_(failed, False)
+    for other, (name, info) in enumerate(parts):
+        if other == position or not any(number in info.rows for number in losing):
+            continue
+        theirs = _read(out, name)
+        captioned = pc.is_in(ids, value_set=theirs.filter(pc.invert(_failed(theirs)))["image_id"])
+        if other > position:  # an older caption stays, and of two errors the newer
+            captioned = pc.and_(captioned, failed)
+            also_failed = pc.is_in(ids, value_set=theirs.filter(_failed(theirs))["image_id"])
+            captioned = pc.or_(captioned, pc.and_(failed, also_failed))
+        superseded = pc.or_(superseded, captioned)
+    return superseded
+
+
+def _stands_for_rest(fragment: Fragment, table: pa.Table) -> pa.ChunkedArray:
+    """Says of each row of a part whether it is the error of a shard that could not be read to its end.
+
+    Its id is the shard's, and that of the image which is read in its place the next time another one.
+    """
+    ids = table["image_id"]
+    if fragment.kind == "tar":
+        return pc.equal(ids, fragment.uri)
+    if fragment.kind == "parquet":
+        return pc.starts_with(ids, f"{fragment.uri}#row_group={fragment.row_group},")
+    return pc.is_null(ids)  # none: a list names all of its images
+
+
+def _read(out: str, name: str) -> pa.Table:
+    """Returns a part's ids, statuses and error codes."""
+    data = io.BytesIO(storage.read_bytes(storage.join(out, name)))
+    return pq.read_table(data, columns=["image_id", "status", "error_code"])
+
+
+def _failed(table: pa.Table) -> pa.ChunkedArray:
+    return pc.equal(table["status"], STATUS_ERROR)
+
+
+def _drop(out: str, name: str, table: pa.Table, drop: pa.ChunkedArray, info: PartInfo) -> int:
+    """Takes rows out of a part, and has its footer count those that are left; returns how many it took."""
+    left = table.filter(pc.invert(drop))
+    drop_rows(out, name, table.filter(drop)["image_id"].combine_chunks(), replace(info, **count_rows(left)))
+    return len(table) - len(left)
+
+
+def _losing_rows(infos: Sequence[PartInfo]) -> dict[int, dict[int, RowRanges]]:
+    """Returns by position of the part, then by fragment, the rows that another part keeps."""
+    losing: dict[int, dict[int, RowRanges]] = {}
+    kept: dict[int, RowRanges] = {}
+
+    def keep(position: int, rows: Mapping[int, RowRanges]) -> None:
+        for number, ranges in rows.items():
+            before = kept.get(number)
+            if before is None:
+                kept[number] = ranges
+                continue
+            again = ranges.subtract(ranges.subtract(before))
+            if again:
+                of_part = losing.setdefault(position, {})
+                of_part[number] = of_part[number].union(again) if number in of_part else again
+            kept[number] = before.union(ranges)
+
+    for position, info in enumerate(infos):
+        keep(position, _subtract(info.rows, info.failed))
+    for position in reversed(range(len(infos))):
+        keep(position, infos[position].failed)
+    return losing
+
+
+def _subtract(rows: Mapping[int, RowRanges], less: Mapping[int, RowRanges]) -> dict[int, RowRanges]:
+    """Returns the rows of each fragment that are not in `less`."""
+    left = {number: ranges.subtract(less[number]) if number in less else ranges for number, ranges in rows.items()}
+    return {number: ranges for number, ranges in left.items() if ranges}
+
+
+def drop_repeated_ids(out: str, parts: Sequence[NamedPart]) -> None:
+    """Takes all rows but the first of an id out of the parts; they stay accounted for.
+
+    Ids of lists are unique by their listing, and no part has one twice. Those of tars and of Parquet files with image
+    bytes are known only when they have been read. They are compared by 64-bit hashes, in several passes when there are
+    many, and then by themselves.
+    """
+    total = sum(info.ok + sum(info.errors.values()) for _, info in parts)
+    passes = -(-total // _HASHES_AT_ONCE)
+    found = [_repeated_hashes(out, parts, number, passes) for number in range(passes)]
+    repeated = np.concatenate([np.empty(0, np.uint64), *found])
+    seen: set[str] = set()
+    for name, info in parts if len(repeated) else ():
+        table = _read(out, name)
+        ids = table["image_id"].to_pylist()
+        again = np.zeros(len(ids), bool)
+        for row in np.flatnonzero(np.isin(_hash(ids), repeated)).tolist():
+            again[row] = ids[row] in seen
+            seen.add(ids[row])
+        if again.any():
+            _drop(out, name, table, pa.chunked_array([pa.array(again)]), info)
+
+
+def _repeated_hashes(out: str, parts: Sequence[NamedPart], number: int, passes: int) -> np.ndarray:
+    """Returns the hashes that occur more than once among those of one pass."""
+    hashes = [np.empty(0, np.uint64)]
+    for name, _ in parts:
+        of_part = _hash(_read(out, name)["image_id"].to_pylist())
+        hashes.append(of_part[of_part % np.uint64(passes) == number])
+    ordered = np.sort(np.concatenate(hashes))
+    return ordered[1:][ordered[1:] == ordered[:-1]]
+
+
+def _hash(ids: Sequence[str]) -> np.ndarray:
+    return np.array([int.from_bytes(blake2b(one.encode(), digest_size=8).digest()) for one in ids], np.uint64)

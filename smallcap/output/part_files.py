@@ -1,0 +1,303 @@
+"""The files of a captioning run's output: parts, what their footers say is done, and their sidecars.
+
+A part's footer says which rows of which fragments of the work list it holds, so that a run which goes on reads footers
+and no ids. Sidecars (`_embeddings/`, `webdataset/`) have their part's name and are written before it: what has no part
+does not exist. It knows columns and metadata from `schema`, and nothing of how fragments are read.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from smallcap import storage
+from smallcap.errors import SchemaError
+from smallcap.images.row_ranges import RowRanges
+from smallcap.output.schema import (
+    CAPTION_COLUMNS,
+    EMBEDDING_COLUMN,
+    IMAGE_BYTES_COLUMN,
+    STATUS_OK,
+    check_caption_schema,
+    kept_columns,
+)
+from smallcap.output.webdataset import Sample, drop_samples, write_samples
+
+EMBEDDINGS_FOLDER = "_embeddings"  # hidden from Hadoop-style readers of the whole output
+WEBDATASET_FOLDER = "webdataset"
+
+_INFO_KEY = b"smallcap.part"
+_MAGIC = b"PAR1"
+_FOOTER_READ_BYTES = 64 << 10  # most footers are smaller, and a store answers as quickly as for a byte
+_FOOTER_THREADS = 32
+_ROWS_AS_OBJECTS = 256  # of a tar, held at once; images are taken one by one
+# Where dictionaries make files smaller, by measurement (docs/log.md); ids, captions and texts are mostly distinct.
+_DICTIONARY_COLUMNS = ("width", "height", "caption_tokens", "status", "error_code")
+_FEW_VALUES = 10  # rows per value from which on a kept column gets a dictionary
+_ZSTD_LEVEL = 6
+
+
+@dataclass(frozen=True)
+class PartInfo:
+    """What a part holds, as its footer says."""
+
+    rows: dict[int, RowRanges] = field(default_factory=dict)  # by fragment, the rows held, errors included
+    failed: dict[int, RowRanges] = field(default_factory=dict)  # those of them with status `error`
+    ends: tuple[int, ...] = ()  # fragments whose last row is among them
+    ok: int = 0  # rows with a caption
+    errors: dict[str, int] = field(default_factory=dict)  # rows without one, by error code
+
+    def to_json(self) -> str:
+        """Returns the text of the footer's metadata."""
+        values = {
+            "rows": {str(fragment): ranges.to_json() for fragment, ranges in sorted(self.rows.items())},
+            "failed": {str(fragment): ranges.to_json() for fragment, ranges in sorted(self.failed.items())},
+            "ends": sorted(self.ends),
+            "ok": self.ok,
+            "errors": dict(sorted(self.errors.items())),
+        }
+        return json.dumps(values, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> PartInfo:
+        """Reads what `to_json` gave.
+
+        Raises:
+            SchemaError: It is something else.
+        """
+        try:
+            values = json.loads(text)
+            return cls(
+                {int(fragment): RowRanges.from_json(ranges) for fragment, ranges in values["rows"].items()},
+                {int(fragment): RowRanges.from_json(ranges) for fragment, ranges in values["failed"].items()},
+                tuple(int(fragment) for fragment in values["ends"]),
+                int(values["ok"]),
+                {str(code): int(count) for code, count in values["errors"].items()},
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise SchemaError("What a part says of its rows cannot be read.", found=repr(text)[:200]) from error
+
+
+@dataclass(frozen=True)
+class PartOptions:
+    """How parts are written, and which sidecars they have."""
+
+    rows_per_row_group: int = 1000
+    embeddings: bool = False  # the rows have a column `embedding`, which goes to a file of its own
+    webdataset: bool = False  # the rows have a column `image_bytes`, which goes to a tar with the captions
+
+
+def list_parts(out: str) -> list[str]:
+    """Lists the URIs of a run's parts, oldest attempt first; none where there is no such folder."""
+    return [uri for uri in storage.list_folder(out) if _name(uri).startswith("part-") and uri.endswith(".parquet")]
+
+
+def write_part(
+    out: str, name: str, table: pa.Table, info: PartInfo, schema: pa.Schema, options: PartOptions | None = None
+) -> None:
+    """Writes a part, its sidecars first; a part of the same name is replaced.
+
+    Args:
+        out: The output folder.
+        name: `part-AAA-TTTTTT.parquet`.
+        table: At least the schema's columns, in any order of rows. With `options.embeddings` also `embedding`, lists
+            of float16 of one length, and with `options.webdataset` also `image_bytes`; both may be null for errors.
+        info: What the footer says of these rows.
+        schema: Of `schema.caption_schema`, with the run's metadata.
+        options: How to write it.
+    """
+    options = options or PartOptions()
+    order = pc.sort_indices(table["image_id"])
+    if options.embeddings:
+        embeddings = _embeddings(table, order).replace_schema_metadata(schema.metadata)
+        if len(embeddings):
+            _write_parquet(_sidecar(out, EMBEDDINGS_FOLDER, name), embeddings, options.rows_per_row_group)
+    if options.webdataset:
+        samples = _samples(table, order, kept_columns(schema))
+        _write_tar(_sidecar(out, WEBDATASET_FOLDER, name), lambda path: write_samples(path, samples))
+    rows = table.select(schema.names).take(order).cast(schema)
+    _write_parquet(storage.join(out, name), _with_info(rows, info), options.rows_per_row_group)
+
+
+def read_part_infos(out: str) -> Iterator[tuple[str, PartInfo | None]]:
+    """Reads all parts' footers, many at once, and nothing else of them.
+
+    Yields:
+        Each part's name within `out`, oldest attempt first, and what it holds; None for a part that does not say so,
+        of a schema version before 3.
+
+    Raises:
+        SchemaError: A part is not Parquet, not of a known schema version, or says nonsense of its rows.
+    """
+    parts = list_parts(out)
+    with ThreadPoolExecutor(max_workers=_FOOTER_THREADS) as pool:
+        yield from zip(map(_name, parts), pool.map(_read_info, parts), strict=True)
+
+
+def drop_rows(out: str, name: str, image_ids: pa.Array, info: PartInfo) -> None:
+    """Rewrites a part and its sidecars without some images' rows; removes them when no row is left.
+
+    The part comes last here, too: whoever is stopped in between finds the rows still in it, and drops them again.
+
+    Args:
+        out: The output folder.
+        name: The part's name within it.
+        image_ids: Strings; ids that it does not have do not matter.
+        info: What the footer says of the rows that are left.
+
+    Raises:
+        SchemaError: The part or a sidecar is damaged.
+    """
+    embeddings, tar = _sidecar(out, EMBEDDINGS_FOLDER, name), _sidecar(out, WEBDATASET_FOLDER, name)
+    if len(image_ids) and storage.exists(embeddings):
+        _drop_from_parquet(embeddings, image_ids, lambda left: left)
+    if len(image_ids) and storage.exists(tar):
+        dropped = set(image_ids.to_pylist())
+        with storage.local_file(tar) as source:
+            _write_tar(tar, lambda path: drop_samples(source, path, dropped))
+    _drop_from_parquet(storage.join(out, name), image_ids, lambda left: _with_info(left, info))
+
+
+def remove_orphans(out: str) -> list[str]:
+    """Deletes sidecars that have no part, and returns their URIs: a writer was stopped before it came to the part.
+
+    Only for when no other process writes parts, whose sidecars are orphans for a moment.
+    """
+    folders = (EMBEDDINGS_FOLDER, WEBDATASET_FOLDER)
+    wanted = {_sidecar(out, folder, _name(part)) for part in list_parts(out) for folder in folders}
+    found = [uri for folder in folders for uri in storage.list_folder(storage.join(out, folder))]
+    orphans = [uri for uri in found if uri not in wanted and _name(uri).startswith("part-")]
+    for uri in orphans:
+        storage.remove(uri)
+    return orphans
+
+
+def _name(uri: str) -> str:
+    return uri.rsplit("/", 1)[-1]
+
+
+def _sidecar(out: str, folder: str, name: str) -> str:
+    return storage.join(out, folder, name if folder == EMBEDDINGS_FOLDER else f"{name.removesuffix('.parquet')}.tar")
+
+
+def _with_info(rows: pa.Table, info: PartInfo | None) -> pa.Table:
+    others = {key: value for key, value in (rows.schema.metadata or {}).items() if key != _INFO_KEY}
+    return rows.replace_schema_metadata(others | ({_INFO_KEY: info.to_json().encode()} if info else {}))
+
+
+def _embeddings(table: pa.Table, order: pa.Array) -> pa.Table:
+    """Returns `image_id` and `embedding` of the rows that have one, in this order."""
+    column = table[EMBEDDING_COLUMN].combine_chunks()
+    order = order.filter(column.is_valid().take(order))
+    lists = column.take(order)
+    values = pc.cast(pc.list_flatten(lists), pa.float16())
+    dim = len(values) // len(lists) if len(lists) else 0
+    vectors = pa.FixedSizeListArray.from_arrays(values, dim) if dim else pa.nulls(0, pa.list_(pa.float16(), 1))
+    fields = [pa.field("image_id", pa.string(), nullable=False), pa.field(EMBEDDING_COLUMN, vectors.type)]
+    return pa.Table.from_arrays([table["image_id"].take(order), vectors], schema=pa.schema(fields))
+
+
+def _samples(table: pa.Table, order: pa.Array, kept: list[str]) -> Iterator[Sample]:
+    """Yields the captioned images in this order, a few rows at a time."""
+    order = order.filter(pc.equal(table["status"], STATUS_OK).take(order).combine_chunks())
+    images = table[IMAGE_BYTES_COLUMN]
+    columns = ["image_id", "image_uri", "width", "height", "caption", "caption_logprob", "neighbours", *kept]
+    rows = table.select(columns)
+    for start in range(0, len(order), _ROWS_AS_OBJECTS):
+        some = order.slice(start, _ROWS_AS_OBJECTS)
+        for at, row in zip(some.to_pylist(), rows.take(some).to_pylist(), strict=True):
+            record = {"logprob" if name == "caption_logprob" else name: value for name, value in row.items()}
+            yield Sample(record.pop("image_id"), images[at].as_py(), record.pop("caption"), record)
+
+
+def _write_parquet(uri: str, table: pa.Table, rows_per_row_group: int) -> None:
+    buffer = io.BytesIO()
+    pq.write_table(
+        table,
+        buffer,
+        row_group_size=rows_per_row_group,
+        compression="zstd",
+        compression_level=_ZSTD_LEVEL,
+        use_dictionary=_dictionary_columns(table),
+        write_page_index=True,
+        sorting_columns=[pq.SortingColumn(table.column_names.index("image_id"))],
+    )
+    storage.write_bytes(uri, buffer.getvalue())
+
+
+def _dictionary_columns(table: pa.Table) -> list[str]:
+    """Returns the columns whose values repeat; among those kept from the input, strings with few values."""
+    few = [
+        name
+        for name, column in zip(table.column_names, table.columns, strict=True)
+        if name not in CAPTION_COLUMNS.names
+        and (pa.types.is_string(column.type) or pa.types.is_large_string(column.type))
+        and pc.count_distinct(column).as_py() * _FEW_VALUES <= len(column)
+    ]
+    return [name for name in (*_DICTIONARY_COLUMNS, *few) if name in table.column_names]
+
+
+def _write_tar(uri: str, write: Callable[[Path], int]) -> None:
+    """Has a tar written and puts it in its place; one without samples is removed from there."""
+    with storage.scratch_folder() as folder:
+        path = folder / _name(uri)
+        if write(path):
+            storage.move_in(path, uri)
+        else:
+            storage.remove(uri)
+
+
+def _drop_from_parquet(uri: str, image_ids: pa.Array, finish: Callable[[pa.Table], pa.Table]) -> None:
+    try:
+        file = pq.ParquetFile(io.BytesIO(storage.read_bytes(uri)))
+        table = file.read()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise _damaged(uri, error) from error
+    left = table.filter(pc.invert(pc.is_in(table["image_id"], value_set=image_ids.cast(pa.string()))))
+    if not len(left):
+        storage.remove(uri)
+    else:
+        _write_parquet(uri, finish(left), file.metadata.row_group(0).num_rows)
+
+
+def _read_info(uri: str) -> PartInfo | None:
+    try:
+        metadata = pq.read_metadata(pa.BufferReader(_read_footer(uri)))
+        schema = metadata.schema.to_arrow_schema()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise _damaged(uri, error) from error
+    check_caption_schema(schema, uri)
+    text = (schema.metadata or {}).get(_INFO_KEY)
+    if text is None:
+        return None
+    try:
+        return PartInfo.from_json(text)
+    except SchemaError as error:
+        raise _damaged(uri, error) from error
+
+
+def _read_footer(uri: str) -> bytes:
+    """Returns the end of a Parquet file with its whole footer, and perhaps more; what is too short for one, whole."""
+    tail = storage.read_tail(uri, _FOOTER_READ_BYTES)
+    needed = int.from_bytes(tail[-8:-4], "little") + 8  # the footer's length and the magic word end the file
+    if tail.endswith(_MAGIC) and needed > len(tail):
+        tail = storage.read_tail(uri, needed)
+    return tail
+
+
+def _damaged(uri: str, error: Any) -> SchemaError:
+    return SchemaError(
+        "A part cannot be read as Parquet.",
+        where=uri,
+        found=str(error),
+        remedy="smallcap writes parts whole; delete this one, and start the run again to redo its images.",
+    )

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from index_builder.dumps.files import find_dumps, scan_dump
+from index_builder.dumps.formats import Columns
+from smallcap.errors import ConfigError, SchemaError, StorageError
+
+
+def test_folders_globs_and_files_in_the_order_given_and_once(tmp_path: Path) -> None:
+    for name in ("b/2.csv", "b/1.jsonl", "b/readme.txt", "b/_SUCCESS.csv", "a/2.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("caption\n")
+    found = find_dumps([f"{tmp_path}/b", f"{tmp_path}/a/*.csv", f"{tmp_path}/b/2.csv"])
+    assert [dump.uri for dump in found] == [f"{tmp_path}/{name}" for name in ("b/1.jsonl", "b/2.csv", "a/2.csv")]
+    assert [dump.name for dump in found] == ["b/1.jsonl", "b/2.csv", "a/2.csv"]
+
+
+def test_a_single_file_is_called_by_its_name(tmp_path: Path) -> None:
+    (tmp_path / "captions.csv").write_text("caption\na\n")
+    assert [dump.name for dump in find_dumps([str(tmp_path)])] == ["captions.csv"]
+
+
+def test_nothing_to_read(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(ConfigError, match=r"no caption dump(.|\n)*\.parquet"):
+        find_dumps([str(tmp_path)])
+    with pytest.raises(StorageError, match="does not exist"):
+        find_dumps([f"{tmp_path}/absent"])
+
+
+def test_scan_checks_the_columns(tmp_path: Path) -> None:
+    (tmp_path / "captions.csv").write_text("text\na\n")
+    [dump] = find_dumps([str(tmp_path)])
+    with pytest.raises(SchemaError, match="lacks the text column"):
+        scan_dump((dump, Columns("caption", None)))
+    scan = scan_dump((dump, Columns("text", None)))
+    assert scan.bytes == 7
+    assert len(scan.sha256) == 64

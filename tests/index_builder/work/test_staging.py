@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from index_builder.work.staging import ABANDONED_AFTER, Staging, run_recorded
+from smallcap.errors import ConflictError, RunError
+
+PLAN = "0123456789abcdef" * 4
+
+
+def owner(folder: Path, **values: object) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "owner.json").write_text(json.dumps({"host": socket.gethostname(), "pid": None} | values))
+    return folder
+
+
+def test_only_what_has_been_dead_for_long_is_removed(tmp_path: Path) -> None:
+    long_ago = time.time() - ABANDONED_AFTER.total_seconds() - 1
+    alive = owner(tmp_path / ".staging-alive", pid=os.getpid(), alive_at=long_ago)
+    far = owner(tmp_path / ".staging-far", host="far", pid=1, alive_at=time.time())
+    young = owner(tmp_path / ".staging-young", pid=2**22 + 1, alive_at=time.time() - 60)
+    dead = owner(tmp_path / ".staging-dead", pid=2**22 + 1, alive_at=long_ago)
+    silent = owner(tmp_path / ".staging-silent", host="far", pid=1, alive_at=1)
+    ended = owner(tmp_path / ".staging-ended", alive_at=long_ago)
+    (tmp_path / ".staging-anonymous" / "work").mkdir(parents=True)
+    with Staging(str(tmp_path), PLAN) as staging:
+        left = {path.name for path in tmp_path.iterdir()}
+        assert left == {alive.name, far.name, young.name, Path(staging.uri).name}
+    assert not any(path.exists() for path in (dead, silent, ended, Path(staging.uri)))
+
+
+def test_the_folder_outlasts_a_block_that_fails(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="stopped"), Staging(str(tmp_path), PLAN) as staging:
+        staging.results("stage", int).save(3, 7)
+        raise RunError("stopped")
+    with Staging(str(tmp_path), PLAN) as again:  # its owner has ended, although the process lives on
+        assert again.results("stage", int).load() == {3: 7}
+
+
+@pytest.mark.parametrize("host", [socket.gethostname(), "far"])
+def test_a_live_owner_is_respected(tmp_path: Path, host: str) -> None:
+    owner(tmp_path / f".staging-{PLAN[:16]}", host=host, pid=os.getpid(), alive_at=time.time())
+    with pytest.raises(ConflictError, match="running already"), Staging(str(tmp_path), PLAN):
+        pass
+
+
+def test_a_dead_owner_is_taken_over(tmp_path: Path) -> None:
+    folder = owner(tmp_path / f".staging-{PLAN[:16]}", pid=2**22 + 1, alive_at=1)
+    (folder / "work").mkdir()
+    (folder / "work" / "part").write_text("kept")
+    with Staging(str(tmp_path), PLAN) as staging:
+        assert Path(staging.work_uri, "part").read_text() == "kept"
+        assert json.loads((folder / "owner.json").read_text())["pid"] == os.getpid()
+
+
+@dataclass(frozen=True)
+class Answer:
+    text: str
+    counts: dict[str, int]
+    names: tuple[str, ...]
+
+
+def test_finished_items_are_not_run_again(tmp_path: Path) -> None:
+    ran: list[int] = []
+
+    def work(item: int) -> Answer:
+        ran.append(item)
+        if item == 3 and len(ran) < 5:
+            raise RunError("the third one fails at first")
+        return Answer(f"item {item}", {"n": item}, ("a", str(item)))
+
+    def run(function: object, items: object) -> object:
+        for position, item in enumerate(items):  # type: ignore[arg-type,var-annotated]
+            yield position, function(item)  # type: ignore[operator]
+
+    with Staging(str(tmp_path), PLAN) as staging:
+        results = staging.results("work", Answer)
+        with pytest.raises(RunError, match="third"):
+            dict(run_recorded(results, work, range(5), run))  # type: ignore[arg-type]
+        found = dict(run_recorded(results, work, range(5), run))  # type: ignore[arg-type]
+    assert ran == [0, 1, 2, 3, 3, 4]
+    assert found == {number: Answer(f"item {number}", {"n": number}, ("a", str(number))) for number in range(5)}

@@ -1,0 +1,119 @@
+"""The metrics arrive at Ray's metrics port, and the dashboard and the document name those that exist."""
+
+import json
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jobs.captioning.metrics import METRICS, CaptionMetrics
+from jobs.captioning.monitor import StageReport
+
+ROOT = Path(__file__).parents[3]
+
+EXPORT = """
+import sys, time, urllib.request
+import ray
+from jobs.captioning.metrics import CaptionMetrics
+from jobs.captioning.monitor import StageReport, start_monitor
+
+port = int(sys.argv[1])
+ray.init(
+    address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, _metrics_export_port=port,
+    _system_config={"metrics_report_interval_ms": 500},
+)
+client = start_monitor(10, 0, "run-1")
+
+@ray.remote(num_cpus=0)
+class Worker:
+    def work(self):
+        client.report(StageReport("load", 9, 1.0, retries=2, bytes=5000))
+        client.report(StageReport("caption", 8, 1.0, tokens=40), [0.3, 0.4])
+        client.report(StageReport("write", 7, 1.0, errors={"empty": 6}))
+        CaptionMetrics.of_process("run-1").record_index_cache(hits=3, misses=4)
+
+worker = Worker.remote()
+ray.get(worker.work.remote())
+deadline = time.monotonic() + 60
+while time.monotonic() < deadline:
+    try:
+        text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5).read().decode()
+    except OSError:
+        text = ""
+    if "ray_smallcap_index_cache_misses_total" in text:
+        print(text)
+        break
+    time.sleep(0.5)
+"""
+
+
+def test_without_ray_nothing_is_counted_and_nothing_fails() -> None:
+    script = (
+        "from jobs.captioning.metrics import CaptionMetrics; from jobs.captioning.monitor import StageReport; "
+        "CaptionMetrics.of_process('run').record(StageReport('write', 5, 1.0, errors={'empty': 1}), [0.5])"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_metrics_of_workers_are_at_the_metrics_port() -> None:
+    pytest.importorskip("opentelemetry.exporter.prometheus", reason="ray[default] is not installed")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    done = subprocess.run(
+        [sys.executable, "-c", EXPORT, str(port)], check=True, capture_output=True, text=True, cwd=ROOT, timeout=200
+    )
+    values = {}
+    for line in done.stdout.splitlines():
+        if match := re.match(r"ray_(smallcap_\w+)\{(.*)\} ([\d.e+]+)$", line):
+            tags = dict(re.findall(r'(\w+)="([^"]*)"', match[2]))
+            assert tags["run_id"] == "run-1"
+            values[match[1], tags.get("stage") or tags.get("code")] = float(match[3])
+    assert values["smallcap_images_total", "load"] == 9
+    assert values["smallcap_images_total", "caption"] == 8
+    assert values["smallcap_images_total", "write"] == 7
+    assert values["smallcap_errors_total", "empty"] == 6
+    assert values["smallcap_batch_seconds_count", "write"] == 1
+    assert values["smallcap_neighbour_score_count", None] == 2
+    assert values["smallcap_tokens_total", None] == 40
+    assert values["smallcap_fetch_retries_total", None] == 2
+    assert values["smallcap_fetched_bytes_total", None] == 5000
+    assert values["smallcap_index_cache_hits_total", None] == 3
+    assert {re.sub(r"_(bucket|count|sum)$", "", name) for name, _ in values} == set(METRICS)
+
+
+def drawn_metrics(text: str) -> set[str]:
+    return {re.sub(r"_(bucket|count|sum)$", "", name) for name in re.findall(r"ray_(smallcap_\w+)", text)}
+
+
+def test_the_dashboard_draws_every_metric_and_no_other() -> None:
+    dashboard = json.loads((ROOT / "docs" / "grafana.json").read_text())
+    expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    assert set().union(*map(drawn_metrics, expressions)) == set(METRICS)
+    for expression in expressions:
+        assert expression.count("(") == expression.count(")")
+        assert 'run_id=~"$run_id"' in expression
+        name = re.search(r"ray_(smallcap_\w+)", expression)[1]  # type: ignore[index]
+        _, tags, _ = METRICS[re.sub(r"_bucket$", "", name)]
+        for grouped in re.findall(r"by \(([^)]*)\)", expression):
+            assert set(grouped.split(", ")) - {"le"} <= set(tags)
+    variables = {variable["name"]: variable for variable in dashboard["templating"]["list"]}
+    assert set(variables) == {"datasource", "run_id"}
+    assert drawn_metrics(variables["run_id"]["definition"]) <= set(METRICS)
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+    assert all(panel["datasource"]["uid"] == "${datasource}" for panel in dashboard["panels"])
+
+
+def test_the_document_names_every_metric() -> None:
+    text = (ROOT / "docs" / "monitoring.md").read_text()
+    for name in METRICS:
+        assert name in text or name == "smallcap_index_cache_misses_total"
+
+
+def test_a_batch_of_no_images_is_no_observation() -> None:
+    CaptionMetrics("run").record(StageReport("caption", start_s=3.0))

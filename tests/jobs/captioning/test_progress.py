@@ -1,0 +1,191 @@
+"""What people see while a run goes on and at its end, from made-up figures."""
+
+import io
+import threading
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from jobs.captioning import progress
+from jobs.captioning.monitor import Snapshot, StageReport
+from jobs.captioning.progress import (
+    RecentRates,
+    describe_duration,
+    find_bottleneck,
+    progress_line,
+    render,
+    show_progress,
+    stage_table,
+)
+from smallcap.machine.actor_plan import ActorPlan
+
+PLAN = ActorPlan("cuda", "bfloat16", 4, 0.0, 1.0, 4)
+NOTHING = Snapshot(
+    images=1000,
+    done=0,
+    fragments=4,
+    elapsed_s=5.0,
+    load=StageReport("load"),
+    caption=StageReport("caption"),
+    write=StageReport("write"),
+    actors=0,
+    first_caption_s=None,
+    crashed=0,
+)
+# After 100 s, 10 of them starting.
+FULL = replace(
+    NOTHING,
+    elapsed_s=100.0,
+    actors=4,
+    first_caption_s=10.0,
+    load=StageReport("load", 1000, 60.0, fetch_s=10.0, by_pillow=3),
+    caption=StageReport("caption", 1000, 340.0, start_s=20.0, searched_by=frozenset({"cuda"})),
+    write=StageReport("write", 1000, 2.0, errors={"empty": 2, "truncated": 30}),
+)
+
+
+class Recorded:
+    """Gives one snapshot after the other."""
+
+    def __init__(self, *snapshots: Snapshot | None) -> None:
+        self._snapshots = list(snapshots)
+        self.drawn = threading.Event()  # all of them: the last one has been asked for again
+        self._asked_for_last = False
+
+    def snapshot(self) -> Snapshot | None:
+        if len(self._snapshots) > 1:
+            return self._snapshots.pop(0)
+        if self._asked_for_last:
+            self.drawn.set()
+        self._asked_for_last = True
+        return self._snapshots[0]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def at(elapsed_s: float, captioned: int, **changes: object) -> Snapshot:
+    return replace(NOTHING, elapsed_s=elapsed_s, actors=1, caption=StageReport("caption", captioned), **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0 s"), (44.6, "45 s"), (60, "1 min"), (750, "12 min 30 s"), (3600, "1 h"), (12000, "3 h 20 min"),
+        (187200, "2 d 4 h"),
+    ],
+)  # fmt: skip
+def test_durations_are_short(seconds: float, text: str) -> None:
+    assert describe_duration(seconds) == text
+
+
+def test_a_rate_is_of_the_latest_seconds_and_needs_two_batches() -> None:
+    rates = RecentRates()
+    rates.add(at(30, 0))
+    rates.add(at(31, 100))
+    assert rates.of("caption") is None  # the first batch says nothing of the next: actors were starting
+    for second in range(2, 30):
+        rates.add(at(30 + second, 100 * second))
+    assert rates.of("caption") == pytest.approx(100)
+    for second in range(30, 41):
+        rates.add(at(30 + second, 2900))
+    assert rates.of("caption") == pytest.approx(200 / 13)  # nothing has ended for a while: it falls
+
+
+def test_a_rate_of_slow_batches_spans_several() -> None:
+    rates = RecentRates()
+    for second in range(100):
+        rates.add(at(second, 64 * (second // 20)))
+    assert rates.of("caption") == pytest.approx(128 / 59)  # 64 images every 20 s
+
+
+def test_the_outlook_says_what_is_not_known_yet() -> None:
+    rates = RecentRates()
+    assert progress_line(NOTHING, rates).endswith("starting actors")
+    assert progress_line(at(9, 0), rates).endswith("of 1,000 images: waiting for the first captions")
+    of_tars = at(9, 5, images=None)
+    assert progress_line(of_tars, rates).endswith("known when a first tar has been read")
+    ended = StageReport("load", 300, ended_fragments=1, ended_images=250)
+    for second in range(10, 14):
+        rates.add(at(second, 10 * second, images=None, load=ended))
+    line = progress_line(at(13, 130, images=None, load=ended), rates)
+    assert line.endswith("of about 1,000 images: about 1 min 27 s left")
+    assert progress_line(FULL, rates).endswith("writing what is captioned")
+    assert "errors: 30 truncated, 2 empty;" in progress_line(FULL, rates)
+
+
+def test_a_terminal_gets_a_live_display(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_POLL_S", 0.01)
+    stream = Terminal()
+    source = Recorded(None, NOTHING, at(10, 10), FULL)
+    with show_progress(source, stream):
+        assert source.drawn.wait(60)
+    text = stream.getvalue()
+    assert "starting actors" in text
+    assert "fetch and decode" in text
+    assert "30 truncated, 2 empty" in text
+
+
+def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    with show_progress(Recorded(FULL), stream):
+        pass
+    assert stream.getvalue() == ""  # a short run
+    monkeypatch.setattr(progress, "_LINE_EVERY_S", 0.02)
+    source = Recorded(NOTHING, NOTHING, FULL)
+    with show_progress(source, stream):
+        assert source.drawn.wait(60)
+    first, *_ = stream.getvalue().splitlines()
+    assert first.startswith("1 min 40 s: loaded 1,000, captioned 1,000, written 1,000; errors: 30 truncated, 2 empty;")
+
+
+def test_an_error_of_the_run_passes_and_ends_the_display() -> None:
+    with pytest.raises(ZeroDivisionError), show_progress(Recorded(FULL), Terminal()):
+        _ = 1 / 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "bottleneck", "advice"),
+    [
+        ({}, "captioning", "compute.max_actors"),
+        ({"first_caption_s": 60.0}, "start-up", "5.0 s per actor"),
+        ({"caption": 100.0, "load": (380.0, 50.0)}, "reading", "--set input.decode=fast"),
+        ({"caption": 100.0, "load": (380.0, 300.0)}, "network", "region"),
+        ({"caption": 100.0, "load": (60.0, 50.0)}, "none", "longer runs"),
+        ({"caption": 100.0, "load": (10.0, 5.0), "write": 90.0}, "writing", "storage"),
+    ],
+)
+def test_the_bottleneck_is_named(changes: dict[str, object], bottleneck: str, advice: str) -> None:
+    snapshot = FULL
+    for name, value in changes.items():
+        if name == "load":
+            seconds, fetch_s = value  # type: ignore[misc]
+            snapshot = replace(snapshot, load=replace(FULL.load, seconds=seconds, fetch_s=fetch_s))
+        elif name in ("caption", "write"):
+            snapshot = replace(snapshot, **{name: replace(FULL.of(name), seconds=value)})  # type: ignore[arg-type]
+        else:
+            snapshot = replace(snapshot, **{name: value})  # type: ignore[arg-type]
+    verdict = find_bottleneck(snapshot, 100.0, PLAN, load_tasks=4)
+    assert verdict.bottleneck == bottleneck
+    assert advice in verdict.text
+    assert "decode=fast" not in find_bottleneck(snapshot, 100.0, PLAN, 4, fast_decode=True).text
+
+
+def test_the_table_at_the_end() -> None:
+    lines = stage_table(FULL, 100.0, PLAN, load_tasks=4, fast_decode=True)
+    assert lines[0] == "Captioned 1,000 images in 1 min 40 s, 10.0 images/s:"
+    text = "\n".join(lines)
+    assert "16.7  4 tasks busy 15%, 17% of it fetching, 3 whole by Pillow" in text
+    assert "2.9  4 actors busy 85% (cuda, bfloat16, search: cuda)" in text
+    assert "Captioning is the bottleneck" in lines[-1]
+    assert all(len(line) < 140 for line in lines)
+    assert stage_table(replace(NOTHING), 1.0, PLAN, 4)  # nothing was done, and nothing is divided by it
+
+
+def test_the_live_display_at_its_widest() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    console.print(render(FULL, RecentRates()))
+    assert "caption" in console.file.getvalue()  # type: ignore[attr-defined]

@@ -1,0 +1,68 @@
+from pathlib import Path
+
+import pytest
+
+from jobs.captioning.record import (
+    ImageCounts,
+    Input,
+    RunRecord,
+    load_run_record,
+    read_parts,
+    run_lock,
+    write_run_record,
+)
+from smallcap.config import CaptionConfig, load_config
+from smallcap.errors import ConfigError, SchemaError
+from smallcap.output.part_files import PartInfo
+
+
+def config(**changes: object) -> CaptionConfig:
+    flags = {"images": ["photos"], "index": "index", "model": "demo", "out": "out", **changes}
+    return load_config(CaptionConfig, flags=flags)
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
+    assert load_run_record(str(tmp_path)) is None
+    record = RunRecord.new(config(), "demo@1234", "abcd", "demo")
+    write_run_record(str(tmp_path), record)
+    assert load_run_record(str(tmp_path)) == record
+    record.check_same_run(config(), "demo@1234", "out")
+    with pytest.raises(ConfigError, match="model weights: demo@1234 → demo@5678"):
+        record.check_same_run(config(), "demo@5678", "out")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"format_version": 1}', '{"format_version": 99}'])
+def test_a_malformed_record_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(SchemaError, match=r"run\.json"):
+        load_run_record(str(tmp_path))
+
+
+def test_the_images_of_a_run_are_the_sum_of_its_parts() -> None:
+    counts = ImageCounts.of([PartInfo(ok=2), PartInfo(ok=1, errors={"truncated": 1}), PartInfo(errors={"empty": 2})])
+    assert (counts.total, counts.ok, counts.error) == (6, 3, 3)
+    assert counts.errors_by_code == {"empty": 2, "truncated": 1}
+
+
+@pytest.mark.parametrize(
+    ("finished", "asked", "done"),
+    [(None, None, True), (None, 5, True), (5, 5, True), (5, 3, True), (5, 6, False), (5, None, False)],
+)
+def test_a_run_is_done_as_far_as_it_was_asked(finished: int | None, asked: int | None, done: bool) -> None:
+    listed = Input(listed_at="2026-01-01T00:00:00+00:00", images=9, fragments=1, duplicates=0)
+    record = RunRecord.new(config(), "demo@1234", "abcd", "demo").model_copy(update={"input": listed})
+    assert not record.is_done(asked)
+    assert record.model_copy(update={"status": "complete", "limit": finished}).is_done(asked) == done
+
+
+def test_a_damaged_part_is_named_with_its_remedy(tmp_path: Path) -> None:
+    (tmp_path / "part-000-000000.parquet").write_bytes(b"PAR1 and nothing more")
+    with pytest.raises(SchemaError, match="delete this one"):
+        list(read_parts(str(tmp_path), ["image_id"]))
+
+
+def test_a_second_driver_is_kept_out(tmp_path: Path) -> None:
+    with run_lock(str(tmp_path)), pytest.raises(ConfigError, match="Another process"), run_lock(str(tmp_path)):
+        pass
+    with run_lock(str(tmp_path)):
+        pass

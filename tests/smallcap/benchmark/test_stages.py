@@ -1,0 +1,85 @@
+"""The benchmark's counts against torch's, and one small run of all of it."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from smallcap.benchmark.stages import (
+    GPT2_124M,
+    BenchmarkOptions,
+    PlannedLengths,
+    build_model,
+    decode_flops,
+    prefill_flops,
+    random_captions,
+    realistic_lengths,
+    run_benchmark,
+    torch_flops,
+    vision_flops,
+)
+from smallcap.config import GenerationConfig
+from smallcap.decoding.beam_search import BeamSearch
+from smallcap.decoding.engine import generate, prefill
+from smallcap.machine.precision import fastest_cpu_dtype, matrix_rate, resolve_dtype
+from smallcap.model.checkpoint import SmallCapModel
+
+
+@pytest.fixture(scope="module")
+def model() -> SmallCapModel:
+    return build_model(4, "cpu", "float32")
+
+
+def test_counted_operations_are_torchs(model: SmallCapModel) -> None:
+    """Nearly: torch counts masked attention as well, and on some devices no attention."""
+    counted = torch_flops(lambda: model.encode_images(torch.zeros(2, 3, 224, 224))) / 2
+    assert counted == pytest.approx(vision_flops(model), rel=0.03)
+    hidden_states, prompts = torch.zeros(2, 50, 768), [[5] * 60, [6] * 60]
+    options = replace(model.generation_options(GenerationConfig()), max_new_tokens=8)
+    of_prefill = torch_flops(lambda: prefill(model.decoder, hidden_states, prompts, options)) / 2
+    assert of_prefill == pytest.approx(prefill_flops(model, 60), rel=0.03)
+    planned = replace(options, strategy=type("Eight", (PlannedLengths,), {"plan": (8,)}))
+    of_all = torch_flops(lambda: generate(model.decoder, hidden_states, prompts, planned)) / 2
+    assert of_all - of_prefill == pytest.approx(decode_flops(model, 60, 8, 3), rel=0.03)
+
+
+def test_packed_layers_are_counted_as_well() -> None:
+    model = build_model(4, "cpu", "bfloat16")
+    model.pack()
+    counted = torch_flops(lambda: model.encode_images(torch.zeros(2, 3, 224, 224))) / 2
+    assert counted == pytest.approx(vision_flops(model), rel=0.03)
+
+
+def test_planned_lengths_are_kept_and_stand_for_real_captions(model: SmallCapModel) -> None:
+    lengths = realistic_lengths(12)
+    assert 9 < sum(realistic_lengths(1000)) / 1000 < 13
+    options = replace(
+        model.generation_options(GenerationConfig()), strategy=type("Planned", (PlannedLengths,), {"plan": lengths})
+    )
+    generated = model.generate(torch.randn(12, 50, 768), [[7] * 20] * 12, options)
+    assert tuple(len(best.token_ids) for (best,) in generated) == lengths
+    assert BeamSearch in PlannedLengths.__mro__
+
+
+def test_a_run_measures_every_stage_and_the_loop() -> None:
+    result = run_benchmark(BenchmarkOptions(images=2, batch_size=2, captions=200, repeats=1))
+    values = json.loads(result.to_json())
+    assert {"images_per_s", "matrix_tflops", "mfu"} <= values.keys()
+    assert {stage["stage"] for stage in values["stages"]} >= {
+        "decode image", "preprocess", "vision encoder", "retrieval encoder", "search", "prefill", "decode tokens",
+        "detokenise",
+    }  # fmt: skip
+    assert all(stage["images_per_s"] > 0 for stage in values["stages"])
+    assert 0 < result.mfu < 1.2
+    assert result.stages[3].gflop_per_image == pytest.approx(8.8, rel=0.01)  # ViT-B/32 on 224 px
+    assert GPT2_124M.vocab_size == 50257
+    assert len(random_captions(30)) == 30
+
+
+def test_the_precision_follows_from_a_measurement() -> None:
+    assert matrix_rate(torch.float32, seconds=0.01) > 1e8
+    assert fastest_cpu_dtype() in ("bfloat16", "float32")
+    assert resolve_dtype("auto", "cuda:1") == "bfloat16"
+    assert resolve_dtype("auto", "cpu") == fastest_cpu_dtype()
+    assert resolve_dtype("float16", "cpu") == "float16"

@@ -1,0 +1,219 @@
+"""The engine against the reference implementation, and any batch against a batch of one."""
+
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from smallcap.config import GenerationConfig
+from smallcap.decoding.engine import Generated, additive_mask, causal_mask, generate, pad_prompts
+from smallcap.decoding.kv_cache import KVCache, PromptSlots
+from smallcap.decoding.packed_linear import PackedLinear, can_pack
+from smallcap.decoding.strategy import GenerationOptions
+from smallcap.decoding.text_decoder import TextDecoder
+from smallcap.errors import ConfigError
+from smallcap.model.checkpoint import DECODER_KINDS, SmallCapModel, load_checkpoint
+
+ORACLE = Path(__file__).parents[2] / "golden" / "oracle"
+ORACLES = ["gpt2_r4", "gpt2_r1", "opt_r4", "xglm_r2"]
+BEAMS = {"greedy": 1, "beam3": 3, "beam5": 5}
+
+
+class Case:
+    """One oracle checkpoint with its inputs and the reference's outputs."""
+
+    def __init__(self, name: str) -> None:
+        folder = ORACLE / name
+        self.name = name
+        self.decoder = load_decoder(folder)
+        self.expected: dict[str, Any] = json.loads((folder / "expected.json").read_text())
+        self.arrays = np.load(folder / "expected.npz")
+        self.prompts: list[list[int]] = self.expected["prompts"]
+        self.hidden_states = torch.tensor(self.arrays["encoder_last_hidden_state"])
+
+    def generate(self, rows: Sequence[int], num_beams: int, **options: Any) -> list[Generated]:
+        """Captions some of the oracle's images in one batch."""
+        given = {"max_new_tokens": 25, "length_penalty": 0.0, "eos_token_id": 13, "pad_token_id": 0, **options}
+        prompts = [self.prompts[row] for row in rows]
+        options = GenerationOptions(num_beams, **given)
+        return [best for best, *_ in generate(self.decoder, self.hidden_states[list(rows)], prompts, options)]
+
+
+def load_decoder(folder: Path) -> TextDecoder:
+    """Loads an oracle's decoder; of OPT's and XGLM's checkpoints nothing else is kept here."""
+    if not (folder / "decoder.safetensors").exists():
+        return load_checkpoint(str(folder)).decoder
+    values = json.loads((folder / "config.json").read_text())["decoder"]
+    kind = DECODER_KINDS[values["model_type"]]
+    decoder = kind.build(kind.parse_config(values))
+    tensors = load_file(folder / "decoder.safetensors")
+    decoder.load_state_dict({name.removeprefix("decoder."): tensor for name, tensor in tensors.items()})
+    return decoder.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module", params=ORACLES)
+def case(request: pytest.FixtureRequest) -> Case:
+    return Case(request.param)
+
+
+@pytest.mark.parametrize("name", ["gpt2_r4", "gpt2_r1"])
+def test_the_vision_encoder_is_the_references(name: str) -> None:
+    case = cached_case(name)
+    hidden_states = load_checkpoint(str(ORACLE / name)).encode_images(torch.tensor(case.arrays["pixel_values"]))
+    assert hidden_states.shape == case.hidden_states.shape
+    assert (hidden_states - case.hidden_states).abs().max() < 1e-4
+
+
+def test_logits_are_the_references(case: Case) -> None:
+    decoder = case.decoder
+    for index, prompt in enumerate(case.prompts):
+        ids = torch.tensor([prompt])
+        mask = torch.zeros(1, 1, len(prompt), len(prompt)).masked_fill(
+            ~causal_mask(torch.ones_like(ids, dtype=torch.bool)), -torch.inf
+        )
+        cross_kv = decoder.cross_attention_kv(case.hidden_states[index : index + 1])
+        with torch.inference_mode():
+            logits = decoder.logits(decoder(ids, torch.arange(len(prompt))[None], mask, cross_kv))
+        reference = torch.tensor(case.arrays[f"logits_{index}"])
+        assert (logits[0, -len(reference) :] - reference).abs().max() < 2e-3
+
+
+def test_the_last_position_alone_is_that_of_all(case: Case) -> None:
+    decoder, prompts = case.decoder, case.prompts[:3]
+    config = decoder.config
+    ids, mask = pad_prompts(prompts, 0, torch.device("cpu"))
+    positions, attention_mask = mask.cumsum(1).sub(1).clamp(min=0), additive_mask(causal_mask(mask), torch.float32)
+    outputs, caches = [], []
+    for last_only in (False, True):
+        sizes = (config.num_layers, config.num_heads, config.head_dim)
+        cache = KVCache(sizes, mask, num_beams=1, max_steps=1, dtype=torch.float32)
+        with torch.inference_mode():
+            cross_kv = decoder.cross_attention_kv(case.hidden_states[: len(prompts)])
+            slots = PromptSlots(cache, slice(len(prompts)), ids.shape[1])
+            outputs.append(decoder(ids, positions, attention_mask, cross_kv, slots, last_only))
+        caches.append(cache)
+    of_all, of_last = outputs
+    assert of_last.shape == (len(prompts), 1, config.hidden_size)
+    assert (of_all[:, -1:] - of_last).abs().max() < 1e-5 * of_all.abs().max()
+    filled = slice(ids.shape[1])
+    assert torch.equal(caches[0].keys[:, :, :, filled], caches[1].keys[:, :, :, filled])
+    assert torch.equal(caches[0].values[:, :, :, filled], caches[1].values[:, :, :, filled])
+
+
+@pytest.mark.parametrize("name", BEAMS)
+def test_token_ids_are_the_references_alone(case: Case, name: str) -> None:
+    for row, expected in enumerate(case.expected["cases"]):
+        (generated,) = case.generate([row], BEAMS[name])
+        assert generated.token_ids == expected[name]
+        if f"{name}_score" in expected:
+            assert generated.score == pytest.approx(expected[f"{name}_score"], rel=3e-4, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", BEAMS)
+def test_token_ids_are_the_references_in_one_batch(case: Case, name: str) -> None:
+    generated = case.generate(range(len(case.prompts)), BEAMS[name])
+    assert [one.token_ids for one in generated] == [expected[name] for expected in case.expected["cases"]]
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    oracle=st.sampled_from(ORACLES),
+    rows=st.lists(st.integers(0, 7), min_size=1, max_size=12),
+    name=st.sampled_from(sorted(BEAMS)),
+)
+def test_token_ids_are_the_references_in_any_mix(oracle: str, rows: list[int], name: str) -> None:
+    case = cached_case(oracle)
+    generated = case.generate(rows, BEAMS[name])
+    assert [one.token_ids for one in generated] == [case.expected["cases"][row][name] for row in rows]
+
+
+@lru_cache
+def cached_case(name: str) -> Case:
+    """Loads an oracle once; hypothesis wants no fixtures of a function's scope."""
+    return Case(name)
+
+
+@lru_cache
+def load_model() -> SmallCapModel:
+    """Loads one whole oracle checkpoint."""
+    return load_checkpoint(str(ORACLE / "gpt2_r4"))
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=2, max_size=9),
+    num_beams=st.integers(1, 5),
+    max_new_tokens=st.integers(1, 12),
+    length_penalty=st.sampled_from([0.0, 1.0]),
+    seed=st.integers(0, 2**16),
+)
+def test_a_batch_is_its_images_alone(
+    lengths: list[int], num_beams: int, max_new_tokens: int, length_penalty: float, seed: int
+) -> None:
+    model = load_model()
+    generator = torch.Generator().manual_seed(seed)
+    hidden_states = torch.randn(len(lengths), 17, 64, generator=generator)
+    prompts = [torch.randint(1, 600, (length,), generator=generator).tolist() for length in lengths]
+    wanted = GenerationConfig(num_beams=num_beams, max_new_tokens=max_new_tokens, length_penalty=length_penalty)
+    options = model.generation_options(wanted)
+    together = model.generate(hidden_states, prompts, options)
+    for row, prompt in enumerate(prompts):
+        ((alone,),) = model.generate(hidden_states[row : row + 1], [prompt], options)
+        assert together[row][0].token_ids == alone.token_ids
+        assert together[row][0].score == pytest.approx(alone.score, abs=1e-3)
+        assert len(alone.token_ids) <= max_new_tokens
+
+
+def test_low_precision_runs(case: Case) -> None:
+    decoder = load_decoder(ORACLE / case.name).bfloat16()
+    options = GenerationOptions(3, 25, 0.0, 13, 0)
+    generated = [best for (best,) in generate(decoder, case.hidden_states.bfloat16(), case.prompts, options)]
+    assert all(1 <= len(one.token_ids) <= 25 and np.isfinite(one.score) for one in generated)
+
+
+def test_packed_weights_give_the_same_logits(case: Case) -> None:
+    """Within bfloat16's rounding: a fused activation is rounded once less."""
+    plain, packed = load_decoder(ORACLE / case.name).bfloat16(), load_decoder(ORACLE / case.name).bfloat16()
+    packed.pack()
+    if can_pack(plain):
+        assert any(isinstance(module, PackedLinear) for module in packed.modules())
+        assert not any(isinstance(module, torch.nn.Linear) for module in packed.modules())
+    ids = torch.tensor([case.prompts[0]])
+    mask = torch.zeros(1, 1, ids.shape[1], ids.shape[1]).bfloat16()
+    logits = []
+    for decoder in (plain, packed):
+        cross_kv = decoder.cross_attention_kv(case.hidden_states[:1].bfloat16())
+        with torch.inference_mode():
+            hidden = decoder(ids, torch.arange(ids.shape[1])[None], mask, cross_kv)
+            logits.append(decoder.logits(hidden).float())
+    assert (logits[0] - logits[1]).abs().max() < 0.03 * logits[0].abs().max()
+
+
+def test_an_empty_batch_gives_nothing() -> None:
+    assert load_model().generate(torch.zeros(0, 17, 64), []) == []
+
+
+def test_prompts_that_do_not_fit_are_refused() -> None:
+    model, one = load_model(), torch.zeros(1, 17, 64)
+    with pytest.raises(ConfigError, match="one prompt per image"):
+        model.generate(one, [[1], [2]])
+    with pytest.raises(ConfigError, match="empty"):
+        model.generate(one, [[]])
+    seven, eight = (model.generation_options(GenerationConfig(max_new_tokens=count)) for count in (7, 8))
+    model.generate(one, [[1] * 250], seven)  # 256 positions: the last token is never fed back
+    with pytest.raises(ConfigError, match="256"):
+        model.generate(one, [[1] * 250], eight)
+
+
+def test_padding_is_on_the_left() -> None:
+    ids, mask = pad_prompts([[5, 6, 7], [8]], pad_token_id=0, device=torch.device("cpu"))
+    assert ids.tolist() == [[5, 6, 7], [0, 0, 8]]
+    assert mask.tolist() == [[True, True, True], [False, False, True]]

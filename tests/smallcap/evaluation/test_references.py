@@ -1,0 +1,119 @@
+"""Reference captions of each layout, and which image a run's id means."""
+
+from typing import Any
+
+import pytest
+
+from smallcap.errors import ConfigError, SchemaError
+from smallcap.evaluation.references import References, group_references, parse_references
+
+COCO = {
+    "images": [
+        {"id": 42, "file_name": "COCO_val2014_000000000042.jpg"},
+        {"id": 7, "file_name": "val/dog.png"},
+        {"id": 9, "file_name": "000000000123.jpg"},
+        {"id": 8, "file_name": "uncaptioned.png"},
+    ],
+    "annotations": [
+        {"image_id": 42, "caption": "a bus"},
+        {"image_id": 7, "caption": "a dog"},
+        {"image_id": 42, "caption": "a red bus"},
+        {"image_id": 9, "caption": "a cat"},
+        {"image_id": 5, "caption": "of an image that is not listed"},
+    ],
+}
+KARPATHY = {
+    "images": [
+        {"filename": "COCO_val2014_1.jpg", "cocoid": 1, "split": "test", "sentences": [{"raw": "one"}, {"raw": "uno"}]},
+        {"filename": "2.jpg", "split": "train", "sentences": [{"raw": "two"}]},
+        {"filename": "3.jpg", "split": "test", "sentences": []},
+    ]
+}
+
+
+@pytest.mark.parametrize(
+    ("image_id", "name"),
+    [
+        ("COCO_val2014_000000000042.jpg", "COCO_val2014_000000000042.jpg"),
+        ("42", "COCO_val2014_000000000042.jpg"),
+        ("s3://bucket/val2014/COCO_val2014_000000000042.jpg", "COCO_val2014_000000000042.jpg"),
+        ("COCO_val2014_000000000042", "COCO_val2014_000000000042.jpg"),
+        ("000000000042.jpg", "COCO_val2014_000000000042.jpg"),  # COCO 2017's name of the same image
+        ("photos/dog.jpeg", "val/dog.png"),
+        ("7", "val/dog.png"),
+        ("photo_7.jpg", None),  # this reference's file name has nothing to do with its id
+        ("000000000123.png", "000000000123.jpg"),
+        ("123", None),  # this reference's id is 9, so the number in its name is no id
+        ("5", "5"),
+        ("8", None),
+        ("cat.jpg", None),
+        ("", None),
+    ],
+)
+def test_an_image_is_found_by_name_id_stem_or_number(image_id: str, name: str | None) -> None:
+    assert parse_references(COCO, "refs.json").find(image_id) == name
+
+
+def test_coco_captions_are_grouped_by_image() -> None:
+    captions = parse_references(COCO, "refs.json").captions
+    assert captions["COCO_val2014_000000000042.jpg"] == ("a bus", "a red bus")
+    assert "uncaptioned.png" not in captions
+    assert captions["5"] == ("of an image that is not listed",)
+
+
+def test_a_name_that_means_two_images_means_none() -> None:
+    references = group_references([("a/1.jpg", "x"), ("b/1.jpg", "y")], "refs.csv")
+    assert references.find("a/1.jpg") == "a/1.jpg"
+    assert references.find("1.jpg") is None
+    assert references.find("c/1.png") is None
+
+
+def test_karpathys_splits_are_taken_whole_or_one_by_one() -> None:
+    whole = parse_references(KARPATHY, "refs.json")
+    assert whole.captions == {"COCO_val2014_1.jpg": ("one", "uno"), "2.jpg": ("two",)}
+    test = parse_references(KARPATHY, "refs.json", split="test")
+    assert test.captions == {"COCO_val2014_1.jpg": ("one", "uno")}
+    assert test.find("000000000001.jpg") == "COCO_val2014_1.jpg"
+    with pytest.raises(ConfigError, match="no such split") as error:
+        parse_references(KARPATHY, "refs.json", split="val")
+    assert error.value.expected == "test, train"
+
+
+@pytest.mark.parametrize(
+    ("content", "where", "found"),
+    [
+        ({"images": [], "annotations": []}, "refs.json", ""),
+        ({"info": {}, "licenses": []}, "refs.json", "info, licenses"),
+        ([1, 2], "refs.json", "no JSON object"),
+        ({"annotations": [{"image_id": 1, "caption": None}]}, "refs.json: annotations[0]", "None"),
+        ({"annotations": ["a dog"]}, "refs.json: annotations[0]", "a dog"),
+        ({"images": [{"id": None}], "annotations": []}, "refs.json: images[0]", "None"),
+        ({"images": [{"sentences": [{"raw": "x"}]}]}, "refs.json: images[0]", "raw"),
+        (
+            {
+                "images": [{"id": 1, "file_name": "a.jpg"}, {"id": 2, "file_name": "a.jpg"}],
+                "annotations": [{"image_id": 1, "caption": "x"}, {"image_id": 2, "caption": "y"}],
+            },
+            "refs.json",
+            "a.jpg",
+        ),
+    ],
+)
+def test_broken_references_are_named(content: Any, where: str, found: str) -> None:
+    with pytest.raises(SchemaError) as error:
+        parse_references(content, "refs.json")
+    assert error.value.where == where
+    assert found in error.value.found
+
+
+def test_a_split_of_coco_captions_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no splits inside a file"):
+        parse_references(COCO, "refs.json", split="test")
+
+
+def test_a_row_without_an_image_is_refused() -> None:
+    with pytest.raises(SchemaError) as error:
+        group_references([("a", "x"), (None, "y")], "refs.csv")
+    assert error.value.where == "refs.csv: caption 2"
+    with pytest.raises(SchemaError, match="no reference captions"):
+        References([], "refs.csv")

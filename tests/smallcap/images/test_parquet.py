@@ -1,0 +1,112 @@
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from smallcap import storage
+from smallcap.config import InputConfig
+from smallcap.errors import ErrorCode, RowError, SchemaError
+from smallcap.images.fragments import Fragment, InputBatch
+from smallcap.images.parquet import image_bytes_column, read_outlines, read_parquet
+from smallcap.images.row_ranges import RowRanges
+
+NOTHING = pa.schema([])
+HF_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def hf_table(rows: int) -> pa.Table:
+    """As Hugging Face's datasets write one: every third path is missing."""
+    images = [{"bytes": b"image %d" % n, "path": None if n % 3 == 2 else f"{n}.jpg"} for n in range(rows)]
+    return pa.table({"image": pa.array(images, HF_IMAGE), "label": pa.array(range(rows), pa.int64())})
+
+
+def read(
+    uri: Path | str,
+    row_group: int,
+    rows: int,
+    wanted: RowRanges | None = None,
+    kept: pa.Schema = NOTHING,
+    **options: str,
+) -> list[InputBatch]:
+    fragment = Fragment(0, "parquet", str(uri), row_group, rows, "sub/file/")
+    return list(read_parquet(fragment, wanted, InputConfig(**options), kept))  # type: ignore[arg-type]
+
+
+def test_hugging_face_images(tmp_path: Path) -> None:
+    file = tmp_path / "file.parquet"
+    pq.write_table(hf_table(10), file, row_group_size=4)
+    kept = pa.schema([("label", pa.int64())])
+    (batch,) = read(file, 1, 4, kept=kept)
+    assert batch.image_ids == ["4.jpg", "sub/file/5", "6.jpg", "7.jpg"]
+    assert batch.image_uris == [f"{file}#row={n}" for n in range(4, 8)]
+    assert batch.data == [b"image %d" % n for n in range(4, 8)]
+    assert batch.rows.tolist() == [0, 1, 2, 3]
+    assert batch.kept is not None
+    assert batch.kept.to_pydict() == {"label": [4, 5, 6, 7]}
+    assert batch.ends_fragment
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
+def test_plain_bytes_with_ids(tmp_path: Path, kind: pa.DataType) -> None:
+    table = pa.table({"jpg": pa.array([b"a", None, b""], kind), "key": [7, 8, None]})
+    pq.write_table(table, tmp_path / "file.parquet")
+    (batch,) = read(tmp_path / "file.parquet", 0, 3, id_column="key")
+    assert batch.image_ids == ["7", "8", "sub/file/2"]
+    assert batch.data is not None
+    assert (batch.data[0], batch.data[2]) == (b"a", b"")
+    assert isinstance(batch.data[1], RowError)
+    assert batch.data[1].code == ErrorCode.EMPTY
+
+
+def test_a_long_row_group_comes_in_batches_of_what_is_wanted(tmp_path: Path) -> None:
+    pq.write_table(hf_table(600), tmp_path / "file.parquet")
+    batches = read(tmp_path / "file.parquet", 0, 600)
+    assert [(len(batch.rows), batch.ends_fragment) for batch in batches] == [(256, False), (256, False), (88, True)]
+    batches = read(tmp_path / "file.parquet", 0, 600, RowRanges([(250, 260), (590, 599)]))
+    assert [row for batch in batches for row in batch.rows.tolist()] == [*range(250, 260), *range(590, 599)]
+    assert not batches[-1].ends_fragment
+
+
+def test_on_s3(s3: str, tmp_path: Path) -> None:
+    pq.write_table(hf_table(10), tmp_path / "file.parquet", row_group_size=4)
+    storage.upload(tmp_path / "file.parquet", f"{s3}/file.parquet")
+    assert [outline.rows for outline in read_outlines([f"{s3}/file.parquet"])] == [(4, 4, 2)]
+    (batch,) = read(f"{s3}/file.parquet", 2, 2)
+    assert batch.image_uris == [f"{s3}/file.parquet#row=8", f"{s3}/file.parquet#row=9"]
+
+
+def test_what_cannot_be_read_is_an_error_of_each_row(tmp_path: Path, s3: str) -> None:
+    for uri in (f"{tmp_path}/none.parquet", f"{s3}/none.parquet"):
+        batches = read(uri, 0, 300)
+        assert [(len(batch.rows), batch.ends_fragment) for batch in batches] == [(256, False), (44, True)]
+        assert {error.code for batch in batches for error in batch.data or () if isinstance(error, RowError)} == {
+            ErrorCode.NOT_FOUND
+        }
+        assert len({image_id for batch in batches for image_id in batch.image_ids}) == 300
+
+
+def test_a_damaged_page_leaves_the_rows_before_it(tmp_path: Path) -> None:
+    file = tmp_path / "file.parquet"
+    images = pa.table({"jpg": [b"%05d" % n * 200 for n in range(2000)]})
+    pq.write_table(images, file, compression="none", use_dictionary=False, data_page_size=64 << 10)
+    data = bytearray(file.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 200_000] = b"\xff" * 200_000
+    file.write_bytes(data)
+    batches = read(file, 0, 2000, kept=NOTHING)
+    codes = [error.code for batch in batches for error in batch.data or () if isinstance(error, RowError)]
+    assert [row for batch in batches for row in batch.rows.tolist()] == list(range(2000))
+    assert set(codes) == {ErrorCode.TRUNCATED}
+    assert 500 < len(codes) < 1500
+    assert [batch.ends_fragment for batch in batches] == [False] * (len(batches) - 1) + [True]
+
+
+def test_which_column_holds_images() -> None:
+    schema = pa.schema([("image", HF_IMAGE), ("thumb", pa.binary()), ("image_uri", pa.string())])
+    assert image_bytes_column(schema, InputConfig(), "f") is None  # a list of URIs
+    assert image_bytes_column(schema, InputConfig(image_column="thumb"), "f") == "thumb"
+    assert image_bytes_column(schema.remove(1).remove(1), InputConfig(), "f") == "image"
+    with pytest.raises(SchemaError, match="Several columns") as several:
+        image_bytes_column(schema.remove(2), InputConfig(), "f")
+    assert "image, thumb" in str(several.value)

@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import pytest
+
+from smallcap.errors import ConfigError
+from smallcap.index.manifest import ShardEntry
+from smallcap.index.partition import share_of
+
+
+def shards_of(*rows: int) -> list[ShardEntry]:
+    firsts = [sum(rows[:number]) for number in range(len(rows))]
+    return [
+        ShardEntry(file="files/x", bytes=1, sha256="0" * 64, rows=count, first_id=first)
+        for count, first in zip(rows, firsts, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "count", "expected"),
+    [
+        ([5], 1, [1]),
+        ([5, 5, 5, 5, 5, 5, 5], 3, [2, 3, 2]),
+        ([100, 1, 1, 1], 4, [1, 1, 1, 1]),
+        ([1, 1, 1, 100], 2, [3, 1]),
+        ([100, 1, 1, 1], 2, [1, 3]),
+        ([100, 1, 1, 1], 3, [1, 1, 2]),
+        ([30, 10, 10, 10], 2, [1, 3]),
+    ],
+)
+def test_shares_are_contiguous_not_empty_and_about_equal(rows: list[int], count: int, expected: list[int]) -> None:
+    shards = shards_of(*rows)
+    shares = [share_of(shards, (number, count)) for number in range(count)]
+    assert [shard for share in shares for shard in share] == shards
+    assert [len(share) for share in shares] == expected
+
+
+def test_more_shares_than_shards() -> None:
+    with pytest.raises(ConfigError, match=r"fewer shards(.|\n)*at most 2(.|\n)*found: 3"):
+        share_of(shards_of(1, 1), (0, 3))

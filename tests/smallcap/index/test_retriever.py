@@ -1,0 +1,383 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from smallcap.errors import IndexIntegrityError, ManifestError, RunError
+from smallcap.index.caption_store import load_caption_sample
+from smallcap.index.manifest import EncoderIdentity, IndexManifest, load_manifest, manifest_uri
+from smallcap.index.retriever import Neighbour, Retriever
+
+PublishIndex = Callable[..., IndexManifest]
+GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "index_v1"
+
+
+def unit_vectors(rows: int, dim: int, seed: int = 0) -> np.ndarray:
+    vectors = np.random.default_rng(seed).standard_normal((rows, dim)).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def exact_ids(vectors: np.ndarray, queries: np.ndarray, k: int) -> list[list[int]]:
+    """The readable reference: float64 scores rounded to float32, best first, ties by id."""
+    scores = (queries.astype(np.float64) @ vectors.astype(np.float64).T).astype(np.float32)
+    return [
+        sorted(range(len(vectors)), key=lambda row: (-scores[query, row], row))[:k] for query in range(len(queries))
+    ]
+
+
+def ids(results: list[list[Neighbour]]) -> list[list[int]]:
+    return [[neighbour.caption_id for neighbour in neighbours] for neighbours in results]
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> str:
+    return str(tmp_path / "cache")
+
+
+@dataclass(frozen=True)
+class Key:
+    """An index key and how indexes of it are searched in these tests."""
+
+    index_key: str
+    nprobe: int | None = None
+    k_factor: int = 1
+
+    def settings(self) -> dict[str, Any]:
+        return self.__dict__
+
+
+KEYS = [
+    Key("Flat"),
+    Key("IVF8,Flat", 3),
+    Key("IVF8_HNSW8,Flat", 3),
+    Key("IVF8,SQfp16", 3),
+    Key("IVF8,SQ8", 3, 2),
+    Key("SQ8", None, 2),
+    Key("IVF8,PQ4", 3, 4),
+    Key("IVF8,PQ8x4fs", 3, 4),
+    Key("IVF8,RaBitQ", 3, 8),
+    Key("HNSW16", 600, 2),  # so many candidates that each shard's graph is searched whole
+    Key("OPQ4,IVF8,PQ4", 3, 4),
+]
+ROWS = 600
+
+
+class TestEveryKey:
+    """What holds whatever the index key: the answers are those of a readable reference, in any batch and any shards."""
+
+    @pytest.fixture(params=KEYS, ids=lambda key: key.index_key)
+    def key(self, request: pytest.FixtureRequest) -> Key:
+        return request.param
+
+    @pytest.fixture
+    def vectors(self) -> np.ndarray:
+        vectors = unit_vectors(ROWS, 16)
+        vectors[480:510] = vectors[7]  # a tie longer than any margin, over a shard's border
+        return vectors
+
+    @pytest.fixture
+    def queries(self, vectors: np.ndarray) -> np.ndarray:
+        return np.concatenate([unit_vectors(20, 16, seed=1), vectors[5:10]])
+
+    def publish_and_open(
+        self, publish_index: PublishIndex, folder: Path, vectors: np.ndarray, key: Key, shards: int, **settings: Any
+    ) -> Retriever:
+        texts = [f"text {number}" for number in range(len(vectors))]
+        uri = f"{folder}/{shards}-{len(settings.get('removed', ()))}"
+        publish_index(uri, vectors, texts, self.image_ids(len(vectors)), shards, **key.settings(), **settings)
+        return Retriever.open(uri, cache_dir=f"{folder}/cache")
+
+    def image_ids(self, rows: int) -> list[list[str] | None]:
+        """Each image has up to four captions; every third caption is shared with the next image."""
+        return [
+            [f"img{number // 3}"] + ([f"img{number // 3 + 1}"] if number % 3 == 0 else []) for number in range(rows)
+        ]
+
+    def reference(
+        self,
+        retriever: Retriever,
+        vectors: np.ndarray,
+        query: np.ndarray,
+        k: int,
+        forbidden: Collection[int] = (),
+    ) -> list[int]:
+        """The readable algorithm over one shard: every reachable candidate, filtered, cut, ranked again, cut."""
+        [shard] = retriever._part.shards  # type: ignore[attr-defined]
+        manifest = retriever.manifest
+        scores, found = shard.candidates(query[None], len(vectors), manifest.nprobe)
+        order = sorted((-score, row) for score, row in zip(scores[0], found[0], strict=True) if row >= 0)
+        kept = [row for _, row in order if row not in forbidden][: k * manifest.k_factor]
+        if manifest.vectors:
+            stored = vectors.astype(np.float16).astype(np.float64)
+            kept.sort(key=lambda row: (-np.float32(query.astype(np.float64) @ stored[row]), row))
+        return kept[:k]
+
+    @pytest.mark.parametrize("k", [1, 5, 40])
+    def test_shards_and_batches_change_nothing(
+        self, tmp_path: Path, publish_index: PublishIndex, key: Key, vectors: np.ndarray, queries: np.ndarray, k: int
+    ) -> None:
+        results = []
+        for shards in (1, 3, 7):
+            retriever = self.publish_and_open(publish_index, tmp_path, vectors, key, shards)
+            together = retriever.search(queries, k)
+            assert together == [retriever.search(query[None], k)[0] for query in queries]
+            results.append(together)
+            if shards == 1:
+                assert ids(together) == [self.reference(retriever, vectors, query, k) for query in queries]
+        assert results[0] == results[1] == results[2]
+        assert all(n.text == f"text {n.caption_id}" for neighbours in results[0] for n in neighbours)
+        assert all(np.diff([n.score for n in neighbours]).max(initial=-1) <= 0 for neighbours in results[0])
+
+    def test_removed_captions_and_own_ones_are_passed_over(
+        self, tmp_path: Path, publish_index: PublishIndex, key: Key, vectors: np.ndarray, queries: np.ndarray
+    ) -> None:
+        nearest = np.argsort(-(queries @ vectors.T), axis=1)[:, :8]
+        removed = sorted({*nearest[::2].ravel().tolist(), *range(485, 500)})
+        exclude = [None if row % 3 == 0 else f"img{nearest[row, 0] // 3}" for row in range(len(queries))]
+        images = self.image_ids(ROWS)
+        results = []
+        for shards in (1, 3, 7):
+            retriever = self.publish_and_open(publish_index, tmp_path, vectors, key, shards, removed=removed)
+            assert retriever.manifest.ntotal == ROWS - len(removed)
+            together = retriever.search(queries, 5, exclude)
+            alone = [retriever.search(query[None], 5, [one])[0] for query, one in zip(queries, exclude, strict=True)]
+            assert together == alone
+            results.append(together)
+            if shards == 1:
+                for query, one, found in zip(queries, exclude, ids(together), strict=True):
+                    forbidden = {row for row in range(ROWS) if row in removed or one in (images[row] or [])}
+                    assert found == self.reference(retriever, vectors, query, 5, forbidden)
+        assert results[0] == results[1] == results[2]
+
+    def test_as_many_as_are_left_come_back(
+        self, tmp_path: Path, publish_index: PublishIndex, key: Key, vectors: np.ndarray, queries: np.ndarray
+    ) -> None:
+        """All but six captions are removed, and those are among the farthest of every query."""
+        everywhere = Key(key.index_key, ROWS if key.index_key == "HNSW16" else 8, key.k_factor)
+        left = set(np.argsort((queries @ vectors.T).max(axis=0))[:6].tolist())
+        removed = [row for row in range(ROWS) if row not in left]
+        for shards in (1, 3):
+            retriever = self.publish_and_open(publish_index, tmp_path, vectors, everywhere, shards, removed=removed)
+            for k in (1, 4, 6, 9):
+                assert [len(set(found)) for found in ids(retriever.search(queries, k))] == [min(k, 6)] * len(queries)
+            assert {row for found in ids(retriever.search(queries, 6)) for row in found} == left
+
+    def test_the_scores_are_cosines(
+        self, tmp_path: Path, publish_index: PublishIndex, key: Key, vectors: np.ndarray, queries: np.ndarray
+    ) -> None:
+        retriever = self.publish_and_open(publish_index, tmp_path, vectors, key, 3)
+        for query, neighbours in zip(queries, retriever.search(queries, 5), strict=True):
+            for neighbour in neighbours:
+                assert neighbour.score == pytest.approx(query @ vectors[neighbour.caption_id], abs=1e-3)
+
+
+class TestFlat:
+    @pytest.mark.parametrize("k", [1, 4, 30])
+    def test_shards_and_batches_change_nothing(
+        self, tmp_path: Path, publish_index: PublishIndex, cache: str, k: int
+    ) -> None:
+        vectors = unit_vectors(500, 64)
+        vectors[400:420] = vectors[7]  # a tie longer than any margin, over a shard's border
+        texts = [f"text {number}" for number in range(500)]
+        queries = np.concatenate([unit_vectors(20, 64, seed=1), vectors[5:10]])
+        expected = exact_ids(vectors, queries, k)
+        results = []
+        for shards in (1, 3, 7):
+            publish_index(f"{tmp_path}/{shards}", vectors, texts, shards=shards)
+            retriever = Retriever.open(f"{tmp_path}/{shards}", cache_dir=cache)
+            together = retriever.search(queries, k)
+            assert together == [retriever.search(query[None], k)[0] for query in queries]
+            results.append(together)
+        assert results[0] == results[1] == results[2]
+        assert ids(results[0]) == expected
+        assert all(n.text == f"text {n.caption_id}" for neighbours in results[0] for n in neighbours)
+
+    def test_asking_for_more_than_there_is(self, tmp_path: Path, publish_index: PublishIndex, cache: str) -> None:
+        vectors = unit_vectors(5, 8)
+        publish_index(f"{tmp_path}/index", vectors, list("abcde"), shards=2)
+        retriever = Retriever.open(f"{tmp_path}/index", cache_dir=cache)
+        assert ids(retriever.search(vectors, 9)) == exact_ids(vectors, vectors, 5)
+        assert retriever.search(vectors, 0) == [[]] * 5
+        assert retriever.search(np.zeros((0, 8), np.float32), 3) == []
+
+    def test_own_captions_are_excluded_through_every_image_that_has_them(
+        self, tmp_path: Path, publish_index: PublishIndex, cache: str
+    ) -> None:
+        vectors = unit_vectors(60, 8)
+        # Each image has up to four captions; every third caption is shared with the next image.
+        image_ids: list[list[str] | None] = [
+            [f"img{number // 3}"] + ([f"img{number // 3 + 1}"] if number % 3 == 0 else []) for number in range(60)
+        ]
+        image_ids[10] = None
+        for shards in (1, 4):
+            uri = f"{tmp_path}/{shards}"
+            publish_index(uri, vectors, [f"t{number}" for number in range(60)], image_ids, shards=shards)
+            retriever = Retriever.open(uri, cache_dir=cache)
+            exclude = [None if row % 7 == 0 else f"img{row // 3}" for row in range(60)]
+            found = ids(retriever.search(vectors, 5, exclude))
+            for row, all_ids in enumerate(exact_ids(vectors, vectors, 60)):
+                assert found[row] == [other for other in all_ids if exclude[row] not in (image_ids[other] or [])][:5]
+
+    def test_unusable_queries(self, tmp_path: Path, publish_index: PublishIndex, cache: str) -> None:
+        publish_index(f"{tmp_path}/index", unit_vectors(5, 8), list("abcde"))
+        retriever = Retriever.open(f"{tmp_path}/index", cache_dir=cache)
+        with pytest.raises(RunError, match=r"do not fit(.|\n)*\[B, 8\](.|\n)*\[2, 9\]"):
+            retriever.search(unit_vectors(2, 9), 1)
+        with pytest.raises(RunError, match=r"not finite(.|\n)*\[1\]"):
+            retriever.search(np.array([[1.0] * 8, [np.nan] * 8], np.float32), 1)
+        with pytest.raises(RunError, match="one excluded image id"):
+            retriever.search(unit_vectors(2, 8), 1, ["a"])
+
+
+class TestOpen:
+    @pytest.fixture
+    def index(self, tmp_path: Path, publish_index: PublishIndex) -> str:
+        uri = str(tmp_path / "index")
+        publish_index(uri, unit_vectors(50, 8), [f"t{number}" for number in range(50)], shards=2)
+        return uri
+
+    def file(self, index: str, kind: str, number: int = 0) -> Path:
+        """Returns the path of one of the version's files."""
+        manifest = load_manifest(index)
+        return Path(index) / {"shard": manifest.shards, "captions": manifest.captions}[kind][number].file
+
+    def test_another_encoder_is_refused_before_any_file_is_opened(self, index: str, cache: str) -> None:
+        shutil.rmtree(self.file(index, "shard").parent)
+        for other in (
+            EncoderIdentity(spec="hf:other", weights_sha256="1" * 64, dim=8),
+            EncoderIdentity(spec="hf:test", weights_sha256="0" * 64, dim=9),
+        ):
+            with pytest.raises(IndexIntegrityError, match="another retrieval encoder"):
+                Retriever.open(index, encoder=other, cache_dir=cache)
+
+    @pytest.mark.parametrize("kind", ["shard", "captions"])
+    def test_a_flipped_byte(self, index: str, cache: str, kind: str) -> None:
+        Retriever.open(index, cache_dir=cache)  # so that the node has a stamp that calls the files verified
+        path = self.file(index, kind)
+        data = bytearray(path.read_bytes())
+        data[-3] ^= 1
+        path.write_bytes(data)
+        with pytest.raises(IndexIntegrityError, match=f"damaged(.|\\n)*{path.name}(.|\\n)*sha256"):
+            Retriever.open(index, cache_dir=cache)
+
+    def test_a_truncated_and_a_missing_shard(self, index: str, cache: str) -> None:
+        path = self.file(index, "shard", 1)
+        path.write_bytes(path.read_bytes()[:-8])
+        with pytest.raises(IndexIntegrityError, match=r"damaged(.|\n)*bytes"):
+            Retriever.open(index, cache_dir=cache)
+        path.unlink()
+        with pytest.raises(IndexIntegrityError, match="missing"):
+            Retriever.open(index, cache_dir=cache)
+
+    def test_a_changed_manifest(self, index: str, cache: str) -> None:
+        path = Path(manifest_uri(index, load_manifest(index).index_id))
+        values = json.loads(path.read_text())
+        values["shards"][0]["sha256"] = "f" * 64
+        path.write_text(json.dumps(values))
+        with pytest.raises(IndexIntegrityError, match="does not belong"):
+            Retriever.open(index, cache_dir=cache)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"vectors": ()}, "files of vectors do not fit"),
+            ({"shards": "gap"}, "contiguous ids"),
+            ({"captions": "short"}, "one caption for each vector"),
+        ],
+    )
+    def test_a_manifest_that_contradicts_itself(
+        self, tmp_path: Path, publish_index: PublishIndex, change: dict[str, Any], message: str
+    ) -> None:
+        uri = f"{tmp_path}/lossy"
+        manifest = publish_index(uri, unit_vectors(50, 8), ["t"] * 50, shards=2, index_key="SQ8", k_factor=2)
+        late = manifest.shards[1].model_copy(update={"first_id": 26})
+        made = {"gap": (manifest.shards[0], late), "short": manifest.captions[:1], (): ()}
+        changed = {name: made[value] for name, value in change.items()}
+        with pytest.raises(ManifestError, match=message):
+            Retriever(manifest.model_copy(update=changed), Path(uri))
+
+    def test_removed_ids_that_are_not_what_the_manifest_says(self, tmp_path: Path, publish_index: PublishIndex) -> None:
+        uri = f"{tmp_path}/index"
+        manifest = publish_index(uri, unit_vectors(50, 8), ["t"] * 50, removed=[3, 4])
+        assert manifest.removed is not None
+        file = Path(uri, manifest.removed.file)
+        for wrong in ([4, 3], [3, 3], [3, 50], [-1, 3], [3], [3.0, 4.0]):
+            np.save(file, np.array(wrong))
+            with pytest.raises(IndexIntegrityError, match="removed ids"):
+                Retriever(manifest, Path(uri))
+
+    def test_an_older_version_can_be_named(self, index: str, cache: str, publish_index: PublishIndex) -> None:
+        before = Retriever.open(index, cache_dir=cache).index_id
+        publish_index(index, unit_vectors(3, 8), ["x", "y", "z"])
+        assert len(Retriever.open(index, cache_dir=cache).captions) == 3
+        assert len(Retriever.open(index, cache_dir=cache, index_id=before).captions) == 50
+
+    def test_no_index(self, tmp_path: Path) -> None:
+        with pytest.raises(ManifestError, match="no published index"):
+            Retriever.open(str(tmp_path / "absent"))
+
+
+class TestCaptionStore:
+    def test_rows_and_samples(self, tmp_path: Path, publish_index: PublishIndex, cache: str) -> None:
+        uri = f"{tmp_path}/index"
+        images: list[list[str] | None] = [["a", "b"], None, ["c"], [], None]
+        publish_index(uri, unit_vectors(5, 8), list("vwxyz"), images, shards=2)
+        store = Retriever.open(uri, cache_dir=cache).captions
+        assert store.texts(np.array([4, 0, 0, 2])) == ["z", "v", "v", "x"]
+        assert store.image_ids(np.array([0, 1, 2])) == [["a", "b"], [], ["c"]]
+        assert [(row.caption_id, row.text, row.sources, row.image_ids) for row in store.rows([2, 0])] == [
+            (2, "x", ("dump.csv",), ("c",)),
+            (0, "v", ("dump.csv",), ("a", "b")),
+        ]
+        assert [row.text for row in store.sample(3)] == ["v", "w", "y"]
+        with pytest.raises(IndexIntegrityError, match="outside the caption store"):
+            store.texts(np.array([5]))
+        manifest, rows = load_caption_sample(uri, 10)
+        assert manifest.ntotal == 5
+        assert [row.text for row in rows] == ["v", "w"]
+
+
+def test_golden_index_v1(cache: str) -> None:
+    """Format version 1 stays readable; the folder is never written again."""
+    expected = json.loads((GOLDEN / "expected.json").read_text())
+    retriever = Retriever.open(str(GOLDEN / "index"), cache_dir=cache)
+    assert retriever.index_id == expected["index_id"]
+    found_rows = [
+        {"caption_id": row.caption_id, "text": row.text, "source": row.sources[0], "image_ids": list(row.image_ids)}
+        for row in retriever.captions.sample(100)
+    ]
+    assert found_rows == expected["rows"]
+    queries = np.array(expected["queries"], np.float32)
+    found = retriever.search(queries, 3, expected["exclude"])
+    assert [[n.caption_id for n in neighbours] for neighbours in found] == expected["neighbours"]
+
+
+def test_golden_index_v2(cache: str) -> None:
+    """Format version 2: built as IVF4,SQ8 in two shards, added to, removed from; the folder is never written again."""
+    golden = GOLDEN.with_name("index_v2")
+    expected = json.loads((golden / "expected.json").read_text())
+    retriever = Retriever.open(str(golden / "index"), cache_dir=cache)
+    manifest = retriever.manifest
+    assert (manifest.format_version, manifest.index_id, manifest.ntotal) == (
+        2,
+        expected["index_id"],
+        expected["ntotal"],
+    )
+    found_rows = [
+        {"caption_id": row.caption_id, "text": row.text, "sources": list(row.sources), "image_ids": list(row.image_ids)}
+        for row in retriever.captions.sample(100)
+    ]
+    assert found_rows == expected["rows"]
+    found = retriever.search(np.array(expected["queries"], np.float32), 3, expected["exclude"])
+    assert [[n.caption_id for n in neighbours] for neighbours in found] == expected["neighbours"]
+    everything = retriever.search(np.array(expected["queries"][:1], np.float32), 100)[0]
+    assert {n.caption_id for n in everything}.isdisjoint(expected["removed"])
+    for parent in manifest.parents:
+        assert Retriever.open(str(golden / "index"), cache_dir=cache, index_id=parent).manifest.ntotal == 56
