@@ -1,9 +1,10 @@
 """Builds and searches indexes of made caption embeddings, beside autofaiss on the same vectors and the same queries.
 
 For each number of rows and each index key: wall time by stage, peak memory of the whole process tree, bytes per vector,
-recall against brute force, and queries/s of `Retriever.search`. autofaiss chooses its own key and search parameters for the memory that smallcap's searched shard takes, and builds in that of smallcap's largest process;
-and once more with its default memory. It is also measured at the least nprobe or efSearch that reaches smallcap's
-recall, where there is one. Both sides run on the same number of cores. What the vectors are is in `index_data`.
+recall against brute force, and queries/s of `Retriever.search`. autofaiss chooses its own key and search parameters for
+the memory that smallcap's searched shard takes, and builds in that of smallcap's largest process; and once more with
+its default memory. It is also measured at the least nprobe or efSearch that reaches smallcap's recall, where there is
+one. Both sides run on the same number of cores. What the vectors are is in `index_data`.
 
     python -m benchmarks.index --rows 100000 1000000 --autofaiss-python AUTOFAISS-VENV/bin/python --json index.json
 

@@ -107,8 +107,8 @@ def load_images(batch: pa.Table, spec: LoadSpec) -> Iterator[pa.Table]:
 
     Yields:
         Tables of at most 256 images: `image_id`, `image_uri`, `width`, `height`, `status`, `error_code`,
-        `error_message`, `fragment`, `fragment_row`, `ends_fragment`, the kept columns, [B, S, S, 3] uint8
-        `vision_pixels`, and where they are wanted `retrieval_pixels` and `image_bytes`. A failed row's pixels are 0.
+        `error_message`, the row's place in the input, the kept columns, [B, S, S, 3] uint8
+        `VISION_PIXELS`, and where they are wanted `RETRIEVAL_PIXELS` and `image_bytes`. A failed row's pixels are 0.
     """
     for pickled in batch["item"]:
         item: WorkItem = pickle.loads(pickled.as_py())  # noqa: S301 - this job's driver wrote it

@@ -17,6 +17,7 @@ from smallcap import storage
 from smallcap.config import CaptionConfig
 from smallcap.errors import ConfigError, ConflictError, StorageError
 from smallcap.output.part_files import list_parts
+from smallcap.output.schema import ENDS_FRAGMENT, FRAGMENT, FRAGMENT_ROW
 
 pytestmark = pytest.mark.ray
 
@@ -93,9 +94,9 @@ def test_a_part_says_which_rows_it_holds() -> None:
     table = pa.table(
         {
             "image_id": ["x", "y", "z", "x"],
-            "fragment": pa.array([3, 3, 4, 4], pa.int32()),
-            "fragment_row": pa.array([7, 5, 0, 1], pa.int32()),
-            "ends_fragment": [True, False, False, False],
+            FRAGMENT: pa.array([3, 3, 4, 4], pa.int32()),
+            FRAGMENT_ROW: pa.array([7, 5, 0, 1], pa.int32()),
+            ENDS_FRAGMENT: [True, False, False, False],
             "status": ["ok", "error", "ok", "ok"],
             "error_code": [None, "empty", None, None],
         }
