@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from demo.data import batches_of_like_length, normalise
+from demo.data import normalise
 from demo.datastore import CAPTIONS_PER_SCENE, datastore_rows, image_name
+from demo.training import batches_of_like_length
 from demo.world import TRAINING, captions_of, scenes_of
 from smallcap.model.checkpoint import SmallCapModel
 from smallcap.model.clip_encoder import RetrievalEncoder

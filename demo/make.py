@@ -17,7 +17,8 @@ from demo.evaluate import evaluate
 from demo.tokenizer import clip_form, save_gpt2_tokenizer, train_tokenizer
 from demo.train_clip import ClipRecipe, save_clip, train_clip
 from demo.train_cross_attention import CrossAttentionRecipe, train_cross_attention
-from demo.train_language_model import LanguageRecipe, train_language_model
+from demo.train_language_model import train_language_model
+from demo.training import Recipe
 from demo.world import TRAINING, WEB
 from jobs.demo import build_demo_index
 from smallcap.captioner import Captioner
@@ -53,7 +54,7 @@ def make_model(work: Path) -> None:
         save_clip(train_clip(clip, web_images, wrapped), wrapped, folder)
 
     def make_language_model(folder: Path) -> None:
-        train_language_model(LanguageRecipe(), tokenizer).save_pretrained(folder)
+        train_language_model(Recipe(), tokenizer).save_pretrained(folder)
         save_gpt2_tokenizer(tokenizer, folder)
 
     def make_smallcap(folder: Path) -> None:
