@@ -48,7 +48,7 @@ class Whitening:
         """Makes a cross-attention that was trained on whitened features take the encoder's own."""
         for attention in cross_attentions(model):
             projection = attention.c_attn
-            projection.bias -= self.mean @ self.matrix @ projection.weight
+            projection.bias.sub_(self.mean @ self.matrix @ projection.weight)
             projection.weight.copy_(self.matrix @ projection.weight)
 
 
