@@ -27,14 +27,13 @@ from typing import Any
 import numpy as np
 
 from benchmarks.index_data import DIM, RECALL_AT, MadeData, make_data, recall
-from benchmarks.measuring import PeakMemory, run_watched, say
+from benchmarks.measuring import PACKAGES, PeakMemory, run_watched, say
 from benchmarks.tiny_models import make_tiny_clip
 from smallcap.benchmark.stages import describe_machine
 
 K = 4
 BATCH_SIZES = (1, 64, 1024)
 KEYS = ("Flat", "IVF,SQfp16", "IVF,SQ8")
-PACKAGES = ("smallcap", "faiss-gpu", "faiss-cpu", "numpy", "pyarrow", "ray")
 
 
 class Benchmark:

@@ -83,7 +83,8 @@ class _Tuned:
             if self._both:
                 settings["efSearch"] = str(2 * value)  # as autofaiss ties them
         text = ",".join(f"{name}={setting}" for name, setting in settings.items())
-        faiss.ParameterSpace().set_index_parameters(self._index, text)
+        parameters: Any = faiss.ParameterSpace()  # its stub knows only one of the overloads
+        parameters.set_index_parameters(self._index, text)
         return text
 
 

@@ -17,17 +17,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import tempfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.index import describe_machine
 from benchmarks.job_data import demo_model, real_size_model, repeat_images
-from benchmarks.job_sides import SIDES, Settings, run_side
-from benchmarks.measuring import run_watched
-from benchmarks.scale_data import environment
+from benchmarks.job_sides import SIDES, Settings
+from benchmarks.measuring import PACKAGES, run_watched, say
+from smallcap.benchmark.stages import describe_machine
 from smallcap.machine.precision import resolve_dtype
 
 MODELS = {"demo": demo_model, "real-size": real_size_model}  # the published sizes with random weights
@@ -38,7 +36,7 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Runs every side; prints what each found to stderr as soon as it is there."""
     model = MODELS[options.model](work)
     settings = Settings(
-        model=model.checkpoint,
+        model=model.model,
         index=model.index,
         small=str(repeat_images(options.photos, work / "small", options.images)),
         large=str(repeat_images(options.photos, work / "large", 2 * options.images)),
@@ -52,7 +50,7 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         rounds=options.rounds,
     )
     results: dict[str, Any] = {
-        "machine": describe_machine(options.threads),
+        "machine": {**describe_machine(options.device, packages=PACKAGES), "threads": options.threads},
         "model": options.model,
         "images": options.images,
         "batch_size": options.batch_size,
@@ -61,10 +59,11 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     }
     cores = os.cpu_count() or 1
     for name in options.sides:
-        command = run_side(name, replace(settings, work=f"{settings.work}-{name}"), work)
-        found, peak = run_watched(command, cores, {**environment(), "OMP_NUM_THREADS": str(options.threads)})
+        arguments = {"side": name, "settings": asdict(replace(settings, work=f"{settings.work}-{name}"))}
+        env = {"OMP_NUM_THREADS": str(options.threads)}
+        found, peak = run_watched("benchmarks.job_sides:run_side", arguments, cores, env=env)
         results[name] = found | {"memory_bytes": peak.sum_own}
-        print(f"{name}: {json.dumps(results[name])}", file=sys.stderr, flush=True)
+        say(f"{name}: {json.dumps(results[name])}")
     return results
 
 

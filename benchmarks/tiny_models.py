@@ -6,11 +6,20 @@ They serve the tests, and the benchmarks that measure the job and not the model.
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from smallcap.model.files import tokenizer_folder
 
 TINY_DIM = 16
+
+
+@dataclass(frozen=True)
+class ModelAndIndex:
+    """A checkpoint, and an index for it."""
+
+    model: str
+    index: str
 
 
 def make_tiny_clip(folder: Path, seed: int, dim: int = TINY_DIM) -> Path:
