@@ -20,7 +20,6 @@ from smallcap.images.crops import Pixels
 from smallcap.machine.process_memory import keep_freed_memory
 
 _READ_PX = 256  # plain Ray Data reads all images at one size: its batches are arrays
-
 _LEAST_DIFFERENCE = 0.1  # of the shorter time
 
 
@@ -89,24 +88,22 @@ def smallcap(settings: Settings) -> dict[str, Any]:
     """`jobs.caption.run`, in one Ray, again and again into new folders."""
     from jobs import caption
 
-    config = CaptionConfig.model_validate(
-        {
-            "images": ["set for each run"],
-            "out": "set for each run",
-            "index": settings.index,
-            "model": settings.model,
-            "generation": {"max_new_tokens": settings.max_new_tokens},
-            "compute": {
-                "device": settings.device,
-                "dtype": settings.dtype,
-                "batch_size": settings.batch_size,
-                "num_actors": settings.actors,
-            },
-        }
-    )
-    return _time_job(
-        settings, lambda folder, out: caption.run(config.model_copy(update={"images": (folder,), "out": out}))
-    )
+    options = {
+        "index": settings.index,
+        "model": settings.model,
+        "generation": {"max_new_tokens": settings.max_new_tokens},
+        "compute": {
+            "device": settings.device,
+            "dtype": settings.dtype,
+            "batch_size": settings.batch_size,
+            "num_actors": settings.actors,
+        },
+    }
+
+    def run(folder: str, out: str) -> None:
+        caption.run(CaptionConfig.model_validate({"images": [folder], "out": out, **options}))
+
+    return _time_job(settings, run)
 
 
 class PlainCaptioner:
