@@ -1,15 +1,15 @@
 """Builds and searches indexes of made caption embeddings, beside autofaiss on the same vectors and the same queries.
 
 For each number of rows and each index key: wall time by stage, peak memory of the whole process tree, bytes per vector,
-recall against brute force, and queries/s of `Retriever.search`. autofaiss chooses its own key and search parameters for
-the memory that smallcap's searched shard takes, and builds in that of smallcap's largest process; and once more with
-its default memory. It is also measured at the least nprobe or efSearch that reaches smallcap's recall, where there is
-one. Both sides run on the same number of cores. `index_data` says what the vectors are.
+recall against brute force, and queries/s of `Retriever.search`. autofaiss chooses its key and search parameters for the
+memory of smallcap's searched shard, and builds in that of smallcap's largest process; then it does both with its
+default memory. It is measured again at the least nprobe or efSearch that reaches smallcap's recall, if any does. Both
+sides run on the same number of cores. `index_data` says what the vectors are.
 
     python -m benchmarks.index --rows 100000 1000000 --autofaiss-python AUTOFAISS-VENV/bin/python --json index.json
 
-smallcap's rates include what a captioner needs: the texts, and exclusions and removals where there are any; autofaiss's
-are those of its bare faiss index. smallcap's build starts from captions and embeddings and ends with a published,
+smallcap's rates include what a captioner needs: texts, exclusions and removals. autofaiss's are those of its bare faiss
+index. smallcap's build starts from captions and embeddings and ends with a published,
 verified and calibrated version; autofaiss's starts from the embeddings. So the comparison favours autofaiss.
 """
 
@@ -41,7 +41,7 @@ class Benchmark:
 
     Args:
         options: The parsed arguments.
-        work: A folder; what lies there is removed as soon as it is measured.
+        work: A folder; files in it are removed as soon as they are measured.
     """
 
     def __init__(self, options: argparse.Namespace, work: Path) -> None:
@@ -54,7 +54,7 @@ class Benchmark:
             self.results["runs"] = json.loads(options.json.read_bytes())["runs"]
 
     def run(self) -> None:
-        """Measures everything, writing the results again after each step: a long run that is stopped leaves some."""
+        """Measures everything, and stores the results after each step, so that a stopped run leaves what it has."""
         encoder = make_tiny_clip(self._work / "clip", seed=0, dim=DIM)  # it embeds nothing: the dump has embeddings
         for rows in self._options.rows:
             say(f"{rows:,} rows: making vectors, queries and their exact neighbours")
@@ -68,7 +68,7 @@ class Benchmark:
             shutil.rmtree(data.folder)
 
     def _measured(self, rows: int, side: str, key: str) -> dict[str, Any] | None:
-        """Returns what a run that is gone on with has measured already."""
+        """Returns the result that a stopped run has already measured."""
         wanted = (rows, side, key)
         return next((run for run in self.results["runs"] if (run["rows"], run["side"], run["key"]) == wanted), None)
 
@@ -101,7 +101,7 @@ class Benchmark:
         return result
 
     def _autofaiss(self, data: MadeData, ours: Sequence[dict[str, Any]]) -> None:
-        """Builds each index that autofaiss chooses for some memory once, and searches it for all that it stands by."""
+        """Builds and searches each index that autofaiss chooses; one that it chooses for several budgets once."""
         budgets = _budgets(ours) if "equal" in self._options.autofaiss_memory else {}
         if "default" in self._options.autofaiss_memory:
             budgets["autofaiss's default"] = "default"
@@ -114,8 +114,8 @@ class Benchmark:
         for key in dict.fromkeys(key for key in keys.values() if key):
             if self._measured(data.rows, "autofaiss", key):
                 continue
-            stands_by = [name for name, budget in budgets.items() if keys[budget] == key]
-            say(f"{data.rows:,} rows: autofaiss {key} (for {'; '.join(stands_by)})")
+            chosen_for = [name for name, budget in budgets.items() if keys[budget] == key]
+            say(f"{data.rows:,} rows: autofaiss {key} (for {'; '.join(chosen_for)})")
             out = self._work / "autofaiss"
             budget = next(budget for budget in wanted if keys[budget] == key)
             build = {
@@ -131,7 +131,7 @@ class Benchmark:
             result = {
                 "side": "autofaiss",
                 "key": key,
-                "chosen_for": stands_by,
+                "chosen_for": chosen_for,
                 "build_s": built["stop"] - built["start"],
                 "build_memory": _summary(peak),
                 "search_memory": _summary(search_peak),
@@ -150,7 +150,7 @@ class Benchmark:
 
 
 def _budgets(ours: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """Returns what smallcap's indexes take, in bytes, by what it is: without and with the vectors that rank again."""
+    """Returns the bytes of smallcap's indexes by name: without and with the vectors that rank candidates again."""
     searched = {f"{run['key']}, searched shard": str(run["shard_bytes"]) for run in ours}
     lossy = [run for run in ours if run["vectors_bytes"]]
     return searched | {
@@ -258,7 +258,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         default=["equal", "default"],
         help="what autofaiss may take: what smallcap's indexes take, and what it takes when it is not told",
     )
-    parser.add_argument("--work", type=Path, help="folder for some GB of files; by default a temporary one")
+    parser.add_argument("--work", type=Path, help="folder for some GB of files (default: a temporary one)")
     parser.add_argument("--json", type=Path, help="file for the results, written anew after each step")
     parser.add_argument("--go-on", action="store_true", help="measure what the file of --json does not have yet")
     options = parser.parse_args(arguments)

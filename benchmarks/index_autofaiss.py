@@ -27,7 +27,7 @@ _MOST = {"efSearch": 2**14, "nprobe": 6144}  # the largest that autofaiss itself
 
 
 def choose(rows: int, dim: int, budgets: list[str]) -> dict[str, Any]:
-    """Returns the key that autofaiss chooses for each memory, in bytes; `default` stands for its own default."""
+    """Returns the key that autofaiss chooses for each budget in bytes; `default` is its default."""
     default = inspect.signature(build_index).parameters["max_index_memory_usage"].default
     memories = {budget: default if budget == "default" else f"{budget}B" for budget in budgets}
     keys = {budget: get_optimal_index_keys_v2(rows, dim, memory) for budget, memory in memories.items()}
@@ -38,7 +38,7 @@ def choose(rows: int, dim: int, budgets: list[str]) -> dict[str, Any]:
 
 
 def build(embeddings: str, out: str, budget: str, build_memory: int, threads: int) -> dict[str, Any]:
-    """Builds an index with autofaiss's own settings, for some memory of the index and of the build, or its defaults."""
+    """Builds an index with autofaiss's settings, for the memory of the index and of the build, or with its defaults."""
     equal = {"max_index_memory_usage": f"{budget}B", "current_memory_available": f"{build_memory}B"}
     memory = {} if budget == "default" else equal
     folder = Path(out)
@@ -91,7 +91,7 @@ class _Tuned:
 def search(
     out: str, queries: str, k: int, batches: list[int], seconds: float, threads: int, truth: str, targets: list[float]
 ) -> dict[str, Any]:
-    """Measures the index at its own setting, and at the least that reaches each recall@4 asked for."""
+    """Measures the index at autofaiss's setting, and at the least setting that reaches each target of recall@4."""
     faiss.omp_set_num_threads(threads)
     index = faiss.read_index(str(Path(out) / "knn.index"))
     infos = json.loads((Path(out) / "infos.json").read_text())
@@ -102,7 +102,7 @@ def search(
     def recalls(value: int | None) -> dict[int, float]:
         tuned.use(value)
         found = index.search(vectors, max(_RECALL_AT))[1]
-        return {at: float((found[:, :at, None] == exact[:, None, :at]).any(axis=1).mean()) for at in _RECALL_AT}
+        return {k: float((found[:, :k, None] == exact[:, None, :k]).any(axis=1).mean()) for k in _RECALL_AT}
 
     def measure(value: int | None) -> dict[str, Any]:
         recall, setting = recalls(value), tuned.use(value)

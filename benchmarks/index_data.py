@@ -64,7 +64,7 @@ class World:
         return cls(mean / np.linalg.norm(mean), mixing, topics, popularity / popularity.sum())
 
     def draw(self, scenes: int, rng: np.random.Generator) -> np.ndarray:
-        """Draws the captions of some scenes, scene by scene: [n, DIM] float32 unit vectors."""
+        """Draws the captions of a number of scenes, scene by scene: [n, DIM] float32 unit vectors."""
         common, topic, scene, caption = np.sqrt(np.array(_SHARES, np.float32))
         centres = topic * self.topics[rng.choice(_TOPICS, scenes, p=self.popularity)]
         centres += scene * (rng.standard_normal((scenes, DIM), np.float32) @ self.mixing)
@@ -128,7 +128,7 @@ def make_data(folder: Path, rows: int, queries: int) -> MadeData:
 def make_queries(world: World, count: int, rng: np.random.Generator) -> np.ndarray:
     """Returns image-like queries of scenes that have no caption in the dump: [count, DIM] float32.
 
-    They are moved away from the texts as the builder moves its own, in other random directions than it takes for these.
+    They are moved away from the texts as the builder moves its queries, but in other random directions.
     """
     wanted = _QUERIES_OF_BUILDER + count
     captions = world.draw(wanted, rng)

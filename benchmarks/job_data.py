@@ -1,4 +1,4 @@
-"""What `benchmarks.job` captions, and with what: photographs under many names; the demo's model or one of real size."""
+"""What `benchmarks.job` captions: photographs under many names, with the demo's model or one of the published sizes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _RANDOM_CAPTIONS = 100_000  # in the index of real size
 
 
 def repeat_images(source: Path, folder: Path, images: int) -> Path:
-    """Fills a folder with so many files: those of `source`, again and again under other names."""
+    """Fills a folder with a number of images: those of `source`, repeated under other names."""
     files = sorted(path for path in source.iterdir() if path.suffix.lower() in _SUFFIXES)
     if not files:
         raise SystemExit(f"There are no images in {source}.")

@@ -203,7 +203,7 @@ def tree_of(root: int) -> list[int]:
 def queries_per_s(
     search: Callable[[np.ndarray], object], queries: np.ndarray, batch_sizes: Sequence[int], seconds: float
 ) -> dict[int, float]:
-    """Returns the rate of a search by batch size: the fastest of some rounds, each over other queries.
+    """Returns the rate of a search by batch size: the fastest of several rounds, each with other queries.
 
     Args:
         search: Takes [B, dim] float32.

@@ -1,8 +1,8 @@
 """Captions many small images with a tiny model, killed on the way: is every image there once? Is memory flat?
 
-`smallcap caption` runs as a process of its own with its own Ray, on images in S3 (its output there as well) and on
-WebDataset tars (its output on disk). It is killed with SIGKILL, its Ray too, and the same command is started again. At
-the end every image must have one row, and the captions must be those of a run that nobody killed.
+`smallcap caption` runs as a process with a Ray of its own, on images in S3 (the output is in S3) and on WebDataset tars
+(the output is on disk). SIGKILL ends it and its Ray, and the same command is started again. At the end every image must
+have one row, and the captions must be those of a run that nobody killed.
 
     python -m benchmarks.scale --images 200000 --uninterrupted 200000 --plot docs/scale.png --json scale.json
 

@@ -1,4 +1,4 @@
-"""What `benchmarks.scale` captions, and with what: small images, each different, in S3 and in tars; a tiny model.
+"""What `benchmarks.scale` captions: small images, each different, in S3 and in tars, with a tiny model.
 
 An image's number is in its name, so that the rows of a run can be checked without a list of its ids.
 """
@@ -51,7 +51,7 @@ def image_number(image_id: str) -> int | None:
 
 
 def upload_images(prefix: str, images: int) -> None:
-    """Puts the first images below a prefix of the bucket, those that are not there."""
+    """Puts the first images below a prefix of the bucket, except those that are there."""
     from obstore.store import S3Store
 
     endpoint = os.environ["AWS_ENDPOINT_URL"]
@@ -67,7 +67,7 @@ def upload_images(prefix: str, images: int) -> None:
 
 
 def write_tars(folder: Path, images: int) -> None:
-    """Writes the first images into WebDataset tars, those that are not there; a tar appears when it is whole."""
+    """Writes the first images into WebDataset tars that do not exist yet; a tar appears when it is complete."""
     folder.mkdir(parents=True, exist_ok=True)
     for first in range(0, images, IMAGES_PER_TAR):
         numbers = range(first, min(first + IMAGES_PER_TAR, images))

@@ -1,4 +1,4 @@
-"""One `smallcap caption` under watch: its rows and its memory over time, and its death when it is wanted."""
+"""Watches one `smallcap caption`: its rows and its memory over time. Kills it when that is asked for."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class WatchedRun:
     _fetched_before: int = 0
 
     def run(self, kill_at_rows: Sequence[int]) -> float:
-        """Runs to the end, killed as soon as it has so many rows, and started again each time; returns the seconds.
+        """Runs to the end, killed and started again at each of these numbers of rows; returns the seconds.
 
         Raises:
             SystemExit: The command failed by itself.

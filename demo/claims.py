@@ -1,11 +1,11 @@
-"""The paper's claims, measured on the demo world: `demo/claims.json`, and from it the table and the plots.
+"""Measures the paper's claims on the demo world, and writes `demo/claims.json`, the tables and the plots.
 
-Test scenes are captioned through `smallcap.Captioner` with indexes that `build-index` made; what differs between rows
-is the datastore, k, or the cross-attention. Of the held-out domains cross-attention's training saw nothing, while CLIP
-and GPT-2 did, as models of web data would have.
+`smallcap.Captioner` captions test scenes with indexes that `build-index` made. Rows differ in the datastore, in k, or
+in the cross-attention. CLIP and GPT-2 saw the held-out domains in training, as models of web data would have;
+cross-attention did not.
 
-Needs the font, and for the sections that train what `make demo-model` left in its work folder. Rows that are there
-already are kept; `--force` measures all of them again.
+The font is needed, and the sections that train need the work folder of `make demo-model`. Rows that were measured
+before are kept; `--force` measures all of them again.
 """
 
 import argparse
@@ -42,7 +42,7 @@ MODES: tuple[RetrievalMode, ...] = ("top-k", "sample-k")
 
 
 class Claims:
-    """The measured rows, kept in a file as they come."""
+    """The measured rows; each is stored as soon as it is there."""
 
     def __init__(self, file: Path, scenes: int) -> None:
         self.file = file
@@ -50,7 +50,7 @@ class Claims:
         self.values: dict[str, Any] = found if found.get("scenes") == scenes else {"scenes": scenes}
 
     def row(self, path: str, measure: Callable[..., Row], *arguments: Any, **options: Any) -> None:
-        """Calls `measure` for the row at a path of sections and a name, unless it is there."""
+        """Measures the row at `section/…/name`, unless it is there."""
         *sections, name = path.split("/")
         values = self.values
         for section in sections:
@@ -92,7 +92,7 @@ class Experiments:
         return score(scenes.caption(Captioner.from_pretrained(model, k=0)), scenes)
 
     def datastores(self) -> None:
-        """The swap: the same model and images, another datastore."""
+        """Swaps the datastore; model and images stay the same."""
         row = self.claims.row
         for name, scenes, own in (("in_domain", self.in_domain, "training"), ("transfer", self.transfer, "other")):
             row(f"{name}/none", self.caption_without_retrieval, scenes)
@@ -106,12 +106,12 @@ class Experiments:
             row(f"transfer/own_datastore_{share}", self.caption, self.transfer, f"other-{share}")
 
     def numbers_of_captions(self) -> None:
-        """k from 1 to 7, with the model that was trained with four."""
+        """Varies k from 1 to 7; the model was trained with four."""
         for k in KS:
             self._own_datastores(f"k/{k}", k=k)
 
     def sizes(self) -> None:
-        """Cross-attention of several widths, trained alike and shortly."""
+        """Compares cross-attentions of several widths after the same short training."""
         for factor in REDUCE_FACTORS:
             model = self._trained(f"reduce-{factor}", replace(SHORT, reduce_factor=factor))
             self._own_datastores(f"reduce_factor/{factor}", model=model)
@@ -119,7 +119,7 @@ class Experiments:
             self.claims.values["reduce_factor"][str(factor)]["trained_parameters"] = sum(p.numel() for p in trained)
 
     def sampling(self) -> None:
-        """Training with the nearest captions against training with drawn ones."""
+        """Compares training with the nearest captions and training with drawn ones."""
         for mode in MODES:
             name = "reduce-1" if mode == "top-k" else mode
             model, section = self._trained(name, replace(SHORT, retrieval=mode)), f"retrieval/{mode}"
@@ -133,7 +133,7 @@ class Experiments:
         self.claims.row(f"{section}/transfer", self.caption, self.transfer, "other", **options)
 
     def _trained(self, name: str, recipe: CrossAttentionRecipe) -> str:
-        """Trains a cross-attention below the work folder, unless it is there; returns its folder."""
+        """Returns the folder of a cross-attention; it is trained below the work folder unless it is there."""
         clip, language_model = self.work / "clip", self.work / "language-model"
 
         def train(folder: Path) -> None:
@@ -151,10 +151,15 @@ def main() -> None:
     """Measures the paper's claims on the demo world, and writes demo/claims.json, the table and the plots."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--work-dir", type=Path, default=Path("out/demo-model"))
-    parser.add_argument("--scenes", type=int, default=1_000, help="of the training domains, and as many of the others")
+    parser.add_argument(
+        "--scenes",
+        type=int,
+        default=1_000,
+        help="test scenes of the training domains, and as many of the held-out ones",
+    )
     parser.add_argument("--out", type=Path, default=DEMO, help="folder for claims.json, README.md and the plots")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--force", action="store_true", help="measure and train all again")
+    parser.add_argument("--force", action="store_true", help="measure and train everything again")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     measured = arguments.work_dir / "claims.json"

@@ -1,9 +1,9 @@
 """Where the training of the demo's cross-attention starts: whitened patches, and values near the nouns' embeddings.
 
-Two things are meant to speed it up; what each is worth has not been measured apart. The patches are whitened, because
-their spread differs by a factor of a thousand between directions; the whitening is folded into the weights at the end.
-And the last layer's values start at the linear map from patches to the nouns' embeddings that fits best on training
-scenes. Both change where training starts and how it goes, not what is trained.
+Two things are meant to speed training up; their gains have not been measured separately. The patches are whitened,
+because their spread differs by a factor of a thousand between directions; the whitening is folded into the weights at
+the end. The last layer's values start at the linear map from patches to the nouns' embeddings that fits training scenes
+best. Both change where training starts and how it goes, not what is trained.
 """
 
 from collections.abc import Iterable, Sequence
@@ -45,7 +45,7 @@ class Whitening:
 
     @torch.no_grad()
     def fold_into(self, model: SmallCapModel) -> None:
-        """Makes a cross-attention that was trained on whitened features take the encoder's own."""
+        """Lets a cross-attention that was trained on whitened features take the encoder's unchanged ones."""
         for attention in cross_attentions(model):
             projection = attention.c_attn
             projection.bias.sub_(self.mean @ self.matrix @ projection.weight)

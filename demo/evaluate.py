@@ -1,7 +1,7 @@
-"""How often the demo's captions name exactly the objects that a test scene has.
+"""Measures how often the demo's captions name exactly the objects of a test scene.
 
-Renders scenes that no training saw, captions them through `smallcap.Captioner` with the index of `demo/captions.csv`,
-reads the objects out of each caption and compares them, with their counts, with the scene's. The last line is JSON.
+Scenes that no training saw are rendered and captioned through `smallcap.Captioner` with the index of
+`demo/captions.csv`. The objects that a caption names, and their numbers, are compared with the scene's.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def summarise(scenes: Sequence[Scene], captions: Sequence[str], seconds: float) 
 def evaluate(captioner: Captioner, scene_count: int, report_file: Path | None = None) -> None:
     """Measures a captioner on scenes of the training domains that no training saw.
 
-    Prints the shares and some of the wrong captions; the last line is the report as JSON.
+    Prints the shares and the first wrong captions; the last line is the report as JSON.
     """
     drawn = DrawnScenes.render(TEST, scene_count)
     start = time.perf_counter()
@@ -73,10 +73,12 @@ def main() -> None:
     """Measures the demo model on test scenes."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--model", default="demo", help="`demo`, or a folder with a SmallCap checkpoint")
-    parser.add_argument("--index", default="out/demo/index", help="index of demo/captions.csv, built if need be")
+    parser.add_argument(
+        "--index", default="out/demo/index", help="index of demo/captions.csv; it is built if it does not exist"
+    )
     parser.add_argument("--scenes", type=int, default=600)
     parser.add_argument("--num-beams", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="also write the report here")
+    parser.add_argument("--json", type=Path, help="file for the report")
     arguments = parser.parse_args()
     index = build_demo_index(arguments.index).index_uri
     captioner = Captioner.from_pretrained(

@@ -2,8 +2,8 @@
 
 Two contrastive terms: image against caption, as in CLIP, and each object's patches against short texts, much as in
 RegionCLIP (Zhong et al., CVPR 2022): its noun (`a dog`), its place (`at the top left`) and its turn in reading order
-(`the second object`). Told by nouns alone, patches forget where they are; cross-attention, which reads the patches,
-could then not name one object after the other.
+(`the second object`). Trained with nouns alone, patches forget where they are. Cross-attention, which reads the
+patches, could then not name one object after the other.
 """
 
 import json
@@ -33,7 +33,7 @@ SHIFT_PX = 4
 
 @dataclass(frozen=True)
 class ClipRecipe(Recipe):
-    """CLIP's own numbers."""
+    """The numbers of CLIP's training."""
 
     batch_size: int = 128
     learning_rate: float = 1.5e-3
@@ -99,7 +99,7 @@ def region_logits(model: CLIPModel, hidden: Tensor, text_embeds: Tensor, places:
 
 
 def place_classes(places: Tensor) -> Tensor:
-    """Returns for x, y in shares of the side [..., 3] the index into PLACES of the third of the image they are in."""
+    """Returns the index into PLACES of places [..., 3] (x, y in shares of the side, scale)."""
     column, row = (places[..., :2] * 3).long().clamp(0, 2).unbind(-1)
     return row * 3 + column
 
@@ -121,16 +121,16 @@ def region_loss(logits: Tensor, kinds: Tensor, places: Tensor) -> tuple[Tensor, 
 def add_sinusoids(model: CLIPModel, images: np.ndarray) -> None:
     """Adds sines and cosines of x and y to the patches' position embeddings, in proportion to the patch embeddings.
 
-    CLIP's own start at a hundredth of the patches' size, and a short training leaves them there.
+    CLIP initialises them at a hundredth of the patches' size, and a short training leaves them there.
     """
     embeddings = model.vision_model.embeddings
     grid = IMAGE_PX // PATCH_PX
     centres = (torch.arange(grid) + 0.5) / grid
     waves = torch.stack([wave(math.pi * rate * centres) for rate in (0.5, 1, 2) for wave in (torch.sin, torch.cos)], 1)
     waves = waves - waves.mean(0)  # [grid, 6]
-    of_x, of_y = waves[None].expand(grid, grid, 6), waves[:, None].expand(grid, grid, 6)
+    waves_x, waves_y = waves[None].expand(grid, grid, 6), waves[:, None].expand(grid, grid, 6)
     axes = torch.linalg.qr(torch.randn(model.config.vision_config.hidden_size, 12))[0]
-    sinusoids = torch.cat([of_x, of_y], -1).flatten(0, 1) @ axes.T  # [grid * grid, hidden]
+    sinusoids = torch.cat([waves_x, waves_y], -1).flatten(0, 1) @ axes.T  # [grid * grid, hidden]
     patches = embeddings.patch_embedding(normalise(np.array(images)))
     embeddings.position_embedding.weight[1:] += sinusoids * (POSITION_SCALE * patches.std() / sinusoids.std())
 

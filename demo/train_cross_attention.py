@@ -1,9 +1,9 @@
-"""Trains the demo's cross-attention by SmallCap's own objective; CLIP and GPT-2 stay as they are.
+"""Trains the demo's cross-attention with SmallCap's objective; CLIP and GPT-2 stay as they are.
 
-Only scenes of the training domains are used, each encoded once. The prompt holds the four captions of the training
-domains' dump that CLIP finds nearest to the image, those of the image itself left out. The loss is on the caption that
-follows the prompt. Steps with a prompt without captions may come first; a cross-attention that was trained by them
-names what it knows whatever the prompt says.
+Only scenes of the training domains are used, and each is encoded once. The prompt holds the four captions of the
+training domains' dump that CLIP finds nearest to the image, without the image's own. The loss is on the caption that
+follows the prompt. Steps without retrieved captions may come first; a cross-attention that was trained by them names
+what it knows whatever the prompt says.
 
 Source: Ramos et al. 2023, section 3.3; other choices of the retrieved captions: Li et al. 2024, section 5.
 """
@@ -36,7 +36,7 @@ WHITENED_FROM, STARTED_FROM = 2_500, 4_000  # scenes
 
 @dataclass(frozen=True)
 class CrossAttentionRecipe(Recipe):
-    """Cross-attention's own numbers."""
+    """The numbers of cross-attention's training."""
 
     reduce_factor: int = 1
     k: int = 4

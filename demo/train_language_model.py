@@ -1,8 +1,7 @@
-"""Trains the demo's small GPT-2 on caption text alone: what is frozen before cross-attention is trained.
+"""Trains the demo's small GPT-2 on caption text alone; it is frozen before cross-attention is trained.
 
-The documents are single captions, lists of captions that share objects, and such lists inside SmallCap's prompt, of
-scenes of all domains. No image is involved, but the decoder learns, as a large language model would have, to use what
-it is prompted with.
+The documents are single captions, lists of captions that share objects, and such lists inside SmallCap's prompt, from
+scenes of all domains. No image is involved, but the decoder learns to use its prompt, as a large language model would.
 """
 
 import random
@@ -65,9 +64,9 @@ class Documents:
         form = rng.random()
         if form < 0.1:
             return self._ids(caption + EOS_TOKEN)
-        if form < 0.35:  # one scene told several times: that what was named is named again is learnt here first
+        if form < 0.35:  # one scene told several times: here it first learns to name again what was named
             return self._ids("\n\n".join(rng.sample(self.captions[row], 4)) + EOS_TOKEN)
-        # The prompt ends in a space of its own and the caption starts without one, as SmallCap joins them.
+        # The prompt ends in a space and the caption starts without one, as SmallCap joins them.
         related = self._related(row, rng.randint(1, MOST_RELATED), rng)
         return self._ids(PROMPT.format("\n\n".join(related))) + self._ids(caption + EOS_TOKEN)
 

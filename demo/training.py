@@ -98,7 +98,7 @@ def batches_of_like_length(
     batch_size: int,
     rng: random.Random,
 ) -> Iterator[list[Item]]:
-    """Yields a batch per step; what some steps take is drawn together and sorted by length, which saves padding.
+    """Yields a batch per step; the items of several steps are drawn together and sorted by length, which saves padding.
 
     Args:
         draw: Returns as many items as it is asked for.

@@ -1,7 +1,7 @@
-"""What a scene of the demo world is, and how people would caption it.
+"""Scenes of the demo world, and how people would caption them.
 
 Owns the kinds of objects (`kinds.csv`), the sets of scenes, grounds, sizes, layouts, the phrasings of captions and the
-parser that reads the objects back. It knows neither fonts nor models: `demo.render` draws a scene.
+parser that reads objects out of a caption. It knows neither fonts nor models: `demo.render` draws a scene.
 """
 
 import csv
@@ -63,7 +63,7 @@ LAYOUTS: dict[str, tuple[tuple[float, float], ...]] = {
 LAYOUTS_BY_COUNT = {1: ("alone",), 2: ("beside", "above"), 3: ("row", "column", "one_above_two", "two_above_one")}
 COUNT_SHARES = {1: 0.35, 2: 0.4, 3: 0.25}
 ALIKE_SHARE = 0.2  # of the scenes of several objects: all of one kind
-PAIR_SHARE = 0.5  # of the other scenes where two objects stand beside each other in a level of their own: those alike
+PAIR_SHARE = 0.5  # of the other scenes with two objects in a level: those two are alike
 GROUND_NAMED_SHARE = 0.5  # of the captions
 PAIRS = {"one_above_two": (1, 2), "two_above_one": (0, 1)}
 
@@ -208,7 +208,7 @@ def captions_of(scene: Scene, count: int, salt: str = "caption") -> list[str]:
 
 
 def _say(scene: Scene, templates: Sequence[str], rng: random.Random) -> str:
-    """Fills one of some templates: `{0}` and on are what is named in turn, an object or, of three, a pair of a kind."""
+    """Fills one of the templates: `{0}` and so on are named in turn, an object or (of three) a pair of a kind."""
     first, *others = scene.objects
     if templates is _SIZED and first.size == others[0].size:
         templates = _LISTED
