@@ -21,6 +21,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +88,9 @@ class Benchmark:
         result = {
             "side": "smallcap",
             "key": key,
-            "build_s": built["stop"] - built["start"],
-            "stages": _by_stage(built, peak),
-            **{name: value for name, value in built.items() if name not in ("start", "stop", "stages_s")},
-            "build_memory": _summary(peak),
-            "search_memory": _summary(search_peak),
+            **built,
+            "build_memory": asdict(peak),
+            "search_memory": asdict(search_peak),
             "bytes_per_vector": {name: built[f"{name}_bytes"] / data.rows for name in ("shard", "vectors", "captions")},
             "recall_measured": {str(k): recall(np.array(searched["found"]), data.truth(), k) for k in RECALL_AT},
             "queries_per_s": searched["queries_per_s"],
@@ -110,7 +109,7 @@ class Benchmark:
         self.results["machine"]["autofaiss"] = chosen["versions"]
         keys, threads = chosen["keys"], {"threads": self._options.threads}
         targets = list(dict.fromkeys(run["recall_measured"][str(K)] for run in ours))
-        build_memory = max(run["build_memory"]["largest_bytes"] for run in ours)
+        build_memory = max(run["build_memory"]["largest_own"] for run in ours)
         for key in dict.fromkeys(key for key in keys.values() if key):
             if self._measured(data.rows, "autofaiss", key):
                 continue
@@ -132,9 +131,9 @@ class Benchmark:
                 "side": "autofaiss",
                 "key": key,
                 "chosen_for": chosen_for,
-                "build_s": built["stop"] - built["start"],
-                "build_memory": _summary(peak),
-                "search_memory": _summary(search_peak),
+                "build_s": built["build_s"],
+                "build_memory": asdict(peak),
+                "search_memory": asdict(search_peak),
                 "bytes_per_vector": {"index": built["index_bytes"] / data.rows},
             }
             self._add(data.rows, result | searched)
@@ -155,25 +154,6 @@ def _budgets(ours: Sequence[dict[str, Any]]) -> dict[str, str]:
     lossy = [run for run in ours if run["vectors_bytes"]]
     return searched | {
         f"{run['key']}, re-ranking vectors too": str(run["shard_bytes"] + run["vectors_bytes"]) for run in lossy
-    }
-
-
-def _by_stage(built: dict[str, Any], peak: PeakMemory) -> list[dict[str, Any]]:
-    """Returns each stage's seconds and peaks; the stages follow each other without gaps, the last ends the build."""
-    stages: list[dict[str, Any]] = []
-    stop = built["stop"]
-    for name, seconds in reversed(built["stages_s"].items()):
-        largest, total = peak.between(stop - seconds, stop)
-        stages.insert(0, {"stage": name, "seconds": seconds, "largest_bytes": largest, "sum_bytes": total})
-        stop -= seconds
-    return stages
-
-
-def _summary(peak: PeakMemory) -> dict[str, int]:
-    return {
-        "largest_bytes": peak.largest_own,
-        "sum_bytes": peak.sum_own,
-        "largest_resident_bytes": peak.largest_resident,
     }
 
 
@@ -229,16 +209,15 @@ def _line(
 ) -> str:
     built = " " * 27
     if build:
-        largest, total = (build["build_memory"][f"{kind}_bytes"] / 1e9 for kind in ("largest", "sum"))
+        largest, total = (build["build_memory"][f"{kind}_own"] / 1e9 for kind in ("largest", "sum"))
         built = f" {build['build_s']:6,.0f} s {largest:5.2f} GB {total:5.2f} GB"
     found = f" {size:9,.0f} {recalls['4']:9.4f} {recalls['10']:7.4f}"
     return f"{name:44}{built}{found}" + "".join(f" {rates[str(batch)]:12,.1f}" for batch in BATCH_SIZES)
 
 
 def _stage_line(run: dict[str, Any]) -> str:
-    stages = [stage for stage in run["stages"] if stage["seconds"] >= 0.1]
-    told = (f"{stage['stage']} {stage['seconds']:.1f} s {stage['largest_bytes'] / 1e9:.2f} GB" for stage in stages)
-    return f"{run['index_key']} by stage (largest process): {', '.join(told)}"
+    stages = [f"{name} {seconds:.1f} s" for name, seconds in run["stages_s"].items() if seconds >= 0.1]
+    return f"{run['index_key']} by stage: {', '.join(stages)}"
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

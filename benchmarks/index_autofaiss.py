@@ -52,11 +52,10 @@ def build(embeddings: str, out: str, budget: str, build_memory: int, threads: in
         nb_cores=threads,
         **memory,
     )
-    stop = time.perf_counter()
+    seconds = time.perf_counter() - start
     assert index is not None, "autofaiss built nothing; it says why above"
     return {
-        "start": start,
-        "stop": stop,
+        "build_s": seconds,
         "index_key": infos["index_key"],
         "index_param": infos["index_param"],
         "index_bytes": (folder / "knn.index").stat().st_size,

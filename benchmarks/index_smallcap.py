@@ -32,11 +32,10 @@ def build(dump: str, encoder: str, out: str, key: str, threads: int) -> dict[str
     )
     start = time.perf_counter()
     report = build_index(config)
-    stop = time.perf_counter()
+    seconds = time.perf_counter() - start
     manifest = report.manifest
     return {
-        "start": start,
-        "stop": stop,
+        "build_s": seconds,
         "stages_s": report.seconds,
         "index_key": manifest.index_key,
         "nprobe": manifest.nprobe,

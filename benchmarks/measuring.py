@@ -12,8 +12,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -30,29 +30,25 @@ _FIELDS = ("VmRSS", "RssAnon", "RssShmem")
 
 @dataclass
 class PeakMemory:
-    """The most memory that a tree of processes had at once; sampled, so that shorter peaks go unseen.
+    """The most memory, in bytes, that a tree of processes had at once; sampled, so shorter peaks go unseen.
 
-    `own` counts what a process allocated or shares by way of Ray's object store; `resident` counts mapped files as
-    well, which the kernel drops when it needs the room. All in bytes.
+    `own` counts what a process allocated, or shares through Ray's object store. `resident` includes mapped files, which
+    the kernel drops when it needs the room.
     """
 
     largest_own: int = 0
     sum_own: int = 0
     largest_resident: int = 0
-    by_time: list[tuple[float, int, int]] = field(default_factory=list)  # (perf_counter, largest own, sum of own)
 
-    def add(self, processes: Sequence[dict[str, int]]) -> None:
+    def add(self, processes: Iterable[dict[str, int]]) -> None:
         """Takes one sample: `_FIELDS` of each process in bytes."""
-        own = [values["RssAnon"] + values["RssShmem"] for values in processes] or [0]
+        own, resident = [0], [0]
+        for values in processes:
+            own.append(values["RssAnon"] + values["RssShmem"])
+            resident.append(values["VmRSS"])
         self.largest_own = max(self.largest_own, *own)
         self.sum_own = max(self.sum_own, sum(own))
-        self.largest_resident = max([self.largest_resident, *(values["VmRSS"] for values in processes)])
-        self.by_time.append((time.perf_counter(), max(own), sum(own)))
-
-    def between(self, start: float, stop: float) -> tuple[int, int]:
-        """Returns the largest process and the largest sum between two times."""
-        samples = [sample for sample in self.by_time if start <= sample[0] <= stop]
-        return max((sample[1] for sample in samples), default=0), max((sample[2] for sample in samples), default=0)
+        self.largest_resident = max(self.largest_resident, *resident)
 
 
 def environment() -> dict[str, str]:
@@ -129,7 +125,7 @@ def _use_cores(count: int) -> None:
 
 def _watch(pid: int, peak: PeakMemory, stopped: threading.Event) -> None:
     while not stopped.wait(_SAMPLE_S):
-        peak.add(list(_memory_of_tree(pid).values()))
+        peak.add(_memory_of_tree(pid).values())
 
 
 def _memory_of_tree(root: int) -> dict[int, dict[str, int]]:
