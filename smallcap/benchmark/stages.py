@@ -534,12 +534,13 @@ def describe_machine(device: str = "cpu", packages: Sequence[str] = ()) -> dict[
         lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
         name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
         name = name or platform.processor() or platform.machine()
+    installed = {found.name: found.version for found in distributions()}
     return {
         "device": name,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "commit": source_commit(),
-        **{found.name: found.version for found in distributions() if found.name in packages},
+        **{package: installed[package] for package in packages if package in installed},
     }
 
 
