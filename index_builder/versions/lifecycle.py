@@ -132,9 +132,7 @@ def collect_garbage(index_uri: str, grace: timedelta = DEFAULT_GRACE, keep: int 
     if not dry_run:
         for manifest in old:  # the manifest first: a version without one does not exist
             storage.remove(manifest_uri(index_uri, manifest.index_id))
-            folder = f"{VERSIONS_FOLDER}/{manifest.index_id}"
-            if not any(file.startswith(folder) for file in needed):  # of format version 1, whose files lie there
-                storage.remove(storage.join(index_uri, folder))
+            storage.remove(storage.join(index_uri, VERSIONS_FOLDER, manifest.index_id))
         for uri in [*files, *staging]:
             storage.remove(uri)
     return Garbage(tuple(manifest.index_id for manifest in old), tuple(files), sizes, tuple(staging))
@@ -149,10 +147,10 @@ def parse_grace(text: str) -> timedelta:
     """Reads a duration such as `0s`, `90s`, `30m`, `12h` or `7d`.
 
     Raises:
-        ConfigError: It is none.
+        ConfigError: It is not one.
     """
     units = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
     number, unit = text[:-1], text[-1:]
     if unit not in units or not number.isdigit():
-        raise ConfigError("This is no duration.", where="--grace", expected="such as 90s, 30m, 12h or 7d", found=text)
+        raise ConfigError("This is not a duration.", where="--grace", expected="such as 90s, 30m, 12h or 7d", found=text)
     return timedelta(**{units[unit]: int(number)})

@@ -24,11 +24,11 @@ from smallcap import storage
 from smallcap.config import CaptionConfig
 from smallcap.errors import ConfigError, ConflictError, SchemaError, StorageError
 from smallcap.images.work_list import WorkList
-from smallcap.output.part_files import PartInfo, list_parts
-from smallcap.output.schema import SCHEMA_VERSION, check_caption_schema, to_newest_version
+from smallcap.output.part_files import PartInfo, damaged_part, list_parts
+from smallcap.output.schema import check_caption_schema
 
 RUN_FILE = "run.json"
-RUN_FORMAT_VERSION = 4
+RUN_FORMAT_VERSION = 1
 # What may differ between the attempts of one run: where it runs, how it fetches, and how much of its input it takes.
 _FREE = (
     *(f"compute.{name}" for name in ("device", "compile", "batch_size", "num_actors", "max_actors", "gpus_per_actor")),
@@ -45,7 +45,7 @@ class _Record(BaseModel):
 class Attempt(_Record):
     """One start of the job, and what it did."""
 
-    token: str = ""  # nobody else's; see check_attempt
+    token: str  # nobody else's; see check_attempt
     started_at: str
     finished_at: str | None = None
     images: int = 0  # that got their row
@@ -99,10 +99,9 @@ class Input(_Record):
 
 
 class RunRecord(_Record):
-    """The content of `run.json`; older format versions lack some fields, whose defaults here are what held."""
+    """The content of `run.json`."""
 
-    format_version: Literal[1, 2, 3, 4] = 1
-    schema_version: Literal[1, 2, 3] = 1  # of the run's parts
+    format_version: Literal[1] = RUN_FORMAT_VERSION
     run_id: str
     status: Literal["running", "complete"] = "running"
     config: dict[str, Any]
@@ -122,8 +121,6 @@ class RunRecord(_Record):
     ) -> RunRecord:
         """Returns the record of a run that begins."""
         return cls(
-            format_version=RUN_FORMAT_VERSION,
-            schema_version=SCHEMA_VERSION,
             run_id=uuid.uuid4().hex[:12],
             config=config.model_dump(mode="json"),
             model_id=model_id,
@@ -162,11 +159,11 @@ def load_run_record(out: str) -> RunRecord | None:
         return None
     try:
         values = json.loads(storage.read_bytes(where))
-        if values.get("format_version") not in range(1, RUN_FORMAT_VERSION + 1):
+        if values.get("format_version") != RUN_FORMAT_VERSION:
             raise SchemaError(
                 "run.json has an unknown format version.",
                 where=where,
-                expected=f"1 to {RUN_FORMAT_VERSION}",
+                expected=str(RUN_FORMAT_VERSION),
                 found=str(values.get("format_version")),
                 remedy="Use the smallcap release that wrote it, or a newer one.",
             )
@@ -189,8 +186,7 @@ def load_run_config(out: str) -> dict[str, Any]:
 
 
 def write_run_record(out: str, record: RunRecord) -> None:
-    """Writes `run.json`, atomically, in the newest format version."""
-    record = record.model_copy(update={"format_version": RUN_FORMAT_VERSION})
+    """Writes `run.json`, atomically."""
     data = json.dumps(record.model_dump(mode="json"), indent=2) + "\n"
     storage.write_bytes(storage.join(out, RUN_FILE), data.encode())
 
@@ -246,19 +242,13 @@ def read_parts(out: str, columns: list[str]) -> Iterator[tuple[str, pa.Table]]:
     """Reads some columns of every part, one part at a time.
 
     Raises:
-        SchemaError: A part is not Parquet, or not of a known schema version.
+        SchemaError: A part is not Parquet, or not of this schema version.
     """
     for uri in list_parts(out):
         with storage.open_file(uri) as file:
             try:
                 part = pq.ParquetFile(file)
                 check_caption_schema(part.schema_arrow, uri)
-                known = [name for name in columns if name in part.schema_arrow.names]
-                yield uri, to_newest_version(part.read(known)).select(columns)
+                yield uri, part.read(columns).select(columns)
             except pa.ArrowInvalid as error:
-                raise SchemaError(
-                    "A part cannot be read as Parquet.",
-                    where=uri,
-                    found=str(error),
-                    remedy="smallcap writes parts whole; delete this one, and start the run again to redo its images.",
-                ) from error
+                raise damaged_part(uri, error) from error

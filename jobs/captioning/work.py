@@ -22,7 +22,6 @@ from smallcap.output.coverage import (
     Coverage,
     NamedPart,
     WorkItem,
-    adopt_old_parts,
     drop_repeated_ids,
     settle,
     work_left,
@@ -58,27 +57,20 @@ def open_record(config: CaptionConfig) -> RunRecord:
 
 
 def list_work(config: CaptionConfig, record: RunRecord, relist: bool = False) -> WorkList:
-    """Loads the run's list of work; makes it where the run is new, or of a release that had none."""
+    """Loads the run's list of work; makes it where the run is new."""
     work = load_work_list(config.out) if record.attempts else None
     if work is None:
         storage.remove(storage.join(config.out, WORK_FOLDER))  # of a run that never began
         work = make_work_list(config.images, config.input, config.out, config.keep_columns)
     elif relist:
         work = extend_work_list(config.images, config.input, config.out)
-    old = [name for name, info in read_part_infos(config.out) if info is None]
-    if old:
-        adopt_old_parts(config, work, old)
     return work
 
 
 def _read_parts(out: str, work: WorkList) -> list[NamedPart]:
     """Returns the footers of all parts, after what two of them have has been taken out of one."""
-    parts = _footers(out)
-    return _footers(out) if settle(out, parts, work.fragments) else parts
-
-
-def _footers(out: str) -> list[NamedPart]:
-    return [(name, info) for name, info in read_part_infos(out) if info is not None]
+    parts = list(read_part_infos(out))
+    return list(read_part_infos(out)) if settle(out, parts, work.fragments) else parts
 
 
 def what_is_left(config: CaptionConfig, work: WorkList, retry_failed: bool = False) -> list[WorkItem]:
@@ -96,7 +88,7 @@ def finish_run(config: CaptionConfig, record: RunRecord, work: WorkList) -> RunR
     parts = _read_parts(config.out, work)
     if any(fragment.kind != "uris" for fragment in work.fragments):
         drop_repeated_ids(config.out, parts)
-        parts = _footers(config.out)
+        parts = list(read_part_infos(config.out))
     if record.attempts:
         check_attempt(config.out, record.attempts[-1])
     remove_orphans(config.out)

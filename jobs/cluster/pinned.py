@@ -19,12 +19,12 @@ def installed_versions() -> dict[str, str]:
 
 
 def check_same_options(
-    own: dict[str, Any], config: Config, free: Collection[str], weights: tuple[str, str], out: str
+    recorded: dict[str, Any], config: Config, free: Collection[str], weights: tuple[str, str], out: str
 ) -> None:
     """Checks that a command continues a run.
 
     Args:
-        own: The run's config, as its record has it.
+        recorded: The run's config, as its record has it.
         config: The command's.
         free: Dotted names of the options that may differ between the attempts of one run.
         weights: What tells the run's model from others, and what tells the command's.
@@ -33,8 +33,8 @@ def check_same_options(
     Raises:
         ConfigError: Config or model differs.
     """
-    with_new_defaults = type(config).model_validate(own).model_dump(mode="json")
-    changes = config_difference(with_new_defaults, config.model_dump(mode="json"), free)
+    with_defaults = type(config).model_validate(recorded).model_dump(mode="json")  # of options that came since
+    changes = config_difference(with_defaults, config.model_dump(mode="json"), free)
     if weights[0] != weights[1]:
         changes.append(f"model weights: {weights[0]} → {weights[1]}")
     if changes:

@@ -28,7 +28,6 @@ CAPTION_STORE_COLUMNS = pa.schema(
     ]
 )
 _TEXTS_AT_ONCE = 10_000
-_COLUMNS_V1 = CAPTION_STORE_COLUMNS.set(2, pa.field("source", pa.string(), nullable=False))  # the first file only
 
 
 @dataclass(frozen=True)
@@ -122,9 +121,9 @@ def open_caption_file(file: Path, shard: ShardEntry) -> pa.RecordBatch:
         batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
     except (pa.ArrowInvalid, OSError) as error:
         raise IndexIntegrityError("A caption file cannot be read.", where=str(file), found=str(error)) from error
-    if reader.schema not in (CAPTION_STORE_COLUMNS, _COLUMNS_V1):
+    if reader.schema != CAPTION_STORE_COLUMNS:
         raise IndexIntegrityError(
-            "A caption file has other columns than its format version says.",
+            "A caption file lacks a column, or has others than a caption file has.",
             where=str(file),
             expected=", ".join(CAPTION_STORE_COLUMNS.names),
             found=", ".join(reader.schema.names),
@@ -132,7 +131,7 @@ def open_caption_file(file: Path, shard: ShardEntry) -> pa.RecordBatch:
     found = [batch.num_rows for batch in batches]
     if found != [shard.rows]:
         raise IndexIntegrityError(
-            "A caption file has not the rows that the manifest says.",
+            "A caption file does not have the rows that the manifest says.",
             where=str(file),
             expected=f"one batch of {shard.rows} rows",
             found=f"batches of {found} rows",
@@ -203,11 +202,10 @@ def open_arrow(uri: str) -> pa.NativeFile:
 
 
 def _caption_row(row: dict[str, Any]) -> CaptionRow:
-    sources = row["source"]
     return CaptionRow(
         caption_id=row["caption_id"],
         text=row["text"],
-        sources=(sources,) if isinstance(sources, str) else tuple(sources),
+        sources=tuple(row["source"]),
         image_ids=tuple(row["image_id"] or ()),
     )
 

@@ -5,10 +5,8 @@
       versions/<index_id>/manifest.json    immutable; one for each version
       files/<kind>-<sha256, 32 digits>.*   immutable; named by content, so that versions share what they have in common
 
-Format version 1 kept each version's files in its folder; such a manifest is read as if it were of version 2.
-
-The authority is docs/formats.md. A change of the fields raises `FORMAT_VERSION`, keeps reading the old one, and gets a
-CHANGELOG heading. This module knows nothing of faiss or torch.
+The authority is docs/formats.md. A change of the fields raises `FORMAT_VERSION` and gets a CHANGELOG heading. This module
+knows nothing of faiss or torch.
 """
 
 from __future__ import annotations
@@ -18,24 +16,22 @@ import json
 import re
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from smallcap import storage
 from smallcap.errors import ConflictError, IndexIntegrityError, ManifestError, StorageError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 POINTER_FILE = "current.json"
 VERSIONS_FOLDER = "versions"
 FILES_FOLDER = "files"
 _MOST_RETIRED = 1000  # former versions that a pointer remembers
 _DIGITS_IN_NAME = 32  # of a sha256, in a file's name
-_FILE = re.compile(r"[\w.-]+(/[\w.-]+)*", re.ASCII)
+_FILE = re.compile(rf"{FILES_FOLDER}/\w[\w.-]*", re.ASCII)
 _INDEX_ID = re.compile(r"[0-9a-f]{16}")
-
-EntryT = TypeVar("EntryT", bound="FileEntry")
 
 
 class _Record(BaseModel):
@@ -79,10 +75,10 @@ class FileEntry(_Record):
 
     @field_validator("file")
     @classmethod
-    def _stays_inside(cls, file: str) -> str:
-        """A reader copies what a manifest names: it must not name a place outside the index."""
-        if not _FILE.fullmatch(file) or ".." in file:
-            raise ValueError("must be a relative path of letters, digits, '.', '_' and '-', without '..'")
+    def _lies_in_files(cls, file: str) -> str:
+        """A reader copies what a manifest names: it must not name a place elsewhere."""
+        if not _FILE.fullmatch(file):
+            raise ValueError(f"must be {FILES_FOLDER}/ and a name of letters, digits, '.', '_' and '-'")
         return file
 
 
@@ -103,7 +99,7 @@ class SourceEntry(_Record):
     """A file that captions came from."""
 
     uri: str
-    name: str = ""  # what the caption store calls it; version 1 did not write it down
+    name: str  # what the caption store calls it
     rows: int = Field(ge=0)
     sha256: str
 
@@ -121,9 +117,9 @@ class RecallEntry(_Record):
 
 
 class IndexManifest(_Record):
-    """All that a reader must know before it opens an index's files; format version 2."""
+    """All that a reader must know before it opens an index's files."""
 
-    format_version: Literal[1, 2] = 2
+    format_version: Literal[1] = FORMAT_VERSION
     index_id: str = Field("", pattern=r"^([0-9a-f]{16})?$")
     encoder: EncoderIdentity
     dim: int = Field(ge=1)
@@ -144,7 +140,7 @@ class IndexManifest(_Record):
     filters: dict[str, Any]
     dropped: dict[str, int]
     operation: Literal["build", "add", "remove"] = "build"
-    plan: str = ""  # hash of all inputs and options that decided this version; the same build again is a no-op
+    fingerprint: str = ""  # of all inputs and options that decided this version; the same build again is a no-op
     parents: tuple[str, ...] = ()  # ids of the versions that this one was made from
     trained_on: int | None = Field(None, ge=0)  # captions that the template's training saw the whole of
     recall_target: float | None = None  # of recall@4 at its lower 95% bound; None where exact by construction
@@ -176,18 +172,15 @@ class IndexManifest(_Record):
         Two builds of the same texts with the same encoder thus have one id, whatever their dates, machines and measured
         speeds.
         """
-        content: dict[str, Any] = {
+        content = {
             "format_version": self.format_version,
             "weights_sha256": self.encoder.weights_sha256,
             "metric": self.metric,
             "index_key": self.index_key,
+            "nprobe": self.nprobe,
+            "k_factor": self.k_factor,
             "files": [[entry.file, entry.sha256] for entry in self.files],
         }
-        if self.format_version == 1:
-            folder = f"{VERSIONS_FOLDER}/{self.index_id}/"
-            content["files"] = [[entry.file.removeprefix(folder), entry.sha256] for entry in self.files]
-        else:
-            content |= {"nprobe": self.nprobe, "k_factor": self.k_factor}
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         return self.model_copy(update={"index_id": digest[:16]})
 
@@ -239,38 +232,22 @@ def parse_manifest(data: bytes, where: str) -> IndexManifest:
         raise ManifestError(
             "This is not an index manifest.", where=where, expected="JSON with format_version", found=str(error)
         ) from error
-    if version not in (1, FORMAT_VERSION):
+    if version != FORMAT_VERSION:
         raise ManifestError(
             "The index has a format version that this release cannot read.",
             where=where,
-            expected=f"1 to {FORMAT_VERSION}",
+            expected=str(FORMAT_VERSION),
             found=str(version),
-            remedy="Upgrade smallcap, or rebuild the index.",
+            remedy="Read it with the smallcap release that built it, or rebuild the index.",
         )
     try:
-        manifest = IndexManifest.model_validate(values)
+        return IndexManifest.model_validate(values)
     except ValidationError as error:
         problem = error.errors()[0]
-        field = ".".join(str(part) for part in problem["loc"])
+        field = ".".join(map(str, problem["loc"]))
         raise ManifestError(
             "A field of the manifest is wrong.", where=f"{where}: {field}", found=problem["msg"]
         ) from error
-    return _in_version_folder(manifest) if version == 1 else manifest
-
-
-def _in_version_folder(manifest: IndexManifest) -> IndexManifest:
-    """Names a version 1 manifest's files as those of version 2 are named: relative to the index's folder."""
-
-    def inside(entry: EntryT) -> EntryT:
-        return entry.model_copy(update={"file": f"{VERSIONS_FOLDER}/{manifest.index_id}/{entry.file}"})
-
-    return manifest.model_copy(
-        update={
-            "template": inside(manifest.template),
-            "shards": tuple(map(inside, manifest.shards)),
-            "captions": tuple(map(inside, manifest.captions)),
-        }
-    )
 
 
 def load_pointer(index_uri: str) -> str:
@@ -305,7 +282,7 @@ def parse_pointer(data: bytes, where: str) -> str:
     except (ValueError, TypeError, KeyError) as error:
         raise ManifestError("The index pointer is malformed.", where=where, found=str(error)) from error
     if not isinstance(index_id, str) or not _INDEX_ID.fullmatch(index_id):
-        raise ManifestError("The index pointer names no index id.", where=where, found=repr(index_id))
+        raise ManifestError("The index pointer does not name an index id.", where=where, found=repr(index_id))
     return index_id
 
 
