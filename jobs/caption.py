@@ -129,9 +129,7 @@ def _caption(
     record = record.model_copy(update={"status": "running", "attempts": attempts})
     write_run_record(config.out, record)
 
-    schema = caption_schema(
-        record.run_id, record.model_id, record.index_id or "", work.kept_columns
-    )
+    schema = caption_schema(record.run_id, record.model_id, record.index_id or "", work.kept_columns)
     started = time.perf_counter()
     monitor = start_monitor(count_images(items), record.images.total, record.run_id, len(items))
     with own_errors(), monitor, show_progress(monitor), _partitions(config, record) as partitions:

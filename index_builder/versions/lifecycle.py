@@ -152,5 +152,7 @@ def parse_grace(text: str) -> timedelta:
     units = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
     number, unit = text[:-1], text[-1:]
     if unit not in units or not number.isdigit():
-        raise ConfigError("This is not a duration.", where="--grace", expected="such as 90s, 30m, 12h or 7d", found=text)
+        raise ConfigError(
+            "This is not a duration.", where="--grace", expected="such as 90s, 30m, 12h or 7d", found=text
+        )
     return timedelta(**{units[unit]: int(number)})

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,7 +28,7 @@ from smallcap.output.part_files import PartInfo, damaged_part, list_parts
 from smallcap.output.schema import check_caption_schema
 
 RUN_FILE = "run.json"
-RUN_FORMAT_VERSION = 1
+RUN_FORMAT_VERSION: Final = 1
 # What may differ between the attempts of one run: where it runs, how it fetches, and how much of its input it takes.
 _FREE = (
     *(f"compute.{name}" for name in ("device", "compile", "batch_size", "num_actors", "max_actors", "gpus_per_actor")),

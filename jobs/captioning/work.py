@@ -6,15 +6,9 @@ from jobs.captioning.record import ImageCounts, RunRecord, check_attempt, load_r
 from smallcap import storage
 from smallcap.config import CaptionConfig
 from smallcap.errors import ConfigError
-from smallcap.images.work_list import (
-    WORK_FOLDER,
-    Fragment,
-    WorkList,
-    count_images,
-    extend_work_list,
-    load_work_list,
-    make_work_list,
-)
+from smallcap.images.fragments import Fragment
+from smallcap.images.listing import extend_work_list, make_work_list
+from smallcap.images.work_list import WORK_FOLDER, WorkList, count_images, load_work_list
 from smallcap.index.manifest import load_manifest
 from smallcap.model.checkpoint import checkpoint_id
 from smallcap.model.clip_encoder import resolve_encoder_identity

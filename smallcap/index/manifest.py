@@ -5,8 +5,8 @@
       versions/<index_id>/manifest.json    immutable; one for each version
       files/<kind>-<sha256, 32 digits>.*   immutable; named by content, so that versions share what they have in common
 
-The authority is docs/formats.md. A change of the fields raises `FORMAT_VERSION` and gets a CHANGELOG heading. This module
-knows nothing of faiss or torch.
+The authority is docs/formats.md. A change of the fields raises `FORMAT_VERSION` and gets a CHANGELOG heading. This
+module knows nothing of faiss or torch.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import json
 import re
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from smallcap import storage
 from smallcap.errors import ConflictError, IndexIntegrityError, ManifestError, StorageError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION: Final = 1
 MANIFEST_FILE = "manifest.json"
 POINTER_FILE = "current.json"
 VERSIONS_FOLDER = "versions"

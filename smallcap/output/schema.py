@@ -97,7 +97,9 @@ def check_kept_columns(names: Sequence[str]) -> None:
     Raises:
         ConfigError: One is a name of the output's own columns, or is given twice.
     """
-    taken = {name for name in names if name in _TAKEN_NAMES or name.startswith(_RESERVED_PREFIX) or names.count(name) > 1}
+    taken = {
+        name for name in names if name in _TAKEN_NAMES or name.startswith(_RESERVED_PREFIX) or names.count(name) > 1
+    }
     if taken:
         raise ConfigError(
             "Columns to keep have names that the output needs, or one of them is named twice.",
