@@ -29,6 +29,17 @@ def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     record.check_same_run(config(), "demo@1234", "out")
     with pytest.raises(ConfigError, match="model weights: demo@1234 → demo@5678"):
         record.check_same_run(config(), "demo@5678", "out")
+    with pytest.raises(ConfigError, match=r"num_captions: 1 → 2"):
+        record.check_same_run(config(generation={"num_captions": 2}), "demo@1234", "out")
+
+
+def test_options_that_came_after_a_run_began_have_their_defaults() -> None:
+    record = RunRecord.new(config(), "demo@1234", "abcd", "demo")
+    generation = {name: value for name, value in record.config["generation"].items() if name != "num_captions"}
+    older = record.model_copy(update={"config": record.config | {"generation": generation}})
+    older.check_same_run(config(), "demo@1234", "out")
+    with pytest.raises(ConfigError, match=r"num_captions: 1 → 2"):
+        older.check_same_run(config(generation={"num_captions": 2}), "demo@1234", "out")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"format_version": 1}', '{"format_version": 99}'])
