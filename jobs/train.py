@@ -17,7 +17,14 @@ from jobs.terminal.arguments import run_job
 from jobs.training.export import write_model
 from jobs.training.inputs import TrainInputs, list_inputs
 from jobs.training.progress import show_training
-from jobs.training.record import TrainAttempt, TrainData, TrainRecord, choose_best, load_train_record
+from jobs.training.record import (
+    TrainAttempt,
+    TrainData,
+    TrainRecord,
+    choose_best,
+    load_train_record,
+    write_train_record,
+)
 from jobs.training.start import ModelStart
 from smallcap import storage
 from smallcap.errors import ConfigError, RunError
@@ -105,7 +112,7 @@ def _train(config: TrainConfig, record: TrainRecord, start: ModelStart, address:
             "trained_parameters": sum(p.numel() for p in model.decoder.cross_attention_parameters().values()),
         }
     )
-    record.write(config.out)
+    write_train_record(config.out, record)
     folders = (config.features or storage.join(config.out, "features"), storage.join(config.out, "candidates"))
     inputs = list_inputs(config, config.out)
     with own_errors():
@@ -144,7 +151,7 @@ def _fit(config: TrainConfig, record: TrainRecord, spec: WorkerSpec, plan: Train
     )
     attempts = (*record.attempts, attempt)
     record = record.model_copy(update={"attempts": attempts})
-    record.write(config.out)
+    write_train_record(config.out, record)
     started = time.perf_counter()
     with show_training(config.out, record.steps or 0):
         fit(spec, plan, record.run_id)
@@ -169,7 +176,7 @@ def _finish(config: TrainConfig, record: TrainRecord, start: ModelStart) -> Trai
             "frozen_sha256_after": after,
         }
     )
-    record.write(config.out)
+    write_train_record(config.out, record)
     return record
 
 

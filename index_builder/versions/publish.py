@@ -18,7 +18,7 @@ def load_current(index_uri: str) -> IndexManifest | None:
         ManifestError: The pointer or the manifest is malformed, or of another format version.
     """
     try:
-        index_id = load_pointer(index_uri)
+        index_id = load_pointer(index_uri).index_id
     except ManifestError as error:
         if isinstance(error.__cause__, StorageError):
             return None

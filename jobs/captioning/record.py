@@ -7,17 +7,16 @@ trusted.
 from __future__ import annotations
 
 import fcntl
-import json
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field
 
 from jobs.cluster.pinned import check_same_options, installed_versions
 from smallcap import storage
@@ -26,9 +25,9 @@ from smallcap.errors import ConfigError, ConflictError, SchemaError, StorageErro
 from smallcap.images.work_list import WorkList
 from smallcap.output.part_files import PartInfo, damaged_part, list_parts
 from smallcap.output.schema import check_caption_schema
+from smallcap.records import Record, VersionedRecord, load_record
 
 RUN_FILE = "run.json"
-RUN_FORMAT_VERSION: Final = 1
 # What may differ between the attempts of one run: where it runs, how it fetches, and how much of its input it takes.
 _FREE = (
     *(f"compute.{name}" for name in ("device", "compile", "batch_size", "num_actors", "max_actors", "gpus_per_actor")),
@@ -38,11 +37,7 @@ _FREE = (
 )
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Attempt(_Record):
+class Attempt(Record):
     """One start of the job, and what it did."""
 
     token: str  # nobody else's; see check_attempt
@@ -63,13 +58,13 @@ class Attempt(_Record):
     search_backends: tuple[str, ...] | None = None  # where the actors searched; several where they had unequal room
 
 
-class ImageCounts(_Record):
+class ImageCounts(Record):
     """The run's images by status."""
 
     total: int = 0
     ok: int = 0
     error: int = 0
-    errors_by_code: dict[str, int] = {}
+    errors_by_code: dict[str, int] = Field(default_factory=dict)
 
     @classmethod
     def of(cls, parts: Iterable[PartInfo]) -> ImageCounts:
@@ -82,7 +77,7 @@ class ImageCounts(_Record):
         return cls(total=ok + failed, ok=ok, error=failed, errors_by_code=dict(sorted((+errors).items())))
 
 
-class Input(_Record):
+class Input(Record):
     """The list of the run's images, as it was made."""
 
     listed_at: str
@@ -98,10 +93,10 @@ class Input(_Record):
         )
 
 
-class RunRecord(_Record):
+class RunRecord(VersionedRecord):
     """The content of `run.json`."""
 
-    format_version: Literal[1] = RUN_FORMAT_VERSION
+    format_version: Literal[1] = 1
     run_id: str
     status: Literal["running", "complete"] = "running"
     config: dict[str, Any]
@@ -154,22 +149,7 @@ def load_run_record(out: str) -> RunRecord | None:
     Raises:
         SchemaError: `run.json` is malformed, or of an unknown format version.
     """
-    where = storage.join(out, RUN_FILE)
-    if not storage.exists(where):
-        return None
-    try:
-        values = json.loads(storage.read_bytes(where))
-        if values.get("format_version") != RUN_FORMAT_VERSION:
-            raise SchemaError(
-                "run.json has an unknown format version.",
-                where=where,
-                expected=str(RUN_FORMAT_VERSION),
-                found=str(values.get("format_version")),
-                remedy="Use the smallcap release that wrote it, or a newer one.",
-            )
-        return RunRecord.model_validate(values)
-    except (ValueError, AttributeError, ValidationError) as error:
-        raise SchemaError("run.json is malformed.", where=where, found=str(error)) from error
+    return load_record(RunRecord, storage.join(out, RUN_FILE), SchemaError)
 
 
 def load_run_config(out: str) -> dict[str, Any]:
@@ -187,8 +167,7 @@ def load_run_config(out: str) -> dict[str, Any]:
 
 def write_run_record(out: str, record: RunRecord) -> None:
     """Writes `run.json`, atomically."""
-    data = json.dumps(record.model_dump(mode="json"), indent=2) + "\n"
-    storage.write_bytes(storage.join(out, RUN_FILE), data.encode())
+    record.write(storage.join(out, RUN_FILE))
 
 
 def check_attempt(out: str, attempt: Attempt) -> None:

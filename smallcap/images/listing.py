@@ -7,9 +7,7 @@ over. Listing images again adds a listing with what is new.
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -33,7 +31,7 @@ from smallcap.images.sorting import (
 from smallcap.images.sources import IMAGE_SUFFIXES, ImageSources
 from smallcap.images.tars import choose_tar_ids
 from smallcap.images.work_list import (
-    FORMAT_VERSION,
+    Marker,
     WorkList,
     listing_name,
     load_markers,
@@ -88,7 +86,7 @@ def extend_work_list(sources: Sequence[str], config: InputConfig, out: str) -> W
         len(markers),
         ImageSources(sources, config, tuple(known.kept_columns.names), kept=known.kept_columns),
         known=known.fragments.table,
-        tar_ids=next((marker["tar_ids"] for marker in markers if marker["tar_ids"]), None),
+        tar_ids=next((marker.tar_ids for marker in markers if marker.tar_ids), None),
     )
     listing.write()
     if not listing.fragments:
@@ -149,19 +147,17 @@ class _Listing:
         fragments = pa.concat_tables(self.fragments)
         write_fragments(self._out, self._number, fragments)
         kept = self._sources.kept if self._sources.kept is not None else pa.schema([])
-        marker = {
-            "format_version": FORMAT_VERSION,
-            "sources": list(self._sources.sources),
-            "listed_at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "images": FragmentTable(fragments).images,
-            "duplicates": self._duplicates.count,
-            "examples": [asdict(example) for example in self._duplicates.examples],
-            "kept_columns": {column.name: str(column.type) for column in kept},
-            "kept_schema": base64.b64encode(kept.serialize().to_pybytes()).decode(),
-            "tar_ids": self._tar_ids,
-        }
-        text = json.dumps(marker, indent=2, ensure_ascii=False) + "\n"
-        storage.write_bytes(work_uri(self._out, f"{listing_name(self._number)}.json"), text.encode())
+        marker = Marker(
+            sources=tuple(self._sources.sources),
+            listed_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            images=FragmentTable(fragments).images,
+            duplicates=self._duplicates.count,
+            examples=tuple(self._duplicates.examples),
+            kept_columns={column.name: str(column.type) for column in kept},
+            kept_schema=base64.b64encode(kept.serialize().to_pybytes()).decode(),
+            tar_ids=self._tar_ids,
+        )
+        marker.write(work_uri(self._out, f"{listing_name(self._number)}.json"))
 
     def _clear(self) -> None:
         """Removes what an unfinished listing of this number left."""

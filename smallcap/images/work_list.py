@@ -8,10 +8,9 @@ docs/formats.md. This module knows nothing of what is done already.
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -27,8 +26,8 @@ from smallcap.images.row_ranges import RowRanges
 from smallcap.images.sorting import DuplicateExample
 from smallcap.images.sources import IMAGE_COLUMNS
 from smallcap.images.tars import read_tar
+from smallcap.records import VersionedRecord, parse_record
 
-FORMAT_VERSION = 1
 WORK_FOLDER = "_work"
 
 
@@ -55,26 +54,39 @@ class WorkList:
     sources: tuple[str, ...] = ()
 
 
+class Marker(VersionedRecord):
+    """The content of a listing's marker; docs/formats.md tells the fields."""
+
+    format_version: Literal[1] = 1
+    sources: tuple[str, ...]
+    listed_at: str
+    images: int | None
+    duplicates: int
+    examples: tuple[DuplicateExample, ...]
+    kept_columns: dict[str, str]
+    kept_schema: str
+    tar_ids: str | None
+
+
 def load_work_list(out: str) -> WorkList | None:
     """Returns the stored list of a run; None where none was finished.
 
     Raises:
-        SchemaError: It was written by a newer release, or is damaged.
+        SchemaError: It is damaged, or of another format version.
     """
     markers = load_markers(out)
     if not markers:
         return None
     tables = [read_fragments(out, number) for number in range(len(markers))]
     fragments = FragmentTable(pa.concat_tables(tables))
-    kept = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(markers[-1]["kept_schema"])))
     return WorkList(
-        listed_at=markers[-1]["listed_at"],
+        listed_at=markers[-1].listed_at,
         fragments=fragments,
         images=fragments.images,
-        duplicates=sum(marker["duplicates"] for marker in markers),
-        kept_columns=kept,
-        examples=tuple(DuplicateExample(**example) for marker in markers for example in marker["examples"]),
-        sources=tuple(markers[-1]["sources"]),
+        duplicates=sum(marker.duplicates for marker in markers),
+        kept_columns=pa.ipc.read_schema(pa.py_buffer(base64.b64decode(markers[-1].kept_schema))),
+        examples=tuple(example for marker in markers for example in marker.examples),
+        sources=markers[-1].sources,
     )
 
 
@@ -128,26 +140,17 @@ def _read_uris(fragment: Fragment, kept_columns: pa.Schema) -> InputBatch:
     )
 
 
-def load_markers(out: str) -> list[dict[str, Any]]:
-    """Reads the markers of all finished listings, oldest first."""
-    markers: list[dict[str, Any]] = []
+def load_markers(out: str) -> list[Marker]:
+    """Reads the markers of all finished listings, oldest first.
+
+    Raises:
+        SchemaError: One is malformed, or of another format version.
+    """
+    markers: list[Marker] = []
     names = {uri.rsplit("/", 1)[-1] for uri in storage.list_folder(work_uri(out))}
     while (name := f"{listing_name(len(markers))}.json") in names:
         uri = work_uri(out, name)
-        try:
-            marker = json.loads(storage.read_bytes(uri))
-            version = marker["format_version"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise _damaged(uri, repr(error)) from error
-        if version != FORMAT_VERSION:
-            raise SchemaError(
-                "The stored list of images has an unknown format.",
-                where=uri,
-                expected=str(FORMAT_VERSION),
-                found=str(version),
-                remedy="Go on with the smallcap release that began the run, or a newer one.",
-            )
-        markers.append(marker)
+        markers.append(parse_record(Marker, storage.read_bytes(uri), uri, SchemaError))
     return markers
 
 

@@ -18,10 +18,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
 from smallcap import storage
 from smallcap.errors import ConflictError, IndexIntegrityError, ManifestError, StorageError
+from smallcap.records import Record, VersionedRecord, parse_record
 
 FORMAT_VERSION: Final = 1
 MANIFEST_FILE = "manifest.json"
@@ -31,14 +32,10 @@ FILES_FOLDER = "files"
 _MOST_RETIRED = 1000  # former versions that a pointer remembers
 _DIGITS_IN_NAME = 32  # of a sha256, in a file's name
 _FILE = re.compile(rf"{FILES_FOLDER}/\w[\w.-]*", re.ASCII)
-_INDEX_ID = re.compile(r"[0-9a-f]{16}")
+_INDEX_ID = r"^[0-9a-f]{16}$"
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class EncoderIdentity(_Record):
+class EncoderIdentity(Record):
     """Which retrieval encoder made the embeddings; equal weights give equal identities wherever they are stored."""
 
     spec: str  # as the user gave it, for people
@@ -46,7 +43,7 @@ class EncoderIdentity(_Record):
     dim: int = Field(ge=1)
 
 
-class FileEntry(_Record):
+class FileEntry(Record):
     """One file of the index."""
 
     file: str  # relative to the index's folder
@@ -95,7 +92,7 @@ class RemovedEntry(FileEntry):
     rows: int = Field(ge=1)
 
 
-class SourceEntry(_Record):
+class SourceEntry(Record):
     """A file that captions came from."""
 
     uri: str
@@ -104,7 +101,7 @@ class SourceEntry(_Record):
     sha256: str
 
 
-class RecallEntry(_Record):
+class RecallEntry(Record):
     """Measured agreement with exact search on held-out queries, and the speed at which it was measured."""
 
     k: int = Field(ge=1)
@@ -116,7 +113,22 @@ class RecallEntry(_Record):
     nprobe: int | None = None
 
 
-class IndexManifest(_Record):
+class RetiredVersion(Record):
+    """A version that was the current one before."""
+
+    index_id: str = Field(pattern=_INDEX_ID)
+    until: str  # ISO 8601, UTC
+
+
+class Pointer(VersionedRecord):
+    """The content of `current.json`: the version that new readers open, and those that were current before it."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    index_id: str = Field(pattern=_INDEX_ID)
+    retired: tuple[RetiredVersion, ...] = ()  # newest first
+
+
+class IndexManifest(VersionedRecord):
     """All that a reader must know before it opens an index's files."""
 
     format_version: Literal[1] = FORMAT_VERSION
@@ -184,10 +196,6 @@ class IndexManifest(_Record):
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         return self.model_copy(update={"index_id": digest[:16]})
 
-    def to_json(self) -> str:
-        """Returns the manifest as indented JSON."""
-        return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
-
     def check_encoder(self, encoder: EncoderIdentity, where: str) -> None:
         """Checks that a query encoder lives in this index's embedding space.
 
@@ -219,39 +227,8 @@ def manifest_uri(index_uri: str, index_id: str) -> str:
     return storage.join(index_uri, VERSIONS_FOLDER, index_id, MANIFEST_FILE)
 
 
-def parse_manifest(data: bytes, where: str) -> IndexManifest:
-    """Parses and checks a manifest.
-
-    Raises:
-        ManifestError: It is not JSON, has an unknown format version, or lacks or mistypes a field.
-    """
-    try:
-        values = json.loads(data)
-        version = values["format_version"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise ManifestError(
-            "This is not an index manifest.", where=where, expected="JSON with format_version", found=str(error)
-        ) from error
-    if version != FORMAT_VERSION:
-        raise ManifestError(
-            "The index has a format version that this release cannot read.",
-            where=where,
-            expected=str(FORMAT_VERSION),
-            found=str(version),
-            remedy="Read it with the smallcap release that built it, or rebuild the index.",
-        )
-    try:
-        return IndexManifest.model_validate(values)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        field = ".".join(map(str, problem["loc"]))
-        raise ManifestError(
-            "A field of the manifest is wrong.", where=f"{where}: {field}", found=problem["msg"]
-        ) from error
-
-
-def load_pointer(index_uri: str) -> str:
-    """Returns the id of the version that an index's pointer names.
+def load_pointer(index_uri: str) -> Pointer:
+    """Returns an index's pointer.
 
     Raises:
         ManifestError: There is no pointer at `index_uri`, or it is malformed.
@@ -268,38 +245,13 @@ def load_pointer(index_uri: str) -> str:
                 remedy="Give the --out of a finished `smallcap build-index`.",
             ) from error
         raise
-    return parse_pointer(data, where)
-
-
-def parse_pointer(data: bytes, where: str) -> str:
-    """Returns the version that a pointer's content names.
-
-    Raises:
-        ManifestError: It is malformed.
-    """
-    try:
-        index_id = json.loads(data)["index_id"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise ManifestError("The index pointer is malformed.", where=where, found=str(error)) from error
-    if not isinstance(index_id, str) or not _INDEX_ID.fullmatch(index_id):
-        raise ManifestError("The index pointer does not name an index id.", where=where, found=repr(index_id))
-    return index_id
-
-
-def load_retired(index_uri: str) -> dict[str, str]:
-    """Returns until when each former version was the current one: ISO 8601 times by index id, newest first.
-
-    Raises:
-        ManifestError: There is no pointer at `index_uri`, or it is malformed.
-    """
-    load_pointer(index_uri)
-    values = json.loads(storage.read_bytes(storage.join(index_uri, POINTER_FILE)))
-    return {entry["index_id"]: entry["until"] for entry in values.get("retired", [])}
+    return parse_record(Pointer, data, where, ManifestError)
 
 
 def write_pointer(index_uri: str, index_id: str) -> None:
     """Makes `index_id` the version that new readers open; the switch is atomic."""
-    storage.update_bytes(storage.join(index_uri, POINTER_FILE), lambda found: _pointer_bytes(index_id, found))
+    target = storage.join(index_uri, POINTER_FILE)
+    storage.update_bytes(target, lambda found: _pointer_bytes(index_id, _parse_pointer(found, target)))
 
 
 def switch_pointer(index_uri: str, index_id: str, seen: str | None) -> None:
@@ -311,28 +263,29 @@ def switch_pointer(index_uri: str, index_id: str, seen: str | None) -> None:
     target = storage.join(index_uri, POINTER_FILE)
 
     def switch(found: bytes | None) -> bytes:
-        current = None if found is None else parse_pointer(found, target)
+        pointer = _parse_pointer(found, target)
+        current = pointer.index_id if pointer else None
         if current != seen:
             raise ConflictError(
                 "The index pointer has been switched meanwhile.", where=target, found=f"version {current}"
             )
-        return _pointer_bytes(index_id, found)
+        return _pointer_bytes(index_id, pointer)
 
     storage.update_bytes(target, switch)
 
 
-def _pointer_bytes(index_id: str, old: bytes | None) -> bytes:
+def _parse_pointer(data: bytes | None, where: str) -> Pointer | None:
+    return None if data is None else parse_record(Pointer, data, where, ManifestError)
+
+
+def _pointer_bytes(index_id: str, former: Pointer | None) -> bytes:
     """Returns a pointer to `index_id` that remembers which versions were current before, and until when."""
-    retired: dict[str, str] = {}  # newest first
-    if old is not None:
-        values = json.loads(old)
-        retired = {values["index_id"]: utc_now()}
-        for entry in values.get("retired", []):
-            retired.setdefault(entry["index_id"], entry["until"])
+    retired: dict[str, RetiredVersion] = {}  # newest first
+    if former is not None:
+        for entry in (RetiredVersion(index_id=former.index_id, until=utc_now()), *former.retired):
+            retired.setdefault(entry.index_id, entry)
     retired.pop(index_id, None)
-    kept = [{"index_id": former, "until": until} for former, until in retired.items()][:_MOST_RETIRED]
-    pointer = {"format_version": FORMAT_VERSION, "index_id": index_id, "retired": kept}
-    return (json.dumps(pointer, indent=2) + "\n").encode()
+    return Pointer(index_id=index_id, retired=tuple(retired.values())[:_MOST_RETIRED]).to_json().encode()
 
 
 def load_manifest(index_uri: str, index_id: str | None = None) -> IndexManifest:
@@ -342,9 +295,9 @@ def load_manifest(index_uri: str, index_id: str | None = None) -> IndexManifest:
         ManifestError: There is no such index or version, or its manifest is malformed.
         IndexIntegrityError: The manifest's content is not the one its folder is named by.
     """
-    index_id = index_id or load_pointer(index_uri)
+    index_id = index_id or load_pointer(index_uri).index_id
     where = manifest_uri(index_uri, index_id)
-    manifest = parse_manifest(storage.read_bytes(where), where)
+    manifest = parse_record(IndexManifest, storage.read_bytes(where), where, ManifestError)
     if manifest.index_id != index_id or manifest.with_index_id().index_id != index_id:
         raise IndexIntegrityError(
             "The manifest does not belong in this version's folder.",

@@ -109,7 +109,7 @@ class TestEveryKey:
         forbidden: Collection[int] = (),
     ) -> list[int]:
         """The readable algorithm over one shard: every reachable candidate, filtered, cut, ranked again, cut."""
-        [shard] = retriever._part.shards  # type: ignore[attr-defined]
+        [shard] = retriever._partition.shards  # type: ignore[attr-defined]
         manifest = retriever.manifest
         scores, found = shard.candidates(query[None], len(vectors), manifest.nprobe)
         order = sorted((-score, row) for score, row in zip(scores[0], found[0], strict=True) if row >= 0)
