@@ -17,7 +17,7 @@ from index_builder.dumps.buckets import ChunkWriter, Dealt
 from index_builder.dumps.cleaning import caption_key
 from index_builder.dumps.deduplication import Row
 from smallcap.errors import IndexIntegrityError
-from smallcap.index.caption_store import open_caption_file
+from smallcap.index.caption_store import open_caption_file, open_removed
 from smallcap.index.manifest import FileEntry, IndexManifest, ShardEntry
 from smallcap.index.node_cache import DEFAULT_CACHE_DIR, open_version_folder
 from smallcap.index.vector_shard import VectorShard
@@ -44,11 +44,8 @@ class StoredIndex:
 
     def removed_ids(self) -> np.ndarray:
         """Returns the sorted int64 ids of the removed captions."""
-        entry = self.manifest.removed
-        if entry is None:
-            return np.zeros(0, np.int64)
-        ids: np.ndarray = np.load(self.checked_file(entry), allow_pickle=False)
-        return ids
+        removed = [self.manifest.removed] if self.manifest.removed else []
+        return open_removed(self.manifest, open_version_folder(self.uri, self.manifest, self.cache_dir, removed))
 
     def checked_file(self, entry: FileEntry) -> Path:
         """Returns a local path of one of the version's files, verified by its sha256.

@@ -90,7 +90,7 @@ def open_record(config: TrainConfig) -> tuple[TrainRecord, ModelStart]:
     if manifest and encoder:
         manifest.check_encoder(resolve_encoder_identity(encoder), config.index or "")
     start = ModelStart(config, encoder)
-    return TrainRecord.new(config, start.model_id(), manifest.index_id if manifest else None, encoder), start
+    return TrainRecord.new(config, manifest.index_id if manifest else None, encoder, start_id=start.model_id()), start
 
 
 def _train(config: TrainConfig, record: TrainRecord, start: ModelStart, address: str | None) -> TrainSummary:

@@ -7,7 +7,6 @@ trusted.
 from __future__ import annotations
 
 import fcntl
-import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,14 +17,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from jobs.cluster.pinned import check_same_options, installed_versions
+from jobs.cluster.pinned import PinnedRecord, check_same_options
 from smallcap import storage
 from smallcap.config import CaptionConfig
 from smallcap.errors import ConfigError, ConflictError, SchemaError, StorageError
 from smallcap.images.work_list import WorkList
 from smallcap.output.part_files import PartInfo, damaged_part, list_parts
 from smallcap.output.schema import check_caption_schema
-from smallcap.records import Record, VersionedRecord, load_record
+from smallcap.records import Record, load_record
 
 RUN_FILE = "run.json"
 # What may differ between the attempts of one run: where it runs, how it fetches, and how much of its input it takes.
@@ -93,36 +92,16 @@ class Input(Record):
         )
 
 
-class RunRecord(VersionedRecord):
+class RunRecord(PinnedRecord):
     """The content of `run.json`."""
 
     format_version: Literal[1] = 1
-    run_id: str
-    status: Literal["running", "complete"] = "running"
-    config: dict[str, Any]
     model_id: str
-    index_id: str | None
-    retrieval_encoder: str | None
-    versions: dict[str, str]
     input: Input | None = None
     images: ImageCounts = ImageCounts()
     repeated_ids: int = 0  # images of tars and Parquet files that were left out, since another file has the id
     limit: int | None = None  # of the attempt that made the run complete
     attempts: tuple[Attempt, ...] = ()
-
-    @classmethod
-    def new(
-        cls, config: CaptionConfig, model_id: str, index_id: str | None, retrieval_encoder: str | None
-    ) -> RunRecord:
-        """Returns the record of a run that begins."""
-        return cls(
-            run_id=uuid.uuid4().hex[:12],
-            config=config.model_dump(mode="json"),
-            model_id=model_id,
-            index_id=index_id,
-            retrieval_encoder=retrieval_encoder,
-            versions=installed_versions(),
-        )
 
     def is_done(self, limit: int | None) -> bool:
         """Says whether the first `limit` images of the run's list, or all, have their rows already."""
@@ -140,7 +119,7 @@ class RunRecord(VersionedRecord):
         Raises:
             ConfigError: Its config or its model differs, and mixing the two would make one output of two runs.
         """
-        check_same_options(self.config, config, _FREE, (self.model_id, model_id), out)
+        check_same_options(self, config, _FREE, (self.model_id, model_id), out)
 
 
 def load_run_record(out: str) -> RunRecord | None:

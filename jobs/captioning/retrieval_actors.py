@@ -18,11 +18,12 @@ import ray
 
 from smallcap.config import RetrievalConfig
 from smallcap.errors import SmallCapError
+from smallcap.index.caption_store import open_removed
 from smallcap.index.manifest import IndexManifest, load_manifest
 from smallcap.index.node_cache import open_version_folder
 from smallcap.index.partition import LocalPartition, share_of
 from smallcap.index.ranking import Ranking, merge_rankings
-from smallcap.index.retriever import NeighbourSearch, open_removed
+from smallcap.index.retriever import NeighbourSearch
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def open_record(config: CaptionConfig) -> RunRecord:
             where="output.save_embeddings",
             remedy="Give --index, or --set retrieval.encoder=SPEC.",
         )
-    return RunRecord.new(config, model_id, manifest.index_id if manifest else None, encoder)
+    return RunRecord.new(config, manifest.index_id if manifest else None, encoder, model_id=model_id)
 
 
 def list_work(config: CaptionConfig, record: RunRecord, relist: bool = False) -> WorkList:
@@ -71,10 +71,10 @@ def what_is_left(config: CaptionConfig, work: WorkList, retry_failed: bool = Fal
     """Returns the rows of the list of work that have no row in the output; failed ones too, to try them again."""
     coverage = Coverage(_read_parts(config.out, work), retry_failed)
 
-    def count_rows(fragment: Fragment, most: int) -> int:
+    def count(fragment: Fragment, most: int) -> int:
         return count_images(fragment, most, config.input)
 
-    return list(work_left(work.fragments, coverage, config.limit, count_rows))
+    return list(work_left(work.fragments, coverage, config.limit, count))
 
 
 def finish_run(config: CaptionConfig, record: RunRecord, work: WorkList) -> RunRecord:

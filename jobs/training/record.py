@@ -5,13 +5,12 @@ How far the run is stands in its checkpoints (`smallcap.training.checkpoints`), 
 
 from __future__ import annotations
 
-import uuid
-from typing import Any, Literal
+from typing import Literal
 
-from jobs.cluster.pinned import check_same_options, installed_versions
+from jobs.cluster.pinned import PinnedRecord, check_same_options
 from smallcap import storage
 from smallcap.errors import SchemaError
-from smallcap.records import Record, VersionedRecord, load_record
+from smallcap.records import Record, load_record
 from smallcap.training.checkpoints import EpochResult
 from smallcap.training.config import TrainConfig
 
@@ -46,17 +45,11 @@ class TrainData(Record):
     leaks: int | None = None  # images with a candidate that has the text of one of their own captions
 
 
-class TrainRecord(VersionedRecord):
+class TrainRecord(PinnedRecord):
     """The content of `train.json`."""
 
     format_version: Literal[1] = 1
-    run_id: str
-    status: Literal["running", "complete"] = "running"
-    config: dict[str, Any]
     start_id: str
-    index_id: str | None
-    retrieval_encoder: str | None
-    versions: dict[str, str]
     dtype: str | None = None  # of the forward pass
     data: TrainData | None = None
     trained_parameters: int | None = None
@@ -68,27 +61,13 @@ class TrainRecord(VersionedRecord):
     best_epoch: int | None = None
     attempts: tuple[TrainAttempt, ...] = ()
 
-    @classmethod
-    def new(
-        cls, config: TrainConfig, start_id: str, index_id: str | None, retrieval_encoder: str | None
-    ) -> TrainRecord:
-        """Returns the record of a run that begins."""
-        return cls(
-            run_id=uuid.uuid4().hex[:12],
-            config=config.model_dump(mode="json"),
-            start_id=start_id,
-            index_id=index_id,
-            retrieval_encoder=retrieval_encoder,
-            versions=installed_versions(),
-        )
-
     def check_same_run(self, config: TrainConfig, start_id: str) -> None:
         """Checks that a command continues this run.
 
         Raises:
             ConfigError: Its config or the model that it starts from differs.
         """
-        check_same_options(self.config, config, _FREE, (self.start_id, start_id), config.out)
+        check_same_options(self, config, _FREE, (self.start_id, start_id), config.out)
 
 
 def load_train_record(out: str) -> TrainRecord | None:

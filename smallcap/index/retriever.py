@@ -16,14 +16,12 @@ from pathlib import Path
 import numpy as np
 
 from smallcap.config import SearchDevice
-from smallcap.errors import ConfigError, IndexIntegrityError, RunError
-from smallcap.index.caption_store import CaptionStore
+from smallcap.errors import ConfigError, RunError
+from smallcap.index.caption_store import CaptionStore, open_removed
 from smallcap.index.manifest import EncoderIdentity, IndexManifest, load_manifest
 from smallcap.index.node_cache import DEFAULT_CACHE_DIR, open_version_folder
 from smallcap.index.partition import IndexPartition, LocalPartition, files_of
 from smallcap.index.ranking import NOTHING, Attempted, Ranking, best_of, settle
-
-__all__ = ["Neighbour", "NeighbourSearch", "Retriever", "open_removed"]
 
 _log = logging.getLogger(__name__)
 
@@ -218,27 +216,3 @@ class Retriever(NeighbourSearch):
                 remedy="Give --set retrieval.search_device=auto.",
             )
         _log.info("Searching the index with %s.", self.search_backend)
-
-
-def open_removed(manifest: IndexManifest, folder: Path) -> np.ndarray:
-    """Memory-maps the ids that are no longer retrieved; there may be none.
-
-    Raises:
-        IndexIntegrityError: The file is not what the manifest says.
-    """
-    if manifest.removed is None:
-        return np.empty(0, np.int64)
-    file = folder / manifest.removed.file
-    try:
-        removed = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise IndexIntegrityError("The removed ids cannot be read.", where=str(file), found=str(error)) from error
-    sound = removed.shape == (manifest.removed.rows,) and removed.dtype == np.int64
-    if not (sound and removed[0] >= 0 and removed[-1] < manifest.id_count and (np.diff(removed) > 0).all()):
-        raise IndexIntegrityError(
-            "The removed ids are not what the manifest says.",
-            where=str(file),
-            expected=f"{manifest.removed.rows} rising int64 ids below {manifest.id_count}",
-            found=f"{removed.dtype} {removed.shape}",
-        )
-    return np.asarray(removed)

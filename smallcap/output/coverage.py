@@ -73,7 +73,7 @@ class Coverage:
 
 
 def work_left(
-    fragments: Iterable[Fragment], coverage: Coverage, limit: int | None, count_rows: Callable[[Fragment, int], int]
+    fragments: Iterable[Fragment], coverage: Coverage, limit: int | None, count_images: Callable[[Fragment, int], int]
 ) -> Iterator[WorkItem]:
     """Yields what is left of the first `limit` images.
 
@@ -81,7 +81,7 @@ def work_left(
         fragments: The run's, in their order.
         coverage: What is done.
         limit: Of images; None for all.
-        count_rows: Counts a fragment's images, up to a number, where nobody knows how many there are.
+        count_images: Counts a fragment's images, up to a number, where nobody knows how many there are.
     """
     room = limit
     for fragment in fragments:
@@ -90,7 +90,7 @@ def work_left(
             if room <= 0:
                 return
             rows = coverage.rows_of(fragment)
-            asked = min(room, count_rows(fragment, room) if rows is None else rows)
+            asked = min(room, count_images(fragment, room) if rows is None else rows)
             room -= asked
         item = coverage.left(fragment, asked)
         if item is not None:
