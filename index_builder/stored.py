@@ -76,7 +76,7 @@ class StoredIndex:
         for shard, captions in zip(self.manifest.shards, self.manifest.captions, strict=False):
             if (shard.first_id, shard.rows) != (captions.first_id, captions.rows):
                 raise IndexIntegrityError(
-                    "An index's caption files are cut at other ids than its shards.",
+                    "The caption files of an index are cut at other ids than its shards.",
                     where=f"{self.uri}: {captions.file}",
                     expected=_ids(shard),
                     found=_ids(captions),

@@ -192,7 +192,7 @@ def _vision_sha256(model: SmallCapModel) -> str:
 def _stream(config: TrainConfig, features: StoreManifest, folders: tuple[str, str], split: Split) -> ExampleStream:
     options = config.optimizer
     candidates = folders[1] if config.retrieval.k else None
-    parts = tuple(features.of(split))
+    parts = tuple(features.parts_of(split))
     return ExampleStream(folders[0], candidates, parts, options.batch_size, options.shuffle_parts, options.seed)
 
 
@@ -201,11 +201,11 @@ def _describe_data(features: StoreManifest, inputs: TrainInputs, leaks: int | No
     for part in features.parts:
         for code, count in part.errors.items():
             errors[code] = errors.get(code, 0) + count
-    train = features.of("train")
+    train = features.parts_of("train")
     return TrainData(
         images=sum(part.images for part in train),
         examples=sum(part.examples for part in train),
-        validation_images=sum(part.images for part in features.of("validation")),
+        validation_images=sum(part.images for part in features.parts_of("validation")),
         errors=dict(sorted(errors.items())),
         malformed=inputs.malformed,
         leaks=leaks,

@@ -49,7 +49,7 @@ class ImageList:
         """Yields `image_id` and `image_uri` (string, absolute, never null) and the kept columns.
 
         Raises:
-            SchemaError: The list is damaged, has not a column that it must have, or a row has no URI or id.
+            SchemaError: The list is damaged, lacks a column, or a row has no URI or id.
             StorageError: It cannot be read.
         """
         suffix = "." + self.uri.rsplit(".", 1)[-1].lower()
@@ -75,7 +75,7 @@ class ImageList:
             image = TEXT_COLUMN
         if image is None:
             raise SchemaError(
-                "The list of images has no such column.",
+                "The list of images lacks the column of URIs.",
                 where=self.uri,
                 expected=self.config.image_column,
                 found=", ".join(found),
@@ -99,7 +99,7 @@ class ImageList:
             values = plain(table[name]).cast(pa.string())
         except pa.ArrowException as error:
             raise SchemaError(
-                f"A list's {what}s are no strings.", where=self.uri, expected=name, found=str(table[name].type)
+                f"The {what}s of the list are not strings.", where=self.uri, expected=name, found=str(table[name].type)
             ) from error
         missing = pc.fill_null(pc.equal(values, ""), True)
         row = pc.index(missing, True).as_py()
@@ -123,12 +123,12 @@ def check_kept_columns(keep_columns: Sequence[str], found: Sequence[str], where:
     """Checks that a file has all columns to keep.
 
     Raises:
-        SchemaError: It has not.
+        SchemaError: It lacks one.
     """
     missing = [name for name in keep_columns if name not in found]
     if missing:
         raise SchemaError(
-            "There is no such column to keep.",
+            "A column to keep is missing.",
             where=where,
             expected=", ".join(missing),
             found=", ".join(found) or "no columns",
@@ -137,10 +137,18 @@ def check_kept_columns(keep_columns: Sequence[str], found: Sequence[str], where:
 
 
 def plain(values: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Decodes a dictionary column, so that all batches have one type; a column of nulls only becomes strings."""
-    if pa.types.is_dictionary(values.type):
-        return values.cast(values.type.value_type)
-    return values.cast(pa.string()) if pa.types.is_null(values.type) else values
+    """Returns a column as its `plain_type`."""
+    return values.cast(plain_type(values.type))
+
+
+def plain_type(column_type: pa.DataType) -> pa.DataType:
+    """Returns what a column's values are read as, so that all batches have one type.
+
+    A dictionary is decoded, and a column of nothing but nulls becomes strings.
+    """
+    if pa.types.is_dictionary(column_type):
+        return column_type.value_type
+    return pa.string() if pa.types.is_null(column_type) else column_type
 
 
 def _read_parquet(file: IO[bytes], choose: Callable[[Sequence[str]], list[str]]) -> _Rows:
@@ -177,8 +185,7 @@ def _read_jsonl(file: IO[bytes], choose: Callable[[Sequence[str]], list[str]]) -
     found = pa.json.open_json(_Unclosed(file), read_options=options).schema
     columns = choose(found.names)
     file.seek(0)
-    fields = [found.field(name) for name in columns]
-    types = pa.schema([field.with_type(pa.string()) if field.type == pa.null() else field for field in fields])
+    types = pa.schema([(name, plain_type(found.field(name).type)) for name in columns])
     parse = pa.json.ParseOptions(explicit_schema=types, unexpected_field_behavior="ignore")
     for batch in pa.json.open_json(_Unclosed(file), read_options=options, parse_options=parse):
         yield pa.Table.from_batches([batch]).select(columns)
@@ -221,21 +228,21 @@ def _json_batches(text: io.TextIOWrapper) -> Iterator[list[Any]]:
         raise json.JSONDecodeError("not an array of objects or strings", buffer[:100], 0)
     buffer = buffer[1:]
     items: list[Any] = []
-    at = 0
+    position = 0
     while True:
-        while at < len(buffer) and buffer[at] in " \t\r\n,":
-            at += 1
-        if buffer.startswith("]", at):
+        while position < len(buffer) and buffer[position] in " \t\r\n,":
+            position += 1
+        if buffer.startswith("]", position):
             break
         try:
-            if not buffer.startswith(("{", '"'), at):
-                raise json.JSONDecodeError("expected an object or a string", buffer[at : at + 100], 0)
-            item, at = decoder.raw_decode(buffer, at)
+            if not buffer.startswith(("{", '"'), position):
+                raise json.JSONDecodeError("expected an object or a string", buffer[position : position + 100], 0)
+            item, position = decoder.raw_decode(buffer, position)
         except json.JSONDecodeError:
             more = text.read(_BLOCK_BYTES)
             if not more:
                 raise
-            buffer, at = buffer[at:] + more, 0
+            buffer, position = buffer[position:] + more, 0
             continue
         items.append(item)
         if len(items) == BATCH_ROWS:

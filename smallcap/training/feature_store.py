@@ -58,7 +58,7 @@ class StoreManifest(VersionedRecord):
     complete: bool = False
     parts: tuple[PartEntry, ...] = ()  # once complete
 
-    def of(self, split: Split) -> list[PartEntry]:
+    def parts_of(self, split: Split) -> list[PartEntry]:
         """Returns a split's parts."""
         return [part for part in self.parts if part.split == split]
 
