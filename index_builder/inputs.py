@@ -135,7 +135,7 @@ def open_inputs(config: IndexConfig, index_uri: str, current: IndexManifest | No
     base = stored(index_uri, current) if config.add or config.remove else None
     if base is not None and config.index_key not in ("auto", base.manifest.index_key):
         raise ConfigError(
-            "What is added to an index takes the index's key.",
+            "What is added to an index takes the index's own key.",
             where="index_key",
             expected=f"{base.manifest.index_key}, or auto",
             found=config.index_key,

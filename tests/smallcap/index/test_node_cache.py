@@ -16,21 +16,15 @@ from typing import Any
 import faiss
 import numpy as np
 import pytest
+from index_files import PublishIndex, unit_vectors
 
 from smallcap import storage
 from smallcap.errors import IndexIntegrityError, StorageError
 from smallcap.index import node_cache as index_cache
-from smallcap.index.manifest import FileEntry, IndexManifest
+from smallcap.index.manifest import FileEntry
 from smallcap.index.node_cache import check_file, missing_files, open_version_folder
 from smallcap.index.partition import files_of
 from smallcap.index.retriever import Retriever
-
-PublishIndex = Callable[..., IndexManifest]
-
-
-def unit_vectors(rows: int, dim: int = 8, seed: int = 0) -> np.ndarray:
-    vectors = np.random.default_rng(seed).standard_normal((rows, dim)).astype(np.float32)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
 def files_in(cache: str) -> set[str]:

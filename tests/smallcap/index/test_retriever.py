@@ -2,26 +2,21 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from index_files import PublishIndex, unit_vectors
 
 from smallcap.errors import IndexIntegrityError, ManifestError, RunError
 from smallcap.index.caption_store import load_caption_sample
-from smallcap.index.manifest import EncoderIdentity, IndexManifest, load_manifest, manifest_uri
+from smallcap.index.manifest import EncoderIdentity, load_manifest, manifest_uri
 from smallcap.index.retriever import Neighbour, Retriever
 
-PublishIndex = Callable[..., IndexManifest]
 GOLDEN = Path(__file__).resolve().parents[2] / "golden"
-
-
-def unit_vectors(rows: int, dim: int, seed: int = 0) -> np.ndarray:
-    vectors = np.random.default_rng(seed).standard_normal((rows, dim)).astype(np.float32)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
 def exact_ids(vectors: np.ndarray, queries: np.ndarray, k: int) -> list[list[int]]:
