@@ -137,18 +137,10 @@ def check_kept_columns(keep_columns: Sequence[str], found: Sequence[str], where:
 
 
 def plain(values: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Returns a column as its `plain_type`."""
-    return values.cast(plain_type(values.type))
-
-
-def plain_type(column_type: pa.DataType) -> pa.DataType:
-    """Returns what a column's values are read as, so that all batches have one type.
-
-    A dictionary is decoded, and a column of nothing but nulls becomes strings.
-    """
-    if pa.types.is_dictionary(column_type):
-        return column_type.value_type
-    return pa.string() if pa.types.is_null(column_type) else column_type
+    """Decodes a dictionary column, so that all batches have one type; a column of nothing but nulls becomes strings."""
+    if pa.types.is_dictionary(values.type):
+        return values.cast(values.type.value_type)
+    return values.cast(pa.string()) if pa.types.is_null(values.type) else values
 
 
 def _read_parquet(file: IO[bytes], choose: Callable[[Sequence[str]], list[str]]) -> _Rows:
@@ -185,7 +177,8 @@ def _read_jsonl(file: IO[bytes], choose: Callable[[Sequence[str]], list[str]]) -
     found = pa.json.open_json(_Unclosed(file), read_options=options).schema
     columns = choose(found.names)
     file.seek(0)
-    types = pa.schema([(name, plain_type(found.field(name).type)) for name in columns])
+    fields = [found.field(name) for name in columns]
+    types = pa.schema([field.with_type(pa.string()) if field.type == pa.null() else field for field in fields])
     parse = pa.json.ParseOptions(explicit_schema=types, unexpected_field_behavior="ignore")
     for batch in pa.json.open_json(_Unclosed(file), read_options=options, parse_options=parse):
         yield pa.Table.from_batches([batch]).select(columns)
@@ -228,21 +221,21 @@ def _json_batches(text: io.TextIOWrapper) -> Iterator[list[Any]]:
         raise json.JSONDecodeError("not an array of objects or strings", buffer[:100], 0)
     buffer = buffer[1:]
     items: list[Any] = []
-    position = 0
+    at = 0
     while True:
-        while position < len(buffer) and buffer[position] in " \t\r\n,":
-            position += 1
-        if buffer.startswith("]", position):
+        while at < len(buffer) and buffer[at] in " \t\r\n,":
+            at += 1
+        if buffer.startswith("]", at):
             break
         try:
-            if not buffer.startswith(("{", '"'), position):
-                raise json.JSONDecodeError("expected an object or a string", buffer[position : position + 100], 0)
-            item, position = decoder.raw_decode(buffer, position)
+            if not buffer.startswith(("{", '"'), at):
+                raise json.JSONDecodeError("expected an object or a string", buffer[at : at + 100], 0)
+            item, at = decoder.raw_decode(buffer, at)
         except json.JSONDecodeError:
             more = text.read(_BLOCK_BYTES)
             if not more:
                 raise
-            buffer, position = buffer[position:] + more, 0
+            buffer, at = buffer[at:] + more, 0
             continue
         items.append(item)
         if len(items) == BATCH_ROWS:

@@ -14,7 +14,7 @@ import pyarrow as pa
 from smallcap import storage
 from smallcap.config import InputConfig
 from smallcap.errors import ConfigError, SchemaError
-from smallcap.images.lists import BATCH_ROWS, LIST_SUFFIXES, ImageList, check_kept_columns, plain_type
+from smallcap.images.lists import BATCH_ROWS, LIST_SUFFIXES, ImageList, check_kept_columns
 from smallcap.images.parquet import ParquetOutline, image_bytes_column, read_outlines
 from smallcap.images.tars import TAR_SUFFIXES
 
@@ -143,8 +143,7 @@ class ImageSources:
                 yield from self._read_list(outline.uri)
             else:
                 check_kept_columns(self.keep_columns, outline.schema.names, outline.uri)
-                types = [plain_type(outline.schema.field(column).type) for column in self.keep_columns]
-                kept = pa.schema(list(zip(self.keep_columns, types, strict=True)))
+                kept = pa.schema([_plain_field(outline.schema.field(column)) for column in self.keep_columns])
                 self._agree(kept, outline.uri)
                 self.parquet.setdefault(outline.uri, ParquetImages(name, outline))
 
@@ -164,6 +163,12 @@ class ImageSources:
                 found=_describe(kept),
                 remedy="Give them one type (CSV and tars have strings), or caption in separate runs.",
             )
+
+
+def _plain_field(column: pa.Field) -> pa.Field:
+    if pa.types.is_dictionary(column.type):
+        return column.with_type(column.type.value_type)
+    return column.with_type(pa.string()) if pa.types.is_null(column.type) else column
 
 
 def _describe(kept: pa.Schema) -> str:
