@@ -174,7 +174,7 @@ class Build:
         added_before = base is not None and not self._inputs.given
         if added_before and all((scan.dump.uri, scan.sha256) in known for scan in self._inputs.scans):
             return self._no_op()
-        if self._current is not None and (self._current.plan == self._plan_of_version() or self._is_compact()):
+        if self._current is not None and (self._current.fingerprint == self._plan_of_version() or self._is_compact()):
             return self._no_op()
         with Staging(self._index_uri, self._plan_of_files()) as staging:
             cleaned = self._clean(staging)
@@ -246,7 +246,7 @@ class Build:
 
     def _plan_of_files(self) -> str:
         """Returns the hash of all that decides the index's files."""
-        return self._inputs.digest(self._encoding.encoder, self._options())
+        return self._inputs.fingerprint(self._encoding.encoder, self._options())
 
     def _plan_of_version(self) -> str:
         """Returns the hash of all that decides the version: its files, and how they are searched."""
@@ -344,7 +344,7 @@ class Build:
             dropped=cleaned.dropped,
             operation="add" if kept else "build",
             parents=tuple(parent.manifest.index_id for parent in self._inputs.parents),
-            plan=self._plan_of_version(),
+            fingerprint=self._plan_of_version(),
             trained_on=(kept.trained_on or kept.ntotal) if kept else len(captions),
             builder_version=version("smallcap"),
             created_at=utc_now(),

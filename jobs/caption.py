@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 from jobs.captioning.plan import captioner_spec, count_images, load_spec, plan_on_cluster
 from jobs.captioning.plan import dry_run as plan_dry_run
 from jobs.captioning.record import (
-    RUN_FORMAT_VERSION,
     Attempt,
     ImageCounts,
     Input,
@@ -127,12 +126,10 @@ def _caption(
         token=uuid.uuid4().hex, started_at=utc_now(), actors=actors.num_actors, device=actors.device, dtype=actors.dtype
     )
     attempts = (*record.attempts, attempt)
-    record = record.model_copy(update={"status": "running", "format_version": RUN_FORMAT_VERSION, "attempts": attempts})
+    record = record.model_copy(update={"status": "running", "attempts": attempts})
     write_run_record(config.out, record)
 
-    schema = caption_schema(
-        record.run_id, record.model_id, record.index_id or "", record.schema_version, work.kept_columns
-    )
+    schema = caption_schema(record.run_id, record.model_id, record.index_id or "", work.kept_columns)
     started = time.perf_counter()
     monitor = start_monitor(count_images(items), record.images.total, record.run_id, len(items))
     with own_errors(), monitor, show_progress(monitor), _partitions(config, record) as partitions:

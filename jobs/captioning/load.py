@@ -23,7 +23,8 @@ from smallcap.config import InputConfig
 from smallcap.errors import ErrorCode, RowError
 from smallcap.images.crops import CropPlan, Pixels
 from smallcap.images.fetching import FETCH_CONCURRENCY, FetchOptions, fetch_objects
-from smallcap.images.work_list import InputBatch, read_fragment
+from smallcap.images.fragments import InputBatch
+from smallcap.images.work_list import read_fragment
 from smallcap.output.coverage import WorkItem
 from smallcap.output.schema import (
     ENDS_FRAGMENT,

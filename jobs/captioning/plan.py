@@ -17,9 +17,10 @@ from jobs.captioning.work import list_work, open_record, what_is_left
 from smallcap import storage
 from smallcap.captioner import load_crop_plan
 from smallcap.config import CaptionConfig
-from smallcap.images.fragments import FRAGMENT_ROWS
+from smallcap.images.fragments import FRAGMENT_ROWS, InputBatch
+from smallcap.images.listing import make_work_list
 from smallcap.images.row_ranges import RowRanges
-from smallcap.images.work_list import InputBatch, WorkList, make_work_list, read_fragment
+from smallcap.images.work_list import WorkList, read_fragment
 from smallcap.index.manifest import load_manifest
 from smallcap.machine.actor_plan import ActorPlan, plan_actors
 from smallcap.machine.precision import fastest_cpu_dtype

@@ -18,11 +18,12 @@ import ray
 
 from smallcap.config import RetrievalConfig
 from smallcap.errors import SmallCapError
+from smallcap.index.caption_store import open_removed
 from smallcap.index.manifest import IndexManifest, load_manifest
 from smallcap.index.node_cache import open_version_folder
-from smallcap.index.partition import LocalPart, share_of
+from smallcap.index.partition import LocalPartition, share_of
 from smallcap.index.ranking import Ranking, merge_rankings
-from smallcap.index.retriever import NeighbourSearch, open_removed
+from smallcap.index.retriever import NeighbourSearch
 
 
 @dataclass(frozen=True)
@@ -35,14 +36,14 @@ class Partitions:
 
 
 class _PartitionActor:
-    """Holds one partition; its methods are those of `IndexPart`."""
+    """Holds one partition; its methods are those of `IndexPartition`."""
 
     def __init__(self, index_uri: str, index_id: str, cache_dir: str, partition: tuple[int, int]) -> None:
         # The actor asks Ray for no CPU, and Ray would have it use one. It runs while the captioners wait for it.
         faiss.omp_set_num_threads(len(os.sched_getaffinity(0)))
-        self._part: LocalPart | SmallCapError
+        self._part: LocalPartition | SmallCapError
         try:
-            self._part = LocalPart.open(index_uri, load_manifest(index_uri, index_id), cache_dir, partition)
+            self._part = LocalPartition.open(index_uri, load_manifest(index_uri, index_id), cache_dir, partition)
         except SmallCapError as error:  # Ray would restart the actor again and again
             self._part = error
 
@@ -113,7 +114,7 @@ class PartitionedRetriever(NeighbourSearch):
 
 
 class _ScatteredPart:
-    """All of an index, by asking the partitions; an `IndexPart`."""
+    """All of an index, by asking the partitions; an `IndexPartition`."""
 
     backend = "partitions"
 

@@ -101,7 +101,7 @@ def count_leaks(features: StoreManifest, folders: tuple[str, str]) -> int:
         folders: Of the features, and of the candidates.
     """
     leaks = 0
-    for part in features.of("train"):
+    for part in features.parts_of("train"):
         rows = read_queries(storage.join(folders[0], part.split, part.name))
         candidates = read_candidates(storage.join(folders[1], part.split, part.name))
         for captions, texts in zip(rows.captions, candidates, strict=True):

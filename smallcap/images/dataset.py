@@ -9,9 +9,9 @@ import pyarrow as pa
 from smallcap import storage
 from smallcap.config import InputConfig
 from smallcap.errors import ConfigError
+from smallcap.images.listing import no_images
 from smallcap.images.sorting import Duplicates, sort_images, unique_images
 from smallcap.images.sources import IMAGE_COLUMNS, ImageSources
-from smallcap.images.work_list import no_images
 
 
 def list_images(sources: Sequence[str], config: InputConfig) -> pa.Table:
@@ -26,7 +26,7 @@ def list_images(sources: Sequence[str], config: InputConfig) -> pa.Table:
 
     Raises:
         ConfigError: There is no image, or there are images in tars or Parquet files.
-        SchemaError: A list is damaged, or has not the column that holds its URIs.
+        SchemaError: A list is damaged, or lacks the column of URIs.
         StorageError: A source does not exist.
     """
     found = ImageSources(sources, config)

@@ -49,7 +49,7 @@ class ImageList:
         """Yields `image_id` and `image_uri` (string, absolute, never null) and the kept columns.
 
         Raises:
-            SchemaError: The list is damaged, has not a column that it must have, or a row has no URI or id.
+            SchemaError: The list is damaged, lacks a column, or a row has no URI or id.
             StorageError: It cannot be read.
         """
         suffix = "." + self.uri.rsplit(".", 1)[-1].lower()
@@ -75,7 +75,7 @@ class ImageList:
             image = TEXT_COLUMN
         if image is None:
             raise SchemaError(
-                "The list of images has no such column.",
+                "The list of images lacks the column of URIs.",
                 where=self.uri,
                 expected=self.config.image_column,
                 found=", ".join(found),
@@ -99,7 +99,7 @@ class ImageList:
             values = plain(table[name]).cast(pa.string())
         except pa.ArrowException as error:
             raise SchemaError(
-                f"A list's {what}s are no strings.", where=self.uri, expected=name, found=str(table[name].type)
+                f"The {what}s of the list are not strings.", where=self.uri, expected=name, found=str(table[name].type)
             ) from error
         missing = pc.fill_null(pc.equal(values, ""), True)
         row = pc.index(missing, True).as_py()
@@ -123,12 +123,12 @@ def check_kept_columns(keep_columns: Sequence[str], found: Sequence[str], where:
     """Checks that a file has all columns to keep.
 
     Raises:
-        SchemaError: It has not.
+        SchemaError: It lacks one.
     """
     missing = [name for name in keep_columns if name not in found]
     if missing:
         raise SchemaError(
-            "There is no such column to keep.",
+            "A column to keep is missing.",
             where=where,
             expected=", ".join(missing),
             found=", ".join(found) or "no columns",
@@ -137,7 +137,7 @@ def check_kept_columns(keep_columns: Sequence[str], found: Sequence[str], where:
 
 
 def plain(values: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Decodes a dictionary column, so that all batches have one type; a column of nulls only becomes strings."""
+    """Decodes a dictionary column, so that all batches have one type; a column of nothing but nulls becomes strings."""
     if pa.types.is_dictionary(values.type):
         return values.cast(values.type.value_type)
     return values.cast(pa.string()) if pa.types.is_null(values.type) else values

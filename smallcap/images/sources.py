@@ -63,7 +63,7 @@ class ImageSources:
 
         Raises:
             ConfigError: Sources differ in the types of the kept columns.
-            SchemaError: A list or Parquet file is damaged or has not the columns it must have.
+            SchemaError: A list or Parquet file is damaged, or lacks a column.
             StorageError: A source does not exist, or the service fails.
         """
         self.tars, self.parquet = {}, {}

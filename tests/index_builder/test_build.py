@@ -115,7 +115,7 @@ def test_the_same_dumps_and_options_are_a_no_op(tmp_path: Path, dump: Path, tiny
     second = build_index(config(dump, tmp_path / "index", tiny_clip))
     assert not second.no_op
     assert second.manifest.ntotal == 41
-    assert load_pointer(second.index_uri) == second.manifest.index_id
+    assert load_pointer(second.index_uri).index_id == second.manifest.index_id
     other = build_index(config(dump, tmp_path / "index", other_clip, cleaning=CleaningConfig(min_words=3)))
     assert len({report.manifest.index_id for report in (first, second, other)}) == 3
     assert len(list((tmp_path / "index" / "versions").iterdir())) == 3

@@ -96,7 +96,7 @@ def test_kept_columns_must_agree(tmp_path: Path) -> None:
     assert "width: int64" in str(differ.value)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/a.jpg").write_bytes(b"x")
-    with pytest.raises(SchemaError, match="no such column to keep"):
+    with pytest.raises(SchemaError, match="column to keep is missing"):
         listed(tmp_path / "photos", keep=("width",))
 
 
