@@ -17,10 +17,11 @@ from index_builder.dumps.buckets import ChunkWriter, Dealt
 from index_builder.dumps.cleaning import caption_key
 from index_builder.dumps.deduplication import Row
 from index_builder.dumps.files import short_names
+from smallcap import storage
 from smallcap.errors import IndexIntegrityError
 from smallcap.index.caption_store import open_caption_file
 from smallcap.index.manifest import FileEntry, IndexManifest, ShardEntry
-from smallcap.index.node_cache import DEFAULT_CACHE_DIR, open_version_folder
+from smallcap.index.node_cache import open_version_folder
 from smallcap.index.vector_shard import VectorShard
 
 _ROWS_AT_ONCE = 20_000
@@ -41,7 +42,7 @@ class StoredIndex:
 
     uri: str
     manifest: IndexManifest
-    cache_dir: str = DEFAULT_CACHE_DIR
+    cache_dir: str = storage.DEFAULT_CACHE_DIR
 
     def source_names(self) -> tuple[str, ...]:
         """Returns what the caption store calls each source."""

@@ -28,8 +28,8 @@ import pyarrow as pa
 from index_builder.dumps.cleaning import KEY_BYTES, Cleaner, CleanRow
 from index_builder.dumps.deduplication import Deduplicator, Row, UniqueCaption
 from index_builder.dumps.files import DumpScan, open_dump
-from index_builder.dumps.formats import Columns
 from smallcap import storage
+from smallcap.captions.rows import CaptionColumns
 from smallcap.config import CleaningConfig
 from smallcap.index.caption_store import open_arrow
 
@@ -123,7 +123,7 @@ class DealTask:
     number: int
     scans: tuple[DumpScan, ...]
     sources: tuple[int, ...]
-    columns: Columns
+    columns: CaptionColumns
     cleaning: CleaningConfig
     buckets: int
 
@@ -145,7 +145,7 @@ def plan_buckets(input_bytes: int) -> int:
 def plan_dealing(
     scans: Sequence[DumpScan],
     work_uri: str,
-    columns: Columns,
+    columns: CaptionColumns,
     cleaning: CleaningConfig,
     buckets: int,
     first_task: int,
@@ -176,7 +176,7 @@ def deal_dumps(task: DealTask) -> Dealt:
     """Cleans the rows of a task's dump files and deals them into buckets.
 
     Raises:
-        SchemaError: A dump is not what its suffix says; see `dump_formats`.
+        SchemaError: A dump is not what its suffix says; see `captions.reader`.
     """
     cleaner = Cleaner(task.cleaning)
     writer = ChunkWriter(task.work_uri, task.number, task.buckets)

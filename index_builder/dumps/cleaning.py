@@ -16,7 +16,7 @@ from index_builder.dumps.filters import (
     load_blocklist,
     normalise,
 )
-from index_builder.dumps.formats import DumpRow
+from smallcap.captions.rows import MALFORMED, CaptionRow
 from smallcap.config import CleaningConfig
 from smallcap.model.prompt import count_tokens, load_tokenizer
 
@@ -34,7 +34,7 @@ class CleanRow:
         key: What duplicates have in common; see `caption_key`.
         text: With surrounding and repeated white space removed.
         image_id: Of the image it was written for, if known.
-        vector: Its embedding, where the dump brings one; see `DumpRow`.
+        vector: Its embedding, where the dump brings one; see `CaptionRow`.
     """
 
     key: bytes
@@ -88,7 +88,7 @@ class Cleaner:
         self._junk = [(reason, holds) for name, reason, holds in _JUNK if name in config.drop]
         self._blocklist = None if config.blocklist is None else load_blocklist(config.blocklist)
 
-    def clean(self, rows: Iterable[DumpRow]) -> tuple[list[CleanRow], Counter[str]]:
+    def clean(self, rows: Iterable[CaptionRow]) -> tuple[list[CleanRow], Counter[str]]:
         """Returns the rows that pass, in order, and the number dropped for each reason."""
         dropped: Counter[str] = Counter()
         candidates: list[tuple[str, str | None, bytes | None]] = []
@@ -115,7 +115,7 @@ class Cleaner:
         try:
             f"{text}{image_id}".encode()
         except UnicodeEncodeError:  # JSON can hold half a surrogate pair, which is no text
-            return "malformed"
+            return MALFORMED
         if text.count(" ") + 1 < self._config.min_words:
             return "too_few_words"
         for reason, holds in self._junk:

@@ -52,7 +52,7 @@ class ImageList:
             SchemaError: The list is damaged, has not a column that it must have, or a row has no URI or id.
             StorageError: It cannot be read.
         """
-        suffix = "." + self.uri.rsplit(".", 1)[-1].lower()
+        suffix = storage.suffix_of(self.uri)
         first_row = 1
         with storage.open_ranged(self.uri, 0 if suffix == ".parquet" else _BLOCK_BYTES) as file:
             rows = _READERS[suffix](file, self._columns_to_read)
@@ -272,6 +272,7 @@ _READERS: dict[str, _Reader] = {
     ".csv": _read_csv(","),
     ".tsv": _read_csv("\t"),
     ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
     ".json": _read_json,
     ".txt": _read_text,
 }

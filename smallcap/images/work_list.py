@@ -31,6 +31,7 @@ from smallcap.images.fragments import (
     FragmentTable,
     InputBatch,
 )
+from smallcap.images.kinds import IMAGE_SUFFIXES
 from smallcap.images.parquet import read_parquet
 from smallcap.images.row_ranges import RowRanges
 from smallcap.images.sorting import (
@@ -42,7 +43,7 @@ from smallcap.images.sorting import (
     unique_images,
     without_known,
 )
-from smallcap.images.sources import IMAGE_COLUMNS, IMAGE_SUFFIXES, ImageSources
+from smallcap.images.sources import IMAGE_COLUMNS, ImageSources
 from smallcap.images.tars import choose_tar_ids, read_tar
 
 __all__ = [

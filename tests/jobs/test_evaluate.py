@@ -148,10 +148,10 @@ def _broken(name: str, content: str, message: str, kind: type[SmallCapError] = S
     ("name", "content", "message", "kind"),
     [
         _broken("refs.json", "{", "not a JSON file"),
-        _broken("refs.json", '{"images": []}', "holds no reference captions"),
+        _broken("refs.json", '{"images": []}', "holds no captions"),
         _broken("refs.json", '{"annotations": [{"image_id": 1}]}', "annotations[0]"),
         _broken("refs.csv", "image,caption\na.jpg", "refs.csv: line 2"),
-        _broken("refs.csv", "image,text\na.jpg,x", "lacks the text column"),
+        _broken("refs.csv", "image,text\na.jpg,x", "no column of captions"),
         _broken("refs.csv", "file,caption\na.jpg,x", "names no image"),
         _broken("refs.csv", "image,caption\nother.jpg,x", "images named other.jpg", ConfigError),
         _broken("refs.txt", "x", "of this kind are unknown", ConfigError),

@@ -17,10 +17,10 @@ from index_builder.dumps.buckets import (
 )
 from index_builder.dumps.cleaning import caption_key
 from index_builder.dumps.files import find_dumps, scan_dump
-from index_builder.dumps.formats import Columns
+from smallcap.captions.rows import CaptionColumns
 from smallcap.config import CleaningConfig
 
-COLUMNS = Columns("caption", "image")
+COLUMNS = CaptionColumns("caption", "image")
 
 
 def unique_rows(dumps: list[str], work: Path) -> tuple[list[dict[str, object]], int]:

@@ -4,10 +4,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from smallcap.images.dataset import list_images
 
 from smallcap.config import InputConfig
 from smallcap.errors import ConfigError, SchemaError, StorageError
-from smallcap.images.dataset import list_images
 
 
 @pytest.fixture

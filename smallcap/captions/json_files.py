@@ -1,0 +1,111 @@
+"""Captions in whole JSON files: COCO's annotations, Karpathy's splits, and lists of texts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import IO, Any
+
+from smallcap.captions.rows import CaptionColumns, CaptionRow, json_row, malformed_row
+from smallcap.errors import SchemaError
+
+
+def read_json(file: IO[bytes], uri: str, columns: CaptionColumns) -> Iterator[CaptionRow]:
+    """Reads the captions of a JSON file in the first of the `LAYOUTS` that it has; see `reader.read_captions`."""
+    content = load_json(file, uri)
+    for matches, read in LAYOUTS:
+        if matches(content):
+            return read(content, columns)
+    raise SchemaError(
+        "This JSON file holds no captions.",
+        where=uri,
+        expected="COCO's annotations[].caption, Karpathy's images[].sentences[].raw, or a list of strings",
+        found=", ".join(list(content)[:10]) if isinstance(content, dict) else "no JSON object",
+        remedy="Write one JSON object per line and name the file .jsonl.",
+    )
+
+
+def load_json(file: IO[bytes], uri: str) -> Any:
+    """Returns the content of a JSON file.
+
+    Raises:
+        SchemaError: It is not one.
+    """
+    try:
+        return json.loads(file.read())
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is one
+        raise SchemaError("This is not a JSON file.", where=uri, found=str(error)) from error
+
+
+def list_rows(texts: list[Any]) -> Iterator[CaptionRow]:
+    """Yields a row for each element of a list of texts."""
+    return (json_row(text, None, number, text, entries="") for number, text in enumerate(texts, start=1))
+
+
+def _is_list(content: Any) -> bool:
+    return isinstance(content, list) and bool(content) and isinstance(content[0], str)
+
+
+def _is_coco(content: Any) -> bool:
+    return isinstance(content, dict) and isinstance(content.get("annotations"), list)
+
+
+def _is_karpathy(content: Any) -> bool:
+    images = content.get("images") if isinstance(content, dict) else None
+    return isinstance(images, list) and any(isinstance(image, dict) and "sentences" in image for image in images)
+
+
+def _coco_rows(content: dict[str, Any]) -> Iterator[CaptionRow]:
+    """Yields the rows of the annotations, joined with the images, and those of images that cannot be read."""
+    images = content.get("images")
+    names: dict[str, str] = {}
+    for number, image in enumerate(images if isinstance(images, list) else [], start=1):
+        entry = image if isinstance(image, dict) else {}
+        name = entry.get("file_name")
+        if not isinstance(entry.get("id"), str | int) or not (name is None or isinstance(name, str)):
+            yield malformed_row(number, image, "images")
+        elif name:
+            names[str(entry["id"])] = name
+    for number, annotation in enumerate(content["annotations"], start=1):
+        if not isinstance(annotation, dict):
+            yield malformed_row(number, annotation, "annotations")
+            continue
+        image_id = annotation.get("image_id")
+        dataset_id = str(image_id) if isinstance(image_id, str | int) else None
+        image = image_id if dataset_id is None else names.get(dataset_id, dataset_id)
+        text = annotation.get("caption")
+        yield json_row(text, image, number, annotation, dataset_id=dataset_id, entries="annotations")
+
+
+def _karpathy_rows(content: dict[str, Any], columns: CaptionColumns) -> Iterator[CaptionRow]:
+    for place, image in enumerate(content["images"]):
+        sentences = image.get("sentences") if isinstance(image, dict) else None
+        if not isinstance(sentences, list):
+            yield malformed_row(place + 1, image, "images")
+            continue
+        name, folder, split, coco_id = (image.get(key) for key in ("filename", "filepath", "split", "cocoid"))
+        facts = {
+            "image_path": f"{folder}/{name}" if folder else None,
+            "dataset_id": None if coco_id is None else str(coco_id),
+            "split": None if split is None else str(split),
+            "entries": f"images[{place}].sentences",
+        }
+        for number, sentence in enumerate(sentences, start=1):
+            if isinstance(sentence, dict):
+                yield json_row(_karpathy_text(sentence, columns), name, number, sentence, **facts)
+            else:
+                yield malformed_row(number, sentence, facts["entries"])
+
+
+def _karpathy_text(sentence: dict[str, Any], columns: CaptionColumns) -> Any:
+    tokens = sentence.get("tokens") if columns.tokens else None
+    if isinstance(tokens, list) and all(isinstance(token, str) for token in tokens):
+        return " ".join(tokens)
+    return sentence.get("raw")
+
+
+LAYOUTS: tuple[tuple[Callable[[Any], bool], Callable[[Any, CaptionColumns], Iterator[CaptionRow]]], ...] = (
+    (_is_list, lambda content, _: list_rows(content)),
+    (_is_coco, lambda content, _: _coco_rows(content)),
+    (_is_karpathy, _karpathy_rows),
+)
