@@ -19,7 +19,7 @@ from smallcap import storage
 from smallcap.captions.rows import CaptionColumns
 from smallcap.config import EvaluateConfig
 from smallcap.errors import ConfigError
-from smallcap.evaluation.figures import Evaluation, evaluate_runs, expand_metrics
+from smallcap.evaluation.figures import evaluate_runs, expand_metrics
 from smallcap.evaluation.references import load_references
 from smallcap.evaluation.run_captions import COLUMNS, RunCaptions, collect_run
 from smallcap.index.caption_store import read_texts
@@ -47,7 +47,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             for facts in zip(config.runs, records, runs, evaluation.runs, strict=True)
         ],
         "differences": {name: asdict(figure) for name, figure in evaluation.differences.items()},
-        **_common_facts(evaluation),
+        **{name: getattr(evaluation, name) for name in ("images", "captions_per_image", "tokenizer", "unavailable")},
         "warnings": [*evaluation.warnings, *_warnings(config.runs, records)],
         "options": config.model_dump(mode="json", include={"index", "bootstrap", "seed"}),
     }
@@ -80,15 +80,6 @@ def _describe_run(path: str, record: RunRecord, rows: RunCaptions, measured: Any
         "without_references_examples": rows.examples,
         "only_in_this_run": len(rows.captions) - images,
         **asdict(measured),
-    }
-
-
-def _common_facts(evaluation: Evaluation) -> dict[str, Any]:
-    return {
-        "images": evaluation.images,
-        "captions_per_image": evaluation.captions_per_image,
-        "tokenizer": evaluation.tokenizer,
-        "unavailable": evaluation.unavailable,
     }
 
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
@@ -377,12 +377,11 @@ def _walk_local(root: str) -> Iterator[str]:
         first = list(islice(entries, _SORTED_ENTRIES))
         # A folder sorts as its name and a slash: then walking in this order gives whole paths in order.
         first.sort(key=lambda entry: entry.name + "/" if entry.is_dir(follow_symlinks=False) else entry.name)
-        for some in (first, entries):
-            for entry in some:
-                if entry.is_dir(follow_symlinks=False):
-                    yield from _walk_local(entry.path)
-                else:
-                    yield entry.path
+        for entry in chain(first, entries):
+            if entry.is_dir(follow_symlinks=False):
+                yield from _walk_local(entry.path)
+            else:
+                yield entry.path
 
 
 def _walk_fsspec(root: str) -> Iterator[str]:

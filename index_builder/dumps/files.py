@@ -83,9 +83,8 @@ def scan_dump(task: tuple[DumpFile, CaptionColumns]) -> DumpScan:
         IndexIntegrityError: Its embeddings are in a faiss index that is damaged or of another kind.
     """
     dump, columns = task
-    with _local_copies(dump) as paths:
-        with _rows(dump, paths, columns) as rows:
-            next(rows, None)
+    with _opened(dump, columns) as (paths, rows):
+        next(rows, None)
         digests = [storage.sha256_file(path) for path in paths]
         digest = digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
         return DumpScan(dump, sum(path.stat().st_size for path in paths), digest)
@@ -98,24 +97,20 @@ def open_dump(dump: DumpFile, columns: CaptionColumns) -> Iterator[Iterator[Capt
     Raises:
         SchemaError, IndexIntegrityError: The dump is damaged, or of another form; also while the rows are read.
     """
-    with _local_copies(dump) as paths, _rows(dump, paths, columns) as rows:
+    with _opened(dump, columns) as (_, rows):
         yield rows
 
 
 @contextmanager
-def _rows(dump: DumpFile, paths: Sequence[Path], columns: CaptionColumns) -> Iterator[Iterator[CaptionRow]]:
-    with paths[0].open("rb") as file:
+def _opened(dump: DumpFile, columns: CaptionColumns) -> Iterator[tuple[list[Path], Iterator[CaptionRow]]]:
+    """Gives local paths of a dump's file and, if it has one, of its embeddings' file, and the rows."""
+    with ExitStack() as stack:
+        paths = [stack.enter_context(storage.local_file(uri)) for uri in (dump.uri, dump.embeddings) if uri is not None]
+        file = stack.enter_context(paths[0].open("rb"))
         if dump.embeddings is None:
-            yield read_captions(file, dump.uri, columns)
+            yield paths, read_captions(file, dump.uri, columns)
         else:
-            yield read_embedded_rows(file, dump.uri, paths[1], dump.embeddings, columns)
-
-
-@contextmanager
-def _local_copies(dump: DumpFile) -> Iterator[list[Path]]:
-    """Gives local paths of a dump's file and, if it has one, of its embeddings' file."""
-    with ExitStack() as copies:
-        yield [copies.enter_context(storage.local_file(uri)) for uri in (dump.uri, dump.embeddings) if uri is not None]
+            yield paths, read_embedded_rows(file, dump.uri, paths[1], dump.embeddings, columns)
 
 
 def short_names(uris: Sequence[str]) -> list[str]:

@@ -172,9 +172,8 @@ class _Listing:
         for image_id, (_, captions) in images.items():
             digest.update(json.dumps([split, image_id, captions]).encode())
         uri = storage.join(self._folder, "_lists", f"{split}.parquet")
-        columns = [list(images), [uri for uri, _ in images.values()], [captions for _, captions in images.values()]]
-        schema = pa.schema([*IMAGE_COLUMNS, _CAPTIONS])
-        table = pa.table([pa.array(column, kind.type) for column, kind in zip(columns, schema, strict=True)], schema)
+        uris, captions = zip(*images.values(), strict=True)
+        table = pa.table([list(images), uris, captions], pa.schema([*IMAGE_COLUMNS, _CAPTIONS]))
         buffer = io.BytesIO()
         pq.write_table(table, buffer, row_group_size=FRAGMENT_ROWS, compression="zstd")
         storage.write_bytes(uri, buffer.getvalue())

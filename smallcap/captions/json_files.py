@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import IO, Any
 
 from smallcap.captions.rows import CaptionColumns, CaptionRow, json_row, malformed_row
@@ -11,16 +11,22 @@ from smallcap.errors import SchemaError
 
 
 def read_json(file: IO[bytes], uri: str, columns: CaptionColumns) -> Iterator[CaptionRow]:
-    """Reads the captions of a JSON file in the first of the `LAYOUTS` that it has; see `reader.read_captions`."""
+    """Reads COCO captions, Karpathy's splits or a list of texts, by its content; see `reader.read_captions`."""
     content = load_json(file, uri)
-    for matches, read in LAYOUTS:
-        if matches(content):
-            return read(content, columns)
+    if isinstance(content, list) and content and isinstance(content[0], str):
+        return list_rows(content)
+    fields = content if isinstance(content, dict) else {}
+    images, annotations = fields.get("images"), fields.get("annotations")
+    images = images if isinstance(images, list) else []
+    if isinstance(annotations, list):
+        return _coco_rows(images, annotations)
+    if any(isinstance(image, dict) and "sentences" in image for image in images):
+        return _karpathy_rows(images, columns)
     raise SchemaError(
         "This JSON file holds no captions.",
         where=uri,
         expected="COCO's annotations[].caption, Karpathy's images[].sentences[].raw, or a list of strings",
-        found=", ".join(list(content)[:10]) if isinstance(content, dict) else "no JSON object",
+        found=", ".join(list(fields)[:10]) or "no JSON object",
         remedy="Write one JSON object per line and name the file .jsonl.",
     )
 
@@ -42,31 +48,17 @@ def list_rows(texts: list[Any]) -> Iterator[CaptionRow]:
     return (json_row(text, None, number, text, entries="") for number, text in enumerate(texts, start=1))
 
 
-def _is_list(content: Any) -> bool:
-    return isinstance(content, list) and bool(content) and isinstance(content[0], str)
-
-
-def _is_coco(content: Any) -> bool:
-    return isinstance(content, dict) and isinstance(content.get("annotations"), list)
-
-
-def _is_karpathy(content: Any) -> bool:
-    images = content.get("images") if isinstance(content, dict) else None
-    return isinstance(images, list) and any(isinstance(image, dict) and "sentences" in image for image in images)
-
-
-def _coco_rows(content: dict[str, Any]) -> Iterator[CaptionRow]:
+def _coco_rows(images: list[Any], annotations: list[Any]) -> Iterator[CaptionRow]:
     """Yields the rows of the annotations, joined with the images, and those of images that cannot be read."""
-    images = content.get("images")
     names: dict[str, str] = {}
-    for number, image in enumerate(images if isinstance(images, list) else [], start=1):
+    for number, image in enumerate(images, start=1):
         entry = image if isinstance(image, dict) else {}
         name = entry.get("file_name")
         if not isinstance(entry.get("id"), str | int) or not (name is None or isinstance(name, str)):
             yield malformed_row(number, image, "images")
         elif name:
             names[str(entry["id"])] = name
-    for number, annotation in enumerate(content["annotations"], start=1):
+    for number, annotation in enumerate(annotations, start=1):
         if not isinstance(annotation, dict):
             yield malformed_row(number, annotation, "annotations")
             continue
@@ -77,8 +69,8 @@ def _coco_rows(content: dict[str, Any]) -> Iterator[CaptionRow]:
         yield json_row(text, image, number, annotation, dataset_id=dataset_id, entries="annotations")
 
 
-def _karpathy_rows(content: dict[str, Any], columns: CaptionColumns) -> Iterator[CaptionRow]:
-    for place, image in enumerate(content["images"]):
+def _karpathy_rows(images: list[Any], columns: CaptionColumns) -> Iterator[CaptionRow]:
+    for place, image in enumerate(images):
         sentences = image.get("sentences") if isinstance(image, dict) else None
         if not isinstance(sentences, list):
             yield malformed_row(place + 1, image, "images")
@@ -102,10 +94,3 @@ def _karpathy_text(sentence: dict[str, Any], columns: CaptionColumns) -> Any:
     if isinstance(tokens, list) and all(isinstance(token, str) for token in tokens):
         return " ".join(tokens)
     return sentence.get("raw")
-
-
-LAYOUTS: tuple[tuple[Callable[[Any], bool], Callable[[Any, CaptionColumns], Iterator[CaptionRow]]], ...] = (
-    (_is_list, lambda content, _: list_rows(content)),
-    (_is_coco, lambda content, _: _coco_rows(content)),
-    (_is_karpathy, _karpathy_rows),
-)

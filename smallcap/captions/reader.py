@@ -4,7 +4,7 @@ Nothing is lost silently. What cannot be read as a caption (too many or too few 
 not a string) comes out as a row with `problem` set, for the caller to count or to refuse. What makes the rest of the
 file doubtful (wrong encoding, a quote that never closes, a missing column) is an error that names the line.
 
-A further format is a function like those in `FORMATS`; a further layout of JSON is one of `json_files.LAYOUTS`.
+A further format is a function like those in `FORMATS`; a further layout of JSON is a case of `json_files.read_json`.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ _FOUND_CHARACTERS = 200
 
 
 class CaptionColumns(NamedTuple):
-    """Where tables keep what is read of them. COCO's and Karpathy's files have layouts of their own instead.
+    """Where tables keep what is read of them; COCO's and Karpathy's files have layouts of their own.
 
     Attributes:
         caption: Holds the captions; its plural stands in for it.

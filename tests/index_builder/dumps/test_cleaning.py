@@ -35,7 +35,7 @@ def test_every_row_is_kept_or_counted() -> None:
         CaptionRow("half pair", "\ud83d", 7),
     ]
     kept, dropped = Cleaner(CleaningConfig(max_tokens=4, min_words=2, tokenizer=None)).clean(rows)
-    assert [(row.text, row.image_id) for row in kept] == [("A dog runs", "a")]
+    assert [(row.text, row.image_ids) for row in kept] == [("A dog runs", ("a",))]
     assert dropped == {"malformed": 3, "empty": 1, "too_few_words": 1, "too_long": 1}
 
 
