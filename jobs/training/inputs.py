@@ -172,8 +172,8 @@ class _Listing:
         for image_id, (_, captions) in images.items():
             digest.update(json.dumps([split, image_id, captions]).encode())
         uri = storage.join(self._folder, "_lists", f"{split}.parquet")
-        uris, captions = zip(*images.values(), strict=True)
-        table = pa.table([list(images), uris, captions], pa.schema([*IMAGE_COLUMNS, _CAPTIONS]))
+        uris, texts = zip(*images.values(), strict=True)
+        table = pa.table([list(images), uris, texts], pa.schema([*IMAGE_COLUMNS, _CAPTIONS]))
         buffer = io.BytesIO()
         pq.write_table(table, buffer, row_group_size=FRAGMENT_ROWS, compression="zstd")
         storage.write_bytes(uri, buffer.getvalue())

@@ -26,7 +26,7 @@ def read_csv(file: IO[bytes], uri: str, columns: CaptionColumns, delimiter: str 
         else:
             image = None if image_id is None else record[image_id]
             path = None if image_path is None else record[image_path]
-            yield CaptionRow(record[caption], image, line, image_path=path)
+            yield CaptionRow(record[caption], image, line, "", None, path)
 
 
 def _csv_records(reader: Any, uri: str) -> Iterator[tuple[int, list[str] | None]]:
