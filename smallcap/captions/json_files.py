@@ -55,12 +55,12 @@ def _coco_rows(images: list[Any], annotations: list[Any]) -> Iterator[CaptionRow
         entry = image if isinstance(image, dict) else {}
         name = entry.get("file_name")
         if not isinstance(entry.get("id"), str | int) or not (name is None or isinstance(name, str)):
-            yield malformed_row(number, image, "images")
+            yield malformed_row(number, image, entries="images")
         elif name:
             names[str(entry["id"])] = name
     for number, annotation in enumerate(annotations, start=1):
         if not isinstance(annotation, dict):
-            yield malformed_row(number, annotation, "annotations")
+            yield malformed_row(number, annotation, entries="annotations")
             continue
         image_id = annotation.get("image_id")
         dataset_id = str(image_id) if isinstance(image_id, str | int) else None
@@ -73,7 +73,7 @@ def _karpathy_rows(images: list[Any], columns: CaptionColumns) -> Iterator[Capti
     for place, image in enumerate(images):
         sentences = image.get("sentences") if isinstance(image, dict) else None
         if not isinstance(sentences, list):
-            yield malformed_row(place + 1, image, "images")
+            yield malformed_row(place + 1, image, entries="images")
             continue
         name, folder, split, coco_id = (image.get(key) for key in ("filename", "filepath", "split", "cocoid"))
         facts = {
@@ -86,7 +86,7 @@ def _karpathy_rows(images: list[Any], columns: CaptionColumns) -> Iterator[Capti
             if isinstance(sentence, dict):
                 yield json_row(_karpathy_text(sentence, columns), name, number, sentence, **facts)
             else:
-                yield malformed_row(number, sentence, facts["entries"])
+                yield malformed_row(number, sentence, **facts)
 
 
 def _karpathy_text(sentence: dict[str, Any], columns: CaptionColumns) -> Any:

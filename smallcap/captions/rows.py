@@ -82,12 +82,12 @@ def json_row(text: Any, image_id: Any, line: int, entry: Any, **facts: Any) -> C
     if (text is None or isinstance(text, str)) and (image_id is None or isinstance(image_id, str | int)):
         name = None if image_id is None else str(image_id)
         return CaptionRow(text or "", name, line, found="" if text else repr(entry)[:_FOUND_CHARACTERS], **facts)
-    return malformed_row(line, entry, facts.get("entries"))
+    return malformed_row(line, entry, **facts)
 
 
-def malformed_row(line: int, entry: Any, entries: str | None = None) -> CaptionRow:
-    """Makes the row of an entry that cannot be read."""
-    return CaptionRow("", None, line, MALFORMED, entries=entries, found=repr(entry)[:_FOUND_CHARACTERS])
+def malformed_row(line: int, entry: Any, **facts: Any) -> CaptionRow:
+    """Makes the row of an entry that cannot be read; `facts` are what is known of it nevertheless."""
+    return CaptionRow("", None, line, MALFORMED, found=repr(entry)[:_FOUND_CHARACTERS], **facts)
 
 
 def find_column(names: Iterable[str], columns: CaptionColumns, uri: str) -> str:

@@ -115,21 +115,22 @@ def load_references(uri: str, columns: CaptionColumns, split: str | None = None)
     splits: set[str] = set()
     with open_captions(uri, columns) as rows:
         for row in rows:
-            image_id = _checked_image(row, uri, columns)
-            if split is not None:
-                if row.split is None:
-                    raise ConfigError(
-                        "These captions have no splits inside a file.",
-                        where=uri,
-                        found=split,
-                        remedy="Leave --split out; another split is another file.",
-                    )
+            if split is not None and row.split is not None:
                 splits.add(row.split)
-            if split in (None, row.split):
-                images.setdefault((image_id, row.dataset_id), []).append(row.text)
-    if splits and split not in splits:
+                if row.split != split:
+                    continue
+            image_id = _checked_image(row, uri, columns)
+            if row.split is None and split is not None:
+                raise ConfigError(
+                    "These captions have no splits inside a file.",
+                    where=uri,
+                    found=split,
+                    remedy="Leave --split out; another split is another file.",
+                )
+            images.setdefault((image_id, row.dataset_id), []).append(row.text)
+    if split is not None and splits and not images:
         expected = ", ".join(sorted(splits))
-        raise ConfigError("The references have no such split.", where=uri, expected=expected, found=str(split))
+        raise ConfigError("The references have no such split.", where=uri, expected=expected, found=split)
     return References((ReferenceImage(name, tuple(texts), number) for (name, number), texts in images.items()), uri)
 
 

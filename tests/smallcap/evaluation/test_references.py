@@ -135,3 +135,12 @@ def test_a_row_without_an_image_is_refused(tmp_path: Path) -> None:
     assert error.value.where == f"{tmp_path}/refs.csv: line 3"
     with pytest.raises(SchemaError, match="no reference captions"):
         References([], "refs.csv")
+
+
+def test_what_is_malformed_in_another_split_is_no_concern(tmp_path: Path) -> None:
+    broken = {"filename": "4.jpg", "split": "train", "sentences": [5, {"raw": 5}]}
+    content = {"images": [*KARPATHY["images"], broken]}
+    assert list(load(tmp_path, content, split="test").captions) == ["COCO_val2014_1.jpg"]
+    with pytest.raises(SchemaError, match="malformed") as error:
+        load(tmp_path, content, split="train")
+    assert (error.value.where, error.value.found) == (f"{tmp_path}/refs.json: images[3].sentences[0]", "5")
