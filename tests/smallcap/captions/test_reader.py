@@ -11,9 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from smallcap import storage
 from smallcap.captions.reader import open_captions
 from smallcap.captions.rows import CaptionColumns, CaptionRow
-from smallcap.errors import SchemaError
+from smallcap.errors import ConfigError, SchemaError, StorageError
 
 COLUMNS = CaptionColumns("caption", "image")
 
@@ -69,6 +70,20 @@ def test_jsonl_counts_what_is_no_object_or_no_string(tmp_path: Path) -> None:
         ("", "x", 6, ""),
     ]
     assert [row.found for row in rows] == ["", "'nonsense\\n'", "'[1]\\n'", "{'caption': 5}", "{'image': 'x'}"]
+
+
+def test_remote_files_and_unknown_kinds(tmp_path: Path, s3: str) -> None:
+    pq.write_table(pa.table({"caption": ["a", "b"], "image": ["x", "y"]}), tmp_path / "d.parquet")
+    (tmp_path / "d.csv").write_text("caption,image\na,x\nb,y\n")
+    for name in ("d.csv", "d.parquet"):
+        storage.upload(tmp_path / name, f"{s3}/{name}")
+        with open_captions(f"{s3}/{name}", COLUMNS) as rows:
+            assert list(rows) == read(tmp_path / name)
+    storage.write_bytes(f"{s3}/d.txt", b"a")
+    with pytest.raises(ConfigError, match="of this kind are unknown"), open_captions(f"{s3}/d.txt", COLUMNS):
+        pass
+    with pytest.raises(StorageError, match="does not exist"), open_captions(f"{s3}/none.csv", COLUMNS):
+        pass
 
 
 def test_lists_of_captions_are_a_row_each(tmp_path: Path) -> None:
