@@ -100,8 +100,7 @@ class DealTask:
     Attributes:
         work_uri: The build's work folder.
         number: Of this task among all dealing tasks.
-        scans: The files.
-        sources: Position of each among the build's source files.
+        dumps: The files, each with its position among the build's source files.
         columns: What to read of them.
         cleaning: Which rows to keep.
         buckets: Number of buckets.
@@ -109,8 +108,7 @@ class DealTask:
 
     work_uri: str
     number: int
-    scans: tuple[DumpScan, ...]
-    sources: tuple[int, ...]
+    dumps: tuple[tuple[DumpScan, int], ...]
     columns: CaptionColumns
     cleaning: CleaningConfig
     buckets: int
@@ -140,23 +138,14 @@ def plan_dealing(
     sources: Sequence[int],
 ) -> list[DealTask]:
     """Groups neighbouring dump files so that many small ones share a task; order is kept."""
-    groups: list[list[int]] = []
-    for number, scan in enumerate(scans):
-        if groups and sum(scans[other].bytes for other in groups[-1]) + scan.bytes <= BYTES_PER_BUCKET:
-            groups[-1].append(number)
-        else:
-            groups.append([number])
+    groups: list[list[tuple[DumpScan, int]]] = []
+    for scan, source in zip(scans, sources, strict=True):
+        if not groups or sum(other.bytes for other, _ in groups[-1]) + scan.bytes > BYTES_PER_BUCKET:
+            groups.append([])
+        groups[-1].append((scan, source))
     return [
-        DealTask(
-            work_uri,
-            first_task + task,
-            tuple(scans[number] for number in group),
-            tuple(sources[number] for number in group),
-            columns,
-            cleaning,
-            buckets,
-        )
-        for task, group in enumerate(groups)
+        DealTask(work_uri, first_task + number, tuple(group), columns, cleaning, buckets)
+        for number, group in enumerate(groups)
     ]
 
 
@@ -168,11 +157,11 @@ def deal_dumps(task: DealTask) -> Dealt:
     """
     cleaner = Cleaner(task.cleaning)
     writer = ChunkWriter(task.work_uri, task.number, task.buckets)
-    rows, dropped = [0] * len(task.scans), Counter[str]()
-    for number, scan in enumerate(task.scans):
+    rows, dropped = [0] * len(task.dumps), Counter[str]()
+    for number, (scan, source) in enumerate(task.dumps):
         with open_dump(scan.dump, task.columns) as reader:
             while batch := list(islice(reader, _CLEANED_AT_ONCE)):
-                kept, reasons = cleaner.clean(batch, (task.sources[number],))
+                kept, reasons = cleaner.clean(batch, (source,))
                 rows[number] += len(batch)
                 dropped += reasons
                 writer.add(kept)
