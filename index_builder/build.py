@@ -26,7 +26,6 @@ from index_builder.dumps.buckets import (
 from index_builder.dumps.buckets import DealTask as DealDumpsTask
 from index_builder.dumps.cleaning import RULES_VERSION, describe_filters
 from index_builder.dumps.files import find_dumps, scan_dump
-from index_builder.dumps.formats import Columns
 from index_builder.embedding.encoding import Encoding
 from index_builder.embedding.parts import VectorParts
 from index_builder.inputs import open_inputs
@@ -40,6 +39,7 @@ from index_builder.versions.removal import draft_removal
 from index_builder.work.stage_runner import Progress, StageRunner
 from index_builder.work.staging import Staging
 from smallcap import storage
+from smallcap.captions.rows import CaptionColumns
 from smallcap.config import IndexConfig
 from smallcap.errors import ConfigError
 from smallcap.index.manifest import FileEntry, IndexManifest, ShardEntry, utc_now
@@ -155,7 +155,8 @@ class Build:
         dtype = "float32" if config.compute.dtype == "auto" else config.compute.dtype
         self._runner = StageRunner(config.compute, progress or _ignore)
         self._encoding = Encoding(identity, dtype, self._runner)
-        self._columns = Columns(config.text_column, config.image_id_column, config.embedding_column, identity.dim)
+        columns = CaptionColumns(config.text_column, config.image_id_column)
+        self._columns = columns._replace(embedding=config.embedding_column, dim=identity.dim)
         self._filters = {  # read once: a blocklist that changes meanwhile must not make the manifest contradict itself
             "rules": RULES_VERSION,
             "text_column": config.text_column,
