@@ -26,6 +26,7 @@ def build(dump: str, encoder: str, out: str, key: str, threads: str) -> dict[str
 
     from index_builder.build import build_index
     from jobs.cluster.session import connect
+    from jobs.cluster.tasks import RayRunner
     from smallcap.config import IndexConfig
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -40,7 +41,7 @@ def build(dump: str, encoder: str, out: str, key: str, threads: str) -> dict[str
         cache_dir=f"{out}.cache",
     )
     start = time.perf_counter()
-    report = build_index(config)
+    report = build_index(config, RayRunner())
     stop = time.perf_counter()
     manifest = report.manifest
     return {

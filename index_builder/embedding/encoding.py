@@ -51,7 +51,7 @@ class Encoding:
         """Returns how long the embedding will take on this cluster, from a few captions in one actor."""
         if not to_embed:
             return 0.0
-        return self._probe(captions).seconds_per_caption * to_embed / self._runner.num_actors()
+        return self._probe(captions).seconds_per_caption * to_embed / self._runner.plan_actors().num_actors
 
     def check_imported(self, captions: UniqueCaptions, dumps: Sequence[str]) -> None:
         """Embeds some captions that brought an embedding, to see that it is this encoder's.

@@ -205,7 +205,7 @@ class Recorded(Generic[Item, Result]):
 
 
 Run = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[tuple[int, Any]]]
-"""Runs a function over items, as `tasks.run_tasks` does: yields (position, result) in the order of finishing."""
+"""Runs a function over items, as `TaskRunner.run_tasks` does: yields (position, result) in the order of finishing."""
 
 
 def run_recorded(

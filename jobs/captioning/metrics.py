@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from jobs.captioning.monitor import StageReport
+from jobs.captioning.stage_report import StageReport
 
 # Name: kind, tags beside run_id, description. Ray's histograms want boundaries above 0.
 METRICS: dict[str, tuple[str, tuple[str, ...], str]] = {

@@ -16,7 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from jobs.captioning.monitor import STAGES, Snapshot, Stage
+from jobs.captioning.stage_report import STAGES, Snapshot, Stage
 from smallcap.machine.actor_plan import ActorPlan
 
 _POLL_S = 0.5  # at a terminal
@@ -161,6 +161,12 @@ def _outlook(snapshot: Snapshot, rates: RecentRates) -> str:
     return f"{total}: about {describe_duration((expected - captioned) / rate)} left"
 
 
+def describe_count(count: float, noun: str) -> str:
+    """Returns a number with its noun: `1 node`, `2,000 nodes`."""
+    number = f"{count:,}" if isinstance(count, int) else f"{count:g}"
+    return f"{number} {noun}" if count == 1 else f"{number} {noun}s"
+
+
 def describe_duration(seconds: float) -> str:
     """Returns a duration in its two largest units: `45 s`, `12 min 30 s`, `3 h 20 min`, `2 d 4 h`."""
     whole = max(0, round(seconds))
@@ -243,7 +249,7 @@ def stage_table(
         share = ""
         if workers:
             busy = _share(sums.seconds / workers / max(seconds, 1e-9))
-            share = f"  {workers} {noun}{'s' if workers > 1 else ''} busy {busy}{more}"
+            share = f"  {describe_count(workers, noun)} busy {busy}{more}"
         lines.append(f"  {_NAMES[stage]:16}  {sums.images:>11,}  {sums.seconds:>9,.1f}  {each:>13}{share}")
     verdict = find_bottleneck(snapshot, seconds, plan, load_tasks, fast_decode).text
     return [*lines, f"  {verdict[0].upper()}{verdict[1:]}."]

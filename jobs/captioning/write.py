@@ -12,8 +12,9 @@ import pyarrow.compute as pc
 from ray.data import Datasink
 from ray.data.block import BlockAccessor
 
-from jobs.captioning.monitor import MonitorClient, StageReport
+from jobs.captioning.monitor import MonitorClient
 from jobs.captioning.record import Attempt, check_attempt
+from jobs.captioning.stage_report import StageReport
 from smallcap.images.row_ranges import RowRanges
 from smallcap.output.coverage import count_rows
 from smallcap.output.part_files import PartInfo, PartOptions, write_part

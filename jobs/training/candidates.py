@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from jobs.cluster.tasks import node_resources, run_actors
+from jobs.cluster.resources import node_resources
+from jobs.cluster.tasks import RayRunner
 from smallcap import storage
 from smallcap.errors import RunError
 from smallcap.index.manifest import IndexManifest
@@ -65,7 +66,7 @@ def store_candidates(
         assert config.index is not None  # TrainConfig has checked it
         cache_dir = config.retrieval.cache_dir
         spec = CandidateSpec(config.index, manifest.index_id, cache_dir, depth, plan.device, *folders)
-        for _ in run_actors(FindCandidates, (spec,), left, plan):
+        for _ in RayRunner().run_actors(FindCandidates, (spec,), left, plan):
             pass
     store.model_copy(update={"complete": True}).write(uri)
 

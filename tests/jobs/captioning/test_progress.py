@@ -8,7 +8,6 @@ import pytest
 from rich.console import Console
 
 from jobs.captioning import progress
-from jobs.captioning.monitor import Snapshot, StageReport
 from jobs.captioning.progress import (
     RecentRates,
     describe_duration,
@@ -18,6 +17,7 @@ from jobs.captioning.progress import (
     show_progress,
     stage_table,
 )
+from jobs.captioning.stage_report import Snapshot, StageReport
 from smallcap.machine.actor_plan import ActorPlan
 
 PLAN = ActorPlan("cuda", "bfloat16", 4, 0.0, 1.0, 4)
@@ -31,7 +31,6 @@ NOTHING = Snapshot(
     write=StageReport("write"),
     actors=0,
     first_caption_s=None,
-    crashed=0,
 )
 # After 100 s, 10 of them starting.
 FULL = replace(
