@@ -21,7 +21,8 @@ from index_builder.embedding.parts import VectorParts
 from index_builder.gathering import GatheredCaptions, gather_captions, most_captions_per_image
 from index_builder.inputs import open_inputs
 from index_builder.plan import IndexPlan, plan_index, plan_shards, with_open_nlist
-from index_builder.recall.calibration import Calibration, Embeddings
+from index_builder.recall.calibration import Calibration
+from index_builder.recall.measurement import Embeddings
 from index_builder.shards.filling import GrowTask, ShardTask, WrittenShard, grow_captions, write_shard
 from index_builder.shards.template import TrainTask, make_index, train_template
 from index_builder.stored import StoredIndex
@@ -176,22 +177,14 @@ class Build:
             index = self._plan_index(len(gathered.captions))
             with self._runner.stage("calibrate"):
                 embed_s = self._encoding.estimate_seconds(gathered.captions, gathered.to_embed)
-        return BuildPlan(
-            self._index_uri,
-            sum(gathered.rows),
-            gathered.dropped,
-            len(gathered.captions),
-            gathered.to_embed,
-            embed_s,
-            index,
-        )
+        new, to_embed = len(gathered.captions), gathered.to_embed
+        return BuildPlan(self._index_uri, sum(gathered.rows), gathered.dropped, new, to_embed, embed_s, index)
 
     def _remove(self) -> BuildReport:
         """Removes what the config names from the current version."""
         base = self._inputs.base
         assert base is not None
-        with self._runner.stage("remove"):
-            draft = draft_removal(base, self._config.remove, self._runner)
+        draft = draft_removal(base, self._config.remove, self._runner)
         if draft is None:
             return self._no_op()
         manifest = self._calibrate(draft, [Embeddings(None)] * len(draft.shards))
@@ -231,10 +224,8 @@ class Build:
         return hashlib.sha256(json.dumps([self._plan_of_files(), recall]).encode()).hexdigest()
 
     def _scan(self) -> None:
-        with self._runner.stage("scan"):
-            tasks = [(dump, self._columns) for dump in self._dumps]
-            scans = self._runner.run("scan", scan_dump, tasks)
-            self._inputs = replace(self._inputs, scans=tuple(scans))
+        scans = self._runner.run("scan", scan_dump, [(dump, self._columns) for dump in self._dumps])
+        self._inputs = replace(self._inputs, scans=tuple(scans))
 
     def _gather(self, staging: Staging) -> GatheredCaptions:
         return gather_captions(self._config, self._inputs, self._columns, self._encoding.encoder, staging, self._runner)
@@ -246,13 +237,8 @@ class Build:
             assert self._current is not None
             index_key = with_open_nlist(self._current.index_key)
         if base is None:
-            return plan_index(
-                new_captions,
-                self._encoding.encoder.dim,
-                index_key,
-                self._config.shards,
-                None if budget is None else budget * 1e9,
-            )
+            budget_bytes = None if budget is None else budget * 1e9
+            return plan_index(new_captions, self._encoding.encoder.dim, index_key, self._config.shards, budget_bytes)
         manifest = base.manifest
         shards = tuple(plan_shards(new_captions, self._config.shards))
         return IndexPlan(manifest.index_key, new_captions, manifest.dim, 0, shards)
@@ -314,12 +300,11 @@ class Build:
             return self._encoding.embed(gathered.captions, gathered.to_embed, gathered.work_uri)
 
     def _train(self, plan: IndexPlan, vectors: VectorParts, staging: Staging) -> FileEntry:
-        with self._runner.stage("template"):
-            task = TrainTask(self._index_uri, plan, vectors)
-            [template] = self._runner.run_recorded(
-                staging, "template", FileEntry, train_template, [task], plan.training_bytes
-            )
-            return template
+        task = TrainTask(self._index_uri, plan, vectors)
+        [template] = self._runner.run_recorded(
+            staging, "template", FileEntry, train_template, [task], plan.training_bytes
+        )
+        return template
 
     def _shard(
         self,
@@ -331,34 +316,32 @@ class Build:
         names: tuple[str, ...],
         staging: Staging,
     ) -> list[WrittenShard]:
-        with self._runner.stage("shard"):
-            tasks = [
-                ShardTask(
-                    self._index_uri,
-                    plan.index_key,
-                    template,
-                    first_id + start,
-                    start,
-                    stop,
-                    gathered.captions,
-                    vectors,
-                    names,
-                )
-                for start, stop in plan.shards
-            ]
-            return self._runner.run_recorded(staging, "shard", WrittenShard, write_shard, tasks, plan.shard_bytes)
+        tasks = [
+            ShardTask(
+                index_uri=self._index_uri,
+                index_key=plan.index_key,
+                template=template,
+                first_id=first_id + start,
+                first_row=start,
+                stop_row=stop,
+                captions=gathered.captions,
+                vectors=vectors,
+                source_names=names,
+            )
+            for start, stop in plan.shards
+        ]
+        return self._runner.run_recorded(staging, "shard", WrittenShard, write_shard, tasks, plan.shard_bytes)
 
     def _grow(self, gathered: GatheredCaptions, names: tuple[str, ...], staging: Staging) -> list[ShardEntry]:
         """Writes again the caption files of the base in which captions have gained sources or images."""
         base = self._inputs.base
         if base is None or not any(bucket.grown for bucket in gathered.deduped):
             return list(base.manifest.captions) if base else []
-        with self._runner.stage("grow"):
-            tasks = [
-                GrowTask(base, number, gathered.work_uri, gathered.deduped, names)
-                for number in range(len(base.manifest.captions))
-            ]
-            return self._runner.run_recorded(staging, "grow", ShardEntry, grow_captions, tasks)
+        tasks = [
+            GrowTask(base, number, gathered.work_uri, gathered.deduped, names)
+            for number in range(len(base.manifest.captions))
+        ]
+        return self._runner.run_recorded(staging, "grow", ShardEntry, grow_captions, tasks)
 
     def _calibrate(self, draft: IndexManifest, embeddings: Sequence[Embeddings]) -> IndexManifest:
         with self._runner.stage("calibrate"):

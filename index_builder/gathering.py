@@ -69,15 +69,13 @@ def gather_captions(
     Raises:
         ConfigError: No caption is left, and there is no index to add to.
     """
-    with runner.stage("clean"):
-        tasks, buckets = inputs.deal_tasks(staging.work_uri, columns, config.cleaning, encoder)
-        dealt = runner.run_recorded(staging, "clean", Dealt, _deal, tasks)
+    tasks, buckets = inputs.deal_tasks(staging.work_uri, columns, config.cleaning, encoder)
+    dealt = runner.run_recorded(staging, "clean", Dealt, _deal, tasks)
     deduped: list[Deduped] = []
     chunks = tuple(chunk for part in dealt for chunk in part.chunks)
     if chunks:
-        with runner.stage("dedupe"):
-            buckets_to_do = [DedupeTask(staging.work_uri, bucket, chunks) for bucket in range(buckets)]
-            deduped = runner.run_recorded(staging, "dedupe", Deduped, dedupe_bucket, buckets_to_do)
+        buckets_to_do = [DedupeTask(staging.work_uri, bucket, chunks) for bucket in range(buckets)]
+        deduped = runner.run_recorded(staging, "dedupe", Deduped, dedupe_bucket, buckets_to_do)
     captions = UniqueCaptions(staging.work_uri, [bucket.captions for bucket in deduped])
     dropped = _count_dropped(inputs, dealt, deduped)
     if not len(captions) and inputs.base is None:
@@ -104,6 +102,5 @@ def _count_dropped(inputs: Inputs, dealt: Sequence[Dealt], deduped: Sequence[Ded
 
 def most_captions_per_image(gathered: GatheredCaptions, runner: StageRunner) -> int:
     """Returns the largest number of captions that one image has."""
-    with runner.stage("count images"):
-        tasks = plan_counting(gathered.work_uri, gathered.deduped)
-        return max(runner.run("count images", count_captions_per_image, tasks))
+    tasks = plan_counting(gathered.work_uri, gathered.deduped)
+    return max(runner.run("count images", count_captions_per_image, tasks))

@@ -14,8 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from jobs.captioning.layout import captioner_spec, count_images, lay_out, load_spec
+from jobs.captioning.layout import count_images, lay_out, load_spec
 from jobs.captioning.plan import dry_run as plan_dry_run
+from jobs.captioning.progress import show_progress, stage_table
 from jobs.captioning.record import (
     RUN_FORMAT_VERSION,
     Attempt,
@@ -25,6 +26,8 @@ from jobs.captioning.record import (
     run_lock,
     write_run_record,
 )
+from jobs.captioning.stage_report import Snapshot
+from jobs.captioning.watch import watch_run
 from jobs.captioning.work import finish_run, list_work, open_record, what_is_left
 from jobs.cluster.errors import unwrapped_errors
 from jobs.cluster.session import connect
@@ -38,7 +41,6 @@ from smallcap.output.schema import caption_schema
 
 if TYPE_CHECKING:
     from jobs.captioning.retrieval_actors import Partitions
-    from jobs.captioning.stage_report import Snapshot
 
 
 @dataclass(frozen=True)
@@ -114,10 +116,8 @@ def _caption(
     """Runs one attempt of the pipeline over what is left; returns where its time went as well."""
     connect(address)  # before Ray Data is imported: it reads some of its settings then
 
-    from jobs.captioning.caption import CaptionImages
+    from jobs.captioning.caption import CaptionerSpec, CaptionImages
     from jobs.captioning.load import load_images, start_loading
-    from jobs.captioning.progress import show_progress, stage_table
-    from jobs.captioning.watch import watch_run
     from jobs.captioning.write import PartSink
 
     layout = lay_out(config, record)
@@ -133,7 +133,7 @@ def _caption(
         record.run_id, record.model_id, record.index_id or "", record.schema_version, work.kept_columns
     )
     started = time.perf_counter()
-    watching = watch_run(count_images(items), record.images.total, record.run_id, len(items))
+    watching = watch_run(record.run_id, count_images(items), len(items))
     with (
         unwrapped_errors(),
         watching as watch,
@@ -141,7 +141,7 @@ def _caption(
         _partitions(config, record) as partitions,
     ):
         loading = load_spec(config, record, work, layout, watch)
-        captioning = captioner_spec(config, record, layout, watch, partitions)
+        captioning = CaptionerSpec(config, layout, record.index_id, record.retrieval_encoder, watch.monitor, partitions)
         sink = PartSink(config.out, attempt, len(attempts), schema, layout.rows_per_part, layout.parts, watch.monitor)
         loaded = start_loading(items, load_images, loading, layout.images_per_block)
         # No CPU for writing: else loading, which always has more to do, keeps it waiting until all is loaded, and a

@@ -36,6 +36,14 @@ _OVER_FETCH = 4  # times, where captions have been removed
 
 
 @dataclass(frozen=True)
+class Embeddings:
+    """Where a shard's exact vectors are: from `first_row` on in `vectors`, or, for None, in the shard's own files."""
+
+    vectors: VectorParts | None
+    first_row: int = 0
+
+
+@dataclass(frozen=True)
 class CheckTask:
     """A shard of a draft version to read back.
 
@@ -43,15 +51,13 @@ class CheckTask:
         index: The draft.
         shard: The shard's number.
         rows: Rows of it that queries are made from, sorted.
-        vectors: The embeddings that it was filled with, from `first_row` on; None for a shard of an earlier version.
-        first_row: Of the shard's first caption among `vectors`.
+        embeddings: What it was filled with; in its own files where it is of an earlier version.
     """
 
     index: StoredIndex
     shard: int
     rows: np.ndarray
-    vectors: VectorParts | None
-    first_row: int
+    embeddings: Embeddings
 
 
 def check_shard(task: CheckTask) -> np.ndarray:
@@ -63,8 +69,9 @@ def check_shard(task: CheckTask) -> np.ndarray:
     task.index.captions(task.shard)
     shard = task.index.vectors(task.shard)
     rows = task.rows
-    if task.vectors is not None:
-        vectors = task.vectors.take(task.first_row + rows)
+    source = task.embeddings
+    if source.vectors is not None:
+        vectors = source.vectors.take(source.first_row + rows)
         found = shard.rank(vectors, (shard.entry.first_id + rows)[:, None])[:, 0]
         wrong = np.flatnonzero(~(np.abs(found - (vectors**2).sum(axis=1)) < _NORM_TOLERANCE))
         if wrong.size:
@@ -107,8 +114,7 @@ class SearchTask:
         queries: [Q, dim] float32.
         own_ids: [Q] ids of the captions that queries were made from, -1 for others; no query finds its own.
         nprobes: Numbers of lists to search; (None,) where there are no lists.
-        vectors: As of `CheckTask`; exact neighbours come from here, or from the stored vectors.
-        first_row: As of `CheckTask`.
+        embeddings: Where exact neighbours are found.
         with_exact: Whether to search exactly as well.
     """
 
@@ -117,8 +123,7 @@ class SearchTask:
     queries: np.ndarray
     own_ids: np.ndarray
     nprobes: tuple[int | None, ...]
-    vectors: VectorParts | None
-    first_row: int
+    embeddings: Embeddings
     with_exact: bool = True
 
 
@@ -209,8 +214,9 @@ def _better_columns(scores: np.ndarray, ids: np.ndarray, bounds: np.ndarray) -> 
 
 
 def _embeddings(task: SearchTask, shard: VectorShard) -> Iterator[np.ndarray]:
-    if task.vectors is not None:
-        yield from task.vectors.read(task.first_row, task.first_row + shard.entry.rows)
+    source = task.embeddings
+    if source.vectors is not None:
+        yield from source.vectors.read(source.first_row, source.first_row + shard.entry.rows)
     else:
         yield from (vectors for _, vectors in _stored_blocks(shard))
 

@@ -37,13 +37,19 @@ class StageRunner:
         self._tasks, self._compute = tasks, compute
         self.progress = progress
         self.seconds: dict[str, float] = {}
+        self._in_stage = False
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Times a stage."""
+        """Times a stage; what is run in its block counts as this stage's."""
         start = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        outermost, self._in_stage = not self._in_stage, True
+        try:
+            yield
+        finally:
+            if outermost:
+                self._in_stage = False
+                self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def run(self, stage: str, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
         """Runs a function over items in tasks; returns the results in order."""
@@ -119,8 +125,9 @@ class StageRunner:
         sizes = sizes or [1] * items
         done, total = 0, sum(sizes)
         found: dict[int, Result] = {}
-        for position, result in results:
-            found[position] = result
-            done += sizes[position]
-            self.progress(stage, done, total)
+        with self.stage(stage):
+            for position, result in results:
+                found[position] = result
+                done += sizes[position]
+                self.progress(stage, done, total)
         return [found[position] for position in range(items)]

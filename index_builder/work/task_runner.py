@@ -34,12 +34,8 @@ class TaskRunner(Protocol):
         """
 
     def run_actors(
-        self,
-        actor: Callable[..., Callable[[Item], Result]],
-        arguments: tuple[Any, ...],
-        items: Sequence[Item],
-        plan: ActorPlan,
-    ) -> Iterator[tuple[int, Result]]:
+        self, actor: Callable[..., Any], arguments: tuple[Any, ...], items: Sequence[Any], plan: ActorPlan
+    ) -> Iterator[tuple[int, Any]]:
         """Like `run_tasks` with instances of `actor`, each built once from `arguments`, as many as the plan says."""
 
 
@@ -60,11 +56,7 @@ class LocalRunner:
             yield position, function(item)
 
     def run_actors(
-        self,
-        actor: Callable[..., Callable[[Item], Result]],
-        arguments: tuple[Any, ...],
-        items: Sequence[Item],
-        plan: ActorPlan,
-    ) -> Iterator[tuple[int, Result]]:
+        self, actor: Callable[..., Any], arguments: tuple[Any, ...], items: Sequence[Any], plan: ActorPlan
+    ) -> Iterator[tuple[int, Any]]:
         """Runs items in their order with one instance, which has all threads of this process."""
         yield from self.run_tasks(actor(*arguments), items)

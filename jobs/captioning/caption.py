@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from jobs.captioning.layout import CaptionLayout
 from jobs.captioning.load import RETRIEVAL_PIXELS, VISION_PIXELS
 from jobs.captioning.monitor import MonitorClient
 from jobs.captioning.retrieval_actors import PartitionedRetriever, Partitions
@@ -37,12 +38,9 @@ class CaptionerSpec:
     """What an actor needs to load its captioner: the config, and what the driver pinned for the whole run."""
 
     config: CaptionConfig
-    device: str
-    dtype: str
+    layout: CaptionLayout
     index_id: str | None
     retrieval_encoder: str | None
-    batch_size: int  # most images that go through the model together
-    actors_on_device: int  # that share a GPU, or a node's memory
     monitor: MonitorClient
     partitions: Partitions | None = None  # of an index that no actor holds by itself
 
@@ -60,11 +58,11 @@ class CaptionImages(GuardedActor):
         self._excludes = spec.config.retrieval.exclude_own_captions
         _count_cached_files(spec)
         self._captioner = _load_captioner(spec)
-        self._batch_size = spec.batch_size
+        self._batch_size = spec.layout.batch_size
         if spec.config.compute.batch_size == "auto":
-            self._batch_size = min(spec.batch_size, largest_batch_here(self._captioner, spec.actors_on_device))
-        self._ready = time.perf_counter()
-        spec.monitor.report(StageReport(stage="caption", start_s=self._ready - started, worker=self._name))
+            self._batch_size = min(self._batch_size, largest_batch_here(self._captioner, spec.layout.actors_on_device))
+        start_s = time.perf_counter() - started
+        spec.monitor.report(StageReport(stage="caption", start_s=start_s, worker=self._name))
 
     def process(self, batch: pa.Table) -> pa.Table:
         """Maps a batch of `load_images` to rows of the newest schema and what the writer needs beside them."""
@@ -95,19 +93,14 @@ class CaptionImages(GuardedActor):
 
     def _report(self, results: list[CaptionResult], images: int, started: float) -> None:
         retriever = self._captioner.retriever
-        scores = [neighbour.score for result in results for neighbour in result.neighbours]
         report = StageReport(
             stage="caption",
             images=images,
             seconds=time.perf_counter() - started,
-            wait_s=started - self._ready,
             worker=self._name,
             tokens=sum(result.num_tokens or 0 for result in results),
             searched_by=frozenset([retriever.search_backend] if retriever else []),
-            neighbours=len(scores),
-            neighbour_score_sum=sum(scores),
         )
-        self._ready = time.perf_counter()
         self._monitor.report(report, [result.neighbours[0].score for result in results if result.neighbours])
 
 
@@ -139,8 +132,8 @@ def _load_captioner(spec: CaptionerSpec) -> Captioner:
         config.index,
         k=config.retrieval.k,
         generation=config.generation,
-        device=spec.device,
-        dtype=spec.dtype,
+        device=spec.layout.actors.device,
+        dtype=spec.layout.actors.dtype,
         retrieval_encoder=spec.retrieval_encoder,
         cache_dir=cache_dir,
         index_id=spec.index_id,

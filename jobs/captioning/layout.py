@@ -22,9 +22,7 @@ from smallcap.output.coverage import WorkItem
 from smallcap.output.part_files import PartOptions
 
 if TYPE_CHECKING:
-    from jobs.captioning.caption import CaptionerSpec
     from jobs.captioning.load import LoadSpec
-    from jobs.captioning.retrieval_actors import Partitions
     from jobs.captioning.watch import RunWatch
 
 _BATCHES_PER_CALL = {"cpu": 1, "cuda": 4}  # on a GPU an actor prepares its next batch while it decodes one
@@ -109,29 +107,6 @@ def load_spec(
     crops = load_crop_plan(config.model, record.retrieval_encoder, config.input.decode)
     keep_bytes = layout.parts.webdataset
     return LoadSpec(crops, config.input, work.kept_columns, keep_bytes, watch.monitor, watch.crash_guard)
-
-
-def captioner_spec(
-    config: CaptionConfig,
-    record: RunRecord,
-    layout: CaptionLayout,
-    watch: RunWatch,
-    partitions: Partitions | None = None,
-) -> CaptionerSpec:
-    """Returns what captioning actors are told."""
-    from jobs.captioning.caption import CaptionerSpec
-
-    return CaptionerSpec(
-        config=config,
-        device=layout.actors.device,
-        dtype=layout.actors.dtype,
-        index_id=record.index_id,
-        retrieval_encoder=record.retrieval_encoder,
-        batch_size=layout.batch_size,
-        actors_on_device=layout.actors_on_device,
-        monitor=watch.monitor,
-        partitions=partitions,
-    )
 
 
 def count_images(items: Sequence[WorkItem]) -> int | None:

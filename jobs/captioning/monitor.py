@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from jobs.captioning.metrics import CaptionMetrics
+from jobs.captioning.metrics import record_batch, record_index_cache
 from jobs.captioning.stage_report import STAGES, Snapshot, Stage, StageReport
 from jobs.cluster.side_actor import SideActor
 
@@ -19,12 +19,11 @@ class RunMonitor:
 
     Args:
         images: To do in this attempt; None where tars leave it open.
-        done: Rows that are already there.
         fragments: To do in this attempt, for an estimate where `images` is None.
     """
 
-    def __init__(self, images: int | None, done: int = 0, fragments: int | None = None) -> None:
-        self._images, self._done, self._fragments = images, done, fragments
+    def __init__(self, images: int | None, fragments: int | None = None) -> None:
+        self._images, self._fragments = images, fragments
         self._started = time.monotonic()
         self._sums: dict[Stage, StageReport] = {stage: StageReport(stage) for stage in STAGES}
         self._actors: set[str] = set()
@@ -44,7 +43,6 @@ class RunMonitor:
         """Returns the figures so far."""
         return Snapshot(
             images=self._images,
-            done=self._done,
             fragments=self._fragments,
             elapsed_s=time.monotonic() - self._started,
             load=self._sums["load"],
@@ -73,12 +71,12 @@ class MonitorClient:
             report: The batch's figures.
             neighbour_scores: Each image's best neighbour's, for the metrics' histogram.
         """
-        CaptionMetrics.of_process(self._run_id).record(report, neighbour_scores)
+        record_batch(self._run_id, report, neighbour_scores)
         self._actor.tell("report", report)
 
     def record_index_cache(self, hits: int, misses: int) -> None:
         """Counts the files of an index that a node had, and those that it had to download, in the metrics alone."""
-        CaptionMetrics.of_process(self._run_id).record_index_cache(hits, misses)
+        record_index_cache(self._run_id, hits, misses)
 
     def snapshot(self, timeout_s: float = 3.0) -> Snapshot | None:
         """Returns the figures so far; None where the monitor does not answer in time.

@@ -9,7 +9,7 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from jobs.captioning.layout import CaptionLayout, captioner_spec, count_images, lay_out, load_spec
+from jobs.captioning.layout import CaptionLayout, count_images, lay_out, load_spec
 from jobs.captioning.progress import describe_count, describe_duration
 from jobs.captioning.record import RunRecord
 from jobs.captioning.watch import watch_run
@@ -28,7 +28,6 @@ from smallcap.output.coverage import Coverage, WorkItem, work_left
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from jobs.captioning.caption import CaptionerSpec, CaptionImages
     from jobs.captioning.load import LoadSpec
 
 Loaded = TypeVar("Loaded")
@@ -228,14 +227,17 @@ def dry_run(config: CaptionConfig, address: str | None = None, gpu_hour_cost: fl
         else:
             work = list_work(config, record)
             items = what_is_left(config, work)
-        connect(address)
+        connect(address)  # before Ray Data is imported: it reads some of its settings then
+
+        from jobs.captioning.caption import CaptionerSpec, CaptionImages
+
         layout = lay_out(config, record)
         sample = list(islice(_sample(config, work, items, layout.batch_size), _CALIBRATION_BATCHES))
-        with unwrapped_errors(), watch_run(None, 0, record.run_id) as watch:
+        with unwrapped_errors(), watch_run(record.run_id, None, None) as watch:
             loading = load_spec(config, record, work, layout, watch)
-            captioning = captioner_spec(config, record, layout, watch)
+            captioning = CaptionerSpec(config, layout, record.index_id, record.retrieval_encoder, watch.monitor)
             measured = calibrate(
-                partial(_load_sample, sample, loading), partial(_make_captioner, captioning), layout.actors
+                partial(_load_sample, sample, loading), partial(CaptionImages, captioning), layout.actors
             )
     return RunPlan(
         images=count_images(items),
@@ -281,12 +283,6 @@ def _load_sample(sample: Sequence[tuple[int, InputBatch]], spec: LoadSpec) -> It
         yield len(images.rows), load_batch(number, images, spec)
 
 
-def _make_captioner(spec: CaptionerSpec) -> CaptionImages:
-    from jobs.captioning.caption import CaptionImages
-
-    return CaptionImages(spec)
-
-
 def calibrate(
     load: Callable[[], Iterable[tuple[int, Loaded]]],
     make_captioner: Callable[[], Callable[[Loaded], Any]],
@@ -317,20 +313,14 @@ def calibrate(
 
 def _time_loading(load: Callable[[], Iterable[tuple[int, Loaded]]]) -> tuple[list[tuple[int, Loaded]], float]:
     """Returns some batches, and the seconds per image of all but the first."""
-    timed = list(_timed(islice(load(), _CALIBRATION_BATCHES)))
-    counted = timed[1:] or timed
-    seconds = sum(seconds for seconds, _ in counted) / max(1, sum(images for _, (images, _) in counted))
-    return [batch for _, batch in timed], seconds
-
-
-def _timed(items: Iterator[Loaded]) -> Iterator[tuple[float, Loaded]]:
-    while True:
+    batches, seconds = [], []
+    started = time.perf_counter()
+    for batch in islice(load(), _CALIBRATION_BATCHES):
+        batches.append(batch)
+        seconds.append(time.perf_counter() - started)
         started = time.perf_counter()
-        try:
-            item = next(items)
-        except StopIteration:
-            return
-        yield time.perf_counter() - started, item
+    counted = slice(1, None) if len(batches) > 1 else slice(None)
+    return batches, sum(seconds[counted]) / max(1, sum(images for images, _ in batches[counted]))
 
 
 class _CalibratingActor:

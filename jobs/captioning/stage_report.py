@@ -23,14 +23,11 @@ class StageReport:
     duplicates: int = 0  # images of a tar that were left out, since another one of it has the id
     fetch_s: float = 0.0  # part of `seconds`
     bytes: int = 0  # fetched, or written
-    wait_s: float = 0.0  # between this batch and the actor's one before
     start_s: float = 0.0  # that an actor took to load; a report without images says that it is ready
     worker: str = ""  # the actor's name for itself, so that actors can be counted
     tokens: int = 0  # generated
     by_pillow: int = 0  # images that `decode: fast` left to Pillow
     searched_by: frozenset[str] = frozenset()  # backends of the actors' searches
-    neighbours: int = 0  # retrieved captions
-    neighbour_score_sum: float = 0.0  # of their scores
     ended_fragments: int = 0  # of `load`: fragments whose last image is in this batch
     ended_images: int = 0  # all images of those fragments
 
@@ -52,7 +49,6 @@ class Snapshot:
     """A run's attempt so far."""
 
     images: int | None  # to do in this attempt; None where the input has not said yet
-    done: int  # rows that were there before the attempt
     fragments: int | None  # to do in this attempt
     elapsed_s: float  # since the monitor was made
     load: StageReport

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from jobs.captioning.crash_guard import CrashGuard, CrashGuardClient
 from jobs.captioning.monitor import MonitorClient, RunMonitor
-from jobs.cluster.side_actor import SideActor
+from jobs.cluster.side_actor import run_beside
 
 
 @dataclass(frozen=True)
@@ -20,20 +20,19 @@ class RunWatch:
 
 
 class _WatchActor(RunMonitor, CrashGuard):
-    def __init__(self, images: int | None, done: int, fragments: int | None) -> None:
-        RunMonitor.__init__(self, images, done, fragments)
+    def __init__(self, images: int | None, fragments: int | None) -> None:
+        RunMonitor.__init__(self, images, fragments)
         CrashGuard.__init__(self)
 
 
 @contextmanager
-def watch_run(images: int | None, done: int, run_id: str, fragments: int | None = None) -> Iterator[RunWatch]:
+def watch_run(run_id: str, images: int | None, fragments: int | None) -> Iterator[RunWatch]:
     """Watches a run while the block runs.
 
     Args:
-        images: To do in this attempt; None where tars leave it open.
-        done: Rows that are already there.
         run_id: What the metrics are tagged with.
+        images: To do in this attempt; None where tars leave it open.
         fragments: To do in this attempt.
     """
-    with SideActor.start(_WatchActor, images, done, fragments) as actor:
+    with run_beside(_WatchActor, images, fragments) as actor:
         yield RunWatch(MonitorClient(actor, run_id), CrashGuardClient(actor))

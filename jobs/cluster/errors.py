@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import gc
 import traceback
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
@@ -13,15 +12,15 @@ from typing import Any
 from smallcap.errors import SmallCapError
 
 
-class GuardedActor(ABC):
-    """An actor that is always made: an error of `load` is raised by the first call.
+class GuardedActor:
+    """An actor that is always made: an error of loading is raised by the first call.
 
-    Ray calls a failing constructor again and again, and its error reaches nobody.
-
-    Args:
-        arguments: Those of `load`.
+    Ray calls a failing constructor again and again, and its error reaches nobody. A subclass has `load`, which takes
+    the constructor's arguments, and `process`, which takes those of a call.
     """
 
+    load: Callable[..., None]
+    process: Callable[..., Any]
     _failure: SmallCapError | None = None
 
     def __init__(self, *arguments: Any) -> None:
@@ -39,14 +38,6 @@ class GuardedActor(ABC):
         """Raises what `load` has raised; returns where that was nothing."""
         if self._failure is not None:
             raise self._failure
-
-    @abstractmethod
-    def load(self, *arguments: Any, **named: Any) -> None:
-        """Loads what the actor works with."""
-
-    @abstractmethod
-    def process(self, *arguments: Any, **named: Any) -> Any:
-        """Does one call's work."""
 
 
 @contextmanager

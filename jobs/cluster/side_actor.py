@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 
 class SideActor:
@@ -16,16 +18,6 @@ class SideActor:
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor
-
-    @classmethod
-    def start(cls, actor_class: type, *arguments: Any) -> Self:
-        """Starts an instance of a class on the driver's node, where it lives as long as the driver and takes no CPU."""
-        import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        options = {"num_cpus": 0, "max_restarts": 0, "max_concurrency": 1, "scheduling_strategy": here}
-        return cls(ray.remote(actor_class).options(**options).remote(*arguments))
 
     def tell(self, method: str, *arguments: Any) -> None:
         """Calls a method, and waits for nothing."""
@@ -45,16 +37,17 @@ class SideActor:
         except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
             return None
 
-    def stop(self) -> None:
-        """Ends the actor."""
-        import ray
 
-        ray.kill(self._actor)
+@contextmanager
+def run_beside(actor_class: type, *arguments: Any) -> Iterator[SideActor]:
+    """Runs an instance of a class on the driver's node while the block runs; it takes no CPU."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    def __enter__(self) -> Self:
-        """Returns itself."""
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Ends the actor."""
-        self.stop()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = {"num_cpus": 0, "max_restarts": 0, "max_concurrency": 1, "scheduling_strategy": here}
+    actor = ray.remote(actor_class).options(**options).remote(*arguments)
+    try:
+        yield SideActor(actor)
+    finally:
+        ray.kill(actor)

@@ -41,12 +41,8 @@ class RayRunner:
         )
 
     def run_actors(
-        self,
-        actor: Callable[..., Callable[[Item], Result]],
-        arguments: tuple[Any, ...],
-        items: Sequence[Item],
-        plan: ActorPlan,
-    ) -> Iterator[tuple[int, Result]]:
+        self, actor: Callable[..., Any], arguments: tuple[Any, ...], items: Sequence[Any], plan: ActorPlan
+    ) -> Iterator[tuple[int, Any]]:
         """Like `run_tasks` with instances of `actor`, each built once from `arguments` in its own process."""
         size = min(plan.num_actors, len(items))
         pool = replace(plan, num_actors=size, max_actors=size)

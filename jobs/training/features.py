@@ -8,6 +8,7 @@ the parts' names what is left. Features are computed in float32 and stored in fl
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -65,7 +66,7 @@ def features_identity(start: ModelStart, inputs: TrainInputs, plan: CropPlan, vi
     return {
         "vision_encoder_sha256": vision_sha256,
         "retrieval_encoder": retrieval.model_dump(include={"weights_sha256", "dim"}) if retrieval else None,
-        "preprocessing": _as_json(asdict(plan)),
+        "preprocessing": json.loads(json.dumps(asdict(plan))),
         "inputs_sha256": inputs.sha256,
         "max_image_pixels": start.config.data.input.max_image_pixels,
         "limit": start.config.limit,
@@ -105,7 +106,7 @@ def store_features(
 
 def _encode_all(config: TrainConfig, start: ModelStart, items: list[TrainItem], plan: CropPlan, folder: str) -> None:
     actors = plan_actors(config.compute.of_actors(), node_resources())
-    with unwrapped_errors(), stage_progress(), watch_run(None, 0, "features", len(items)) as watch:
+    with unwrapped_errors(), stage_progress(), watch_run("features", None, len(items)) as watch:
         loading = LoadSpec(plan, config.data.input, pa.schema([]), False, watch.monitor, watch.crash_guard)
         loaded = start_loading(items, load_items, loading, FRAGMENT_ROWS)
         encoded = map_in_actors(loaded, EncodeImages, (EncoderSpec(start, actors.device),), 1, actors)
@@ -191,11 +192,3 @@ def _as_row(values: dict[str, Any], table: pa.Table) -> pa.Table:
         writer.write_table(table)
     row = pa.Table.from_pylist([values])
     return row.append_column("images", pa.array([sink.getvalue().to_pybytes()], pa.large_binary()))
-
-
-def _as_json(values: dict[str, Any]) -> dict[str, Any]:
-    """Returns nested values as they come back from JSON: lists for tuples."""
-    return {
-        name: _as_json(value) if isinstance(value, dict) else list(value) if isinstance(value, tuple) else value
-        for name, value in values.items()
-    }

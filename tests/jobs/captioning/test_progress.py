@@ -23,7 +23,6 @@ from smallcap.machine.actor_plan import ActorPlan
 PLAN = ActorPlan("cuda", "bfloat16", 4, 0.0, 1.0, 4)
 NOTHING = Snapshot(
     images=1000,
-    done=0,
     fragments=4,
     elapsed_s=5.0,
     load=StageReport("load"),

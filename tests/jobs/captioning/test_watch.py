@@ -13,7 +13,7 @@ def test_the_actor_lives_beside_the_driver_and_may_be_lost(ray_session: None) ->
     def work(rows: list[int]) -> list[int]:
         return rows
 
-    with watch_run(images=5, done=0, run_id="run") as watch:
+    with watch_run("run", images=5, fragments=1) as watch:
         monitor, guard = watch.monitor, watch.crash_guard
         ray.get(ray.remote(lambda: monitor.report(StageReport("load", 5, 1.0))).remote())
         assert ray.get(ray.remote(lambda: guard.run_guarded(1, [1, 2], work)).remote()) == [1, 2]
