@@ -22,9 +22,7 @@ def run(config: IndexConfig, address: str | None = None) -> BuildReport:
     Raises:
         RunError: See `index_builder.build.build_index`.
     """
-    build = Build(config, RayRunner(), _print_progress)  # what is missing is told before Ray starts
-    connect(address)
-    return build.run()
+    return _open(config, address).run()
 
 
 def plan(config: IndexConfig, address: str | None = None) -> BuildPlan:
@@ -33,9 +31,13 @@ def plan(config: IndexConfig, address: str | None = None) -> BuildPlan:
     Raises:
         RunError: See `index_builder.build.Build.plan`.
     """
-    build = Build(config, RayRunner(), _print_progress)
+    return _open(config, address).plan()
+
+
+def _open(config: IndexConfig, address: str | None) -> Build:
+    build = Build(config, RayRunner(), _print_progress)  # what is missing is told before Ray starts
     connect(address)
-    return build.plan()
+    return build
 
 
 def describe(report: BuildReport) -> str:

@@ -36,7 +36,7 @@ class TaskRunner(Protocol):
     def run_actors(
         self, actor: Callable[..., Any], arguments: tuple[Any, ...], items: Sequence[Any], plan: ActorPlan
     ) -> Iterator[tuple[int, Any]]:
-        """Like `run_tasks` with instances of `actor`, each built once from `arguments`, as many as the plan says."""
+        """Like `run_tasks` with instances of `actor`, each built once from `arguments`; the plan says how many."""
 
 
 class LocalRunner:

@@ -89,13 +89,8 @@ def _cpu_dtype(record: RunRecord) -> str:
     earlier = [attempt.dtype for attempt in record.attempts if attempt.device == "cpu" and attempt.dtype]
     if earlier:
         return earlier[0]
-    dtype: str = ray.get(ray.remote(_measure_cpu_dtype).remote())
+    dtype: str = ray.get(ray.remote(lambda: fastest_cpu_dtype()).remote())  # noqa: PLW0108 - Ray takes no cached function
     return dtype
-
-
-def _measure_cpu_dtype() -> str:
-    """Runs on a worker; Ray takes no cached function."""
-    return fastest_cpu_dtype()
 
 
 def load_spec(
@@ -111,7 +106,6 @@ def load_spec(
 
 def count_images(items: Sequence[WorkItem]) -> int | None:
     """Returns how many images are to do; None where a tar has not said yet."""
-    counts = [item.fragment.rows if item.wanted is None else len(item.wanted) for item in items]
-    known = [count for count in counts if count is not None]
-    unknown = any(item.fragment.rows is None for item in items)
-    return None if unknown else sum(known)
+    if any(item.fragment.rows is None for item in items):
+        return None
+    return sum((item.fragment.rows or 0) if item.wanted is None else len(item.wanted) for item in items)

@@ -77,11 +77,9 @@ def _process_metrics() -> dict[str, Any]:
     """Makes the process's metric objects, once: two of one name would count the same things apart."""
     from ray.util.metrics import Counter, Histogram
 
-    made: dict[str, Any] = {}
-    for name, (kind, tags, description) in METRICS.items():
-        keys = ("run_id", *tags)
-        if kind == "counter":
-            made[name] = Counter(name, description, tag_keys=keys)
-        else:
-            made[name] = Histogram(name, description, boundaries=_BOUNDARIES[name], tag_keys=keys)
-    return made
+    return {
+        name: Counter(name, description, tag_keys=("run_id", *tags))
+        if kind == "counter"
+        else Histogram(name, description, boundaries=_BOUNDARIES[name], tag_keys=("run_id", *tags))
+        for name, (kind, tags, description) in METRICS.items()
+    }

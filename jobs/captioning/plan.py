@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from jobs.captioning.layout import CaptionLayout, count_images, lay_out, load_spec
@@ -312,41 +312,36 @@ def calibrate(
 
 
 def _time_loading(load: Callable[[], Iterable[tuple[int, Loaded]]]) -> tuple[list[tuple[int, Loaded]], float]:
-    """Returns some batches, and the seconds per image of all but the first."""
+    """Returns some batches, and the seconds per image."""
     batches, seconds = [], []
     started = time.perf_counter()
     for batch in islice(load(), _CALIBRATION_BATCHES):
         batches.append(batch)
         seconds.append(time.perf_counter() - started)
         started = time.perf_counter()
+    return batches, _per_image(seconds, batches)[1]
+
+
+def _per_image(seconds: list[float], batches: list[tuple[int, Any]]) -> tuple[int, float]:
+    """Returns how many images count, and the seconds of each: the first batch warms up, unless it is the only one."""
     counted = slice(1, None) if len(batches) > 1 else slice(None)
-    return batches, sum(seconds[counted]) / max(1, sum(images for images, _ in batches[counted]))
+    images = sum(images for images, _ in batches[counted])
+    return images, sum(seconds[counted]) / max(1, images)
 
 
 class _CalibratingActor:
     def measure(
         self, make_captioner: Callable[[], Callable[[Any], Any]], batches: list[tuple[int, Any]], load_s: float
     ) -> Calibration:
-        """Captions the first batch to warm up, and the others by the clock."""
-        started = time.perf_counter()
+        """Captions the batches by the clock."""
+        begun = time.perf_counter()
         captioner = make_captioner()
-        first_images, first = batches[0]
-        captioning = time.perf_counter()
-        captioner(first)
-        warm = time.perf_counter()
-        rest = batches[1:]
-        for _, batch in rest:
+        ends = [time.perf_counter()]
+        for _, batch in batches:
             captioner(batch)
-        seconds = time.perf_counter() - warm if rest else warm - captioning
-        images = sum(count for count, _ in rest) if rest else first_images
-        return Calibration(
-            images=images,
-            load_s=load_s,
-            caption_s=seconds / max(1, images),
-            start_s=warm - started,
-            actor_bytes=private_bytes(),
-            gpu_bytes=_gpu_bytes(),
-        )
+            ends.append(time.perf_counter())
+        images, caption_s = _per_image([end - start for start, end in pairwise(ends)], batches)
+        return Calibration(images, load_s, caption_s, ends[1] - begun, private_bytes(), _gpu_bytes())
 
 
 def _gpu_bytes() -> int:

@@ -75,7 +75,7 @@ def map_in_actors(
 
 
 def _cpus_per_task(tasks: int) -> int:
-    """Returns how many CPUs of one node each of some tasks can have; one of the cluster's is left to Ray Data."""
+    """Returns how many CPUs of one node each task can have; one of the cluster's is left to Ray Data."""
     cpus = sum(int(node.get("CPU", 0)) for node in node_resources())
     return max(1, min((cpus - 1) // max(1, tasks), _largest_node("CPU")))
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -49,14 +49,6 @@ from smallcap.training.feature_store import (
 )
 
 _ENCODED_TOGETHER = 64  # images
-
-
-@dataclass(frozen=True)
-class EncoderSpec:
-    """What an actor needs to load the encoders."""
-
-    start: ModelStart
-    device: str
 
 
 def features_identity(start: ModelStart, inputs: TrainInputs, plan: CropPlan, vision_sha256: str) -> dict[str, Any]:
@@ -109,7 +101,7 @@ def _encode_all(config: TrainConfig, start: ModelStart, items: list[TrainItem], 
     with unwrapped_errors(), stage_progress(), watch_run("features", None, len(items)) as watch:
         loading = LoadSpec(plan, config.data.input, pa.schema([]), False, watch.monitor, watch.crash_guard)
         loaded = start_loading(items, load_items, loading, FRAGMENT_ROWS)
-        encoded = map_in_actors(loaded, EncodeImages, (EncoderSpec(start, actors.device),), 1, actors)
+        encoded = map_in_actors(loaded, EncodeImages, (start, actors.device), 1, actors)
         encoded.map_batches(
             store_part, batch_size=1, batch_format="pyarrow", fn_kwargs={"folder": folder}, num_cpus=0
         ).materialize()
@@ -143,11 +135,13 @@ def load_items(batch: pa.Table, spec: LoadSpec) -> Iterator[pa.Table]:
 class EncodeImages(GuardedActor):
     """Encodes batches of decoded images; one instance per actor."""
 
-    def load(self, spec: EncoderSpec) -> None:
+    def load(self, start: ModelStart, device: str) -> None:
         """Loads the encoders."""
         limit_torch_threads()
-        self._caption_column = spec.start.config.data.caption_column
-        self._encoders = _load_encoders(spec)
+        self._caption_column = start.config.data.caption_column
+        encoder = start.retrieval_encoder
+        retrieval = load_retrieval_encoder(encoder, device) if encoder else None
+        self._encoders = Captioner(start.load().to(device), start.load_tokenizer(), retrieval, k=0, clip_score=False)
 
     def process(self, batch: pa.Table) -> pa.Table:
         """Maps a row of `load_items` to one whose `images` are the rows of a part of features."""
@@ -176,13 +170,6 @@ def store_part(batch: pa.Table, folder: str) -> pa.Table:
     table = pa.ipc.open_stream(batch["images"][0].as_buffer()).read_all()
     write_part(storage.join(folder, row["split"], row["name"]), table)
     return batch.select(["name"])
-
-
-def _load_encoders(spec: EncoderSpec) -> Captioner:
-    model = spec.start.load().to(spec.device)
-    encoder = spec.start.retrieval_encoder
-    retrieval = load_retrieval_encoder(encoder, spec.device) if encoder else None
-    return Captioner(model, spec.start.load_tokenizer(), retrieval, k=0, clip_score=False)
 
 
 def _as_row(values: dict[str, Any], table: pa.Table) -> pa.Table:

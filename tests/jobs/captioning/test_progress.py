@@ -148,12 +148,12 @@ def test_an_error_of_the_run_passes_and_ends_the_display() -> None:
 @pytest.mark.parametrize(
     ("changes", "bottleneck", "advice"),
     [
-        ({}, "captioning", "compute.max_actors"),
-        ({"first_caption_s": 60.0}, "start-up", "5.0 s per actor"),
-        ({"caption": 100.0, "load": (380.0, 50.0)}, "reading", "--set input.decode=fast"),
-        ({"caption": 100.0, "load": (380.0, 300.0)}, "network", "region"),
-        ({"caption": 100.0, "load": (60.0, 50.0)}, "none", "longer runs"),
-        ({"caption": 100.0, "load": (10.0, 5.0), "write": 90.0}, "writing", "storage"),
+        ({}, "captioning is the bottleneck", "compute.max_actors"),
+        ({"first_caption_s": 60.0}, "starting took", "5.0 s per actor"),
+        ({"caption": 100.0, "load": (380.0, 50.0)}, "decoding is the bottleneck", "--set input.decode=fast"),
+        ({"caption": 100.0, "load": (380.0, 300.0)}, "the network is the bottleneck", "region"),
+        ({"caption": 100.0, "load": (60.0, 50.0)}, "no stage was at its limit", "longer runs"),
+        ({"caption": 100.0, "load": (10.0, 5.0), "write": 90.0}, "writing is the bottleneck", "storage"),
     ],
 )
 def test_the_bottleneck_is_named(changes: dict[str, object], bottleneck: str, advice: str) -> None:
@@ -167,9 +167,9 @@ def test_the_bottleneck_is_named(changes: dict[str, object], bottleneck: str, ad
         else:
             snapshot = replace(snapshot, **{name: value})  # type: ignore[arg-type]
     verdict = find_bottleneck(snapshot, 100.0, PLAN, load_tasks=4)
-    assert verdict.bottleneck == bottleneck
-    assert advice in verdict.text
-    assert "decode=fast" not in find_bottleneck(snapshot, 100.0, PLAN, 4, fast_decode=True).text
+    assert verdict.startswith(bottleneck)
+    assert advice in verdict
+    assert "decode=fast" not in find_bottleneck(snapshot, 100.0, PLAN, 4, fast_decode=True)
 
 
 def test_the_table_at_the_end() -> None:
