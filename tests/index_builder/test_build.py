@@ -171,15 +171,13 @@ def test_a_failure_before_the_marker_leaves_the_old_version_and_what_was_done(
     assert files_of(after) == files_of(build_index(config(dump, tmp_path / "at once", tiny_clip, shards=3)))
 
 
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_session")
 def test_a_build_from_s3_to_s3(tmp_path: Path, s3: str, tiny_clip: Path) -> None:
     local = write_dump(tmp_path / "captions.csv")
     storage.upload(local, f"{s3}/dumps/part-1/captions.csv")
     storage.write_bytes(f"{s3}/dumps/part-2/captions.jsonl", b'{"caption": "a purple elephant"}\n')
-    remote = build_index(config(f"{s3}/dumps", f"{s3}/index", tiny_clip, shards=2), RayRunner())
+    remote = build_index(config(f"{s3}/dumps", f"{s3}/index", tiny_clip, shards=2))
     assert remote.manifest.ntotal == 41
-    assert build_index(config(f"{s3}/dumps", f"{s3}/index", tiny_clip, shards=2), RayRunner()).no_op
+    assert build_index(config(f"{s3}/dumps", f"{s3}/index", tiny_clip, shards=2)).no_op
     names = {uri.removeprefix(f"{s3}/index/") for uri in storage.list_files(f"{s3}/index")}
     manifest = f"versions/{remote.manifest.index_id}/manifest.json"
     assert names == {"current.json", manifest, *(entry.file for entry in remote.manifest.files)}
