@@ -250,7 +250,7 @@ class Build:
         self._runner.check_memory("template", plan.training_bytes if plan.training_rows else 0)
         self._runner.check_memory("shard", plan.shard_bytes)
         if base is None:
-            make_index(plan.index_key, plan.dim)  # a wrong key, too, fails before hours of embedding
+            make_index(plan.index_key, plan.dim)  # so that a wrong key fails before hours of embedding
         most = most_captions_per_image(gathered, self._runner)
         vectors = self._embed(gathered)
         template = base.manifest.template if base else self._train(plan, vectors, staging)

@@ -52,7 +52,7 @@ class Queries:
     """What recall is measured with: [Q, dim] float32, and the id of the caption that each was made from, or -1."""
 
     vectors: np.ndarray
-    own_ids: np.ndarray
+    origin_ids: np.ndarray
 
 
 class Calibration:
@@ -88,9 +88,9 @@ class Calibration:
             IndexIntegrityError: A file is not what was written.
             RunError: No setting reaches the target, and that has not been accepted.
         """
-        own_ids, vectors = self._check()
+        origin_ids, vectors = self._check()
         if image_queries is None:
-            queries = Queries(imitate_images(vectors), own_ids)
+            queries = Queries(imitate_images(vectors), origin_ids)
         else:
             queries = Queries(image_queries, np.full(len(image_queries), NOTHING))
         k_factor, ceiling = self._choose_k_factor(queries)
@@ -133,7 +133,7 @@ class Calibration:
     ) -> list[ShardAnswer]:
         index = replace(self._index, manifest=self._draft.model_copy(update={"k_factor": k_factor}))
         tasks = [
-            SearchTask(index, number, queries.vectors, queries.own_ids, nprobes, source, with_exact)
+            SearchTask(index, number, queries.vectors, queries.origin_ids, nprobes, source, with_exact)
             for number, source in enumerate(self._embeddings)
         ]
         return self._run("calibrate", search_shard, tasks)
@@ -143,7 +143,7 @@ class Calibration:
         lossy = is_lossy(self._draft.index_key)
         if self._draft.nlist is None and not lossy:
             return 1, None
-        sample = Queries(queries.vectors[1::2][:CEILING_QUERIES], queries.own_ids[1::2][:CEILING_QUERIES])
+        sample = Queries(queries.vectors[1::2][:CEILING_QUERIES], queries.origin_ids[1::2][:CEILING_QUERIES])
         factors = _K_FACTORS if lossy else (1,)
         answers = self._search(sample, (self._draft.nlist,), factors[-1], with_exact=True)
         exact = _merge_exact(answers)

@@ -37,7 +37,7 @@ from smallcap.output.schema import (
 )
 
 VISION_PIXELS, RETRIEVAL_PIXELS = "smallcap.vision_pixels", "smallcap.retrieval_pixels"
-# A block's files, its crops, and one large image being decoded. It also makes the task unlike an actor of one CPU, into
+# A block's files, its crops, and one large image being decoded. And it makes the task unlike an actor of one CPU, into
 # which Ray would otherwise fuse it.
 _LOAD_MEMORY_BYTES = 512 << 20
 _MOST_TASKS = 4_000  # the driver takes some milliseconds to offer one; with more fragments, a task takes several

@@ -164,10 +164,10 @@ class RunPlan:
         size = f"{plan.num_actors}" + (f" to {plan.max_actors}" if plan.max_actors > plan.num_actors else "")
         on_gpu = plan.device == "cuda"
         on = describe_count(*((plan.gpus_per_actor, "GPU") if on_gpu else (plan.cpus_per_actor, "CPU")))
-        of_gpu = f", {_gb(measured.gpu_bytes)} of the GPU" if measured.gpu_bytes else ""
+        gpu = f", {_gb(measured.gpu_bytes)} of the GPU" if measured.gpu_bytes else ""
         return (
             f"{size} with {on} each, {plan.dtype}, batches of {self.layout.batch_size}; "
-            f"{_gb(measured.actor_bytes)} of memory each{of_gpu}"
+            f"{_gb(measured.actor_bytes)} of memory each{gpu}"
         )
 
     def _index(self) -> str:

@@ -1,7 +1,7 @@
 """An index too large for one machine: actors that each hold a part of it, and the retriever that asks them all.
 
 Each actor maps a contiguous share of the shards and of the caption files. `PartitionedRetriever` is the same search as
-on one machine, over a part that scatters each of its questions and gathers the answers; the results are the same, too.
+on one machine, over a part that scatters each of its questions and gathers the answers; the results are the same.
 """
 
 from __future__ import annotations

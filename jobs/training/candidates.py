@@ -86,7 +86,9 @@ class FindCandidates:
         if rows.embeddings is None:
             raise RunError("The stored features have no embeddings to search with.", where=spec.features)
         found = self._retriever.search(rows.embeddings, spec.depth, rows.image_ids)
-        candidates: list[list[dict[str, Any]]] = [[asdict(neighbour) for neighbour in of_image] for of_image in found]
+        candidates: list[list[dict[str, Any]]] = [
+            [asdict(neighbour) for neighbour in neighbours] for neighbours in found
+        ]
         write_part(storage.join(spec.out, part.split, part.name), candidate_table(rows.image_ids, candidates))
         return len(rows.image_ids)
 
