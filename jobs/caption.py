@@ -142,7 +142,7 @@ def _caption(
     ):
         loading = load_spec(config, record, work, layout, watch)
         captioning = CaptionerSpec(config, layout, record.index_id, record.retrieval_encoder, watch.monitor, partitions)
-        sink = PartSink(config.out, attempt, len(attempts), schema, layout.rows_per_part, layout.parts, watch.monitor)
+        sink = PartSink(config.out, attempt, len(attempts), schema, layout, watch.monitor)
         loaded = start_loading(items, load_images, loading, layout.images_per_block)
         # No CPU for writing: else loading, which always has more to do, keeps it waiting until all is loaded, and a
         # kill costs all that was captioned.

@@ -10,6 +10,7 @@ from rich.console import Console
 from jobs.captioning import progress
 from jobs.captioning.progress import (
     RecentRates,
+    describe_count,
     describe_duration,
     find_bottleneck,
     progress_line,
@@ -78,6 +79,11 @@ def at(elapsed_s: float, captioned: int, **changes: object) -> Snapshot:
 )  # fmt: skip
 def test_durations_are_short(seconds: float, text: str) -> None:
     assert describe_duration(seconds) == text
+
+
+def test_counts_agree_with_their_nouns() -> None:
+    counts = [describe_count(1, "node"), describe_count(2_000_000, "node"), describe_count(0.5, "GPU")]
+    assert counts == ["1 node", "2,000,000 nodes", "0.5 GPUs"]
 
 
 def test_a_rate_is_of_the_latest_seconds_and_needs_two_batches() -> None:
