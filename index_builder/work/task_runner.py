@@ -43,7 +43,7 @@ class LocalRunner:
     """Runs work items in this process, one after the other: enough for small indexes."""
 
     def node_resources(self) -> list[dict[str, float]]:
-        """Returns one CPU, that actors are planned for one process, and the GPU if there is one."""
+        """Returns one CPU, so that one actor is planned, and the GPU if there is one."""
         import torch
 
         return [{"CPU": 1.0, "GPU": float(torch.cuda.is_available())}]
