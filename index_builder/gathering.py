@@ -17,11 +17,11 @@ from index_builder.dumps.buckets import (
     dedupe_bucket,
     plan_counting,
 )
-from index_builder.dumps.formats import Columns
 from index_builder.inputs import Inputs
 from index_builder.stored import DealStoredTask, deal_shard
 from index_builder.work.stage_runner import StageRunner
 from index_builder.work.staging import Staging
+from smallcap.captions.rows import CaptionColumns
 from smallcap.config import IndexConfig
 from smallcap.errors import ConfigError
 from smallcap.index.manifest import EncoderIdentity
@@ -51,7 +51,7 @@ class GatheredCaptions:
 def gather_captions(
     config: IndexConfig,
     inputs: Inputs,
-    columns: Columns,
+    columns: CaptionColumns,
     encoder: EncoderIdentity,
     staging: Staging,
     runner: StageRunner,

@@ -14,9 +14,9 @@ from smallcap.config import InputConfig
 from smallcap.errors import ConfigError, RowError
 from smallcap.images.decode import crop_pixels, decode_image
 from smallcap.images.fetching import fetch_objects
+from smallcap.images.listing import no_images
 from smallcap.images.sorting import Duplicates, sort_images, unique_images
 from smallcap.images.sources import ImageSources
-from smallcap.images.work_list import no_images
 from smallcap.model.clip_encoder import load_retrieval_encoder, normalise_pixels
 
 IMAGES_PER_TASK = 64
