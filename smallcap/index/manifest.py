@@ -5,8 +5,8 @@
       versions/<index_id>/manifest.json    immutable; one for each version
       files/<kind>-<sha256, 32 digits>.*   immutable; named by content, so that versions share what they have in common
 
-The authority is docs/formats.md. A change of the fields raises `FORMAT_VERSION` and gets a CHANGELOG heading. This
-module knows nothing of faiss or torch.
+The authority is docs/formats.md. A change of the fields raises `FORMAT_VERSION`, keeps reading version 1, and gets a
+CHANGELOG heading. This module knows nothing of faiss or torch.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 Columns kept from the input follow the fixed ones; a part names them in its metadata, and its footer says what it holds
 (`part_files`).
 
-The authority is docs/formats.md. A change here raises `SCHEMA_VERSION` and gets a CHANGELOG heading.
+The authority is docs/formats.md. A change here raises `SCHEMA_VERSION`, keeps reading version 1, and gets a CHANGELOG
+heading.
 """
 
 from __future__ import annotations

@@ -52,6 +52,7 @@ def test_a_run_ends_by_its_bytes_too(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(list(tmp_path.iterdir())) > 1
 
 
+@settings(deadline=None)
 @given(ROWS, PER_TABLE)
 def test_each_id_is_there_once_with_its_first_uri(rows: list[tuple[str, str]], per_table: int) -> None:
     found = Duplicates()
@@ -66,6 +67,7 @@ def test_each_id_is_there_once_with_its_first_uri(rows: list[tuple[str, str]], p
     assert [(e.image_id, e.taken, e.left_out) for e in found.examples] == left_out[:5]
 
 
+@settings(deadline=None)
 @given(ROWS, st.lists(st.sampled_from("abcdeü😀")), PER_TABLE, PER_TABLE)
 def test_known_ids_are_left_out(rows: list[tuple[str, str]], known: list[str], per_table: int, per_chunk: int) -> None:
     ids = sorted(set(known))
@@ -74,6 +76,7 @@ def test_known_ids_are_left_out(rows: list[tuple[str, str]], known: list[str], p
     assert left == [row for row in sorted(rows) if row[0] not in ids]
 
 
+@settings(deadline=None)
 @given(ROWS, PER_TABLE)
 def test_order_is_checked_within_and_between_tables(rows: list[tuple[str, str]], per_table: int) -> None:
     assert _rows(list(checked_order(_tables(sorted(rows), per_table)))) == sorted(rows)
