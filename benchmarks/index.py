@@ -28,9 +28,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.index_data import DIM, RECALL_AT, MadeData, make_data, recall
-from benchmarks.measuring import PACKAGES, PeakMemory, run_watched, say
+from benchmarks.measuring import PeakMemory, run_watched, say
 from benchmarks.tiny_models import make_tiny_clip
-from smallcap.benchmark.stages import describe_machine
+from smallcap.machine.description import describe_machine
 
 K = 4
 BATCH_SIZES = (1, 64, 1024)
@@ -47,10 +47,7 @@ class Benchmark:
 
     def __init__(self, options: argparse.Namespace, work: Path) -> None:
         self._options, self._work = options, work
-        self.results: dict[str, Any] = {
-            "machine": {**describe_machine(packages=PACKAGES), "threads": options.threads},
-            "runs": [],
-        }
+        self.results: dict[str, Any] = {"machine": describe_machine(options.threads), "runs": []}
         if options.go_on:
             self.results["runs"] = json.loads(options.json.read_bytes())["runs"]
 

@@ -24,8 +24,8 @@ from typing import Any
 
 from benchmarks.job_data import demo_model, real_size_model, repeat_images
 from benchmarks.job_sides import SIDES, Settings
-from benchmarks.measuring import PACKAGES, run_watched, say
-from smallcap.benchmark.stages import describe_machine
+from benchmarks.measuring import run_watched, say
+from smallcap.machine.description import describe_machine
 from smallcap.machine.precision import resolve_dtype
 
 _SCENES = Path(__file__).resolve().parents[1] / "demo" / "images"
@@ -49,7 +49,7 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         rounds=options.rounds,
     )
     results: dict[str, Any] = {
-        "machine": {**describe_machine(options.device, packages=PACKAGES), "threads": options.threads},
+        "machine": describe_machine(options.threads, options.device),
         "model": "real-size" if options.real_size else "demo",
         "images": options.images,
         "batch_size": options.batch_size,

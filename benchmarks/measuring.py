@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 
-PACKAGES = ("smallcap", "faiss-gpu", "faiss-cpu", "numpy", "pyarrow", "ray")  # whose versions go with figures
 _SAMPLE_S = 0.2
 _ROUNDS = 3
 _MB = 1e6

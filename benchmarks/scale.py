@@ -30,7 +30,7 @@ import numpy as np
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from benchmarks.measuring import PACKAGES, say
+from benchmarks.measuring import say
 from benchmarks.s3_server import serve_s3
 from benchmarks.scale_data import (
     BUCKET,
@@ -44,7 +44,7 @@ from benchmarks.scale_data import (
 from benchmarks.scale_run import Sample, WatchedRun
 from benchmarks.tiny_models import ModelAndIndex
 from smallcap import storage
-from smallcap.benchmark.stages import describe_machine
+from smallcap.machine.description import describe_machine
 
 KILLS = (0.1, 0.5, 0.9)
 MEMORY = {
@@ -112,8 +112,7 @@ class Benchmark:
 
     def __init__(self, options: argparse.Namespace, model: ModelAndIndex) -> None:
         self._options, self._model = options, model
-        machine = describe_machine(packages=PACKAGES)
-        self.results: dict[str, Any] = {"machine": machine, "images": options.images, "runs": []}
+        self.results: dict[str, Any] = {"machine": describe_machine(0), "images": options.images, "runs": []}
 
     def measure(self, given: Input) -> bool:
         """Captions with kills and without; returns whether all rows are there, once, and alike."""
