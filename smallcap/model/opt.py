@@ -8,8 +8,7 @@ scaled by the head size before reduction.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -17,12 +16,13 @@ from torch import Tensor, nn
 
 from smallcap.decoding.kv_cache import KeyValueSlots
 from smallcap.decoding.text_decoder import (
-    CrossAttentionKV,
     DecoderConfig,
+    DecoderLayer,
+    DecoderStack,
     TextDecoder,
     activation,
     attend,
-    masks_by_layer,
+    init_weights,
     split_heads,
 )
 from smallcap.errors import CheckpointError
@@ -110,7 +110,7 @@ class Attention(nn.Module):
         return self.out_proj(attend(queries, keys, values, mask, dropout, self.scale))
 
 
-class DecoderLayer(nn.Module):
+class OPTLayer(DecoderLayer):
     """Self-attention, cross-attention and feed-forward, each normalised before and added after."""
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -124,6 +124,10 @@ class DecoderLayer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(config.hidden_size)
         self.activation = activation(config.activation)
         self.dropout = nn.Dropout(config.dropout)
+
+    def project_image(self, encoder_hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, P, Hv] to cross-attention's keys and values, each [B, H, P, D / reduce factor]."""
+        return self.encoder_attn.project(encoder_hidden_states)
 
     def forward(
         self, x: Tensor, mask: Tensor, cross_kv: tuple[Tensor, Tensor], layer: int, cache: KeyValueSlots | None
@@ -139,53 +143,31 @@ class DecoderLayer(nn.Module):
         return x + self.dropout(self.fc2(self.activation(self.fc1(self.final_layer_norm(x)))))
 
 
-class DecoderStack(nn.Module, ABC):
-    """Embeddings, layers and last norm of a decoder: all but its output layer."""
-
-    embed_tokens: nn.Embedding
-    layers: nn.ModuleList
-
-    @abstractmethod
-    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """[B, S] token ids and positions to [B, S, E]."""
-
-    @abstractmethod
-    def last_norm(self, x: Tensor) -> Tensor:
-        """[B, S, E] to [B, S, E]."""
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        mask: Tensor,
-        cross_kv: CrossAttentionKV,
-        cache: KeyValueSlots | None,
-        last_only: bool,
-    ) -> Tensor:
-        """[B, S] token ids and positions to [B, S, E], or to [B, 1, E] of the last position only."""
-        x = self.embed(input_ids, position_ids)
-        masks = masks_by_layer(mask, len(self.layers), last_only)
-        for layer, block in enumerate(self.layers):
-            x = block(x, masks[layer], cross_kv[layer], layer, cache)
-        if cache is not None:
-            cache.advance(input_ids.shape[1])
-        return self.last_norm(x)
-
-    def project_encoder(self, encoder_hidden_states: Tensor) -> CrossAttentionKV:
-        """[B, P, Hv] to every layer's cross-attention keys and values; contiguous, as they are read at every token."""
-        layers = cast("Iterable[DecoderLayer]", self.layers)
-        projected = (layer.encoder_attn.project(encoder_hidden_states) for layer in layers)
-        return [(keys.contiguous(), values.contiguous()) for keys, values in projected]
-
-
-class OPTStack(DecoderStack):
-    """OPT's learned positions; its last norm is called `final_layer_norm`."""
+class FairseqStack(DecoderStack):
+    """What OPT and XGLM have in common."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(OPTLayer(config) for _ in range(config.num_layers))
+
+    @property
+    def decoder_layers(self) -> Sequence[DecoderLayer]:
+        """The layers, first to last."""
+        return cast("Sequence[DecoderLayer]", self.layers)
+
+    @property
+    def token_embedding(self) -> Tensor:
+        """[V, E]."""
+        return self.embed_tokens.weight
+
+
+class OPTStack(FairseqStack):
+    """OPT's learned positions; its last norm is called `final_layer_norm`."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__(config)
         self.embed_positions = nn.Embedding(config.max_positions + POSITION_OFFSET, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
         self.final_layer_norm = nn.LayerNorm(config.hidden_size)
 
     def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
@@ -197,39 +179,10 @@ class OPTStack(DecoderStack):
         return self.final_layer_norm(x)
 
 
-class StackedDecoder(TextDecoder):
-    """A decoder over a `DecoderStack`; the output embedding is the input embedding."""
+class OPTDecoder(TextDecoder):
+    """OPT with cross-attention."""
 
     trained_marker = "encoder_attn"  # with the cross-attention's norm, unlike GPT-2's: it shares the name
-
-    @property
-    @abstractmethod
-    def _stack(self) -> DecoderStack: ...
-
-    def cross_attention_kv(self, encoder_hidden_states: Tensor) -> CrossAttentionKV:
-        """Projects [B, P, Hv] encoder hidden states to every layer's cross-attention keys and values."""
-        return self._stack.project_encoder(encoder_hidden_states)
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        attention_mask: Tensor,
-        cross_kv: CrossAttentionKV,
-        cache: KeyValueSlots | None = None,
-        last_only: bool = False,
-    ) -> Tensor:
-        """Returns the last layer's normalised hidden states: [B, S, E], or [B, 1, E] of the last position only."""
-        return self._stack(input_ids, position_ids, attention_mask, cross_kv, cache, last_only)
-
-    @property
-    def token_embedding(self) -> Tensor:
-        """The input embedding [V, E], which is the output embedding too."""
-        return self._stack.embed_tokens.weight
-
-
-class OPTDecoder(StackedDecoder):
-    """OPT with cross-attention."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -238,14 +191,6 @@ class OPTDecoder(StackedDecoder):
         init_weights(self)
 
     @property
-    def _stack(self) -> DecoderStack:
+    def stack(self) -> DecoderStack:
+        """All but the output layer."""
         return cast("DecoderStack", self.model["decoder"])
-
-
-def init_weights(decoder: nn.Module) -> None:
-    """fairseq's initialisation, for parts that no checkpoint fills: new cross-attention before training."""
-    for module in decoder.modules():
-        if isinstance(module, nn.Linear | nn.Embedding):
-            torch.nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Linear):
-            torch.nn.init.zeros_(module.bias)

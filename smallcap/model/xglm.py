@@ -11,15 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smallcap.decoding.text_decoder import DecoderConfig
-from smallcap.model.opt import (
-    ENCODER_HIDDEN_SIZE,
-    POSITION_OFFSET,
-    DecoderLayer,
-    DecoderStack,
-    StackedDecoder,
-    init_weights,
-)
+from smallcap.decoding.text_decoder import DecoderConfig, DecoderStack, TextDecoder, init_weights
+from smallcap.model.opt import ENCODER_HIDDEN_SIZE, POSITION_OFFSET, FairseqStack
 
 
 def parse_xglm_config(values: dict[str, Any]) -> DecoderConfig:
@@ -60,18 +53,16 @@ def dump_xglm_config(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-class XGLMStack(DecoderStack):
+class XGLMStack(FairseqStack):
     """XGLM's scaled embeddings and sinusoidal positions; its last norm is called `layer_norm`."""
 
     positions: Tensor
 
     def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         self.embed_scale = math.sqrt(config.hidden_size)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         table = sinusoids(config.max_positions + POSITION_OFFSET, config.hidden_size)
         self.register_buffer("positions", table, persistent=False)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
         self.layer_norm = nn.LayerNorm(config.hidden_size)
 
     def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
@@ -90,8 +81,10 @@ def sinusoids(count: int, size: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-class XGLMDecoder(StackedDecoder):
+class XGLMDecoder(TextDecoder):
     """XGLM with cross-attention."""
+
+    trained_marker = "encoder_attn"  # with the cross-attention's norm, unlike GPT-2's: it shares the name
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -100,5 +93,6 @@ class XGLMDecoder(StackedDecoder):
         init_weights(self)
 
     @property
-    def _stack(self) -> DecoderStack:
+    def stack(self) -> DecoderStack:
+        """All but the output layer."""
         return self.model
