@@ -17,13 +17,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +28,12 @@ import numpy as np
 
 from benchmarks.index_data import DIM, RECALL_AT, MadeData, make_data, make_encoder, recall
 from benchmarks.measuring import PeakMemory, run_watched
-from smallcap.benchmark.stages import source_commit
+from smallcap.machine.description import describe_machine
 
 K = 4
 BATCH_SIZES = (1, 64, 1024)
 KEYS = ("Flat", "IVF,SQfp16", "IVF,SQ8")
 _ROOT = Path(__file__).resolve().parents[1]
-_VERSIONS = ("smallcap", "faiss-gpu", "faiss-cpu", "numpy", "pyarrow", "ray")
 
 
 class Benchmark:
@@ -176,28 +172,6 @@ def _summary(peak: PeakMemory) -> dict[str, int]:
         "sum_bytes": peak.sum_own,
         "largest_resident_bytes": peak.largest_resident,
     }
-
-
-def describe_machine(threads: int) -> dict[str, Any]:
-    """Returns what the figures hold for: processor, cores used, versions and commit."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return {
-        "device": name or platform.processor() or platform.machine(),
-        "threads": threads,
-        "cores_there": os.cpu_count(),
-        "python": platform.python_version(),
-        **{package: found for package in _VERSIONS if (found := _version(package))},
-        "commit": source_commit(),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except ModuleNotFoundError:  # PackageNotFoundError is one
-        return None
 
 
 def _say(text: str) -> None:

@@ -23,11 +23,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.index import describe_machine
 from benchmarks.job_data import demo_model, real_size_model, repeat_images
 from benchmarks.job_sides import SIDES, Settings, run_side
 from benchmarks.measuring import run_watched
 from benchmarks.scale_data import environment
+from smallcap.machine.description import describe_machine
 from smallcap.machine.precision import resolve_dtype
 
 MODELS = {"demo": demo_model, "real-size": real_size_model}  # the published sizes with random weights

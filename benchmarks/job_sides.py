@@ -50,8 +50,9 @@ class Settings:
         """Loads the captioner that every side uses."""
         torch.set_num_threads(self.threads)
         keep_freed_memory()
-        generation = GenerationConfig(max_new_tokens=self.max_new_tokens)
-        return Captioner.from_pretrained(self.model, self.index, None, generation, self.device, self.dtype)
+        return Captioner.from_pretrained(
+            self.model, self.index, device=self.device, dtype=self.dtype, max_new_tokens=self.max_new_tokens
+        )
 
 
 def bare(settings: Settings) -> dict[str, Any]:

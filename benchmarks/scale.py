@@ -30,7 +30,6 @@ import numpy as np
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from benchmarks.index import describe_machine
 from benchmarks.s3_server import serve_s3
 from benchmarks.scale_data import (
     BUCKET,
@@ -44,6 +43,7 @@ from benchmarks.scale_data import (
 )
 from benchmarks.scale_run import Sample, WatchedRun
 from smallcap import storage
+from smallcap.machine.description import describe_machine
 
 KILLS = (0.1, 0.5, 0.9)
 _OUT_BUCKET = "runs"

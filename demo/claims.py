@@ -82,7 +82,7 @@ class Experiments:
         name, source = ("training", TRAINING) if scenes is self.in_domain else ("other", OTHER)
         texts = [caption for _, caption in datastore_rows(source)]
         retriever = RandomCaptions(Retriever.open(self.indexes[name]), texts)
-        return measure(Captioner.from_pretrained(model, retriever=retriever), scenes)
+        return measure(Captioner.from_pretrained(model, retriever), scenes)
 
     def datastores(self) -> None:
         """The swap: the same model and images, another datastore."""

@@ -17,7 +17,6 @@ from demo.render import encode_jpeg
 from demo.world import TEST, Scene, named_kinds, scenes_of
 from jobs.demo import build_demo_index
 from smallcap.captioner import Captioner
-from smallcap.config import GenerationConfig
 
 BATCH_SIZE = 32
 
@@ -102,9 +101,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the report here")
     arguments = parser.parse_args()
     index = build_demo_index(arguments.index).index_uri
-    captioner = Captioner.from_pretrained(
-        arguments.model, index, generation=GenerationConfig(num_beams=arguments.num_beams)
-    )
+    captioner = Captioner.from_pretrained(arguments.model, index, num_beams=arguments.num_beams)
     evaluate(captioner, arguments.scenes, arguments.json)
 
 

@@ -15,7 +15,6 @@ from jobs.captioning.dry_run import IndexFacts, RunFacts, RunPlan, calibrate, pl
 from jobs.captioning.record import RunRecord
 from jobs.captioning.work import list_work, open_record, what_is_left
 from smallcap import storage
-from smallcap.captioner import load_crop_plan
 from smallcap.config import CaptionConfig
 from smallcap.images.fragments import FRAGMENT_ROWS
 from smallcap.images.row_ranges import RowRanges
@@ -23,6 +22,7 @@ from smallcap.images.work_list import InputBatch, WorkList, make_work_list, read
 from smallcap.index.manifest import load_manifest
 from smallcap.machine.actor_plan import ActorPlan, plan_actors
 from smallcap.machine.precision import fastest_cpu_dtype
+from smallcap.model.checkpoint import load_crop_plan
 from smallcap.output.coverage import Coverage, WorkItem, work_left
 from smallcap.output.part_files import PartOptions
 

@@ -24,7 +24,7 @@ from jobs.training.inputs import TrainInputs, TrainItem
 from jobs.training.pairs import captions_of
 from jobs.training.start import ModelStart
 from smallcap import storage
-from smallcap.captioner import Captioner
+from smallcap.captioner import Captioner, CaptionerOptions
 from smallcap.errors import RunError
 from smallcap.images.crops import CropPlan
 from smallcap.images.fragments import FRAGMENT_ROWS
@@ -179,11 +179,13 @@ class EncodeImages:
         parts = []
         for start in range(0, max(1, len(rows)), _ENCODED_TOGETHER):
             some = rows[start : start + _ENCODED_TOGETHER] or [0]  # a failed row's pixels are 0
-            hidden_states, embeddings = encoders.encode(pixels_of(images, some))
-            parts.append((hidden_states.half().cpu().numpy(), embeddings))
+            pixels = pixels_of(images, some)
+            hidden_states, class_tokens = encoders.encode(pixels)
+            parts.append((hidden_states.half().cpu().numpy(), encoders.embed(pixels, class_tokens)))
         features = np.concatenate([features for features, _ in parts])[: len(rows)]
-        vectors = [vectors for _, vectors in parts if vectors is not None]
-        return features, np.concatenate(vectors)[: len(rows)] if vectors else None
+        if encoders.retrieval_encoder is None:
+            return features, None
+        return features, np.concatenate([embeddings for _, embeddings in parts])[: len(rows)]
 
 
 def store_part(batch: pa.Table, folder: str) -> pa.Table:
@@ -198,7 +200,7 @@ def _load_encoders(spec: EncoderSpec) -> Captioner:
     model = spec.start.load().to(spec.device)
     encoder = spec.start.retrieval_encoder
     retrieval = load_retrieval_encoder(encoder, spec.device) if encoder else None
-    return Captioner(model, spec.start.load_tokenizer(), retrieval, k=0, clip_score=False)
+    return Captioner(model, spec.start.load_tokenizer(), retrieval, options=CaptionerOptions(k=0, clip_score=False))
 
 
 def _as_row(values: dict[str, Any], table: pa.Table) -> pa.Table:

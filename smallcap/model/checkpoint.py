@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from smallcap.config import GenerationConfig
+from smallcap.config import DecodeMode, GenerationConfig
 from smallcap.decoding.beam_search import BeamSearch
 from smallcap.decoding.cuda_graphs import PROMPT_MULTIPLE, STEPS_PER_GRAPH, GraphStepper
 from smallcap.decoding.engine import Generated, generate
@@ -29,7 +29,8 @@ from smallcap.decoding.sampling import Sampling
 from smallcap.decoding.strategy import GenerationOptions, SamplingOptions
 from smallcap.decoding.text_decoder import DecoderConfig, TextDecoder
 from smallcap.errors import CheckpointError, ConfigError
-from smallcap.model.clip_encoder import VisionEncoder
+from smallcap.images.crops import CropPlan
+from smallcap.model.clip_encoder import VisionEncoder, load_preprocessing, vision_preprocessing
 from smallcap.model.files import resolve_folder, weights_file
 from smallcap.model.gpt2 import GPT2Decoder, dump_gpt2_config, parse_gpt2_config
 from smallcap.model.opt import OPTDecoder, dump_opt_config, parse_opt_config
@@ -251,6 +252,16 @@ def load_config(folder: Path) -> SmallCapConfig:
         raise CheckpointError(
             "The checkpoint's config.json is malformed.", where=str(path), found=f"{type(error).__name__}: {error}"
         ) from error
+
+
+def load_crop_plan(model: str, retrieval_encoder: str | None, decode: DecodeMode = "exact") -> CropPlan:
+    """Returns the crops that a checkpoint and a retrieval encoder spec take, without loading the weights of either.
+
+    Raises:
+        CheckpointError: One of them cannot be found.
+    """
+    vision = vision_preprocessing(load_config(resolve_folder(model, demo_part="smallcap")).vision)
+    return CropPlan.of(vision, load_preprocessing(retrieval_encoder) if retrieval_encoder else None, decode)
 
 
 def load_weights(model: SmallCapModel, tensors: dict[str, Tensor], where: str) -> None:

@@ -6,19 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from smallcap.benchmark.stages import (
-    GPT2_124M,
-    BenchmarkOptions,
-    PlannedLengths,
-    build_model,
-    decode_flops,
-    prefill_flops,
-    random_captions,
-    realistic_lengths,
-    run_benchmark,
-    torch_flops,
-    vision_flops,
-)
+from smallcap.benchmark.operations import decode_flops, prefill_flops, torch_flops, vision_flops
+from smallcap.benchmark.random_parts import GPT2_124M, PlannedLengths, build_model, random_captions, realistic_lengths
+from smallcap.benchmark.stages import BenchmarkOptions, run_benchmark
 from smallcap.config import GenerationConfig
 from smallcap.decoding.beam_search import BeamSearch
 from smallcap.decoding.engine import generate, prefill
