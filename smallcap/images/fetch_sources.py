@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from smallcap import storage
 from smallcap.errors import ErrorCode, StorageError
+from smallcap.s3 import s3_endpoint, s3_store
 
 if TYPE_CHECKING:
     import aiohttp
@@ -137,7 +138,7 @@ class Sources:
         return await asyncio.get_running_loop().run_in_executor(self._executor, read, uri, self._max_bytes)
 
     async def _get_from_object_store(self, scheme: str, bucket: str, key: str) -> bytes:
-        endpoint = storage.s3_endpoint() if scheme == "s3" else None
+        endpoint = s3_endpoint() if scheme == "s3" else None
         store = _object_store(scheme, bucket, endpoint, self._timeout_s)
         try:
             response = await store.get_async(key)
@@ -256,7 +257,7 @@ def _read_by_fsspec(uri: str, max_bytes: int) -> bytes:
 def _object_store(scheme: str, bucket: str, endpoint: str | None, timeout_s: float) -> ObjectStore:
     """Opens a bucket without retries of obstore's own: those would not be counted."""
     if scheme == "s3":
-        return storage.s3_store(bucket, endpoint, max_retries=0, timeout_s=timeout_s)
+        return s3_store(bucket, endpoint, max_retries=0, timeout_s=timeout_s)
     from obstore.exceptions import BaseError
     from obstore.store import AzureStore, GCSStore
 

@@ -35,7 +35,7 @@ from smallcap.model.files import resolve_folder, weights_file
 from smallcap.model.gpt2 import GPT2Decoder, dump_gpt2_config, parse_gpt2_config
 from smallcap.model.opt import OPTDecoder, dump_opt_config, parse_opt_config
 from smallcap.model.prompt import PromptTemplate
-from smallcap.model.xglm import XGLMDecoder, dump_xglm_config, parse_xglm_config
+from smallcap.model.xglm import XGLM_FORMAT, XGLMDecoder
 from smallcap.storage import sha256_file
 
 
@@ -55,7 +55,7 @@ DECODER_KINDS = {
     "this_opt": DecoderKind(
         parse_opt_config, OPTDecoder, dump_opt_config, "facebook/opt-125m", prompts_start_with_bos=True
     ),
-    "this_xglm": DecoderKind(parse_xglm_config, XGLMDecoder, dump_xglm_config, "facebook/xglm-564M"),
+    "this_xglm": DecoderKind(XGLM_FORMAT.parse, XGLMDecoder, XGLM_FORMAT.dump, "facebook/xglm-564M"),
 }
 
 # Written by transformers 4.21 and derived from the sizes: causal masks and position indices.

@@ -25,6 +25,27 @@ from smallcap.decoding.text_decoder import (
     split_heads,
 )
 from smallcap.errors import CheckpointError
+from smallcap.model.decoder_config import ConfigFormat
+
+_FORMAT = ConfigFormat(
+    names={
+        "hidden_size": "n_embd",
+        "num_layers": "n_layer",
+        "num_heads": "n_head",
+        "ffn_size": "n_inner",
+        "max_positions": "n_positions",
+        "layer_norm_eps": "layer_norm_epsilon",
+        "activation": "activation_function",
+        "dropout": "resid_pdrop",
+    },
+    defaults={
+        "encoder_hidden_size": 768,
+        "layer_norm_epsilon": 1e-5,
+        "activation_function": "gelu_new",
+        "resid_pdrop": 0.1,
+    },
+    fixed={"model_type": "this_gpt2"},
+)
 
 
 def parse_gpt2_config(values: dict[str, Any]) -> DecoderConfig:
@@ -38,43 +59,12 @@ def parse_gpt2_config(values: dict[str, Any]) -> DecoderConfig:
             raise CheckpointError(
                 "This GPT-2 attention variant is not supported.", where=f"decoder.{name}", found="true"
             )
-    hidden_size = values["n_embd"]
-    return DecoderConfig(
-        model_type="this_gpt2",
-        vocab_size=values["vocab_size"],
-        hidden_size=hidden_size,
-        num_layers=values["n_layer"],
-        num_heads=values["n_head"],
-        ffn_size=values.get("n_inner") or 4 * hidden_size,
-        max_positions=values["n_positions"],
-        encoder_hidden_size=values.get("encoder_hidden_size", 768),
-        cross_attention_reduce_factor=values.get("cross_attention_reduce_factor", 1),
-        layer_norm_eps=values.get("layer_norm_epsilon", 1e-5),
-        activation=values.get("activation_function", "gelu_new"),
-        dropout=values.get("resid_pdrop", 0.1),
-    )
+    return _FORMAT.parse(values | {"n_inner": values.get("n_inner") or 4 * values["n_embd"]})
 
 
 def dump_gpt2_config(config: DecoderConfig) -> dict[str, Any]:
     """Returns the `this_gpt2` config that the reference loads; the inverse of `parse_gpt2_config`."""
-    return {
-        "model_type": "this_gpt2",
-        "add_cross_attention": True,
-        "is_decoder": True,
-        "vocab_size": config.vocab_size,
-        "n_embd": config.hidden_size,
-        "n_layer": config.num_layers,
-        "n_head": config.num_heads,
-        "n_inner": config.ffn_size,
-        "n_positions": config.max_positions,
-        "encoder_hidden_size": config.encoder_hidden_size,
-        "cross_attention_reduce_factor": config.cross_attention_reduce_factor,
-        "layer_norm_epsilon": config.layer_norm_eps,
-        "activation_function": config.activation,
-        "resid_pdrop": config.dropout,
-        "embd_pdrop": config.dropout,
-        "attn_pdrop": config.dropout,
-    }
+    return _FORMAT.dump(config) | {"embd_pdrop": config.dropout, "attn_pdrop": config.dropout}
 
 
 class Conv1D(nn.Module):

@@ -25,9 +25,26 @@ from smallcap.decoding.text_decoder import (
     split_heads,
 )
 from smallcap.errors import CheckpointError
+from smallcap.model.decoder_config import ConfigFormat
 
 POSITION_OFFSET = 2  # fairseq keeps the first two positions for padding
 ENCODER_HIDDEN_SIZE = 768  # the reference writes it into the code for these decoders, whatever the config says
+
+
+_FORMAT = ConfigFormat(
+    names={
+        "hidden_size": "hidden_size",
+        "num_layers": "num_hidden_layers",
+        "num_heads": "num_attention_heads",
+        "ffn_size": "ffn_dim",
+        "max_positions": "max_position_embeddings",
+        "activation": "activation_function",
+        "dropout": "dropout",
+    },
+    defaults={"activation_function": "relu", "dropout": 0.1},
+    fixed={"model_type": "this_opt", "encoder_hidden_size": ENCODER_HIDDEN_SIZE, "layer_norm_eps": 1e-5},
+    extra={"do_layer_norm_before": True},
+)
 
 
 def parse_opt_config(values: dict[str, Any]) -> DecoderConfig:
@@ -43,41 +60,12 @@ def parse_opt_config(values: dict[str, Any]) -> DecoderConfig:
             where="decoder.word_embed_proj_dim, decoder.do_layer_norm_before",
             expected="norms before attention and embeddings of the hidden size, as all sizes but 350m have",
         )
-    return DecoderConfig(
-        model_type="this_opt",
-        vocab_size=values["vocab_size"],
-        hidden_size=hidden_size,
-        num_layers=values["num_hidden_layers"],
-        num_heads=values["num_attention_heads"],
-        ffn_size=values["ffn_dim"],
-        max_positions=values["max_position_embeddings"],
-        encoder_hidden_size=ENCODER_HIDDEN_SIZE,
-        cross_attention_reduce_factor=values.get("cross_attention_reduce_factor", 1),
-        layer_norm_eps=1e-5,
-        activation=values.get("activation_function", "relu"),
-        dropout=values.get("dropout", 0.1),
-    )
+    return _FORMAT.parse(values)
 
 
 def dump_opt_config(config: DecoderConfig) -> dict[str, Any]:
     """Returns the `this_opt` config that the reference loads; the inverse of `parse_opt_config`."""
-    return {
-        "model_type": "this_opt",
-        "add_cross_attention": True,
-        "is_decoder": True,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "word_embed_proj_dim": config.hidden_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "ffn_dim": config.ffn_size,
-        "max_position_embeddings": config.max_positions,
-        "encoder_hidden_size": config.encoder_hidden_size,
-        "cross_attention_reduce_factor": config.cross_attention_reduce_factor,
-        "activation_function": config.activation,
-        "dropout": config.dropout,
-        "do_layer_norm_before": True,
-    }
+    return _FORMAT.dump(config) | {"word_embed_proj_dim": config.hidden_size}
 
 
 class Attention(nn.Module):

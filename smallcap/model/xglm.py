@@ -6,51 +6,28 @@ Source: Lin et al. 2021 for the language model; RitaRamo/smallcap src/xglm.py fo
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from smallcap.decoding.text_decoder import DecoderConfig, DecoderStack, TextDecoder, init_weights
+from smallcap.model.decoder_config import ConfigFormat
 from smallcap.model.opt import ENCODER_HIDDEN_SIZE, POSITION_OFFSET, FairseqStack
 
-
-def parse_xglm_config(values: dict[str, Any]) -> DecoderConfig:
-    """Reads a `this_xglm` decoder's config as the reference or transformers writes it."""
-    return DecoderConfig(
-        model_type="this_xglm",
-        vocab_size=values["vocab_size"],
-        hidden_size=values["d_model"],
-        num_layers=values["num_layers"],
-        num_heads=values["attention_heads"],
-        ffn_size=values["ffn_dim"],
-        max_positions=values["max_position_embeddings"],
-        encoder_hidden_size=ENCODER_HIDDEN_SIZE,
-        cross_attention_reduce_factor=values.get("cross_attention_reduce_factor", 1),
-        layer_norm_eps=1e-5,
-        activation=values.get("activation_function", "gelu"),
-        dropout=values.get("dropout", 0.1),
-    )
-
-
-def dump_xglm_config(config: DecoderConfig) -> dict[str, Any]:
-    """Returns the `this_xglm` config that the reference loads; the inverse of `parse_xglm_config`."""
-    return {
-        "model_type": "this_xglm",
-        "add_cross_attention": True,
-        "is_decoder": True,
-        "vocab_size": config.vocab_size,
-        "d_model": config.hidden_size,
-        "num_layers": config.num_layers,
-        "attention_heads": config.num_heads,
-        "ffn_dim": config.ffn_size,
-        "max_position_embeddings": config.max_positions,
-        "encoder_hidden_size": config.encoder_hidden_size,
-        "cross_attention_reduce_factor": config.cross_attention_reduce_factor,
-        "activation_function": config.activation,
-        "dropout": config.dropout,
-        "scale_embedding": True,
-    }
+XGLM_FORMAT = ConfigFormat(
+    names={
+        "hidden_size": "d_model",
+        "num_layers": "num_layers",
+        "num_heads": "attention_heads",
+        "ffn_size": "ffn_dim",
+        "max_positions": "max_position_embeddings",
+        "activation": "activation_function",
+        "dropout": "dropout",
+    },
+    defaults={"activation_function": "gelu", "dropout": 0.1},
+    fixed={"model_type": "this_xglm", "encoder_hidden_size": ENCODER_HIDDEN_SIZE, "layer_norm_eps": 1e-5},
+    extra={"scale_embedding": True},
+)
 
 
 class XGLMStack(FairseqStack):

@@ -18,6 +18,7 @@ from smallcap import storage
 from smallcap.config import InputConfig
 from smallcap.errors import ErrorCode, RowError, StorageError
 from smallcap.images.fetching import AdaptiveLimit, FetchOptions, fetch_objects
+from smallcap.s3 import s3_store
 
 QUICK = FetchOptions(attempts=4, first_backoff_s=0.01, max_backoff_s=0.05)
 AZURE = "devstoreaccount1"  # what the emulator's account is called
@@ -367,7 +368,7 @@ class TestTheRunsEnd:
             fetch_objects([f"{s3}/a.jpg"], QUICK)
 
     def test_no_credentials(self, s3_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        storage.s3_store.cache_clear()
+        s3_store.cache_clear()
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
             monkeypatch.delenv(name)
         monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")

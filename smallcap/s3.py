@@ -11,21 +11,26 @@ import os
 import random
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from smallcap.errors import StorageError
-from smallcap.storage.uris import S3_RETRIES, filesystem, s3_endpoint
 
 if TYPE_CHECKING:
     from obstore.store import S3Credential, S3Store
 
+S3_RETRIES = 6  # with botocore's growing waits about half a minute; s3fs repeats some calls once more by itself
 _READ_ATTEMPTS = 5  # of one ranged read in a row, beside the client's own
 _WRITER = "smallcap-writer"  # S3 metadata of an object that several processes may replace
 _CREDENTIALS_LIFETIME = timedelta(minutes=5)  # after which botocore is asked whether they are still good
+
+
+def s3_endpoint() -> str | None:
+    """Returns the address of the S3 service where it is not Amazon's own."""
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
 
 
 @lru_cache
@@ -79,8 +84,14 @@ def open_bucket(uri: str) -> tuple[S3Store, str]:
     return s3_store(bucket, s3_endpoint()), key
 
 
-def walk_objects(root: str) -> Iterator[str]:
-    """Yields the objects below a prefix, or the one object, sorted."""
+def walk_objects(root: str, list_all: Callable[[], Iterable[str]]) -> Iterator[str]:
+    """Yields the URIs of the objects below a prefix, or of the one object, sorted.
+
+    Args:
+        root: A prefix, or an object.
+        list_all: Lists the same with all URIs in memory; called where there are keys such as a//b, which obstore
+            refuses.
+    """
     import obstore
     from obstore.exceptions import InvalidPathError
 
@@ -92,9 +103,8 @@ def walk_objects(root: str) -> Iterator[str]:
             for entry in page:
                 uri = f"{bucket}/{entry['path']}"
                 yield uri
-    except InvalidPathError:  # keys such as a//b; s3fs takes them, and holds all names in memory
-        fs, path = filesystem(root)
-        yield from (found for found in sorted(f"s3://{name}" for name in fs.find(path)) if found > uri)
+    except InvalidPathError:
+        yield from (found for found in list_all() if found > uri)
         return
     if not uri and key and not root.endswith("/"):
         with suppress(FileNotFoundError):

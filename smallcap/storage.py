@@ -1,0 +1,375 @@
+"""The doorway to storage: every URI that smallcap reads or writes goes through here.
+
+Local paths, `s3://` (s3fs and, for some requests, `smallcap.s3`; the endpoint from AWS_ENDPOINT_URL) and any other
+fsspec URL look alike to the callers. The hot path of fetching many small objects is `smallcap.images.fetching`. This
+module knows nothing of images, indexes or schemas.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import io
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from itertools import chain, islice
+from pathlib import Path
+from typing import IO, cast
+
+import fsspec
+from fsspec.core import url_to_fs
+
+from smallcap.errors import RunError, StorageError
+from smallcap.s3 import S3_RETRIES, open_object, read_object_tail, s3_endpoint, update_object, walk_objects
+
+_CHUNK_BYTES = 8 << 20
+_SORTED_ENTRIES = 200_000  # a folder with more is listed in the order of its disk: names are not held in any number
+
+
+def is_local(uri: str) -> bool:
+    """Says whether a URI names a path of this machine's own file system."""
+    return "://" not in uri or uri.startswith("file://")
+
+
+def absolute(uri: str) -> str:
+    """Returns `uri` without a trailing slash; a local path becomes absolute and loses its `file://`."""
+    if is_local(uri):
+        return os.path.abspath(os.path.expanduser(uri.removeprefix("file://")))
+    return uri.rstrip("/")
+
+
+def join(uri: str, *parts: str) -> str:
+    """Joins path components to a URI with single slashes."""
+    return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def is_glob(uri: str) -> bool:
+    """Says whether a URI is a pattern of names."""
+    return any(mark in uri for mark in "*?[")
+
+
+def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """Returns the fsspec filesystem of a URI and the path inside it.
+
+    Raises:
+        StorageError: The protocol is unknown, or its package is missing.
+    """
+    # The endpoint is named, so that fsspec keeps no filesystem of another endpoint for it.
+    s3_options = {"endpoint_url": s3_endpoint(), "config_kwargs": {"retries": {"max_attempts": S3_RETRIES}}}
+    try:
+        # no cache of listings: other processes write to the same places
+        fs, path = url_to_fs(absolute(uri), use_listings_cache=False, **(s3_options if uri.startswith("s3://") else {}))
+    except (ValueError, ImportError) as error:
+        raise StorageError(
+            "Cannot open this kind of URI.",
+            where=uri,
+            found=str(error),
+            remedy="Use a local path, s3://…, or install the fsspec package of that protocol.",
+        ) from error
+    return fs, path
+
+
+@contextmanager
+def _translated(uri: str, doing: str) -> Iterator[None]:
+    """Turns the many exceptions of storage clients into one `StorageError`."""
+    try:
+        yield
+    except RunError:
+        raise
+    except FileNotFoundError as error:
+        raise StorageError(f"Cannot {doing}: it does not exist.", where=uri, remedy="Check the path.") from error
+    except PermissionError as error:
+        raise StorageError(
+            f"Cannot {doing}: access denied.", where=uri, found=str(error), remedy="Check the credentials."
+        ) from error
+    except Exception as error:  # botocore, aiohttp, google-auth … share no base class
+        raise StorageError(f"Cannot {doing}.", where=uri, found=f"{type(error).__name__}: {error}") from error
+
+
+def exists(uri: str) -> bool:
+    """Says whether a file or folder exists at `uri`."""
+    fs, path = filesystem(uri)
+    with _translated(uri, "look at this path"):
+        return bool(fs.exists(path))
+
+
+def is_folder(uri: str) -> bool:
+    """Says whether `uri` is a folder, or a prefix with objects below it."""
+    fs, path = filesystem(uri)
+    with _translated(uri, "look at this path"):
+        return bool(fs.isdir(path))
+
+
+def size(uri: str) -> int | None:
+    """Returns a file's size in bytes; None where there is no such file."""
+    fs, path = filesystem(uri)
+    with _translated(uri, "look at this path"):
+        try:
+            return int(fs.size(path))
+        except FileNotFoundError:
+            return None
+
+
+def modified_at(uri: str) -> datetime:
+    """Returns when a file was last written, with its time zone."""
+    fs, path = filesystem(uri)
+    with _translated(uri, "look at this path"):
+        found: datetime = fs.modified(path)
+    return found if found.tzinfo else found.replace(tzinfo=UTC)
+
+
+def list_folder(uri: str) -> list[str]:
+    """Lists the names directly in a folder or prefix as URIs, hidden ones included, sorted; empty where it is not."""
+    fs, root = filesystem(uri)
+    with _translated(uri, "list this path"):
+        try:
+            names = fs.ls(root, detail=False)
+        except FileNotFoundError:
+            return []
+    return sorted(join(uri, name.rstrip("/").rsplit("/", 1)[-1]) for name in names)
+
+
+def list_files(uri: str, suffixes: Sequence[str] = ()) -> list[str]:
+    """Lists the files below a folder or prefix, sorted; see `iter_files`."""
+    return sorted(iter_files(uri, suffixes))
+
+
+def iter_files(uri: str, suffixes: Sequence[str] = ()) -> Iterator[str]:
+    """Lists the files below a folder or prefix as a stream: memory does not grow with their number.
+
+    A file's own URI lists as itself. Hidden files (a component starting with `.` or `_`) are left out, as Hadoop's
+    readers do. Files are sorted, except in a local folder of more than 200,000 entries.
+
+    Args:
+        uri: Folder, prefix, glob pattern, or file.
+        suffixes: Lower-case endings to keep, such as `(".jpg", ".png")`; all files when empty.
+
+    Raises:
+        StorageError: Nothing exists at `uri`, or the service fails.
+    """
+    root = fixed = absolute(uri)  # fixed: what of it every file's URI begins with
+    if is_glob(root):
+        fixed = root[: min(root.index(mark) for mark in "*?[" if mark in root)].rpartition("/")[0]
+        found = _glob(root)
+    elif is_local(root):
+        found = _walk_local(root)
+    elif root.startswith("s3://"):
+        found = walk_objects(root, lambda: _find(root))
+    else:
+        found = _find(root)
+    endings = tuple(suffixes)
+    any_file = False
+    while True:
+        with _translated(uri, "list this path"):  # not around the yield: a caller's errors are not the storage's
+            path = next(found, None)
+        if path is None:
+            break
+        any_file = True
+        hidden = any(part.startswith((".", "_")) for part in path[len(fixed) :].split("/"))
+        if not hidden and (not endings or path.lower().endswith(endings)):
+            yield path
+    if not any_file and not exists(uri):
+        raise StorageError("Cannot list this path: it does not exist.", where=uri, remedy="Check the path.")
+
+
+def _walk_local(root: str) -> Iterator[str]:
+    """Yields the files below a folder; those of a folder that is not huge in the order of their whole paths."""
+    if os.path.isfile(root):
+        yield root
+        return
+    if not os.path.isdir(root):
+        return
+    with os.scandir(root) as entries:
+        first = list(islice(entries, _SORTED_ENTRIES))
+        # A folder sorts as its name and a slash: then walking in this order gives whole paths in order.
+        first.sort(key=lambda entry: entry.name + "/" if entry.is_dir(follow_symlinks=False) else entry.name)
+        for entry in chain(first, entries):
+            if entry.is_dir(follow_symlinks=False):
+                yield from _walk_local(entry.path)
+            else:
+                yield entry.path
+
+
+def _glob(root: str) -> Iterator[str]:
+    fs, pattern = filesystem(root)
+    yield from sorted(_uri(root, path) for path in fs.glob(pattern) if not fs.isdir(path))
+
+
+def _find(root: str) -> Iterator[str]:
+    fs, path = filesystem(root)
+    yield from sorted(_uri(root, found) for found in fs.find(path))
+
+
+def _uri(root: str, path: str) -> str:
+    """Returns the URI of a path that a filesystem lists for `root`."""
+    return path if is_local(root) else f"{root.split('://', 1)[0]}://{path}"
+
+
+def open_ranged(uri: str, buffer_bytes: int = 0) -> IO[bytes]:
+    """Opens a file for reading in ranges; on S3 each read is one ranged request, repeated when the connection breaks.
+
+    Args:
+        uri: The file.
+        buffer_bytes: Read ahead so much at a time, for reading from front to back; 0 reads what is asked for.
+
+    Raises:
+        StorageError: It is missing (caused by a `FileNotFoundError`), forbidden (`PermissionError`), or the service
+            fails; also from its `read`.
+    """
+    with _translated(uri, "read this file"):
+        if is_local(uri):
+            return open(absolute(uri), "rb", buffering=max(buffer_bytes, io.DEFAULT_BUFFER_SIZE))
+        if uri.startswith("s3://"):
+            return open_object(uri, buffer_bytes)
+        fs, path = filesystem(uri)
+        return cast("IO[bytes]", fs.open(path, "rb"))
+
+
+def read_bytes(uri: str) -> bytes:
+    """Reads one whole file.
+
+    Raises:
+        StorageError: It is missing, forbidden, or the service fails.
+    """
+    fs, path = filesystem(uri)
+    with _translated(uri, "read this file"):
+        return bytes(fs.cat_file(path))
+
+
+def read_tail(uri: str, length: int) -> bytes:
+    """Reads the last bytes of a file, or all where it has fewer; on S3 with one request.
+
+    Raises:
+        StorageError: It is missing, forbidden, or the service fails.
+    """
+    with _translated(uri, "read this file"):
+        if uri.startswith("s3://"):
+            return read_object_tail(uri, length)
+        fs, path = filesystem(uri)
+        return bytes(fs.cat_file(path, start=-length))
+
+
+@contextmanager
+def _staged(uri: str) -> Iterator[Path]:
+    """Gives a path beside a local target, which takes the target's place unless writing it failed."""
+    target = Path(absolute(uri))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staged = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    try:
+        yield staged
+        staged.replace(target)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Writes one whole file atomically: a reader sees the old content or the new one, never a part.
+
+    Raises:
+        StorageError: The target cannot be written.
+    """
+    with _translated(uri, "write this file"):
+        if is_local(uri):
+            with _staged(uri) as staged, staged.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        else:
+            fs, path = filesystem(uri)
+            fs.pipe_file(path, data)
+
+
+def update_bytes(uri: str, update: Callable[[bytes | None], bytes]) -> None:
+    """Replaces a small file by what `update` makes of its content, with no other writer in between.
+
+    On a local disk writers take turns by a lock file; on S3 the write is conditional on the object's ETag, and begins
+    again where another writer came first. Other stores have no such operation here: they are read just before the
+    write, and of two writers in the same instant the later one wins.
+
+    Args:
+        uri: The file.
+        update: Is given the present content, or `None` where there is no file; may raise to leave it as it is.
+
+    Raises:
+        StorageError: The target cannot be read or written.
+    """
+    if is_local(uri):
+        target = Path(absolute(uri))
+        with _translated(uri, "write this file"):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with target.with_name(f".{target.name}.lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                write_bytes(uri, update(target.read_bytes() if target.exists() else None))
+    elif uri.startswith("s3://"):
+        with _translated(uri, "write this file"):
+            update_object(uri, update)
+    else:
+        write_bytes(uri, update(read_bytes(uri) if exists(uri) else None))
+
+
+def upload(local_path: str | Path, uri: str) -> None:
+    """Copies a local file to `uri`, atomically for readers of `uri`."""
+    with _translated(uri, "write this file"):
+        if is_local(uri):
+            with _staged(uri) as staged:
+                shutil.copyfile(local_path, staged)
+        else:
+            fs, path = filesystem(uri)
+            fs.put_file(str(local_path), path)
+
+
+def move_in(local_path: Path, uri: str) -> None:
+    """Like `upload`, for a temporary file that is not needed afterwards: on a local disk it may just be renamed."""
+    if not is_local(uri):
+        upload(local_path, uri)
+        return
+    with _translated(uri, "write this file"), _staged(uri) as staged:
+        shutil.move(local_path, staged)
+
+
+def download(uri: str, local_path: str | Path) -> None:
+    """Copies `uri` to a local file whose folder exists."""
+    fs, path = filesystem(uri)
+    with _translated(uri, "download this file"):
+        fs.get_file(path, str(local_path))
+
+
+@contextmanager
+def local_file(uri: str) -> Iterator[Path]:
+    """Gives a local path with a file's content: its own when local, else a temporary download of the same name."""
+    if is_local(uri):
+        yield Path(absolute(uri))
+        return
+    with scratch_folder() as folder:
+        path = folder / uri.rsplit("/", 1)[-1]
+        download(uri, path)
+        yield path
+
+
+def remove(uri: str) -> None:
+    """Deletes a file, or a folder with all that is in it; nothing happens when there is none."""
+    fs, path = filesystem(uri)
+    with _translated(uri, "delete this path"):
+        if fs.exists(path):
+            fs.rm(path, recursive=True)
+
+
+def sha256_file(path: str | Path) -> str:
+    """Returns the hexadecimal sha256 of a local file, read once from front to back."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """Gives a temporary local folder that is deleted afterwards."""
+    with tempfile.TemporaryDirectory(prefix="smallcap-") as folder:
+        yield Path(folder)
