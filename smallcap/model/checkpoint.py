@@ -135,8 +135,8 @@ class SmallCapModel(nn.Module):
         Raises:
             ConfigError: More captions are wanted than beams can give.
         """
-        own = self.config
-        num_beams = own.num_beams if wanted.num_beams is None else wanted.num_beams
+        defaults = self.config
+        num_beams = defaults.num_beams if wanted.num_beams is None else wanted.num_beams
         if wanted.num_captions > num_beams and not wanted.do_sample:
             raise ConfigError(
                 "There cannot be more captions per image than beams.",
@@ -147,10 +147,10 @@ class SmallCapModel(nn.Module):
             )
         return GenerationOptions(
             num_beams=num_beams,
-            max_new_tokens=own.max_new_tokens if wanted.max_new_tokens is None else wanted.max_new_tokens,
-            length_penalty=own.length_penalty if wanted.length_penalty is None else wanted.length_penalty,
-            eos_token_id=own.eos_token_id,
-            pad_token_id=own.pad_token_id,
+            max_new_tokens=defaults.max_new_tokens if wanted.max_new_tokens is None else wanted.max_new_tokens,
+            length_penalty=defaults.length_penalty if wanted.length_penalty is None else wanted.length_penalty,
+            eos_token_id=defaults.eos_token_id,
+            pad_token_id=defaults.pad_token_id,
             no_repeat_ngram_size=wanted.no_repeat_ngram_size,
             num_captions=wanted.num_captions,
             strategy=Sampling if wanted.do_sample else BeamSearch,
@@ -234,7 +234,7 @@ def load_config(folder: Path) -> SmallCapConfig:
                 expected=", ".join(DECODER_KINDS),
                 found=kind,
             )
-        own = values.get("generation", {})
+        generation = values.get("generation", {})
         config = SmallCapConfig(
             encoder=values["encoder"],
             decoder=DECODER_KINDS[kind].parse_config(values["decoder"]),
@@ -245,7 +245,7 @@ def load_config(folder: Path) -> SmallCapConfig:
             retrieval_encoder=values.get("retrieval_encoder", ""),
             bos_token_id=values["decoder"]["bos_token_id"] if DECODER_KINDS[kind].prompts_start_with_bos else None,
         )
-        return replace(config, **{**own, "template": PromptTemplate(**own.get("template", {}))})
+        return replace(config, **{**generation, "template": PromptTemplate(**generation.get("template", {}))})
     except FileNotFoundError as error:
         raise CheckpointError("The checkpoint has no config.json.", where=str(folder)) from error
     except (KeyError, TypeError, ValueError) as error:

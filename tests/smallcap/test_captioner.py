@@ -63,8 +63,8 @@ def test_neighbours_are_the_nearest_captions(captioner: Captioner) -> None:
     assert {n.text for n in result.neighbours} == {CAPTIONS[row] for row in best}
     assert [n.score for n in result.neighbours] == pytest.approx(sorted(scores[best], reverse=True), abs=1e-5)
     assert result.clip_score is not None
-    own = captioner.retrieval_encoder.encode_texts([result.caption or ""])
-    assert result.clip_score == pytest.approx(float(query[0] @ own[0]), abs=1e-5)
+    caption_embeddings = captioner.retrieval_encoder.encode_texts([result.caption or ""])
+    assert result.clip_score == pytest.approx(float(query[0] @ caption_embeddings[0]), abs=1e-5)
 
 
 @pytest.mark.ray
@@ -92,10 +92,10 @@ def test_a_bad_image_is_a_result_with_an_error_among_the_others(captioner: Capti
 def test_an_images_own_captions_can_be_excluded(captioner: Captioner) -> None:
     (plain,) = captioner.caption([picture(0)])
     store = captioner.retriever.captions  # type: ignore[union-attr]
-    own = store.image_ids(np.array([plain.neighbours[0].caption_id]))[0]
-    (excluded,) = captioner.caption([picture(0)], image_ids=[own[0]])
+    own_images = store.image_ids(np.array([plain.neighbours[0].caption_id]))[0]
+    (excluded,) = captioner.caption([picture(0)], image_ids=[own_images[0]])
     assert len(excluded.neighbours) == 4
-    assert all(own[0] not in store.image_ids(np.array([n.caption_id]))[0] for n in excluded.neighbours)
+    assert all(own_images[0] not in store.image_ids(np.array([n.caption_id]))[0] for n in excluded.neighbours)
 
 
 @pytest.mark.slow

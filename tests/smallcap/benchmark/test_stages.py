@@ -27,11 +27,11 @@ def test_counted_operations_are_torchs(model: SmallCapModel) -> None:
     assert counted == pytest.approx(vision_flops(model), rel=0.03)
     hidden_states, prompts = torch.zeros(2, 50, 768), [[5] * 60, [6] * 60]
     options = replace(model.generation_options(GenerationConfig()), max_new_tokens=8)
-    of_prefill = torch_flops(lambda: prefill(model.decoder, hidden_states, prompts, options)) / 2
-    assert of_prefill == pytest.approx(prefill_flops(model, 60), rel=0.03)
+    counted_prefill = torch_flops(lambda: prefill(model.decoder, hidden_states, prompts, options)) / 2
+    assert counted_prefill == pytest.approx(prefill_flops(model, 60), rel=0.03)
     planned = replace(options, strategy=type("Eight", (PlannedLengths,), {"plan": (8,)}))
-    of_all = torch_flops(lambda: generate(model.decoder, hidden_states, prompts, planned)) / 2
-    assert of_all - of_prefill == pytest.approx(decode_flops(model, 60, 8, 3), rel=0.03)
+    counted_whole = torch_flops(lambda: generate(model.decoder, hidden_states, prompts, planned)) / 2
+    assert counted_whole - counted_prefill == pytest.approx(decode_flops(model, 60, 8, 3), rel=0.03)
 
 
 def test_packed_layers_are_counted_as_well() -> None:

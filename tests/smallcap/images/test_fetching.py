@@ -81,8 +81,8 @@ class Web(BaseHTTPRequestHandler):
 
     def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
-        of_object = {"ETag": '"1"', "Last-Modified": "Wed, 21 Oct 2015 07:28:00 GMT"}
-        for name, text in ({"Content-Length": str(len(body))} | of_object | (headers or {})).items():
+        object_headers = {"ETag": '"1"', "Last-Modified": "Wed, 21 Oct 2015 07:28:00 GMT"}
+        for name, text in ({"Content-Length": str(len(body))} | object_headers | (headers or {})).items():
             self.send_header(name, text)
         self.end_headers()
         self.wfile.write(body)
