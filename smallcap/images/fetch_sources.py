@@ -13,6 +13,7 @@ import re
 import stat
 from collections.abc import Callable
 from concurrent.futures import Executor
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
@@ -50,31 +51,16 @@ _CREDENTIALS_OF = {
 }
 
 
+@dataclass(eq=False)
 class FetchFailure(Exception):  # noqa: N818 - an outcome that is weighed, not an error that is shown
-    """One request for one object failed.
+    """One request for one object failed."""
 
-    Attributes:
-        code: What the row's error would be.
-        what: One sentence for people.
-        repeat: Whether another attempt may help.
-        retry_after_s: How long the server asks to wait.
-        slow_down: Whether the server asks for fewer requests.
-        unreached: Whether there was no connection to the server at all.
-    """
-
-    def __init__(
-        self,
-        code: ErrorCode,
-        what: str,
-        *,
-        repeat: bool = False,
-        retry_after_s: float | None = None,
-        slow_down: bool = False,
-        unreached: bool = False,
-    ) -> None:
-        super().__init__(what)
-        self.code, self.what, self.repeat = code, what, repeat
-        self.retry_after_s, self.slow_down, self.unreached = retry_after_s, slow_down, unreached
+    code: ErrorCode  # what the row's error would be
+    what: str  # one sentence for people
+    repeat: bool = field(default=False, kw_only=True)  # whether another attempt may help
+    retry_after_s: float | None = field(default=None, kw_only=True)  # how long the server asks to wait
+    slow_down: bool = field(default=False, kw_only=True)  # whether the server asks for fewer requests
+    unreached: bool = field(default=False, kw_only=True)  # whether there was no connection to the server at all
 
 
 def place_of(uri: str) -> str:
