@@ -22,12 +22,16 @@ from smallcap.decoding.beam_search import BeamSearch
 from smallcap.decoding.strategy import GenerationOptions
 from smallcap.decoding.text_decoder import DecoderConfig
 from smallcap.errors import ConfigError
-from smallcap.images.decode import Preprocessing
 from smallcap.index.caption_store import CAPTION_STORE_COLUMNS, write_caption_file
 from smallcap.index.manifest import EncoderIdentity, FileEntry, IndexManifest, ShardEntry, SourceEntry
 from smallcap.index.retriever import Retriever
 from smallcap.model.checkpoint import SmallCapConfig, SmallCapModel
-from smallcap.model.clip_encoder import HFRetrievalEncoder, OpenCLIPRetrievalEncoder, RetrievalEncoder
+from smallcap.model.clip_encoder import (
+    HFRetrievalEncoder,
+    OpenCLIPRetrievalEncoder,
+    RetrievalEncoder,
+    open_clip_preprocessing,
+)
 
 VIT_B_32 = {
     "hidden_size": 768,
@@ -75,37 +79,24 @@ def build_clip(model: SmallCapModel) -> CLIPModel:
 
 
 def build_retrieval_encoder(name: str, model: SmallCapModel) -> RetrievalEncoder:
-    """Returns a random retrieval encoder: `shared` has the vision encoder's weights, others are open_clip's."""
-    return _SharedEncoder(model) if name == "shared" else _RandomOpenCLIP(name, model)
+    """Returns a random retrieval encoder: `shared` has the vision encoder's weights, others are open_clip's.
 
-
-class _SharedEncoder(HFRetrievalEncoder):
-    """A CLIP ViT-B/32 whose vision tower is the model's."""
-
-    def __init__(self, model: SmallCapModel) -> None:
-        self._model = build_clip(model).to(model.device, model.dtype)
-        self._tokenizer = build_tokenizer()
-        self._tokenizer.pad_token = "!"
-        self._max_tokens = 77
+    Raises:
+        ConfigError: open_clip has no such architecture.
+    """
+    if name == "shared":
+        tokenizer = build_tokenizer()
+        tokenizer.pad_token = "!"
         identity = EncoderIdentity(spec="hf:random", weights_sha256="0" * 64, dim=512)
-        RetrievalEncoder.__init__(self, identity, model.encoder.preprocessing, model.device)
+        return HFRetrievalEncoder(build_clip(model).to(model.device, model.dtype), tokenizer, identity)
+    import open_clip
 
-
-class _RandomOpenCLIP(OpenCLIPRetrievalEncoder):
-    """An architecture of open_clip with random weights."""
-
-    def __init__(self, name: str, model: SmallCapModel) -> None:
-        import open_clip
-
-        config = open_clip.get_model_config(name)
-        if config is None:
-            raise ConfigError("open_clip has no such architecture.", where=name, remedy="See open_clip.list_models().")
-        self._model = open_clip.create_model(name).eval().to(model.device, model.dtype)
-        self._model.visual.to(memory_format=torch.channels_last)
-        self._tokenizer = open_clip.get_tokenizer(name)
-        identity = EncoderIdentity(spec=f"open_clip:{name}/random", weights_sha256="0" * 64, dim=config["embed_dim"])
-        size = config["vision_cfg"]["image_size"]
-        RetrievalEncoder.__init__(self, identity, Preprocessing(size, crop_rounding="nearest"), model.device)
+    config = open_clip.get_model_config(name)
+    if config is None:
+        raise ConfigError("open_clip has no such architecture.", where=name, remedy="See open_clip.list_models().")
+    identity = EncoderIdentity(spec=f"open_clip:{name}/random", weights_sha256="0" * 64, dim=config["embed_dim"])
+    clip, tokenizer = open_clip.create_model(name).to(model.device, model.dtype), open_clip.get_tokenizer(name)
+    return OpenCLIPRetrievalEncoder(clip, tokenizer, identity, open_clip_preprocessing(name), model.device)
 
 
 class PlannedLengths(BeamSearch):

@@ -93,11 +93,11 @@ class TextDecoder(nn.Module, ABC):
         trained_marker: What the names of the parameters that SmallCap trains contain; all others stay frozen.
     """
 
-    config: DecoderConfig
     trained_marker: str
 
-    def __init__(self) -> None:
+    def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
+        self.config = config
         self._packed_head: PackedLinear | None = None
 
     @property

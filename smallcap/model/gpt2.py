@@ -197,8 +197,7 @@ class GPT2Decoder(TextDecoder):
     trained_marker = "crossattention"  # not ln_cross_attn, which the reference leaves at its initial values
 
     def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.transformer = Transformer(config)
         init_weights(self)
 

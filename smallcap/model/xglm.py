@@ -64,8 +64,7 @@ class XGLMDecoder(TextDecoder):
     trained_marker = "encoder_attn"  # with the cross-attention's norm, unlike GPT-2's: it shares the name
 
     def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.model = XGLMStack(config)
         init_weights(self)
 
