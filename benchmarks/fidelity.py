@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from smallcap.benchmark.stages import build_model
+from smallcap.benchmark.random_parts import build_model
 from smallcap.captioner import Captioner
 from smallcap.model.checkpoint import SmallCapModel
 from smallcap.model.prompt import build_training_example, encode_texts
@@ -62,7 +62,7 @@ def compare_demo(index: str, folder: Path, precisions: Sequence[str]) -> list[Fi
                 template, eos = captioner.model.config.template, captioner.generation.eos_token_id
                 texts = [neighbour.text for neighbour in truth.neighbours]
                 prompt, caption = encode_texts(captioner.tokenizer, [template.fill(texts), truth.caption or ""])
-                hidden_states, _ = captioner._encode([captioner.crop_plan.crop(photo)])
+                hidden_states, _ = captioner.encode([captioner.crop_plan.crop(photo)])
                 values[name] = logprob(captioner.model, hidden_states[0], prompt, [*caption, eos])
             differences.append(values[dtype] - values[TRUTH])
         same = sum(a.caption == b.caption for a, b in zip(captions[TRUTH], captions[dtype], strict=True))

@@ -7,14 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
-from transformers import CLIPConfig, CLIPModel
 
 from benchmarks.measuring import environment
 from benchmarks.tiny_models import ModelAndIndex
 from smallcap import storage
-from smallcap.benchmark import stages as benchmark
+from smallcap.benchmark import random_parts
 from smallcap.index.manifest import manifest_uri, write_pointer
 from smallcap.model.checkpoint import save_checkpoint
 from smallcap.model.clip_encoder import resolve_encoder_identity
@@ -51,25 +49,19 @@ def demo_model(folder: Path) -> ModelAndIndex:
 
 def real_size_model(folder: Path) -> ModelAndIndex:
     """Writes CLIP ViT-B/32 with GPT-2 124M, and an index of random vectors and captions; the weights are random."""
-    model = benchmark.build_model(4, "cpu", "float32")
-    tokenizer = benchmark.build_tokenizer()
+    model = random_parts.build_model(4, "cpu", "float32")
+    tokenizer = random_parts.build_tokenizer()
     checkpoint, clip_folder, index = folder / "smallcap", folder / "clip", folder / "index"
     save_checkpoint(model, checkpoint)
     tokenizer.save_pretrained(checkpoint)
-    text = {"vocab_size": benchmark.GPT2_124M.vocab_size}
     torch.manual_seed(0)
-    clip = CLIPModel(CLIPConfig(vision_config=benchmark.VIT_B_32, text_config=text, projection_dim=512))
-    clip.vision_model.load_state_dict(model.encoder.transformer.state_dict())  # one pass serves both encoders
-    clip.save_pretrained(clip_folder)
+    random_parts.build_clip(model).save_pretrained(clip_folder)
     tokenizer.pad_token = "!"
     tokenizer.model_max_length = 77
     tokenizer.save_pretrained(clip_folder)
     index.mkdir()
-    vectors = np.random.default_rng(0).standard_normal((_RANDOM_CAPTIONS, 512), dtype=np.float32)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     identity = resolve_encoder_identity(f"hf:{clip_folder}")
-    captions = benchmark.random_captions(_RANDOM_CAPTIONS)
-    manifest = benchmark.write_index(index, vectors, captions, identity).manifest
+    manifest = random_parts.write_random_index(index, _RANDOM_CAPTIONS, identity).manifest
     storage.write_bytes(manifest_uri(str(index), manifest.index_id), manifest.to_json().encode())
     write_pointer(str(index), manifest.index_id)
     return ModelAndIndex(str(checkpoint), str(index))

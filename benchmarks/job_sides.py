@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from smallcap.captioner import Captioner
-from smallcap.config import CaptionConfig, GenerationConfig
+from smallcap.config import CaptionConfig
 from smallcap.images.crops import Pixels
 from smallcap.machine.process_memory import keep_freed_memory
 
@@ -44,8 +44,9 @@ class Settings:
         """Loads the captioner that every side uses."""
         torch.set_num_threads(self.threads)
         keep_freed_memory()
-        generation = GenerationConfig(max_new_tokens=self.max_new_tokens)
-        return Captioner.from_pretrained(self.model, self.index, None, generation, self.device, self.dtype)
+        return Captioner.from_pretrained(
+            self.model, self.index, device=self.device, dtype=self.dtype, max_new_tokens=self.max_new_tokens
+        )
 
 
 def bare(settings: Settings) -> dict[str, Any]:

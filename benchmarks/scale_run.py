@@ -85,7 +85,7 @@ class WatchedRun:
             uris = storage.list_files(self.out, (".parquet",)) if storage.exists(self.out) else []
             for uri in uris:
                 if uri not in self._parts:
-                    with storage.open_file(uri) as file:
+                    with storage.open_ranged(uri) as file:
                         self._parts[uri] = pq.read_metadata(file).num_rows
         except StorageError:  # a part or the folder went away meanwhile; the next look sees what is there then
             uris = list(self._parts)

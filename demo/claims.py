@@ -82,7 +82,7 @@ class Experiments:
         name, source = ("training", TRAINING) if scenes is self.in_domain else ("other", OTHER)
         texts = [caption for _, caption in datastore_rows(source)]
         retriever = RandomCaptions(Retriever.open(self.indexes[name]), texts)
-        return score(scenes.caption(Captioner.from_pretrained(model, retriever=retriever)), scenes)
+        return score(scenes.caption(Captioner.from_pretrained(model, retriever)), scenes)
 
     def caption_without_retrieval(self, scenes: DrawnScenes) -> Row:
         """Measures a model that was trained without retrieval, on as many examples as the shipped one saw."""

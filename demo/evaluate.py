@@ -16,7 +16,6 @@ from demo.drawn_scenes import DrawnScenes, is_right
 from demo.world import TEST, Scene, named_kinds
 from jobs.demo import build_demo_index
 from smallcap.captioner import Captioner
-from smallcap.config import GenerationConfig
 
 WRONG_SHOWN = 8  # captions
 
@@ -81,9 +80,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for the report")
     arguments = parser.parse_args()
     index = build_demo_index(arguments.index).index_uri
-    captioner = Captioner.from_pretrained(
-        arguments.model, index, generation=GenerationConfig(num_beams=arguments.num_beams)
-    )
+    captioner = Captioner.from_pretrained(arguments.model, index, num_beams=arguments.num_beams)
     evaluate(captioner, arguments.scenes, arguments.json)
 
 

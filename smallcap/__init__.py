@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from smallcap.captioner import Captioner, CaptionResult
+    from smallcap.captioner import Captioner, CaptionerOptions, CaptionResult
     from smallcap.index.retriever import Neighbour, Retriever
     from smallcap.model.checkpoint import SmallCapModel, load_checkpoint, save_checkpoint
     from smallcap.model.clip_encoder import load_retrieval_encoder
@@ -22,6 +22,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "CaptionResult": "smallcap.captioner",
     "Captioner": "smallcap.captioner",
+    "CaptionerOptions": "smallcap.captioner",
     "Neighbour": "smallcap.index.retriever",
     "Retriever": "smallcap.index.retriever",
     "SmallCapModel": "smallcap.model.checkpoint",
@@ -33,6 +34,7 @@ _HOMES = {
 __all__ = [
     "CaptionResult",
     "Captioner",
+    "CaptionerOptions",
     "Neighbour",
     "Retriever",
     "SmallCapModel",

@@ -93,21 +93,21 @@ def image_memory(
     decoder, size = config.decoder, torch.finfo(getattr(torch, dtype)).bits // 8
     on_gpu = device.startswith("cuda")
     patch_px, image_px = config.vision.get("patch_size", 32), config.vision.get("image_size", 224)
-    own = VisionTower(image_px, decoder.encoder_hidden_size, patch_px)
+    vision = VisionTower(image_px, decoder.encoder_hidden_size, patch_px)
     positions = (image_px // patch_px) ** 2 + 1  # P
     sequences = generation.num_sequences
     slots = prompt_tokens + sequences * (generation.max_new_tokens - 1)  # T
-    towers = [own, retrieval] if retrieval else [own]
+    towers = [vision, retrieval] if retrieval else [vision]
     per_logit = size + 8 + (_SAMPLING_BYTES if generation.strategy is Sampling else 0)
     per_logit += 4 if generation.no_repeat_ngram_size else 0
-    of_token = 6 * decoder.hidden_size + 2 * decoder.ffn_size
+    token_values = 6 * decoder.hidden_size + 2 * decoder.ffn_size
     return ImageMemory(
         kv_cache=2 * decoder.num_layers * decoder.hidden_size * slots * size,
         cross_attention=2 * decoder.num_layers * decoder.cross_attention_size * positions * size,
         logits=sequences * decoder.vocab_size * per_logit,
         encoder=max(tower.values * size + 3 * tower.image_px**2 * (1 + 8 + size) for tower in towers)
         + 2 * positions * decoder.encoder_hidden_size * size,
-        prefill=prompt_tokens * (of_token + 2 * prompt_tokens) * size if on_gpu else 0,
+        prefill=prompt_tokens * (token_values + 2 * prompt_tokens) * size if on_gpu else 0,
         # Images that are done leave by copying the others; recorded steps have a copy of their own, of a power of two.
         copies=4 if on_gpu else 2,
     )
@@ -129,9 +129,9 @@ def largest_batch(
     """
     on_gpu = device.startswith("cuda")
     decoder, size = config.decoder, torch.finfo(getattr(torch, dtype)).bits // 8
-    one = image_memory(config, retrieval, generation, prompt_tokens, dtype, device)
+    memory = image_memory(config, retrieval, generation, prompt_tokens, dtype, device)
     fixed = 0 if on_gpu else _PREFILLED_ON_CPU * (6 * decoder.hidden_size + 2 * decoder.ffn_size) * size
-    fitting = (free_bytes * (_USABLE_ON_GPU if on_gpu else _USABLE_ON_CPU) - fixed) / one.bytes
+    fitting = (free_bytes * (_USABLE_ON_GPU if on_gpu else _USABLE_ON_CPU) - fixed) / memory.bytes
     return max(1, min(int(fitting), LARGEST_BATCH["cuda" if on_gpu else "cpu"]))
 
 

@@ -8,18 +8,18 @@ Source: Ramos et al. 2023, figure 2.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import Field
 from torch import Tensor
 
-from smallcap.config import DecodeMode, GenerationConfig, SearchDevice
+from smallcap.config import Dtype, GenerationConfig, SearchDevice, load_config
 from smallcap.decoding.engine import Generated
 from smallcap.decoding.sampling import Sampling
 from smallcap.errors import ConfigError, RowError
@@ -28,16 +28,13 @@ from smallcap.images.decode import MAX_IMAGE_PIXELS, Preprocessing
 from smallcap.index.manifest import load_manifest
 from smallcap.index.retriever import Neighbour, NeighbourSearch, Retriever
 from smallcap.machine.precision import resolve_dtype
-from smallcap.model.checkpoint import SmallCapModel, load_checkpoint, load_config, tokenizer_source
+from smallcap.model.checkpoint import SmallCapModel, load_checkpoint, tokenizer_source
 from smallcap.model.clip_encoder import (
     RetrievalEncoder,
-    load_preprocessing,
     load_retrieval_encoder,
     normalise_pixels,
     resolve_encoder_identity,
-    vision_preprocessing,
 )
-from smallcap.model.files import resolve_folder
 from smallcap.model.prompt import build_prompts, decode_caption, load_tokenizer
 from smallcap.storage import DEFAULT_CACHE_DIR
 
@@ -70,26 +67,48 @@ class CaptionResult:
     error: RowError | None = None
 
 
-@dataclass(frozen=True)
-class PreparedBatch:
-    """B images just before their first token is generated."""
+class CaptionerOptions(GenerationConfig):
+    """How images are captioned: the options of generation, and these."""
 
-    hidden_states: Tensor  # [B, P, Hv]
-    queries: np.ndarray | None  # [B, dim] float32, the images' embeddings
-    neighbours: list[list[Neighbour]]
-    prompts: list[list[int]]
-    keys: list[int] | None  # for sampling
-    sizes: list[tuple[int, int]]  # px, of the whole images
+    k: int | None = Field(None, ge=0)
+    """Retrieved captions per prompt, by default the checkpoint's; 0 prompts without retrieval and needs no index."""
+    device: str = "cpu"
+    """A torch device."""
+    dtype: Dtype = "auto"
+    """`auto` is what `smallcap.machine.precision` finds fastest here."""
+    retrieval_encoder: str | None = None
+    """Its spec; by default the one that the index names."""
+    index_id: str | None = None
+    """The index's version; by default the current one."""
+    cache_dir: str = DEFAULT_CACHE_DIR
+    """Where copies of remote indexes are kept."""
+    search_device: SearchDevice = "auto"
+    """Where the index is searched; `auto` is the model's GPU where both fit on it, else the CPU."""
+    compile_encoders: bool = False
+    """Run the encoders through torch.compile; pays off in long runs."""
+    clip_score: bool = True
+    """Embed each caption for its cosine with the image."""
 
 
 class Captioner:
     """Captions images with a SmallCap model and the captions retrieved from an index.
 
-    Attributes:
+    Its steps are public, in the order in which `caption_batch` takes them. `Captioner.from_pretrained` loads all parts.
+
+    Args:
         model: The SmallCap model.
+        tokenizer: Its decoder's.
+        retrieval_encoder: Embeds images for search, and captions for their CLIP score.
         retriever: The index, or None when captioning without retrieval.
+        options: Of these `k`, `clip_score` and those of generation; the others say how to load the parts.
+
+    Attributes:
+        k: Retrieved captions per prompt.
         crop_plan: What images must be cut to.
         generation: How captions are decoded.
+
+    Raises:
+        ConfigError: Captions are to be retrieved, and there is no index or no encoder.
     """
 
     def __init__(
@@ -98,20 +117,20 @@ class Captioner:
         tokenizer: PreTrainedTokenizerBase,
         retrieval_encoder: RetrievalEncoder | None = None,
         retriever: NeighbourSearch | None = None,
-        k: int = 4,
-        generation: GenerationConfig | None = None,
-        clip_score: bool = True,
+        options: CaptionerOptions | None = None,
     ) -> None:
-        if k and (retriever is None or retrieval_encoder is None):
+        options = options or CaptionerOptions()
+        self.k = (model.config.k if model.config.rag else 0) if options.k is None else options.k
+        if self.k and (retriever is None or retrieval_encoder is None):
             raise ConfigError(
-                "Retrieval needs an index and its encoder.", where=f"k={k}", remedy="Give an index, or set k to 0."
+                "Retrieval needs an index and its encoder.", where=f"k={self.k}", remedy="Give an index, or set k to 0."
             )
-        self.model, self.tokenizer, self.k = model, tokenizer, k
+        self.model, self.tokenizer = model, tokenizer
         self.retrieval_encoder, self.retriever = retrieval_encoder, retriever
-        self.generation = model.generation_options(generation or GenerationConfig())
-        self._scores_captions = clip_score
-        self._beside: torch.cuda.Stream | None = None
-        self._shares_encoder = retrieval_encoder is not None and retrieval_encoder.share_weights_with(model.encoder)
+        self.generation = model.generation_options(options)
+        self._scores_captions = options.clip_score
+        self._stream: torch.cuda.Stream | None = None
+        self.shares_encoder = retrieval_encoder is not None and retrieval_encoder.share_weights_with(model.encoder)
         self.crop_plan = CropPlan.of(
             model.encoder.preprocessing, retrieval_encoder.preprocessing if retrieval_encoder else None
         )
@@ -120,60 +139,40 @@ class Captioner:
     def from_pretrained(
         cls,
         model: str,
-        index: str | None = None,
-        k: int | None = None,
-        generation: GenerationConfig | None = None,
-        device: str = "cpu",
-        dtype: str = "auto",
-        retrieval_encoder: str | None = None,
-        cache_dir: str = DEFAULT_CACHE_DIR,
-        index_id: str | None = None,
-        compile_encoders: bool = False,
-        search_device: SearchDevice = "auto",
-        retriever: NeighbourSearch | None = None,
-        clip_score: bool = True,
+        index: str | NeighbourSearch | None = None,
+        options: CaptionerOptions | None = None,
+        **changes: Any,
     ) -> Captioner:
-        """Loads all parts of a captioner.
+        """Loads all parts of a captioner, as `from_pretrained("demo", "s3://bucket/index", k=4, num_beams=3)`.
 
         Args:
             model: `demo`, a checkpoint folder, or a hub id.
-            index: A published index's URI; not needed with k=0.
-            k: Retrieved captions per prompt; by default the checkpoint's.
-            generation: How captions are decoded; by default as the checkpoint says.
-            device: A torch device.
-            dtype: `float32`, `bfloat16` or `float16`; `auto` is what `smallcap.machine.precision` finds fastest here.
-            retrieval_encoder: Its spec; by default the one that the index names.
-            cache_dir: Where copies of remote indexes are kept.
-            index_id: The index's version; by default the current one.
-            compile_encoders: Run the encoders through torch.compile; pays off in long runs.
-            search_device: Where the index is searched; `auto` is the model's GPU where both fit on it, else the CPU.
-            retriever: The index opened already, in the place of `index`.
-            clip_score: Embed each caption, too, for its cosine with the image.
+            index: A published index's URI, or an index that is open already; not needed with k=0.
+            options: How to load and to caption.
+            changes: Options by name, which win over `options`.
 
         Raises:
+            ConfigError: An option is unknown or its value wrong, or there is no index where one is needed.
             CheckpointError: The model or the encoder cannot be loaded.
             ManifestError: There is no published index.
             IndexIntegrityError: The index is damaged, or was built with another encoder.
         """
-        encoder = None
-        dtype = resolve_dtype(dtype, device)
-        if k != 0 and (index is not None or retriever is not None):  # the index is checked before any model is loaded
-            manifest = retriever.manifest if retriever else load_manifest(index or "", index_id)
-            spec = retrieval_encoder or manifest.encoder.spec
-            identity = resolve_encoder_identity(spec)
-            manifest.check_encoder(identity, where=index or manifest.index_id)
-            retriever = retriever or Retriever.open(index or "", cache_dir=cache_dir, index_id=manifest.index_id)
-            encoder = load_retrieval_encoder(spec, device, dtype)
-        elif retrieval_encoder is not None:
-            encoder = load_retrieval_encoder(retrieval_encoder, device, dtype)
-        loaded = load_checkpoint(model, device, dtype)
+        options = load_config(CaptionerOptions, flags=changes, base=options.model_dump() if options else None)
+        dtype = resolve_dtype(options.dtype, options.device)
+        spec, retriever = options.retrieval_encoder, None
+        if index is not None and options.k != 0:  # the index is checked before any model is loaded
+            opened = None if isinstance(index, str) else index
+            manifest = opened.manifest if opened else load_manifest(str(index), options.index_id)
+            spec = spec or manifest.encoder.spec
+            manifest.check_encoder(resolve_encoder_identity(spec), where=manifest.index_id if opened else str(index))
+            retriever = opened or Retriever.open(str(index), cache_dir=options.cache_dir, index_id=manifest.index_id)
+        encoder = load_retrieval_encoder(spec, options.device, dtype) if spec else None
+        loaded = load_checkpoint(model, options.device, dtype)
         if isinstance(retriever, Retriever):
-            retriever.use_device(device, search_device)
-        tokenizer = load_tokenizer(tokenizer_source(model))
-        k = (loaded.config.k if loaded.config.rag else 0) if k is None else k
-        captioner = cls(loaded, tokenizer, encoder, retriever, k, generation, clip_score)
+            retriever.use_device(options.device, options.search_device)
+        captioner = cls(loaded, load_tokenizer(tokenizer_source(model)), encoder, retriever, options)
         captioner.pack()
-        if compile_encoders:
+        if options.compile_encoders:
             captioner.compile_encoders()
         return captioner
 
@@ -186,7 +185,7 @@ class Captioner:
     def compile_encoders(self) -> None:
         """Compiles the vision towers with torch.compile: slow at first and for each new batch size, faster after."""
         self.model.encoder.transformer.compile()
-        if self.retrieval_encoder is not None and not self._shares_encoder:
+        if self.retrieval_encoder is not None and not self.shares_encoder:
             self.retrieval_encoder.vision_tower.compile()
 
     def caption(
@@ -230,7 +229,79 @@ class Captioner:
         Returns:
             B results, in order.
         """
-        return self._caption(self._prepare(pixels, exclude_image_ids))
+        if not pixels:
+            return []
+        hidden_states, class_tokens = self.encode(pixels)
+        embeddings = self.embed(pixels, class_tokens)
+        neighbours = self.retrieve(embeddings, exclude_image_ids)
+        prompts = self.prompt(neighbours)
+        generated = self.generate(hidden_states, prompts, pixels)
+        captions = self.detokenise(generated)
+        return self._results(pixels, embeddings, neighbours, captions)
+
+    @torch.inference_mode()
+    def encode(self, pixels: Sequence[Pixels]) -> tuple[Tensor, Tensor]:
+        """Returns the vision encoder's hidden states [B, P, Hv] for cross-attention, and its class tokens [B, Hv]."""
+        crops = np.stack([image.vision for image in pixels])
+        hidden_states, class_tokens = self.model.encoder(self._to_pixel_values(crops, self.model.encoder.preprocessing))
+        return hidden_states, class_tokens
+
+    @torch.inference_mode()
+    def embed(self, pixels: Sequence[Pixels], class_tokens: Tensor) -> np.ndarray:
+        """Returns the images' embeddings for search.
+
+        Args:
+            pixels: B images' crops.
+            class_tokens: [B, Hv], of `encode`; all that is needed where both encoders have the same weights.
+
+        Returns:
+            [B, dim] float32 unit vectors; dim is 0 where there is no retrieval encoder.
+        """
+        encoder = self.retrieval_encoder
+        if encoder is None:
+            return np.empty((len(pixels), 0), np.float32)
+        if self.shares_encoder:
+            return encoder.project(class_tokens).cpu().numpy()
+        crops = np.stack([image.vision if image.retrieval is None else image.retrieval for image in pixels])
+        return encoder.encode_images(self._to_pixel_values(crops, encoder.preprocessing)).cpu().numpy()
+
+    def retrieve(
+        self, embeddings: np.ndarray, exclude_image_ids: Sequence[str | None] | None = None
+    ) -> list[list[Neighbour]]:
+        """Returns the k nearest captions of each of B images, nearest first; see `caption_batch` for the ids."""
+        if self.k == 0:
+            return [[] for _ in embeddings]
+        assert self.retriever is not None
+        return self.retriever.search(embeddings, self.k, exclude_image_ids)
+
+    def prompt(self, neighbours: Sequence[Sequence[Neighbour]]) -> list[list[int]]:
+        """Returns the token ids that each of B images' generation begins with."""
+        texts = [[neighbour.text for neighbour in nearest] for nearest in neighbours]
+        config = self.model.config
+        return build_prompts(self.tokenizer, config.template, texts, config.bos_token_id)
+
+    def generate(
+        self, hidden_states: Tensor, prompts: Sequence[Sequence[int]], pixels: Sequence[Pixels]
+    ) -> list[list[Generated]]:
+        """Returns each image's captions as token ids, best first.
+
+        Args:
+            hidden_states: [B, P, Hv], of `encode`.
+            prompts: B lists of token ids.
+            pixels: B images' crops, which sampling knows an image by.
+        """
+        keys = [image.content_key for image in pixels] if self.generation.strategy is Sampling else None
+        return self.model.generate(hidden_states, prompts, self.generation, keys)
+
+    def detokenise(self, generated: Sequence[Sequence[Generated]]) -> list[list[ScoredCaption]]:
+        """Returns each image's captions as text, and takes the length penalty out of their scores again."""
+        return [[self._to_scored_caption(caption) for caption in captions] for captions in generated]
+
+    def clip_scores(self, embeddings: np.ndarray, captions: Sequence[str]) -> list[float | None]:
+        """Returns the cosines of B images [B, dim] and their captions; None where they are not wanted."""
+        if self.retrieval_encoder is None or not self._scores_captions:
+            return [None] * len(captions)
+        return [float(score) for score in (embeddings * self.retrieval_encoder.encode_texts(captions)).sum(axis=1)]
 
     def caption_batches(
         self, batches: Iterable[tuple[Sequence[Pixels], Sequence[str | None] | None]]
@@ -244,56 +315,58 @@ class Captioner:
             Each batch's results, in order.
         """
         if self.model.device.type != "cuda":
-            for batch in batches:
-                yield self.caption_batch(*batch)
-            return
+            return (self.caption_batch(*batch) for batch in batches)
+        if self._stream is None:  # one for all calls: torch keeps freed memory by stream
+            self._stream = torch.cuda.Stream(self.model.device)  # type: ignore[no-untyped-call]
+        return self._caption_overlapped(batches, self._stream)
+
+    def _caption_overlapped(
+        self,
+        batches: Iterable[tuple[Sequence[Pixels], Sequence[str | None] | None]],
+        stream: torch.cuda.Stream | None,
+    ) -> Iterator[list[CaptionResult]]:
+        """Takes the steps of `caption_batch`, those before `generate` on a stream of their own, from another thread."""
+
+        def prepare(
+            pixels: Sequence[Pixels], exclude_image_ids: Sequence[str | None] | None
+        ) -> Callable[[], list[CaptionResult]]:
+            """Takes the steps before generation, and returns those from there on."""
+            if not pixels:
+                return list
+            with torch.cuda.stream(stream):  # does nothing for None
+                hidden_states, class_tokens = self.encode(pixels)
+                embeddings = self.embed(pixels, class_tokens)
+                neighbours = self.retrieve(embeddings, exclude_image_ids)
+                prompts = self.prompt(neighbours)
+
+            def finish() -> list[CaptionResult]:
+                if hidden_states.is_cuda:  # its memory came from another stream
+                    hidden_states.record_stream(torch.cuda.current_stream(hidden_states.device))
+                captions = self.detokenise(self.generate(hidden_states, prompts, pixels))
+                return self._results(pixels, embeddings, neighbours, captions)
+
+            if stream is not None:
+                stream.synchronize()
+            return finish
+
         with ThreadPoolExecutor(1, "prepare") as thread:
-            ahead: Future[PreparedBatch | None] | None = None
+            ahead: Future[Callable[[], list[CaptionResult]]] | None = None
             for batch in batches:
-                following = thread.submit(self._prepare_beside, *batch)
+                following = thread.submit(prepare, *batch)
                 if ahead is not None:
-                    yield self._caption(ahead.result())
+                    yield ahead.result()()
                 ahead = following
             if ahead is not None:
-                yield self._caption(ahead.result())
+                yield ahead.result()()
 
-    @torch.inference_mode()
-    def _prepare(
-        self, pixels: Sequence[Pixels], exclude_image_ids: Sequence[str | None] | None
-    ) -> PreparedBatch | None:
-        """Encodes, embeds, retrieves and prompts: all that comes before the first token; None for no images."""
-        if not pixels:
-            return None
-        hidden_states, queries = self.encode(pixels)
-        neighbours = self._retrieve(queries, exclude_image_ids, len(pixels))
-        texts = [[neighbour.text for neighbour in of_image] for of_image in neighbours]
-        config = self.model.config
-        prompts = build_prompts(self.tokenizer, config.template, texts, config.bos_token_id)
-        keys = [image_key(one) for one in pixels] if self.generation.strategy is Sampling else None
-        sizes = [(one.width, one.height) for one in pixels]
-        return PreparedBatch(hidden_states, queries, neighbours, prompts, keys, sizes)
-
-    def _prepare_beside(
-        self, pixels: Sequence[Pixels], exclude_image_ids: Sequence[str | None] | None
-    ) -> PreparedBatch | None:
-        """Does the same on a CUDA stream of its own, from another thread."""
-        if self._beside is None:
-            self._beside = torch.cuda.Stream(self.model.device)  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(self._beside):
-            prepared = self._prepare(pixels, exclude_image_ids)
-        self._beside.synchronize()
-        return prepared
-
-    @torch.inference_mode()
-    def _caption(self, batch: PreparedBatch | None) -> list[CaptionResult]:
-        """Generates and detokenises."""
-        if batch is None:
-            return []
-        if batch.hidden_states.is_cuda:  # its memory came from another stream
-            batch.hidden_states.record_stream(torch.cuda.current_stream(batch.hidden_states.device))
-        generated = self.model.generate(batch.hidden_states, batch.prompts, self.generation, batch.keys)
-        captions = [[self._to_scored_caption(one) for one in of_image] for of_image in generated]
-        clip_scores = self._clip_scores(batch.queries, [best.caption for best, *_ in captions])
+    def _results(
+        self,
+        pixels: Sequence[Pixels],
+        embeddings: np.ndarray,
+        neighbours: Sequence[Sequence[Neighbour]],
+        captions: Sequence[Sequence[ScoredCaption]],
+    ) -> list[CaptionResult]:
+        clip_scores = self.clip_scores(embeddings, [best.caption for best, *_ in captions])
         return [
             CaptionResult(
                 caption=best.caption,
@@ -301,82 +374,21 @@ class Captioner:
                 num_tokens=best.num_tokens,
                 clip_score=clip_scores[i],
                 alternatives=tuple(others),
-                neighbours=tuple(batch.neighbours[i]),
-                embedding=None if batch.queries is None else batch.queries[i],
-                width=batch.sizes[i][0],
-                height=batch.sizes[i][1],
+                neighbours=tuple(neighbours[i]),
+                embedding=embeddings[i] if self.retrieval_encoder else None,
+                width=pixels[i].width,
+                height=pixels[i].height,
             )
             for i, (best, *others) in enumerate(captions)
         ]
 
     def _to_scored_caption(self, generated: Generated) -> ScoredCaption:
-        """Detokenises, and takes the length penalty out of the score again."""
         length = len(generated.token_ids)
         caption = decode_caption(self.tokenizer, generated.token_ids, self.generation.eos_token_id)
         return ScoredCaption(caption, generated.score * length**self.generation.length_penalty, length)
-
-    @torch.inference_mode()
-    def encode(self, pixels: Sequence[Pixels]) -> tuple[Tensor, np.ndarray | None]:
-        """Returns all that the frozen encoders say of images.
-
-        Args:
-            pixels: B images' crops, made by this captioner's `crop_plan`.
-
-        Returns:
-            Cross-attention's [B, P, Hv] hidden states, and for search [B, dim] float32 unit vectors, or None where
-            there is no retrieval encoder.
-        """
-        hidden_states, class_token = self._encode(pixels)
-        return hidden_states, self._embed(pixels, class_token)
-
-    def _encode(self, pixels: Sequence[Pixels]) -> tuple[Tensor, Tensor]:
-        """Returns the vision encoder's hidden states [B, P, Hv] and class token [B, Hv]."""
-        crops = np.stack([one.vision for one in pixels])
-        encoder = self.model.encoder
-        hidden_states, class_token = encoder(self._to_pixel_values(crops, encoder.preprocessing))
-        return hidden_states, class_token
-
-    def _embed(self, pixels: Sequence[Pixels], class_token: Tensor) -> np.ndarray | None:
-        """Returns the images' embeddings for search, [B, dim] float32 unit vectors."""
-        encoder = self.retrieval_encoder
-        if encoder is None:
-            return None
-        if self._shares_encoder:
-            return encoder.project(class_token).cpu().numpy()
-        crops = np.stack([one.vision if one.retrieval is None else one.retrieval for one in pixels])
-        return encoder.encode_images(self._to_pixel_values(crops, encoder.preprocessing)).cpu().numpy()
-
-    def _retrieve(
-        self, queries: np.ndarray | None, exclude_image_ids: Sequence[str | None] | None, count: int
-    ) -> list[list[Neighbour]]:
-        if self.k == 0:
-            return [[] for _ in range(count)]
-        assert self.retriever is not None and queries is not None
-        return self.retriever.search(queries, self.k, exclude_image_ids)
-
-    def _clip_scores(self, queries: np.ndarray | None, captions: Sequence[str]) -> list[float | None]:
-        if queries is None or self.retrieval_encoder is None or not self._scores_captions:
-            return [None] * len(captions)
-        embedded = self.retrieval_encoder.encode_texts(captions)
-        return [float(score) for score in (queries * embedded).sum(axis=1)]
 
     def _to_pixel_values(self, crops: np.ndarray, preprocessing: Preprocessing) -> Tensor:
         pixels = torch.from_numpy(crops)
         if self.model.device.type == "cuda":  # from pinned memory the copy runs beside the GPU's work
             pixels = pixels.pin_memory()
         return normalise_pixels(pixels.to(self.model.device, non_blocking=True), preprocessing, self.model.dtype)
-
-
-def load_crop_plan(model: str, retrieval_encoder: str | None, decode: DecodeMode = "exact") -> CropPlan:
-    """Returns the crops that a checkpoint and a retrieval encoder spec take, without loading the weights of either.
-
-    Raises:
-        CheckpointError: One of them cannot be found.
-    """
-    vision = vision_preprocessing(load_config(resolve_folder(model, demo_part="smallcap")).vision)
-    return CropPlan.of(vision, load_preprocessing(retrieval_encoder) if retrieval_encoder else None, decode)
-
-
-def image_key(pixels: Pixels) -> int:
-    """Returns an int64 that tells an image apart by its pixels, whatever it is called and wherever it lies."""
-    return int.from_bytes(hashlib.blake2b(pixels.vision.tobytes(), digest_size=8).digest(), "little", signed=True)

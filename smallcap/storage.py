@@ -1,8 +1,8 @@
 """The doorway to storage: every URI that smallcap reads or writes goes through here.
 
-Local paths, `s3://` (s3fs; the endpoint from AWS_ENDPOINT_URL) and any other fsspec URL look alike to the callers. The
-hot path of fetching many small objects is `smallcap.images.fetching`. This module knows nothing of images, indexes or
-schemas.
+Local paths, `s3://` (s3fs and, for some requests, `smallcap.s3`; the endpoint from AWS_ENDPOINT_URL) and any other
+fsspec URL look alike to the callers. The hot path of fetching many small objects is `smallcap.images.fetching`. This
+module knows nothing of images, indexes or schemas.
 """
 
 from __future__ import annotations
@@ -11,34 +11,25 @@ import fcntl
 import hashlib
 import io
 import os
-import random
 import shutil
 import tempfile
-import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from datetime import UTC, datetime, timedelta
-from functools import lru_cache
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from itertools import chain, islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import IO, cast
 
 import fsspec
 from fsspec.core import url_to_fs
 
 from smallcap.errors import RunError, StorageError
-
-if TYPE_CHECKING:
-    from obstore.store import S3Credential, S3Store
+from smallcap.s3 import S3_RETRIES, open_object, read_object_tail, s3_endpoint, update_object, walk_objects
 
 DEFAULT_CACHE_DIR = "~/.cache/smallcap"  # where a node keeps copies of remote files
 _CHUNK_BYTES = 8 << 20
-_READ_ATTEMPTS = 5  # of one ranged read in a row, beside the client's own
 _SORTED_ENTRIES = 200_000  # a folder with more is listed in the order of its disk: names are not held in any number
-_S3_RETRIES = 6  # with botocore's growing waits about half a minute; s3fs repeats some calls once more by itself
-_WRITER = "smallcap-writer"  # S3 metadata of an object that several processes may replace
-_CREDENTIALS_LIFETIME = timedelta(minutes=5)  # after which botocore is asked whether they are still good
 
 
 def is_local(uri: str) -> bool:
@@ -58,6 +49,22 @@ def join(uri: str, *parts: str) -> str:
     return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
 
 
+def suffix_of(uri: str) -> str:
+    """Returns the ending of a file's name from its last dot on, in lower case."""
+    stem, dot, ending = uri.rpartition("/")[2].rpartition(".")
+    return f"{dot}{ending}".lower() if stem else ""
+
+
+def path_below(folder: str, uri: str) -> str:
+    """Returns a file's path below a folder, prefix or pattern; a file that is listed by itself has its name."""
+    return uri.removeprefix(folder).lstrip("/") or uri.rpartition("/")[2]
+
+
+def is_glob(uri: str) -> bool:
+    """Says whether a URI is a pattern of names."""
+    return any(mark in uri for mark in "*?[")
+
+
 def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """Returns the fsspec filesystem of a URI and the path inside it.
 
@@ -65,10 +72,10 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
         StorageError: The protocol is unknown, or its package is missing.
     """
     # The endpoint is named, so that fsspec keeps no filesystem of another endpoint for it.
-    of_s3 = {"endpoint_url": s3_endpoint(), "config_kwargs": {"retries": {"max_attempts": _S3_RETRIES}}}
+    s3_options = {"endpoint_url": s3_endpoint(), "config_kwargs": {"retries": {"max_attempts": S3_RETRIES}}}
     try:
         # no cache of listings: other processes write to the same places
-        fs, path = url_to_fs(absolute(uri), use_listings_cache=False, **(of_s3 if uri.startswith("s3://") else {}))
+        fs, path = url_to_fs(absolute(uri), use_listings_cache=False, **(s3_options if uri.startswith("s3://") else {}))
     except (ValueError, ImportError) as error:
         raise StorageError(
             "Cannot open this kind of URI.",
@@ -110,15 +117,129 @@ def is_folder(uri: str) -> bool:
         return bool(fs.isdir(path))
 
 
-def open_file(uri: str, mode: str = "rb") -> IO[Any]:
-    """Opens one file; the caller closes it.
+def size(uri: str) -> int | None:
+    """Returns a file's size in bytes; None where there is no such file."""
+    fs, path = filesystem(uri)
+    with _translated(uri, "look at this path"):
+        try:
+            return int(fs.size(path))
+        except FileNotFoundError:
+            return None
+
+
+def modified_at(uri: str) -> datetime:
+    """Returns when a file was last written, with its time zone."""
+    fs, path = filesystem(uri)
+    with _translated(uri, "look at this path"):
+        found: datetime = fs.modified(path)
+    return found if found.tzinfo else found.replace(tzinfo=UTC)
+
+
+def list_folder(uri: str) -> list[str]:
+    """Lists the names directly in a folder or prefix as URIs, hidden ones included, sorted; empty where it is not."""
+    fs, root = filesystem(uri)
+    with _translated(uri, "list this path"):
+        try:
+            names = fs.ls(root, detail=False)
+        except FileNotFoundError:
+            return []
+    return sorted(join(uri, name.rstrip("/").rsplit("/", 1)[-1]) for name in names)
+
+
+def list_files(uri: str, suffixes: Sequence[str] = ()) -> list[str]:
+    """Lists the files below a folder or prefix, sorted; see `iter_files`."""
+    return sorted(iter_files(uri, suffixes))
+
+
+def iter_files(uri: str, suffixes: Sequence[str] = ()) -> Iterator[str]:
+    """Lists the files below a folder or prefix as a stream: memory does not grow with their number.
+
+    A file's own URI lists as itself. Hidden files (a component starting with `.` or `_`) are left out, as Hadoop's
+    readers do. Files are sorted, except in a local folder of more than 200,000 entries.
+
+    Args:
+        uri: Folder, prefix, glob pattern, or file.
+        suffixes: Lower-case endings to keep, such as `(".jpg", ".png")`; all files when empty.
 
     Raises:
-        StorageError: It is missing, forbidden, or the service fails.
+        StorageError: Nothing exists at `uri`, or the service fails.
     """
-    fs, path = filesystem(uri)
-    with _translated(uri, "open this file"):
-        return fs.open(path, mode)
+    root = fixed = absolute(uri)  # fixed: what of it every file's URI begins with
+    if is_glob(root):
+        fixed = root[: min(root.index(mark) for mark in "*?[" if mark in root)].rpartition("/")[0]
+        found = _glob(root)
+    elif is_local(root):
+        found = _walk_local(root)
+    elif root.startswith("s3://"):
+        found = walk_objects(root, lambda: _find(root))
+    else:
+        found = _find(root)
+    endings = tuple(suffixes)
+    any_file = False
+    while True:
+        with _translated(uri, "list this path"):  # not around the yield: a caller's errors are not the storage's
+            path = next(found, None)
+        if path is None:
+            break
+        any_file = True
+        hidden = any(part.startswith((".", "_")) for part in path[len(fixed) :].split("/"))
+        if not hidden and (not endings or path.lower().endswith(endings)):
+            yield path
+    if not any_file and not exists(uri):
+        raise StorageError("Cannot list this path: it does not exist.", where=uri, remedy="Check the path.")
+
+
+def _walk_local(root: str) -> Iterator[str]:
+    """Yields the files below a folder; those of a folder that is not huge in the order of their whole paths."""
+    if os.path.isfile(root):
+        yield root
+        return
+    if not os.path.isdir(root):
+        return
+    with os.scandir(root) as entries:
+        first = list(islice(entries, _SORTED_ENTRIES))
+        # A folder sorts as its name and a slash: then walking in this order gives whole paths in order.
+        first.sort(key=lambda entry: entry.name + "/" if entry.is_dir(follow_symlinks=False) else entry.name)
+        for entry in chain(first, entries):
+            if entry.is_dir(follow_symlinks=False):
+                yield from _walk_local(entry.path)
+            else:
+                yield entry.path
+
+
+def _glob(root: str) -> Iterator[str]:
+    fs, pattern = filesystem(root)
+    yield from sorted(_uri(root, path) for path in fs.glob(pattern) if not fs.isdir(path))
+
+
+def _find(root: str) -> Iterator[str]:
+    fs, path = filesystem(root)
+    yield from sorted(_uri(root, found) for found in fs.find(path))
+
+
+def _uri(root: str, path: str) -> str:
+    """Returns the URI of a path that a filesystem lists for `root`."""
+    return path if is_local(root) else f"{root.split('://', 1)[0]}://{path}"
+
+
+def open_ranged(uri: str, buffer_bytes: int = 0) -> IO[bytes]:
+    """Opens a file for reading in ranges; on S3 each read is one ranged request, repeated when the connection breaks.
+
+    Args:
+        uri: The file.
+        buffer_bytes: Read ahead so much at a time, for reading from front to back; 0 reads what is asked for.
+
+    Raises:
+        StorageError: It is missing (caused by a `FileNotFoundError`), forbidden (`PermissionError`), or the service
+            fails; also from its `read`.
+    """
+    with _translated(uri, "read this file"):
+        if is_local(uri):
+            return open(absolute(uri), "rb", buffering=max(buffer_bytes, io.DEFAULT_BUFFER_SIZE))
+        if uri.startswith("s3://"):
+            return open_object(uri, buffer_bytes)
+        fs, path = filesystem(uri)
+        return cast("IO[bytes]", fs.open(path, "rb"))
 
 
 def read_bytes(uri: str) -> bytes:
@@ -140,21 +261,22 @@ def read_tail(uri: str, length: int) -> bytes:
     """
     with _translated(uri, "read this file"):
         if uri.startswith("s3://"):
-            import obstore
-            from obstore.exceptions import BaseError
-
-            bucket, _, key = uri.removeprefix("s3://").partition("/")
-            store = s3_store(bucket, s3_endpoint())
-            try:
-                return bytes(obstore.get(store, key, options={"range": {"suffix": length}}).bytes())
-            except BaseError:
-                if size(uri) == 0:  # has no range that S3 could serve
-                    return b""
-                raise
+            return read_object_tail(uri, length)
         fs, path = filesystem(uri)
-        with fs.open(path, "rb", cache_type="none") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - length))
-            return bytes(file.read())
+        return bytes(fs.cat_file(path, start=-length))
+
+
+@contextmanager
+def _staged(uri: str) -> Iterator[Path]:
+    """Gives a path beside a local target, which takes the target's place unless writing it failed."""
+    target = Path(absolute(uri))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staged = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    try:
+        yield staged
+        staged.replace(target)
+    finally:
+        staged.unlink(missing_ok=True)
 
 
 def write_bytes(uri: str, data: bytes) -> None:
@@ -165,20 +287,13 @@ def write_bytes(uri: str, data: bytes) -> None:
     """
     with _translated(uri, "write this file"):
         if is_local(uri):
-            target = Path(absolute(uri))
-            target.parent.mkdir(parents=True, exist_ok=True)
-            staged = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-            try:
-                with staged.open("wb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                staged.replace(target)
-            finally:
-                staged.unlink(missing_ok=True)
+            with _staged(uri) as staged, staged.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
         else:
             fs, path = filesystem(uri)
-            fs.pipe_file(path, data)  # an object store shows an object only when it is complete
+            fs.pipe_file(path, data)
 
 
 def update_bytes(uri: str, update: Callable[[bytes | None], bytes]) -> None:
@@ -204,57 +319,17 @@ def update_bytes(uri: str, update: Callable[[bytes | None], bytes]) -> None:
                 write_bytes(uri, update(target.read_bytes() if target.exists() else None))
     elif uri.startswith("s3://"):
         with _translated(uri, "write this file"):
-            _update_s3(uri, update)
+            update_object(uri, update)
     else:
         write_bytes(uri, update(read_bytes(uri) if exists(uri) else None))
-
-
-def _update_s3(uri: str, update: Callable[[bytes | None], bytes]) -> None:
-    """Replaces an object only while it is the one that was read; begins again where it no longer is.
-
-    A write whose answer was lost may have taken place, so each writer signs its object and looks for its signature
-    before it writes again.
-    """
-    import obstore
-    from obstore.exceptions import AlreadyExistsError, GenericError, PreconditionError
-
-    bucket, _, key = uri.removeprefix("s3://").partition("/")
-    store = s3_store(bucket, s3_endpoint())
-    signature = uuid.uuid4().hex
-    failures = 0
-    while True:
-        found, e_tag = None, None
-        with suppress(FileNotFoundError):
-            response = obstore.get(store, key)
-            if response.attributes.get(_WRITER) == signature:
-                return
-            found, e_tag = bytes(response.bytes()), response.meta["e_tag"]
-        mode: Any = "create" if found is None else {"e_tag": e_tag}
-        try:
-            obstore.put(store, key, update(found), mode=mode, attributes={_WRITER: signature})
-            return
-        except (AlreadyExistsError, PreconditionError):
-            continue
-        except GenericError:  # obstore repeats no conditional write whose connection broke
-            failures += 1
-            if failures > _S3_RETRIES:
-                raise
-            time.sleep(random.uniform(0, 0.1 * 2**failures))
 
 
 def upload(local_path: str | Path, uri: str) -> None:
     """Copies a local file to `uri`, atomically for readers of `uri`."""
     with _translated(uri, "write this file"):
         if is_local(uri):
-            target = Path(absolute(uri))
-            target.parent.mkdir(parents=True, exist_ok=True)
-            staged = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-            fs, _ = filesystem(uri)
-            try:
-                fs.cp_file(str(local_path), str(staged))
-                staged.replace(target)
-            finally:
-                staged.unlink(missing_ok=True)
+            with _staged(uri) as staged:
+                shutil.copyfile(local_path, staged)
         else:
             fs, path = filesystem(uri)
             fs.put_file(str(local_path), path)
@@ -265,15 +340,15 @@ def move_in(local_path: Path, uri: str) -> None:
     if not is_local(uri):
         upload(local_path, uri)
         return
-    with _translated(uri, "write this file"):
-        target = Path(absolute(uri))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staged = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-        try:
-            shutil.move(local_path, staged)
-            staged.replace(target)
-        finally:
-            staged.unlink(missing_ok=True)
+    with _translated(uri, "write this file"), _staged(uri) as staged:
+        shutil.move(local_path, staged)
+
+
+def download(uri: str, local_path: str | Path) -> None:
+    """Copies `uri` to a local file whose folder exists."""
+    fs, path = filesystem(uri)
+    with _translated(uri, "download this file"):
+        fs.get_file(path, str(local_path))
 
 
 @contextmanager
@@ -288,250 +363,12 @@ def local_file(uri: str) -> Iterator[Path]:
         yield path
 
 
-def download(uri: str, local_path: str | Path) -> None:
-    """Copies `uri` to a local file whose folder exists."""
-    fs, path = filesystem(uri)
-    with _translated(uri, "download this file"):
-        fs.get_file(path, str(local_path))
-
-
 def remove(uri: str) -> None:
     """Deletes a file, or a folder with all that is in it; nothing happens when there is none."""
     fs, path = filesystem(uri)
     with _translated(uri, "delete this path"):
         if fs.exists(path):
             fs.rm(path, recursive=True)
-
-
-def list_files(uri: str, suffixes: Sequence[str] = ()) -> list[str]:
-    """Lists the files that `iter_files` lists, sorted.
-
-    Raises:
-        StorageError: Nothing exists at `uri`, or the service fails.
-    """
-    return sorted(iter_files(uri, suffixes))
-
-
-def iter_files(uri: str, suffixes: Sequence[str] = ()) -> Iterator[str]:
-    """Lists the files below a folder or prefix as a stream; a file's own URI lists as itself.
-
-    Hidden files (a component starting with `.` or `_`) are left out, as Hadoop's readers do. Files are sorted on S3
-    and in local folders of up to 200,000 entries each; elsewhere they come in any order. Memory does not grow with
-    their number.
-
-    Args:
-        uri: Folder, prefix, glob pattern, or file.
-        suffixes: Lower-case endings to keep, such as `(".jpg", ".png")`; all files when empty.
-
-    Raises:
-        StorageError: Nothing exists at `uri`, or the service fails.
-    """
-    root = absolute(uri)
-    fixed = root
-    if is_glob(root):
-        fixed = root[: min(root.index(mark) for mark in "*?[" if mark in root)].rpartition("/")[0]
-        found = _walk_fsspec(root)
-    elif is_local(root):
-        found = _walk_local(root)
-    else:
-        found = _walk_s3(root) if root.startswith("s3://") else _walk_fsspec(root)
-    endings = tuple(suffixes)
-    any_file = False
-    while True:
-        with _translated(uri, "list this path"):  # not around the yield: the caller's own errors are not the storage's
-            path = next(found, None)
-        if path is None:
-            break
-        any_file = True
-        hidden = any(name.startswith((".", "_")) for name in path[len(fixed) :].split("/"))
-        if not hidden and (not endings or path.lower().endswith(endings)):
-            yield path
-    if not any_file and not exists(uri):
-        raise StorageError("Cannot list this path: it does not exist.", where=uri, remedy="Check the path.")
-
-
-def suffix_of(uri: str) -> str:
-    """Returns the ending of a file's name from its last dot on, in lower case."""
-    stem, dot, ending = uri.rpartition("/")[2].rpartition(".")
-    return f"{dot}{ending}".lower() if stem else ""
-
-
-def path_below(folder: str, uri: str) -> str:
-    """Returns a file's path below a folder, prefix or pattern; a file that is listed by itself has its name."""
-    return uri.removeprefix(folder).lstrip("/") or uri.rpartition("/")[2]
-
-
-def is_glob(uri: str) -> bool:
-    """Says whether a URI is a pattern of names."""
-    return any(mark in uri for mark in "*?[")
-
-
-def _walk_local(root: str) -> Iterator[str]:
-    """Yields the files below a folder; those of a folder that is not huge in the order of their whole paths."""
-    if os.path.isfile(root):
-        yield root
-        return
-    if not os.path.isdir(root):
-        return
-    with os.scandir(root) as entries:
-        first = list(islice(entries, _SORTED_ENTRIES))
-        # A folder sorts as its name and a slash: then walking in this order gives whole paths in order.
-        first.sort(key=lambda entry: entry.name + "/" if entry.is_dir(follow_symlinks=False) else entry.name)
-        for entry in chain(first, entries):
-            if entry.is_dir(follow_symlinks=False):
-                yield from _walk_local(entry.path)
-            else:
-                yield entry.path
-
-
-def _walk_fsspec(root: str) -> Iterator[str]:
-    fs, path = filesystem(root)
-    found = [other for other in fs.glob(path) if not fs.isdir(other)] if is_glob(root) else fs.find(path)
-    prefix = "" if is_local(root) else root.split("://", 1)[0] + "://"
-    yield from sorted(prefix + other for other in found)
-
-
-def _walk_s3(root: str) -> Iterator[str]:
-    import obstore
-
-    bucket, _, key = root.removeprefix("s3://").partition("/")
-    store = s3_store(bucket, s3_endpoint())
-    empty = True
-    for page in obstore.list(store, key or None, chunk_size=1000):
-        for entry in page:
-            empty = False
-            yield f"s3://{bucket}/{entry['path']}"
-    if empty and key and not root.endswith("/"):
-        try:
-            obstore.head(store, key)
-        except FileNotFoundError:
-            return
-        yield root  # one object, not a prefix
-
-
-def open_ranged(uri: str, buffer_bytes: int = 0) -> IO[bytes]:
-    """Opens a file for reading in ranges; on S3 each read is one ranged request, repeated when the connection breaks.
-
-    Args:
-        uri: The file.
-        buffer_bytes: Read ahead so much at a time, for reading from front to back; 0 reads what is asked for.
-
-    Raises:
-        StorageError: It is missing (caused by a `FileNotFoundError`), forbidden (`PermissionError`), or the service
-            fails; also from its `read`.
-    """
-    with _translated(uri, "read this file"):
-        if is_local(uri):
-            return open(absolute(uri), "rb", buffering=max(buffer_bytes, io.DEFAULT_BUFFER_SIZE))
-        if uri.startswith("s3://"):
-            raw = _S3Object(uri)
-            return io.BufferedReader(raw, buffer_bytes) if buffer_bytes else cast("IO[bytes]", raw)
-        fs, path = filesystem(uri)
-        return cast("IO[bytes]", fs.open(path, "rb"))
-
-
-class _S3Object(io.RawIOBase):
-    """An object of S3 as a file; it is the same object, by its ETag, in all reads."""
-
-    def __init__(self, uri: str) -> None:
-        import obstore
-        from obstore.exceptions import PermissionDeniedError
-
-        super().__init__()
-        self._uri = uri
-        bucket, _, self._key = uri.removeprefix("s3://").partition("/")
-        self._store = s3_store(bucket, s3_endpoint())
-        try:
-            meta = obstore.head(self._store, self._key)
-        except PermissionDeniedError as error:
-            raise PermissionError(str(error)) from error
-        self._size, self._e_tag, self._at = meta["size"], meta["e_tag"], 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
-        return self._at
-
-    def readall(self) -> bytes:
-        return self.read(max(self._size - self._at, 0)) or b""
-
-    def readinto(self, buffer: Any) -> int:
-        wanted = memoryview(buffer).cast("B")
-        stop = min(self._at + len(wanted), self._size)
-        if stop <= self._at:
-            return 0
-        data = self._read_range(self._at, stop)
-        wanted[: len(data)] = data
-        self._at += len(data)
-        return len(data)
-
-    def _read_range(self, start: int, stop: int) -> memoryview:
-        import obstore
-        from obstore.exceptions import BaseError, PermissionDeniedError, PreconditionError
-
-        problem: Exception | None = None
-        for attempt in range(_READ_ATTEMPTS):
-            if attempt:
-                time.sleep(0.5 * 2**attempt)
-            try:
-                options: Any = {"range": (start, stop), "if_match": self._e_tag}
-                data = memoryview(obstore.get(self._store, self._key, options=options).bytes())
-            except (FileNotFoundError, PermissionDeniedError, PreconditionError) as error:
-                raise StorageError(
-                    "An object has changed while it was read.",
-                    where=self._uri,
-                    found=f"{type(error).__name__}: {error}",
-                    remedy="Run the same command again, when nobody writes to it.",
-                ) from error
-            except (BaseError, OSError) as error:
-                problem = error
-                continue
-            if len(data) == stop - start:
-                return data
-            problem = EOFError(f"{len(data)} bytes instead of {stop - start}")
-        raise StorageError(
-            "The object store fails after retries.",
-            where=self._uri,
-            found=f"{type(problem).__name__}: {problem}",
-            remedy="Check AWS_ENDPOINT_URL, the credentials and the service; then run the same command again.",
-        ) from problem
-
-
-def list_folder(uri: str) -> list[str]:
-    """Lists the names directly in a folder or prefix as URIs, hidden ones included, sorted; empty where it is not."""
-    fs, root = filesystem(uri)
-    with _translated(uri, "list this path"):
-        try:
-            names = fs.ls(root, detail=False)
-        except FileNotFoundError:
-            return []
-    return sorted(join(uri, name.rstrip("/").rsplit("/", 1)[-1]) for name in names)
-
-
-def modified_at(uri: str) -> datetime:
-    """Returns when a file was last written, with its time zone."""
-    fs, path = filesystem(uri)
-    with _translated(uri, "look at this path"):
-        found: datetime = fs.modified(path)
-    return found if found.tzinfo else found.replace(tzinfo=UTC)
-
-
-def size(uri: str) -> int | None:
-    """Returns a file's size in bytes; None where there is no such file."""
-    fs, path = filesystem(uri)
-    with _translated(uri, "look at this path"):
-        try:
-            return int(fs.size(path))
-        except FileNotFoundError:
-            return None
 
 
 def sha256_file(path: str | Path) -> str:
@@ -548,53 +385,3 @@ def scratch_folder() -> Iterator[Path]:
     """Gives a temporary local folder that is deleted afterwards."""
     with tempfile.TemporaryDirectory(prefix="smallcap-") as folder:
         yield Path(folder)
-
-
-def s3_endpoint() -> str | None:
-    """Returns the address of the S3 service where it is not Amazon's own."""
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-
-
-@lru_cache
-def s3_store(bucket: str, endpoint: str | None, max_retries: int = 10, timeout_s: float = 30.0) -> S3Store:
-    """Opens a bucket with botocore's credentials and region, so that obstore and s3fs see the same account.
-
-    Args:
-        bucket: Its name.
-        endpoint: `s3_endpoint()`.
-        max_retries: How often obstore itself repeats a request.
-        timeout_s: Most seconds of one request.
-
-    Raises:
-        StorageError: There are no credentials.
-    """
-    import botocore.session
-    from obstore.store import S3Store
-
-    session = botocore.session.get_session()
-    credentials = session.get_credentials()
-    if credentials is None:
-        raise StorageError(
-            "There are no credentials for S3.",
-            where=f"s3://{bucket}",
-            expected="environment variables, a profile, or an instance role, as botocore finds them",
-            remedy="Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE.",
-        )
-
-    def provide() -> S3Credential:
-        frozen = credentials.get_frozen_credentials()  # botocore renews what expires
-        ask_again = datetime.now(UTC) + _CREDENTIALS_LIFETIME
-        found = {"access_key_id": frozen.access_key, "secret_access_key": frozen.secret_key, "expires_at": ask_again}
-        return cast("S3Credential", found | ({"token": frozen.token} if frozen.token else {}))
-
-    return S3Store(
-        bucket,
-        endpoint=endpoint,
-        region=session.get_config_variable("region") or "us-east-1",
-        client_options={
-            "allow_http": bool(endpoint and endpoint.startswith("http://")),
-            "timeout": timedelta(seconds=timeout_s),
-        },
-        retry_config={"max_retries": max_retries},
-        credential_provider=provide,
-    )

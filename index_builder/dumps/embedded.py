@@ -85,7 +85,7 @@ def _pair_by_number(embeddings: Sequence[str], captions: Sequence[str], folder: 
 
 def _holds_a_list(uri: str) -> bool:
     """Says whether a JSON file is a list; COCO's captions, which may have the same name, are an object."""
-    with storage.open_file(uri) as file:
+    with storage.open_ranged(uri) as file:
         return bool(file.read(64).lstrip().startswith(b"["))
 
 

@@ -129,9 +129,9 @@ def _load_captioner(spec: CaptionerSpec) -> Captioner:
     cache_dir = config.retrieval.cache_dir
     return Captioner.from_pretrained(
         config.model,
-        config.index,
+        PartitionedRetriever.open(spec.partitions, cache_dir) if spec.partitions else config.index,
+        **config.generation.model_dump(),
         k=config.retrieval.k,
-        generation=config.generation,
         device=spec.layout.actors.device,
         dtype=spec.layout.actors.dtype,
         retrieval_encoder=spec.retrieval_encoder,
@@ -139,7 +139,6 @@ def _load_captioner(spec: CaptionerSpec) -> Captioner:
         index_id=spec.index_id,
         compile_encoders=config.compute.compile,
         search_device=config.retrieval.search_device,
-        retriever=PartitionedRetriever.open(spec.partitions, cache_dir) if spec.partitions else None,
         clip_score=config.output.clip_score,
     )
 

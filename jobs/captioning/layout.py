@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 from jobs.captioning.record import RunRecord
 from jobs.cluster.resources import node_resources
 from smallcap.batch_size import LARGEST_BATCH
-from smallcap.captioner import load_crop_plan
 from smallcap.config import CaptionConfig
 from smallcap.images.fragments import FRAGMENT_ROWS
 from smallcap.images.work_list import WorkList
 from smallcap.machine.actor_plan import ActorPlan, plan_actors
 from smallcap.machine.precision import fastest_cpu_dtype
+from smallcap.model.checkpoint import load_crop_plan
 from smallcap.output.coverage import WorkItem
 from smallcap.output.part_files import PartOptions
 

@@ -203,7 +203,7 @@ def read_parts(out: str, columns: list[str]) -> Iterator[tuple[str, pa.Table]]:
         SchemaError: A part is not Parquet, or not of this schema version.
     """
     for uri in list_parts(out):
-        with storage.open_file(uri) as file:
+        with storage.open_ranged(uri) as file:
             try:
                 part = pq.ParquetFile(file)
                 check_caption_schema(part.schema_arrow, uri)

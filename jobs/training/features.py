@@ -29,7 +29,7 @@ from jobs.training.inputs import TrainInputs, TrainItem
 from jobs.training.pairs import captions_of
 from jobs.training.start import ModelStart
 from smallcap import storage
-from smallcap.captioner import Captioner
+from smallcap.captioner import Captioner, CaptionerOptions
 from smallcap.images.crops import CropPlan
 from smallcap.images.fragments import FRAGMENT_ROWS
 from smallcap.images.work_list import read_fragment
@@ -141,7 +141,9 @@ class EncodeImages(GuardedActor):
         self._caption_column = start.config.data.caption_column
         encoder = start.retrieval_encoder
         retrieval = load_retrieval_encoder(encoder, device) if encoder else None
-        self._encoders = Captioner(start.load().to(device), start.load_tokenizer(), retrieval, k=0, clip_score=False)
+        self._encoders = Captioner(
+            start.load().to(device), start.load_tokenizer(), retrieval, options=CaptionerOptions(k=0, clip_score=False)
+        )
 
     def process(self, batch: pa.Table) -> pa.Table:
         """Maps a row of `load_items` to one whose `images` are the rows of a part of features."""
@@ -154,14 +156,16 @@ class EncodeImages(GuardedActor):
 
     def _encode(self, images: pa.Table, rows: list[int]) -> tuple[np.ndarray, np.ndarray | None]:
         """Returns features [n, P, Hv] float16 and embeddings [n, dim] of some rows, or of none."""
-        parts = []
+        encoders, parts = self._encoders, []
         for start in range(0, max(1, len(rows)), _ENCODED_TOGETHER):
             together = rows[start : start + _ENCODED_TOGETHER] or [0]  # a failed row's pixels are 0
-            hidden_states, embeddings = self._encoders.encode(pixels_of(images, together))
-            parts.append((hidden_states.half().cpu().numpy(), embeddings))
+            pixels = pixels_of(images, together)
+            hidden_states, class_tokens = encoders.encode(pixels)
+            parts.append((hidden_states.half().cpu().numpy(), encoders.embed(pixels, class_tokens)))
         features = np.concatenate([features for features, _ in parts])[: len(rows)]
-        vectors = [vectors for _, vectors in parts if vectors is not None]
-        return features, np.concatenate(vectors)[: len(rows)] if vectors else None
+        if encoders.retrieval_encoder is None:
+            return features, None
+        return features, np.concatenate([embeddings for _, embeddings in parts])[: len(rows)]
 
 
 def store_part(batch: pa.Table, folder: str) -> pa.Table:

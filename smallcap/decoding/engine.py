@@ -93,21 +93,21 @@ class DecodingState:
         """Copies a state of as many rows or fewer into this one's tensors; what is left over repeats its last row."""
         count = len(other.position)
         rows = torch.arange(len(self.position), device=self.position.device).clamp(max=count - 1)
-        for own, given in zip(self.changed_by_steps(), other.changed_by_steps(), strict=True):
-            own.copy_(given[rows])
+        for mine, given in zip(self.changed_by_steps(), other.changed_by_steps(), strict=True):
+            mine.copy_(given[rows])
         filled = other.cache.length
-        for own, given in ((self.cache.keys, other.cache.keys), (self.cache.values, other.cache.values)):
-            own[:, :count, :, :filled] = given[:, :, :, :filled]
-        for own_layer, given_layer in zip(self.cross_kv, other.cross_kv, strict=True):
-            for own, given in zip(own_layer, given_layer, strict=True):
-                own[:count] = given
+        for mine, given in ((self.cache.keys, other.cache.keys), (self.cache.values, other.cache.values)):
+            mine[:, :count, :, :filled] = given[:, :, :, :filled]
+        for my_layer, given_layer in zip(self.cross_kv, other.cross_kv, strict=True):
+            for mine, given in zip(my_layer, given_layer, strict=True):
+                mine[:count] = given
         self.images, self.cache.length, self.strategy.step = other.images, filled, other.strategy.step
 
     def changed_by_steps(self) -> list[Tensor]:
         """Returns the tensors that a step changes, all but keys and values: those it writes behind earlier ones."""
         strategy = self.strategy
-        of_strategy = [getattr(strategy, name) for name in strategy.per_image]
-        return [self.tokens, self.parents, self.position, self.cache.visible, *of_strategy]
+        strategy_tensors = [getattr(strategy, name) for name in strategy.per_image]
+        return [self.tokens, self.parents, self.position, self.cache.visible, *strategy_tensors]
 
 
 # Takes a state some steps further; the state that it returns may be another, whose tensors it owns.
@@ -197,19 +197,19 @@ def prefill(
         options.max_new_tokens - 1,
         encoder_hidden_states.dtype,
     )
-    of_images = torch.arange(len(prompts)) if keys is None else torch.tensor(list(keys))
-    strategy = (options.strategy or BeamSearch)(options, of_images.to(device)[rows])
+    image_keys = torch.arange(len(prompts)) if keys is None else torch.tensor(list(keys))
+    strategy = (options.strategy or BeamSearch)(options, image_keys.to(device)[rows])
     state = DecodingState(order, cross_kv, cache, strategy, lengths)
 
     last_hidden = []
     for group in _groups(prompts, device):
         ids, mask = pad_prompts(prompts[group], options.pad_token_id, device)
-        of_group = [(of_keys[group], of_values[group]) for of_keys, of_values in cross_kv]
+        group_cross_kv = [(keys_of_layer[group], values_of_layer[group]) for keys_of_layer, values_of_layer in cross_kv]
         hidden = decoder(
             ids,
             mask.cumsum(1).sub(1).clamp(min=0),
             additive_mask(causal_mask(mask), cache.keys.dtype),
-            of_group,
+            group_cross_kv,
             PromptSlots(cache, group, ids.shape[1]),
             last_only=True,
         )

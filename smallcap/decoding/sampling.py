@@ -65,8 +65,8 @@ class Sampling(DecodingStrategy):
         """Returns the step's random numbers, [B, N] float64 in [0, 1)."""
         samples = torch.arange(self.options.num_captions, device=self.keys.device)
         place = samples * self.options.max_new_tokens + self.step
-        of_images = split_mix(self.keys ^ split_mix(torch.full_like(self.keys, self.options.sampling.seed)))
-        mixed = split_mix(of_images[:, None] + place)
+        image_states = split_mix(self.keys ^ split_mix(torch.full_like(self.keys, self.options.sampling.seed)))
+        mixed = split_mix(image_states[:, None] + place)
         return _shift_right(mixed, 64 - _MANTISSA_BITS).double() * 2.0**-_MANTISSA_BITS
 
 

@@ -8,7 +8,7 @@ Each decoder of the reference is one small module (`gpt2`, `opt`, `xglm`) with t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -50,6 +50,42 @@ class DecoderConfig:
         return self.hidden_size // self.cross_attention_reduce_factor
 
 
+class DecoderLayer(nn.Module, ABC):
+    """Self-attention, cross-attention and feed-forward, each normalised before and added after."""
+
+    @abstractmethod
+    def project_image(self, encoder_hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, P, Hv] to cross-attention's keys and values, each [B, H, P, D / reduce factor]."""
+
+    @abstractmethod
+    def forward(
+        self, x: Tensor, mask: Tensor, cross_kv: tuple[Tensor, Tensor], layer: int, cache: KeyValueSlots | None
+    ) -> Tensor:
+        """[B, S, E] and a mask [B, 1, Q, T] to [B, Q, E], of the last Q positions."""
+
+
+class DecoderStack(nn.Module, ABC):
+    """Embeddings, layers and last norm of a decoder: all but its output layer."""
+
+    @property
+    @abstractmethod
+    def decoder_layers(self) -> Sequence[DecoderLayer]:
+        """The layers, first to last."""
+
+    @property
+    @abstractmethod
+    def token_embedding(self) -> Tensor:
+        """[V, E]."""
+
+    @abstractmethod
+    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """[B, S] token ids and positions to [B, S, E]."""
+
+    @abstractmethod
+    def last_norm(self, x: Tensor) -> Tensor:
+        """[B, S, E] to [B, S, E]."""
+
+
 class TextDecoder(nn.Module, ABC):
     """A causal language model whose layers also attend to an image's encoder hidden states.
 
@@ -57,18 +93,24 @@ class TextDecoder(nn.Module, ABC):
         trained_marker: What the names of the parameters that SmallCap trains contain; all others stay frozen.
     """
 
-    config: DecoderConfig
     trained_marker: str
 
-    def __init__(self) -> None:
+    def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
+        self.config = config
         self._packed_head: PackedLinear | None = None
 
+    @property
     @abstractmethod
+    def stack(self) -> DecoderStack:
+        """All but the output layer, whose weights are the input embedding's."""
+
     def cross_attention_kv(self, encoder_hidden_states: Tensor) -> CrossAttentionKV:
         """Projects [B, P, Hv] encoder hidden states to every layer's cross-attention keys and values."""
+        projected = (layer.project_image(encoder_hidden_states) for layer in self.stack.decoder_layers)
+        # contiguous: they are read once per generated token
+        return [(keys.contiguous(), values.contiguous()) for keys, values in projected]
 
-    @abstractmethod
     def forward(
         self,
         input_ids: Tensor,  # [B, S] int64
@@ -82,11 +124,21 @@ class TextDecoder(nn.Module, ABC):
 
         With `last_only` it returns those of the last position, [B, 1, E], and the last layer computes no others.
         """
+        layers = self.stack.decoder_layers
+        masks = [attention_mask] * len(layers)
+        if last_only:
+            masks[-1] = attention_mask[:, :, -1:]
+        x = self.stack.embed(input_ids, position_ids)
+        for number, layer in enumerate(layers):
+            x = layer(x, masks[number], cross_kv[number], number, cache)
+        if cache is not None:
+            cache.advance(input_ids.shape[1])
+        return self.stack.last_norm(x)
 
     @property
-    @abstractmethod
     def token_embedding(self) -> Tensor:
         """The input embedding [V, E], which is the output embedding too."""
+        return self.stack.token_embedding
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Returns [..., V] logits of [..., E] hidden states."""
@@ -118,10 +170,14 @@ def split_heads(states: Tensor, num_heads: int) -> Tensor:
     return states.view(batch, length, num_heads, size // num_heads).transpose(1, 2)
 
 
-def masks_by_layer(mask: Tensor, num_layers: int, last_only: bool) -> list[Tensor]:
-    """Returns each layer's attention mask, [B, 1, Q, T]: a layer gives the states of the last Q positions it is fed."""
-    last = mask[:, :, -1:] if last_only else mask
-    return [*[mask] * (num_layers - 1), last]
+def init_weights(decoder: nn.Module) -> None:
+    """The initialisation of GPT-2 and of fairseq, for what no checkpoint fills: new cross-attention before training."""
+    for module in decoder.modules():
+        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+        if isinstance(weight, nn.Parameter) and not isinstance(module, nn.LayerNorm):
+            nn.init.normal_(weight, std=0.02)
+            if isinstance(bias, nn.Parameter):
+                nn.init.zeros_(bias)
 
 
 def attend(

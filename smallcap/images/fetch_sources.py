@@ -13,6 +13,7 @@ import re
 import stat
 from collections.abc import Callable
 from concurrent.futures import Executor
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from smallcap import storage
 from smallcap.errors import ErrorCode, StorageError
+from smallcap.s3 import s3_endpoint, s3_store
 
 if TYPE_CHECKING:
     import aiohttp
@@ -49,31 +51,16 @@ _CREDENTIALS_OF = {
 }
 
 
+@dataclass(eq=False)
 class FetchFailure(Exception):  # noqa: N818 - an outcome that is weighed, not an error that is shown
-    """One request for one object failed.
+    """One request for one object failed."""
 
-    Attributes:
-        code: What the row's error would be.
-        what: One sentence for people.
-        repeat: Whether another attempt may help.
-        retry_after_s: How long the server asks to wait.
-        slow_down: Whether the server asks for fewer requests.
-        unreached: Whether there was no connection to the server at all.
-    """
-
-    def __init__(
-        self,
-        code: ErrorCode,
-        what: str,
-        *,
-        repeat: bool = False,
-        retry_after_s: float | None = None,
-        slow_down: bool = False,
-        unreached: bool = False,
-    ) -> None:
-        super().__init__(what)
-        self.code, self.what, self.repeat = code, what, repeat
-        self.retry_after_s, self.slow_down, self.unreached = retry_after_s, slow_down, unreached
+    code: ErrorCode  # what the row's error would be
+    what: str  # one sentence for people
+    repeat: bool = field(default=False, kw_only=True)  # whether another attempt may help
+    retry_after_s: float | None = field(default=None, kw_only=True)  # how long the server asks to wait
+    slow_down: bool = field(default=False, kw_only=True)  # whether the server asks for fewer requests
+    unreached: bool = field(default=False, kw_only=True)  # whether there was no connection to the server at all
 
 
 def place_of(uri: str) -> str:
@@ -137,7 +124,7 @@ class Sources:
         return await asyncio.get_running_loop().run_in_executor(self._executor, read, uri, self._max_bytes)
 
     async def _get_from_object_store(self, scheme: str, bucket: str, key: str) -> bytes:
-        endpoint = storage.s3_endpoint() if scheme == "s3" else None
+        endpoint = s3_endpoint() if scheme == "s3" else None
         store = _object_store(scheme, bucket, endpoint, self._timeout_s)
         try:
             response = await store.get_async(key)
@@ -256,7 +243,7 @@ def _read_by_fsspec(uri: str, max_bytes: int) -> bytes:
 def _object_store(scheme: str, bucket: str, endpoint: str | None, timeout_s: float) -> ObjectStore:
     """Opens a bucket without retries of obstore's own: those would not be counted."""
     if scheme == "s3":
-        return storage.s3_store(bucket, endpoint, max_retries=0, timeout_s=timeout_s)
+        return s3_store(bucket, endpoint, max_retries=0, timeout_s=timeout_s)
     from obstore.exceptions import BaseError
     from obstore.store import AzureStore, GCSStore
 

@@ -220,7 +220,7 @@ def open_arrow(uri: str) -> pa.NativeFile:
     """Opens an Arrow file for random access: memory-mapped when local, ranged reads elsewhere."""
     if storage.is_local(uri):
         return pa.memory_map(storage.absolute(uri))
-    return pa.PythonFile(storage.open_file(uri), mode="r")
+    return pa.PythonFile(storage.open_ranged(uri), mode="r")
 
 
 def _caption_row(row: dict[str, Any]) -> CaptionRow:

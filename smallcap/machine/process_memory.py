@@ -39,9 +39,9 @@ def available_bytes(root: Path = Path("/")) -> int:
         folder = root / "sys/fs/cgroup"
         try:
             limit, used = ((folder / name).read_text().strip() for name in (limit_file, used_file))
-            of_group = dict(line.split() for line in (folder / stat_file).read_text().splitlines())
+            group_stat = dict(line.split() for line in (folder / stat_file).read_text().splitlines())
             if limit != "max":  # version 1 writes a number larger than any memory
-                left.append(int(limit) - int(used) + int(of_group.get(reclaimable, 0)))
+                left.append(int(limit) - int(used) + int(group_stat.get(reclaimable, 0)))
         except (OSError, ValueError):
             continue
     return max(0, min(left))

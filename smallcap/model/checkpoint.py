@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from smallcap.config import GenerationConfig
+from smallcap.config import DecodeMode, GenerationConfig
 from smallcap.decoding.beam_search import BeamSearch
 from smallcap.decoding.cuda_graphs import PROMPT_MULTIPLE, STEPS_PER_GRAPH, GraphStepper
 from smallcap.decoding.engine import Generated, generate
@@ -29,12 +29,13 @@ from smallcap.decoding.sampling import Sampling
 from smallcap.decoding.strategy import GenerationOptions, SamplingOptions
 from smallcap.decoding.text_decoder import DecoderConfig, TextDecoder
 from smallcap.errors import CheckpointError, ConfigError
-from smallcap.model.clip_encoder import VisionEncoder
+from smallcap.images.crops import CropPlan
+from smallcap.model.clip_encoder import VisionEncoder, load_preprocessing, vision_preprocessing
 from smallcap.model.files import resolve_folder, weights_file
 from smallcap.model.gpt2 import GPT2Decoder, dump_gpt2_config, parse_gpt2_config
 from smallcap.model.opt import OPTDecoder, dump_opt_config, parse_opt_config
 from smallcap.model.prompt import PromptTemplate
-from smallcap.model.xglm import XGLMDecoder, dump_xglm_config, parse_xglm_config
+from smallcap.model.xglm import XGLM_FORMAT, XGLMDecoder
 from smallcap.storage import sha256_file
 
 
@@ -54,7 +55,7 @@ DECODER_KINDS = {
     "this_opt": DecoderKind(
         parse_opt_config, OPTDecoder, dump_opt_config, "facebook/opt-125m", prompts_start_with_bos=True
     ),
-    "this_xglm": DecoderKind(parse_xglm_config, XGLMDecoder, dump_xglm_config, "facebook/xglm-564M"),
+    "this_xglm": DecoderKind(XGLM_FORMAT.parse, XGLMDecoder, XGLM_FORMAT.dump, "facebook/xglm-564M"),
 }
 
 # Written by transformers 4.21 and derived from the sizes: causal masks and position indices.
@@ -134,8 +135,8 @@ class SmallCapModel(nn.Module):
         Raises:
             ConfigError: More captions are wanted than beams can give.
         """
-        own = self.config
-        num_beams = own.num_beams if wanted.num_beams is None else wanted.num_beams
+        defaults = self.config
+        num_beams = defaults.num_beams if wanted.num_beams is None else wanted.num_beams
         if wanted.num_captions > num_beams and not wanted.do_sample:
             raise ConfigError(
                 "There cannot be more captions per image than beams.",
@@ -146,10 +147,10 @@ class SmallCapModel(nn.Module):
             )
         return GenerationOptions(
             num_beams=num_beams,
-            max_new_tokens=own.max_new_tokens if wanted.max_new_tokens is None else wanted.max_new_tokens,
-            length_penalty=own.length_penalty if wanted.length_penalty is None else wanted.length_penalty,
-            eos_token_id=own.eos_token_id,
-            pad_token_id=own.pad_token_id,
+            max_new_tokens=defaults.max_new_tokens if wanted.max_new_tokens is None else wanted.max_new_tokens,
+            length_penalty=defaults.length_penalty if wanted.length_penalty is None else wanted.length_penalty,
+            eos_token_id=defaults.eos_token_id,
+            pad_token_id=defaults.pad_token_id,
             no_repeat_ngram_size=wanted.no_repeat_ngram_size,
             num_captions=wanted.num_captions,
             strategy=Sampling if wanted.do_sample else BeamSearch,
@@ -233,7 +234,7 @@ def load_config(folder: Path) -> SmallCapConfig:
                 expected=", ".join(DECODER_KINDS),
                 found=kind,
             )
-        own = values.get("generation", {})
+        generation = values.get("generation", {})
         config = SmallCapConfig(
             encoder=values["encoder"],
             decoder=DECODER_KINDS[kind].parse_config(values["decoder"]),
@@ -244,13 +245,23 @@ def load_config(folder: Path) -> SmallCapConfig:
             retrieval_encoder=values.get("retrieval_encoder", ""),
             bos_token_id=values["decoder"]["bos_token_id"] if DECODER_KINDS[kind].prompts_start_with_bos else None,
         )
-        return replace(config, **{**own, "template": PromptTemplate(**own.get("template", {}))})
+        return replace(config, **{**generation, "template": PromptTemplate(**generation.get("template", {}))})
     except FileNotFoundError as error:
         raise CheckpointError("The checkpoint has no config.json.", where=str(folder)) from error
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             "The checkpoint's config.json is malformed.", where=str(path), found=f"{type(error).__name__}: {error}"
         ) from error
+
+
+def load_crop_plan(model: str, retrieval_encoder: str | None, decode: DecodeMode = "exact") -> CropPlan:
+    """Returns the crops that a checkpoint and a retrieval encoder spec take, without loading the weights of either.
+
+    Raises:
+        CheckpointError: One of them cannot be found.
+    """
+    vision = vision_preprocessing(load_config(resolve_folder(model, demo_part="smallcap")).vision)
+    return CropPlan.of(vision, load_preprocessing(retrieval_encoder) if retrieval_encoder else None, decode)
 
 
 def load_weights(model: SmallCapModel, tensors: dict[str, Tensor], where: str) -> None:

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, Self, cast
 
 import numpy as np
 import torch
@@ -129,16 +129,20 @@ class RetrievalEncoder(ABC):
 class HFRetrievalEncoder(RetrievalEncoder):
     """A `CLIPModel` folder of transformers."""
 
-    def __init__(self, folder: Path, identity: EncoderIdentity, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, model: CLIPModel, tokenizer: Any, identity: EncoderIdentity) -> None:
+        self._model: Any = model.eval()
+        self._tokenizer = tokenizer
+        self._max_tokens = model.config.text_config.max_position_embeddings
+        super().__init__(identity, vision_preprocessing(model.config.vision_config.to_dict()), model.device)
+
+    @classmethod
+    def load(cls, folder: Path, identity: EncoderIdentity, device: torch.device, dtype: torch.dtype) -> Self:
+        """Loads a folder as transformers saves it, with its tokenizer."""
         transformers_logging.disable_progress_bar()  # "Loading weights", in every actor
-        self._model = CLIPModel.from_pretrained(folder, dtype=dtype).eval().to(device)
-        tokenizer_file = folder / "tokenizer.json"
-        if tokenizer_file.is_file() and not (folder / "vocab.json").is_file():
-            self._tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(folder)
-        else:
-            self._tokenizer = AutoTokenizer.from_pretrained(folder)
-        self._max_tokens = self._model.config.text_config.max_position_embeddings
-        super().__init__(identity, vision_preprocessing(self._model.config.vision_config.to_dict()), device)
+        model = CLIPModel.from_pretrained(folder, dtype=dtype).to(device)
+        tokenizer_alone = (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file()
+        tokenizer_kind: Any = PreTrainedTokenizerFast if tokenizer_alone else AutoTokenizer
+        return cls(model, tokenizer_kind.from_pretrained(folder), identity)
 
     def share_weights_with(self, vision_encoder: VisionEncoder) -> bool:
         """Drops this model's own vision tower when its weights are the vision encoder's."""
@@ -179,22 +183,28 @@ class OpenCLIPRetrievalEncoder(RetrievalEncoder):
     """A model of open_clip: a built-in architecture with pretrained weights, or a folder or hub id with its config."""
 
     def __init__(
-        self, name: str, pretrained: str | None, identity: EncoderIdentity, device: torch.device, dtype: torch.dtype
+        self, model: Any, tokenizer: Any, identity: EncoderIdentity, preprocessing: Preprocessing, device: torch.device
     ) -> None:
+        self._model, self._tokenizer = model.eval(), tokenizer
+        model.visual.to(memory_format=torch.channels_last)  # as the pixels come; convolutions want it on a GPU
+        super().__init__(identity, preprocessing, device)
+
+    @classmethod
+    def load(
+        cls, name: str, pretrained: str | None, identity: EncoderIdentity, device: torch.device, dtype: torch.dtype
+    ) -> Self:
+        """Loads an architecture with a pretrained tag's weights or a file's, or what `name` says without one."""
         import open_clip
 
-        precision = {torch.float32: "fp32", torch.bfloat16: "pure_bf16", torch.float16: "pure_fp16"}[dtype]
-        self._model: Any = open_clip.create_model(
+        model = open_clip.create_model(
             name,
             pretrained=pretrained,
-            precision=precision,
+            precision={torch.float32: "fp32", torch.bfloat16: "pure_bf16", torch.float16: "pure_fp16"}[dtype],
             device=device,
             force_quick_gelu=_open_clip_tag(name, pretrained).get("quick_gelu", False),
             require_pretrained=True,
-        ).eval()
-        self._model.visual.to(memory_format=torch.channels_last)  # as the pixels come; convolutions want it on a GPU
-        self._tokenizer = open_clip.get_tokenizer(name)
-        super().__init__(identity, _open_clip_preprocessing(name, pretrained), device)
+        )
+        return cls(model, open_clip.get_tokenizer(name), identity, open_clip_preprocessing(name, pretrained), device)
 
     @property
     def vision_tower(self) -> nn.Module:
@@ -234,7 +244,7 @@ def load_preprocessing(spec: str) -> Preprocessing:
     """
     backend, name, pretrained = _parse_spec(spec)
     if backend == "open_clip":
-        return _open_clip_preprocessing(name, pretrained)
+        return open_clip_preprocessing(name, pretrained)
     return vision_preprocessing(_read_json(resolve_folder(name, demo_part="clip") / "config.json")["vision_config"])
 
 
@@ -255,8 +265,8 @@ def load_retrieval_encoder(spec: str, device: str = "cpu", dtype: str = "float32
     torch_device, torch_dtype = torch.device(device), getattr(torch, dtype)
     try:
         if backend == "hf":
-            return HFRetrievalEncoder(resolve_folder(name, demo_part="clip"), identity, torch_device, torch_dtype)
-        return OpenCLIPRetrievalEncoder(name, pretrained, identity, torch_device, torch_dtype)
+            return HFRetrievalEncoder.load(resolve_folder(name, demo_part="clip"), identity, torch_device, torch_dtype)
+        return OpenCLIPRetrievalEncoder.load(name, pretrained, identity, torch_device, torch_dtype)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise CheckpointError("The retrieval encoder cannot be loaded.", where=spec, found=str(error)) from error
 
@@ -307,7 +317,8 @@ def _open_clip_config(name: str) -> dict[str, Any]:
     return config
 
 
-def _open_clip_preprocessing(name: str, pretrained: str | None) -> Preprocessing:
+def open_clip_preprocessing(name: str, pretrained: str | None = None) -> Preprocessing:
+    """Returns what an open_clip architecture, and its pretrained tag, want images to be."""
     given = _open_clip_tag(name, pretrained)
     if ":" in name:
         given = _read_json(_open_clip_folder(name) / "open_clip_config.json").get("preprocess_cfg", {})

@@ -6,7 +6,7 @@ keys and values have the decoder's head count and `1 / cross_attention_reduce_fa
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -15,15 +15,37 @@ from torch import Tensor, nn
 
 from smallcap.decoding.kv_cache import KeyValueSlots
 from smallcap.decoding.text_decoder import (
-    CrossAttentionKV,
     DecoderConfig,
+    DecoderLayer,
+    DecoderStack,
     TextDecoder,
     activation,
     attend,
-    masks_by_layer,
+    init_weights,
     split_heads,
 )
 from smallcap.errors import CheckpointError
+from smallcap.model.decoder_config import ConfigFormat
+
+_FORMAT = ConfigFormat(
+    names={
+        "hidden_size": "n_embd",
+        "num_layers": "n_layer",
+        "num_heads": "n_head",
+        "ffn_size": "n_inner",
+        "max_positions": "n_positions",
+        "layer_norm_eps": "layer_norm_epsilon",
+        "activation": "activation_function",
+        "dropout": "resid_pdrop",
+    },
+    defaults={
+        "encoder_hidden_size": 768,
+        "layer_norm_epsilon": 1e-5,
+        "activation_function": "gelu_new",
+        "resid_pdrop": 0.1,
+    },
+    fixed={"model_type": "this_gpt2"},
+)
 
 
 def parse_gpt2_config(values: dict[str, Any]) -> DecoderConfig:
@@ -37,43 +59,12 @@ def parse_gpt2_config(values: dict[str, Any]) -> DecoderConfig:
             raise CheckpointError(
                 "This GPT-2 attention variant is not supported.", where=f"decoder.{name}", found="true"
             )
-    hidden_size = values["n_embd"]
-    return DecoderConfig(
-        model_type="this_gpt2",
-        vocab_size=values["vocab_size"],
-        hidden_size=hidden_size,
-        num_layers=values["n_layer"],
-        num_heads=values["n_head"],
-        ffn_size=values.get("n_inner") or 4 * hidden_size,
-        max_positions=values["n_positions"],
-        encoder_hidden_size=values.get("encoder_hidden_size", 768),
-        cross_attention_reduce_factor=values.get("cross_attention_reduce_factor", 1),
-        layer_norm_eps=values.get("layer_norm_epsilon", 1e-5),
-        activation=values.get("activation_function", "gelu_new"),
-        dropout=values.get("resid_pdrop", 0.1),
-    )
+    return _FORMAT.parse(values | {"n_inner": values.get("n_inner") or 4 * values["n_embd"]})
 
 
 def dump_gpt2_config(config: DecoderConfig) -> dict[str, Any]:
     """Returns the `this_gpt2` config that the reference loads; the inverse of `parse_gpt2_config`."""
-    return {
-        "model_type": "this_gpt2",
-        "add_cross_attention": True,
-        "is_decoder": True,
-        "vocab_size": config.vocab_size,
-        "n_embd": config.hidden_size,
-        "n_layer": config.num_layers,
-        "n_head": config.num_heads,
-        "n_inner": config.ffn_size,
-        "n_positions": config.max_positions,
-        "encoder_hidden_size": config.encoder_hidden_size,
-        "cross_attention_reduce_factor": config.cross_attention_reduce_factor,
-        "layer_norm_epsilon": config.layer_norm_eps,
-        "activation_function": config.activation,
-        "resid_pdrop": config.dropout,
-        "embd_pdrop": config.dropout,
-        "attn_pdrop": config.dropout,
-    }
+    return _FORMAT.dump(config) | {"embd_pdrop": config.dropout, "attn_pdrop": config.dropout}
 
 
 class Conv1D(nn.Module):
@@ -121,8 +112,7 @@ class CrossAttention(nn.Module):
     def project(self, encoder_hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """[B, P, Hv] to keys and values, each [B, H, P, D / reduce factor]."""
         keys, values = self.c_attn(encoder_hidden_states).chunk(2, dim=-1)
-        # contiguous: they are read once per generated token
-        return split_heads(keys, self.num_heads).contiguous(), split_heads(values, self.num_heads).contiguous()
+        return split_heads(keys, self.num_heads), split_heads(values, self.num_heads)
 
     def forward(self, hidden_states: Tensor, cross_kv: tuple[Tensor, Tensor]) -> Tensor:
         """[B, S, E] to [B, S, E]."""
@@ -145,7 +135,7 @@ class FeedForward(nn.Module):
         return self.c_proj(self.activation(self.c_fc(hidden_states)))
 
 
-class Block(nn.Module):
+class Block(DecoderLayer):
     """Self-attention, cross-attention and feed-forward, each normalised before and added after."""
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -158,6 +148,10 @@ class Block(nn.Module):
         self.mlp = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
+    def project_image(self, encoder_hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, P, Hv] to cross-attention's keys and values, each [B, H, P, D / reduce factor]."""
+        return self.crossattention.project(encoder_hidden_states)
+
     def forward(
         self, x: Tensor, mask: Tensor, cross_kv: tuple[Tensor, Tensor], layer: int, cache: KeyValueSlots | None
     ) -> Tensor:
@@ -167,7 +161,7 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(self.ln_2(x)))
 
 
-class Transformer(nn.Module):
+class Transformer(DecoderStack):
     """Embeddings, blocks and the last layer norm: all of GPT-2 but its output layer."""
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -178,60 +172,36 @@ class Transformer(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        mask: Tensor,
-        cross_kv: CrossAttentionKV,
-        cache: KeyValueSlots | None,
-        last_only: bool,
-    ) -> Tensor:
-        """[B, S] token ids and positions to [B, S, E], or to [B, 1, E] of the last position only."""
-        x = self.drop(self.wte(input_ids) + self.wpe(position_ids))
-        masks = masks_by_layer(mask, len(self.h), last_only)
-        for layer, block in enumerate(self.h):
-            x = block(x, masks[layer], cross_kv[layer], layer, cache)
+    @property
+    def decoder_layers(self) -> Sequence[DecoderLayer]:
+        """The blocks, first to last."""
+        return cast("Sequence[DecoderLayer]", self.h)
+
+    @property
+    def token_embedding(self) -> Tensor:
+        """[V, E]."""
+        return self.wte.weight
+
+    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """[B, S] token ids and positions to [B, S, E]."""
+        return self.drop(self.wte(input_ids) + self.wpe(position_ids))
+
+    def last_norm(self, x: Tensor) -> Tensor:
+        """[B, S, E] to [B, S, E]."""
         return self.ln_f(x)
 
 
 class GPT2Decoder(TextDecoder):
-    """GPT-2 with cross-attention; the output embedding is the input embedding."""
+    """GPT-2 with cross-attention."""
 
     trained_marker = "crossattention"  # not ln_cross_attn, which the reference leaves at its initial values
 
     def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.transformer = Transformer(config)
-        self.apply(self._init_weights)
-
-    def cross_attention_kv(self, encoder_hidden_states: Tensor) -> CrossAttentionKV:
-        """Projects [B, P, Hv] encoder hidden states to every layer's cross-attention keys and values."""
-        blocks = cast("Iterable[Block]", self.transformer.h)
-        return [block.crossattention.project(encoder_hidden_states) for block in blocks]
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        attention_mask: Tensor,
-        cross_kv: CrossAttentionKV,
-        cache: KeyValueSlots | None = None,
-        last_only: bool = False,
-    ) -> Tensor:
-        """Returns the last layer's normalised hidden states: [B, S, E], or [B, 1, E] of the last position only."""
-        hidden_states = self.transformer(input_ids, position_ids, attention_mask, cross_kv, cache, last_only)
-        if cache is not None:
-            cache.advance(input_ids.shape[1])
-        return hidden_states
+        init_weights(self)
 
     @property
-    def token_embedding(self) -> Tensor:
-        """The input embedding [V, E], which is the output embedding too."""
-        return self.transformer.wte.weight
-
-    def _init_weights(self, module: nn.Module) -> None:
-        """GPT-2's initialisation, for parts that no checkpoint fills: new cross-attention before training."""
-        if isinstance(module, Conv1D | nn.Embedding):
-            torch.nn.init.normal_(module.weight, std=0.02)
+    def stack(self) -> DecoderStack:
+        """All but the output layer."""
+        return self.transformer

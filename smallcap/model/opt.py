@@ -8,27 +8,43 @@ scaled by the head size before reduction.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from smallcap.decoding.kv_cache import KeyValueSlots
 from smallcap.decoding.text_decoder import (
-    CrossAttentionKV,
     DecoderConfig,
+    DecoderLayer,
+    DecoderStack,
     TextDecoder,
     activation,
     attend,
-    masks_by_layer,
+    init_weights,
     split_heads,
 )
 from smallcap.errors import CheckpointError
+from smallcap.model.decoder_config import ConfigFormat
 
 POSITION_OFFSET = 2  # fairseq keeps the first two positions for padding
 ENCODER_HIDDEN_SIZE = 768  # the reference writes it into the code for these decoders, whatever the config says
+
+
+_FORMAT = ConfigFormat(
+    names={
+        "hidden_size": "hidden_size",
+        "num_layers": "num_hidden_layers",
+        "num_heads": "num_attention_heads",
+        "ffn_size": "ffn_dim",
+        "max_positions": "max_position_embeddings",
+        "activation": "activation_function",
+        "dropout": "dropout",
+    },
+    defaults={"activation_function": "relu", "dropout": 0.1},
+    fixed={"model_type": "this_opt", "encoder_hidden_size": ENCODER_HIDDEN_SIZE, "layer_norm_eps": 1e-5},
+    extra={"do_layer_norm_before": True},
+)
 
 
 def parse_opt_config(values: dict[str, Any]) -> DecoderConfig:
@@ -44,41 +60,12 @@ def parse_opt_config(values: dict[str, Any]) -> DecoderConfig:
             where="decoder.word_embed_proj_dim, decoder.do_layer_norm_before",
             expected="norms before attention and embeddings of the hidden size, as all sizes but 350m have",
         )
-    return DecoderConfig(
-        model_type="this_opt",
-        vocab_size=values["vocab_size"],
-        hidden_size=hidden_size,
-        num_layers=values["num_hidden_layers"],
-        num_heads=values["num_attention_heads"],
-        ffn_size=values["ffn_dim"],
-        max_positions=values["max_position_embeddings"],
-        encoder_hidden_size=ENCODER_HIDDEN_SIZE,
-        cross_attention_reduce_factor=values.get("cross_attention_reduce_factor", 1),
-        layer_norm_eps=1e-5,
-        activation=values.get("activation_function", "relu"),
-        dropout=values.get("dropout", 0.1),
-    )
+    return _FORMAT.parse(values)
 
 
 def dump_opt_config(config: DecoderConfig) -> dict[str, Any]:
     """Returns the `this_opt` config that the reference loads; the inverse of `parse_opt_config`."""
-    return {
-        "model_type": "this_opt",
-        "add_cross_attention": True,
-        "is_decoder": True,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "word_embed_proj_dim": config.hidden_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "ffn_dim": config.ffn_size,
-        "max_position_embeddings": config.max_positions,
-        "encoder_hidden_size": config.encoder_hidden_size,
-        "cross_attention_reduce_factor": config.cross_attention_reduce_factor,
-        "activation_function": config.activation,
-        "dropout": config.dropout,
-        "do_layer_norm_before": True,
-    }
+    return _FORMAT.dump(config) | {"word_embed_proj_dim": config.hidden_size}
 
 
 class Attention(nn.Module):
@@ -110,7 +97,7 @@ class Attention(nn.Module):
         return self.out_proj(attend(queries, keys, values, mask, dropout, self.scale))
 
 
-class DecoderLayer(nn.Module):
+class OPTLayer(DecoderLayer):
     """Self-attention, cross-attention and feed-forward, each normalised before and added after."""
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -124,6 +111,10 @@ class DecoderLayer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(config.hidden_size)
         self.activation = activation(config.activation)
         self.dropout = nn.Dropout(config.dropout)
+
+    def project_image(self, encoder_hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, P, Hv] to cross-attention's keys and values, each [B, H, P, D / reduce factor]."""
+        return self.encoder_attn.project(encoder_hidden_states)
 
     def forward(
         self, x: Tensor, mask: Tensor, cross_kv: tuple[Tensor, Tensor], layer: int, cache: KeyValueSlots | None
@@ -139,53 +130,31 @@ class DecoderLayer(nn.Module):
         return x + self.dropout(self.fc2(self.activation(self.fc1(self.final_layer_norm(x)))))
 
 
-class DecoderStack(nn.Module, ABC):
-    """Embeddings, layers and last norm of a decoder: all but its output layer."""
-
-    embed_tokens: nn.Embedding
-    layers: nn.ModuleList
-
-    @abstractmethod
-    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """[B, S] token ids and positions to [B, S, E]."""
-
-    @abstractmethod
-    def last_norm(self, x: Tensor) -> Tensor:
-        """[B, S, E] to [B, S, E]."""
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        mask: Tensor,
-        cross_kv: CrossAttentionKV,
-        cache: KeyValueSlots | None,
-        last_only: bool,
-    ) -> Tensor:
-        """[B, S] token ids and positions to [B, S, E], or to [B, 1, E] of the last position only."""
-        x = self.embed(input_ids, position_ids)
-        masks = masks_by_layer(mask, len(self.layers), last_only)
-        for layer, block in enumerate(self.layers):
-            x = block(x, masks[layer], cross_kv[layer], layer, cache)
-        if cache is not None:
-            cache.advance(input_ids.shape[1])
-        return self.last_norm(x)
-
-    def project_encoder(self, encoder_hidden_states: Tensor) -> CrossAttentionKV:
-        """[B, P, Hv] to every layer's cross-attention keys and values; contiguous, as they are read at every token."""
-        layers = cast("Iterable[DecoderLayer]", self.layers)
-        projected = (layer.encoder_attn.project(encoder_hidden_states) for layer in layers)
-        return [(keys.contiguous(), values.contiguous()) for keys, values in projected]
-
-
-class OPTStack(DecoderStack):
-    """OPT's learned positions; its last norm is called `final_layer_norm`."""
+class FairseqStack(DecoderStack):
+    """What OPT and XGLM have in common."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(OPTLayer(config) for _ in range(config.num_layers))
+
+    @property
+    def decoder_layers(self) -> Sequence[DecoderLayer]:
+        """The layers, first to last."""
+        return cast("Sequence[DecoderLayer]", self.layers)
+
+    @property
+    def token_embedding(self) -> Tensor:
+        """[V, E]."""
+        return self.embed_tokens.weight
+
+
+class OPTStack(FairseqStack):
+    """OPT's learned positions; its last norm is called `final_layer_norm`."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__(config)
         self.embed_positions = nn.Embedding(config.max_positions + POSITION_OFFSET, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
         self.final_layer_norm = nn.LayerNorm(config.hidden_size)
 
     def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
@@ -197,55 +166,17 @@ class OPTStack(DecoderStack):
         return self.final_layer_norm(x)
 
 
-class StackedDecoder(TextDecoder):
-    """A decoder over a `DecoderStack`; the output embedding is the input embedding."""
+class OPTDecoder(TextDecoder):
+    """OPT with cross-attention."""
 
     trained_marker = "encoder_attn"  # with the cross-attention's norm, unlike GPT-2's: it shares the name
 
-    @property
-    @abstractmethod
-    def _stack(self) -> DecoderStack: ...
-
-    def cross_attention_kv(self, encoder_hidden_states: Tensor) -> CrossAttentionKV:
-        """Projects [B, P, Hv] encoder hidden states to every layer's cross-attention keys and values."""
-        return self._stack.project_encoder(encoder_hidden_states)
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        attention_mask: Tensor,
-        cross_kv: CrossAttentionKV,
-        cache: KeyValueSlots | None = None,
-        last_only: bool = False,
-    ) -> Tensor:
-        """Returns the last layer's normalised hidden states: [B, S, E], or [B, 1, E] of the last position only."""
-        return self._stack(input_ids, position_ids, attention_mask, cross_kv, cache, last_only)
-
-    @property
-    def token_embedding(self) -> Tensor:
-        """The input embedding [V, E], which is the output embedding too."""
-        return self._stack.embed_tokens.weight
-
-
-class OPTDecoder(StackedDecoder):
-    """OPT with cross-attention."""
-
     def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.model = nn.ModuleDict({"decoder": OPTStack(config)})
         init_weights(self)
 
     @property
-    def _stack(self) -> DecoderStack:
+    def stack(self) -> DecoderStack:
+        """All but the output layer."""
         return cast("DecoderStack", self.model["decoder"])
-
-
-def init_weights(decoder: nn.Module) -> None:
-    """fairseq's initialisation, for parts that no checkpoint fills: new cross-attention before training."""
-    for module in decoder.modules():
-        if isinstance(module, nn.Linear | nn.Embedding):
-            torch.nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Linear):
-            torch.nn.init.zeros_(module.bias)

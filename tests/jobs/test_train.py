@@ -69,7 +69,8 @@ def test_stored_features_are_what_the_encoders_say(
     assert rows.captions[1] == ["a bus on the road", "the bus number 1"]
     captioner = Captioner.from_pretrained(str(tiny_smallcap), index, dtype="float32")
     pixels = [captioner.crop_plan.crop((source.parent / name).read_bytes()) for name in rows.image_ids]
-    hidden_states, embeddings = captioner.encode(pixels)
+    hidden_states, class_tokens = captioner.encode(pixels)
+    embeddings = captioner.embed(pixels, class_tokens)
     torch.testing.assert_close(torch.tensor(rows.features), hidden_states.half(), rtol=1e-2, atol=1e-2)
     assert queries.embeddings == pytest.approx(embeddings, abs=1e-5)
 

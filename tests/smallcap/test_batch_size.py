@@ -12,7 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from smallcap.batch_size import VisionTower, image_memory, largest_batch, largest_batch_here
-from smallcap.benchmark.stages import build_model
+from smallcap.benchmark.random_parts import build_model
 from smallcap.captioner import Captioner
 from smallcap.config import GenerationConfig
 from smallcap.decoding.engine import prefill

@@ -3,12 +3,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from index_builder.build import build_index
-from smallcap.captioner import Captioner, load_crop_plan
-from smallcap.config import GenerationConfig, IndexConfig
+from smallcap.captioner import Captioner, CaptionerOptions
+from smallcap.config import IndexConfig
 from smallcap.errors import ConfigError, ErrorCode, IndexIntegrityError
+from smallcap.model.checkpoint import load_crop_plan
 
 CAPTIONS = [
     f"{number} {noun} on a {place}" for number in (1, 2, 3) for noun in ("dog", "bus") for place in ("road", "hill")
@@ -55,21 +57,19 @@ def test_neighbours_are_the_nearest_captions(captioner: Captioner) -> None:
     (result,) = captioner.caption([picture(0)])
     assert captioner.retrieval_encoder is not None
     pixels = captioner.crop_plan.crop(picture(0))
-    _, class_token = captioner._encode([pixels])
-    query = captioner._embed([pixels], class_token)
-    assert query is not None
+    query = captioner.embed([pixels], captioner.encode([pixels])[1])
     scores = query[0] @ captioner.retrieval_encoder.encode_texts(CAPTIONS).T
     best = np.argsort(-scores)[:4]
     assert {n.text for n in result.neighbours} == {CAPTIONS[row] for row in best}
     assert [n.score for n in result.neighbours] == pytest.approx(sorted(scores[best], reverse=True), abs=1e-5)
     assert result.clip_score is not None
-    own = captioner.retrieval_encoder.encode_texts([result.caption or ""])
-    assert result.clip_score == pytest.approx(float(query[0] @ own[0]), abs=1e-5)
+    caption_embeddings = captioner.retrieval_encoder.encode_texts([result.caption or ""])
+    assert result.clip_score == pytest.approx(float(query[0] @ caption_embeddings[0]), abs=1e-5)
 
 
 @pytest.mark.ray
 def test_the_vision_tower_is_shared(captioner: Captioner, index: str, tiny_smallcap: Path, other_clip: Path) -> None:
-    assert captioner._shares_encoder
+    assert captioner.shares_encoder
     assert captioner.crop_plan == load_crop_plan(str(tiny_smallcap), captioner.retriever.manifest.encoder.spec)  # type: ignore[union-attr]
     assert captioner.crop_plan.retrieval is None
     with pytest.raises(IndexIntegrityError, match="another retrieval encoder"):
@@ -92,10 +92,10 @@ def test_a_bad_image_is_a_result_with_an_error_among_the_others(captioner: Capti
 def test_an_images_own_captions_can_be_excluded(captioner: Captioner) -> None:
     (plain,) = captioner.caption([picture(0)])
     store = captioner.retriever.captions  # type: ignore[union-attr]
-    own = store.image_ids(np.array([plain.neighbours[0].caption_id]))[0]
-    (excluded,) = captioner.caption([picture(0)], image_ids=[own[0]])
+    own_images = store.image_ids(np.array([plain.neighbours[0].caption_id]))[0]
+    (excluded,) = captioner.caption([picture(0)], image_ids=[own_images[0]])
     assert len(excluded.neighbours) == 4
-    assert all(own[0] not in store.image_ids(np.array([n.caption_id]))[0] for n in excluded.neighbours)
+    assert all(own_images[0] not in store.image_ids(np.array([n.caption_id]))[0] for n in excluded.neighbours)
 
 
 @pytest.mark.slow
@@ -119,10 +119,27 @@ def test_without_retrieval_no_index_is_needed(tiny_smallcap: Path) -> None:
 
 
 @pytest.mark.ray
+def test_batches_that_are_prepared_beside_each_other_are_those_alone(captioner: Captioner) -> None:
+    """What a GPU does on two streams, on a CPU in two threads."""
+    crops = [captioner.crop_plan.crop(picture(seed)) for seed in range(5)]
+    batches = [(crops[:2], None), ([], None), (crops[2:], ["photo-1.jpg", None, None])]
+    assert list(captioner._caption_overlapped(batches, None)) == [captioner.caption_batch(*batch) for batch in batches]
+    assert list(captioner.caption_batches(batches)) == [captioner.caption_batch(*batch) for batch in batches]
+
+
+def test_options_are_fields_and_keywords(tiny_smallcap: Path) -> None:
+    options = CaptionerOptions(k=0, num_beams=2, dtype="float32")
+    captioner = Captioner.from_pretrained(str(tiny_smallcap), options=options, num_beams=1)
+    assert (captioner.k, captioner.generation.num_beams, captioner.model.dtype) == (0, 1, torch.float32)
+    with pytest.raises(ConfigError, match="Did you mean num_beams"):
+        Captioner.from_pretrained(str(tiny_smallcap), num_beam=1)
+
+
+@pytest.mark.ray
 def test_a_length_penalty_does_not_change_what_logprob_means(index: str, tiny_smallcap: Path) -> None:
     greedy, normed = (
         Captioner.from_pretrained(
-            str(tiny_smallcap), index, generation=GenerationConfig(num_beams=1, length_penalty=penalty), dtype="float32"
+            str(tiny_smallcap), index, num_beams=1, length_penalty=penalty, dtype="float32"
         ).caption([picture(1)])[0]
         for penalty in (0.0, 1.0)
     )

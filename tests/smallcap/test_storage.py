@@ -178,6 +178,15 @@ def test_files_are_listed_as_a_stream_as_in_a_list(tmp_path: Path, s3: str) -> N
             list(storage.iter_files(f"{root}/none"))
 
 
+def test_keys_that_obstore_refuses_are_listed_among_the_others(s3: str) -> None:
+    names = ("a.jpg", "b//c.jpg", "b/../d.jpg", "e.jpg")
+    for name in names:
+        storage.write_bytes(f"{s3}/in/{name}", name.encode())
+    listed = sorted(f"{s3}/in/{name}" for name in names if ".." not in name)  # hidden: a component starts with a dot
+    assert list(storage.iter_files(f"{s3}/in")) == listed
+    assert [storage.read_bytes(uri) for uri in listed] == [b"a.jpg", b"b//c.jpg", b"e.jpg"]
+
+
 def test_a_file_is_read_in_ranges(tmp_path: Path, s3: str) -> None:
     data = bytes(range(256)) * 40
     for uri in (f"{tmp_path}/a.bin", f"{s3}/ü #%20+.bin"):

@@ -6,19 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from smallcap.benchmark.stages import (
-    GPT2_124M,
-    BenchmarkOptions,
-    PlannedLengths,
-    build_model,
-    decode_flops,
-    prefill_flops,
-    random_captions,
-    realistic_lengths,
-    run_benchmark,
-    torch_flops,
-    vision_flops,
-)
+from smallcap.benchmark.operations import decode_flops, prefill_flops, torch_flops, vision_flops
+from smallcap.benchmark.random_parts import GPT2_124M, PlannedLengths, build_model, random_captions, realistic_lengths
+from smallcap.benchmark.stages import BenchmarkOptions, run_benchmark
 from smallcap.config import GenerationConfig
 from smallcap.decoding.beam_search import BeamSearch
 from smallcap.decoding.engine import generate, prefill
@@ -37,11 +27,11 @@ def test_counted_operations_are_torchs(model: SmallCapModel) -> None:
     assert counted == pytest.approx(vision_flops(model), rel=0.03)
     hidden_states, prompts = torch.zeros(2, 50, 768), [[5] * 60, [6] * 60]
     options = replace(model.generation_options(GenerationConfig()), max_new_tokens=8)
-    of_prefill = torch_flops(lambda: prefill(model.decoder, hidden_states, prompts, options)) / 2
-    assert of_prefill == pytest.approx(prefill_flops(model, 60), rel=0.03)
+    counted_prefill = torch_flops(lambda: prefill(model.decoder, hidden_states, prompts, options)) / 2
+    assert counted_prefill == pytest.approx(prefill_flops(model, 60), rel=0.03)
     planned = replace(options, strategy=type("Eight", (PlannedLengths,), {"plan": (8,)}))
-    of_all = torch_flops(lambda: generate(model.decoder, hidden_states, prompts, planned)) / 2
-    assert of_all - of_prefill == pytest.approx(decode_flops(model, 60, 8, 3), rel=0.03)
+    counted_whole = torch_flops(lambda: generate(model.decoder, hidden_states, prompts, planned)) / 2
+    assert counted_whole - counted_prefill == pytest.approx(decode_flops(model, 60, 8, 3), rel=0.03)
 
 
 def test_packed_layers_are_counted_as_well() -> None:

@@ -58,7 +58,7 @@ def test_no_ngram_is_said_twice(model: SmallCapModel, size: int) -> None:
     def repeats(options: GenerationOptions) -> int:
         said = [best.token_ids for (best,) in model.generate(hidden_states, prompts, options)]
         grams = [[tuple(ids[i : i + size]) for i in range(len(ids) - size + 1)] for ids in said]
-        return sum(len(of_caption) - len(set(of_caption)) for of_caption in grams)
+        return sum(len(caption) - len(set(caption)) for caption in grams)
 
     assert repeats(free) > 0  # or the ban would have nothing to do
     assert repeats(bound) == 0
@@ -66,11 +66,11 @@ def test_no_ngram_is_said_twice(model: SmallCapModel, size: int) -> None:
 
 def test_the_best_captions_are_the_beams_own(model: SmallCapModel) -> None:
     hidden_states, prompts = inputs(5)
-    one = model.generate(hidden_states, prompts, model.generation_options(GenerationConfig(num_beams=4)))
+    best_only = model.generate(hidden_states, prompts, model.generation_options(GenerationConfig(num_beams=4)))
     several = model.generate(
         hidden_states, prompts, model.generation_options(GenerationConfig(num_beams=4, num_captions=3))
     )
-    for (best,), captions in zip(one, several, strict=True):
+    for (best,), captions in zip(best_only, several, strict=True):
         assert captions[0] == best
         assert len({tuple(caption.token_ids) for caption in captions}) == 3
         assert [c.score for c in captions] == sorted((c.score for c in captions), reverse=True)
@@ -99,7 +99,7 @@ def test_samples_do_not_depend_on_the_batch(order: list[int], cut: int, seed: in
         captions = model.generate(hidden_states[rows], [prompts[r] for r in rows], options, [keys[r] for r in rows])
         found.update(zip(rows, captions, strict=True))
     for row in range(6):
-        assert [one.token_ids for one in found[row]] == [one.token_ids for one in expected[row]]
+        assert [caption.token_ids for caption in found[row]] == [caption.token_ids for caption in expected[row]]
 
 
 def test_another_seed_or_image_draws_other_captions(model: SmallCapModel) -> None:
@@ -108,7 +108,7 @@ def test_another_seed_or_image_draws_other_captions(model: SmallCapModel) -> Non
     def sample(seed: int, key: int) -> list[list[int]]:
         wanted = GenerationConfig(do_sample=True, num_captions=2, seed=seed)
         (captions,) = model.generate(hidden_states, prompts, model.generation_options(wanted), [key])
-        return [one.token_ids for one in captions]
+        return [caption.token_ids for caption in captions]
 
     assert sample(1, 7) == sample(1, 7)
     assert sample(1, 7) != sample(2, 7)
@@ -167,8 +167,8 @@ def test_recorded_steps_give_the_same_captions(model: SmallCapModel, wanted: Gen
             model.decoder, hidden_states, prompts, options, stepper=stepper, steps_per_check=4, prompt_multiple=32
         )
         for a, b in zip(found, expected, strict=True):
-            assert [one.token_ids for one in a] == [one.token_ids for one in b]
-            assert np.allclose([one.score for one in a], [one.score for one in b], atol=1e-3)
+            assert [caption.token_ids for caption in a] == [caption.token_ids for caption in b]
+            assert np.allclose([caption.score for caption in a], [caption.score for caption in b], atol=1e-3)
     made = next(recordings)
     generate(model.decoder, hidden_states, prompts, options, stepper=stepper, steps_per_check=4, prompt_multiple=32)
     assert next(recordings) == made + 1, "a shape that was seen before must not be recorded again"

@@ -1,6 +1,7 @@
 import io
 import struct
 import zlib
+from functools import partial
 
 import numpy as np
 import pytest
@@ -84,10 +85,11 @@ BAD_IMAGES = {
 @pytest.mark.parametrize("name", BAD_IMAGES)
 def test_a_bad_image_is_a_row_error_with_its_code(name: str) -> None:
     data, code = BAD_IMAGES[name]
-    with pytest.raises(RowError) as caught:
-        decode_image(data, where="s3://bucket/bad.jpg")
-    assert caught.value.code == code
-    assert "s3://bucket/bad.jpg" in str(caught.value)
+    for decode in (decode_image, partial(decode_scaled, least_px=10)):
+        with pytest.raises(RowError) as caught:
+            decode(data, where="s3://bucket/bad.jpg")
+        assert caught.value.code == code
+        assert "s3://bucket/bad.jpg" in str(caught.value)
 
 
 def test_cmyk_becomes_rgb() -> None:
@@ -148,14 +150,6 @@ def test_what_only_pillow_decodes_is_left_to_it() -> None:
         scaled = decode_scaled(data, 10)
         assert scaled.by_pillow
         assert np.array_equal(np.asarray(scaled.image), np.asarray(decode_image(data)))
-
-
-@pytest.mark.parametrize("name", BAD_IMAGES)
-def test_scaled_decoding_finds_the_same_errors(name: str) -> None:
-    data, code = BAD_IMAGES[name]
-    with pytest.raises(RowError) as caught:
-        decode_scaled(data, 10)
-    assert caught.value.code == code
 
 
 def test_a_palette_with_transparency_and_a_grey_image_are_rgb() -> None:

@@ -18,6 +18,7 @@ from smallcap import storage
 from smallcap.config import InputConfig
 from smallcap.errors import ErrorCode, RowError, StorageError
 from smallcap.images.fetching import AdaptiveLimit, FetchOptions, fetch_objects
+from smallcap.s3 import s3_store
 
 QUICK = FetchOptions(attempts=4, first_backoff_s=0.01, max_backoff_s=0.05)
 AZURE = "devstoreaccount1"  # what the emulator's account is called
@@ -80,8 +81,8 @@ class Web(BaseHTTPRequestHandler):
 
     def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
-        of_object = {"ETag": '"1"', "Last-Modified": "Wed, 21 Oct 2015 07:28:00 GMT"}
-        for name, text in ({"Content-Length": str(len(body))} | of_object | (headers or {})).items():
+        object_headers = {"ETag": '"1"', "Last-Modified": "Wed, 21 Oct 2015 07:28:00 GMT"}
+        for name, text in ({"Content-Length": str(len(body))} | object_headers | (headers or {})).items():
             self.send_header(name, text)
         self.end_headers()
         self.wfile.write(body)
@@ -367,7 +368,7 @@ class TestTheRunsEnd:
             fetch_objects([f"{s3}/a.jpg"], QUICK)
 
     def test_no_credentials(self, s3_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        storage.s3_store.cache_clear()
+        s3_store.cache_clear()
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
             monkeypatch.delenv(name)
         monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")

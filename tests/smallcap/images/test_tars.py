@@ -204,7 +204,7 @@ def test_a_failing_service_stops_the_run(s3: str, monkeypatch: pytest.MonkeyPatc
         return real(*args, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(obstore, "get", sometimes)
-    monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr("smallcap.s3.time.sleep", lambda seconds: None)
     fails = 4
     assert len(images(read(f"{s3}/a.tar"))) == 3
     fails = 1000

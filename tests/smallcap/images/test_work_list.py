@@ -112,7 +112,7 @@ def test_what_is_in_order_is_not_spilled(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_huge_folder_is_listed_unsorted_and_then_sorted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "_SORTED_ENTRIES", 3)
+    monkeypatch.setattr("smallcap.storage._SORTED_ENTRIES", 3)
     (tmp_path / "photos").mkdir()
     names = [f"{n:02d}.jpg" for n in range(20)]
     for name in names:

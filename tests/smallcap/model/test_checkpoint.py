@@ -30,9 +30,9 @@ def test_what_is_saved_loads_as_the_same_model(tmp_path: Path) -> None:
     again = load_checkpoint(str(tmp_path))
     assert again.config.decoder == model.config.decoder
     assert again.config.template == model.config.template
-    for (name, one), (other_name, other) in zip(model.named_parameters(), again.named_parameters(), strict=True):
+    for (name, saved), (other_name, loaded) in zip(model.named_parameters(), again.named_parameters(), strict=True):
         assert name == other_name
-        assert torch.equal(one, other)
+        assert torch.equal(saved, loaded)
 
 
 def test_the_saved_layout_is_the_references(tmp_path: Path) -> None:

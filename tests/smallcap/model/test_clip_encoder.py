@@ -98,9 +98,9 @@ def test_identity_follows_the_weights_and_not_the_place(tiny_clip: Path, other_c
     import shutil
 
     copy = shutil.copytree(tiny_clip, tmp_path / "copy")
-    one, same, other = (resolve_encoder_identity(f"hf:{folder}") for folder in (tiny_clip, copy, other_clip))
-    assert one.weights_sha256 == same.weights_sha256
-    assert one.weights_sha256 != other.weights_sha256
+    original, same, other = (resolve_encoder_identity(f"hf:{folder}") for folder in (tiny_clip, copy, other_clip))
+    assert original.weights_sha256 == same.weights_sha256
+    assert original.weights_sha256 != other.weights_sha256
 
 
 def test_a_shared_tower_embeds_as_the_encoder_itself(tiny_clip: Path, other_clip: Path) -> None:

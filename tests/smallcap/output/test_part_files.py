@@ -63,7 +63,7 @@ def write(out: str, name: str = NAME, rows: list[dict[str, Any]] | None = None) 
 
 
 def tar_names(uri: str) -> list[str]:
-    with storage.open_file(uri) as file, tarfile.open(fileobj=file) as tar:
+    with storage.open_ranged(uri) as file, tarfile.open(fileobj=file) as tar:
         return tar.getnames()
 
 
@@ -98,7 +98,7 @@ def test_sidecars_have_their_parts_names_and_only_captioned_images(out: str) -> 
         np.testing.assert_array_equal(np.array(found, np.float16), embedding_of(image_id))
     tar = storage.join(out, "webdataset", "part-000-000000.tar")
     assert tar_names(tar) == [f"{key}.{end}" for key in "abde" for end in ("jpg", "txt", "json")]
-    with storage.open_file(tar) as file, tarfile.open(fileobj=file) as opened:
+    with storage.open_ranged(tar) as file, tarfile.open(fileobj=file) as opened:
         contents = {name: opened.extractfile(name).read() for name in ("a.jpg", "a.txt", "a.json")}  # type: ignore[union-attr]
     assert contents["a.jpg"] == JPEG
     assert contents["a.txt"] == b"a photo of a.jpg"

@@ -91,10 +91,10 @@ def test_accumulated_batches_are_one_batch() -> None:
     """The weights are compared by the losses of later steps: the keys' biases have no gradient but rounding errors."""
     whole, cut = trainer_of(), trainer_of()
     for step in range(5):
-        one = whole.step(step, [batch_of(range(6))])
+        together = whole.step(step, [batch_of(range(6))])
         several = cut.step(step, [batch_of([0, 1, 2, 3]), batch_of([4]), batch_of([5])])
-        assert one.tokens == several.tokens == 27
-        assert one.loss == pytest.approx(several.loss, rel=1e-4)
+        assert together.tokens == several.tokens == 27
+        assert together.loss == pytest.approx(several.loss, rel=1e-4)
 
 
 def train_share(rank: int, world_size: int, rendezvous: str, results: str) -> None:

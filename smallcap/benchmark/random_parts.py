@@ -1,0 +1,185 @@
+"""Parts of a captioner at the published sizes with random content: weights, captions, an index, a photograph.
+
+Random weights do not end captions, so a beam search is used whose captions end where a list of lengths says.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pyarrow as pa
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
+
+from smallcap.decoding.beam_search import BeamSearch
+from smallcap.decoding.strategy import GenerationOptions
+from smallcap.decoding.text_decoder import DecoderConfig
+from smallcap.errors import ConfigError
+from smallcap.index.caption_store import CAPTION_STORE_COLUMNS, write_caption_file
+from smallcap.index.manifest import EncoderIdentity, FileEntry, IndexManifest, ShardEntry, SourceEntry
+from smallcap.index.retriever import Retriever
+from smallcap.model.checkpoint import SmallCapConfig, SmallCapModel
+from smallcap.model.clip_encoder import (
+    HFRetrievalEncoder,
+    OpenCLIPRetrievalEncoder,
+    RetrievalEncoder,
+    open_clip_preprocessing,
+)
+
+VIT_B_32 = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 32,
+}
+GPT2_124M = DecoderConfig(
+    model_type="this_gpt2",
+    vocab_size=50257,
+    hidden_size=768,
+    num_layers=12,
+    num_heads=12,
+    ffn_size=3072,
+    max_positions=1024,
+    encoder_hidden_size=768,
+    cross_attention_reduce_factor=4,
+    layer_norm_eps=1e-5,
+    activation="gelu_new",
+    dropout=0.0,
+)
+_PHOTO_PX = (640, 480)
+_WORDS = 20_000  # of the synthetic captions
+_CAPTION_WORDS = (10, 18)  # shortest and longest; with k=4 a prompt has about 66 tokens, as with real captions
+_MEAN_LENGTH, _LENGTH_SPREAD = 11.0, 2.0  # tokens of a caption, eos included
+_EOS_TOKEN_ID, _PAD_TOKEN_ID = 13, 0
+
+
+def build_model(reduce_factor: int, device: str, dtype: str) -> SmallCapModel:
+    """Returns CLIP ViT-B/32 and GPT-2 124M joined by untrained cross-attention, the same at every call."""
+    torch.manual_seed(0)
+    decoder = replace(GPT2_124M, cross_attention_reduce_factor=reduce_factor)
+    model = SmallCapModel(SmallCapConfig({"vision_config": VIT_B_32}, decoder, _EOS_TOKEN_ID, _PAD_TOKEN_ID))
+    return model.to(device=torch.device(device), dtype=getattr(torch, dtype)).eval().requires_grad_(False)
+
+
+def build_clip(model: SmallCapModel) -> CLIPModel:
+    """Returns a CLIP whose vision tower has the model's weights, so that one pass serves both encoders."""
+    text = {"vocab_size": GPT2_124M.vocab_size}
+    clip = CLIPModel(CLIPConfig(vision_config=VIT_B_32, text_config=text, projection_dim=512))
+    clip.vision_model.load_state_dict(model.encoder.transformer.state_dict())
+    return clip.eval()
+
+
+def build_retrieval_encoder(name: str, model: SmallCapModel) -> RetrievalEncoder:
+    """Returns a random retrieval encoder: `shared` has the vision encoder's weights, others are open_clip's.
+
+    Raises:
+        ConfigError: open_clip has no such architecture.
+    """
+    if name == "shared":
+        tokenizer = build_tokenizer()
+        tokenizer.pad_token = "!"
+        identity = EncoderIdentity(spec="hf:random", weights_sha256="0" * 64, dim=512)
+        return HFRetrievalEncoder(build_clip(model).to(model.device, model.dtype), tokenizer, identity)
+    import open_clip
+
+    config = open_clip.get_model_config(name)
+    if config is None:
+        raise ConfigError("open_clip has no such architecture.", where=name, remedy="See open_clip.list_models().")
+    identity = EncoderIdentity(spec=f"open_clip:{name}/random", weights_sha256="0" * 64, dim=config["embed_dim"])
+    clip, tokenizer = open_clip.create_model(name).to(model.device, model.dtype), open_clip.get_tokenizer(name)
+    return OpenCLIPRetrievalEncoder(clip, tokenizer, identity, open_clip_preprocessing(name), model.device)
+
+
+class PlannedLengths(BeamSearch):
+    """A beam search whose captions end after as many tokens as planned, whatever the logits say."""
+
+    per_image: tuple[str, ...] = (*BeamSearch.per_image, "lengths")
+    plan: tuple[int, ...] = ()
+
+    def __init__(self, options: GenerationOptions, keys: Tensor) -> None:
+        super().__init__(options, keys)
+        plan = torch.tensor(self.plan, device=keys.device)
+        self.lengths = plan[keys % len(plan)]
+
+    def advance(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Makes eos impossible before an image's last step, and certain at it."""
+        last = (self.lengths <= self.step + 1)[:, None]
+        logits = logits.float()
+        logits[..., self.options.eos_token_id] = torch.where(last, 1e4, -torch.inf)
+        return super().advance(logits)
+
+
+def realistic_lengths(count: int) -> tuple[int, ...]:
+    """Returns caption lengths in tokens, eos included, spread as those of COCO's captions are."""
+    drawn = np.random.default_rng(0).normal(_MEAN_LENGTH, _LENGTH_SPREAD, count)
+    return tuple(int(length) for length in drawn.round().clip(6, 20))
+
+
+def random_captions(count: int) -> list[str]:
+    """Returns captions of words that are one token each."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(_CAPTION_WORDS[0], _CAPTION_WORDS[1] + 1, count)
+    words = np.char.add("w", rng.integers(0, _WORDS, lengths.sum()).astype(str))
+    return [" ".join(caption_words) for caption_words in np.split(words, lengths.cumsum()[:-1])]
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Returns a tokenizer with GPT-2's vocabulary size, to which words and punctuation are tokens."""
+    words = ["!", "Similar", "images", "show", "This", "image", "shows", "w", "x", "y", "z", "?", ",", "."]
+    words += [f"w{i}" for i in range(_WORDS)]
+    words += [f"unused{i}" for i in range(GPT2_124M.vocab_size - len(words))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def write_random_index(folder: Path, rows: int, identity: EncoderIdentity) -> Retriever:
+    """Writes a version with one Flat shard of random vectors and captions, and opens it."""
+    dim, texts = identity.dim, random_captions(rows)
+    vectors = np.random.default_rng(0).standard_normal((rows, dim), dtype=np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    index = faiss.IndexFlatIP(dim)
+    faiss.write_index(index, str(folder / "template.faiss"))
+    index.add(vectors)
+    faiss.write_index(index, str(folder / "shard.faiss"))
+    columns = [np.arange(rows), texts, [["random"]] * rows, [None] * rows]
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, CAPTION_STORE_COLUMNS, strict=True)]
+    write_caption_file(folder / "captions.arrow", pa.record_batch(arrays, schema=CAPTION_STORE_COLUMNS))
+    manifest = IndexManifest(
+        encoder=identity,
+        dim=dim,
+        index_key="Flat",
+        template=FileEntry.adopt(folder / "template.faiss", folder, "template"),
+        shards=(ShardEntry.adopt(folder / "shard.faiss", folder, "shard", first_id=0, rows=rows),),
+        captions=(ShardEntry.adopt(folder / "captions.arrow", folder, "captions", first_id=0, rows=rows),),
+        max_captions_per_image=0,
+        sources=(SourceEntry(uri="random", name="random", rows=rows, sha256="0" * 64),),
+        filters={},
+        dropped={},
+        builder_version="benchmark",
+        created_at="",
+    ).with_index_id()
+    return Retriever(manifest, folder)
+
+
+def make_photo() -> bytes:
+    """Returns a JPEG file of a photograph's size and detail: smooth noise at several scales."""
+    rng = np.random.default_rng(0)
+    layers = [
+        np.asarray(
+            Image.fromarray(rng.integers(0, 256, (size * 3 // 4, size, 3), dtype=np.uint8)).resize(_PHOTO_PX), float
+        )
+        for size in (8, 32, 128)
+    ]
+    buffer = io.BytesIO()
+    Image.fromarray(np.average(layers, axis=0, weights=[4, 2, 1]).astype(np.uint8)).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()

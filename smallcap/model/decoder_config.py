@@ -1,0 +1,37 @@
+"""A decoder's config file: the same sizes as in every `DecoderConfig`, under the names of its kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from smallcap.decoding.text_decoder import DecoderConfig
+
+_COMMON = {name: name for name in ("model_type", "vocab_size", "encoder_hidden_size", "cross_attention_reduce_factor")}
+
+
+@dataclass(frozen=True)
+class ConfigFormat:
+    """What one kind of decoder calls the fields of a `DecoderConfig`, as the reference and transformers write them."""
+
+    names: Mapping[str, str]  # field to key, beside the ones that all kinds call alike
+    defaults: Mapping[str, Any]  # by key, of what a config may leave out
+    fixed: Mapping[str, Any]  # by field, of what the reference writes into its code, whatever the config says
+    extra: Mapping[str, Any] = field(default_factory=dict)  # by key, what the reference reads beside the fields
+
+    def parse(self, values: Mapping[str, Any]) -> DecoderConfig:
+        """Reads a config.
+
+        Raises:
+            KeyError: A key is missing.
+        """
+        given = {"cross_attention_reduce_factor": 1, **self.defaults, **values}
+        names = {name: key for name, key in (_COMMON | dict(self.names)).items() if name not in self.fixed}
+        return DecoderConfig(**{name: given[key] for name, key in names.items()}, **self.fixed)
+
+    def dump(self, config: DecoderConfig) -> dict[str, Any]:
+        """Returns the config that the reference loads; the inverse of `parse`."""
+        fields = asdict(config)
+        written = {key: fields[name] for name, key in (_COMMON | dict(self.names)).items()}
+        return {**written, "add_cross_attention": True, "is_decoder": True, **self.extra}

@@ -1,0 +1,238 @@
+"""What s3fs lacks, or does slowly, on S3: listings as streams, ranged reads of one object, conditional writes.
+
+obstore does it with botocore's credentials, so that both clients see the same account. docs/log.md has what the two
+take for the same requests.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from functools import lru_cache
+from typing import IO, TYPE_CHECKING, Any, cast
+
+from smallcap.errors import StorageError
+
+if TYPE_CHECKING:
+    from obstore.store import S3Credential, S3Store
+
+S3_RETRIES = 6  # with botocore's growing waits about half a minute; s3fs repeats some calls once more by itself
+_READ_ATTEMPTS = 5  # of one ranged read in a row, beside the client's own
+_WRITER = "smallcap-writer"  # S3 metadata of an object that several processes may replace
+_CREDENTIALS_LIFETIME = timedelta(minutes=5)  # after which botocore is asked whether they are still good
+
+
+def s3_endpoint() -> str | None:
+    """Returns the address of the S3 service where it is not Amazon's own."""
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+
+
+@lru_cache
+def s3_store(bucket: str, endpoint: str | None, max_retries: int = 10, timeout_s: float = 30.0) -> S3Store:
+    """Opens a bucket with botocore's credentials and region, so that obstore and s3fs see the same account.
+
+    Args:
+        bucket: Its name.
+        endpoint: `s3_endpoint()`.
+        max_retries: How often obstore itself repeats a request.
+        timeout_s: Most seconds of one request.
+
+    Raises:
+        StorageError: There are no credentials.
+    """
+    import botocore.session
+    from obstore.store import S3Store
+
+    session = botocore.session.get_session()
+    credentials = session.get_credentials()
+    if credentials is None:
+        raise StorageError(
+            "There are no credentials for S3.",
+            where=f"s3://{bucket}",
+            expected="environment variables, a profile, or an instance role, as botocore finds them",
+            remedy="Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE.",
+        )
+
+    def provide() -> S3Credential:
+        frozen = credentials.get_frozen_credentials()  # botocore renews what expires
+        ask_again = datetime.now(UTC) + _CREDENTIALS_LIFETIME
+        found = {"access_key_id": frozen.access_key, "secret_access_key": frozen.secret_key, "expires_at": ask_again}
+        return cast("S3Credential", found | ({"token": frozen.token} if frozen.token else {}))
+
+    return S3Store(
+        bucket,
+        endpoint=endpoint,
+        region=session.get_config_variable("region") or "us-east-1",
+        client_options={
+            "allow_http": bool(endpoint and endpoint.startswith("http://")),
+            "timeout": timedelta(seconds=timeout_s),
+        },
+        retry_config={"max_retries": max_retries},
+        credential_provider=provide,
+    )
+
+
+def open_bucket(uri: str) -> tuple[S3Store, str]:
+    """Returns the bucket of an `s3://` URI, and the key in it."""
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    return s3_store(bucket, s3_endpoint()), key
+
+
+def walk_objects(root: str, list_all: Callable[[], Iterable[str]]) -> Iterator[str]:
+    """Yields the URIs of the objects below a prefix, or of the one object, sorted.
+
+    Args:
+        root: A prefix, or an object.
+        list_all: Lists the same with all URIs in memory; called where there are keys such as a//b, which obstore
+            refuses.
+    """
+    import obstore
+    from obstore.exceptions import InvalidPathError
+
+    store, key = open_bucket(root)
+    bucket = root.removesuffix(key).rstrip("/")
+    uri = ""
+    try:
+        for page in obstore.list(store, key or None, chunk_size=1000):
+            for entry in page:
+                uri = f"{bucket}/{entry['path']}"
+                yield uri
+    except InvalidPathError:
+        yield from (found for found in list_all() if found > uri)
+        return
+    if not uri and key and not root.endswith("/"):
+        with suppress(FileNotFoundError):
+            obstore.head(store, key)
+            yield root
+
+
+def read_object_tail(uri: str, length: int) -> bytes:
+    """Reads the last bytes of an object, or all where it has fewer, with one request."""
+    import obstore
+    from obstore.exceptions import BaseError
+
+    store, key = open_bucket(uri)
+    try:
+        return bytes(obstore.get(store, key, options={"range": {"suffix": length}}).bytes())
+    except BaseError:
+        if obstore.head(store, key)["size"] == 0:  # has no range that S3 could serve
+            return b""
+        raise
+
+
+def update_object(uri: str, update: Callable[[bytes | None], bytes]) -> None:
+    """Replaces an object only while it is the one that was read; begins again where it no longer is.
+
+    A write whose answer was lost may have taken place, so each writer signs its object and looks for its signature
+    before it writes again.
+    """
+    import obstore
+    from obstore.exceptions import AlreadyExistsError, GenericError, PreconditionError
+
+    store, key = open_bucket(uri)
+    signature = uuid.uuid4().hex
+    failures = 0
+    while True:
+        found, e_tag = None, None
+        with suppress(FileNotFoundError):
+            response = obstore.get(store, key)
+            if response.attributes.get(_WRITER) == signature:
+                return
+            found, e_tag = bytes(response.bytes()), response.meta["e_tag"]
+        mode: Any = "create" if found is None else {"e_tag": e_tag}
+        try:
+            obstore.put(store, key, update(found), mode=mode, attributes={_WRITER: signature})
+            return
+        except (AlreadyExistsError, PreconditionError):
+            continue
+        except GenericError:  # obstore repeats no conditional write whose connection broke
+            failures += 1
+            if failures > S3_RETRIES:
+                raise
+            time.sleep(random.uniform(0, 0.1 * 2**failures))
+
+
+def open_object(uri: str, buffer_bytes: int) -> IO[bytes]:
+    """Opens an object for reading in ranges; see `smallcap.storage.open_ranged`."""
+    raw = _ObjectFile(uri)
+    return io.BufferedReader(raw, buffer_bytes) if buffer_bytes else cast("IO[bytes]", raw)
+
+
+class _ObjectFile(io.RawIOBase):
+    """An object of S3 as a file; it is the same object, by its ETag, in all reads."""
+
+    def __init__(self, uri: str) -> None:
+        import obstore
+        from obstore.exceptions import PermissionDeniedError
+
+        super().__init__()
+        self._uri = uri
+        self._store, self._key = open_bucket(uri)
+        try:
+            meta = obstore.head(self._store, self._key)
+        except PermissionDeniedError as error:
+            raise PermissionError(str(error)) from error
+        self._size, self._e_tag, self._position = meta["size"], meta["e_tag"], 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        return self._position
+
+    def readall(self) -> bytes:
+        return self.read(max(self._size - self._position, 0)) or b""
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = memoryview(buffer).cast("B")
+        stop = min(self._position + len(wanted), self._size)
+        if stop <= self._position:
+            return 0
+        data = self._read_range(self._position, stop)
+        wanted[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+    def _read_range(self, start: int, stop: int) -> memoryview:
+        import obstore
+        from obstore.exceptions import BaseError, PermissionDeniedError, PreconditionError
+
+        problem: Exception | None = None
+        for attempt in range(_READ_ATTEMPTS):
+            if attempt:
+                time.sleep(0.5 * 2**attempt)
+            try:
+                options: Any = {"range": (start, stop), "if_match": self._e_tag}
+                data = memoryview(obstore.get(self._store, self._key, options=options).bytes())
+            except (FileNotFoundError, PermissionDeniedError, PreconditionError) as error:
+                raise StorageError(
+                    "An object has changed while it was read.",
+                    where=self._uri,
+                    found=f"{type(error).__name__}: {error}",
+                    remedy="Run the same command again, when nobody writes to it.",
+                ) from error
+            except (BaseError, OSError) as error:
+                problem = error
+                continue
+            if len(data) == stop - start:
+                return data
+            problem = EOFError(f"{len(data)} bytes instead of {stop - start}")
+        raise StorageError(
+            "The object store fails after retries.",
+            where=self._uri,
+            found=f"{type(problem).__name__}: {problem}",
+            remedy="Check AWS_ENDPOINT_URL, the credentials and the service; then run the same command again.",
+        ) from problem
