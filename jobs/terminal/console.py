@@ -1,4 +1,4 @@
-"""What people see in the terminal: results as tables, errors in their own words."""
+"""What people see in the terminal: results as tables."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.captioning.record import read_parts
-from smallcap.errors import SmallCapError
 from smallcap.index.retriever import Neighbour
 from smallcap.output.schema import STATUS_OK
 
@@ -20,14 +19,6 @@ if TYPE_CHECKING:  # it imports torch, which most commands do without
 _SAMPLE_COLUMNS = ("image_id", "caption_id", "caption", "text", "clip_score", "status", "error_code")
 
 out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
-
-
-def print_error(error: SmallCapError) -> None:
-    """Prints an error's parts, one per line."""
-    message = Text("error: ", style="bold red")
-    message.append(str(error), style="default")
-    err.print(message, soft_wrap=True)
 
 
 def print_neighbours(neighbours: Sequence[Neighbour]) -> None:

@@ -19,7 +19,7 @@ def test_what_is_not_given_is_left_to_the_checkpoint() -> None:
 def test_later_sources_win(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("model: folder\nretrieval: {k: 1}\ngeneration: {num_beams: 1, max_new_tokens: 7}\n")
-    flags = REQUIRED | {"retrieval.k": 2, "generation.num_beams": 2, "limit": None}
+    flags = REQUIRED | {"retrieval.k": "2", "generation.num_beams": "2", "limit": None}
     config = load_config(CaptionConfig, str(file), flags, ["generation.num_beams=5", "compute.batch_size=8"])
     assert config.model == "demo"  # a flag over the file
     assert config.retrieval.k == 2
@@ -34,20 +34,38 @@ def test_later_sources_win(tmp_path: Path) -> None:
     [
         ("retrieval.kk=3", "Did you mean retrieval.k?"),
         ("modell=demo", "Did you mean model?"),
-        ("generation.num_beams=zero", "generation.num_beams"),
+        ("num_beam=3", "Did you mean generation.num_beams?"),
+        ("generation.num_beams=zero", "generation.num_beams\n  expected: a whole number from 1 to 64"),
+        ("compute.batch_size=0", "compute.batch_size\n  expected: auto or a whole number of at least 1"),
         ("retrieval.k=-1", "retrieval.k"),
+        ("generation.length_penalty=.nan", "generation.length_penalty\n  expected: a number"),
+        ("compute.device=cuda:1", "compute.device\n  expected: one of auto, cpu, cuda"),
+        ("model=''", "model"),
         ("k.b=3", "There is no such option."),
         ("model.name=x", "not a group"),
         ("retrieval.k", "--set group.name=value"),
+        ("retrieval.k=[", "--set retrieval.k=["),
+        ("generation.temperature=2", "generation\n  expected: --temperature and --top-p need --do-sample"),
     ],
 )
 def test_a_wrong_setting_is_named_with_its_remedy(setting: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message.replace("?", r"\?").replace(".", r"\.")):
+    with pytest.raises(ConfigError) as caught:
         load_config(CaptionConfig, flags=REQUIRED, sets=[setting])
+    assert message in str(caught.value)
 
 
-def test_a_missing_option_is_named_as_a_flag() -> None:
-    with pytest.raises(ConfigError, match="--out"):
+def test_a_wrong_value_is_named_as_it_was_given() -> None:
+    wrong = REQUIRED | {"retrieval.k": "many"}
+    with pytest.raises(ConfigError, match=r"where: --k\n  expected: a whole number from 0 to 64\n  found: 'many'"):
+        load_config(CaptionConfig, flags=wrong)
+    with pytest.raises(ConfigError, match=r"where: retrieval.k\n"):
+        load_config(CaptionConfig, flags=wrong, sets=["retrieval.k=few"])
+
+
+def test_all_missing_options_are_named_as_flags() -> None:
+    with pytest.raises(ConfigError, match=r"Give IMAGES, --model and --out\."):
+        load_config(CaptionConfig)
+    with pytest.raises(ConfigError, match=r"An option is missing\.\n  remedy: Give --out\."):
         load_config(CaptionConfig, flags={**REQUIRED, "out": None})
 
 
@@ -77,3 +95,4 @@ def test_differences_are_named() -> None:
     two = load_config(CaptionConfig, flags=REQUIRED, sets=["retrieval.k=2"]).model_dump(mode="json")
     assert config_difference(one, two) == ["retrieval.k: null → 2"]
     assert config_difference(one, one) == []
+    assert config_difference(one, two, free=["retrieval"]) == []

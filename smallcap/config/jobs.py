@@ -1,0 +1,298 @@
+"""The options of captioning, of building an index, and of evaluation; training has its own in smallcap/training."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self, get_args
+
+from pydantic import Field, field_validator, model_validator
+
+from smallcap.config.options import POSITIONAL, Config, Flag
+
+CaptionMetric = Literal["cider", "bleu", "rouge_l", "meteor", "spice"]
+DecodeMode = Literal["exact", "fast"]
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+JunkFilter = Literal["urls", "markup", "repeats"]
+SearchDevice = Literal["auto", "cpu", "cuda"]
+TarIds = Literal["auto", "key", "tar/key"]
+AutoCount = Literal["auto"] | Annotated[int, Field(ge=1)]
+Required = Annotated[str, Field(min_length=1)]
+
+
+class GenerationConfig(Config):
+    """How captions are decoded. What is not given is the checkpoint's own choice, usually the paper's."""
+
+    num_beams: int | None = Field(None, ge=1, le=64)
+    """Beams of the search (the paper: 3). 1 decodes greedily."""
+    max_new_tokens: int | None = Field(None, ge=1, le=512)
+    """The most tokens that a caption may have, its end token included (the paper: 25)."""
+    length_penalty: float | None = None
+    """A caption's score is divided by its length to this power (the paper: 0, which leaves plain sums)."""
+    no_repeat_ngram_size: int = Field(0, ge=0)
+    """No caption says the same n tokens twice; 0 allows it. The prompt does not count: captions may quote it."""
+    num_captions: int = Field(1, ge=1, le=64)
+    """Captions per image, best first. A search gives at most `num_beams`."""
+    do_sample: bool = False
+    """Draw captions at random instead of searching for the most likely one."""
+    temperature: float = Field(1.0, gt=0)
+    """Divides the logits before sampling. Below 1, likely tokens become likelier."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Sample only from the most likely tokens that have this probability together."""
+    seed: int = 0
+    """Seed of sampling. The same seed draws the same captions, in any batch and on any number of actors."""
+
+    @model_validator(mode="after")
+    def _sampling_is_asked_for(self) -> Self:
+        if not self.do_sample and (self.temperature, self.top_p) != (1.0, 1.0):
+            raise ValueError("--temperature and --top-p need --do-sample")
+        return self
+
+
+class RetrievalConfig(Config):
+    """Which captions are retrieved for an image, and where they are searched."""
+
+    k: Annotated[int | None, Flag(("-k", "--k"))] = Field(None, ge=0, le=64)
+    """Retrieved captions in the prompt; by default as many as the checkpoint says (the paper: 4). 0 prompts without
+    retrieval."""
+    encoder: Annotated[str | None, Flag(("--retrieval-encoder",))] = None
+    """Retrieval encoder: `open_clip:MODEL/PRETRAINED` or `hf:ID-OR-PATH`; by default the one that the index names."""
+    exclude_own_captions: bool = False
+    """Leave out captions whose source image has the query's image id. For evaluation on the datastore's own images."""
+    cache_dir: str = "~/.cache/smallcap"
+    """Folder on each node for copies of remote indexes."""
+    search_device: SearchDevice = "auto"
+    """Where the index is searched. `auto` takes the GPU that captions if the index fits beside the model, else the
+    CPU."""
+    partitions: int = Field(1, ge=1)
+    """Actors that share an index too large for one machine; each holds some of its shards. With 1, every captioner maps
+    the whole index."""
+
+    @model_validator(mode="after")
+    def _partitions_search_on_cpus(self) -> Self:
+        if self.partitions > 1 and self.search_device == "cuda":
+            raise ValueError("partitions are searched on CPUs: leave --search-device at auto, or --partitions at 1")
+        return self
+
+
+class InputConfig(Config):
+    """How images are named, fetched and decoded."""
+
+    image_column: str = "image_uri"
+    """Column of a list that holds an image's URI or path; in a Parquet file it may hold the image's bytes."""
+    id_column: str = "image_id"
+    """Column of a list that holds an image's id. Without such a column the URI is the id."""
+    tar_ids: TarIds = "auto"
+    """Ids of images in WebDataset tars: their `key`, or `tar/key` with the tar's path below its folder. `auto` takes
+    `tar/key` only if two tars begin with the same key."""
+    max_image_pixels: int = Field(100_000_000, ge=1)
+    """Images with more pixels are not decoded; they become `too_large` rows."""
+    decode: DecodeMode = "exact"
+    """`exact` gives the encoders CLIP's own preprocessing to the bit; `fast` decodes JPEG at a fraction of its size."""
+    fetch_timeout_s: float = Field(30.0, gt=0)
+    """Seconds that one request for an image may take, its body included."""
+    fetch_attempts: int = Field(6, ge=1)
+    """Requests for an image before it becomes a `timeout` or `unavailable` row; the waits between them grow."""
+
+
+class ComputeConfig(Config):
+    """Where the model runs, and in what precision."""
+
+    device: Device = "auto"
+    """Device of the model. `auto` takes a GPU if Ray has one, else the CPU."""
+    dtype: Dtype = "auto"
+    """Precision of weights and activations. `auto` is bfloat16 on a GPU. On a CPU it is float32 for building an index;
+    captioning measures both there, and takes bfloat16 if that is clearly faster."""
+    compile: bool = False
+    """Compile the encoders with torch.compile (captioning only). Takes minutes at the start; then a GPU is faster."""
+    batch_size: AutoCount = "auto"
+    """Images captioned together. `auto` is what fits into free memory, at most 64 on a CPU and 256 on a GPU."""
+    num_actors: AutoCount = "auto"
+    """Model actors that a job starts with. `auto` is one per GPU share, or one per four CPU cores, of the cluster as it
+    is then."""
+    max_actors: int | None = Field(None, ge=1)
+    """Actors that captioning may grow to if the cluster grows; by default those it starts with. With device `cuda` it
+    may start before there is a GPU; the cluster's autoscaler then brings one."""
+    gpus_per_actor: float = Field(1.0, gt=0)
+    """GPUs of one actor. A fraction lets several actors share one GPU."""
+
+    @model_validator(mode="after")
+    def _pool_is_a_range(self) -> Self:
+        if self.max_actors is not None and self.num_actors != "auto" and self.max_actors < self.num_actors:
+            raise ValueError(f"--max-actors is {self.max_actors}, but --num-actors starts with {self.num_actors}")
+        return self
+
+
+class OutputConfig(Config):
+    """What is written beside the captions, and in what portions."""
+
+    rows_per_part: AutoCount = "auto"
+    """The fewest rows of a Parquet part, except the last. An interrupted run can lose this many. `auto` is 5,000 on a
+    CPU, 50,000 on a GPU, and 2,000 if tars are written."""
+    rows_per_row_group: int = Field(10_000, ge=1)
+    """The most rows of a row group."""
+    clip_score: bool = True
+    """Write the cosine of image and caption. It costs a pass of the text encoder for each caption."""
+    save_embeddings: bool = False
+    """Write the images' embeddings as float16 to files beside the parts."""
+    write: tuple[Literal["webdataset"], ...] = ()
+    """What to write beside Parquet: `webdataset` makes tars of images and captions for training pipelines."""
+
+
+class CaptionConfig(Config):
+    """A captioning run."""
+
+    images: Annotated[tuple[str, ...], POSITIONAL] = Field(min_length=1)
+    """Folders, prefixes, globs and files: images, WebDataset tars (.tar, .tar.gz, .tgz), Parquet with image bytes, or
+    lists of URIs (.parquet, .csv, .tsv, .jsonl, .json, .txt)."""
+    index: str | None = None
+    """Published index. Only `-k 0` does without one."""
+    model: Required
+    """`demo`, a checkpoint folder, or a Hugging Face id."""
+    out: Required
+    """Output folder or prefix."""
+    limit: int | None = Field(None, ge=1)
+    """Caption only the first N images: those of lists and folders in the order of their ids, then those of tars."""
+    keep_columns: Annotated[tuple[str, ...], Flag(commas=True)] = ()
+    """Columns of lists or Parquet files that pass through to the output: `a,b,c`. For tars: `json`, `txt`, or a field
+    of the JSON."""
+    max_error_rate: float = Field(1.0, ge=0, le=1)
+    """The job exits with status 3 if a greater share of the rows are errors."""
+    generation: GenerationConfig = GenerationConfig()
+    retrieval: RetrievalConfig = RetrievalConfig()
+    input: InputConfig = InputConfig()
+    output: OutputConfig = OutputConfig()
+    compute: ComputeConfig = ComputeConfig()
+
+    @model_validator(mode="after")
+    def _index_is_given(self) -> Self:
+        if self.index is None and self.retrieval.k != 0:
+            raise ValueError("an index is needed for retrieval: give --index, or -k 0 to caption without retrieval")
+        return self
+
+
+class CleaningConfig(Config):
+    """Which captions enter the datastore."""
+
+    max_tokens: int = Field(25, ge=1)
+    """The most tokens that a caption may have (the paper: 25). Longer ones are dropped and counted."""
+    min_words: int = Field(1, ge=1)
+    """The fewest words that a caption may have, as split at white space."""
+    tokenizer: str | None = "gpt2"
+    """Tokenizer that counts the tokens: `gpt2`, `demo`, a folder or a hub id. `null` counts words instead."""
+    drop: tuple[JunkFilter, ...] = ()
+    """Junk to drop: `urls`, `markup` (HTML, entities, BBCode, markdown links), `repeats` (aaaaaaaa, hahahahahaha)."""
+    blocklist: str | None = None
+    """UTF-8 text file of words and phrases, one a line; lines that begin with `#` are comments. Captions that hold one
+    are dropped."""
+
+    @field_validator("drop")
+    @classmethod
+    def _in_one_order(cls, drop: tuple[JunkFilter, ...]) -> tuple[JunkFilter, ...]:
+        return tuple(sorted(set(drop)))  # the same filters are the same options, however they were listed
+
+
+class RecallConfig(Config):
+    """How well the built index must agree with exact search, and how that is measured."""
+
+    target: Annotated[float | None, Flag(("--recall-target",))] = Field(None, gt=0, le=1)
+    """Recall@4 against exact search that the lower end of its 95% interval must reach; nprobe is chosen for it. By
+    default 0.99, or what the index that is added to was built for."""
+    accept: Annotated[bool, Flag(("--accept-recall",))] = False
+    """Publish an index even if it misses the target. A removal never waits for a recall."""
+    calibration_images: tuple[str, ...] = ()
+    """Images like those to caption (files, folders, prefixes, lists); their embeddings are the queries. Without any,
+    the queries are stored captions, moved away from the texts as far as images are (cosine 0.3)."""
+    queries: int = Field(1024, ge=16)
+    """Queries that choose nprobe; as many others report the recall. A small index has fewer."""
+
+
+class IndexConfig(Config):
+    """An index build, an addition to an index, or a removal from it."""
+
+    dumps: Annotated[tuple[str, ...], POSITIONAL] = ()
+    """Caption dumps, as files or prefixes: CSV, TSV, JSONL, Parquet, COCO captions JSON, folders with embeddings."""
+    out: Required
+    """The index's folder or prefix. Versions are published below it."""
+    encoder: str | None = None
+    """Retrieval encoder: `demo`, `open_clip:MODEL/PRETRAINED`, or `hf:ID-OR-PATH`; by default that of the index which
+    is added to, or of the first `--from`."""
+    add: bool = False
+    """Add to the current version: only new captions are embedded, and its shards and trained template are kept."""
+    from_indexes: Annotated[tuple[str, ...], Flag(("--from",))] = ()
+    """Published indexes whose captions are taken in, with their embeddings if the encoder is the same."""
+    reuse: tuple[str, ...] = ()
+    """Published indexes that lend their embeddings to captions of the same text."""
+    remove: tuple[str, ...] = ()
+    """What to remove from the current version: `source=NAME`, `image=ID` or `text=CAPTION`. `image=@FILE` and
+    `text=@FILE` name a file with one per line."""
+    compact: bool = False
+    """Rebuild the current version from its own captions and embeddings: without removed ones, newly trained. With
+    `index_key` at `auto` the key stays, and its number of lists is chosen anew."""
+    text_column: str = "caption"
+    """Column of the dumps that holds the text."""
+    image_id_column: str | None = "image"
+    """Column of the dumps that holds the source image's id; ignored if a dump has none."""
+    embedding_column: str | None = None
+    """Column of Parquet dumps that holds the text's embedding by `encoder`. Those texts are not embedded again."""
+    trust_embeddings: bool = False
+    """Take the embeddings of dumps as they are. Otherwise some of their texts are embedded and compared."""
+    index_key: str = "auto"
+    """faiss's index key: `auto`, `Flat` (exact), `IVF,SQfp16` and `IVF,SQ8` (the number of lists is chosen), or any
+    string of its index factory. Lossy codecs are ranked again by float16 vectors."""
+    shards: AutoCount = "auto"
+    """Number of shards. `auto` makes one per million vectors."""
+    memory_budget_gb: float | None = Field(None, gt=0)
+    """Memory of a node that the index may take, in GB (10^9 bytes). `auto` chooses the index key for it."""
+    cache_dir: str = "~/.cache/smallcap"
+    """Folder on each node for copies of remote indexes, and for what has been verified of them."""
+    cleaning: CleaningConfig = CleaningConfig()
+    recall: RecallConfig = RecallConfig()
+    compute: ComputeConfig = ComputeConfig()
+
+    @model_validator(mode="after")
+    def _says_one_thing_to_do(self) -> Self:
+        inputs = bool(self.dumps or self.from_indexes)
+        if self.remove and (inputs or self.add or self.compact):
+            raise ValueError("--remove alone: what is to be added or compacted comes in another call")
+        if self.compact and (inputs or self.add):
+            raise ValueError("--compact alone: what is to be added comes in another call")
+        if not (self.remove or self.compact or inputs):
+            raise ValueError("caption dumps are needed: give DUMPS, or --from, --remove or --compact")
+        if self.encoder is None and not (self.add or self.remove or self.compact or self.from_indexes):
+            raise ValueError("a retrieval encoder is needed: give --encoder")
+        return self
+
+    @field_validator("remove")
+    @classmethod
+    def _names_a_kind(cls, remove: tuple[str, ...]) -> tuple[str, ...]:
+        for removal in remove:
+            kind, equals, value = removal.partition("=")
+            if kind not in ("source", "image", "text") or not equals or not value:
+                raise ValueError("each must be source=NAME, image=ID, text=CAPTION, image=@FILE or text=@FILE")
+        return remove
+
+
+class EvaluateConfig(Config):
+    """An evaluation of one captioning run, or of two side by side."""
+
+    runs: Annotated[tuple[str, ...], POSITIONAL] = Field(min_length=1, max_length=2)
+    """Output of a captioning run, or of two to compare on the same images."""
+    references: Required
+    """Reference captions: COCO captions or Karpathy's splits (.json), or a table of images and captions (.csv, .tsv,
+    .jsonl, .parquet)."""
+    split: str | None = None
+    """One of Karpathy's splits, such as `test`; by default all."""
+    text_column: str = "caption"
+    """Column of a table that holds the reference caption."""
+    image_id_column: str = "image"
+    """Column of a table that holds the image's file name or id."""
+    metrics: tuple[CaptionMetric, ...] = get_args(CaptionMetric)
+    """Caption metrics to compute: `a,b,c`. Those that cannot run on this machine are named and left out."""
+    index: str | None = None
+    """Published index. Captions that its datastore holds do not count as novel."""
+    bootstrap: int = Field(1000, ge=0)
+    """Draws for the 95% confidence intervals; 0 computes none."""
+    seed: int = 0
+    """Seed of the draws."""
+    out: str | None = None
+    """File for the result as JSON."""
