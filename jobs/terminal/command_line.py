@@ -136,9 +136,10 @@ def print_help(command: Command) -> None:
     usage = " ".join(["smallcap", command.name, *positional, "[OPTIONS]"])
     console.print(Text(f"Usage: {usage}\n\n{command.summary}\n"))
     console.print(Text(f"Example: {command.example}"), soft_wrap=True)
+    width = max(len(show_usage(option)) for option in options)
     for title, members in groupby(options, command.section):
         table = Table.grid(padding=(0, 2), pad_edge=True)
-        table.add_column(width=26, no_wrap=True, style="cyan")
+        table.add_column(min_width=width, no_wrap=True, style="cyan")
         table.add_column()
         for option in members:
             said = Text(option.summary)

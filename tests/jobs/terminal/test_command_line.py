@@ -1,5 +1,6 @@
 """Every option of every command: its flag, its help, and what is said of a wrong value. Nothing heavy is imported."""
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -25,11 +26,11 @@ def exit_status(*arguments: str) -> int:
 
 
 def with_what_is_required(command: Command, *arguments: str) -> list[str]:
-    given = [command.name.split(), list(arguments)]
+    given = [*command.name.split(), *arguments]
     for option in command.options():
         if option.is_required and not set(option.names) & set(arguments):
-            given.append(["given"] if option.is_positional else [option.names[-1], "given"])
-    return sum(given, [])
+            given += ["given"] if option.is_positional else [option.names[-1], "given"]
+    return given
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
@@ -95,19 +96,15 @@ def test_a_wrong_command_line_is_a_usage_error(
     ("module", "command"),
     [("caption", "caption"), ("build_index", "build-index"), ("train", "train"), ("evaluate", "evaluate")],
 )
-def test_a_jobs_module_is_its_command(module: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import runpy
-
-    monkeypatch.setattr(sys, "argv", [f"jobs.{module}", "--no-such-option"])
-    shown = []
-    monkeypatch.setattr("jobs.terminal.command_line._print_error", lambda error: shown.append(str(error)))
-    with (
-        pytest.raises(SystemExit) as caught,
-        pytest.warns(RuntimeWarning) if f"jobs.{module}" in sys.modules else _nothing(),
-    ):
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_a_jobs_module_is_its_command(
+    module: str, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [f"jobs.{module}", "--help"])
+    with pytest.raises(SystemExit) as caught:
         runpy.run_module(f"jobs.{module}", run_name="__main__")
-    assert caught.value.code == 2
-    assert f"smallcap {command} --help" in shown[0]
+    assert not caught.value.code
+    assert f"Usage: smallcap {command} " in capsys.readouterr().out
 
 
 def test_help_and_wrong_options_wait_for_nothing_heavy() -> None:
