@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import typer
 
 from jobs.terminal.call_options import (
-    BenchOptions,
-    BuildCall,
+    BenchCall,
     CaptionCall,
     DemoOptions,
     EvaluateCall,
@@ -23,12 +22,12 @@ from jobs.terminal.call_options import (
     IndexListOptions,
     IndexUseOptions,
     InspectOptions,
+    RayCall,
     SearchOptions,
-    TrainCall,
 )
-from jobs.terminal.command_line import Command, run_app
-from smallcap import __version__
-from smallcap.config import CaptionConfig, EvaluateConfig, IndexConfig
+from jobs.terminal.command_line import Base, Command, Run, run_app
+from smallcap import __version__, storage
+from smallcap.config import BenchmarkOptions, CaptionConfig, EvaluateConfig, IndexConfig
 from smallcap.training.config import TrainConfig
 
 app = typer.Typer(
@@ -39,6 +38,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 index_app = typer.Typer(help="List an index's versions, go back to one, remove old ones.", no_args_is_help=True)
+app.add_typer(index_app, name="index")
+COMMANDS: list[Command] = []
 
 
 def main(*command: str) -> None:
@@ -61,6 +62,17 @@ def _root(
     pass
 
 
+def _command(name: str, example: str, base: Base | None = None) -> Callable[[Run], Run]:
+    def register(run: Run) -> Run:
+        command = Command(name, run, f"smallcap {name} {example}".rstrip(), base)
+        command.add_to(index_app if name.startswith("index ") else app)
+        COMMANDS.append(command)
+        return run
+
+    return register
+
+
+@_command("demo", "")
 def demo(options: DemoOptions) -> None:
     """Caption the demo's scenes with its small trained model; then swap the datastore, and caption other domains."""
     from jobs import caption as caption_job
@@ -76,7 +88,8 @@ def demo(options: DemoOptions) -> None:
     print(f"\nParquet: {result.swap.before.out} and {result.swap.after.out}")
 
 
-def build_index(config: IndexConfig, call: BuildCall) -> None:
+@_command("build-index", "captions.csv --out s3://bucket/index --encoder open_clip:RN50x64/openai")
+def build_index(config: IndexConfig, call: RayCall) -> None:
     """Build and publish an index from caption dumps; add to one, or remove from one."""
     from jobs import build_index as job  # imports torch and Ray, which a wrong option need not wait for
 
@@ -86,6 +99,7 @@ def build_index(config: IndexConfig, call: BuildCall) -> None:
         print(job.describe(job.run(config, call.address)))
 
 
+@_command("index list", "s3://bucket/index")
 def index_list(options: IndexListOptions) -> None:
     """Show an index's versions, the newest first."""
     from jobs import index as job
@@ -98,6 +112,7 @@ def index_list(options: IndexListOptions) -> None:
         console.print_versions(versions)
 
 
+@_command("index use", "s3://bucket/index previous")
 def index_use(options: IndexUseOptions) -> None:
     """Make another version the current one; runs that have begun keep theirs."""
     from index_builder.versions.lifecycle import use_version
@@ -105,26 +120,13 @@ def index_use(options: IndexUseOptions) -> None:
     print(f"Current version of {options.index}: {use_version(options.index, options.version).index_id}")
 
 
+@_command("index gc", "s3://bucket/index --grace 7d --dry-run")
 def index_gc(options: IndexGcOptions) -> None:
     """Remove versions that have not been current for a while, and files that no version needs."""
     from jobs import index as job
 
     garbage = job.collect(options.index, options.grace, options.keep, options.dry_run)
     print(json.dumps(garbage) if options.as_json else job.describe_garbage(garbage, options.dry_run))
-
-
-def caption(config: CaptionConfig, call: CaptionCall) -> int:
-    """Caption images. Stopped and started again, it does what is missing."""
-    from jobs import caption as job  # imports torch and Ray, which a wrong option need not wait for
-
-    if call.dry_run:
-        from jobs.captioning.plan import dry_run
-
-        print("\n".join(dry_run(config, call.address, call.gpu_hour_cost).lines()))
-        return 0
-    summary = job.run(config, call.address, retry_failed=call.retry_failed, relist=call.relist)
-    print(job.describe(summary))
-    return job.exit_status(config, summary)
 
 
 def _run_to_retry(flags: dict[str, Any], call: CaptionCall) -> Mapping[str, Any] | None:
@@ -142,13 +144,34 @@ def _run_to_retry(flags: dict[str, Any], call: CaptionCall) -> Mapping[str, Any]
     return load_run_config(flags.get("out", ""))
 
 
-def train(config: TrainConfig, call: TrainCall) -> None:
+@_command(
+    "caption",
+    "s3://bucket/images --index s3://bucket/index --model Yova/SmallCap7M --out s3://bucket/captions",
+    _run_to_retry,
+)
+def caption(config: CaptionConfig, call: CaptionCall) -> int:
+    """Caption images. Stopped and started again, it does what is missing."""
+    from jobs import caption as job  # imports torch and Ray, which a wrong option need not wait for
+
+    if call.dry_run:
+        from jobs.captioning.plan import dry_run
+
+        print("\n".join(dry_run(config, call.address, call.gpu_hour_cost).lines()))
+        return 0
+    summary = job.run(config, call.address, retry_failed=call.retry_failed, relist=call.relist)
+    print(job.describe(summary))
+    return job.exit_status(config, summary)
+
+
+@_command("train", "dataset_coco.json --index s3://bucket/index --model Yova/SmallCap7M --out s3://bucket/training")
+def train(config: TrainConfig, call: RayCall) -> None:
     """Train cross-attention. Stopped and started again, it goes on from its newest checkpoint."""
     from jobs import train as job  # imports torch and Ray, which a wrong option need not wait for
 
     print("\n".join(job.plan_lines(config)) if call.dry_run else job.describe(job.run(config, call.address)))
 
 
+@_command("search", "--index s3://bucket/index --text 'a dog on a beach'")
 def search(options: SearchOptions) -> None:
     """Show the captions nearest to an image or a text."""
     from dataclasses import asdict
@@ -156,13 +179,14 @@ def search(options: SearchOptions) -> None:
     from jobs import search as job
     from jobs.terminal import console
 
-    neighbours = job.search(options.index, options.image, options.text, options.k, options.encoder)
+    neighbours = job.search(options)
     if options.as_json:
         print(json.dumps([asdict(neighbour) for neighbour in neighbours]))
     else:
         console.print_neighbours(neighbours)
 
 
+@_command("inspect", "s3://bucket/captions")
 def inspect(options: InspectOptions) -> None:
     """Say what an index or a run is: counts, settings, sample rows."""
     from jobs.inspect import inspect_path
@@ -175,6 +199,7 @@ def inspect(options: InspectOptions) -> None:
         console.print_facts(facts)
 
 
+@_command("evaluate", "s3://bucket/captions --references captions_val2014.json")
 def evaluate(config: EvaluateConfig, call: EvaluateCall) -> None:
     """Score a run's captions against references, or compare two runs, with confidence intervals."""
     from jobs import evaluate as job
@@ -186,42 +211,17 @@ def evaluate(config: EvaluateConfig, call: EvaluateCall) -> None:
         print(json.dumps(result))
 
 
-def bench(options: BenchOptions) -> None:
+@_command("bench", "--json bench.json")
+def bench(options: BenchmarkOptions, call: BenchCall) -> None:
     """Measure every stage and the whole captioner on this machine, at real sizes with random weights."""
-    from jobs import bench as job
     from jobs.terminal import console
+    from smallcap.benchmark.stages import run_benchmark
 
-    result = job.run(options)
+    result = run_benchmark(options)
     console.print_benchmark(result)
     print(result.to_json())
-
-
-_PATHS = "--index s3://bucket/index --model Yova/SmallCap7M --out s3://bucket/captions"
-COMMANDS = (
-    Command("demo", demo, "smallcap demo"),
-    Command(
-        "build-index",
-        build_index,
-        "smallcap build-index captions.csv --out s3://bucket/index --encoder open_clip:RN50x64/openai",
-    ),
-    Command("caption", caption, f"smallcap caption s3://bucket/images {_PATHS}", _run_to_retry),
-    Command(
-        "train",
-        train,
-        "smallcap train dataset_coco.json --images s3://bucket/coco --index s3://bucket/index --out out/coco "
-        "--vision-encoder openai/clip-vit-base-patch32 --decoder gpt2",
-    ),
-    Command("evaluate", evaluate, "smallcap evaluate s3://bucket/captions --references captions_val2014.json"),
-    Command("search", search, 'smallcap search --index s3://bucket/index --text "a dog on a beach"'),
-    Command("inspect", inspect, "smallcap inspect s3://bucket/captions"),
-    Command("index list", index_list, "smallcap index list s3://bucket/index"),
-    Command("index use", index_use, "smallcap index use s3://bucket/index previous"),
-    Command("index gc", index_gc, "smallcap index gc s3://bucket/index --grace 7d --dry-run"),
-    Command("bench", bench, "smallcap bench --json bench.json"),
-)
-for _command in COMMANDS:
-    _command.add_to(index_app if _command.name.startswith("index ") else app)
-app.add_typer(index_app, name="index")
+    if call.json_file:
+        storage.write_bytes(call.json_file, (result.to_json() + "\n").encode())
 
 
 if __name__ == "__main__":

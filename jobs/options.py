@@ -7,7 +7,7 @@ from itertools import groupby
 
 from jobs.cli import COMMANDS
 from jobs.terminal.command_line import Command, list_facts, show_usage
-from smallcap.config import Option
+from smallcap.options import Option
 
 _INTRODUCTION = """# Options
 

@@ -9,13 +9,13 @@ from typing import Annotated
 
 from pydantic import Field
 
-from smallcap.config import POSITIONAL, Config, Device, Dtype, Flag
+from smallcap.options import POSITIONAL, Config, Flag
 
-_Json = Annotated[bool, Flag(("--json",))]
+AsJson = Annotated[bool, Flag(("--json",))]
 
 
 class JobCall(Config):
-    """Where the options come from."""
+    """Where a job's options come from."""
 
     config: str | None = None
     """YAML file with options, at any URI. Flags win over it."""
@@ -24,48 +24,41 @@ class JobCall(Config):
 
 
 class RayCall(JobCall):
-    """Where the options come from, and where the job runs."""
+    """Where a job's options come from, and where it runs."""
 
+    dry_run: bool = False
+    """Say what there is to do and what it takes; write nothing to the output."""
     address: str | None = None
     """Address of a Ray cluster; by default the one that the job was submitted to, or else a new local one."""
 
 
-class BuildCall(RayCall):
-    """What one call of `smallcap build-index` is to do."""
-
-    dry_run: bool = False
-    """Count and plan; build nothing."""
-
-
 class CaptionCall(RayCall):
-    """What one call of `smallcap caption` is to do."""
+    """One call of the captioning job."""
 
+    gpu_hour_cost: float | None = Field(None, ge=0)
+    """With `--dry-run`: $ that a GPU costs in an hour."""
     retry_failed: bool = False
     """Try failed images again. The run's folder alone is enough: its own options hold."""
     relist: bool = False
     """List the input again, and take what is new."""
-    dry_run: bool = False
-    """List the input, caption a few batches, and say what the run will take; write nothing."""
-    gpu_hour_cost: float | None = Field(None, ge=0)
-    """With `--dry-run`: $ that a GPU costs in an hour."""
-
-
-class TrainCall(RayCall):
-    """What one call of `smallcap train` is to do."""
-
-    dry_run: bool = False
-    """List the input and say what there is to do."""
 
 
 class EvaluateCall(JobCall):
-    """What one call of `smallcap evaluate` is to do."""
+    """One call of the evaluation."""
 
-    as_json: _Json = False
+    as_json: AsJson = False
     """Print the result as JSON on the last line."""
 
 
+class BenchCall(JobCall):
+    """One call of the benchmark."""
+
+    json_file: Annotated[str | None, Flag(("--json",))] = None
+    """File for the line of JSON."""
+
+
 class DemoOptions(Config):
-    """Options of `smallcap demo`."""
+    """The demo."""
 
     out: str = "out/demo"
     """Folder for the demo's indexes and captions."""
@@ -76,7 +69,7 @@ class DemoOptions(Config):
 
 
 class SearchOptions(Config):
-    """Options of `smallcap search`."""
+    """One search in an index."""
 
     index: str
     """Published index."""
@@ -88,80 +81,48 @@ class SearchOptions(Config):
     """Captions to find."""
     encoder: str | None = None
     """Retrieval encoder: `open_clip:MODEL/PRETRAINED` or `hf:ID-OR-PATH`; by default the one that the index names."""
-    as_json: _Json = False
+    as_json: AsJson = False
     """Print JSON."""
 
 
 class InspectOptions(Config):
-    """Options of `smallcap inspect`."""
+    """A look at an index or a run."""
 
     path: Annotated[str, POSITIONAL]
     """An index or a captioning run."""
     samples: int = Field(5, ge=0)
     """Rows to show."""
-    as_json: _Json = False
+    as_json: AsJson = False
     """Print JSON."""
 
 
-class IndexListOptions(Config):
-    """Options of `smallcap index list`."""
+class IndexOptions(Config):
+    """An index."""
 
     index: Annotated[str, POSITIONAL]
     """Published index."""
-    as_json: _Json = False
+
+
+class IndexListOptions(IndexOptions):
+    """A look at an index's versions."""
+
+    as_json: AsJson = False
     """Print JSON."""
 
 
-class IndexUseOptions(Config):
-    """Options of `smallcap index use`."""
+class IndexUseOptions(IndexOptions):
+    """A change of an index's current version."""
 
-    index: Annotated[str, POSITIONAL]
-    """Published index."""
     version: Annotated[str, POSITIONAL]
     """Id of a version, the beginning of one, or `previous`."""
 
 
-class IndexGcOptions(Config):
-    """Options of `smallcap index gc`."""
+class IndexGcOptions(IndexListOptions):
+    """A removal of old versions."""
 
-    index: Annotated[str, POSITIONAL]
-    """Published index."""
     grace: str = "1d"
     """Keep what was needed or written within this time, such as 90s, 30m, 12h, 7d."""
     keep: int = Field(1, ge=0)
     """Former versions to keep in any case."""
     dry_run: bool = False
     """Only say what would go."""
-    as_json: _Json = False
-    """Print JSON."""
-
-
-class BenchOptions(Config):
-    """Options of `smallcap bench`."""
-
-    photos: Annotated[tuple[str, ...], POSITIONAL] = ()
-    """Image files; by default one is made."""
-    images: int = Field(64, ge=1)
-    """Images that the whole loop captions."""
-    batch_size: int = Field(64, ge=1)
-    """Images captioned together."""
-    k: Annotated[int, Flag(("-k", "--k"))] = Field(4, ge=1)
-    """Retrieved captions in the prompt."""
-    num_beams: int = Field(3, ge=1)
-    """Beams of the search. 1 decodes greedily."""
-    reduce_factor: int = Field(4, ge=1)
-    """Reduce factor of the cross-attention: 1, 2, 4, 8 or 16."""
-    retrieval_encoder: str = "shared"
-    """`shared`, or an architecture of open_clip such as RN50x64."""
-    captions: int = Field(100_000, ge=10)
-    """Captions in the index."""
-    device: Device = "auto"
-    """Device of the model. `auto` takes a GPU if there is one, else the CPU."""
-    dtype: Dtype = "auto"
-    """Precision of weights and activations."""
-    compile: bool = False
-    """Compile the encoders with torch.compile."""
-    repeats: int = Field(3, ge=1)
-    """Runs of each stage; the fastest counts."""
-    json_file: Annotated[str | None, Flag(("--json",))] = None
-    """File for the line of JSON."""

@@ -12,9 +12,8 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from jobs.terminal.call_options import JobCall
-from smallcap.config import Config, Option, list_options, load_config
 from smallcap.errors import ConfigError, SmallCapError
+from smallcap.options import Config, Option, list_options, load_config
 
 EXIT_RUN_ERROR = 1
 EXIT_USAGE = 2
@@ -68,56 +67,60 @@ class Command:
             return f"{option.key.rpartition('.')[0]}: {' '.join((option.group.__doc__ or '').split())}"
         return "Options" if issubclass(self.kinds[0], option.group) else "This call"
 
-    def __call__(self, given: Mapping[str, Any]) -> int:
-        """Runs it.
+    def __call__(self, **given: Any) -> None:
+        """Runs it, or prints its help.
 
         Args:
-            given: Keys of its options to what was typed; not given are `None`, and lists without an entry.
+            given: Its options by `_parameter_name`, as they were typed; `None` or an empty list where not given.
         """
+        if given["help"]:
+            return print_help(self)
         flags = [
             {
-                option.key: option.split(value) if option.is_list else value
+                option.key: [part for text in value for part in text.split(",")] if option.has_commas else value
                 for option in list_options(kind)
-                if (value := given[option.key]) is not None and value != []
+                if (value := given[_parameter_name(option)]) not in (None, [])
             }
             for kind in self.kinds
         ]
         if len(flags) == 1:
-            return self.run(load_config(self.kinds[0], flags=flags[0])) or 0
-        call = load_config(self.kinds[1], flags=flags[1])
-        assert isinstance(call, JobCall)
-        base = self.base(flags[0], call) if self.base else None
-        return self.run(load_config(self.kinds[0], call.config, flags[0], call.settings, base), call) or 0
+            status = self.run(load_config(self.kinds[0], flags=flags[0]))
+        else:
+            call: Any = load_config(self.kinds[1], flags=flags[1])
+            base = self.base(flags[0], call) if self.base else None
+            status = self.run(load_config(self.kinds[0], call.config, flags[0], call.settings, base), call)
+        if status:
+            raise typer.Exit(status)
 
     def add_to(self, app: typer.Typer) -> None:
         """Adds it to a command line."""
-        options = {option.key.replace(".", "__"): option for option in self.options()}
 
         def call(**given: Any) -> None:
-            if given.pop("help"):
-                print_help(self)
-            elif status := self({option.key: given[name] for name, option in options.items()}):
-                raise typer.Exit(status)
+            self(**given)
 
-        help_flag = Annotated[bool, typer.Option("--help")]
-        parameters = [
-            ("help", help_flag, False),
-            *((name, _annotate(option), None) for name, option in options.items()),
-        ]
+        types = {_parameter_name(option): _parameter_type(option) for option in self.options()}
+        types["help"] = Annotated[bool | None, typer.Option("--help")]
         call.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-            [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, annotation=a, default=d) for n, a, d in parameters]
+            [
+                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=None)
+                for name, kind in types.items()
+            ]
         )
         app.command(self.name.split()[-1], short_help=self.summary, add_help_option=False)(call)
 
 
-def _annotate(option: Option) -> Any:
+def _parameter_name(option: Option) -> str:
+    return option.key.replace(".", "__")
+
+
+def _parameter_type(option: Option) -> Any:
     """Returns the type of an option for typer, which hands over all values as they were typed."""
+    kind = list[str] | None if option.is_list else str | None
     if option.is_positional:
-        return Annotated[list[str] | None if option.is_list else str | None, typer.Argument(metavar=option.names[0])]
-    *short, name = option.names
+        return Annotated[kind, typer.Argument(metavar=option.names[0])]
     if option.is_switch:
-        return Annotated[bool | None, typer.Option(*short, f"{name}/--no-{name.removeprefix('--')}")]
-    return Annotated[list[str] | None if option.is_list else str | None, typer.Option(*short, name)]
+        return Annotated[bool | None, typer.Option(f"{option.names[0]}/--no-{option.names[0].removeprefix('--')}")]
+    return Annotated[kind, typer.Option(*option.names)]
 
 
 def print_help(command: Command) -> None:
@@ -174,7 +177,7 @@ def show_usage(option: Option) -> str:
     return f"{', '.join(option.names)} {value}"
 
 
-def run_app(app: typer.Typer, arguments: Sequence[str] | None = None) -> None:
+def run_app(app: Callable[..., Any], arguments: Sequence[str] | None = None) -> None:
     """Runs a command line and exits; smallcap's own errors, and wrong flags, are printed in our words."""
     try:
         sys.exit(app(arguments, prog_name="smallcap", standalone_mode=False) or 0)

@@ -6,7 +6,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from smallcap.config import POSITIONAL, AutoCount, ComputeConfig, Config, Device, Dtype, Flag, InputConfig, Required
+from smallcap.config import AutoCount, ComputeConfig, Device, Dtype, InputConfig, Required
+from smallcap.options import POSITIONAL, Config, Flag
 from smallcap.training.retrieval_sampling import RetrievalMode
 
 

@@ -6,11 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 
 from jobs.cli import COMMANDS, app
 from jobs.terminal.command_line import Command, run_app, show_usage
-from smallcap.config import Option
+from smallcap.options import Option
 
+SMALLCAP = get_command(app)  # built once
 ROOT = Path(__file__).parents[3]
 EVERY_OPTION = [
     pytest.param(command, option, id=f"{command.name} {option.names[-1]}")
@@ -21,7 +23,7 @@ EVERY_OPTION = [
 
 def exit_status(*arguments: str) -> int:
     with pytest.raises(SystemExit) as caught:
-        run_app(app, arguments)
+        run_app(SMALLCAP, arguments)
     return int(caught.value.code or 0)
 
 

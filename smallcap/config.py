@@ -1,4 +1,7 @@
-"""The options of captioning, of building an index, and of evaluation; training has its own in smallcap/training."""
+"""The options of every job but training, which has its own in smallcap/training/config.py.
+
+What depends on the machine (device, free memory) is decided by the job and recorded beside the config.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from smallcap.config.options import POSITIONAL, Config, Flag
+from smallcap.options import POSITIONAL, Config, Flag
 
 CaptionMetric = Literal["cider", "bleu", "rouge_l", "meteor", "spice"]
 DecodeMode = Literal["exact", "fast"]
@@ -152,7 +155,7 @@ class CaptionConfig(Config):
     """Output folder or prefix."""
     limit: int | None = Field(None, ge=1)
     """Caption only the first N images: those of lists and folders in the order of their ids, then those of tars."""
-    keep_columns: Annotated[tuple[str, ...], Flag(commas=True)] = ()
+    keep_columns: Annotated[tuple[str, ...], Flag(has_commas=True)] = ()
     """Columns of lists or Parquet files that pass through to the output: `a,b,c`. For tars: `json`, `txt`, or a field
     of the JSON."""
     max_error_rate: float = Field(1.0, ge=0, le=1)
@@ -296,3 +299,32 @@ class EvaluateConfig(Config):
     """Seed of the draws."""
     out: str | None = None
     """File for the result as JSON."""
+
+
+class BenchmarkOptions(Config):
+    """A measurement of one machine."""
+
+    photos: Annotated[tuple[str, ...], POSITIONAL] = ()
+    """Image files; by default one is made."""
+    images: int = Field(64, ge=1)
+    """Images that the whole loop captions."""
+    batch_size: int = Field(64, ge=1)
+    """Images captioned together."""
+    k: Annotated[int, Flag(("-k", "--k"))] = Field(4, ge=1)
+    """Retrieved captions in the prompt."""
+    num_beams: int = Field(3, ge=1)
+    """Beams of the search. 1 decodes greedily."""
+    reduce_factor: int = Field(4, ge=1)
+    """The cross-attention has heads smaller by this factor: 1, 2, 4, 8 or 16."""
+    retrieval_encoder: str = "shared"
+    """`shared`, or an architecture of open_clip such as RN50x64."""
+    captions: int = Field(100_000, ge=10)
+    """Captions in the index."""
+    device: Device = "auto"
+    """Device of the model. `auto` takes a GPU if there is one, else the CPU."""
+    dtype: Dtype = "auto"
+    """Precision of weights and activations. `auto` is bfloat16 on a GPU; a CPU takes what it multiplies faster."""
+    compile: bool = False
+    """Compile the encoders with torch.compile."""
+    repeats: int = Field(3, ge=1)
+    """Runs of each stage; the fastest counts."""

@@ -1,24 +1,124 @@
-"""Configs read from a YAML file, flags and `--set a.b=c`, and what is said when they are wrong.
+"""What an option is, what a command line and a page say about it, and how options are read.
 
-Later sources win: defaults, then `--config FILE`, then flags, then `--set`.
+A field of a config class, with its docstring, is an option's only declaration. Its key in `--config` files and for
+`--set`, its flag, its line in `--help` and its row in docs/options.md follow from it. Later sources win: defaults, then
+`--config FILE`, then flags, then `--set a.b=c`.
 """
 
 from __future__ import annotations
 
 import copy
-import difflib
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from difflib import get_close_matches
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
 
 from smallcap import storage
-from smallcap.config.options import Config, Option, list_options
 from smallcap.errors import ConfigError
 
-ConfigT = TypeVar("ConfigT", bound=Config)
+ConfigT = TypeVar("ConfigT", bound="Config")
+
+
+class Config(BaseModel):
+    """Base of all option groups: frozen, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class Flag:
+    """How a field is given on the command line, where that is not simply `--its-name`; stands in its `Annotated`."""
+
+    names: tuple[str, ...] = ()  # such as -k and --k; none: the field's own
+    has_commas: bool = False  # one flag may name several values: a,b,c
+    is_positional: bool = False
+
+
+POSITIONAL = Flag(is_positional=True)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a job or of a look-up."""
+
+    key: str  # dotted, as in config files and for --set
+    group: type[Config]  # declares it
+    names: tuple[str, ...]  # its flags; of a positional argument what stands for it, such as IMAGES
+    summary: str  # its docstring, as one line
+    values: str  # what it may be, in words; empty for free text and for switches
+    default: str  # as one types it; empty for `None`, an empty list and a switch that is off
+    is_required: bool
+    is_positional: bool
+    is_switch: bool  # its flag takes no value
+    is_list: bool  # its flag may be repeated
+    has_commas: bool  # its flag may name several values: a,b,c
+
+
+def list_options(kind: type[Config], prefix: str = "") -> Iterator[Option]:
+    """Yields all options of a config class, those of its groups after its own.
+
+    Args:
+        kind: The class.
+        prefix: Dotted names of the groups that hold it, each with its dot.
+    """
+    groups = {}
+    for name, field in kind.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, Config):
+            groups[f"{prefix}{name}."] = annotation
+        else:
+            yield _describe_field(f"{prefix}{name}", kind, field)
+    for inner, group in groups.items():
+        yield from list_options(group, inner)
+
+
+def _describe_field(key: str, group: type[Config], field: FieldInfo) -> Option:
+    flag = next((entry for entry in field.metadata if isinstance(entry, Flag)), Flag())
+    name = key.rpartition(".")[2].replace("_", "-")
+    values = _describe_type(field.annotation, field.metadata)
+    default = "" if field.is_required() or field.default is None or field.default is False else field.default
+    return Option(
+        key=key,
+        group=group,
+        names=(name.upper(),) if flag.is_positional else flag.names or (f"--{name}",),
+        summary=" ".join((field.description or "").split()),
+        values=values,
+        default=",".join(default) if isinstance(default, tuple) else str(default),
+        is_required=field.is_required(),
+        is_positional=flag.is_positional,
+        is_switch=field.annotation is bool,
+        is_list=get_origin(field.annotation) is tuple,
+        has_commas=flag.has_commas or values.startswith("one of"),
+    )
+
+
+def _describe_type(annotation: Any, metadata: Sequence[Any] = ()) -> str:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _describe_type(arguments[0], arguments[1:])
+    if origin in (Union, UnionType):
+        return " or ".join(_describe_type(kind, metadata) for kind in arguments if kind is not type(None))
+    if origin is Literal:
+        return str(arguments[0]) if len(arguments) == 1 else f"one of {', '.join(arguments)}"
+    if origin is tuple:
+        return _describe_type(arguments[0])
+    noun = {int: "a whole number", float: "a number"}.get(annotation, "")
+    return noun + _describe_bounds(metadata) if noun else ""
+
+
+def _describe_bounds(metadata: Sequence[Any]) -> str:
+    entries = [inner for entry in metadata for inner in (entry.metadata if isinstance(entry, FieldInfo) else [entry])]
+    words = {"ge": "of at least", "gt": "above", "le": "at most", "lt": "below"}
+    bounds = {name: getattr(entry, name) for entry in entries for name in words if hasattr(entry, name)}
+    if bounds.keys() == {"ge", "le"}:
+        return f" from {bounds['ge']} to {bounds['le']}"
+    return ",".join(f" {words[name]} {bound}" for name, bound in bounds.items())
 
 
 def load_config(
@@ -152,8 +252,8 @@ def _unknown_key(key: str, options: Mapping[str, Option]) -> ConfigError:
     prefix = f"{group}." if group else ""
     siblings = sorted({valid.removeprefix(prefix).partition(".")[0] for valid in options if valid.startswith(prefix)})
     others = {valid.rpartition(".")[2]: valid for valid in options}
-    nearest = [prefix + close for close in difflib.get_close_matches(name, siblings, n=1)]
-    nearest += [others[close] for close in difflib.get_close_matches(name, others, n=1)]
+    nearest = [prefix + close for close in get_close_matches(name, siblings, n=1)]
+    nearest += [others[close] for close in get_close_matches(name, others, n=1)]
     return ConfigError(
         "There is no such option.",
         where=key,
