@@ -82,6 +82,7 @@ def _describe_field(key: str, group: type[Config], field: FieldInfo) -> Option:
     flag = next((entry for entry in field.metadata if isinstance(entry, Flag)), Flag())
     name = key.rpartition(".")[2].replace("_", "-")
     values = _describe_type(field.annotation, field.metadata)
+    is_list = get_origin(field.annotation) is tuple
     default = "" if field.is_required() or field.default is None or field.default is False else field.default
     return Option(
         key=key,
@@ -93,8 +94,8 @@ def _describe_field(key: str, group: type[Config], field: FieldInfo) -> Option:
         is_required=field.is_required(),
         is_positional=flag.is_positional,
         is_switch=field.annotation is bool,
-        is_list=get_origin(field.annotation) is tuple,
-        has_commas=flag.has_commas or values.startswith("one of"),
+        is_list=is_list,
+        has_commas=flag.has_commas or (is_list and values.startswith("one of")),
     )
 
 

@@ -74,7 +74,8 @@ class Command:
             given: Its options by `_parameter_name`, as they were typed; `None` or an empty list where not given.
         """
         if given["help"]:
-            return print_help(self)
+            print_help(self)
+            return
         flags = [
             {
                 option.key: [part for text in value for part in text.split(",")] if option.has_commas else value
