@@ -1,4 +1,4 @@
-"""The job that builds an index from caption dumps: `python -m jobs.build_index --config FILE --set a.b=c`."""
+"""The job that builds an index from caption dumps: `smallcap build-index …`, or `python -m jobs.build_index …`."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
     what is left of the input → load (fetch and decode, CPU tasks) → caption (actor pool) → write parts
 
-Runs as `smallcap caption …` or, for `ray job submit`, as `python -m jobs.caption --config FILE --set a.b=c`.
+Runs as `smallcap caption …` or, for `ray job submit`, as `python -m jobs.caption …` with the same options.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Evaluation of captioning runs against reference captions: reads both, and returns the figures as plain values.
 
-Runs as `smallcap evaluate RUN… --references FILE`, or as `python -m jobs.evaluate --config FILE --set a.b=c`. It needs
-no Ray: a run's captions fit into one process, and its images are not looked at.
+Runs as `smallcap evaluate RUN… --references FILE`, or as `python -m jobs.evaluate …` with the same options. It needs no
+Ray: a run's captions fit into one process, and its images are not looked at.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     list → store features (once per image) → store candidates (of the index) → train (Ray Train) → write the model
 
-Runs as `smallcap train …` or, for `ray job submit`, as `python -m jobs.train --config FILE --set a.b=c`. What an
-earlier attempt has finished is not done again.
+Runs as `smallcap train …` or, for `ray job submit`, as `python -m jobs.train …` with the same options. What an earlier
+attempt has finished is not done again.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """Every option of every command: its flag, its help, and what is said of a wrong value. Nothing heavy is imported."""
 
+import re
 import runpy
 import subprocess
 import sys
@@ -52,6 +53,16 @@ def test_help_says_everything_of_a_command(command: Command, capsys: pytest.Capt
 def test_no_two_options_share_a_flag(command: Command) -> None:
     names = [name for option in command.options() for name in option.names]
     assert len(names) == len(set(names))
+
+
+def test_all_flags_and_keys_that_texts_name_exist() -> None:
+    options = [option for command in COMMANDS for option in command.options()]
+    flags = {name for option in options for name in option.names} | {"--help", "--version", "--its-name"}
+    code = [path for folder in ("smallcap", "index_builder", "jobs") for path in (ROOT / folder).rglob("*.py")]
+    for path in [ROOT / "README.md", ROOT / "docs" / "reproduce.md", *code]:
+        text = re.sub(X, "", path.read_text())
+        assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", text)) <= flags, path
+        assert set(re.findall(r"--set ([a-z_.]+)=", text)) <= {option.key for option in options} | {"a.b"}, path
 
 
 @pytest.mark.parametrize(("command", "option"), EVERY_OPTION)
