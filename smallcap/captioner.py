@@ -19,7 +19,7 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
-from smallcap.config import Dtype, GenerationConfig, SearchDevice, load_config
+from smallcap.config import Dtype, GenerationConfig, SearchDevice
 from smallcap.decoding.engine import Generated
 from smallcap.decoding.sampling import Sampling
 from smallcap.errors import ConfigError, RowError
@@ -36,6 +36,7 @@ from smallcap.model.clip_encoder import (
     resolve_encoder_identity,
 )
 from smallcap.model.prompt import build_prompts, decode_caption, load_tokenizer
+from smallcap.options import load_config
 from smallcap.storage import DEFAULT_CACHE_DIR
 
 if TYPE_CHECKING:

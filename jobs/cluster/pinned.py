@@ -8,8 +8,8 @@ from collections.abc import Collection
 from importlib.metadata import version
 from typing import Any, Literal, Self
 
-from smallcap.config import Config, config_difference
 from smallcap.errors import ConfigError
+from smallcap.options import Config, config_difference
 from smallcap.records import VersionedRecord
 
 _PACKAGES = ("smallcap", "torch", "transformers", "open_clip_torch", "pyarrow", "ray")

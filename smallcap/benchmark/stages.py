@@ -33,6 +33,7 @@ from smallcap.benchmark.random_parts import (
     write_random_index,
 )
 from smallcap.captioner import Captioner, CaptionerOptions
+from smallcap.config import BenchmarkOptions
 from smallcap.decoding.engine import prefill
 from smallcap.images.crops import Pixels
 from smallcap.images.decode import crop_pixels, decode_image, decode_scaled
@@ -41,24 +42,6 @@ from smallcap.machine.precision import matrix_rate, resolve_dtype
 from smallcap.machine.process_memory import keep_freed_memory
 
 _MATRIX_SHAPE = {"cpu": (1024, 768, 3072), "cuda": (8192, 8192, 8192)}
-
-
-@dataclass(frozen=True)
-class BenchmarkOptions:
-    """What to measure."""
-
-    images: int = 64  # captioned by the whole loop
-    batch_size: int = 64
-    k: int = 4
-    num_beams: int = 3
-    reduce_factor: int = 4
-    retrieval_encoder: str = "shared"  # or an architecture of open_clip, as RN50x64
-    captions: int = 100_000  # in the index
-    device: str = "cpu"
-    dtype: str = "auto"
-    repeats: int = 3
-    compile: bool = False  # the encoders, by torch.compile
-    photos: tuple[str, ...] = ()  # image files; by default one is made
 
 
 @dataclass(frozen=True)
@@ -116,6 +99,8 @@ def run_benchmark(options: BenchmarkOptions) -> BenchmarkResult:
         ConfigError: The retrieval encoder is unknown.
     """
     keep_freed_memory()
+    if options.device == "auto":
+        options = options.model_copy(update={"device": "cuda" if torch.cuda.is_available() else "cpu"})
     dtype = resolve_dtype(options.dtype, options.device)
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         captioner = build_captioner(options, dtype, Path(folder))
@@ -167,7 +152,7 @@ class _Benchmark:
             mean_prompt_tokens=statistics.mean(map(len, self.prompts)),
             mean_caption_tokens=statistics.mean(self.lengths),
             fast_decode_difference=self._fast_decode_difference(),
-            options=asdict(self.options) | {"photos": len(self.options.photos)},
+            options=self.options.model_dump() | {"photos": len(self.options.photos)},
             machine=describe_machine(torch.get_num_threads(), str(model.device))
             | {"dtype": str(model.dtype).removeprefix("torch.")},
         )

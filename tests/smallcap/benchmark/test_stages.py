@@ -8,8 +8,8 @@ import torch
 
 from smallcap.benchmark.operations import decode_flops, prefill_flops, torch_flops, vision_flops
 from smallcap.benchmark.random_parts import GPT2_124M, PlannedLengths, build_model, random_captions, realistic_lengths
-from smallcap.benchmark.stages import BenchmarkOptions, run_benchmark
-from smallcap.config import GenerationConfig
+from smallcap.benchmark.stages import run_benchmark
+from smallcap.config import BenchmarkOptions, GenerationConfig
 from smallcap.decoding.beam_search import BeamSearch
 from smallcap.decoding.engine import generate, prefill
 from smallcap.machine.precision import fastest_cpu_dtype, matrix_rate, resolve_dtype
@@ -53,7 +53,7 @@ def test_planned_lengths_are_kept_and_stand_for_real_captions(model: SmallCapMod
 
 
 def test_a_run_measures_every_stage_and_the_loop() -> None:
-    result = run_benchmark(BenchmarkOptions(images=2, batch_size=2, captions=200, repeats=1))
+    result = run_benchmark(BenchmarkOptions(device="cpu", images=2, batch_size=2, captions=200, repeats=1))
     values = json.loads(result.to_json())
     assert {"images_per_s", "matrix_tflops", "mfu"} <= values.keys()
     assert {stage["stage"] for stage in values["stages"]} >= {
