@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from caption_runs import jpeg
+from tests.caption_runs import jpeg
 
 from smallcap.config import load_config
 from smallcap.training.config import TrainConfig

@@ -1,22 +1,36 @@
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from caption_runs import config_for, write_images
 
 from index_builder.build import build_index
 from jobs import caption
 from smallcap.config import CaptionConfig, IndexConfig
+from tests.caption_runs import config_for, write_images
+from tests.in_process_ray import in_process_ray
+
+
+@pytest.fixture(autouse=True)
+def ray_or_its_stand_in(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests marked `ray` run on Ray, the others on what answers in its place in this process."""
+    if request.node.get_closest_marker("ray"):
+        request.getfixturevalue("ray_session")
+        yield
+    else:
+        with in_process_ray():
+            yield
 
 
 @pytest.fixture(scope="session")
-def index(ray_session: None, tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+def index(tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("index")
     rows = [
         f"{n}.jpg,{n} {noun} on the {place}" for n in range(4) for noun in ("dog", "bus") for place in ("road", "sea")
     ]
     (folder / "dump.csv").write_text("\n".join(["image,caption", *rows]))
     dumps = (str(folder / "dump.csv"),)
-    build_index(IndexConfig(dumps=dumps, out=str(folder / "index"), encoder=f"hf:{tiny_clip}", shards=2))
+    with in_process_ray():
+        build_index(IndexConfig(dumps=dumps, out=str(folder / "index"), encoder=f"hf:{tiny_clip}", shards=2))
     return str(folder / "index")
 
 
@@ -27,7 +41,8 @@ def finished_run(index: str, tiny_smallcap: Path, tmp_path_factory: pytest.TempP
     write_images(f"{folder}/images", 9)
     sets = ("output.rows_per_part=4", "compute.batch_size=4")
     config = config_for(f"{folder}/images", index, tiny_smallcap, f"{folder}/out", *sets)
-    caption.run(config)
+    with in_process_ray():
+        caption.run(config)
     return config
 
 

@@ -12,7 +12,6 @@ from smallcap.config import IndexConfig
 from smallcap.errors import CheckpointError, ManifestError, StorageError
 from smallcap.index.manifest import load_manifest
 
-pytestmark = pytest.mark.ray
 
 
 @pytest.fixture
@@ -23,7 +22,6 @@ def arguments(tmp_path: Path, tiny_clip: Path) -> list[str]:
     return ["--config", f"{tmp_path}/build.yaml", "--set", f"out={tmp_path}/index", "--set", "shards=2"]
 
 
-@pytest.mark.usefixtures("ray_session")
 def test_command_line_and_what_it_prints(
     tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

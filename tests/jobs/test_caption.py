@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from caption_runs import config_for, jpeg, read_rows, write_images
+from tests.caption_runs import config_for, jpeg, read_rows, write_images
 from PIL import Image
 
 from index_builder.build import build_index
@@ -23,7 +23,6 @@ from smallcap.errors import CheckpointError, ConfigError, ManifestError, SchemaE
 from smallcap.output.part_files import list_parts
 from smallcap.output.schema import CAPTION_COLUMNS, caption_schema, check_caption_schema
 
-pytestmark = pytest.mark.ray
 
 
 def test_images_become_rows_with_captions_and_neighbours(s3: str, index: str, tiny_smallcap: Path) -> None:
@@ -216,7 +215,7 @@ def test_changed_options_are_refused_and_named(tmp_path: Path, index: str, tiny_
 
 @pytest.mark.slow
 def test_a_resumed_run_keeps_its_index_version(
-    tmp_path: Path, ray_session: None, tiny_clip: Path, tiny_smallcap: Path
+    tmp_path: Path, tiny_clip: Path, tiny_smallcap: Path
 ) -> None:
     dump, index = tmp_path / "dump.csv", str(tmp_path / "index")
     build = IndexConfig(dumps=(str(dump),), out=index, encoder=f"hf:{tiny_clip}")
@@ -234,7 +233,7 @@ def test_a_resumed_run_keeps_its_index_version(
 
 @pytest.mark.slow
 def test_two_encoders_get_their_own_crops(
-    tmp_path: Path, ray_session: None, tiny_smallcap: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_smallcap: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The retrieval encoder is an open_clip model of another image size than the vision encoder."""
     import open_clip

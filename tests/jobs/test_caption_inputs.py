@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from caption_runs import config_for, jpeg, read_rows, write_images
+from tests.caption_runs import config_for, jpeg, read_rows, write_images
 
 from jobs import caption
 from smallcap import storage
@@ -16,7 +16,6 @@ from smallcap.captioner import Captioner
 from smallcap.errors import ConfigError
 from smallcap.output.part_files import list_parts
 
-pytestmark = pytest.mark.ray
 
 
 def tar_of(members: dict[str, bytes]) -> bytes:

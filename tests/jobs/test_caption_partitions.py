@@ -20,7 +20,6 @@ from smallcap.index.manifest import IndexManifest
 from smallcap.model.clip_encoder import load_retrieval_encoder
 from smallcap.output.part_files import list_parts
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
 
 @pytest.fixture

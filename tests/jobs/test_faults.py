@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from caption_runs import config_for, read_rows, write_images
-from conftest import FaultProxy
+from tests.caption_runs import config_for, read_rows, write_images
+from tests.conftest import FaultProxy
 
 from jobs import caption
 from jobs.captioning.record import load_run_record

@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from caption_runs import config_for, read_rows, write_images
+from tests.caption_runs import config_for, read_rows, write_images
 from PIL import Image
 
 from jobs import caption

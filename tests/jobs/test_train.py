@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_runs import loss_curve, train_config, write_captioned_images
+from tests.train_runs import loss_curve, train_config, write_captioned_images
 from transformers import GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 

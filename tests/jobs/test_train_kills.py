@@ -12,7 +12,7 @@ import uuid
 from pathlib import Path
 
 import pytest
-from train_runs import loss_curve, write_captioned_images
+from tests.train_runs import loss_curve, write_captioned_images
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 MARK = "SMALLCAP_TEST_RUN"

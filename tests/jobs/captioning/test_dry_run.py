@@ -85,9 +85,8 @@ def test_people_and_programs_read_the_same() -> None:
     assert "captions without retrieval" in "\n".join(plan_run(replace(GPU, index=None), FAST).lines())
 
 
-@pytest.mark.ray
 @pytest.mark.parametrize("batches", [1, 4, 9])
-def test_calibration_leaves_the_first_batch_out(ray_session: None, batches: int) -> None:
+def test_calibration_leaves_the_first_batch_out(batches: int) -> None:
     def load() -> Iterator[tuple[int, list[int]]]:
         for number in range(batches):
             time.sleep(2.0 if number == 0 else 0.05)
@@ -112,7 +111,6 @@ def test_calibration_leaves_the_first_batch_out(ray_session: None, batches: int)
     assert measured.actor_bytes > 1 << 20
 
 
-@pytest.mark.ray
 def test_an_error_of_the_captioner_arrives_as_itself(ray_session: None) -> None:
     def fail():  # type: ignore[no-untyped-def]
         raise CheckpointError("The model is missing.")

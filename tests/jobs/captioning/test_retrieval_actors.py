@@ -20,7 +20,6 @@ from smallcap.errors import ConfigError, IndexIntegrityError
 from smallcap.index.manifest import IndexManifest
 from smallcap.index.retriever import Retriever
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
 PublishIndex = Callable[..., IndexManifest]
 ROWS = 400

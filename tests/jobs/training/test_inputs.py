@@ -8,8 +8,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from caption_runs import jpeg
-from train_runs import train_config
+from tests.caption_runs import jpeg
+from tests.train_runs import train_config
 
 from jobs.training.inputs import TrainInputs, list_inputs
 from jobs.training.pairs import captions_of

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from feature_files import write_store
-from train_runs import loss_curve, train_config
+from tests.feature_files import write_store
+from tests.train_runs import loss_curve, train_config
 
 from jobs.training.loop import Worker, WorkerSpec
 from jobs.training.record import choose_best

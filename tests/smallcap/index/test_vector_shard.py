@@ -7,7 +7,7 @@ from typing import Any
 import faiss
 import numpy as np
 import pytest
-from conftest import train_quickly
+from tests.conftest import train_quickly
 
 from smallcap import storage
 from smallcap.errors import IndexIntegrityError

@@ -2,7 +2,7 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
-from feature_files import write_store
+from tests.feature_files import write_store
 
 from smallcap.training.example_stream import ExampleStream
 
