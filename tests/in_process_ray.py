@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
-
 import pyarrow as pa
 import pytest
 from ray import cloudpickle
@@ -31,7 +30,7 @@ def in_process_ray() -> Iterator[None]:
         "get": _get,
         "kill": lambda actor: None,
         "get_runtime_context": lambda: SimpleNamespace(get_node_id=lambda: NODE["NodeID"]),
-        "data.from_arrow": lambda tables: Dataset(tables),
+        "data.from_arrow": Dataset,
         "data.from_items": lambda rows, **_: Dataset([pa.Table.from_pylist([row]) for row in rows]),
     }
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -111,7 +110,7 @@ class _Answer:
         self._value, self._error = None, None
         try:
             self._value = call()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - it is raised by `get`
             self._error = error
 
     def get(self) -> Any:

@@ -13,7 +13,6 @@ from smallcap.errors import CheckpointError, ManifestError, StorageError
 from smallcap.index.manifest import load_manifest
 
 
-
 @pytest.fixture
 def arguments(tmp_path: Path, tiny_clip: Path) -> list[str]:
     """A command line that builds `tmp_path/index` of two captions in two shards."""

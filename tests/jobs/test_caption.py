@@ -10,7 +10,6 @@ from pathlib import Path
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from tests.caption_runs import config_for, jpeg, read_rows, write_images
 from PIL import Image
 
 from index_builder.build import build_index
@@ -22,7 +21,8 @@ from smallcap.config import CaptionConfig, IndexConfig
 from smallcap.errors import CheckpointError, ConfigError, ManifestError, SchemaError
 from smallcap.output.part_files import list_parts
 from smallcap.output.schema import CAPTION_COLUMNS, caption_schema, check_caption_schema
-
+from tests.bad_images import BAD_IMAGES
+from tests.caption_runs import config_for, jpeg, read_rows, write_images
 
 
 def test_images_become_rows_with_captions_and_neighbours(s3: str, index: str, tiny_smallcap: Path) -> None:
@@ -77,9 +77,6 @@ def test_a_finished_run_is_a_no_op_until_the_input_is_listed_again(
 
 
 def test_broken_images_are_rows_with_codes(tmp_path: Path, index: str, tiny_smallcap: Path) -> None:
-    sys.path.insert(0, str(Path(__file__).parents[1] / "smallcap"))
-    from test_image import BAD_IMAGES
-
     images, out = tmp_path / "images", str(tmp_path / "out")
     write_images(str(images), 3)
     for name, (data, _) in BAD_IMAGES.items():
@@ -214,9 +211,7 @@ def test_changed_options_are_refused_and_named(tmp_path: Path, index: str, tiny_
 
 
 @pytest.mark.slow
-def test_a_resumed_run_keeps_its_index_version(
-    tmp_path: Path, tiny_clip: Path, tiny_smallcap: Path
-) -> None:
+def test_a_resumed_run_keeps_its_index_version(tmp_path: Path, tiny_clip: Path, tiny_smallcap: Path) -> None:
     dump, index = tmp_path / "dump.csv", str(tmp_path / "index")
     build = IndexConfig(dumps=(str(dump),), out=index, encoder=f"hf:{tiny_clip}")
     dump.write_text("caption\none dog\ntwo dogs\nthree dogs\nfour dogs\n")
@@ -232,9 +227,7 @@ def test_a_resumed_run_keeps_its_index_version(
 
 
 @pytest.mark.slow
-def test_two_encoders_get_their_own_crops(
-    tmp_path: Path, tiny_smallcap: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_encoders_get_their_own_crops(tmp_path: Path, tiny_smallcap: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The retrieval encoder is an open_clip model of another image size than the vision encoder."""
     import open_clip
     import torch

@@ -8,14 +8,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tests.caption_runs import config_for, jpeg, read_rows, write_images
 
 from jobs import caption
 from smallcap import storage
 from smallcap.captioner import Captioner
 from smallcap.errors import ConfigError
 from smallcap.output.part_files import list_parts
-
+from tests.caption_runs import config_for, jpeg, read_rows, write_images
 
 
 def tar_of(members: dict[str, bytes]) -> bytes:

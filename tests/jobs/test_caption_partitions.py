@@ -21,7 +21,6 @@ from smallcap.model.clip_encoder import load_retrieval_encoder
 from smallcap.output.part_files import list_parts
 
 
-
 @pytest.fixture
 def index(tmp_path: Path, tiny_clip: Path, publish_index: Callable[..., IndexManifest]) -> str:
     texts = [f"{n} {noun} on the {place}" for n in range(9) for noun in ("dog", "bus") for place in ("road", "sea")]

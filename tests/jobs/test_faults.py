@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.caption_runs import config_for, read_rows, write_images
-from tests.conftest import FaultProxy
 
 from jobs import caption
 from jobs.captioning.record import load_run_record
+from tests.caption_runs import config_for, read_rows, write_images
+from tests.conftest import FaultProxy
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -18,13 +18,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from tests.caption_runs import config_for, read_rows, write_images
 from PIL import Image
 
 from jobs import caption
 from jobs.captioning.record import load_run_record
 from smallcap import storage
 from smallcap.output.part_files import list_parts, read_part_infos
+from tests.caption_runs import config_for, read_rows, write_images
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(280)]
 

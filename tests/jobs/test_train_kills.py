@@ -12,6 +12,7 @@ import uuid
 from pathlib import Path
 
 import pytest
+
 from tests.train_runs import loss_curve, write_captioned_images
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]

@@ -20,7 +20,6 @@ from smallcap.errors import ConfigError, IndexIntegrityError
 from smallcap.index.manifest import IndexManifest
 from smallcap.index.retriever import Retriever
 
-
 PublishIndex = Callable[..., IndexManifest]
 ROWS = 400
 KEYS: dict[str, dict[str, Any]] = {
