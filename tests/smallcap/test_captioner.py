@@ -9,6 +9,7 @@ from index_builder.build import build_index
 from smallcap.captioner import Captioner, load_crop_plan
 from smallcap.config import GenerationConfig, IndexConfig
 from smallcap.errors import ConfigError, ErrorCode, IndexIntegrityError
+from tests.in_process_ray import in_process_ray
 
 CAPTIONS = [
     f"{number} {noun} on a {place}" for number in (1, 2, 3) for noun in ("dog", "bus") for place in ("road", "hill")
@@ -23,13 +24,13 @@ def picture(seed: int) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def index(ray_session: None, tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+def index(tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("captioner")
     rows = [f"photo-{number % 6}.jpg,{caption}" for number, caption in enumerate(CAPTIONS)]
     (folder / "dump.csv").write_text("\n".join(["image,caption", *rows]))
-    build_index(
-        IndexConfig(dumps=(str(folder / "dump.csv"),), out=str(folder / "index"), encoder=f"hf:{tiny_clip}", shards=2)
-    )
+    dumps = (str(folder / "dump.csv"),)
+    with in_process_ray():
+        build_index(IndexConfig(dumps=dumps, out=str(folder / "index"), encoder=f"hf:{tiny_clip}", shards=2))
     return str(folder / "index")
 
 
@@ -38,7 +39,6 @@ def captioner(index: str, tiny_smallcap: Path) -> Captioner:
     return Captioner.from_pretrained(str(tiny_smallcap), index, dtype="float32")
 
 
-@pytest.mark.ray
 def test_a_batch_is_its_images_alone(captioner: Captioner) -> None:
     images = [picture(seed) for seed in range(5)]
     together = captioner.caption(images)
@@ -50,7 +50,6 @@ def test_a_batch_is_its_images_alone(captioner: Captioner) -> None:
         assert alone.logprob == pytest.approx(result.logprob, abs=1e-3)
 
 
-@pytest.mark.ray
 def test_neighbours_are_the_nearest_captions(captioner: Captioner) -> None:
     (result,) = captioner.caption([picture(0)])
     assert captioner.retrieval_encoder is not None
@@ -67,7 +66,6 @@ def test_neighbours_are_the_nearest_captions(captioner: Captioner) -> None:
     assert result.clip_score == pytest.approx(float(query[0] @ own[0]), abs=1e-5)
 
 
-@pytest.mark.ray
 def test_the_vision_tower_is_shared(captioner: Captioner, index: str, tiny_smallcap: Path, other_clip: Path) -> None:
     assert captioner._shares_encoder
     assert captioner.crop_plan == load_crop_plan(str(tiny_smallcap), captioner.retriever.manifest.encoder.spec)  # type: ignore[union-attr]
@@ -76,7 +74,6 @@ def test_the_vision_tower_is_shared(captioner: Captioner, index: str, tiny_small
         Captioner.from_pretrained(str(tiny_smallcap), index, retrieval_encoder=f"hf:{other_clip}")
 
 
-@pytest.mark.ray
 def test_a_bad_image_is_a_result_with_an_error_among_the_others(captioner: Captioner) -> None:
     good, bad, pillow = captioner.caption([picture(0), b"no image", Image.new("L", (30, 30))])
     assert good.caption == captioner.caption([picture(0)])[0].caption
@@ -88,7 +85,6 @@ def test_a_bad_image_is_a_result_with_an_error_among_the_others(captioner: Capti
     assert captioner.caption([]) == []
 
 
-@pytest.mark.ray
 def test_an_images_own_captions_can_be_excluded(captioner: Captioner) -> None:
     (plain,) = captioner.caption([picture(0)])
     store = captioner.retriever.captions  # type: ignore[union-attr]
@@ -118,7 +114,6 @@ def test_without_retrieval_no_index_is_needed(tiny_smallcap: Path) -> None:
         Captioner.from_pretrained(str(tiny_smallcap))
 
 
-@pytest.mark.ray
 def test_a_length_penalty_does_not_change_what_logprob_means(index: str, tiny_smallcap: Path) -> None:
     greedy, normed = (
         Captioner.from_pretrained(

@@ -2,34 +2,13 @@
 
 import os
 import pickle
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.captioning.monitor import MonitorClient, RunMonitor, StageReport, start_monitor
-
-
-class LocalActor:
-    """Stands for the Ray actor: what the client calls remotely is called here."""
-
-    def __init__(self, monitor: RunMonitor) -> None:
-        self._monitor = monitor
-
-    def __getattr__(self, name: str) -> Any:
-        method = getattr(self._monitor, name)
-        return type("Method", (), {"remote": staticmethod(method)})
-
-
-@pytest.fixture
-def direct(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """`ray.get` gives back what the local actor has answered."""
-    import ray
-
-    monkeypatch.setattr(ray, "get", lambda answer, timeout=None: answer)
-    return
+from tests.in_process_ray import Handle
 
 
 def test_reports_are_summed_by_stage() -> None:
@@ -60,9 +39,9 @@ def test_the_number_of_images_in_tars_is_estimated_from_those_that_have_ended() 
     assert monitor.snapshot().expected_images == 2000
 
 
-def test_the_image_that_kills_its_process_is_found_at_the_fourth_attempt(direct: None) -> None:
+def test_the_image_that_kills_its_process_is_found_at_the_fourth_attempt() -> None:
     monitor = RunMonitor(images=8)
-    client = MonitorClient(LocalActor(monitor), "run")
+    client = MonitorClient(Handle.of(monitor), "run")
     tried: list[list[int]] = []
 
     def decode(rows: list[int]) -> list[str]:
@@ -85,7 +64,7 @@ def test_the_image_that_kills_its_process_is_found_at_the_fourth_attempt(direct:
     assert client.run_marked(3, rows[:5], decode) == [f"image {row}" for row in range(5)]
 
 
-def test_a_batch_that_is_lost_with_its_node_has_no_culprit(direct: None) -> None:
+def test_a_batch_that_is_lost_with_its_node_has_no_culprit() -> None:
     monitor = RunMonitor(images=8)
     assert monitor.suspect(0, [0, 1]) == []
     assert monitor.suspect(0, [0, 1]) == []
@@ -118,7 +97,7 @@ def test_what_is_cleared_takes_no_memory(batches: list[tuple[int, list[int]]]) -
 
 
 @pytest.mark.ray
-def test_the_actor_lives_beside_the_driver_and_may_be_lost(ray_session: None) -> None:
+def test_the_actor_lives_beside_the_driver_and_may_be_lost() -> None:
     import ray
 
     client = start_monitor(images=5, done=0, run_id="run")
@@ -136,7 +115,7 @@ def test_the_actor_lives_beside_the_driver_and_may_be_lost(ray_session: None) ->
 
 
 @pytest.mark.ray
-def test_an_image_that_kills_its_task_costs_four_attempts_and_no_other_image(ray_session: None) -> None:
+def test_an_image_that_kills_its_task_costs_four_attempts_and_no_other_image() -> None:
     import ray
 
     def decode(rows: list[int]) -> list[str]:
