@@ -45,6 +45,7 @@ from smallcap.index.manifest import (
     manifest_uri,
     write_pointer,
 )
+from tests.job_processes import JobProcess, StartJob
 
 
 @pytest.fixture(scope="session")
@@ -170,6 +171,20 @@ def ray_session(s3_server: str) -> Iterator[None]:
     connect()
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def start_job() -> Iterator[StartJob]:
+    """A function that starts a job as a process; what is left of it is killed when the test ends, also by a failure."""
+    jobs: list[JobProcess] = []
+
+    def start(command: Sequence[str | Path], log: Path, **environment: str) -> JobProcess:
+        jobs.append(JobProcess(command, log, environment))
+        return jobs[-1]
+
+    yield start
+    for job in jobs:
+        job.kill_all()
 
 
 PublishIndex = Callable[..., IndexManifest]

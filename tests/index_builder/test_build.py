@@ -159,8 +159,7 @@ def test_a_failure_before_the_marker_leaves_the_old_version_and_what_was_done(
     assert files_of(after) == files_of(build_index(config(dump, tmp_path / "at once", tiny_clip, shards=3)))
 
 
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_session")
+@pytest.mark.usefixtures("in_process")
 def test_a_build_from_s3_to_s3(tmp_path: Path, s3: str, tiny_clip: Path) -> None:
     local = write_dump(tmp_path / "captions.csv")
     storage.upload(local, f"{s3}/dumps/part-1/captions.csv")
@@ -177,8 +176,7 @@ def test_a_build_from_s3_to_s3(tmp_path: Path, s3: str, tiny_clip: Path) -> None
     assert {row.sources for row in retriever.captions.sample(41)} == {("captions.csv",), ("captions.jsonl",)}
 
 
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_session")
+@pytest.mark.usefixtures("in_process")
 def test_errors_of_the_workers_keep_their_kind(tmp_path: Path, dump: Path, tiny_clip: Path) -> None:
     with pytest.raises(SchemaError, match="lacks the text column"):
         build_index(config(dump, tmp_path / "index", tiny_clip, text_column="text"))

@@ -25,6 +25,7 @@ from tests.bad_images import BAD_IMAGES
 from tests.caption_runs import config_for, jpeg, read_rows, write_images
 
 
+@pytest.mark.ray
 def test_images_become_rows_with_captions_and_neighbours(s3: str, index: str, tiny_smallcap: Path) -> None:
     images, out = storage.join(s3, "images"), storage.join(s3, "out")
     write_images(images, 20)

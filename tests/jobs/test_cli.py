@@ -1,4 +1,4 @@
-"""The command line as a user meets it: a real process for errors and exit codes, in-process calls for the rest."""
+"""The command line as a user meets it: what it prints, and its exit codes."""
 
 import json
 import shutil
@@ -11,15 +11,10 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from jobs.cli import app
+from jobs.cli import app, main
 from smallcap import __version__
 
 runner = CliRunner()
-
-
-def smallcap(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Runs the command in a process of its own."""
-    return subprocess.run([sys.executable, "-m", "jobs.cli", *arguments], capture_output=True, text=True, check=False)
 
 
 def invoke(*arguments: str) -> str:
@@ -142,11 +137,25 @@ def test_version_and_help() -> None:
     ],
 )
 def test_a_wrong_command_says_what_is_wrong_and_how_to_mend_it(
-    arguments: list[str], code: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str],
+    code: int,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-    done = smallcap(*arguments)
-    assert done.returncode == code, done.stderr
-    assert message in done.stderr
+    monkeypatch.setattr(sys, "argv", ["smallcap", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    printed = capsys.readouterr().err
+    assert ended.value.code == code, printed
+    assert message in printed
+
+
+def test_a_process_ends_with_the_code_and_without_a_traceback() -> None:
+    command = [sys.executable, "-m", "jobs.cli", "inspect", "/nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
+    assert done.returncode == 2
+    assert "neither an index nor a run" in done.stderr
     assert "Traceback" not in done.stderr
