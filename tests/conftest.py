@@ -173,6 +173,20 @@ def ray_session(s3_server: str) -> Iterator[None]:
     ray.shutdown()
 
 
+@pytest.fixture(autouse=True)
+def ray_where_it_is_marked(request: pytest.FixtureRequest) -> None:
+    """Tests marked `ray` find the session's Ray running."""
+    if request.node.get_closest_marker("ray"):
+        request.getfixturevalue("ray_session")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With pytest-xdist, a file's tests run in one process; and all that start Ray in one, for Ray takes every core."""
+    for item in items:
+        group = "ray" if item.get_closest_marker("ray") else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture
 def start_job() -> Iterator[StartJob]:
     """A function that starts a job as a process; what is left of it is killed when the test ends, also by a failure."""

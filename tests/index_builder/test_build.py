@@ -91,7 +91,6 @@ def test_shard_count_changes_no_answer(tmp_path: Path, dump: Path, tiny_clip: Pa
 
 
 @pytest.mark.ray
-@pytest.mark.usefixtures("ray_session")
 def test_builds_repeat_byte_for_byte_on_ray_and_off_it(
     tmp_path: Path, dump: Path, tiny_clip: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -196,7 +195,6 @@ def test_dumps_and_encoders_that_cannot_be_read(tmp_path: Path, dump: Path, tiny
 
 
 @pytest.mark.ray
-@pytest.mark.usefixtures("ray_session")
 def test_an_encoder_that_cannot_be_loaded_fails_once_with_its_own_error(
     tmp_path: Path, dump: Path, tiny_clip: Path
 ) -> None:
