@@ -362,6 +362,7 @@ def test_ray_reads_parts_embeddings_and_tars(whole_output: Path) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_ray_reads_parts_from_s3(s3: str) -> None:
     import ray
 
