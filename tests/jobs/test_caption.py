@@ -121,7 +121,6 @@ def test_several_captions_and_fast_decoding_are_written_and_counted(
     assert "by Pillow" in caption.describe(summary)
 
 
-@pytest.mark.slow
 def test_samples_do_not_depend_on_batches_or_ids(tmp_path: Path, index: str, tiny_smallcap: Path) -> None:
     captions = []
     for batch_size, rename in ((8, "{}"), (3, "again/{}")):
@@ -168,7 +167,6 @@ def test_a_run_that_an_older_release_began_stays_of_its_version(tmp_path: Path, 
         caption.run(two)
 
 
-@pytest.mark.slow
 def test_only_broken_images_make_a_complete_run(tmp_path: Path, index: str, tiny_smallcap: Path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "bad.jpg").write_bytes(b"no image")
@@ -211,7 +209,6 @@ def test_changed_options_are_refused_and_named(tmp_path: Path, index: str, tiny_
     assert len(read_rows(out)) == 4
 
 
-@pytest.mark.slow
 def test_a_resumed_run_keeps_its_index_version(tmp_path: Path, tiny_clip: Path, tiny_smallcap: Path) -> None:
     dump, index = tmp_path / "dump.csv", str(tmp_path / "index")
     build = IndexConfig(dumps=(str(dump),), out=index, encoder=f"hf:{tiny_clip}")
@@ -227,7 +224,6 @@ def test_a_resumed_run_keeps_its_index_version(tmp_path: Path, tiny_clip: Path, 
     assert texts == {"one dog", "two dogs", "three dogs", "four dogs"}
 
 
-@pytest.mark.slow
 def test_two_encoders_get_their_own_crops(tmp_path: Path, tiny_smallcap: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The retrieval encoder is an open_clip model of another image size than the vision encoder."""
     import open_clip

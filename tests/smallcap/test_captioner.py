@@ -1,4 +1,3 @@
-import io
 from pathlib import Path
 
 import numpy as np
@@ -9,18 +8,12 @@ from index_builder.build import build_index
 from smallcap.captioner import Captioner, load_crop_plan
 from smallcap.config import GenerationConfig, IndexConfig
 from smallcap.errors import ConfigError, ErrorCode, IndexIntegrityError
+from tests.caption_runs import jpeg
 from tests.in_process_ray import in_process_ray
 
 CAPTIONS = [
     f"{number} {noun} on a {place}" for number in (1, 2, 3) for noun in ("dog", "bus") for place in ("road", "hill")
 ]
-
-
-def picture(seed: int) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).resize((80, 60)).save(buffer, "JPEG")
-    return buffer.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +33,7 @@ def captioner(index: str, tiny_smallcap: Path) -> Captioner:
 
 
 def test_a_batch_is_its_images_alone(captioner: Captioner) -> None:
-    images = [picture(seed) for seed in range(5)]
+    images = [jpeg(seed) for seed in range(5)]
     together = captioner.caption(images)
     assert len({result.caption for result in together}) > 1  # the images matter
     for image, result in zip(images, together, strict=True):
@@ -51,9 +44,9 @@ def test_a_batch_is_its_images_alone(captioner: Captioner) -> None:
 
 
 def test_neighbours_are_the_nearest_captions(captioner: Captioner) -> None:
-    (result,) = captioner.caption([picture(0)])
+    (result,) = captioner.caption([jpeg(0)])
     assert captioner.retrieval_encoder is not None
-    pixels = captioner.crop_plan.crop(picture(0))
+    pixels = captioner.crop_plan.crop(jpeg(0))
     _, class_token = captioner._encode([pixels])
     query = captioner._embed([pixels], class_token)
     assert query is not None
@@ -75,8 +68,8 @@ def test_the_vision_tower_is_shared(captioner: Captioner, index: str, tiny_small
 
 
 def test_a_bad_image_is_a_result_with_an_error_among_the_others(captioner: Captioner) -> None:
-    good, bad, pillow = captioner.caption([picture(0), b"no image", Image.new("L", (30, 30))])
-    assert good.caption == captioner.caption([picture(0)])[0].caption
+    good, bad, pillow = captioner.caption([jpeg(0), b"no image", Image.new("L", (30, 30))])
+    assert good.caption == captioner.caption([jpeg(0)])[0].caption
     assert bad.error is not None
     assert bad.error.code == ErrorCode.NOT_AN_IMAGE
     assert bad.caption is None
@@ -86,10 +79,10 @@ def test_a_bad_image_is_a_result_with_an_error_among_the_others(captioner: Capti
 
 
 def test_an_images_own_captions_can_be_excluded(captioner: Captioner) -> None:
-    (plain,) = captioner.caption([picture(0)])
+    (plain,) = captioner.caption([jpeg(0)])
     store = captioner.retriever.captions  # type: ignore[union-attr]
     own = store.image_ids(np.array([plain.neighbours[0].caption_id]))[0]
-    (excluded,) = captioner.caption([picture(0)], image_ids=[own[0]])
+    (excluded,) = captioner.caption([jpeg(0)], image_ids=[own[0]])
     assert len(excluded.neighbours) == 4
     assert all(own[0] not in store.image_ids(np.array([n.caption_id]))[0] for n in excluded.neighbours)
 
@@ -100,13 +93,13 @@ def test_compiled_encoders_give_the_same_captions(tiny_smallcap: Path) -> None:
         Captioner.from_pretrained(str(tiny_smallcap), k=0, dtype="float32", compile_encoders=compiles)
         for compiles in (False, True)
     )
-    images = [picture(seed) for seed in range(3)]
+    images = [jpeg(seed) for seed in range(3)]
     expected = [result.caption for result in plain.caption(images)]
     assert [result.caption for result in compiled.caption(images)] == expected
 
 
 def test_without_retrieval_no_index_is_needed(tiny_smallcap: Path) -> None:
-    (result,) = Captioner.from_pretrained(str(tiny_smallcap), k=0).caption([picture(0)])
+    (result,) = Captioner.from_pretrained(str(tiny_smallcap), k=0).caption([jpeg(0)])
     assert result.caption is not None
     assert result.neighbours == ()
     assert result.clip_score is None
@@ -118,7 +111,7 @@ def test_a_length_penalty_does_not_change_what_logprob_means(index: str, tiny_sm
     greedy, normed = (
         Captioner.from_pretrained(
             str(tiny_smallcap), index, generation=GenerationConfig(num_beams=1, length_penalty=penalty), dtype="float32"
-        ).caption([picture(1)])[0]
+        ).caption([jpeg(1)])[0]
         for penalty in (0.0, 1.0)
     )
     assert normed.caption == greedy.caption
