@@ -83,7 +83,7 @@ def check_restart(
         assert "embed" not in seen  # no part of it was left to do
 
 
-@pytest.mark.parametrize("stage", ["embed", "shard"])
+@pytest.mark.parametrize("stage", [pytest.param("embed", marks=pytest.mark.slow), "shard"])
 def test_a_killed_driver(config: IndexConfig, undisturbed: IndexConfig, build: Callable, stage: str) -> None:
     check_restart(config, undisturbed, stage, "process", build)
 
