@@ -26,8 +26,7 @@ def index(tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     ]
     (folder / "dump.csv").write_text("\n".join(["image,caption", *rows]))
     dumps = (str(folder / "dump.csv"),)
-    with in_process_ray():
-        build_index(IndexConfig(dumps=dumps, out=str(folder / "index"), encoder=f"hf:{tiny_clip}", shards=2))
+    build_index(IndexConfig(dumps=dumps, out=str(folder / "index"), encoder=f"hf:{tiny_clip}", shards=2))
     return str(folder / "index")
 
 

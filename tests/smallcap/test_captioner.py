@@ -9,7 +9,6 @@ from smallcap.captioner import Captioner, load_crop_plan
 from smallcap.config import GenerationConfig, IndexConfig
 from smallcap.errors import ConfigError, ErrorCode, IndexIntegrityError
 from tests.caption_runs import jpeg
-from tests.in_process_ray import in_process_ray
 
 CAPTIONS = [
     f"{number} {noun} on a {place}" for number in (1, 2, 3) for noun in ("dog", "bus") for place in ("road", "hill")
@@ -22,8 +21,7 @@ def index(tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     rows = [f"photo-{number % 6}.jpg,{caption}" for number, caption in enumerate(CAPTIONS)]
     (folder / "dump.csv").write_text("\n".join(["image,caption", *rows]))
     dumps = (str(folder / "dump.csv"),)
-    with in_process_ray():
-        build_index(IndexConfig(dumps=dumps, out=str(folder / "index"), encoder=f"hf:{tiny_clip}", shards=2))
+    build_index(IndexConfig(dumps=dumps, out=str(folder / "index"), encoder=f"hf:{tiny_clip}", shards=2))
     return str(folder / "index")
 
 
