@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+# A file's tests stay together, and so do those on Ray: see tests/conftest.py.
+PARALLEL := --numprocesses=auto --maxprocesses=4 --dist=loadgroup
 
 .PHONY: help setup demo test test-all lint format docs bench demo-model claims clean
 
@@ -20,10 +22,10 @@ demo: $(INSTALLED) ## Build the demo's index and caption its scenes, below out/d
 	$(BIN)/smallcap demo
 
 test: $(INSTALLED) ## Run the tests but the slow ones
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow' $(PARALLEL)
 
 test-all: $(INSTALLED) ## Run all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 lint: $(INSTALLED) ## Check style, types and layers
 	$(BIN)/ruff format --check .

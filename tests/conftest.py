@@ -45,6 +45,7 @@ from smallcap.index.manifest import (
     manifest_uri,
     write_pointer,
 )
+from tests.job_processes import JobProcess, StartJob
 
 
 @pytest.fixture(scope="session")
@@ -170,6 +171,34 @@ def ray_session(s3_server: str) -> Iterator[None]:
     connect()
     yield
     ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def ray_where_it_is_marked(request: pytest.FixtureRequest) -> None:
+    """Tests marked `ray` find the session's Ray running."""
+    if request.node.get_closest_marker("ray"):
+        request.getfixturevalue("ray_session")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With pytest-xdist, a file's tests run in one process; and all that start Ray in one, for Ray takes every core."""
+    for item in items:
+        group = "ray" if item.get_closest_marker("ray") else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest.fixture
+def start_job() -> Iterator[StartJob]:
+    """A function that starts a job as a process; what is left of it is killed when the test ends, also by a failure."""
+    jobs: list[JobProcess] = []
+
+    def start(command: Sequence[str | Path], log: Path, **environment: str) -> JobProcess:
+        jobs.append(JobProcess(command, log, environment))
+        return jobs[-1]
+
+    yield start
+    for job in jobs:
+        job.kill_all()
 
 
 PublishIndex = Callable[..., IndexManifest]

@@ -1,31 +1,27 @@
 """The cluster file is sound as far as can be told offline, and its way of submitting a job works on a local Ray."""
 
-import io
 import os
 import re
-import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import yaml
-from PIL import Image
 
 from smallcap.config import CaptionConfig
 from smallcap.index.manifest import IndexManifest
 from smallcap.machine.actor_plan import plan_actors
 from smallcap.model.clip_encoder import resolve_encoder_identity
 from smallcap.options import load_config
+from tests.caption_runs import read_rows, write_images
+from tests.job_processes import StartJob
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "cluster.yaml").read_text()
@@ -104,31 +100,23 @@ def own_environment() -> dict[str, str]:
 
 
 @pytest.fixture
-def head(tmp_path: Path) -> Iterator[str]:
+def head(tmp_path: Path, start_job: StartJob, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The address of the dashboard of a Ray of this test's own, started as the cluster file starts its head."""
     pytest.importorskip("aiohttp_cors", reason="ray[default] is not installed")
-    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: Ray's sockets lie in it
-    port = free_port()
-    binaries = Path(sys.executable).parent
-    environment = own_environment() | {"PATH": f"{binaries}:{os.environ['PATH']}", "RAY_USAGE_STATS_ENABLED": "0"}
-    with (tmp_path / "head.log").open("wb") as log:
-        process = subprocess.Popen(
-            [
-                binaries / "ray", "start", "--head", "--block", "--port=0", f"--dashboard-port={port}",
-                "--dashboard-host=127.0.0.1", "--dashboard-agent-listen-port=0",
-                f"--ray-client-server-port={free_port()}", "--min-worker-port=0", "--max-worker-port=0",
-                "--num-cpus=4", f"--temp-dir={folder}",
-            ],
-            env=environment, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True,
-        )  # fmt: skip
-    try:
-        address = f"http://127.0.0.1:{port}"
-        wait_until(lambda: answers(f"{address}/api/version"), process, tmp_path / "head.log")
-        yield address
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)  # and not `ray stop`, which would end every Ray of this machine
-        process.wait()
-        shutil.rmtree(folder, ignore_errors=True)
+    port, binaries = free_port(), Path(sys.executable).parent
+    command = [
+        binaries / "ray", "start", "--head", "--block", "--port=0", f"--dashboard-port={port}",
+        "--dashboard-host=127.0.0.1", "--dashboard-agent-listen-port=0",
+        f"--ray-client-server-port={free_port()}", "--min-worker-port=0", "--max-worker-port=0", "--num-cpus=4",
+    ]  # fmt: skip
+    for name in os.environ.keys() - own_environment().keys():
+        monkeypatch.delenv(name)
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:  # short paths
+        path = f"{binaries}:{os.environ['PATH']}"
+        job = start_job([*command, f"--temp-dir={folder}"], tmp_path / "head.log", **own_environment() | {"PATH": path})
+        job.until(lambda: answers(f"http://127.0.0.1:{port}/api/version"), 90)
+        yield f"http://127.0.0.1:{port}"
+        job.kill_all()  # and not `ray stop`, which would end every Ray of this machine
 
 
 def answers(url: str) -> bool:
@@ -139,14 +127,6 @@ def answers(url: str) -> bool:
         return False
 
 
-def wait_until(ready: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while not ready():
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.5)
-
-
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_job_is_submitted_to_a_cluster(
@@ -155,15 +135,9 @@ def test_a_job_is_submitted_to_a_cluster(
     vectors = np.eye(16, dtype=np.float32)
     texts = [f"{number} dogs" for number in range(16)]
     publish_index(str(tmp_path / "index"), vectors, texts, encoder=resolve_encoder_identity(f"hf:{tiny_clip}"))
-    images = tmp_path / "images"
-    images.mkdir()
-    for number in range(5):
-        pixels = np.random.default_rng(number).integers(0, 256, (60, 80, 3), dtype=np.uint8)
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, "JPEG")
-        (images / f"{number}.jpg").write_bytes(buffer.getvalue())
+    write_images(f"{tmp_path}/images", 5)
     run: dict[str, Any] = {
-        "images": [str(images)],
+        "images": [f"{tmp_path}/images"],
         "index": str(tmp_path / "index"),
         "model": str(tiny_smallcap),
         "out": str(tmp_path / "out"),
@@ -181,8 +155,7 @@ def test_a_job_is_submitted_to_a_cluster(
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Job 'captions' succeeded" in done.stdout + done.stderr
     assert "5 rows: 5 ok, 0 errors" in done.stdout
-    parts = sorted((tmp_path / "out").glob("part-*.parquet"))
-    rows = [row for part in parts for row in pq.read_table(part).to_pylist()]
-    assert sorted(row["image_id"] for row in rows) == [f"{number}.jpg" for number in range(5)]
-    assert {row["status"] for row in rows} == {"ok"}
-    assert all(len(row["neighbours"]) == 4 for row in rows)
+    rows = read_rows(f"{tmp_path}/out")
+    assert list(rows.image_id) == [f"{number:03d}.jpg" for number in range(5)]
+    assert set(rows.status) == {"ok"}
+    assert set(map(len, rows.neighbours)) == {4}

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from caption_runs import jpeg
 
 from smallcap.options import load_config
 from smallcap.training.config import TrainConfig
+from tests.caption_runs import jpeg
 
 NOUNS = ("dog", "bus", "cat", "boat")
 

@@ -104,7 +104,6 @@ def test_shard_count_changes_no_answer(tmp_path: Path, dump: Path, tiny_clip: Pa
 
 
 @pytest.mark.ray
-@pytest.mark.usefixtures("ray_session")
 def test_builds_repeat_byte_for_byte_on_every_schedule(tmp_path: Path, dump: Path, tiny_clip: Path) -> None:
     options = {"shards": 3, "index_key": "IVF4,SQ8", "recall": {"target": 0.1}}
     reports = [
@@ -188,7 +187,6 @@ def test_a_build_from_s3_to_s3(tmp_path: Path, s3: str, tiny_clip: Path) -> None
 
 
 @pytest.mark.ray
-@pytest.mark.usefixtures("ray_session")
 def test_errors_of_the_workers_keep_their_kind(tmp_path: Path, dump: Path, tiny_clip: Path) -> None:
     with pytest.raises(SchemaError, match="lacks the text column"):
         build_index(config(dump, tmp_path / "index", tiny_clip, text_column="text"), RayRunner())
@@ -207,7 +205,6 @@ def test_dumps_and_encoders_that_cannot_be_read(tmp_path: Path, dump: Path, tiny
 
 
 @pytest.mark.ray
-@pytest.mark.usefixtures("ray_session")
 def test_an_encoder_that_cannot_be_loaded_fails_once_with_its_own_error(
     tmp_path: Path, dump: Path, tiny_clip: Path
 ) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from index_builder.build import build_index
 from index_builder.work.staging import STAGING_PREFIX
 from smallcap.config import CleaningConfig, IndexConfig
 from smallcap.index.manifest import load_manifest
+from tests.job_processes import JobProcess, StartJob
 
 SCRIPT = Path(__file__).with_name("killed_build.py")
 
@@ -44,10 +45,18 @@ def config(tmp_path: Path, undisturbed: IndexConfig) -> IndexConfig:
     return undisturbed.model_copy(update={"out": f"{tmp_path}/index"})
 
 
-def run(config: IndexConfig, stage: str, done: int, victim: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
-    (tmp_path / "config.json").write_text(config.model_dump_json())
-    command = [sys.executable, str(SCRIPT), f"{tmp_path}/config.json", stage, str(done), victim]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=250)
+@pytest.fixture
+def build(start_job: StartJob, config: IndexConfig, tmp_path: Path) -> Callable[..., JobProcess]:
+    """Runs a build that kills the victim after so many items of a stage, and waits for its end."""
+
+    def run(stage: str, done: int, victim: str, status: int) -> JobProcess:
+        (tmp_path / "config.json").write_text(config.model_dump_json())
+        command = [sys.executable, str(SCRIPT), f"{tmp_path}/config.json", stage, str(done), victim]
+        job = start_job(command, tmp_path / "build.log")
+        job.wait(250, status)
+        return job
+
+    return run
 
 
 def check_same(config: IndexConfig, undisturbed: IndexConfig) -> None:
@@ -58,10 +67,11 @@ def check_same(config: IndexConfig, undisturbed: IndexConfig) -> None:
         assert (Path(config.out) / entry.file).read_bytes() == (Path(undisturbed.out) / entry.file).read_bytes()
 
 
-def check_restart(config: IndexConfig, undisturbed: IndexConfig, stage: str, victim: str, tmp_path: Path) -> None:
+def check_restart(
+    config: IndexConfig, undisturbed: IndexConfig, stage: str, victim: str, build: Callable[..., JobProcess]
+) -> None:
     """Kills a build, looks that nothing is published, and goes on with it in this process."""
-    killed = run(config, stage, 2, victim, tmp_path)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    build(stage, 2, victim, -signal.SIGKILL)
     index = Path(config.out)
     assert not (index / "current.json").exists()
     assert len(list(index.glob(f"{STAGING_PREFIX}*"))) == 1
@@ -73,24 +83,22 @@ def check_restart(config: IndexConfig, undisturbed: IndexConfig, stage: str, vic
         assert "embed" not in seen  # no part of it was left to do
 
 
-@pytest.mark.parametrize("stage", ["embed", "shard"])
-def test_a_killed_driver(tmp_path: Path, config: IndexConfig, undisturbed: IndexConfig, stage: str) -> None:
-    check_restart(config, undisturbed, stage, "process", tmp_path)
+@pytest.mark.parametrize("stage", [pytest.param("embed", marks=pytest.mark.slow), "shard"])
+def test_a_killed_driver(config: IndexConfig, undisturbed: IndexConfig, build: Callable, stage: str) -> None:
+    check_restart(config, undisturbed, stage, "process", build)
 
 
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.parametrize("stage", ["clean", "dedupe", "embed", "template", "shard", "calibrate", "pointer"])
-def test_a_killed_driver_of_a_ray(tmp_path: Path, config: IndexConfig, undisturbed: IndexConfig, stage: str) -> None:
-    check_restart(config, undisturbed, stage, "driver", tmp_path)
+def test_a_killed_driver_of_a_ray(config: IndexConfig, undisturbed: IndexConfig, build: Callable, stage: str) -> None:
+    check_restart(config, undisturbed, stage, "driver", build)
 
 
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.parametrize("stage", ["scan", "clean", "dedupe", "embed", "shard"])
-def test_a_killed_worker(tmp_path: Path, config: IndexConfig, undisturbed: IndexConfig, stage: str) -> None:
+def test_a_killed_worker(config: IndexConfig, undisturbed: IndexConfig, build: Callable, stage: str) -> None:
     """Kills the first worker seen at work after an item of the stage is finished."""
-    survived = run(config, stage, 1, "worker", tmp_path)
-    assert survived.returncode == 0, survived.stderr
-    assert "killed ray::" in survived.stdout
+    assert "killed ray::" in build(stage, 1, "worker", 0).printed()
     check_same(config, undisturbed)

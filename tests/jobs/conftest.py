@@ -1,15 +1,25 @@
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from caption_runs import config_for, write_images
 
 from index_builder.build import build_index
 from jobs import caption
 from smallcap.config import CaptionConfig, IndexConfig
+from tests.caption_runs import config_for, write_images
+from tests.in_process_ray import in_process_ray
+
+
+@pytest.fixture(autouse=True)
+def no_ray_where_it_is_not_marked(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The jobs of tests that are not marked `ray` meet what answers in Ray's place in this process."""
+    with nullcontext() if request.node.get_closest_marker("ray") else in_process_ray():
+        yield
 
 
 @pytest.fixture(scope="session")
-def index(ray_session: None, tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+def index(tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("index")
     rows = [
         f"{n}.jpg,{n} {noun} on the {place}" for n in range(4) for noun in ("dog", "bus") for place in ("road", "sea")
@@ -27,7 +37,8 @@ def finished_run(index: str, tiny_smallcap: Path, tmp_path_factory: pytest.TempP
     write_images(f"{folder}/images", 9)
     sets = ("output.rows_per_part=4", "compute.batch_size=4")
     config = config_for(f"{folder}/images", index, tiny_smallcap, f"{folder}/out", *sets)
-    caption.run(config)
+    with in_process_ray():
+        caption.run(config)
     return config
 
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,8 +10,7 @@ from jobs import build_index
 from smallcap.config import IndexConfig
 from smallcap.errors import CheckpointError, ManifestError, StorageError
 from smallcap.index.manifest import load_manifest
-
-pytestmark = pytest.mark.ray
+from tests.job_processes import StartJob
 
 
 @pytest.fixture
@@ -23,7 +21,6 @@ def arguments(tmp_path: Path, tiny_clip: Path) -> list[str]:
     return ["--config", f"{tmp_path}/build.yaml", "--set", f"out={tmp_path}/index", "--set", "shards=2"]
 
 
-@pytest.mark.usefixtures("ray_session")
 def test_command_line_and_what_it_prints(
     tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -50,12 +47,12 @@ def test_usage_errors(
     assert "Did you mean shards?" in capsys.readouterr().err
 
 
+@pytest.mark.ray
 @pytest.mark.slow
-def test_module_starts_its_own_ray(tmp_path: Path, arguments: list[str]) -> None:
-    command = [sys.executable, "-m", "jobs.build_index", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert load_manifest(f"{tmp_path}/index").index_id in done.stdout
+def test_module_starts_its_own_ray(tmp_path: Path, arguments: list[str], start_job: StartJob) -> None:
+    job = start_job([sys.executable, "-m", "jobs.build_index", *arguments], tmp_path / "build.log")
+    job.wait()
+    assert load_manifest(f"{tmp_path}/index").index_id in job.printed()
 
 
 def test_what_is_missing_is_named_before_ray_starts(

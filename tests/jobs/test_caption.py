@@ -9,7 +9,6 @@ from pathlib import Path
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from caption_runs import config_for, jpeg, read_rows, write_images
 from PIL import Image
 
 from index_builder.build import build_index
@@ -21,10 +20,11 @@ from smallcap.config import IndexConfig
 from smallcap.errors import CheckpointError, ConfigError, ManifestError, SchemaError
 from smallcap.output.part_files import list_parts
 from smallcap.output.schema import CAPTION_COLUMNS, check_caption_schema
+from tests.bad_images import BAD_IMAGES
+from tests.caption_runs import config_for, jpeg, read_rows, write_images
 
-pytestmark = pytest.mark.ray
 
-
+@pytest.mark.ray
 def test_images_become_rows_with_captions_and_neighbours(s3: str, index: str, tiny_smallcap: Path) -> None:
     images, out = storage.join(s3, "images"), storage.join(s3, "out")
     write_images(images, 20)
@@ -77,9 +77,6 @@ def test_a_finished_run_is_a_no_op_until_the_input_is_listed_again(
 
 
 def test_broken_images_are_rows_with_codes(tmp_path: Path, index: str, tiny_smallcap: Path) -> None:
-    sys.path.insert(0, str(Path(__file__).parents[1] / "smallcap"))
-    from test_image import BAD_IMAGES
-
     images, out = tmp_path / "images", str(tmp_path / "out")
     write_images(str(images), 3)
     for name, (data, _) in BAD_IMAGES.items():
@@ -123,7 +120,6 @@ def test_several_captions_and_fast_decoding_are_written_and_counted(
     assert "by Pillow" in caption.describe(summary)
 
 
-@pytest.mark.slow
 def test_samples_do_not_depend_on_batches_or_ids(tmp_path: Path, index: str, tiny_smallcap: Path) -> None:
     captions = []
     for batch_size, rename in ((8, "{}"), (3, "again/{}")):
@@ -139,7 +135,6 @@ def test_samples_do_not_depend_on_batches_or_ids(tmp_path: Path, index: str, tin
     assert len(set(captions[0])) > 1
 
 
-@pytest.mark.slow
 def test_only_broken_images_make_a_complete_run(tmp_path: Path, index: str, tiny_smallcap: Path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "bad.jpg").write_bytes(b"no image")
@@ -182,10 +177,7 @@ def test_changed_options_are_refused_and_named(tmp_path: Path, index: str, tiny_
     assert len(read_rows(out)) == 4
 
 
-@pytest.mark.slow
-def test_a_resumed_run_keeps_its_index_version(
-    tmp_path: Path, ray_session: None, tiny_clip: Path, tiny_smallcap: Path
-) -> None:
+def test_a_resumed_run_keeps_its_index_version(tmp_path: Path, tiny_clip: Path, tiny_smallcap: Path) -> None:
     dump, index = tmp_path / "dump.csv", str(tmp_path / "index")
     build = IndexConfig(dumps=(str(dump),), out=index, encoder=f"hf:{tiny_clip}")
     dump.write_text("caption\none dog\ntwo dogs\nthree dogs\nfour dogs\n")
@@ -200,10 +192,7 @@ def test_a_resumed_run_keeps_its_index_version(
     assert texts == {"one dog", "two dogs", "three dogs", "four dogs"}
 
 
-@pytest.mark.slow
-def test_two_encoders_get_their_own_crops(
-    tmp_path: Path, ray_session: None, tiny_smallcap: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_encoders_get_their_own_crops(tmp_path: Path, tiny_smallcap: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The retrieval encoder is an open_clip model of another image size than the vision encoder."""
     import open_clip
     import torch

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from caption_runs import config_for, jpeg, read_rows, write_images
 from typer.testing import CliRunner
 
 from jobs import caption
@@ -18,8 +17,7 @@ from smallcap.config import CaptionConfig
 from smallcap.errors import ConfigError, ConflictError, StorageError
 from smallcap.output.part_files import list_parts
 from smallcap.output.schema import ENDS_FRAGMENT, FRAGMENT, FRAGMENT_ROW
-
-pytestmark = pytest.mark.ray
+from tests.caption_runs import config_for, jpeg, read_rows, write_images
 
 
 def test_failed_images_end_by_the_error_rate_and_are_tried_again_by_the_folder_alone(

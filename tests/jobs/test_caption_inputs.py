@@ -8,15 +8,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from caption_runs import config_for, jpeg, read_rows, write_images
 
 from jobs import caption
 from smallcap import storage
 from smallcap.captioner import Captioner
 from smallcap.errors import ConfigError
 from smallcap.output.part_files import list_parts
-
-pytestmark = pytest.mark.ray
+from tests.caption_runs import config_for, jpeg, read_rows, write_images
 
 
 def tar_of(members: dict[str, bytes]) -> bytes:
@@ -60,7 +58,6 @@ def test_tars_are_read_with_their_keys_and_json(s3: str, index: str, tiny_smallc
     assert caption.run(config).new_images == 0
 
 
-@pytest.mark.slow
 def test_a_limited_run_over_tars_goes_on_where_it_stopped(tmp_path: Path, index: str, tiny_smallcap: Path) -> None:
     tars, out = str(tmp_path / "tars"), str(tmp_path / "out")
     for shard in range(3):

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
-import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from jobs import caption
-from smallcap import storage
-from smallcap.config import CaptionConfig
 from smallcap.errors import ConfigError
 from smallcap.index.manifest import IndexManifest
 from smallcap.model.clip_encoder import load_retrieval_encoder
-from smallcap.options import load_config
-from smallcap.output.part_files import list_parts
-
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
+from tests.caption_runs import config_for, read_rows, write_images
 
 
 @pytest.fixture
@@ -33,31 +23,15 @@ def index(tmp_path: Path, tiny_clip: Path, publish_index: Callable[..., IndexMan
     return f"{tmp_path}/index"
 
 
-def run(images: str, index: str, model: Path, out: str, *sets: str) -> pd.DataFrame:
-    flags = {"images": [images], "index": index, "model": str(model), "out": out}
-    sets = ("compute.batch_size=4", "compute.dtype=float32", *sets)
-    caption.run(load_config(CaptionConfig, flags=flags, sets=sets))
-    tables = [pq.read_table(io.BytesIO(storage.read_bytes(part))).to_pandas() for part in list_parts(out)]
-    return pd.concat(tables).set_index("image_id").sort_index()
-
-
 def test_partitions_change_no_row(tmp_path: Path, index: str, tiny_smallcap: Path) -> None:
-    (tmp_path / "images").mkdir()
-    for number in range(10):
-        pixels = np.random.default_rng(number).integers(0, 256, (40, 50, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "images" / f"{number}.png")
-    cache = f"retrieval.cache_dir={tmp_path}/cache"
-    expected, found = (
-        run(
-            f"{tmp_path}/images",
-            index,
-            tiny_smallcap,
-            f"{tmp_path}/out-{count}",
-            cache,
-            f"retrieval.partitions={count}",
-        )
-        for count in (1, 2)
-    )
+    write_images(f"{tmp_path}/images", 10)
+    runs = []
+    for count in (1, 2):
+        out = f"{tmp_path}/out-{count}"
+        sets = (f"retrieval.cache_dir={tmp_path}/cache", f"retrieval.partitions={count}", "compute.batch_size=4")
+        caption.run(config_for(f"{tmp_path}/images", index, tiny_smallcap, out, *sets))
+        runs.append(read_rows(out))
+    expected, found = runs
     assert set(found.status) == {"ok"}
     assert found.caption.tolist() == expected.caption.tolist()
     for row in found.index:
@@ -65,11 +39,16 @@ def test_partitions_change_no_row(tmp_path: Path, index: str, tiny_smallcap: Pat
         assert len(found.neighbours[row]) == 4
 
 
-def test_more_partitions_than_shards_stop_the_run_at_once(tmp_path: Path, index: str, tiny_smallcap: Path) -> None:
-    (tmp_path / "images").mkdir()
-    Image.new("RGB", (40, 50)).save(tmp_path / "images" / "0.png")
-    with pytest.raises(ConfigError, match="fewer shards"):
-        run(f"{tmp_path}/images", index, tiny_smallcap, f"{tmp_path}/out", "retrieval.partitions=9")
-    with pytest.raises(ConfigError, match="searched on CPUs"):
-        sets = ("retrieval.partitions=2", "retrieval.search_device=cuda")
-        run(f"{tmp_path}/images", index, tiny_smallcap, f"{tmp_path}/out", *sets)
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        (["retrieval.partitions=9"], "fewer shards"),
+        (["retrieval.partitions=2", "retrieval.search_device=cuda"], "searched on CPUs"),
+    ],
+)
+def test_partitions_that_cannot_be_stop_the_run_at_once(
+    tmp_path: Path, index: str, tiny_smallcap: Path, sets: list[str], message: str
+) -> None:
+    write_images(f"{tmp_path}/images", 1)
+    with pytest.raises(ConfigError, match=message):
+        caption.run(config_for(f"{tmp_path}/images", index, tiny_smallcap, f"{tmp_path}/out", *sets))

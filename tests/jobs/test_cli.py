@@ -25,7 +25,7 @@ def invoke(*arguments: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def index(ray_session: None, tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+def index(tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("cli")
     captions = [f"{number} {noun}" for number in range(5) for noun in ("dogs", "buses")]
     (folder / "dump.csv").write_text("\n".join(["image,caption", *(f"{i}.jpg,{c}" for i, c in enumerate(captions))]))
@@ -45,7 +45,6 @@ def photo(tmp_path: Path) -> str:
     return str(tmp_path / "photo.jpg")
 
 
-@pytest.mark.ray
 def test_search_by_text_finds_the_text_itself(index: str) -> None:
     found = json.loads(invoke("search", "--index", index, "--text", "3 dogs", "-k", "3", "--json").splitlines()[-1])
     assert len(found) == 3
@@ -55,7 +54,6 @@ def test_search_by_text_finds_the_text_itself(index: str) -> None:
     assert "3 dogs" in invoke("search", "--index", index, "--text", "3 dogs")
 
 
-@pytest.mark.ray
 def test_search_by_image_finds_what_captioning_retrieves(index: str, photo: str, tiny_smallcap: Path) -> None:
     from smallcap.captioner import Captioner
 
@@ -64,7 +62,6 @@ def test_search_by_image_finds_what_captioning_retrieves(index: str, photo: str,
     assert [n["caption_id"] for n in found] == [n.caption_id for n in result.neighbours]
 
 
-@pytest.mark.ray
 def test_caption_and_inspect(index: str, photo: str, tiny_smallcap: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     printed = invoke("caption", photo, "--index", index, "--model", str(tiny_smallcap), "--out", out, "-k", "2")
@@ -83,7 +80,6 @@ def test_caption_and_inspect(index: str, photo: str, tiny_smallcap: Path, tmp_pa
     assert "1 dogs" in invoke("inspect", index, "--samples", "10")
 
 
-@pytest.mark.ray
 def test_an_index_is_added_to_removed_from_and_gone_back_in(index: str, tmp_path: Path) -> None:
     mine = str(tmp_path / "index")
     shutil.copytree(index, mine)
@@ -134,7 +130,7 @@ def test_version() -> None:
         (["build-index", "a.csv", "--out", "o"], 2, "give --encoder"),
         (["build-index", "--remove", "everything", "--out", "o"], 2, "source=NAME"),
         (["index", "list", "/nowhere"], 1, "no published index"),
-        (["index", "gc", "/nowhere", "--grace", "soon"], 2, "no duration"),
+        (["index", "gc", "/nowhere", "--grace", "soon"], 2, "not a duration"),
         (["no-such-command"], 2, "No such command"),
     ],
 )

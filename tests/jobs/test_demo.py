@@ -12,14 +12,15 @@ from jobs.demo import DemoResult, compare_swap, run_demo
 from smallcap.config import EvaluateConfig
 from smallcap.model.files import demo_folder
 from smallcap.output.part_files import list_parts
-
-pytestmark = pytest.mark.ray
+from tests.caption_runs import read_rows
+from tests.in_process_ray import in_process_ray
 
 
 @pytest.fixture(scope="module")
-def demo(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, DemoResult]:
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, DemoResult]:
     out = str(tmp_path_factory.mktemp("demo"))
-    return out, run_demo(out)
+    with in_process_ray():
+        return out, run_demo(out)
 
 
 def share_of_right_captions(run: str, references: str) -> float:
@@ -85,3 +86,11 @@ def test_run_again_it_redoes_nothing(demo: tuple[str, DemoResult]) -> None:
     assert not again.index_was_built
     assert [run.new_images for run in (again.summary, again.swap.before, again.swap.after)] == [0, 0, 0]
     assert files == {path: path.stat().st_mtime_ns for path in files}
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_on_ray_it_says_the_same(demo: tuple[str, DemoResult], tmp_path: Path) -> None:
+    runs = [(result.summary, result.swap.before, result.swap.after) for result in (demo[1], run_demo(str(tmp_path)))]
+    for here, on_ray in zip(*runs, strict=True):
+        assert list(read_rows(on_ray.out).caption) == list(read_rows(here.out).caption)

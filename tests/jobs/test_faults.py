@@ -1,16 +1,16 @@
 """A store that fails every few requests: the job ends with every image, and says how often it had to ask again."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from caption_runs import config_for, read_rows, write_images
-from conftest import FaultProxy
 
 from jobs import caption
 from jobs.captioning.record import load_run_record
+from tests.caption_runs import config_for, read_rows, write_images
+from tests.conftest import FaultProxy
+from tests.in_process_ray import in_process_ray
+from tests.job_processes import StartJob
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -18,7 +18,7 @@ RATES = {"slow_down": 0.06, "reset": 0.04, "truncated": 0.04, "lost": 0.02, "slo
 
 
 def test_a_run_through_a_failing_store_loses_nothing(
-    s3: str, fault_proxy_server: FaultProxy, index: str, tiny_smallcap: Path, tmp_path: Path
+    s3: str, fault_proxy_server: FaultProxy, index: str, tiny_smallcap: Path, tmp_path: Path, start_job: StartJob
 ) -> None:
     images, out = f"{s3}/images", f"{s3}/out"
     write_images(images, 400)
@@ -26,13 +26,12 @@ def test_a_run_through_a_failing_store_loses_nothing(
     sets = ("input.fetch_timeout_s=2", "output.rows_per_part=64", "compute.batch_size=8", "compute.dtype=float32")
     command = [sys.executable, "-m", "jobs.cli", "caption", images, "--index", index, "--model", str(tiny_smallcap)]
     command += ["--out", out, *(argument for one in sets for argument in ("--set", one))]
-    environment = os.environ | {"AWS_ENDPOINT_URL": fault_proxy_server.endpoint}
-    environment.pop("RAY_ADDRESS", None)
-    subprocess.run(command, env=environment, check=True, timeout=240)
+    start_job(command, tmp_path / "job.log", AWS_ENDPOINT_URL=fault_proxy_server.endpoint).wait(240)
     faults = fault_proxy_server.done()
     assert all(faults[kind] for kind in RATES), faults
 
-    caption.run(config_for(images, index, tiny_smallcap, str(tmp_path / "expected"), *sets))
+    with in_process_ray():
+        caption.run(config_for(images, index, tiny_smallcap, str(tmp_path / "expected"), *sets))
     rows, expected = read_rows(out), read_rows(str(tmp_path / "expected"))
     assert list(rows.image_id) == list(expected.image_id)
     assert list(rows.status) == ["ok"] * 400

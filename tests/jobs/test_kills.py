@@ -9,28 +9,26 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
-import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from caption_runs import config_for, read_rows, write_images
 from PIL import Image
 
 from jobs import caption
 from jobs.captioning.record import load_run_record
 from smallcap import storage
 from smallcap.output.part_files import list_parts, read_part_infos
+from tests.caption_runs import config_for, read_rows, write_images
+from tests.in_process_ray import in_process_ray
+from tests.job_processes import JobProcess, StartJob
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(280)]
 
 IMAGES = 700  # three fragments
 SETS = ("output.rows_per_part=32", "compute.batch_size=8", "compute.dtype=float32")
-MARK = "SMALLCAP_TEST_RUN"
 SITE = """
 import asyncio, os, pathlib, time
 
@@ -94,53 +92,21 @@ def site_in(folder: Path, paths: str) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join(filter(None, [str(folder / "site"), paths]))}
 
 
-class Job:
-    """A captioning command as a process group of its own, and all that it started."""
+@pytest.fixture
+def start(start_job: StartJob, tmp_path: Path) -> StartJob:
+    """Starts a captioning command that opens images slowly: else all is loaded before the first part is written."""
 
-    def __init__(self, command: list[str], folder: Path, hold: bool = False, out: str = "", **more: str) -> None:
-        self.mark, self.held = uuid.uuid4().hex, folder / "held"
-        self.held.unlink(missing_ok=True)
-        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-        environment |= {MARK: self.mark, "OPENING_TAKES": "0.01", **more}  # else all is loaded before the first part
-        if hold:
-            environment |= held_parts(self.held, out)
-        environment |= site_in(folder, environment.get("PYTHONPATH", ""))
-        self.log = folder / "job.log"
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                command, env=environment, start_new_session=True, stdout=log, stderr=subprocess.STDOUT
-            )
+    def start_slowly(command: list[str], **environment: str) -> JobProcess:
+        site = site_in(tmp_path, os.environ.get("PYTHONPATH", ""))
+        return start_job(command, tmp_path / "job.log", **({"OPENING_TAKES": "0.01"} | site | environment))
 
-    def processes(self, titles: Sequence[str] = ("",)) -> list[int]:
-        """Returns the ids of this job's processes whose title begins with one of these."""
-        found, beginnings = [], tuple(title.encode() for title in titles)
-        for folder in Path("/proc").iterdir():
-            try:
-                own = folder.name.isdigit() and f"{MARK}={self.mark}".encode() in (folder / "environ").read_bytes()
-                if own and (folder / "cmdline").read_bytes().startswith(beginnings):
-                    found.append(int(folder.name))
-            except OSError:  # it has just ended, or is not ours
-                continue
-        return found
+    return start_slowly
 
-    def kill_one(self, titles: Sequence[str]) -> bool:
-        """Kills one process with such a title; returns whether there was one: they come and go."""
-        for process in self.processes(titles):
-            with suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
-                return True
-        return False
 
-    def kill_all(self) -> None:
-        """Kills the driver and its Ray, as a machine that goes down does."""
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        for process in self.processes():
-            os.kill(process, signal.SIGKILL)
-
-    def wait(self) -> None:
-        status = self.process.wait(timeout=200)
-        assert status == 0, self.log.read_text()[-3000:]
+@pytest.fixture
+def held(tmp_path: Path) -> Path:
+    """The file in which a process says that it holds a part back."""
+    return tmp_path / "held"
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +122,8 @@ def expected(
 ) -> list[tuple[str, str]]:
     """Ids and captions of an undisturbed run."""
     out = str(tmp_path_factory.mktemp("expected") / "out")
-    caption.run(config_for(images, index, tiny_smallcap, out, *SETS))
+    with in_process_ray():
+        caption.run(config_for(images, index, tiny_smallcap, out, *SETS))
     return ids_and_captions(out)
 
 
@@ -169,14 +136,6 @@ def ids_and_captions(out: str) -> list[tuple[str, str]]:
 def out(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     folder = str(tmp_path) if request.param == "local" else str(request.getfixturevalue("s3"))
     return storage.join(folder, f"out-{uuid.uuid4().hex[:6]}")
-
-
-def until(condition: Callable[[], object], job: Job, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert job.process.poll() is None, f"the job ended too early:\n{job.log.read_text()[-3000:]}"
-        assert time.monotonic() < deadline, f"nothing to kill in time:\n{job.log.read_text()[-3000:]}"
-        time.sleep(0.02)
 
 
 def command_for(images: str, index: str, model: Path, out: str, *flags: str) -> list[str]:
@@ -194,56 +153,64 @@ def check(out: str, expected: list[tuple[str, str]], attempts: int) -> None:
 
 @pytest.mark.parametrize("moment", ["early", "middle", "during a write"])
 def test_a_killed_driver(
-    moment: str, out: str, images: str, index: str, tiny_smallcap: Path, expected: list, tmp_path: Path
+    moment: str, out: str, images: str, index: str, tiny_smallcap: Path, expected: list, start: StartJob, held: Path
 ) -> None:
     """The driver and its whole Ray; then the same command again, which does only what is left."""
     command = command_for(images, index, tiny_smallcap, out)
-    job = Job(command, tmp_path, moment == "during a write", out)
+    job = start(command, **(held_parts(held, out) if moment == "during a write" else {}))
     if moment == "early":
-        until(lambda: job.processes(TITLES["worker"]), job)
+        job.until(lambda: job.processes(TITLES["worker"]))
     else:
-        until((lambda: list_parts(out)) if moment == "middle" else job.held.exists, job)
+        job.until((lambda: list_parts(out)) if moment == "middle" else held.exists)
     job.kill_all()
-    held = sum(len(rows) for _, info in read_part_infos(out) if info for rows in info.rows.values())
-    assert held < IMAGES, "the kill came too late to show anything"
-    again = Job(command, tmp_path)
-    again.wait()
+    done = sum(len(rows) for _, info in read_part_infos(out) if info for rows in info.rows.values())
+    assert done < IMAGES, "the kill came too late to show anything"
+    start(command).wait()
     record = load_run_record(out)
     assert record is not None
-    assert record.attempts[-1].images == IMAGES - held
+    assert record.attempts[-1].images == IMAGES - done
     check(out, expected, attempts=2)
 
 
 @pytest.mark.parametrize("moment", ["early", "middle", "during a write"])
 @pytest.mark.parametrize("victim", ["actor", "worker"])
 def test_a_killed_process_of_ray(
-    victim: str, moment: str, out: str, images: str, index: str, tiny_smallcap: Path, expected: list, tmp_path: Path
+    victim: str,
+    moment: str,
+    out: str,
+    images: str,
+    index: str,
+    tiny_smallcap: Path,
+    expected: list,
+    start: StartJob,
+    held: Path,
 ) -> None:
     """The job goes on by itself. During a write the worker that dies is the one that writes."""
     hold = moment == "during a write"
     # Tasks share what the actor leaves of the CPUs: in the middle the worker that is there may be one that writes.
     slow_writes = hold or (victim == "worker" and moment == "middle")
-    job = Job(command_for(images, index, tiny_smallcap, out), tmp_path, slow_writes, out)
+    environment = held_parts(held, out) if slow_writes else {}
+    job = start(command_for(images, index, tiny_smallcap, out), **environment)
     if hold:
-        until(job.held.exists, job)
+        job.until(held.exists)
     else:
-        until(lambda: moment == "early" or list_parts(out), job)
+        job.until(lambda: moment == "early" or list_parts(out))
     if hold and victim == "worker":
-        os.kill(int(job.held.read_text()), signal.SIGKILL)
+        os.kill(int(held.read_text()), signal.SIGKILL)
     else:
-        until(lambda: job.kill_one(TITLES[victim]), job)
+        job.until(lambda: job.kill_one(TITLES[victim]))
     job.wait()
     check(out, expected, attempts=1)
 
 
 @pytest.fixture
 def second_node(
-    s3_server: str, tmp_path: Path, out: str, monkeypatch: pytest.MonkeyPatch
+    s3_server: str, tmp_path: Path, held: Path, out: str, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[str, Callable[[], None]]]:
     """A Ray cluster of two nodes that hold parts back: its address, and what kills the raylet of the second."""
     from ray.cluster_utils import Cluster
 
-    for name, value in (held_parts(tmp_path / "held", out) | site_in(tmp_path, "") | {"OPENING_TAKES": "0.01"}).items():
+    for name, value in (held_parts(held, out) | site_in(tmp_path, "") | {"OPENING_TAKES": "0.01"}).items():
         monkeypatch.setenv(name, value)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, "include_dashboard": False})
     try:
@@ -263,31 +230,30 @@ def test_a_killed_node(
     tiny_smallcap: Path,
     expected: list,
     second_node: tuple[str, Callable[[], None]],
-    tmp_path: Path,
+    start: StartJob,
+    held: Path,
 ) -> None:
     """The raylet of a second node dies, and with it what ran there; the first node finishes the run."""
     address, kill_node = second_node
     flags = ("--address", address, "--set", "compute.num_actors=2")
-    job = Job(command_for(images, index, tiny_smallcap, out, *flags), tmp_path)
+    job = start(command_for(images, index, tiny_smallcap, out, *flags))
     if moment == "early":
-        until(lambda: (record := load_run_record(out)) and record.attempts, job)
-    elif moment == "middle":
-        until(lambda: list_parts(out), job)
+        job.until(lambda: (record := load_run_record(out)) and record.attempts)
     else:
-        until(job.held.exists, job)
+        job.until((lambda: list_parts(out)) if moment == "middle" else held.exists)
     kill_node()
     job.wait()
     check(out, expected, attempts=1)
 
 
 def test_an_image_that_kills_its_process_becomes_a_row(
-    index: str, tiny_smallcap: Path, tmp_path: Path, s3_server: str
+    index: str, tiny_smallcap: Path, tmp_path: Path, start: StartJob
 ) -> None:
     """The image is real, and the decoder of this test dies of it; the others of its batch have their captions."""
     images, out = str(tmp_path / "images"), str(tmp_path / "out")
     write_images(images, 40)
     Image.new("RGB", (77, 55), "red").save(tmp_path / "images" / "deadly.png")
-    Job(command_for(images, index, tiny_smallcap, out), tmp_path, OPENING_TAKES="0", DEADLY_SIZE="(77, 55)").wait()
+    start(command_for(images, index, tiny_smallcap, out), OPENING_TAKES="0", DEADLY_SIZE="(77, 55)").wait()
     rows = read_rows(out)
     assert len(rows) == 41
     assert rows.loc["deadly.png"].error_code == "crashed"

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_runs import loss_curve, train_config, write_captioned_images
 from transformers import GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
@@ -20,6 +19,7 @@ from smallcap.model.checkpoint import load_checkpoint, save_checkpoint
 from smallcap.model.prompt import PromptTemplate
 from smallcap.options import load_config
 from smallcap.training.feature_store import read_features, read_queries
+from tests.train_runs import loss_curve, train_config, write_captioned_images
 
 pytestmark = pytest.mark.ray
 IMAGES = 24

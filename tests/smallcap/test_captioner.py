@@ -1,4 +1,3 @@
-import io
 from pathlib import Path
 
 import numpy as np
@@ -11,27 +10,20 @@ from smallcap.captioner import Captioner, CaptionerOptions
 from smallcap.config import IndexConfig
 from smallcap.errors import ConfigError, ErrorCode, IndexIntegrityError
 from smallcap.model.checkpoint import load_crop_plan
+from tests.caption_runs import jpeg
 
 CAPTIONS = [
     f"{number} {noun} on a {place}" for number in (1, 2, 3) for noun in ("dog", "bus") for place in ("road", "hill")
 ]
 
 
-def picture(seed: int) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).resize((80, 60)).save(buffer, "JPEG")
-    return buffer.getvalue()
-
-
 @pytest.fixture(scope="module")
-def index(ray_session: None, tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+def index(tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("captioner")
     rows = [f"photo-{number % 6}.jpg,{caption}" for number, caption in enumerate(CAPTIONS)]
     (folder / "dump.csv").write_text("\n".join(["image,caption", *rows]))
-    build_index(
-        IndexConfig(dumps=(str(folder / "dump.csv"),), out=str(folder / "index"), encoder=f"hf:{tiny_clip}", shards=2)
-    )
+    dumps = (str(folder / "dump.csv"),)
+    build_index(IndexConfig(dumps=dumps, out=str(folder / "index"), encoder=f"hf:{tiny_clip}", shards=2))
     return str(folder / "index")
 
 
@@ -40,9 +32,8 @@ def captioner(index: str, tiny_smallcap: Path) -> Captioner:
     return Captioner.from_pretrained(str(tiny_smallcap), index, dtype="float32")
 
 
-@pytest.mark.ray
 def test_a_batch_is_its_images_alone(captioner: Captioner) -> None:
-    images = [picture(seed) for seed in range(5)]
+    images = [jpeg(seed) for seed in range(5)]
     together = captioner.caption(images)
     assert len({result.caption for result in together}) > 1  # the images matter
     for image, result in zip(images, together, strict=True):
@@ -52,11 +43,10 @@ def test_a_batch_is_its_images_alone(captioner: Captioner) -> None:
         assert alone.logprob == pytest.approx(result.logprob, abs=1e-3)
 
 
-@pytest.mark.ray
 def test_neighbours_are_the_nearest_captions(captioner: Captioner) -> None:
-    (result,) = captioner.caption([picture(0)])
+    (result,) = captioner.caption([jpeg(0)])
     assert captioner.retrieval_encoder is not None
-    pixels = captioner.crop_plan.crop(picture(0))
+    pixels = captioner.crop_plan.crop(jpeg(0))
     query = captioner.embed([pixels], captioner.encode([pixels])[1])
     scores = query[0] @ captioner.retrieval_encoder.encode_texts(CAPTIONS).T
     best = np.argsort(-scores)[:4]
@@ -67,7 +57,6 @@ def test_neighbours_are_the_nearest_captions(captioner: Captioner) -> None:
     assert result.clip_score == pytest.approx(float(query[0] @ caption_embeddings[0]), abs=1e-5)
 
 
-@pytest.mark.ray
 def test_the_vision_tower_is_shared(captioner: Captioner, index: str, tiny_smallcap: Path, other_clip: Path) -> None:
     assert captioner.shares_encoder
     assert captioner.crop_plan == load_crop_plan(str(tiny_smallcap), captioner.retriever.manifest.encoder.spec)  # type: ignore[union-attr]
@@ -76,10 +65,9 @@ def test_the_vision_tower_is_shared(captioner: Captioner, index: str, tiny_small
         Captioner.from_pretrained(str(tiny_smallcap), index, retrieval_encoder=f"hf:{other_clip}")
 
 
-@pytest.mark.ray
 def test_a_bad_image_is_a_result_with_an_error_among_the_others(captioner: Captioner) -> None:
-    good, bad, pillow = captioner.caption([picture(0), b"no image", Image.new("L", (30, 30))])
-    assert good.caption == captioner.caption([picture(0)])[0].caption
+    good, bad, pillow = captioner.caption([jpeg(0), b"no image", Image.new("L", (30, 30))])
+    assert good.caption == captioner.caption([jpeg(0)])[0].caption
     assert bad.error is not None
     assert bad.error.code == ErrorCode.NOT_AN_IMAGE
     assert bad.caption is None
@@ -88,12 +76,11 @@ def test_a_bad_image_is_a_result_with_an_error_among_the_others(captioner: Capti
     assert captioner.caption([]) == []
 
 
-@pytest.mark.ray
 def test_an_images_own_captions_can_be_excluded(captioner: Captioner) -> None:
-    (plain,) = captioner.caption([picture(0)])
+    (plain,) = captioner.caption([jpeg(0)])
     store = captioner.retriever.captions  # type: ignore[union-attr]
     own_images = store.image_ids(np.array([plain.neighbours[0].caption_id]))[0]
-    (excluded,) = captioner.caption([picture(0)], image_ids=[own_images[0]])
+    (excluded,) = captioner.caption([jpeg(0)], image_ids=[own_images[0]])
     assert len(excluded.neighbours) == 4
     assert all(own_images[0] not in store.image_ids(np.array([n.caption_id]))[0] for n in excluded.neighbours)
 
@@ -104,13 +91,13 @@ def test_compiled_encoders_give_the_same_captions(tiny_smallcap: Path) -> None:
         Captioner.from_pretrained(str(tiny_smallcap), k=0, dtype="float32", compile_encoders=compiles)
         for compiles in (False, True)
     )
-    images = [picture(seed) for seed in range(3)]
+    images = [jpeg(seed) for seed in range(3)]
     expected = [result.caption for result in plain.caption(images)]
     assert [result.caption for result in compiled.caption(images)] == expected
 
 
 def test_without_retrieval_no_index_is_needed(tiny_smallcap: Path) -> None:
-    (result,) = Captioner.from_pretrained(str(tiny_smallcap), k=0).caption([picture(0)])
+    (result,) = Captioner.from_pretrained(str(tiny_smallcap), k=0).caption([jpeg(0)])
     assert result.caption is not None
     assert result.neighbours == ()
     assert result.clip_score is None
@@ -118,10 +105,9 @@ def test_without_retrieval_no_index_is_needed(tiny_smallcap: Path) -> None:
         Captioner.from_pretrained(str(tiny_smallcap))
 
 
-@pytest.mark.ray
 def test_batches_that_are_prepared_beside_each_other_are_those_alone(captioner: Captioner) -> None:
     """What a GPU does on two streams, on a CPU in two threads."""
-    crops = [captioner.crop_plan.crop(picture(seed)) for seed in range(5)]
+    crops = [captioner.crop_plan.crop(jpeg(seed)) for seed in range(5)]
     batches = [(crops[:2], None), ([], None), (crops[2:], ["photo-1.jpg", None, None])]
     assert list(captioner._caption_overlapped(batches, None)) == [captioner.caption_batch(*batch) for batch in batches]
     assert list(captioner.caption_batches(batches)) == [captioner.caption_batch(*batch) for batch in batches]
@@ -135,12 +121,11 @@ def test_options_are_fields_and_keywords(tiny_smallcap: Path) -> None:
         Captioner.from_pretrained(str(tiny_smallcap), num_beam=1)
 
 
-@pytest.mark.ray
 def test_a_length_penalty_does_not_change_what_logprob_means(index: str, tiny_smallcap: Path) -> None:
     greedy, normed = (
         Captioner.from_pretrained(
             str(tiny_smallcap), index, num_beams=1, length_penalty=penalty, dtype="float32"
-        ).caption([picture(1)])[0]
+        ).caption([jpeg(1)])[0]
         for penalty in (0.0, 1.0)
     )
     assert normed.caption == greedy.caption

@@ -1,25 +1,33 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import faiss
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from index_builder.build import BuildReport, build_index
+import index_builder.build as build_module
+import index_builder.embedding.encoding as encoding_module
+import index_builder.recall.calibration as calibration_module
+import index_builder.shards.filling as sharding_module
+from index_builder.build import Build, BuildReport, build_index
 from index_builder.recall.measurement import imitate_images, lower_bound, nprobe_ladder
+from jobs.build_index import describe_plan
 from smallcap.config import CleaningConfig, IndexConfig, RecallConfig
 from smallcap.errors import ConfigError, IndexIntegrityError, RunError, SchemaError
 from smallcap.index.manifest import load_pointer
+from smallcap.index.retriever import Retriever
+from smallcap.model.clip_encoder import load_retrieval_encoder
 
 DIM = 16
 
 
 def write_embedded_dump(folder: Path, rows: int, seed: int = 0) -> Path:
     """A Parquet dump whose embeddings lie in clusters, so that lists have something to separate."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     rng = np.random.default_rng(seed)
     centres = rng.standard_normal((32, DIM))
     vectors = centres[rng.integers(32, size=rows)] + 0.4 * rng.standard_normal((rows, DIM))
@@ -89,9 +97,6 @@ class TestCalibration:
     def test_a_missed_target_is_told_and_can_be_accepted(
         self, tmp_path: Path, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        import index_builder.build as build_module
-        import index_builder.recall.calibration as calibration_module
-
         monkeypatch.setattr(calibration_module, "_K_FACTORS", (1,))
         dump = write_embedded_dump(tmp_path, 1000)
         options = {"index_key": "PQ2", "recall": RecallConfig(queries=128)}
@@ -133,8 +138,6 @@ class TestCalibration:
     def test_a_shard_that_is_not_what_was_written(
         self, tmp_path: Path, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        import index_builder.shards.filling as sharding_module
-
         add = sharding_module.add_vectors
         monkeypatch.setattr(sharding_module, "add_vectors", lambda index, vectors, first: add(index, -vectors, first))
         dump = write_embedded_dump(tmp_path, 300)
@@ -147,8 +150,6 @@ class TestKeys:
     def test_builds_repeat_byte_for_byte_and_shards_change_no_answer(
         self, tmp_path: Path, tiny_clip: Path, key: str
     ) -> None:
-        from smallcap.index.retriever import Retriever
-
         dump = write_embedded_dump(tmp_path, 1500)
         options = {"index_key": key, "recall": RecallConfig(queries=64, target=0.3)}
         one = build(tmp_path, tiny_clip, dump, **options, shards=1)
@@ -183,8 +184,6 @@ class TestKeys:
     def test_keys_that_cannot_be_built_fail_before_anything_is_embedded(
         self, tmp_path: Path, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch, key: str, message: str
     ) -> None:
-        import index_builder.embedding.encoding as encoding_module
-
         monkeypatch.setattr(encoding_module, "EmbedParts", None)
         with pytest.raises(ConfigError, match=message):
             build(tmp_path, tiny_clip, write_embedded_dump(tmp_path, 300), index_key=key)
@@ -198,11 +197,6 @@ class TestImports:
         assert build(tmp_path, tiny_clip, dump).embedded == 0
 
     def test_an_encoders_own_embeddings_are_taken(self, tmp_path: Path, tiny_clip: Path) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        from smallcap.model.clip_encoder import load_retrieval_encoder
-
         texts = [f"a {colour} thing number {number}" for colour in ("red", "blue") for number in range(40)]
         vectors = load_retrieval_encoder(f"hf:{tiny_clip}").encode_texts(texts).astype(np.float16)
         table = pa.table({"caption": texts, "embedding": pa.array(list(vectors), pa.list_(pa.float16()))})
@@ -213,15 +207,6 @@ class TestImports:
 
     @pytest.mark.parametrize("layout", ["clip-retrieval", "reference"])
     def test_folders_with_embeddings(self, tmp_path: Path, tiny_clip: Path, layout: str) -> None:
-        import json
-
-        import faiss
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        from smallcap.index.retriever import Retriever
-        from smallcap.model.clip_encoder import load_retrieval_encoder
-
         folder = tmp_path / "datastore"
         texts = [f"a {colour} thing number {number}" for colour in ("red", "blue") for number in range(40)]
         encoder = load_retrieval_encoder(f"hf:{tiny_clip}")
@@ -246,9 +231,6 @@ class TestImports:
             assert [best.text for [best] in found] == texts[::7]
 
     def test_embeddings_of_another_length(self, tmp_path: Path, tiny_clip: Path) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         table = pa.table({"caption": ["a"], "embedding": pa.array([[1.0, 0.0]], pa.list_(pa.float32()))})
         pq.write_table(table, tmp_path / "dump.parquet")
         with pytest.raises(SchemaError):
@@ -256,9 +238,6 @@ class TestImports:
 
 
 def test_a_dry_run_counts_and_leaves_nothing(tmp_path: Path, tiny_clip: Path) -> None:
-    from index_builder.build import Build
-    from jobs.build_index import describe_plan
-
     (tmp_path / "dump.csv").write_text("image,caption\n" + "".join(f"i,caption {n % 150}\n" for n in range(200)))
     config = IndexConfig(
         dumps=(str(tmp_path / "dump.csv"),), out=str(tmp_path / "index"), encoder=f"hf:{tiny_clip}", index_key="IVF,SQ8"

@@ -11,15 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import index_builder.build as build_module
 from index_builder.build import BuildReport, build_index
 from index_builder.versions.lifecycle import collect_garbage, list_versions, parse_grace, use_version
 from jobs.build_index import advice
 from smallcap import storage
 from smallcap.config import CleaningConfig, IndexConfig
-from smallcap.errors import ConfigError, ConflictError, ManifestError
+from smallcap.errors import ConfigError, ConflictError, IndexIntegrityError, ManifestError
 from smallcap.index.caption_store import load_caption_sample, read_texts
 from smallcap.index.manifest import load_manifest, load_pointer, switch_pointer
 from smallcap.index.retriever import Retriever
+from smallcap.model.clip_encoder import load_retrieval_encoder
 
 WORDS = ("dog", "cat", "ball", "boat", "tree", "kite", "house", "bird", "lamp", "cup")
 PLACES = ("park", "sea", "room", "street", "hill", "wood")
@@ -63,8 +65,6 @@ def open_index(report: BuildReport, tmp_path: Path) -> Retriever:
 
 def nearest(retriever: Retriever, tiny_clip: Path, texts: Sequence[str], k: int = 5) -> list[list[tuple[str, float]]]:
     """The neighbours' texts and scores; equal scores in the order of the texts, as ids differ between indexes."""
-    from smallcap.model.clip_encoder import load_retrieval_encoder
-
     found = retriever.search(load_retrieval_encoder(f"hf:{tiny_clip}").encode_texts(texts), k)
     return [
         [(n.text, round(n.score, 3)) for n in sorted(row, key=lambda n: (-round(n.score, 3), n.text))] for row in found
@@ -114,8 +114,6 @@ def test_adding_equals_building_at_once(tmp_path: Path, tiny_clip: Path, build: 
 
 
 def retriever_queries(tiny_clip: Path, texts: Sequence[str]) -> np.ndarray:
-    from smallcap.model.clip_encoder import load_retrieval_encoder
-
     return load_retrieval_encoder(f"hf:{tiny_clip}").encode_texts(texts)
 
 
@@ -132,8 +130,6 @@ def test_adding_needs_an_index_of_the_same_encoder_and_key(tmp_path: Path, other
     with pytest.raises(ManifestError, match="no published index to add to"):
         build(rows_of(0, 10), add=True)
     build(rows_of(0, 10))
-    from smallcap.errors import IndexIntegrityError
-
     with pytest.raises(IndexIntegrityError, match="another retrieval encoder"):
         build(rows_of(10, 20), "more.csv", add=True, encoder=f"hf:{other_clip}")
     with pytest.raises(ConfigError, match="the index's own key"):
@@ -332,8 +328,6 @@ class TestVersions:
 def test_of_two_publishers_the_second_is_told(
     tmp_path: Path, anywhere: str, build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import index_builder.build as build_module
-
     first = build(rows_of(0, 20), out=anywhere).manifest.index_id
     publish = build_module.publish_version
 
@@ -374,8 +368,6 @@ def test_of_two_processes_that_publish_at_once_one_wins(anywhere: str, build: Bu
 def test_the_same_build_does_not_run_twice_at_once(
     anywhere: str, build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import index_builder.build as build_module
-
     def build_again(*arguments: object) -> None:
         build(rows_of(0, 20), out=anywhere)
 

@@ -78,7 +78,7 @@ def test_what_is_cleared_takes_no_memory(batches: list[tuple[int, list[int]]]) -
 
 
 @pytest.mark.ray
-def test_an_image_that_kills_its_task_costs_four_attempts_and_no_other_image(ray_session: None) -> None:
+def test_an_image_that_kills_its_task_costs_four_attempts_and_no_other_image() -> None:
     import ray
 
     def decode(rows: list[int]) -> list[str]:

@@ -20,8 +20,6 @@ from smallcap.errors import ConfigError, IndexIntegrityError
 from smallcap.index.manifest import IndexManifest
 from smallcap.index.retriever import Retriever
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
-
 PublishIndex = Callable[..., IndexManifest]
 ROWS = 400
 KEYS: dict[str, dict[str, Any]] = {
@@ -83,17 +81,20 @@ def test_a_partition_downloads_its_own_files(s3: str, tmp_path: Path, publish: C
     assert [path.name for path in Path(tmp_path, "other-node", "files").iterdir()] == [Path(manifest.removed.file).name]
 
 
+@pytest.mark.ray
 def test_an_actor_that_dies_is_started_again(tmp_path: Path, publish: Callable[..., IndexManifest]) -> None:
     uri, cache = f"{tmp_path}/index", f"{tmp_path}/cache"
-    manifest = publish(uri)
+    manifest = publish(uri, "IVF8,SQ8", nprobe=3, k_factor=2)
+    expected = Retriever.open(uri, cache_dir=cache).search(unit_vectors(5), 3)
     with run_partitions(uri, manifest.index_id, RetrievalConfig(cache_dir=cache, partitions=2)) as partitions:
         together = PartitionedRetriever.open(partitions, cache)
-        expected = together.search(unit_vectors(5), 3)
+        assert together.search(unit_vectors(5), 3) == expected
         for actor in partitions.actors:
             os.kill(ray.get(actor.__ray_call__.remote(lambda _: os.getpid())), signal.SIGKILL)
             assert together.search(unit_vectors(5), 3) == expected
 
 
+@pytest.mark.ray
 def test_the_actors_end_with_the_run(tmp_path: Path, publish: Callable[..., IndexManifest]) -> None:
     uri = f"{tmp_path}/index"
     manifest = publish(uri)
@@ -118,6 +119,7 @@ def test_more_partitions_than_shards(tmp_path: Path, publish: Callable[..., Inde
         pass
 
 
+@pytest.mark.ray
 def test_a_damaged_shard_is_its_own_error(tmp_path: Path, publish: Callable[..., IndexManifest]) -> None:
     uri = f"{tmp_path}/index"
     manifest = publish(uri)

@@ -7,7 +7,7 @@ from jobs.captioning.watch import watch_run
 
 
 @pytest.mark.ray
-def test_the_actor_lives_beside_the_driver_and_may_be_lost(ray_session: None) -> None:
+def test_the_actor_lives_beside_the_driver_and_may_be_lost() -> None:
     import ray
 
     def work(rows: list[int]) -> list[int]:

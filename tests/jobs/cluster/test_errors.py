@@ -12,7 +12,7 @@ from smallcap.machine.actor_plan import ActorPlan
 
 
 @pytest.mark.ray
-def test_an_error_of_a_task_arrives_as_itself(ray_session: None) -> None:
+def test_an_error_of_a_task_arrives_as_itself() -> None:
     import ray
 
     def fail(batch: pa.Table) -> pa.Table:
@@ -47,7 +47,7 @@ def wait_for_free_cpus() -> None:
 
 
 @pytest.mark.ray
-def test_an_error_of_an_actor_arrives_as_itself_and_no_actor_stays(ray_session: None) -> None:
+def test_an_error_of_an_actor_arrives_as_itself_and_no_actor_stays() -> None:
     with pytest.raises(StorageError) as kept:
         fail_in_actors(StorageError("The disk is full."))
     assert type(kept.value) is StorageError
@@ -55,7 +55,7 @@ def test_an_error_of_an_actor_arrives_as_itself_and_no_actor_stays(ray_session: 
 
 
 @pytest.mark.ray
-def test_a_bug_of_an_actor_arrives_and_no_actor_stays(ray_session: None) -> None:
+def test_a_bug_of_an_actor_arrives_and_no_actor_stays() -> None:
     with pytest.raises(ZeroDivisionError) as kept:
         fail_in_actors(ZeroDivisionError("a bug"))
     wait_for_free_cpus()
@@ -80,7 +80,7 @@ def test_an_error_of_a_constructor_is_raised_by_every_call() -> None:
 
 
 @pytest.mark.ray
-def test_an_error_of_a_constructor_arrives_once_as_itself(ray_session: None) -> None:
+def test_an_error_of_a_constructor_arrives_once_as_itself() -> None:
     import ray
 
     plan = ActorPlan("cpu", "float32", 2, 1.0, 0.0, 2)

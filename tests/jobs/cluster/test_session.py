@@ -9,7 +9,7 @@ from jobs.cluster.session import limit_blocks
 
 
 @pytest.mark.ray
-def test_blocks_are_limited_for_one_dataset_alone(ray_session: None) -> None:
+def test_blocks_are_limited_for_one_dataset_alone() -> None:
     import ray
 
     def four_tables(batch: pa.Table) -> Iterator[pa.Table]:

@@ -8,13 +8,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from caption_runs import jpeg
-from train_runs import train_config
 
 from jobs.training.inputs import TrainInputs, list_inputs
 from jobs.training.pairs import captions_of
 from smallcap.errors import ConfigError, SchemaError
 from smallcap.images.work_list import read_fragment
+from tests.caption_runs import jpeg
+from tests.train_runs import train_config
 
 CAPTIONS = {"a.jpg": ["a dog", "the dog runs"], "b.jpg": ["a bus"]}
 Read = dict[str, dict[str, tuple[str, list[str]]]]

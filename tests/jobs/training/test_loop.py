@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from feature_files import write_store
-from train_runs import loss_curve, train_config
 
 from jobs.training.loop import Worker, WorkerSpec
 from jobs.training.record import choose_best
@@ -16,6 +14,8 @@ from smallcap.errors import ConfigError
 from smallcap.training.checkpoints import EpochResult, find_train_checkpoint, load_trained_weights
 from smallcap.training.example_stream import ExampleStream
 from smallcap.training.objective import StepReport
+from tests.feature_files import write_store
+from tests.train_runs import loss_curve, train_config
 
 STEPS = 2 * 3  # two epochs of 24 examples
 

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from index_files import PublishIndex, unit_vectors
 
 from smallcap.errors import ConfigError
 from smallcap.index import gpu_search
 from smallcap.index.gpu_search import ExactBlocks, merged_index, open_gpu_search
 from smallcap.index.retriever import Retriever
+from tests.index_files import PublishIndex, unit_vectors
 
 DIM = 32
 ROWS = 700

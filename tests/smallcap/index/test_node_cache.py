@@ -16,7 +16,6 @@ from typing import Any
 import faiss
 import numpy as np
 import pytest
-from index_files import PublishIndex, unit_vectors
 
 from smallcap import storage
 from smallcap.errors import IndexIntegrityError, StorageError
@@ -25,6 +24,7 @@ from smallcap.index.manifest import FileEntry
 from smallcap.index.node_cache import check_file, missing_files, open_version_folder
 from smallcap.index.partition import files_of
 from smallcap.index.retriever import Retriever
+from tests.index_files import PublishIndex, unit_vectors
 
 
 def files_in(cache: str) -> set[str]:

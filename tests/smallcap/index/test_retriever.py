@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from index_files import PublishIndex, unit_vectors
 
 from smallcap.errors import IndexIntegrityError, ManifestError, RunError
 from smallcap.index.caption_store import load_caption_sample
 from smallcap.index.manifest import EncoderIdentity, load_manifest, manifest_uri
 from smallcap.index.retriever import Neighbour, Retriever
+from tests.index_files import PublishIndex, unit_vectors
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden"
 

@@ -7,14 +7,14 @@ from typing import Any
 import faiss
 import numpy as np
 import pytest
-from conftest import train_quickly
-from index_files import unit_vectors
 
 from smallcap import storage
 from smallcap.errors import IndexIntegrityError
 from smallcap.index.faiss_index import is_lossy
 from smallcap.index.manifest import ShardEntry
 from smallcap.index.vector_shard import VectorShard, assign
+from tests.conftest import train_quickly
+from tests.index_files import unit_vectors
 
 DIM = 32
 LOSSLESS = ["Flat", "IVF16,Flat", "IVF16_HNSW8,Flat", "IVF16,SQfp16"]

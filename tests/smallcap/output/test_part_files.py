@@ -331,7 +331,7 @@ def test_duckdb_reads_only_the_row_groups_that_can_have_an_id(tmp_path: Path) ->
 
 
 @pytest.mark.ray
-def test_ray_reads_parts_embeddings_and_tars(ray_session: None, whole_output: Path) -> None:
+def test_ray_reads_parts_embeddings_and_tars(whole_output: Path) -> None:
     import ray
 
     parts = ray.data.read_parquet(sorted(map(str, whole_output.glob("part-*.parquet")))).to_pandas()
@@ -348,7 +348,8 @@ def test_ray_reads_parts_embeddings_and_tars(ray_session: None, whole_output: Pa
 
 
 @pytest.mark.ray
-def test_ray_reads_parts_from_s3(ray_session: None, s3: str) -> None:
+@pytest.mark.slow
+def test_ray_reads_parts_from_s3(s3: str) -> None:
     import ray
 
     write(s3 + "/out")

@@ -2,9 +2,9 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
-from feature_files import write_store
 
 from smallcap.training.example_stream import ExampleStream
+from tests.feature_files import write_store
 
 Named = tuple[str, int]
 
