@@ -11,9 +11,9 @@ from typing import Any
 
 from index_builder.dumps.buckets import DealTask, plan_buckets, plan_dealing
 from index_builder.dumps.files import DumpScan
-from index_builder.dumps.formats import Columns
 from index_builder.stored import DealStoredTask, Role, StoredIndex
 from smallcap import storage
+from smallcap.captions.rows import CaptionColumns
 from smallcap.config import CleaningConfig, IndexConfig
 from smallcap.errors import ConfigError, ManifestError
 from smallcap.index.manifest import EncoderIdentity, IndexManifest, SourceEntry, load_manifest
@@ -58,7 +58,7 @@ class Inputs:
             yield SourceEntry(uri=scan.dump.uri, name=scan.dump.name, rows=count, sha256=scan.sha256)
 
     def deal_tasks(
-        self, work_uri: str, columns: Columns, cleaning: CleaningConfig, identity: EncoderIdentity
+        self, work_uri: str, columns: CaptionColumns, cleaning: CleaningConfig, identity: EncoderIdentity
     ) -> tuple[list[DealTask | DealStoredTask], int]:
         """Returns the dealing tasks in the order of their rows, and the number of buckets."""
         buckets = plan_buckets(self._bytes())

@@ -16,10 +16,11 @@ import pyarrow as pa
 from index_builder.dumps.buckets import ChunkWriter, Dealt
 from index_builder.dumps.cleaning import caption_key
 from index_builder.dumps.deduplication import Row
+from smallcap import storage
 from smallcap.errors import IndexIntegrityError
 from smallcap.index.caption_store import open_caption_file, open_removed
 from smallcap.index.manifest import FileEntry, IndexManifest, ShardEntry
-from smallcap.index.node_cache import DEFAULT_CACHE_DIR, open_version_folder
+from smallcap.index.node_cache import open_version_folder
 from smallcap.index.vector_shard import VectorShard
 
 _ROWS_AT_ONCE = 20_000
@@ -40,7 +41,7 @@ class StoredIndex:
 
     uri: str
     manifest: IndexManifest
-    cache_dir: str = DEFAULT_CACHE_DIR
+    cache_dir: str = storage.DEFAULT_CACHE_DIR
 
     def removed_ids(self) -> np.ndarray:
         """Returns the sorted int64 ids of the removed captions."""

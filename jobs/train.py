@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from jobs.captioning.record import run_lock
+from jobs.cluster.session import connect
 from jobs.terminal.arguments import run_job
 from jobs.training.export import write_model
 from jobs.training.inputs import TrainInputs, list_inputs
@@ -95,8 +96,6 @@ def open_record(config: TrainConfig) -> tuple[TrainRecord, ModelStart]:
 
 def _train(config: TrainConfig, record: TrainRecord, start: ModelStart, address: str | None) -> TrainSummary:
     """Runs one attempt of all stages."""
-    from jobs.cluster.session import connect, own_errors
-
     connect(address)  # before Ray Data is imported: it reads some of its settings then
 
     from jobs.training.candidates import count_leaks, store_candidates
@@ -115,12 +114,11 @@ def _train(config: TrainConfig, record: TrainRecord, start: ModelStart, address:
     write_train_record(config.out, record)
     folders = (config.features or storage.join(config.out, "features"), storage.join(config.out, "candidates"))
     inputs = list_inputs(config, config.out)
-    with own_errors():
-        features = store_features(config, start, inputs, _crop_plan(model, start), _vision_sha256(model), folders[0])
-        leaks = None
-        if record.index_id is not None:
-            store_candidates(config, load_manifest(config.index or "", record.index_id), features, folders)
-            leaks = record.data.leaks if record.data else count_leaks(features, folders)
+    features = store_features(config, start, inputs, _crop_plan(model, start), _vision_sha256(model), folders[0])
+    leaks = None
+    if record.index_id is not None:
+        store_candidates(config, load_manifest(config.index or "", record.index_id), features, folders)
+        leaks = record.data.leaks if record.data else count_leaks(features, folders)
     plan = plan_training(config, record.dtype)
     streams = [_stream(config, features, folders, split) for split in ("train", "validation")]
     record = record.model_copy(

@@ -20,6 +20,7 @@ from smallcap import storage
 from smallcap.config import InputConfig
 from smallcap.errors import ConfigError
 from smallcap.images.fragments import FRAGMENT_COLUMNS, FRAGMENT_ROWS, FragmentKind, FragmentTable
+from smallcap.images.kinds import IMAGE_SUFFIXES
 from smallcap.images.sorting import (
     Duplicates,
     UnsortedError,
@@ -28,7 +29,7 @@ from smallcap.images.sorting import (
     unique_images,
     without_known,
 )
-from smallcap.images.sources import IMAGE_SUFFIXES, ImageSources
+from smallcap.images.sources import ImageSources
 from smallcap.images.tars import choose_tar_ids
 from smallcap.images.work_list import (
     Marker,

@@ -33,7 +33,6 @@ from smallcap import storage
 from smallcap.errors import IndexIntegrityError, StorageError
 from smallcap.index.manifest import FILES_FOLDER, FileEntry, IndexManifest
 
-DEFAULT_CACHE_DIR = "~/.cache/smallcap"
 _DOWNLOADS_AT_ONCE = 4
 _DOWNLOAD_ATTEMPTS = 2  # a second one, because the first may have met a damaged transfer
 _IN_USE_S = 300  # a file verified so recently may be about to be mapped, and is not deleted for room
@@ -49,7 +48,7 @@ _SECTION_BYTES = 28
 def open_version_folder(
     index_uri: str,
     manifest: IndexManifest,
-    cache_dir: str = DEFAULT_CACHE_DIR,
+    cache_dir: str = storage.DEFAULT_CACHE_DIR,
     entries: Sequence[FileEntry] | None = None,
 ) -> Path:
     """Returns a local folder below which the version's files lie, each with the checksum of the manifest.
@@ -78,7 +77,7 @@ def open_version_folder(
 def missing_files(
     index_uri: str,
     manifest: IndexManifest,
-    cache_dir: str = DEFAULT_CACHE_DIR,
+    cache_dir: str = storage.DEFAULT_CACHE_DIR,
     entries: Sequence[FileEntry] | None = None,
 ) -> list[FileEntry]:
     """Returns which of the files `open_version_folder` would have to download to this node; none of a local index."""

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
+from smallcap import storage
 from smallcap.config import SearchDevice
 from smallcap.errors import ConfigError, RunError
 from smallcap.index.caption_store import CaptionStore, open_removed
 from smallcap.index.manifest import EncoderIdentity, IndexManifest, load_manifest
-from smallcap.index.node_cache import DEFAULT_CACHE_DIR, open_version_folder
+from smallcap.index.node_cache import open_version_folder
 from smallcap.index.partition import IndexPartition, LocalPartition, files_of
 from smallcap.index.ranking import NOTHING, Attempted, Ranking, best_of, settle
 
@@ -173,7 +174,7 @@ class Retriever(NeighbourSearch):
         index_uri: str,
         *,
         encoder: EncoderIdentity | None = None,
-        cache_dir: str = DEFAULT_CACHE_DIR,
+        cache_dir: str = storage.DEFAULT_CACHE_DIR,
         index_id: str | None = None,
     ) -> Retriever:
         """Opens a published index: manifest, encoder check, verified local files, memory maps, in this order.

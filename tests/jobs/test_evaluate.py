@@ -74,14 +74,14 @@ def test_a_run_is_evaluated_from_any_storage(folder: str) -> None:
     result = evaluate([stored], write_coco(folder), out=out)
     assert json.loads(storage.read_bytes(out)) == result
     assert (result["images"], result["references"]["images"], result["captions_per_image"]) == (2, 3, 2)
-    own = result["runs"][0]
-    assert (own["rows"], own["errors"], own["without_references"]) == (3, {"not_an_image": 1}, 0)
-    assert (own["model_id"], own["index_id"], own["clip_score_encoder"]) == (
+    measured = result["runs"][0]
+    assert (measured["rows"], measured["errors"], measured["without_references"]) == (3, {"not_an_image": 1}, 0)
+    assert (measured["model_id"], measured["index_id"], measured["clip_score_encoder"]) == (
         "demo@e2a6d95a4e14",
         "1adeb9c10471b38c",
         "demo",
     )
-    figures = own["figures"]
+    figures = measured["figures"]
     assert figures["clip_score"]["value"] == pytest.approx(2.5 * figures["clip_cosine"]["value"])
     assert 0 < figures["bleu_1"]["value"] <= 1
     assert result["differences"] == {}
@@ -165,10 +165,10 @@ def _broken(name: str, content: str, message: str, kind: type[SmallCapError] = S
     ("name", "content", "message", "kind"),
     [
         _broken("refs.json", "{", "not a JSON file"),
-        _broken("refs.json", '{"images": []}', "holds no reference captions"),
+        _broken("refs.json", '{"images": []}', "holds no captions"),
         _broken("refs.json", '{"annotations": [{"image_id": 1}]}', "annotations[0]"),
         _broken("refs.csv", "image,caption\na.jpg", "refs.csv: line 2"),
-        _broken("refs.csv", "image,text\na.jpg,x", "lacks the text column"),
+        _broken("refs.csv", "image,text\na.jpg,x", "no column of captions"),
         _broken("refs.csv", "file,caption\na.jpg,x", "names no image"),
         _broken("refs.csv", "image,caption\nother.jpg,x", "images named other.jpg", ConfigError),
         _broken("refs.txt", "x", "of this kind are unknown", ConfigError),

@@ -21,8 +21,6 @@ from smallcap.index.caption_store import load_caption_sample, read_texts
 from smallcap.index.manifest import load_manifest, load_pointer, switch_pointer
 from smallcap.index.retriever import Retriever
 
-pytestmark = pytest.mark.usefixtures("in_process")
-
 WORDS = ("dog", "cat", "ball", "boat", "tree", "kite", "house", "bird", "lamp", "cup")
 PLACES = ("park", "sea", "room", "street", "hill", "wood")
 GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "index_v1_flat" / "index"

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from index_builder.dumps.vectors import check_dim, unit_vectors
+from smallcap.captions.vectors import check_dim, unit_vectors
 from smallcap.errors import SchemaError
 
 MATRICES = st.sampled_from(["<f2", "<f4", "<f8", ">f4"]).flatmap(
