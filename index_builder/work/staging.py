@@ -5,8 +5,8 @@
       work/                          intermediate files
       results/<stage>/000007.json    the result of a finished work item; written after its files
 
-The folder is named by a fingerprint, the hash of all that decides the outcome. A build that was killed or failed leaves it
-behind, and the same command goes on from there. Shards and captions are written to their final place at once: their
+The folder is named by a fingerprint, the hash of all that decides the outcome. A build that was killed or failed leaves
+it behind, and the same command goes on from there. Shards and captions are written to their final place at once: their
 names are their contents, and no reader knows them before a manifest does.
 """
 
