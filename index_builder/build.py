@@ -153,9 +153,11 @@ class Build:
         added_before = base is not None and not self._inputs.given
         if added_before and all((scan.dump.uri, scan.sha256) in known for scan in self._inputs.scans):
             return self._no_op()
-        if self._current is not None and (self._current.fingerprint == self._plan_of_version() or self._is_compact()):
+        if self._current is not None and (
+            self._current.fingerprint == self._version_fingerprint() or self._is_compact()
+        ):
             return self._no_op()
-        with Staging(self._index_uri, self._plan_of_files()) as staging:
+        with Staging(self._index_uri, self._files_fingerprint()) as staging:
             gathered = self._gather(staging)
             if base is not None and gathered.changes_nothing:
                 return self._no_op()
@@ -173,7 +175,7 @@ class Build:
             ConfigError, SchemaError, CheckpointError, StorageError: As `build_index`.
         """
         self._scan()
-        with Staging(self._index_uri, self._plan_of_files()) as staging:
+        with Staging(self._index_uri, self._files_fingerprint()) as staging:
             gathered = self._gather(staging)
             index = self._plan_index(len(gathered.captions))
             with self._runner.stage("calibrate"):
@@ -215,14 +217,14 @@ class Build:
             "dtype": self._encoding.dtype,
         }
 
-    def _plan_of_files(self) -> str:
+    def _files_fingerprint(self) -> str:
         """Returns the hash of all that decides the index's files."""
         return self._inputs.fingerprint(self._encoding.encoder, self._options())
 
-    def _plan_of_version(self) -> str:
+    def _version_fingerprint(self) -> str:
         """Returns the hash of all that decides the version: its files, and how they are searched."""
         recall = self._config.recall.model_dump(mode="json", exclude={"accept"})
-        return hashlib.sha256(json.dumps([self._plan_of_files(), recall]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([self._files_fingerprint(), recall]).encode()).hexdigest()
 
     def _scan(self) -> None:
         scans = self._runner.run("scan", scan_dump, [(dump, self._columns) for dump in self._dumps])
@@ -278,7 +280,7 @@ class Build:
             dropped=gathered.dropped,
             operation="add" if kept else "build",
             parents=tuple(parent.manifest.index_id for parent in self._inputs.parents),
-            fingerprint=self._plan_of_version(),
+            fingerprint=self._version_fingerprint(),
             trained_on=(kept.trained_on or kept.ntotal) if kept else len(captions),
             builder_version=version("smallcap"),
             created_at=utc_now(),

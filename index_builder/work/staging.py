@@ -1,12 +1,12 @@
 """A build's own folder below the index: what it has finished, and who builds there.
 
-    INDEX/.staging-<plan>/
+    INDEX/.staging-<fingerprint>/
       owner.json                     who builds here, and when it last showed signs of life
       work/                          intermediate files
       results/<stage>/000007.json    the result of a finished work item; written after its files
 
-The folder is named by the plan, a hash of all that decides the outcome. A build that was killed or failed leaves it
-behind, and the same command goes on from there. Shards and captions are written to their final place at once: their
+The folder is named by a fingerprint, the hash of all that decides the outcome. A build that was killed or failed leaves
+it behind, and the same command goes on from there. Shards and captions are written to their final place at once: their
 names are their contents, and no reader knows them before a manifest does.
 """
 
@@ -39,7 +39,7 @@ ABANDONED_AFTER = timedelta(days=1)
 _OWNER_FILE = "owner.json"
 _HEARTBEAT_S = 30.0
 _SILENCE_S = 600.0  # after which a build on another machine counts as dead
-_PLAN_DIGITS = 16
+_FINGERPRINT_DIGITS = 16
 
 _log = logging.getLogger(__name__)
 
@@ -48,20 +48,20 @@ Result = TypeVar("Result")
 
 
 class Staging:
-    """The folder of one plan, from `with` to the end of its block; it outlasts a block that fails.
+    """The folder of one build, from `with` to the end of its block; it outlasts a block that fails.
 
-    Entering takes over what a dead build of the same plan has left, and removes what dead builds of other plans left
+    Entering takes over what a dead build of the same fingerprint has left, and removes what dead builds of others left
     more than a day ago. A build is dead when its process is gone, or, on another machine, when it has not renewed its
     owner file for ten minutes.
 
     Args:
         index_uri: The index.
-        plan: Hash of all that decides the outcome.
+        fingerprint: Hash of all that decides the outcome.
     """
 
-    def __init__(self, index_uri: str, plan: str) -> None:
+    def __init__(self, index_uri: str, fingerprint: str) -> None:
         self._index_uri = index_uri
-        self.uri = storage.join(index_uri, f"{STAGING_PREFIX}{plan[:_PLAN_DIGITS]}")
+        self.uri = storage.join(index_uri, f"{STAGING_PREFIX}{fingerprint[:_FINGERPRINT_DIGITS]}")
         self.work_uri = storage.join(self.uri, "work")
         self._stopped = threading.Event()
         self._heart = threading.Thread(target=self._beat, daemon=True)
