@@ -149,7 +149,7 @@ def load_config(
     for setting in sets:
         key, equals, text = setting.partition("=")
         if not equals:
-            raise ConfigError("A --set needs a name and a value.", where=setting, expected="--set group.name=value")
+            raise ConfigError("A --set needs a name and a value.", where=setting, expected="--set a.b=c")
         _assign(values, key.strip(), _parse_yaml(text, f"--set {setting}"))
         given.pop(key.strip(), None)
     try:

@@ -26,13 +26,15 @@ def test_command_line_and_what_it_prints(
 ) -> None:
     monkeypatch.delitem(sys.modules, "jobs.build_index")  # so that it runs as if it were new
     monkeypatch.setattr(sys, "argv", ["build_index", *arguments])
-    runpy.run_module("jobs.build_index", run_name="__main__")
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("jobs.build_index", run_name="__main__")
     printed = capsys.readouterr()
     assert load_manifest(f"{tmp_path}/index").index_id in printed.out
     assert "2 captions of 3 rows in 2 shards, Flat; dropped: 1 duplicate" in printed.out
     assert "recall@4 1.0000" in printed.out
     assert "embed: 2 done" in printed.err
-    runpy.run_module("jobs.build_index", run_name="__main__")
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("jobs.build_index", run_name="__main__")
     assert capsys.readouterr().out.startswith("Nothing to do")
 
 
