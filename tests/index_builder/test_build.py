@@ -190,7 +190,7 @@ def test_a_build_from_s3_to_s3(tmp_path: Path, s3: str, tiny_clip: Path) -> None
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_session")
 def test_errors_of_the_workers_keep_their_kind(tmp_path: Path, dump: Path, tiny_clip: Path) -> None:
-    with pytest.raises(SchemaError, match="lacks the text column"):
+    with pytest.raises(SchemaError, match="no column of captions"):
         build_index(config(dump, tmp_path / "index", tiny_clip, text_column="text"), RayRunner())
     with pytest.raises(ConfigError, match=r"No caption(.|\n)*too_few_words"):
         build_index(config(dump, tmp_path / "index", tiny_clip, cleaning=CleaningConfig(min_words=20)), RayRunner())
