@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help setup demo test test-all lint format bench demo-model claims clean
+.PHONY: help setup demo test test-all lint format docs bench demo-model claims clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -34,6 +34,9 @@ lint: $(INSTALLED) ## Check style, types and layers
 format: $(INSTALLED) ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(INSTALLED) ## Write docs/options.md from the options' declarations
+	$(BIN)/python -m jobs.options > docs/options.md
 
 bench: $(INSTALLED) ## Measure every stage on this machine
 	$(BIN)/smallcap bench

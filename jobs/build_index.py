@@ -1,4 +1,4 @@
-"""The job that builds an index from caption dumps: `python -m jobs.build_index --config FILE --set a.b=c`."""
+"""The job that builds an index from caption dumps: `smallcap build-index …`, or `python -m jobs.build_index …`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from index_builder.build import Build, BuildPlan, BuildReport
 from index_builder.plan import plan_index, with_open_nlist
 from index_builder.versions.removal import COMPACT_ABOVE
 from jobs.cluster.session import connect, own_errors
-from jobs.terminal.arguments import run_job
 from smallcap.config import IndexConfig
 from smallcap.index.manifest import IndexManifest
 
@@ -127,4 +126,6 @@ def _print_progress(stage: str, done: int, total: int) -> None:
 
 
 if __name__ == "__main__":
-    run_job(IndexConfig, lambda config, address: (describe(run(config, address)), 0))
+    from jobs.cli import main
+
+    main("build-index")

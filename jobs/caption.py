@@ -2,7 +2,7 @@
 
     what is left of the input → load (fetch and decode, CPU tasks) → caption (actor pool) → write parts
 
-Runs as `smallcap caption …` or, for `ray job submit`, as `python -m jobs.caption --config FILE --set a.b=c`.
+Runs as `smallcap caption …` or, for `ray job submit`, as `python -m jobs.caption …` with the same options.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from jobs.captioning.plan import captioner_spec, count_images, load_spec, plan_on_cluster
-from jobs.captioning.plan import dry_run as plan_dry_run
 from jobs.captioning.record import (
     RUN_FORMAT_VERSION,
     Attempt,
@@ -26,7 +25,7 @@ from jobs.captioning.record import (
     write_run_record,
 )
 from jobs.captioning.work import finish_run, list_work, open_record, what_is_left
-from jobs.terminal.arguments import EXIT_TOO_MANY_ERRORS, run_job
+from jobs.terminal.command_line import EXIT_TOO_MANY_ERRORS
 from smallcap.config import CaptionConfig
 from smallcap.images.work_list import WorkList
 from smallcap.index.manifest import utc_now
@@ -200,14 +199,7 @@ def exit_status(config: CaptionConfig, summary: RunSummary) -> int:
     return EXIT_TOO_MANY_ERRORS if summary.error_rate > config.max_error_rate else 0
 
 
-def _run_as_module(
-    config: CaptionConfig, address: str | None, dry_run: bool, retry_failed: bool, relist: bool
-) -> tuple[str, int]:
-    if dry_run:
-        return "\n".join(plan_dry_run(config, address).lines()), 0
-    summary = run(config, address, retry_failed=retry_failed, relist=relist)
-    return describe(summary), exit_status(config, summary)
-
-
 if __name__ == "__main__":
-    run_job(CaptionConfig, _run_as_module, ("dry_run", "retry_failed", "relist"))
+    from jobs.cli import main
+
+    main("caption")

@@ -1,7 +1,7 @@
 """Evaluation of captioning runs against reference captions: reads both, and returns the figures as plain values.
 
-Runs as `smallcap evaluate RUN… --references FILE`, or as `python -m jobs.evaluate --config FILE --set a.b=c`. It needs
-no Ray: a run's captions fit into one process, and its images are not looked at.
+Runs as `smallcap evaluate RUN… --references FILE`, or as `python -m jobs.evaluate …` with the same options. It needs no
+Ray: a run's captions fit into one process, and its images are not looked at.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import pyarrow as pa
 
 from index_builder.dumps.formats import FORMATS, Columns, read_rows
 from jobs.captioning.record import RUN_FILE, RunRecord, load_run_record, read_parts
-from jobs.terminal.arguments import run_job
 from smallcap import storage
 from smallcap.config import EvaluateConfig
 from smallcap.errors import ConfigError, SchemaError
@@ -139,13 +138,7 @@ def _warnings(paths: tuple[str, ...], records: list[RunRecord]) -> list[str]:
     return warnings
 
 
-def _run_as_module(config: EvaluateConfig, address: str | None) -> tuple[str, int]:
-    from jobs.terminal.evaluation_table import print_evaluation
-
-    result = run(config)
-    print_evaluation(result)
-    return json.dumps(result), 0
-
-
 if __name__ == "__main__":
-    run_job(EvaluateConfig, _run_as_module)
+    from jobs.cli import main
+
+    main("evaluate")

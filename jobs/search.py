@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
+from jobs.terminal.call_options import SearchOptions
 from smallcap import storage
 from smallcap.errors import ConfigError, RowError
 from smallcap.index.manifest import load_manifest
 from smallcap.index.retriever import Neighbour, Retriever
 
 
-def search(index: str, image: str | None, text: str | None, k: int, encoder: str | None = None) -> list[Neighbour]:
-    """Returns the k captions nearest to an image or a text.
-
-    Args:
-        index: The published index's URI.
-        image: URI of an image; or None.
-        text: A text; or None. Exactly one of the two is given.
-        k: How many.
-        encoder: Retrieval encoder spec; by default the one that the index names.
+def search(options: SearchOptions) -> list[Neighbour]:
+    """Returns the captions nearest to an image or a text.
 
     Raises:
         ConfigError: Not exactly one query is given, or the image cannot be used.
         RunError: The index or its encoder cannot be used.
     """
+    index, image, text, k = options.index, options.image, options.text, options.k
     if (image is None) == (text is None):
         raise ConfigError("A search takes one query.", expected="either --image or --text")
     manifest = load_manifest(index)
     from smallcap.model.clip_encoder import load_retrieval_encoder, normalise_pixels, resolve_encoder_identity
 
-    spec = encoder or manifest.encoder.spec
+    spec = options.encoder or manifest.encoder.spec
     retriever = Retriever.open(index, encoder=resolve_encoder_identity(spec), index_id=manifest.index_id)
     loaded = load_retrieval_encoder(spec)
     if text is not None:

@@ -2,8 +2,8 @@
 
     list → store features (once per image) → store candidates (of the index) → train (Ray Train) → write the model
 
-Runs as `smallcap train …` or, for `ray job submit`, as `python -m jobs.train --config FILE --set a.b=c`. What an
-earlier attempt has finished is not done again.
+Runs as `smallcap train …` or, for `ray job submit`, as `python -m jobs.train …` with the same options. What an earlier
+attempt has finished is not done again.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from jobs.captioning.record import run_lock
-from jobs.terminal.arguments import run_job
 from jobs.training.export import write_model
 from jobs.training.inputs import TrainInputs, list_inputs
 from jobs.training.progress import show_training
@@ -175,7 +174,7 @@ def _finish(config: TrainConfig, record: TrainRecord, start: ModelStart) -> Trai
 
 def _crop_plan(model: SmallCapModel, start: ModelStart) -> CropPlan:
     retrieval = load_preprocessing(start.retrieval_encoder) if start.retrieval_encoder else None
-    return CropPlan.of(model.encoder.preprocessing, retrieval, start.config.data.input.decode)
+    return CropPlan.of(model.encoder.preprocessing, retrieval, start.config.data.decode)
 
 
 def _vision_sha256(model: SmallCapModel) -> str:
@@ -262,11 +261,7 @@ def describe(summary: TrainSummary) -> str:
     return "\n".join(lines)
 
 
-def _run_as_module(config: TrainConfig, address: str | None, dry_run: bool) -> tuple[str, int]:
-    if dry_run:
-        return "\n".join(plan_lines(config)), 0
-    return describe(run(config, address)), 0
-
-
 if __name__ == "__main__":
-    run_job(TrainConfig, _run_as_module, ("dry_run",))
+    from jobs.cli import main
+
+    main("train")

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from smallcap import storage
-from smallcap.config import CaptionConfig, load_config
+from smallcap.config import CaptionConfig
+from smallcap.options import load_config
 from smallcap.output.part_files import list_parts
 
 

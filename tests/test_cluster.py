@@ -21,10 +21,11 @@ import pytest
 import yaml
 from PIL import Image
 
-from smallcap.config import CaptionConfig, load_config
+from smallcap.config import CaptionConfig
 from smallcap.index.manifest import IndexManifest
 from smallcap.machine.actor_plan import plan_actors
 from smallcap.model.clip_encoder import resolve_encoder_identity
+from smallcap.options import load_config
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "cluster.yaml").read_text()

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from smallcap.config import CaptionConfig, EvaluateConfig, IndexConfig, load_config
+from smallcap.config import CaptionConfig, EvaluateConfig, IndexConfig
+from smallcap.options import load_config
 
 FOLDER = Path(__file__).parents[1] / "docs" / "reproduce"
 DATA_SETS = ["coco", "flickr30k", "msrvtt", "nocaps", "vizwiz"]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from caption_runs import jpeg
 
-from smallcap.config import load_config
+from smallcap.options import load_config
 from smallcap.training.config import TrainConfig
 
 NOUNS = ("dog", "bus", "cat", "boat")

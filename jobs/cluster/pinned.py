@@ -7,8 +7,8 @@ from collections.abc import Collection
 from importlib.metadata import version
 from typing import Any
 
-from smallcap.config import Config, config_difference
 from smallcap.errors import ConfigError
+from smallcap.options import Config, config_difference
 
 _PACKAGES = ("smallcap", "torch", "transformers", "open_clip_torch", "pyarrow", "ray")
 

@@ -1,4 +1,4 @@
-"""What people see in the terminal: results as tables, errors in their own words."""
+"""What people see in the terminal: results as tables."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.captioning.record import read_parts
-from smallcap.errors import SmallCapError
 from smallcap.index.retriever import Neighbour
 from smallcap.output.schema import STATUS_OK
 
@@ -20,21 +19,11 @@ if TYPE_CHECKING:  # it imports torch, which most commands do without
 _SAMPLE_COLUMNS = ("image_id", "caption_id", "caption", "text", "clip_score", "status", "error_code")
 
 out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
-
-
-def print_error(error: SmallCapError) -> None:
-    """Prints an error's parts, one per line."""
-    message = Text("error: ", style="bold red")
-    message.append(str(error), style="default")
-    err.print(message, soft_wrap=True)
 
 
 def print_neighbours(neighbours: Sequence[Neighbour]) -> None:
     """Prints retrieved captions, nearest first."""
-    table = Table(box=None, pad_edge=False)
-    for header, justify in (("score", "right"), ("id", "right"), ("caption", "left")):
-        table.add_column(header, justify=justify)  # type: ignore[arg-type]
+    table = _table("score", "id", "caption", right=("score", "id"))
     for neighbour in neighbours:
         table.add_row(f"{neighbour.score:.4f}", str(neighbour.caption_id), Text(neighbour.text))
     out.print(table)
@@ -49,20 +38,15 @@ def print_samples(run: str, count: int) -> None:
                 return
             if row["status"] == STATUS_OK:
                 shown += 1
-                score = f"  [dim](clip score {row['clip_score']:.2f})[/dim]" if row["clip_score"] is not None else ""
-                out.print(Text(row["image_id"], style="cyan"), end="")
-                out.print("  ", end="")
-                out.print(Text(row["caption"], style="bold"), end="")
-                out.print(score)
+                score = f"  (clip score {row['clip_score']:.2f})" if row["clip_score"] is not None else ""
+                out.print(Text.assemble((row["image_id"], "cyan"), "  ", (row["caption"], "bold"), (score, "dim")))
                 for neighbour in row["neighbours"]:
                     out.print(Text(f"    {neighbour['score']:.2f}  {neighbour['text']}", style="dim"))
 
 
 def print_swap(rows: Sequence[Mapping[str, str]]) -> None:
     """Prints images with their captions by one datastore and by another, and a person's caption to compare with."""
-    table = Table(box=None, pad_edge=False)
-    for header in ("image", "training domains' datastore", "own datastore", "reference"):
-        table.add_column(header, overflow="fold")
+    table = _table("image", "training domains' datastore", "own datastore", "reference")
     for row in rows:
         table.add_row(
             Text(row["image"], style="cyan"),
@@ -75,9 +59,8 @@ def print_swap(rows: Sequence[Mapping[str, str]]) -> None:
 
 def print_versions(versions: Sequence[Mapping[str, Any]]) -> None:
     """Prints an index's versions, the current one marked with a star."""
-    table = Table(box=None, pad_edge=False)
-    for header in ("", "version", "made (UTC)", "by", "captions", "key", "recall@4"):
-        table.add_column(header, justify="right" if header in ("captions", "recall@4") else "left", overflow="fold")
+    figures = ("captions", "recall@4")
+    table = _table("", "version", "made (UTC)", "by", "captions", "key", "recall@4", right=figures)
     for version in versions:
         mark = Text("*", style="bold green") if version["current"] else Text("")
         made = version["created_at"][:16].replace("T", " ")
@@ -99,10 +82,8 @@ def print_facts(facts: Mapping[str, Any]) -> None:
     samples = facts.get("samples") or []
     if samples:
         out.print()
-        rows = Table(box=None, pad_edge=False)
         columns = [name for name in _SAMPLE_COLUMNS if name in samples[0]]
-        for name in columns:
-            rows.add_column(name, overflow="fold")
+        rows = _table(*columns)
         for sample in samples:
             rows.add_row(*(Text(_compact(sample[name])) for name in columns))
         out.print(rows)
@@ -116,10 +97,8 @@ def print_benchmark(result: BenchmarkResult) -> None:
         f"commit {machine['commit'] or '–'}: matrix products at {result.matrix_tflops:.3f} TFLOP/s",
         soft_wrap=True,
     )
-    table = Table(box=None, pad_edge=False)
-    table.add_column("stage")
-    for header in ("images/s", "GFLOP/image", "TFLOP/s", "share"):
-        table.add_column(header, justify="right")
+    figures = ("images/s", "GFLOP/image", "TFLOP/s", "share")
+    table = _table("stage", *figures, right=figures)
     for stage in result.stages:
         counted = (stage.gflop_per_image, stage.tflops, stage.share)
         gflop, tflops, share = ("", "", "") if None in counted else ("{:,.2f}", "{:,.3f}", "{:.0%}")
@@ -137,6 +116,14 @@ def print_benchmark(result: BenchmarkResult) -> None:
         soft_wrap=True,
     )
     out.print(f"decode: fast differs from exact by {result.fast_decode_difference:.2f} of 255 on average")
+
+
+def _table(*headers: str, right: Sequence[str] = ()) -> Table:
+    """Returns an empty table; the columns named `right` hold figures."""
+    table = Table(box=None, pad_edge=False)
+    for header in headers:
+        table.add_column(header, justify="right" if header in right else "left", overflow="fold")
+    return table
 
 
 def _compact(value: Any) -> str:

@@ -64,7 +64,7 @@ def features_identity(start: ModelStart, inputs: TrainInputs, plan: CropPlan, vi
         "retrieval_encoder": retrieval.model_dump(include={"weights_sha256", "dim"}) if retrieval else None,
         "preprocessing": _as_json(asdict(plan)),
         "inputs_sha256": inputs.sha256,
-        "max_image_pixels": start.config.data.input.max_image_pixels,
+        "max_image_pixels": start.config.data.max_image_pixels,
         "limit": start.config.limit,
         "dtype": "float16",
     }
@@ -108,7 +108,7 @@ def _encode_all(config: TrainConfig, start: ModelStart, items: list[TrainItem], 
 
     actors = plan_actors(config.compute.of_actors(), node_resources())
     with stage_progress(), start_monitor(None, 0, "features", len(items)) as monitor:
-        loading = LoadSpec(plan, config.data.input, pa.schema([]), keep_bytes=False, monitor=monitor)
+        loading = LoadSpec(plan, config.data, pa.schema([]), keep_bytes=False, monitor=monitor)
         (
             start_loading(items, load_items, loading, FRAGMENT_ROWS)
             .map_batches(

@@ -106,7 +106,7 @@ class _Listing:
     def __init__(self, config: TrainConfig, folder: str) -> None:
         self._config, self._folder = config, folder
         data = config.data
-        self._input = data.input.model_copy(update={"image_column": data.image_column, "id_column": data.id_column})
+        self._input = data
         self._images: dict[Split, dict[str, tuple[str, list[str]]]] = {split: {} for split in SPLITS}
         self._tars: dict[Split, dict[str, str]] = {split: {} for split in SPLITS}
         self._parquet: dict[Split, dict[str, tuple[str, ParquetOutline]]] = {split: {} for split in SPLITS}

@@ -37,7 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
 from smallcap.captioner import Captioner
-from smallcap.config import GenerationConfig
+from smallcap.config import BenchmarkOptions, GenerationConfig
 from smallcap.decoding.beam_search import BeamSearch
 from smallcap.decoding.engine import prefill
 from smallcap.decoding.strategy import GenerationOptions
@@ -82,24 +82,6 @@ _WORDS = 20_000  # of the synthetic captions
 _CAPTION_WORDS = (10, 18)  # shortest and longest; with k=4 a prompt has about 66 tokens, as with real captions
 _MEAN_LENGTH, _LENGTH_SPREAD = 11.0, 2.0  # tokens of a caption, eos included
 EOS_TOKEN_ID, PAD_TOKEN_ID = 13, 0
-
-
-@dataclass(frozen=True)
-class BenchmarkOptions:
-    """What to measure."""
-
-    images: int = 64  # captioned by the whole loop
-    batch_size: int = 64
-    k: int = 4
-    num_beams: int = 3
-    reduce_factor: int = 4
-    retrieval_encoder: str = "shared"  # or an architecture of open_clip, as RN50x64
-    captions: int = 100_000  # in the index
-    device: str = "cpu"
-    dtype: str = "auto"
-    repeats: int = 3
-    compile: bool = False  # the encoders, by torch.compile
-    photos: tuple[str, ...] = ()  # image files; by default one is made
 
 
 @dataclass(frozen=True)
@@ -161,6 +143,8 @@ def run_benchmark(options: BenchmarkOptions) -> BenchmarkResult:
         ConfigError: The retrieval encoder is unknown.
     """
     keep_freed_memory()
+    if options.device == "auto":
+        options = options.model_copy(update={"device": "cuda" if torch.cuda.is_available() else "cpu"})
     dtype = resolve_dtype(options.dtype, options.device)
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         captioner = build_captioner(options, dtype, Path(folder))
@@ -212,7 +196,7 @@ class _Benchmark:
             mean_prompt_tokens=statistics.mean(map(len, self.prompts)),
             mean_caption_tokens=statistics.mean(self.lengths),
             fast_decode_difference=self._fast_decode_difference(),
-            options=asdict(self.options) | {"photos": len(self.options.photos)},
+            options=self.options.model_dump() | {"photos": len(self.options.photos)},
             machine=describe_machine(self.captioner),
         )
 

@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from smallcap import storage
-from smallcap.config import config_difference
 from smallcap.errors import ConfigError, SchemaError
+from smallcap.options import config_difference
 from smallcap.output.schema import NEIGHBOUR_TYPE, STATUS_OK
 
 FORMAT_VERSION = 1

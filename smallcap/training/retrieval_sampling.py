@@ -9,9 +9,10 @@ Source: Li et al. 2024, "Understanding Retrieval Robustness for Retrieval-augmen
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
-import numpy as np
+if TYPE_CHECKING:  # the command line imports this module, and starts quickly
+    import numpy as np
 
 Caption = TypeVar("Caption")
 RetrievalMode = Literal["top-k", "sample-k", "c-sample-k"]

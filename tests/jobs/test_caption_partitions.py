@@ -14,10 +14,11 @@ from PIL import Image
 
 from jobs import caption
 from smallcap import storage
-from smallcap.config import CaptionConfig, load_config
+from smallcap.config import CaptionConfig
 from smallcap.errors import ConfigError
 from smallcap.index.manifest import IndexManifest
 from smallcap.model.clip_encoder import load_retrieval_encoder
+from smallcap.options import load_config
 from smallcap.output.part_files import list_parts
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]

@@ -15,10 +15,10 @@ from jobs import train
 from jobs.cli import app
 from smallcap import storage
 from smallcap.captioner import Captioner
-from smallcap.config import load_config
 from smallcap.errors import CheckpointError, ConfigError
 from smallcap.model.checkpoint import load_checkpoint, save_checkpoint
 from smallcap.model.prompt import PromptTemplate
+from smallcap.options import load_config
 from smallcap.training.feature_store import read_features, read_queries
 
 pytestmark = pytest.mark.ray

@@ -11,8 +11,9 @@ from jobs.captioning.record import (
     run_lock,
     write_run_record,
 )
-from smallcap.config import CaptionConfig, load_config
+from smallcap.config import CaptionConfig
 from smallcap.errors import ConfigError, SchemaError
+from smallcap.options import load_config
 from smallcap.output.part_files import PartInfo
 
 

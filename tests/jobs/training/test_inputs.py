@@ -24,7 +24,7 @@ def read_all(inputs: TrainInputs, caption_column: str = "caption") -> Read:
     """Returns URI and captions of each image by split and id, read as the job reads them."""
     found: Read = {"train": {}, "validation": {}}
     for item in inputs.items:
-        config = train_config("x", "i", Path("m"), "o").data.input
+        config = train_config("x", "i", Path("m"), "o").data
         for batch in read_fragment(item.work.fragment, item.work.wanted, config, item.kept):
             assert batch.kept is not None
             captions = captions_of(batch.kept, caption_column)

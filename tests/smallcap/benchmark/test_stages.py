@@ -8,7 +8,6 @@ import torch
 
 from smallcap.benchmark.stages import (
     GPT2_124M,
-    BenchmarkOptions,
     PlannedLengths,
     build_model,
     decode_flops,
@@ -19,7 +18,7 @@ from smallcap.benchmark.stages import (
     torch_flops,
     vision_flops,
 )
-from smallcap.config import GenerationConfig
+from smallcap.config import BenchmarkOptions, GenerationConfig
 from smallcap.decoding.beam_search import BeamSearch
 from smallcap.decoding.engine import generate, prefill
 from smallcap.machine.precision import fastest_cpu_dtype, matrix_rate, resolve_dtype
@@ -63,7 +62,7 @@ def test_planned_lengths_are_kept_and_stand_for_real_captions(model: SmallCapMod
 
 
 def test_a_run_measures_every_stage_and_the_loop() -> None:
-    result = run_benchmark(BenchmarkOptions(images=2, batch_size=2, captions=200, repeats=1))
+    result = run_benchmark(BenchmarkOptions(device="cpu", images=2, batch_size=2, captions=200, repeats=1))
     values = json.loads(result.to_json())
     assert {"images_per_s", "matrix_tflops", "mfu"} <= values.keys()
     assert {stage["stage"] for stage in values["stages"]} >= {

@@ -1,7 +1,7 @@
 import pytest
 
-from smallcap.config import load_config
 from smallcap.errors import ConfigError
+from smallcap.options import load_config
 from smallcap.training.config import TrainConfig
 
 FLAGS = {"sources": ["dataset_coco.json"], "out": "out", "index": "index", "model": "model"}

@@ -1,0 +1,128 @@
+"""What the commands take beside a job's config: how one call of a job is made, and what look-ups are told.
+
+None of it is recorded with a run. Nothing heavy is imported, so that help and wrong options are quick.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from smallcap.options import POSITIONAL, Config, Flag
+
+AsJson = Annotated[bool, Flag(("--json",))]
+
+
+class JobCall(Config):
+    """Where a job's options come from."""
+
+    config: str | None = None
+    """YAML file with options, at any URI. Flags win over it."""
+    settings: Annotated[tuple[str, ...], Flag(("--set",))] = ()
+    """Any option by its key, as `a.b=c`; the value is YAML, and wins over a flag."""
+
+
+class RayCall(JobCall):
+    """Where a job's options come from, and where it runs."""
+
+    dry_run: bool = False
+    """Say what there is to do and what it takes; write nothing to the output."""
+    address: str | None = None
+    """Address of a Ray cluster; by default the one that the job was submitted to, or else a new local one."""
+
+
+class CaptionCall(RayCall):
+    """One call of the captioning job."""
+
+    gpu_hour_cost: float | None = Field(None, ge=0)
+    """With `--dry-run`: $ that a GPU costs in an hour."""
+    retry_failed: bool = False
+    """Try failed images again. The run's folder alone is enough: its own options hold."""
+    relist: bool = False
+    """List the input again, and take what is new."""
+
+
+class EvaluateCall(JobCall):
+    """One call of the evaluation."""
+
+    as_json: AsJson = False
+    """Print the result as JSON on the last line."""
+
+
+class BenchCall(JobCall):
+    """One call of the benchmark."""
+
+    json_file: Annotated[str | None, Flag(("--json",))] = None
+    """File for the line of JSON."""
+
+
+class DemoOptions(Config):
+    """The demo."""
+
+    out: str = "out/demo"
+    """Folder for the demo's indexes and captions."""
+    show: int = Field(6, ge=0)
+    """Images to show."""
+    address: str | None = None
+    """Address of a Ray cluster; by default a local one is started."""
+
+
+class SearchOptions(Config):
+    """One search in an index."""
+
+    index: str
+    """Published index."""
+    image: str | None = None
+    """Image to search with."""
+    text: str | None = None
+    """Text to search with."""
+    k: Annotated[int, Flag(("-k", "--k"))] = Field(10, ge=1)
+    """Captions to find."""
+    encoder: str | None = None
+    """Retrieval encoder: `open_clip:MODEL/PRETRAINED` or `hf:ID-OR-PATH`; by default the one that the index names."""
+    as_json: AsJson = False
+    """Print JSON."""
+
+
+class InspectOptions(Config):
+    """A look at an index or a run."""
+
+    path: Annotated[str, POSITIONAL]
+    """An index or a captioning run."""
+    samples: int = Field(5, ge=0)
+    """Rows to show."""
+    as_json: AsJson = False
+    """Print JSON."""
+
+
+class IndexOptions(Config):
+    """An index."""
+
+    index: Annotated[str, POSITIONAL]
+    """Published index."""
+
+
+class IndexListOptions(IndexOptions):
+    """A look at an index's versions."""
+
+    as_json: AsJson = False
+    """Print JSON."""
+
+
+class IndexUseOptions(IndexOptions):
+    """A change of an index's current version."""
+
+    version: Annotated[str, POSITIONAL]
+    """Id of a version, the beginning of one, or `previous`."""
+
+
+class IndexGcOptions(IndexListOptions):
+    """A removal of old versions."""
+
+    grace: str = "1d"
+    """Keep what was needed or written within this time, such as 90s, 30m, 12h, 7d."""
+    keep: int = Field(1, ge=0)
+    """Former versions to keep in any case."""
+    dry_run: bool = False
+    """Only say what would go."""

@@ -1,0 +1,210 @@
+"""Commands made from config classes: flags, help, and what is said when a flag is wrong."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from itertools import groupby
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from smallcap.errors import ConfigError, SmallCapError
+from smallcap.options import Config, Option, list_options, load_config
+
+EXIT_RUN_ERROR = 1
+EXIT_USAGE = 2
+EXIT_TOO_MANY_ERRORS = 3
+
+Run = Callable[..., int | None]
+Base = Callable[[dict[str, Any], Any], Mapping[str, Any] | None]
+_UsageError: Any = typer.BadParameter.__mro__[1]  # click's, or that of the copy which newer typers carry
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command.
+
+    Args:
+        name: What is typed after `smallcap`.
+        run: Takes a config; a job's takes the options of its call as well. Returns the exit status, or `None` for 0.
+        example: A command line that shows what is usual.
+        base: Takes a job's flags, which it may change, and the call's options; returns a dumped config to start from.
+    """
+
+    name: str
+    run: Run
+    example: str
+    base: Base | None = None
+
+    @property
+    def summary(self) -> str:
+        """What it does, in a line."""
+        return (self.run.__doc__ or "").strip()
+
+    @property
+    def kinds(self) -> list[type[Config]]:
+        """The classes of its options: a job's config and its call's options, or those of a look-up."""
+        return [kind for name, kind in get_type_hints(self.run).items() if name != "return"]
+
+    def options(self) -> list[Option]:
+        """All its options: arguments first, then what is required, and the groups of a job's config last."""
+        options = [
+            option
+            for kind in self.kinds
+            for option in sorted(list_options(kind), key=lambda option: not option.is_required)
+        ]
+        return sorted(options, key=lambda option: (not option.is_positional, "." in option.key))
+
+    def section(self, option: Option) -> str:
+        """Returns the title under which an option is listed."""
+        if option.is_positional:
+            return "Arguments"
+        if "." in option.key:
+            return f"{option.key.rpartition('.')[0]}: {' '.join((option.group.__doc__ or '').split())}"
+        return "Options" if issubclass(self.kinds[0], option.group) else "This call"
+
+    def __call__(self, **given: Any) -> None:
+        """Runs it, or prints its help.
+
+        Args:
+            given: Its options by `_parameter_name`, as they were typed; `None` or an empty list where not given.
+        """
+        if given["help"]:
+            print_help(self)
+            return
+        flags = [
+            {
+                option.key: [part for text in value for part in text.split(",")] if option.has_commas else value
+                for option in list_options(kind)
+                if (value := given[_parameter_name(option)]) not in (None, [])
+            }
+            for kind in self.kinds
+        ]
+        if len(flags) == 1:
+            status = self.run(load_config(self.kinds[0], flags=flags[0]))
+        else:
+            call: Any = load_config(self.kinds[1], flags=flags[1])
+            base = self.base(flags[0], call) if self.base else None
+            status = self.run(load_config(self.kinds[0], call.config, flags[0], call.settings, base), call)
+        if status:
+            raise typer.Exit(status)
+
+    def add_to(self, app: typer.Typer) -> None:
+        """Adds it to a command line."""
+
+        def call(**given: Any) -> None:
+            self(**given)
+
+        types = {_parameter_name(option): _parameter_type(option) for option in self.options()}
+        types["help"] = Annotated[bool | None, typer.Option("--help")]
+        call.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [
+                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=None)
+                for name, kind in types.items()
+            ]
+        )
+        app.command(self.name.split()[-1], short_help=self.summary, add_help_option=False)(call)
+
+
+def _parameter_name(option: Option) -> str:
+    return option.key.replace(".", "__")
+
+
+def _parameter_type(option: Option) -> Any:
+    """Returns the type of an option for typer, which hands over all values as they were typed."""
+    kind = list[str] | None if option.is_list else str | None
+    if option.is_positional:
+        return Annotated[kind, typer.Argument(metavar=option.names[0])]
+    if option.is_switch:
+        return Annotated[bool | None, typer.Option(f"{option.names[0]}/--no-{option.names[0].removeprefix('--')}")]
+    return Annotated[kind, typer.Option(*option.names)]
+
+
+def print_help(command: Command) -> None:
+    """Prints what a command does, how it is called, and all its options."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    options = command.options()
+    positional = [
+        show_usage(option) if option.is_required else f"[{show_usage(option)}]"
+        for option in options
+        if option.is_positional
+    ]
+    usage = " ".join(["smallcap", command.name, *positional, "[OPTIONS]"])
+    console.print(Text(f"Usage: {usage}\n\n{command.summary}\n"))
+    console.print(Text(f"Example: {command.example}"), soft_wrap=True)
+    width = max(len(show_usage(option)) for option in options)
+    for title, members in groupby(options, command.section):
+        table = Table.grid(padding=(0, 2), pad_edge=True)
+        table.add_column(min_width=width, no_wrap=True, style="cyan")
+        table.add_column()
+        for option in members:
+            said = Text(option.summary)
+            said.append(f"  [{'; '.join(facts)}]" if (facts := list_facts(option)) else "", style="dim")
+            table.add_row(show_usage(option), said)
+        console.print(Text(f"\n{title}", style="bold"))
+        console.print(table)
+
+
+def list_facts(option: Option) -> list[str]:
+    """Returns what is said of an option beside its docstring: whether it is required, its values, its default."""
+    if option.is_switch:
+        name = option.names[-1].removeprefix("--")
+        return [f"on by default, --no-{name} turns it off"] if option.default else []
+    values = option.values.replace("a whole number", "N").replace("a number", "X")
+    facts = [
+        "required" if option.is_required else "",
+        values if values not in ("N", "X") else "",
+        "repeatable" if option.is_list and not option.is_positional else "",
+        f"default: {option.default}" if option.default else "",
+    ]
+    return [fact for fact in facts if fact]
+
+
+def show_usage(option: Option) -> str:
+    """Returns an option as one types it, such as `-k, --k N`."""
+    if option.is_positional:
+        return option.names[0] + "..." * option.is_list
+    if option.is_switch:
+        return option.names[-1]
+    value = "N" if "whole number" in option.values else "X" if "number" in option.values else "TEXT"
+    return f"{', '.join(option.names)} {value}"
+
+
+def run_app(app: Callable[..., Any], arguments: Sequence[str] | None = None) -> None:
+    """Runs a command line and exits; smallcap's own errors, and wrong flags, are printed in our words."""
+    try:
+        sys.exit(app(arguments, prog_name="smallcap", standalone_mode=False) or 0)
+    except _UsageError as error:
+        message = error.format_message()
+        if message.startswith("Usage:"):  # of a command group that was given nothing
+            print(message, file=sys.stderr)
+        else:
+            _print_error(_unknown_flag(error) if hasattr(error, "possibilities") else ConfigError(message))
+        sys.exit(EXIT_USAGE)
+    except SmallCapError as error:
+        _print_error(error)
+        sys.exit(EXIT_USAGE if isinstance(error, ConfigError) else EXIT_RUN_ERROR)
+
+
+def _unknown_flag(error: Any) -> ConfigError:
+    flags = [flag for parameter in error.ctx.command.params for flag in parameter.opts]
+    nearest = get_close_matches("--" + error.option_name.lstrip("-").rpartition(".")[2], flags, n=1)
+    remedy = f"Did you mean {nearest[0]}?" if nearest else f"{error.ctx.command_path} --help lists all options."
+    return ConfigError("There is no such option.", where=error.option_name, remedy=remedy)
+
+
+def _print_error(error: SmallCapError) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    message = Text("error: ", style="bold red")
+    message.append(str(error), style="default")
+    Console(stderr=True, highlight=False).print(message, soft_wrap=True)

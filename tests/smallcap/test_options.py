@@ -1,0 +1,169 @@
+"""What a field of a config class says of its option, and how options are read."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+from pydantic import Field, ValidationError
+
+from smallcap.config import AutoCount, CaptionConfig, IndexConfig
+from smallcap.errors import ConfigError
+from smallcap.options import POSITIONAL, Config, Flag, config_difference, list_options, load_config
+
+REQUIRED = {"images": ["photos"], "index": "index", "model": "demo", "out": "out"}
+
+
+class Group(Config):
+    """A group."""
+
+    k: Annotated[int | None, Flag(("-k", "--k"))] = Field(None, ge=0, le=64)
+    """How many
+    there are."""
+    share: float = Field(0.5, gt=0, le=1)
+    exact: bool = True
+
+
+class Job(Config):
+    """A job."""
+
+    group: Group = Group()
+    inputs: Annotated[tuple[str, ...], POSITIONAL]
+    columns: Annotated[tuple[str, ...], Flag(has_commas=True)] = ()
+    kinds: tuple[Literal["a", "b"], ...] = ("a", "b")
+    uris: tuple[str, ...] = ()
+    batch_size: AutoCount = "auto"
+    add: bool = False
+
+
+OPTIONS = {option.key: option for option in list_options(Job)}
+
+
+def test_options_of_groups_come_after_the_jobs_own() -> None:
+    assert list(OPTIONS) == [
+        "inputs",
+        "columns",
+        "kinds",
+        "uris",
+        "batch_size",
+        "add",
+        "group.k",
+        "group.share",
+        "group.exact",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("key", "names", "values", "default"),
+    [
+        ("inputs", ("INPUTS",), "", ""),
+        ("kinds", ("--kinds",), "one of a, b", "a,b"),
+        ("batch_size", ("--batch-size",), "auto or a whole number of at least 1", "auto"),
+        ("add", ("--add",), "", ""),
+        ("group.k", ("-k", "--k"), "a whole number from 0 to 64", ""),
+        ("group.share", ("--share",), "a number above 0, at most 1", "0.5"),
+        ("group.exact", ("--exact",), "", "True"),
+    ],
+)
+def test_an_option_says_how_it_is_given(key: str, names: tuple[str, ...], values: str, default: str) -> None:
+    option = OPTIONS[key]
+    assert (option.names, option.values, option.default) == (names, values, default)
+
+
+def test_an_option_knows_its_kind_and_its_docstring() -> None:
+    assert [key for key, option in OPTIONS.items() if option.is_required] == ["inputs"]
+    assert [key for key, option in OPTIONS.items() if option.is_switch] == ["add", "group.exact"]
+    assert [key for key, option in OPTIONS.items() if option.is_list] == ["inputs", "columns", "kinds", "uris"]
+    assert (OPTIONS["group.k"].summary, OPTIONS["group.k"].group) == ("How many there are.", Group)
+
+
+def test_flags_of_words_take_commas_and_those_of_uris_do_not() -> None:
+    assert [key for key, option in OPTIONS.items() if option.has_commas] == ["columns", "kinds"]
+
+
+def test_what_is_not_given_is_left_to_the_checkpoint() -> None:
+    config = load_config(CaptionConfig, flags=REQUIRED)
+    assert config.retrieval.k is None
+    generation = config.generation
+    assert (generation.num_beams, generation.max_new_tokens, generation.length_penalty) == (None, None, None)
+
+
+def test_later_sources_win(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("model: folder\nretrieval: {k: 1}\ngeneration: {num_beams: 1, max_new_tokens: 7}\n")
+    flags = REQUIRED | {"retrieval.k": "2", "generation.num_beams": "2", "limit": None}
+    config = load_config(CaptionConfig, str(file), flags, ["generation.num_beams=5", "compute.batch_size=8"])
+    assert config.model == "demo"  # a flag over the file
+    assert config.retrieval.k == 2
+    assert config.generation.num_beams == 5  # a setting over a flag
+    assert config.generation.max_new_tokens == 7  # the file over the default
+    assert config.compute.batch_size == 8
+    assert config.limit is None  # a flag that was not given leaves the default
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("retrieval.kk=3", "Did you mean retrieval.k?"),
+        ("modell=demo", "Did you mean model?"),
+        ("num_beam=3", "Did you mean generation.num_beams?"),
+        ("generation.num_beams=zero", "generation.num_beams\n  expected: a whole number from 1 to 64"),
+        ("compute.batch_size=0", "compute.batch_size\n  expected: auto or a whole number of at least 1"),
+        ("retrieval.k=-1", "retrieval.k"),
+        ("generation.length_penalty=.nan", "generation.length_penalty\n  expected: a number"),
+        ("compute.device=cuda:1", "compute.device\n  expected: one of auto, cpu, cuda"),
+        ("model=''", "model"),
+        ("k.b=3", "There is no such option."),
+        ("model.name=x", "not a group"),
+        ("retrieval.k", "--set group.name=value"),
+        ("retrieval.k=[", "--set retrieval.k=["),
+        ("generation.temperature=2", "generation\n  expected: --temperature and --top-p need --do-sample"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_its_remedy(setting: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(CaptionConfig, flags=REQUIRED, sets=[setting])
+    assert message in str(caught.value)
+
+
+def test_a_wrong_value_is_named_as_it_was_given() -> None:
+    wrong = REQUIRED | {"retrieval.k": "many"}
+    with pytest.raises(ConfigError, match=r"where: --k\n  expected: a whole number from 0 to 64\n  found: 'many'"):
+        load_config(CaptionConfig, flags=wrong)
+    with pytest.raises(ConfigError, match=r"where: retrieval.k\n"):
+        load_config(CaptionConfig, flags=wrong, sets=["retrieval.k=few"])
+
+
+def test_all_missing_options_are_named_as_flags() -> None:
+    with pytest.raises(ConfigError, match=r"Give IMAGES, --model and --out\."):
+        load_config(CaptionConfig)
+    with pytest.raises(ConfigError, match=r"An option is missing\.\n  remedy: Give --out\."):
+        load_config(CaptionConfig, flags={**REQUIRED, "out": None})
+
+
+def test_retrieval_needs_an_index_and_no_retrieval_does_not() -> None:
+    without = {**REQUIRED, "index": None}
+    with pytest.raises(ConfigError, match="give --index"):
+        load_config(CaptionConfig, flags=without)
+    assert load_config(CaptionConfig, flags=without | {"retrieval.k": 0}).index is None
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", "just words"])
+def test_a_config_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=r"run\.yaml"):
+        load_config(CaptionConfig, str(file), REQUIRED)
+
+
+def test_configs_are_frozen() -> None:
+    config = load_config(IndexConfig, flags={"dumps": ["a.csv"], "out": "o", "encoder": "demo"})
+    with pytest.raises(ValidationError):
+        config.out = "elsewhere"
+
+
+def test_differences_are_named() -> None:
+    one = load_config(CaptionConfig, flags=REQUIRED).model_dump(mode="json")
+    two = load_config(CaptionConfig, flags=REQUIRED, sets=["retrieval.k=2"]).model_dump(mode="json")
+    assert config_difference(one, two) == ["retrieval.k: null → 2"]
+    assert config_difference(one, one) == []
+    assert config_difference(one, two, free=["retrieval"]) == []
