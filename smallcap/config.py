@@ -10,6 +10,7 @@ from typing import Annotated, Literal, Self, get_args
 from pydantic import Field, field_validator, model_validator
 
 from smallcap.options import POSITIONAL, Config, Flag
+from smallcap.storage import DEFAULT_CACHE_DIR
 
 CaptionMetric = Literal["cider", "bleu", "rouge_l", "meteor", "spice"]
 DecodeMode = Literal["exact", "fast"]
@@ -61,7 +62,7 @@ class RetrievalConfig(Config):
     """Retrieval encoder: `open_clip:MODEL/PRETRAINED` or `hf:ID-OR-PATH`; by default the one that the index names."""
     exclude_own_captions: bool = False
     """Leave out captions whose source image has the query's image id. For evaluation on the datastore's own images."""
-    cache_dir: str = "~/.cache/smallcap"
+    cache_dir: str = DEFAULT_CACHE_DIR
     """Folder on each node for copies of remote indexes."""
     search_device: SearchDevice = "auto"
     """Where the index is searched. `auto` takes the GPU that captions if the index fits beside the model, else the
@@ -246,7 +247,7 @@ class IndexConfig(Config):
     """Number of shards. `auto` makes one per million vectors."""
     memory_budget_gb: float | None = Field(None, gt=0)
     """Memory of a node that the index may take, in GB (10^9 bytes). `auto` chooses the index key for it."""
-    cache_dir: str = "~/.cache/smallcap"
+    cache_dir: str = DEFAULT_CACHE_DIR
     """Folder on each node for copies of remote indexes, and for what has been verified of them."""
     cleaning: CleaningConfig = CleaningConfig()
     recall: RecallConfig = RecallConfig()

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +198,8 @@ class _Benchmark:
             mean_caption_tokens=statistics.mean(self.lengths),
             fast_decode_difference=self._fast_decode_difference(),
             options=self.options.model_dump() | {"photos": len(self.options.photos)},
-            machine=describe_machine(self.captioner),
+            machine=describe_machine(self.options.device)
+            | {"dtype": str(self.captioner.model.dtype).removeprefix("torch.")},
         )
 
     def _matrix_rate(self) -> float:
@@ -461,7 +463,7 @@ def write_index(folder: Path, vectors: np.ndarray, texts: list[str], identity: E
         shards=(ShardEntry.adopt(folder / "shard.faiss", folder, "shard", first_id=0, rows=rows),),
         captions=(ShardEntry.adopt(folder / "captions.arrow", folder, "captions", first_id=0, rows=rows),),
         max_captions_per_image=0,
-        sources=(SourceEntry(uri="random", rows=rows, sha256="0" * 64),),
+        sources=(SourceEntry(uri="random", name="random", rows=rows, sha256="0" * 64),),
         filters={},
         dropped={},
         builder_version="benchmark",
@@ -508,21 +510,21 @@ class _RandomOpenCLIP(OpenCLIPRetrievalEncoder):
         RetrievalEncoder.__init__(self, identity, Preprocessing(size, crop_rounding="nearest"), model.device)
 
 
-def describe_machine(captioner: Captioner) -> dict[str, Any]:
-    """Returns what the figures hold for: processor or GPU, threads, precision, versions and commit."""
-    device = captioner.model.device
-    if device.type == "cuda":
+def describe_machine(device: str = "cpu", packages: Sequence[str] = ()) -> dict[str, Any]:
+    """Returns what figures hold for: processor or GPU, torch's threads, commit, and versions of installed packages."""
+    if device.startswith("cuda"):
         name = torch.cuda.get_device_name(device)
     else:
         lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
         name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
         name = name or platform.processor() or platform.machine()
+    installed = {found.name: found.version for found in distributions()}
     return {
         "device": name,
         "threads": torch.get_num_threads(),
-        "dtype": str(captioner.model.dtype).removeprefix("torch."),
         "torch": torch.__version__,
         "commit": source_commit(),
+        **{package: installed[package] for package in packages if package in installed},
     }
 
 

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from smallcap.config import AutoCount, ComputeConfig, Device, Dtype, InputConfig, Required
 from smallcap.options import POSITIONAL, Config, Flag
+from smallcap.storage import DEFAULT_CACHE_DIR
 from smallcap.training.retrieval_sampling import RetrievalMode
 
 
@@ -30,7 +31,7 @@ class TrainRetrievalConfig(Config):
     `c-sample-k` takes the nearest one and draws k - 1."""
     k: Annotated[int, Flag(("-k", "--k"))] = Field(4, ge=0, le=50)
     """Retrieved captions in the prompt. 0 trains without retrieval."""
-    cache_dir: str = "~/.cache/smallcap"
+    cache_dir: str = DEFAULT_CACHE_DIR
     """Folder on each node for copies of remote indexes."""
 
 

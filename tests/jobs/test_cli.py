@@ -152,7 +152,7 @@ def test_version() -> None:
         (["build-index", "a.csv", "--out", "o"], 2, "give --encoder"),
         (["build-index", "--remove", "everything", "--out", "o"], 2, "source=NAME"),
         (["index", "list", "/nowhere"], 1, "no published index"),
-        (["index", "gc", "/nowhere", "--grace", "soon"], 2, "no duration"),
+        (["index", "gc", "/nowhere", "--grace", "soon"], 2, "not a duration"),
         (["no-such-command"], 2, "No such command"),
     ],
 )
