@@ -34,7 +34,7 @@ def collect(index: str, grace: str, keep: int, dry_run: bool) -> dict[str, Any]:
     """Removes what no version needs; returns what went, or would go.
 
     Raises:
-        ConfigError: `grace` is no duration.
+        ConfigError: `grace` is not a duration.
         ManifestError: There is no published index.
     """
     garbage: Garbage = collect_garbage(index, parse_grace(grace), keep, dry_run)
@@ -48,9 +48,9 @@ def collect(index: str, grace: str, keep: int, dry_run: bool) -> dict[str, Any]:
 
 def describe_garbage(garbage: dict[str, Any], dry_run: bool) -> str:
     """Returns what went, in a line for people."""
-    versions, files, staging = (len(garbage[name]) for name in ("versions", "files", "staging"))
+    nouns = {"versions": "version", "files": "file", "staging": "folder"}
+    counts = {name: len(garbage[name]) for name in nouns}
+    versions, files, folders = (f"{counts[name]} {noun}{'s' * (counts[name] != 1)}" for name, noun in nouns.items())
     done = "Would remove" if dry_run else "Removed"
-    return (
-        f"{done} {versions} version(s), {files} file(s) with {garbage['bytes'] / 1e6:,.1f} MB, "
-        f"and {staging} folder(s) of builds that ended early."
-    )
+    size = f"{garbage['bytes'] / 1e6:,.1f} MB"
+    return f"{done} {versions}, {files} with {size}, and {folders} of builds that ended early."

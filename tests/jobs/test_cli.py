@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -104,10 +105,27 @@ def test_an_index_is_added_to_removed_from_and_gone_back_in(index: str, tmp_path
     assert versions[1]["index_id"] in invoke("index", "use", mine, "previous")
     facts = json.loads(invoke("inspect", mine, "--json").splitlines()[-1])
     assert (facts["index_id"], facts["ntotal"]) == (versions[1]["index_id"], 11)
-    assert "Would remove 2 version(s)" in invoke("index", "gc", mine, "--grace", "0s", "--keep", "0", "--dry-run")
+    assert "Would remove 2 versions, " in invoke("index", "gc", mine, "--grace", "0s", "--keep", "0", "--dry-run")
     gone = json.loads(invoke("index", "gc", mine, "--grace", "0s", "--keep", "0", "--json").splitlines()[-1])
     assert sorted(gone["versions"]) == sorted(versions[number]["index_id"] for number in (0, 2))
     assert "a grey whale" in invoke("search", "--index", mine, "--text", "a grey whale", "-k", "1")
+
+
+def test_flags_of_every_kind_reach_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[tuple[Any, ...]] = []
+    monkeypatch.setattr("jobs.caption.run", lambda *given, **named: called.append((*given, named)))
+    monkeypatch.setattr("jobs.caption.describe", lambda summary: "")
+    monkeypatch.setattr("jobs.caption.exit_status", lambda config, summary: 3)
+    arguments = "caption a b --model m --out o -k 0 --keep-columns x,y --keep-columns z --no-clip-score --top-p 0.5"
+    done = runner.invoke(
+        app, [*arguments.split(), "--set", "generation.do_sample=true", "--address", "auto", "--relist"]
+    )
+    assert done.exit_code == 3, done.output
+    ((config, address, named),) = called
+    assert (config.images, config.model, config.out, config.retrieval.k) == (("a", "b"), "m", "o", 0)
+    assert (config.keep_columns, config.output.clip_score) == (("x", "y", "z"), False)
+    assert (config.generation.top_p, config.generation.do_sample) == (0.5, True)
+    assert (address, named) == ("auto", {"retry_failed": False, "relist": True})
 
 
 def test_version() -> None:

@@ -129,7 +129,16 @@ def test_the_module_does_the_same(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(
         f"runs: [{RUN}]\nreferences: {write_coco(str(tmp_path))}\nmetrics: [rouge_l]\nbootstrap: 0\n"
     )
-    command = [sys.executable, "-m", "jobs.evaluate", "--config", str(tmp_path / "config.yaml"), "--set", "seed=3", "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "jobs.evaluate",
+        "--config",
+        str(tmp_path / "config.yaml"),
+        "--set",
+        "seed=3",
+        "--json",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["options"] == {"index": None, "bootstrap": 0, "seed": 3}

@@ -36,7 +36,7 @@ def test_a_pool_has_what_the_cluster_has_and_may_grow_to_what_is_allowed() -> No
     ):
         plan = plan_actors(compute, nodes)
         assert (plan.num_actors, plan.max_actors) == sizes
-    with pytest.raises(ValidationError, match="max_actors is 2"):
+    with pytest.raises(ValidationError, match="--max-actors is 2"):
         ComputeConfig(num_actors=3, max_actors=2)
 
 
