@@ -1,8 +1,8 @@
-"""What low precision costs: captions that stay the same, and how far log probabilities move.
+"""Measures what low precision costs: captions that stay the same, and how far log probabilities move.
 
-Two models: the demo's, on its shipped held-out scenes with retrieval, and the published sizes with random weights, the
-worst case, since their distributions are nearly flat and any rounding tips a beam. Captions of float32 are the truth;
-their log probability is computed again in each precision by feeding them back (teacher forcing).
+There are two models: the demo's, on its shipped test scenes with retrieval, and the published sizes with random
+weights. The latter are the worst case: their distributions are nearly flat, so any rounding tips a beam. The captions
+of float32 are the truth; each precision computes their log probability again (teacher forcing).
 
     python -m benchmarks.fidelity
 """
@@ -110,12 +110,11 @@ def main() -> None:
     arguments = parser.parse_args()
     results = compare_demo(arguments.index, arguments.scenes, arguments.dtypes)
     results += compare_random(arguments.random_images, arguments.dtypes)
-    for one in results:
-        print(
-            f"{one.model:24} {one.dtype:9} {one.identical}/{one.captions} captions identical, log probability "
-            f"per token off by {one.mean_difference:.4f} nats (bias {one.bias:+.4f})"
-        )
-    print(json.dumps([asdict(one) for one in results]))
+    for result in results:
+        same = f"{result.model:24} {result.dtype:9} {result.identical}/{result.captions} captions identical"
+        moved = f"{result.mean_difference:.4f} nats (bias {result.bias:+.4f})"
+        print(f"{same}, log probability per token off by {moved}")
+    print(json.dumps([asdict(result) for result in results]))
 
 
 if __name__ == "__main__":

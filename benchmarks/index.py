@@ -1,16 +1,16 @@
 """Builds and searches indexes of made caption embeddings, beside autofaiss on the same vectors and the same queries.
 
 For each number of rows and each index key: wall time by stage, peak memory of the whole process tree, bytes per vector,
-recall against brute force, and queries/s of `Retriever.search`. autofaiss chooses its own key and search parameters for
-the memory that smallcap's searched shard takes, and builds in that of smallcap's largest process; and once more with
-its default memory. It is also measured at the least nprobe or efSearch that reaches smallcap's recall, where there is
-one. Both sides run on the same number of cores. What the vectors are is in `index_data`.
+recall against brute force, and queries/s of `Retriever.search`. autofaiss chooses its key and search parameters for the
+memory of smallcap's searched shard, and builds in that of smallcap's largest process; then it does both with its
+default memory. It is measured again at the least nprobe or efSearch that reaches smallcap's recall, if any does. Both
+sides run on the same number of cores. `index_data` says what the vectors are.
 
     python -m benchmarks.index --rows 100000 1000000 --autofaiss-python AUTOFAISS-VENV/bin/python --json index.json
 
-smallcap's rates include what a captioner needs: the texts, and exclusions and removals where there are any; autofaiss's
-are those of its bare faiss index. smallcap's build starts from captions and embeddings and ends with a published,
-verified and calibrated version; autofaiss's starts from the embeddings. So the comparison is rather against smallcap.
+smallcap's rates include what a captioner needs: texts, exclusions and removals. autofaiss's are those of its bare faiss
+index. smallcap's build starts from captions and embeddings and ends with a published,
+verified and calibrated version; autofaiss's starts from the embeddings. So the comparison favours autofaiss.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.index_data import DIM, RECALL_AT, MadeData, make_data, make_encoder, recall
-from benchmarks.measuring import PeakMemory, run_watched
+from benchmarks.index_data import DIM, RECALL_AT, MadeData, make_data, recall
+from benchmarks.measuring import PeakMemory, run_watched, say
+from benchmarks.tiny_models import make_tiny_clip
 from smallcap.machine.description import describe_machine
 
 K = 4
 BATCH_SIZES = (1, 64, 1024)
 KEYS = ("Flat", "IVF,SQfp16", "IVF,SQ8")
-_ROOT = Path(__file__).resolve().parents[1]
 
 
 class Benchmark:
@@ -41,7 +42,7 @@ class Benchmark:
 
     Args:
         options: The parsed arguments.
-        work: A folder; what lies there is removed as soon as it is measured.
+        work: A folder; files in it are removed as soon as they are measured.
     """
 
     def __init__(self, options: argparse.Namespace, work: Path) -> None:
@@ -51,10 +52,10 @@ class Benchmark:
             self.results["runs"] = json.loads(options.json.read_bytes())["runs"]
 
     def run(self) -> None:
-        """Measures everything, writing the results again after each step: a long run that is stopped leaves some."""
-        encoder = make_encoder(self._work / "clip")
+        """Measures everything, and stores the results after each step, so that a stopped run leaves what it has."""
+        encoder = make_tiny_clip(self._work / "clip", seed=0, dim=DIM)  # it embeds nothing: the dump has embeddings
         for rows in self._options.rows:
-            _say(f"{rows:,} rows: making vectors, queries and their exact neighbours")
+            say(f"{rows:,} rows: making vectors, queries and their exact neighbours")
             data = make_data(self._work / "data", rows, self._options.queries)
             ours = [
                 self._measured(rows, "smallcap", key) or self._add(rows, self._smallcap(data, key, encoder))
@@ -65,7 +66,7 @@ class Benchmark:
             shutil.rmtree(data.folder)
 
     def _measured(self, rows: int, side: str, key: str) -> dict[str, Any] | None:
-        """Returns what a run that is gone on with has measured already."""
+        """Returns the result that a stopped run has already measured."""
         wanted = (rows, side, key)
         return next((run for run in self.results["runs"] if (run["rows"], run["side"], run["key"]) == wanted), None)
 
@@ -76,106 +77,81 @@ class Benchmark:
         return result
 
     def _smallcap(self, data: MadeData, key: str, encoder: Path) -> dict[str, Any]:
-        _say(f"{data.rows:,} rows: smallcap {key}")
+        say(f"{data.rows:,} rows: smallcap {key}")
         out = self._work / "index"
-        module = [sys.executable, "-m", "benchmarks.index_smallcap"]
-        arguments = [str(data.folder), str(encoder), str(out), key, str(self._options.threads)]
-        built, peak = self._watch([*module, "build", *arguments])
-        sizes = ",".join(map(str, BATCH_SIZES))
-        arguments = [str(out), str(data.queries), str(K), sizes, str(self._options.seconds)]
-        searched, search_peak = self._watch([*module, "search", *arguments])
-        found = np.array(searched.pop("found"))
+        build = {"dump": str(data.folder), "encoder": str(encoder), "out": str(out), "key": key}
+        built, peak = self._watch("index_smallcap:build", build | {"threads": self._options.threads})
+        searched, search_peak = self._watch("index_smallcap:search", {"index": str(out), **self._searching(data)})
         result = {
             "side": "smallcap",
             "key": key,
             **built,
-            "build_s": built["stop"] - built["start"],
-            "stages": _by_stage(built, peak),
-            "build_memory": _summary(peak),
-            "search_memory": _summary(search_peak),
+            "build_memory": asdict(peak),
+            "search_memory": asdict(search_peak),
             "bytes_per_vector": {name: built[f"{name}_bytes"] / data.rows for name in ("shard", "vectors", "captions")},
-            "recall_measured": {str(at): recall(found, data.truth(), at) for at in RECALL_AT},
+            "recall_measured": {str(k): recall(np.array(searched["found"]), data.truth(), k) for k in RECALL_AT},
             "queries_per_s": searched["queries_per_s"],
         }
-        for name in ("start", "stop", "stages_s"):
-            del result[name]
         for folder in (out, Path(f"{out}.cache")):
             shutil.rmtree(folder, ignore_errors=True)
         return result
 
     def _autofaiss(self, data: MadeData, ours: Sequence[dict[str, Any]]) -> None:
-        """Builds each index that autofaiss chooses for some memory once, and searches it for all that it stands by."""
+        """Builds and searches each index that autofaiss chooses; one that it chooses for several budgets once."""
         budgets = _budgets(ours) if "equal" in self._options.autofaiss_memory else {}
         if "default" in self._options.autofaiss_memory:
             budgets["autofaiss's default"] = "default"
-        module = [self._options.autofaiss_python, "-m", "benchmarks.index_autofaiss"]
         wanted = list(dict.fromkeys(budgets.values()))
-        chosen, _ = self._watch([*module, "choose", str(data.rows), str(DIM), ",".join(wanted)])
+        chosen, _ = self._watch("index_autofaiss:choose", {"rows": data.rows, "dim": DIM, "budgets": wanted})
         self.results["machine"]["autofaiss"] = chosen["versions"]
-        keys = chosen["keys"]
-        targets = ",".join(dict.fromkeys(str(run["recall_measured"][str(K)]) for run in ours))
-        build_memory = str(max(run["build_memory"]["largest_bytes"] for run in ours))
-        threads, sizes = str(self._options.threads), ",".join(map(str, BATCH_SIZES))
+        keys, threads = chosen["keys"], {"threads": self._options.threads}
+        targets = list(dict.fromkeys(run["recall_measured"][str(K)] for run in ours))
+        build_memory = max(run["build_memory"]["largest_own"] for run in ours)
         for key in dict.fromkeys(key for key in keys.values() if key):
             if self._measured(data.rows, "autofaiss", key):
                 continue
-            stands_by = [name for name, budget in budgets.items() if keys[budget] == key]
-            _say(f"{data.rows:,} rows: autofaiss {key} (for {'; '.join(stands_by)})")
+            chosen_for = [name for name, budget in budgets.items() if keys[budget] == key]
+            say(f"{data.rows:,} rows: autofaiss {key} (for {'; '.join(chosen_for)})")
             out = self._work / "autofaiss"
             budget = next(budget for budget in wanted if keys[budget] == key)
-            built, peak = self._watch([*module, "build", str(data.embeddings), str(out), budget, build_memory, threads])
-            arguments = [str(out), str(data.queries), str(K), sizes, str(self._options.seconds), threads]
-            truth = str(data.folder / "truth.npy")
-            searched, search_peak = self._watch([*module, "search", *arguments, truth, targets])
-            self._add(
-                data.rows,
-                {
-                    "side": "autofaiss",
-                    "key": key,
-                    "chosen_for": stands_by,
-                    "build_s": built["stop"] - built["start"],
-                    "build_memory": _summary(peak),
-                    "search_memory": _summary(search_peak),
-                    "bytes_per_vector": {"index": built["index_bytes"] / data.rows},
-                    **searched,
-                },
-            )
+            build = {
+                "embeddings": str(data.embeddings),
+                "out": str(out),
+                "budget": budget,
+                "build_memory": build_memory,
+            }
+            built, peak = self._watch("index_autofaiss:build", build | threads)
+            search = {"out": str(out), "truth": str(data.folder / "truth.npy"), "targets": targets}
+            search |= self._searching(data) | threads
+            searched, search_peak = self._watch("index_autofaiss:search", search)
+            result = {
+                "side": "autofaiss",
+                "key": key,
+                "chosen_for": chosen_for,
+                "build_s": built["build_s"],
+                "build_memory": asdict(peak),
+                "search_memory": asdict(search_peak),
+                "bytes_per_vector": {"index": built["index_bytes"] / data.rows},
+            }
+            self._add(data.rows, result | searched)
             shutil.rmtree(out)
 
-    def _watch(self, command: Sequence[str]) -> tuple[Any, PeakMemory]:
-        return run_watched(command, self._options.threads, {"PYTHONPATH": str(_ROOT)})
+    def _searching(self, data: MadeData) -> dict[str, Any]:
+        """Returns the arguments that both sides' searches have in common."""
+        return {"queries": str(data.queries), "k": K, "batches": BATCH_SIZES, "seconds": self._options.seconds}
+
+    def _watch(self, step: str, arguments: dict[str, Any]) -> tuple[Any, PeakMemory]:
+        python = self._options.autofaiss_python if step.startswith("index_autofaiss") else sys.executable
+        return run_watched(f"benchmarks.{step}", arguments, self._options.threads, python)
 
 
 def _budgets(ours: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """Returns what smallcap's indexes take, in bytes, by what it is: without and with the vectors that rank again."""
+    """Returns the bytes of smallcap's indexes by name: without and with the vectors that rank candidates again."""
     searched = {f"{run['key']}, searched shard": str(run["shard_bytes"]) for run in ours}
     lossy = [run for run in ours if run["vectors_bytes"]]
     return searched | {
         f"{run['key']}, re-ranking vectors too": str(run["shard_bytes"] + run["vectors_bytes"]) for run in lossy
     }
-
-
-def _by_stage(built: dict[str, Any], peak: PeakMemory) -> list[dict[str, Any]]:
-    """Returns each stage's seconds and peaks; the stages follow each other without gaps, the last ends the build."""
-    stages: list[dict[str, Any]] = []
-    stop = built["stop"]
-    for name, seconds in reversed(built["stages_s"].items()):
-        largest, total = peak.between(stop - seconds, stop)
-        stages.insert(0, {"stage": name, "seconds": seconds, "largest_bytes": largest, "sum_bytes": total})
-        stop -= seconds
-    return stages
-
-
-def _summary(peak: PeakMemory) -> dict[str, int]:
-    return {
-        "largest_bytes": peak.largest_own,
-        "sum_bytes": peak.sum_own,
-        "largest_resident_bytes": peak.largest_resident,
-    }
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def table(results: dict[str, Any]) -> str:
@@ -192,30 +168,28 @@ def table(results: dict[str, Any]) -> str:
         runs = [run for run in results["runs"] if run["rows"] == rows]
         for run in runs:
             lines += _smallcap_lines(run) if run["side"] == "smallcap" else _autofaiss_lines(run)
-        for run in runs:
-            lines += _stage_lines(run) if run["side"] == "smallcap" else []
+        lines += [_stage_line(run) for run in runs if run["side"] == "smallcap"]
     return "\n".join(lines)
 
 
 def _smallcap_lines(run: dict[str, Any]) -> list[str]:
-    recalls, apart = run["recall_measured"], run["bytes_per_vector"]
-    searched = f", nprobe {run['nprobe']}" if run["nprobe"] else ""
-    name = f"smallcap {run['index_key']}{searched}"
-    own = ", ".join(f"@{entry['k']} {entry['recall']:.4f}" for entry in run["recall"])
+    size = run["bytes_per_vector"]
+    nprobe = f", nprobe {run['nprobe']}" if run["nprobe"] else ""
     again = (
-        f"{apart['vectors']:,.0f} B/vector of vectors to rank {run['k_factor']} × k again, " if apart["vectors"] else ""
+        f"{size['vectors']:,.0f} B/vector of vectors to rank {run['k_factor']} × k again, " if size["vectors"] else ""
     )
+    reported = ", ".join(f"@{entry['k']} {entry['recall']:.4f}" for entry in run["recall"])
     return [
-        _line(name, run, apart["shard"], recalls, run["queries_per_s"]),
-        f"    beside the shard {again}{apart['captions']:,.0f} of captions; the builder's own recall {own}",
+        _line(f"smallcap {run['index_key']}{nprobe}", run, size["shard"], run["recall_measured"], run["queries_per_s"]),
+        f"    beside the shard {again}{size['captions']:,.0f} of captions; the builder's own recall {reported}",
     ]
 
 
 def _autofaiss_lines(run: dict[str, Any]) -> list[str]:
-    own, size = run["own"], run["bytes_per_vector"]["index"]
+    chosen, size = run["own"], run["bytes_per_vector"]["index"]
     lines = [
-        _line(f"autofaiss {run['key']}", run, size, own["recall"], own["queries_per_s"]),
-        f"    {own['param'] or 'no parameter'}; chosen for: {'; '.join(run['chosen_for'])}",
+        _line(f"autofaiss {run['key']}", run, size, chosen["recall"], chosen["queries_per_s"]),
+        f"    {chosen['param'] or 'no parameter'}; chosen for: {'; '.join(run['chosen_for'])}",
     ]
     for target, reached in run["at_recall"].items():
         name = f"  at recall@4 {float(target):.4f}"
@@ -232,21 +206,15 @@ def _line(
 ) -> str:
     built = " " * 27
     if build:
-        memory = build["build_memory"]
-        built = (
-            f" {build['build_s']:6,.0f} s {memory['largest_bytes'] / 1e9:5.2f} GB {memory['sum_bytes'] / 1e9:5.2f} GB"
-        )
+        largest, total = (build["build_memory"][f"{kind}_own"] / 1e9 for kind in ("largest", "sum"))
+        built = f" {build['build_s']:6,.0f} s {largest:5.2f} GB {total:5.2f} GB"
     found = f" {size:9,.0f} {recalls['4']:9.4f} {recalls['10']:7.4f}"
     return f"{name:44}{built}{found}" + "".join(f" {rates[str(batch)]:12,.1f}" for batch in BATCH_SIZES)
 
 
-def _stage_lines(run: dict[str, Any]) -> list[str]:
-    stages = (
-        f"{stage['stage']} {stage['seconds']:.1f} s {stage['largest_bytes'] / 1e9:.2f} GB"
-        for stage in run["stages"]
-        if stage["seconds"] >= 0.1
-    )
-    return [f"{run['index_key']} by stage (largest process): {', '.join(stages)}"]
+def _stage_line(run: dict[str, Any]) -> str:
+    stages = [f"{name} {seconds:.1f} s" for name, seconds in run["stages_s"].items() if seconds >= 0.1]
+    return f"{run['index_key']} by stage: {', '.join(stages)}"
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -266,7 +234,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         default=["equal", "default"],
         help="what autofaiss may take: what smallcap's indexes take, and what it takes when it is not told",
     )
-    parser.add_argument("--work", type=Path, help="folder for some GB of files; by default a temporary one")
+    parser.add_argument("--work", type=Path, help="folder for some GB of files (default: a temporary one)")
     parser.add_argument("--json", type=Path, help="file for the results, written anew after each step")
     parser.add_argument("--go-on", action="store_true", help="measure what the file of --json does not have yet")
     options = parser.parse_args(arguments)

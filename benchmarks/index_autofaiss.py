@@ -1,19 +1,15 @@
-"""autofaiss's side of the index benchmark, run by an interpreter that has autofaiss: which key, `build`, `search`.
+"""autofaiss's side of the index benchmark: steps that `benchmarks.index` runs by an interpreter that has autofaiss.
 
-    PYTHON -m benchmarks.index_autofaiss choose ROWS DIM BYTES,BYTES,… ANSWER
-    PYTHON -m benchmarks.index_autofaiss build EMBEDDINGS OUT INDEX-BYTES BUILD-BYTES THREADS ANSWER
-    PYTHON -m benchmarks.index_autofaiss search OUT QUERIES K BATCHES SECONDS THREADS TRUTH TARGETS ANSWER
-
-Everything is autofaiss's own choice but the memory: key, training, search parameters, query time (10 ms). It imports
-nothing of smallcap, whose faiss is another package.
+Everything but the memory is autofaiss's own choice: key, training, search parameters, query time (10 ms). Nothing of
+smallcap is imported, because its faiss is another package.
 """
 
 from __future__ import annotations
 
 import inspect
 import json
-import sys
 import time
+from collections.abc import Callable
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -30,19 +26,19 @@ _RECALL_AT = (4, 10)
 _MOST = {"efSearch": 2**14, "nprobe": 6144}  # the largest that autofaiss itself tries
 
 
-def choose(rows: str, dim: str, budgets: str) -> dict[str, Any]:
-    """Returns the key that autofaiss chooses for each memory, in bytes; `default` stands for its own default."""
+def choose(rows: int, dim: int, budgets: list[str]) -> dict[str, Any]:
+    """Returns the key that autofaiss chooses for each budget in bytes; `default` is its default."""
     default = inspect.signature(build_index).parameters["max_index_memory_usage"].default
-    memories = {budget: default if budget == "default" else f"{budget}B" for budget in budgets.split(",")}
-    keys = {budget: get_optimal_index_keys_v2(int(rows), int(dim), memory) for budget, memory in memories.items()}
+    memories = {budget: default if budget == "default" else f"{budget}B" for budget in budgets}
+    keys = {budget: get_optimal_index_keys_v2(rows, dim, memory) for budget, memory in memories.items()}
     return {
         "keys": {budget: found[0] if found else None for budget, found in keys.items()},
         "versions": {"autofaiss": version("autofaiss"), "faiss": faiss.__version__, "numpy": np.__version__},
     }
 
 
-def build(embeddings: str, out: str, budget: str, build_memory: str, threads: str) -> dict[str, Any]:
-    """Builds an index with autofaiss's own settings, for some memory of the index and of the build, or its defaults."""
+def build(embeddings: str, out: str, budget: str, build_memory: int, threads: int) -> dict[str, Any]:
+    """Builds an index with autofaiss's settings, for the memory of the index and of the build, or with its defaults."""
     equal = {"max_index_memory_usage": f"{budget}B", "current_memory_available": f"{build_memory}B"}
     memory = {} if budget == "default" else equal
     folder = Path(out)
@@ -53,14 +49,13 @@ def build(embeddings: str, out: str, budget: str, build_memory: str, threads: st
         index_path=str(folder / "knn.index"),
         index_infos_path=str(folder / "infos.json"),
         metric_type="ip",
-        nb_cores=int(threads),
+        nb_cores=threads,
         **memory,
     )
-    stop = time.perf_counter()
+    seconds = time.perf_counter() - start
     assert index is not None, "autofaiss built nothing; it says why above"
     return {
-        "start": start,
-        "stop": stop,
+        "build_s": seconds,
         "index_key": infos["index_key"],
         "index_param": infos["index_param"],
         "index_bytes": (folder / "knn.index").stat().st_size,
@@ -75,8 +70,9 @@ class _Tuned:
         self._settings = dict(setting.split("=") for setting in param.split(",") if setting)
         self.name = next((name for name in ("nprobe", "efSearch") if name in self._settings), None)
         self._both = {"nprobe", "efSearch"} <= set(self._settings)  # the lists are found by a graph
-        inverted_file = faiss.try_extract_index_ivf(index)
-        self.most = min(_MOST[self.name], inverted_file.nlist if self.name == "nprobe" else 2**30) if self.name else 0
+        self.most = _MOST[self.name] if self.name else 0
+        if self.name == "nprobe":
+            self.most = min(self.most, faiss.extract_index_ivf(index).nlist)
 
     def use(self, value: int | None = None) -> str:
         """Sets `name`, by default to what autofaiss chose; returns all settings."""
@@ -86,41 +82,43 @@ class _Tuned:
             if self._both:
                 settings["efSearch"] = str(2 * value)  # as autofaiss ties them
         text = ",".join(f"{name}={setting}" for name, setting in settings.items())
-        faiss.ParameterSpace().set_index_parameters(self._index, text)
+        parameters: Any = faiss.ParameterSpace()  # its stub knows only one of the overloads
+        parameters.set_index_parameters(self._index, text)
         return text
 
 
 def search(
-    out: str, queries: str, k: str, batches: str, seconds: str, threads: str, truth: str, targets: str
+    out: str, queries: str, k: int, batches: list[int], seconds: float, threads: int, truth: str, targets: list[float]
 ) -> dict[str, Any]:
-    """Measures the index at its own setting, and at the least that reaches each recall@4 asked for."""
-    faiss.omp_set_num_threads(int(threads))
+    """Measures the index at autofaiss's setting, and at the least setting that reaches each target of recall@4."""
+    faiss.omp_set_num_threads(threads)
     index = faiss.read_index(str(Path(out) / "knn.index"))
     infos = json.loads((Path(out) / "infos.json").read_text())
     vectors, exact = np.load(queries), np.load(truth)
     tuned = _Tuned(index, infos["index_param"])
-    sizes = [int(size) for size in batches.split(",")]
 
     @cache
     def recalls(value: int | None) -> dict[int, float]:
         tuned.use(value)
         found = index.search(vectors, max(_RECALL_AT))[1]
-        return {at: float((found[:, :at, None] == exact[:, None, :at]).any(axis=1).mean()) for at in _RECALL_AT}
+        return {k: float((found[:, :k, None] == exact[:, None, :k]).any(axis=1).mean()) for k in _RECALL_AT}
 
     def measure(value: int | None) -> dict[str, Any]:
         recall, setting = recalls(value), tuned.use(value)
-        rates = queries_per_s(lambda batch: index.search(batch, int(k)), vectors, sizes, float(seconds))
+        rates = queries_per_s(lambda batch: index.search(batch, k), vectors, batches, seconds)
         return {"param": setting, "recall": recall, "queries_per_s": rates}
 
     result: dict[str, Any] = {"own": measure(None), "at_recall": {}}
-    for target in (float(value) for value in targets.split(",") if value):
+    for target in targets:
         value, best = _least_setting(tuned, recalls, target)
         reached = {"reached": True, **measure(value)} if value else {"reached": False}
         result["at_recall"][str(target)] = {**reached, "most": best}
     return result
 
 
-def _least_setting(tuned: _Tuned, recalls: Any, target: float) -> tuple[int | None, dict[str, Any]]:
+def _least_setting(
+    tuned: _Tuned, recalls: Callable[[int | None], dict[int, float]], target: float
+) -> tuple[int | None, dict[str, Any]]:
     """Returns the least setting with this recall@4, to a twentieth, and what was seen at the largest one tried."""
     low, high = 0, 8
     while True:
@@ -137,14 +135,3 @@ def _least_setting(tuned: _Tuned, recalls: Any, target: float) -> tuple[int | No
         middle = (low + high) // 2
         low, high = (low, middle) if recalls(middle)[4] >= target else (middle, high)
     return high, seen
-
-
-def main() -> None:
-    """Runs one step; the last argument names the file for its answer."""
-    step, *arguments, answer = sys.argv[1:]
-    result = {"choose": choose, "build": build, "search": search}[step](*arguments)
-    Path(answer).write_text(json.dumps(result))
-
-
-if __name__ == "__main__":
-    main()

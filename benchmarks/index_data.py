@@ -12,9 +12,9 @@ neighbours are all about equally far, so that neither lists nor codes nor recall
 The shares were chosen so that lists are about as good as they were on sentence embeddings of real captions: searching
 1.6% of the lists found 92% of the four nearest of image-like queries (95.6% there), 99.8% of caption-like ones (99.5%).
 
-Rows are shuffled: whoever trains on the first rows trains on a fair sample. A smaller set is no part of a larger one
-but a datastore of its own, over the same topics. What it does not imitate: repeated captions, and languages or sources
-that differ. Recall here tells index kinds apart; for what a datastore of yours gives, build it.
+Rows are shuffled: whoever trains on the first rows trains on a fair sample. A smaller set is not a part of a larger
+one, but a datastore of its own over the same topics. Repeated captions and different languages or sources are not
+imitated. Recall here tells kinds of indexes apart; to know what your datastore gives, build it.
 """
 
 from __future__ import annotations
@@ -37,39 +37,8 @@ _LARGEST_SCENE = 9
 _ROWS_AT_ONCE = 16_384
 _QUERIES_OF_BUILDER = 4096  # more than it calibrates and reports with; see `make_queries`
 _WORDS = (
-    *(
-        "a",
-        "the",
-        "two",
-        "man",
-        "woman",
-        "young",
-        "old",
-        "dog",
-        "cat",
-        "child",
-        "red",
-        "green",
-        "blue",
-        "white",
-        "large",
-    ),
-    *(
-        "street",
-        "beach",
-        "park",
-        "kitchen",
-        "table",
-        "chair",
-        "bus",
-        "train",
-        "horse",
-        "field",
-        "snow",
-        "water",
-        "boat",
-    ),
-    *("standing", "sitting", "walking", "riding", "holding", "looking", "playing", "eating", "next", "behind", "under"),
+    "a the two man woman young old dog cat child red green blue white large street beach park kitchen table chair bus "
+    "train horse field snow water boat standing sitting walking riding holding looking playing eating next behind under"
 )
 
 
@@ -95,12 +64,12 @@ class World:
         return cls(mean / np.linalg.norm(mean), mixing, topics, popularity / popularity.sum())
 
     def draw(self, scenes: int, rng: np.random.Generator) -> np.ndarray:
-        """Draws the captions of some scenes, scene by scene: [n, DIM] float32 unit vectors."""
-        common, of_topic, of_scene, own = np.sqrt(np.array(_SHARES, np.float32))
-        centres = of_topic * self.topics[rng.choice(_TOPICS, scenes, p=self.popularity)]
-        centres += of_scene * (rng.standard_normal((scenes, DIM), np.float32) @ self.mixing)
+        """Draws the captions of a number of scenes, scene by scene: [n, DIM] float32 unit vectors."""
+        common, topic, scene, caption = np.sqrt(np.array(_SHARES, np.float32))
+        centres = topic * self.topics[rng.choice(_TOPICS, scenes, p=self.popularity)]
+        centres += scene * (rng.standard_normal((scenes, DIM), np.float32) @ self.mixing)
         captions = np.repeat(centres, rng.integers(1, _LARGEST_SCENE + 1, scenes), axis=0)
-        captions += common * self.mean + own * (rng.standard_normal(captions.shape, np.float32) @ self.mixing)
+        captions += common * self.mean + caption * (rng.standard_normal(captions.shape, np.float32) @ self.mixing)
         captions /= np.linalg.norm(captions, axis=1, keepdims=True)
         return captions
 
@@ -159,7 +128,7 @@ def make_data(folder: Path, rows: int, queries: int) -> MadeData:
 def make_queries(world: World, count: int, rng: np.random.Generator) -> np.ndarray:
     """Returns image-like queries of scenes that have no caption in the dump: [count, DIM] float32.
 
-    They are moved away from the texts as the builder moves its own, in other random directions than it takes for these.
+    They are moved away from the texts as the builder moves its queries, but in other random directions.
     """
     wanted = _QUERIES_OF_BUILDER + count
     captions = world.draw(wanted, rng)
@@ -192,32 +161,9 @@ def caption_row(text: str) -> int:
 
 def _write_captions(path: Path, rows: int, rng: np.random.Generator) -> None:
     """Writes captions of an ordinary length that differ: a few words and the row's number."""
-    words = np.array(_WORDS)
+    words = np.array(_WORDS.split())
     with pq.ParquetWriter(path, pa.schema([("caption", pa.string())])) as writer:
         for start in range(0, rows, _ROWS_AT_ONCE):
             chosen = words[rng.integers(0, len(words), (min(_ROWS_AT_ONCE, rows - start), 8))]
-            texts = [f"{' '.join(some)} {row}" for row, some in enumerate(chosen, start=start)]
+            texts = [f"{' '.join(words_of_row)} {row}" for row, words_of_row in enumerate(chosen, start=start)]
             writer.write_table(pa.table({"caption": texts}))
-
-
-def make_encoder(folder: Path) -> Path:
-    """Writes a tiny CLIP with random weights whose embeddings have the right length; it embeds nothing here."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
-
-    start, end = "<|startoftext|>", "<|endoftext|>"
-    symbols = [*sorted(pre_tokenizers.ByteLevel.alphabet()), start, end]
-    tokenizer = Tokenizer(models.BPE({symbol: number for number, symbol in enumerate(symbols)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{start} $A {end}", special_tokens=[(start, len(symbols) - 2), (end, len(symbols) - 1)]
-    )
-    ends = {"bos_token": start, "eos_token": end, "pad_token": end}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=77, **ends).save_pretrained(folder)
-    layers = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = {**layers, "vocab_size": len(symbols), "bos_token_id": len(symbols) - 2, "eos_token_id": len(symbols) - 1}
-    vision = {**layers, "image_size": 32, "patch_size": 16}
-    torch.manual_seed(_SEED)
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=DIM)).save_pretrained(folder)
-    return folder

@@ -2,8 +2,8 @@
 
 All sides caption the same images with the same model, precision, batch size and threads, one after the other, each in a
 process of its own. What counts is a job's rate once it is warm: the time of 2N images less that of N images, each the
-fastest of some runs in one Ray, so that starting, loading and draining drop out. Against "beside" (decoding in a thread
-beside captioning) a job can only lose; against "sequence" it may win by what it does at the same time.
+fastest of several runs in one Ray, so that starting, loading and draining drop out. Against "beside" (a thread decodes
+while captions are generated) a job can only lose. Against "sequence" it may win by doing both at the same time.
 
 Plain Ray Data reads all images at 256 px, which is less work to decode into crops than the other sides have, and writes
 paths and captions only.
@@ -17,28 +17,25 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import tempfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.job_data import demo_model, real_size_model, repeat_images
-from benchmarks.job_sides import SIDES, Settings, run_side
-from benchmarks.measuring import run_watched
-from benchmarks.scale_data import environment
+from benchmarks.job_sides import SIDES, Settings
+from benchmarks.measuring import run_watched, say
 from smallcap.machine.description import describe_machine
 from smallcap.machine.precision import resolve_dtype
 
-MODELS = {"demo": demo_model, "real-size": real_size_model}  # the published sizes with random weights
 _SCENES = Path(__file__).resolve().parents[1] / "demo" / "images"
 
 
 def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Runs every side; prints what each found to stderr as soon as it is there."""
-    model = MODELS[options.model](work)
+    model = real_size_model(work) if options.real_size else demo_model(work)
     settings = Settings(
-        model=model.checkpoint,
+        model=model.model,
         index=model.index,
         small=str(repeat_images(options.photos, work / "small", options.images)),
         large=str(repeat_images(options.photos, work / "large", 2 * options.images)),
@@ -52,8 +49,8 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         rounds=options.rounds,
     )
     results: dict[str, Any] = {
-        "machine": describe_machine(options.threads),
-        "model": options.model,
+        "machine": describe_machine(options.threads, options.device),
+        "model": "real-size" if options.real_size else "demo",
         "images": options.images,
         "batch_size": options.batch_size,
         "dtype": settings.dtype,
@@ -61,20 +58,21 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     }
     cores = os.cpu_count() or 1
     for name in options.sides:
-        command = run_side(name, replace(settings, work=f"{settings.work}-{name}"), work)
-        found, peak = run_watched(command, cores, {**environment(), "OMP_NUM_THREADS": str(options.threads)})
+        arguments = {"side": name, "settings": asdict(replace(settings, work=f"{settings.work}-{name}"))}
+        env = {"OMP_NUM_THREADS": str(options.threads)}
+        found, peak = run_watched("benchmarks.job_sides:run_side", arguments, cores, env=env)
         results[name] = found | {"memory_bytes": peak.sum_own}
-        print(f"{name}: {json.dumps(results[name])}", file=sys.stderr, flush=True)
+        say(f"{name}: {json.dumps(results[name])}")
     return results
 
 
 def table(results: dict[str, Any]) -> str:
     """Returns the results for people."""
-    lines = [", ".join(f"{name} {value}" for name, value in results["machine"].items())]
-    lines.append(
-        f"model: {results['model']}, {results['dtype']}, batches of {results['batch_size']}, "
-        f"N = {results['images']:,} images"
-    )
+    batches = f"batches of {results['batch_size']}, N = {results['images']:,} images"
+    lines = [
+        ", ".join(f"{name} {value}" for name, value in results["machine"].items()),
+        f"model: {results['model']}, {results['dtype']}, {batches}",
+    ]
     rates: dict[str, float | None] = {}
     if "bare" in results:
         rates["bare loop, in sequence"] = results["bare"]["sequence_images_per_s"]
@@ -86,10 +84,8 @@ def table(results: dict[str, Any]) -> str:
     ceiling = max((rate for name, rate in rates.items() if rate and name.startswith("bare")), default=None)
     lines.append(f"{'':40} {'images/s':>9}" + ("  ratio to the better bare loop" if ceiling else ""))
     for name, rate in rates.items():
-        if rate is None:
-            lines.append(f"{name:40} N is too small beside the start")
-            continue
-        lines.append(f"{name:40} {rate:9.2f}" + (f" {rate / ceiling:6.2f}" if ceiling else ""))
+        ratio = f" {rate / ceiling:6.2f}" if rate and ceiling else ""
+        lines.append(f"{name:40} " + (f"{rate:9.2f}{ratio}" if rate else "N is too small beside the start"))
     return "\n".join(lines)
 
 
@@ -98,10 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--images", type=int, default=512, help="N; jobs run over N and 2N images, the loop over N")
     parser.add_argument("--photos", type=Path, default=_SCENES, help="folder of images to repeat; the demo's scenes")
-    parser.add_argument("--model", choices=tuple(MODELS), default="demo")
-    parser.add_argument(
-        "--real-size", dest="model", action="store_const", const="real-size", help="as --model real-size"
-    )
+    parser.add_argument("--real-size", action="store_true", help="the published sizes with random weights")
     parser.add_argument("--max-new-tokens", type=int, help="by default the checkpoint's; random weights use all of it")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of one captioner on a CPU")

@@ -1,17 +1,16 @@
-"""What `benchmarks.job` captions, and with what: photographs under many names; the demo's model or one of real size."""
+"""What `benchmarks.job` captions: photographs under many names, with the demo's model or one of the published sizes."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from benchmarks.scale_data import environment
+from benchmarks.measuring import environment
+from benchmarks.tiny_models import ModelAndIndex
 from smallcap import storage
 from smallcap.benchmark import random_parts
 from smallcap.index.manifest import manifest_uri, write_pointer
@@ -23,16 +22,8 @@ _SUFFIXES = (".jpg", ".jpeg", ".png")
 _RANDOM_CAPTIONS = 100_000  # in the index of real size
 
 
-@dataclass(frozen=True)
-class Model:
-    """A checkpoint and an index for it."""
-
-    checkpoint: str
-    index: str
-
-
 def repeat_images(source: Path, folder: Path, images: int) -> Path:
-    """Fills a folder with so many files: those of `source`, again and again under other names."""
+    """Fills a folder with a number of images: those of `source`, repeated under other names."""
     files = sorted(path for path in source.iterdir() if path.suffix.lower() in _SUFFIXES)
     if not files:
         raise SystemExit(f"There are no images in {source}.")
@@ -47,16 +38,16 @@ def repeat_images(source: Path, folder: Path, images: int) -> Path:
     return folder
 
 
-def demo_model(folder: Path) -> Model:
+def demo_model(folder: Path) -> ModelAndIndex:
     """Returns the demo's model with its index: that of `make demo` where it is, else one built in `folder`."""
     if Path(DEMO_INDEX).exists():
-        return Model("demo", str(Path(DEMO_INDEX).resolve()))
+        return ModelAndIndex("demo", str(Path(DEMO_INDEX).resolve()))
     build = f"from jobs.demo import build_demo_index; build_demo_index({str(folder / 'index')!r})"
     subprocess.run([sys.executable, "-c", build], env=environment(), stdout=sys.stderr, check=True)
-    return Model("demo", str(folder / "index"))
+    return ModelAndIndex("demo", str(folder / "index"))
 
 
-def real_size_model(folder: Path) -> Model:
+def real_size_model(folder: Path) -> ModelAndIndex:
     """Writes CLIP ViT-B/32 with GPT-2 124M, and an index of random vectors and captions; the weights are random."""
     model = random_parts.build_model(4, "cpu", "float32")
     tokenizer = random_parts.build_tokenizer()
@@ -73,9 +64,4 @@ def real_size_model(folder: Path) -> Model:
     manifest = random_parts.write_random_index(index, _RANDOM_CAPTIONS, identity).manifest
     storage.write_bytes(manifest_uri(str(index), manifest.index_id), manifest.to_json().encode())
     write_pointer(str(index), manifest.index_id)
-    return Model(str(checkpoint), str(index))
-
-
-def list_files(folder: Path) -> Sequence[Path]:
-    """Returns a folder's files in the order of their names."""
-    return sorted(folder.iterdir())
+    return ModelAndIndex(str(checkpoint), str(index))

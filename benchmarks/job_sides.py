@@ -1,16 +1,12 @@
-"""The sides of `benchmarks.job`, each run in a process of its own: the bare loop, smallcap's job, plain Ray Data.
-
-python -m benchmarks.job_sides SIDE SETTINGS.json ANSWER.json
-"""
+"""The sides of `benchmarks.job`, each run in a process of its own: the bare loop, smallcap's job, plain Ray Data."""
 
 from __future__ import annotations
 
-import json
-import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +14,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.job_data import list_files
 from smallcap.captioner import Captioner
-from smallcap.config import CaptionConfig, ComputeConfig, GenerationConfig
+from smallcap.config import CaptionConfig
 from smallcap.images.crops import Pixels
 from smallcap.machine.process_memory import keep_freed_memory
 
 _READ_PX = 256  # plain Ray Data reads all images at one size: its batches are arrays
-
 _LEAST_DIFFERENCE = 0.1  # of the shorter time
 
 
@@ -58,21 +52,23 @@ class Settings:
 def bare(settings: Settings) -> dict[str, Any]:
     """A loop in one process: decoding and captioning in turns, and with decoding in a thread beside."""
     captioner = settings.captioner()
-    files = list_files(Path(settings.small))
+    files = sorted(Path(settings.small).iterdir())
     batches = [files[start : start + settings.batch_size] for start in range(0, len(files), settings.batch_size)]
 
     def decode(paths: Sequence[Path]) -> list[Pixels]:
         return [captioner.crop_plan.crop(path.read_bytes()) for path in paths]
 
-    def ahead() -> Iterator[tuple[list[Pixels], None]]:
+    def in_turns() -> Iterator[tuple[list[Pixels], None]]:
+        return ((decode(batch), None) for batch in batches)
+
+    def beside() -> Iterator[tuple[list[Pixels], None]]:
         with ThreadPoolExecutor(1, "decode") as thread:
-            waiting = [thread.submit(decode, batch) for batch in batches[:2]]
-            for following in [*batches[2:], None, None]:
-                pixels = waiting.pop(0).result() if waiting else None
+            waiting = deque(thread.submit(decode, batch) for batch in batches[:2])
+            for following in [*batches[2:], None, None][: len(batches)]:
+                pixels = waiting.popleft().result()
                 if following is not None:
                     waiting.append(thread.submit(decode, following))
-                if pixels is not None:
-                    yield pixels, None
+                yield pixels, None
 
     def seconds(loop: Callable[[], Iterator[tuple[list[Pixels], None]]]) -> float:
         start = time.perf_counter()
@@ -80,8 +76,8 @@ def bare(settings: Settings) -> dict[str, Any]:
         assert done == len(files)
         return time.perf_counter() - start
 
-    loops = {"sequence": lambda: ((decode(batch), None) for batch in batches), "beside": ahead}
-    seconds(ahead)  # unmeasured: pages, threads, CUDA graphs
+    loops = {"sequence": in_turns, "beside": beside}
+    seconds(beside)  # unmeasured: pages, threads, CUDA graphs
     best = {name: float("inf") for name in loops}
     for _ in range(settings.rounds):
         for name, loop in loops.items():
@@ -93,23 +89,20 @@ def smallcap(settings: Settings) -> dict[str, Any]:
     """`jobs.caption.run`, in one Ray, again and again into new folders."""
     from jobs import caption
 
+    options = {
+        "index": settings.index,
+        "model": settings.model,
+        "generation": {"max_new_tokens": settings.max_new_tokens},
+        "compute": {
+            "device": settings.device,
+            "dtype": settings.dtype,
+            "batch_size": settings.batch_size,
+            "num_actors": settings.actors,
+        },
+    }
+
     def run(folder: str, out: str) -> None:
-        config = CaptionConfig(
-            images=(folder,),
-            index=settings.index,
-            model=settings.model,
-            out=out,
-            generation=GenerationConfig(max_new_tokens=settings.max_new_tokens),
-            compute=ComputeConfig.model_validate(
-                {
-                    "device": settings.device,
-                    "dtype": settings.dtype,
-                    "batch_size": settings.batch_size,
-                    "num_actors": settings.actors,
-                }
-            ),
-        )
-        caption.run(config)
+        caption.run(CaptionConfig.model_validate({"images": [folder], "out": out, **options}))
 
     return _time_job(settings, run)
 
@@ -131,26 +124,21 @@ def plain(settings: Settings) -> dict[str, Any]:
     """Ray Data, used as its documentation shows."""
     import ray
 
-    on_gpu = settings.device == "cuda"
-
     def run(folder: str, out: str) -> None:
-        (
-            ray.data.read_images(folder, include_paths=True, size=(_READ_PX, _READ_PX), mode="RGB")
-            .map_batches(
-                PlainCaptioner,
-                fn_constructor_args=(settings,),
-                batch_size=settings.batch_size,
-                compute=ray.data.ActorPoolStrategy(size=settings.actors),
-                num_cpus=1,
-                num_gpus=1 if on_gpu else 0,
-            )
-            .write_parquet(out)
-        )
+        images = ray.data.read_images(folder, include_paths=True, size=(_READ_PX, _READ_PX), mode="RGB")
+        images.map_batches(
+            PlainCaptioner,
+            fn_constructor_args=(settings,),
+            batch_size=settings.batch_size,
+            compute=ray.data.ActorPoolStrategy(size=settings.actors),
+            num_cpus=1,
+            num_gpus=1 if settings.device == "cuda" else 0,
+        ).write_parquet(out)
 
     return _time_job(settings, run)
 
 
-def _time_job(settings: Settings, run: Callable[[str, str], None]) -> dict[str, Any]:
+def _time_job(settings: Settings, run: Callable[[str, str], object]) -> dict[str, Any]:
     """Times runs over 2N and N images in turns; their difference is what N images take once all is warm."""
     from jobs.cluster.session import connect
 
@@ -164,7 +152,7 @@ def _time_job(settings: Settings, run: Callable[[str, str], None]) -> dict[str, 
         start = time.perf_counter()
         run(folders[name], str(Path(settings.work) / f"{number}-{name}"))
         times[name].append(time.perf_counter() - start)
-    images = {name: len(list_files(Path(folder))) for name, folder in folders.items()}
+    images = {name: len(list(Path(folder).iterdir())) for name, folder in folders.items()}
     more, difference = images["large"] - images["small"], min(times["large"]) - min(times["small"])
     # a difference that other work on the machine has eaten says nothing
     warm = more / difference if difference > _LEAST_DIFFERENCE * min(times["small"]) else None
@@ -181,15 +169,6 @@ def _time_job(settings: Settings, run: Callable[[str, str], None]) -> dict[str, 
 SIDES: dict[str, Callable[[Settings], dict[str, Any]]] = {"bare": bare, "smallcap": smallcap, "plain": plain}
 
 
-def run_side(name: str, settings: Settings, folder: Path) -> list[str]:
-    """Writes the settings and returns the command that measures a side; the file of its answer is to be added."""
-    file = folder / f"{name}.json"
-    file.write_text(json.dumps(asdict(settings)))
-    return [sys.executable, "-c", "from benchmarks.job_sides import main; main()", name, str(file)]
-
-
-def main() -> None:
-    """Measures one side."""
-    side, settings, answer = sys.argv[1:]
-    found = SIDES[side](Settings(**json.loads(Path(settings).read_bytes())))
-    Path(answer).write_text(json.dumps(found))
+def run_side(side: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Measures a side; `settings` are those of `Settings`, as JSON has them."""
+    return SIDES[side](Settings(**settings))

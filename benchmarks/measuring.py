@@ -1,6 +1,6 @@
-"""What benchmarks measure with: the memory of a process with all its children, at its peak or over time, and queries/s.
+"""What benchmarks measure with: steps in processes of their own, the memory of a process tree, and queries/s.
 
-Needs no more than the standard library and numpy, since another interpreter than smallcap's may run it.
+It imports only the standard library and numpy, because interpreters without smallcap run it as well as smallcap's.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,41 +22,62 @@ import numpy as np
 
 _SAMPLE_S = 0.2
 _ROUNDS = 3
+_MB = 1e6
+_ROOT = Path(__file__).resolve().parents[1]
 _FIELDS = ("VmRSS", "RssAnon", "RssShmem")
 
 
 @dataclass
 class PeakMemory:
-    """The most memory that a tree of processes had at once; sampled, so that shorter peaks go unseen.
+    """The most memory, in bytes, that a tree of processes had at once; sampled, so shorter peaks go unseen.
 
-    `own` counts what a process allocated or shares by way of Ray's object store; `resident` counts mapped files as
-    well, which the kernel drops when it needs the room. All in bytes.
+    `own` counts what a process allocated, or shares through Ray's object store. `resident` includes mapped files, which
+    the kernel drops when it needs the room.
     """
 
     largest_own: int = 0
     sum_own: int = 0
     largest_resident: int = 0
-    by_time: list[tuple[float, int, int]] = field(default_factory=list)  # (perf_counter, largest own, sum of own)
 
-    def add(self, processes: Sequence[dict[str, int]]) -> None:
+    def add(self, processes: Iterable[dict[str, int]]) -> None:
         """Takes one sample: `_FIELDS` of each process in bytes."""
-        own = [values["RssAnon"] + values["RssShmem"] for values in processes] or [0]
+        own, resident = [0], [0]
+        for values in processes:
+            own.append(values["RssAnon"] + values["RssShmem"])
+            resident.append(values["VmRSS"])
         self.largest_own = max(self.largest_own, *own)
         self.sum_own = max(self.sum_own, sum(own))
-        self.largest_resident = max([self.largest_resident, *(values["VmRSS"] for values in processes)])
-        self.by_time.append((time.perf_counter(), max(own), sum(own)))
-
-    def between(self, start: float, stop: float) -> tuple[int, int]:
-        """Returns the largest process and the largest sum between two times."""
-        samples = [sample for sample in self.by_time if start <= sample[0] <= stop]
-        return max((sample[1] for sample in samples), default=0), max((sample[2] for sample in samples), default=0)
+        self.largest_resident = max(self.largest_resident, *resident)
 
 
-def run_watched(command: Sequence[str], cores: int, env: dict[str, str] | None = None) -> tuple[Any, PeakMemory]:
-    """Runs a command that writes JSON to the file its last argument names, on a number of cores.
+def environment() -> dict[str, str]:
+    """Returns the environment of a process that runs this checkout."""
+    return {**os.environ, "PYTHONPATH": str(_ROOT), "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+def say(text: str) -> None:
+    """Prints on stderr what a benchmark does next; stdout is for results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def run_watched(
+    step: str,
+    arguments: Mapping[str, Any],
+    cores: int,
+    python: str = sys.executable,
+    env: Mapping[str, str] | None = None,
+) -> tuple[Any, PeakMemory]:
+    """Calls a function in a process of its own, on a number of cores.
+
+    Args:
+        step: `module:function`.
+        arguments: Its keyword arguments, as JSON has them.
+        cores: How many cores it may use.
+        python: The interpreter.
+        env: Environment variables to add.
 
     Returns:
-        What it wrote, and the peak memory of it and its children; zeros where there is no /proc.
+        What it returned, as JSON has it, and the peak memory of its process tree; zeros where there is no /proc.
 
     Raises:
         subprocess.CalledProcessError: It failed; its own messages are on stderr.
@@ -63,9 +85,11 @@ def run_watched(command: Sequence[str], cores: int, env: dict[str, str] | None =
     peak = PeakMemory()
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
+        call = "from benchmarks.measuring import call_step; call_step()"
+        command = [python, "-c", call, step, json.dumps(arguments), str(answer)]
         process = subprocess.Popen(
-            [*command, str(answer)],
-            env={**os.environ, **(env or {})},
+            command,
+            env={**environment(), **(env or {})},
             stdout=sys.stderr,
             preexec_fn=lambda: _use_cores(cores),  # noqa: PLW1509 - this process's threads hold no locks that it needs
         )
@@ -81,8 +105,16 @@ def run_watched(command: Sequence[str], cores: int, env: dict[str, str] | None =
             stopped.set()
             watcher.join()
         if status:
-            raise subprocess.CalledProcessError(status, [*command])
+            raise subprocess.CalledProcessError(status, command)
         return json.loads(answer.read_bytes()), peak
+
+
+def call_step() -> None:
+    """Calls the function that `run_watched` names on the command line, and writes what it returns."""
+    step, arguments, answer = sys.argv[1:]
+    module, _, function = step.partition(":")
+    found = getattr(import_module(module), function)(**json.loads(arguments))
+    Path(answer).write_text(json.dumps(found))
 
 
 def _use_cores(count: int) -> None:
@@ -92,7 +124,7 @@ def _use_cores(count: int) -> None:
 
 def _watch(pid: int, peak: PeakMemory, stopped: threading.Event) -> None:
     while not stopped.wait(_SAMPLE_S):
-        peak.add(list(_memory_of_tree(pid).values()))
+        peak.add(_memory_of_tree(pid).values())
 
 
 def _memory_of_tree(root: int) -> dict[int, dict[str, int]]:
@@ -117,31 +149,25 @@ def _memory_of_tree(root: int) -> dict[int, dict[str, int]]:
     return {pid: values for pid, values in found.items() if descends(pid)}
 
 
-@dataclass(frozen=True)
-class RayMemory:
-    """The memory of a driver and of the Ray that it started, at one moment, in bytes."""
+def ray_memory(driver: int) -> dict[str, float]:
+    """Returns the memory of a driver and of the Ray that it started, in MB; zeros where the driver has ended.
 
-    driver_resident: int  # mapped files and shared pages included
-    driver_own: int  # what it allocated, as the two below
-    workers_own: int  # summed
-    daemons_own: int  # Ray's own processes, summed
-    object_store: int  # pages of the store that were ever written: it reuses them, and gives none back
-
-
-def ray_memory(driver: int) -> RayMemory:
-    """Measures now; zeros where the driver has ended."""
-    own = {"driver": 0, "workers": 0, "daemons": 0}
-    driver_resident = 0
+    `driver_resident` includes mapped files and shared pages. `driver_own`, `workers_own` and `daemons_own` (Ray's own
+    processes) are what they allocated. `object_store` is pages of the store that were ever written: it reuses them,
+    and gives none back.
+    """
+    found = dict.fromkeys(("driver_resident", "driver_own", "workers_own", "daemons_own", "object_store"), 0)
     store: dict[tuple[int, int], int] = {}
     for pid, values in _memory_of_tree(driver).items():
         if pid == driver:
-            kind, driver_resident = "driver", values["VmRSS"]
+            kind, found["driver_resident"] = "driver_own", values["VmRSS"]
         else:
-            kind = "workers" if _command(pid).startswith("ray::") else "daemons"
-        own[kind] += values["RssAnon"]
-        if kind == "daemons":
+            kind = "workers_own" if _command(pid).startswith("ray::") else "daemons_own"
+        found[kind] += values["RssAnon"]
+        if kind == "daemons_own":
             store.update(_object_store_files(pid))
-    return RayMemory(driver_resident, own["driver"], own["workers"], own["daemons"], sum(store.values()))
+    found["object_store"] = sum(store.values())
+    return {kind: size / _MB for kind, size in found.items()}
 
 
 def _command(pid: int) -> str:
@@ -172,7 +198,7 @@ def tree_of(root: int) -> list[int]:
 def queries_per_s(
     search: Callable[[np.ndarray], object], queries: np.ndarray, batch_sizes: Sequence[int], seconds: float
 ) -> dict[int, float]:
-    """Returns the rate of a search by batch size: the fastest of some rounds, each over other queries.
+    """Returns the rate of a search by batch size: the fastest of several rounds, each with other queries.
 
     Args:
         search: Takes [B, dim] float32.

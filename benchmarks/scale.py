@@ -1,8 +1,8 @@
-"""Captions many small images with a tiny model, killed on the way: is every image there once, is memory flat?
+"""Captions many small images with a tiny model, killed on the way: is every image there once? Is memory flat?
 
-`smallcap caption` runs as a process of its own with its own Ray, on images in S3 (its output there as well) and on
-WebDataset tars (its output on disk). It is killed with SIGKILL, its Ray too, and the same command is started again. At
-the end every image must have one row, and the captions must be those of a run that nobody killed.
+`smallcap caption` runs as a process with a Ray of its own, on images in S3 (the output is in S3) and on WebDataset tars
+(the output is on disk). SIGKILL ends it and its Ray, and the same command is started again. At the end every image must
+have one row, and the captions must be those of a run that nobody killed.
 
     python -m benchmarks.scale --images 200000 --uninterrupted 200000 --plot docs/scale.png --json scale.json
 
@@ -15,10 +15,10 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,11 +30,11 @@ import numpy as np
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from benchmarks.measuring import say
 from benchmarks.s3_server import serve_s3
 from benchmarks.scale_data import (
     BUCKET,
     IMAGES_PER_TAR,
-    TinyModel,
     image_name,
     image_number,
     make_tiny_model,
@@ -42,11 +42,20 @@ from benchmarks.scale_data import (
     write_tars,
 )
 from benchmarks.scale_run import Sample, WatchedRun
+from benchmarks.tiny_models import ModelAndIndex
 from smallcap import storage
 from smallcap.machine.description import describe_machine
 
 KILLS = (0.1, 0.5, 0.9)
+MEMORY = {
+    "driver_resident": "driver, resident",
+    "driver_own": "driver, own",
+    "workers_own": "workers, own",
+    "daemons_own": "Ray's own processes",
+    "object_store": "object store, pages ever used",
+}
 _OUT_BUCKET = "runs"
+_CHEAP = ("-k", "2", "--num-beams", "1", "--dtype", "float32", "--set", "generation.max_new_tokens=8")
 _MOST_ROWS_PER_PART = 5000
 _PARTS = 40  # at least, so that a kill in a small run finds some
 _TENTHS = 10
@@ -66,14 +75,9 @@ class Input:
 @contextmanager
 def s3_input(work: Path, images: int) -> Iterator[Input]:
     """Serves the images from S3; its data remain in `work`."""
-    with serve_s3(work / "s3") as server:
-        os.environ.update(server.env)
-        fs, _ = storage.filesystem(f"s3://{BUCKET}")
-        for bucket in (BUCKET, _OUT_BUCKET):
-            if not fs.exists(bucket):
-                fs.mkdir(bucket)
-        prefix = f"first-{images}"  # the images of a run with another number are no part of this one
-        upload_images(server.endpoint, prefix, images)
+    with serve_s3(work / "s3", BUCKET, _OUT_BUCKET) as server:
+        prefix = f"first-{images}"  # of its own, so that no images of a larger run are in it
+        upload_images(prefix, images)
 
         def sample(count: int) -> tuple[Sequence[str], int]:
             listed = work / "sample.csv"
@@ -106,14 +110,14 @@ INPUTS = {"s3": s3_input, "tars": tar_input}
 class Benchmark:
     """One run: options, a model, and the results so far."""
 
-    def __init__(self, options: argparse.Namespace, model: TinyModel) -> None:
+    def __init__(self, options: argparse.Namespace, model: ModelAndIndex) -> None:
         self._options, self._model = options, model
         self.results: dict[str, Any] = {"machine": describe_machine(0), "images": options.images, "runs": []}
 
     def measure(self, given: Input) -> bool:
         """Captions with kills and without; returns whether all rows are there, once, and alike."""
         options = self._options
-        _say(f"{given.name}: {options.images:,} images, killed at {options.kills or 'no time'}")
+        say(f"{given.name}: {options.images:,} images, killed at {options.kills or 'no time'}")
         killed = self._watched(given, given.sources, "killed")
         seconds = killed.run([round(share * options.images) for share in options.kills])
         result: dict[str, Any] = {
@@ -122,7 +126,7 @@ class Benchmark:
             "no_op_s": killed.run_again(),
             "kills": [vars(kill) for kill in killed.kills],
             "images_per_s_by_tenth": rates_by_tenth(killed.samples, options.images),
-            "memory_mb": _peaks(killed.samples),
+            "memory_mb": {kind: max(sample.memory[kind] for sample in killed.samples) for kind in MEMORY},
             "rows": check_rows(killed.out, options.images),
         }
         whole = self._uninterrupted(given, killed.out, result) if options.uninterrupted else None
@@ -144,7 +148,7 @@ class Benchmark:
         sources, count = given.sources, self._options.images
         if self._options.uninterrupted < count:
             sources, count = given.sample(self._options.uninterrupted)
-        _say(f"{given.name}: {count:,} images without a kill")
+        say(f"{given.name}: {count:,} images without a kill")
         run = self._watched(given, sources, "uninterrupted")
         seconds = run.run([])
         result["uninterrupted"] = {
@@ -157,10 +161,10 @@ class Benchmark:
 
     def _watched(self, given: Input, sources: Sequence[str], name: str) -> WatchedRun:
         out = storage.join(given.out, name)
-        command = [sys.executable, "-m", "jobs.cli", "caption", *sources, "--out", out, *self._model.arguments]
         rows_per_part = max(1, min(_MOST_ROWS_PER_PART, self._options.images // _PARTS))
-        command += ["--set", f"output.rows_per_part={rows_per_part}"]
-        for setting in self._options.set:
+        command = [sys.executable, "-m", "jobs.cli", "caption", *sources, "--out", out, *_CHEAP]
+        command += ["--model", self._model.model, "--index", self._model.index]
+        for setting in (f"output.rows_per_part={rows_per_part}", *self._options.set):
             command += ["--set", setting]
         return WatchedRun(command, out, self._options.work / f"{given.name}-{name}.log", given.fetched)
 
@@ -171,36 +175,30 @@ class Benchmark:
 def read_rows(out: str) -> Iterator[dict[str, Any]]:
     """Yields id, status, caption and neighbours of every row of an output."""
     for uri in storage.list_files(out, (".parquet",)):
-        table = pq.read_table(
-            io.BytesIO(storage.read_bytes(uri)), columns=["image_id", "status", "caption", "neighbours"]
-        )
-        yield from table.to_pylist()
+        data = io.BytesIO(storage.read_bytes(uri))
+        yield from pq.read_table(data, columns=["image_id", "status", "caption", "neighbours"]).to_pylist()
 
 
 def check_rows(out: str, images: int) -> dict[str, Any]:
-    """Counts images without a row, with more than one, and rows that are errors or no image of ours."""
-    seen = np.zeros(images, np.int64)
-    errors = strangers = 0
+    """Counts images without a row and with more than one, rows that are errors, and rows of no image of ours."""
+    rows, errors, strangers = Counter[int](), 0, 0
     for row in read_rows(out):
         number = image_number(row["image_id"])
         if number is None or number >= images:
             strangers += 1
-            continue
-        seen[number] += 1
-        errors += row["status"] != "ok"
-    found = {
-        "missing": int((seen == 0).sum()),
-        "more_than_once": int((seen > 1).sum()),
-        "errors": errors,
-        "strangers": strangers,
-    }
+        else:
+            rows[number] += 1
+            errors += row["status"] != "ok"
+    more = sum(count > 1 for count in rows.values())
+    found = {"missing": images - len(rows), "more_than_once": more, "errors": errors, "strangers": strangers}
     return found | {"as_they_should_be": not any(found.values())}
 
 
 def differences(out: str, reference: str, images: int) -> int:
     """Counts the first images whose caption or neighbours are not the reference's."""
-    expected = {image_number(row["image_id"]): _said(row) for row in read_rows(reference)}
-    found = {image_number(row["image_id"]): _said(row) for row in read_rows(out)}
+    found, expected = (
+        {image_number(row["image_id"]): _said(row) for row in read_rows(run)} for run in (out, reference)
+    )
     return sum(number not in expected or expected[number] != found.get(number) for number in range(images))
 
 
@@ -213,38 +211,29 @@ def _said(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def rates_by_tenth(samples: Sequence[Sample], images: int) -> list[float]:
     """Returns images/s in each tenth of the rows, starts included; rows come in parts, between which it is guessed."""
-    seconds = np.array([0.0, *(one.seconds for one in samples)])
-    rows = np.maximum.accumulate(np.array([0, *(one.rows for one in samples)]))
+    seconds = np.array([0.0, *(sample.seconds for sample in samples)])
+    rows = np.maximum.accumulate(np.array([0, *(sample.rows for sample in samples)]))
     rises = np.flatnonzero(np.diff(rows, prepend=-1))
-    at = np.interp(np.linspace(0, images, _TENTHS + 1), rows[rises], seconds[rises])
-    return [round(images / _TENTHS / max(taken, 1e-9), 1) for taken in np.diff(at).tolist()]
+    bounds = np.interp(np.linspace(0, images, _TENTHS + 1), rows[rises], seconds[rises])
+    return [round(images / _TENTHS / max(taken, 1e-9), 1) for taken in np.diff(bounds).tolist()]
 
 
 def longest_start(samples: Sequence[Sample], starts: Sequence[float]) -> list[Sample]:
     """Returns the samples of that start of the command which wrote the most rows."""
     bounds = [*starts, float("inf")]
-    split = [[one for one in samples if start <= one.seconds < stop] for start, stop in pairwise(bounds)]
-    return max(split, key=lambda some: some[-1].rows - some[0].rows if some else 0)
+    by_start = [[sample for sample in samples if start <= sample.seconds < stop] for start, stop in pairwise(bounds)]
+    return max(by_start, key=lambda during: during[-1].rows - during[0].rows if during else 0)
 
 
 def memory_slopes(samples: Sequence[Sample]) -> dict[str, float]:
     """Returns how each kind of memory grows over the second half of the rows, by least squares: MB per 100k images."""
-    alive = [one for one in samples if one.memory["driver_own"]]  # not the last, when it had ended
-    if not alive:
-        return {}
-    middle = (alive[0].rows + alive[-1].rows) / 2
-    half = [one for one in alive if one.rows >= middle]
-    rows = np.array([one.rows for one in half], float)
+    alive = [sample for sample in samples if sample.memory["driver_own"]]  # not the last, when it had ended
+    half = [sample for sample in alive if sample.rows >= (alive[0].rows + alive[-1].rows) / 2]
+    rows = np.array([sample.rows for sample in half], float)
     if len(half) < 3 or not rows.std():
         return {}
-    return {
-        name: round(float(np.polyfit(rows, [one.memory[name] for one in half], 1)[0]) * 1e5, 2)
-        for name in half[0].memory
-    }
-
-
-def _peaks(samples: Sequence[Sample]) -> dict[str, float]:
-    return {name: round(max(one.memory[name] for one in samples), 1) for name in samples[0].memory}
+    memory = {name: [sample.memory[name] for sample in half] for name in half[0].memory}
+    return {name: round(float(np.polyfit(rows, values, 1)[0]) * 1e5, 2) for name, values in memory.items()}
 
 
 def draw(path: Path, run: WatchedRun, images: int, name: str) -> None:
@@ -253,25 +242,18 @@ def draw(path: Path, run: WatchedRun, images: int, name: str) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        _say("No plot: matplotlib is not installed.")
+        say("No plot: matplotlib is not installed.")
         return
     figure = Figure(figsize=(9, 6), layout="constrained")
     FigureCanvasAgg(figure)
     upper, lower = figure.subplots(2, 1, sharex=True)
-    minutes = [one.seconds / 60 for one in run.samples]
-    labels = {
-        "driver_resident": "driver, resident",
-        "driver_own": "driver, own",
-        "workers_own": "workers, own",
-        "daemons_own": "Ray's own processes",
-        "object_store": "object store, pages ever used",
-    }
-    for kind, label in labels.items():
-        upper.plot(minutes, [one.memory[kind] for one in run.samples], label=label)
+    minutes = [sample.seconds / 60 for sample in run.samples]
+    for kind, label in MEMORY.items():
+        upper.plot(minutes, [sample.memory[kind] for sample in run.samples], label=label)
     upper.set_ylabel("MB")
     upper.set_title(f"smallcap caption, {images:,} images ({name}); dashed: SIGKILL")
     upper.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
-    lower.plot(minutes, [one.rows for one in run.samples])
+    lower.plot(minutes, [sample.rows for sample in run.samples])
     lower.set_ylabel("rows in parts")
     lower.set_xlabel("minutes")
     for axes in (upper, lower):
@@ -285,28 +267,31 @@ def table(results: dict[str, Any]) -> str:
     """Returns the results for people."""
     lines = [", ".join(f"{name} {value}" for name, value in results["machine"].items() if value)]
     for run in results["runs"]:
-        rows = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in run["rows"].items() if name[:2] != "as")
-        lines += [f"{run['input']}: {results['images']:,} images in {run['seconds']:.0f} s; rows: {rows}"]
+        counts = ", ".join(f"{run['rows'][name]} {name.replace('_', ' ')}" for name in list(run["rows"])[:-1])
+        lines.append(f"{run['input']}: {results['images']:,} images in {run['seconds']:.0f} s; rows: {counts}")
         for kill in run["kills"]:
-            again = "" if kill["fetched_again"] is None else f", {kill['fetched_again']:,} images fetched in vain"
+            vain = "" if kill["fetched_again"] is None else f", {kill['fetched_again']:,} images fetched in vain"
             first = f"first part {kill['first_rows_s']:.1f} s after the next start"
-            lines.append(f"  killed at {kill['rows']:,} rows after {kill['seconds']:.0f} s{again}; {first}")
-        lines.append(f"  images/s by tenth: {' '.join(f'{rate:.0f}' for rate in run['images_per_s_by_tenth'])}")
-        lines.append("  peak MB: " + ", ".join(f"{name} {value:,.0f}" for name, value in run["memory_mb"].items()))
+            lines.append(f"  killed at {kill['rows']:,} rows after {kill['seconds']:.0f} s{vain}; {first}")
+        peaks = ", ".join(f"{name} {value:,.0f}" for name, value in run["memory_mb"].items())
         slopes = ", ".join(f"{name} {value:+.1f}" for name, value in run["memory_slope_mb_per_100k_images"].items())
-        lines.append(
-            f"  MB per 100k images, second half of the {run['memory_slope_of']}: {slopes or 'too few samples'}"
-        )
-        lines.append(f"  nothing to do: {run['no_op_s']:.1f} s")
+        lines += [
+            f"  images/s by tenth: {_rates(run)}",
+            f"  peak MB: {peaks}",
+            f"  MB per 100k images, second half of the {run['memory_slope_of']}: {slopes or 'too few samples'}",
+            f"  nothing to do: {run['no_op_s']:.1f} s",
+        ]
         if whole := run.get("uninterrupted"):
-            rates = " ".join(f"{rate:.0f}" for rate in whole["images_per_s_by_tenth"])
-            lines.append(f"  uninterrupted: {whole['images']:,} images in {whole['seconds']:.0f} s, by tenth {rates}")
-            lines.append(f"  captions that differ from it: {whole['captions_that_differ']:,}")
+            seconds = f"{whole['images']:,} images in {whole['seconds']:.0f} s"
+            lines += [
+                f"  uninterrupted: {seconds}, by tenth {_rates(whole)}",
+                f"  captions that differ from it: {whole['captions_that_differ']:,}",
+            ]
     return "\n".join(lines)
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+def _rates(run: dict[str, Any]) -> str:
+    return " ".join(f"{rate:.0f}" for rate in run["images_per_s_by_tenth"])
 
 
 def main() -> None:
@@ -329,7 +314,7 @@ def main() -> None:
         benchmark = Benchmark(options, make_tiny_model(options.work / "model"))
         good = True
         for name in options.inputs:
-            _say(f"{name}: making {options.images:,} images")
+            say(f"{name}: making {options.images:,} images")
             with INPUTS[name](options.work, options.images) as given:
                 good = benchmark.measure(given) and good
     print(table(benchmark.results))

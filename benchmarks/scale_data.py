@@ -1,4 +1,4 @@
-"""What `benchmarks.scale` captions, and with what: small images, each different, in S3 and in tars; a tiny model.
+"""What `benchmarks.scale` captions: small images, each different, in S3 and in tars, with a tiny model.
 
 An image's number is in its name, so that the rows of a run can be checked without a list of its ids.
 """
@@ -6,21 +6,21 @@ An image's number is in its name, so that the rows of a run can be checked witho
 from __future__ import annotations
 
 import asyncio
-import csv
 import io
 import os
 import re
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from benchmarks.tiny_models import make_tiny_clip, make_tiny_smallcap
+from benchmarks.measuring import environment
+from benchmarks.tiny_models import ModelAndIndex, make_tiny_clip, make_tiny_smallcap
+from smallcap.benchmark.random_parts import random_captions
 
 BUCKET = "images"
 IMAGES_PER_TAR = 10_000
@@ -29,7 +29,6 @@ _SHAPES_PX = 8  # the random pixels that an image is enlarged from: more of them
 _INDEX_CAPTIONS = 500
 _UPLOADED_TOGETHER = 2_000
 _NUMBER = re.compile(r"(\d{7})(\.jpg)?$")
-_ROOT = Path(__file__).resolve().parents[1]
 
 
 def make_image(number: int) -> bytes:
@@ -51,20 +50,13 @@ def image_number(image_id: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def upload_images(endpoint: str, prefix: str, images: int) -> None:
-    """Puts the first images below a prefix of the bucket, those that are not there."""
+def upload_images(prefix: str, images: int) -> None:
+    """Puts the first images below a prefix of the bucket, except those that are there."""
     from obstore.store import S3Store
 
-    store = S3Store(
-        BUCKET,
-        endpoint=endpoint,
-        region=os.environ["AWS_DEFAULT_REGION"],
-        access_key_id=os.environ["AWS_ACCESS_KEY_ID"],
-        secret_access_key=os.environ["AWS_SECRET_ACCESS_KEY"],
-        client_options={"allow_http": True},
-        prefix=prefix,
-    )
-    there = {str(one["path"]) for some in store.list() for one in some}
+    endpoint = os.environ["AWS_ENDPOINT_URL"]
+    store = S3Store(BUCKET, prefix=prefix, endpoint=endpoint, client_options={"allow_http": True})
+    there = {str(found["path"]) for page in store.list() for found in page}
     missing = [number for number in range(images) if image_name(number) not in there]
 
     async def put(numbers: Iterable[int]) -> None:
@@ -75,7 +67,7 @@ def upload_images(endpoint: str, prefix: str, images: int) -> None:
 
 
 def write_tars(folder: Path, images: int) -> None:
-    """Writes the first images into WebDataset tars, those that are not there; a tar appears when it is whole."""
+    """Writes the first images into WebDataset tars that do not exist yet; a tar appears when it is complete."""
     folder.mkdir(parents=True, exist_ok=True)
     for first in range(0, images, IMAGES_PER_TAR):
         numbers = range(first, min(first + IMAGES_PER_TAR, images))
@@ -92,55 +84,17 @@ def write_tars(folder: Path, images: int) -> None:
         staged.replace(target)
 
 
-@dataclass(frozen=True)
-class TinyModel:
-    """A checkpoint and an index for it."""
-
-    checkpoint: Path
-    index: Path
-
-    @property
-    def arguments(self) -> list[str]:
-        """The options of `smallcap caption` that make it cheap."""
-        options = ["--model", str(self.checkpoint), "--index", str(self.index), "-k", "2", "--num-beams", "1"]
-        return [*options, "--dtype", "float32", "--set", "generation.max_new_tokens=8"]
-
-
-def make_tiny_model(folder: Path) -> TinyModel:
+def make_tiny_model(folder: Path) -> ModelAndIndex:
     """Writes the model and builds its index with `smallcap build-index`, unless they are there."""
-    model = TinyModel(folder / "smallcap", folder / "index")
+    made = ModelAndIndex(str(folder / "smallcap"), str(folder / "index"))
     if (folder / "done").exists():
-        return model
+        return made
     clip = folder / "clip"
     clip.mkdir(parents=True, exist_ok=True)
-    make_tiny_smallcap(model.checkpoint, make_tiny_clip(clip, seed=0))
+    make_tiny_smallcap(Path(made.model), make_tiny_clip(clip, seed=0))
     dump = folder / "captions.csv"
-    with dump.open("w", newline="") as file:
-        csv.writer(file).writerows([["caption"], *([caption] for caption in _captions())])
-    command = [sys.executable, "-m", "jobs.cli", "build-index", str(dump), "--out", str(model.index)]
+    dump.write_text("\n".join(["caption", *random_captions(_INDEX_CAPTIONS)]) + "\n")
+    command = [sys.executable, "-m", "jobs.cli", "build-index", str(dump), "--out", made.index]
     subprocess.run([*command, "--encoder", f"hf:{clip}"], env=environment(), stdout=sys.stderr, check=True)
     (folder / "done").touch()
-    return model
-
-
-def environment() -> dict[str, str]:
-    """Returns the environment of a `smallcap` process of this checkout."""
-    return {**os.environ, "PYTHONPATH": str(_ROOT), "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"}
-
-
-def _captions() -> Iterator[str]:
-    colours = ("a red", "a green", "a blue", "a grey", "a pale", "a dark", "a striped")
-    things = ("dog", "boat", "house", "tree", "lamp", "bird", "car", "cup", "road")
-    places = (
-        "on a hill",
-        "by the sea",
-        "in a room",
-        "under the sky",
-        "near a wall",
-        "at night",
-        "in the rain",
-        "alone",
-    )
-    every = (f"{colour} {thing} {place}" for colour in colours for thing in things for place in places)
-    for _, caption in zip(range(_INDEX_CAPTIONS), every, strict=False):
-        yield caption
+    return made

@@ -1,4 +1,4 @@
-"""One `smallcap caption` under watch: its rows and its memory over time, and its death when it is wanted."""
+"""Watches one `smallcap caption`: its rows and its memory over time. Kills it when that is asked for."""
 
 from __future__ import annotations
 
@@ -15,13 +15,11 @@ from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 
-from benchmarks.measuring import ray_memory, tree_of
-from benchmarks.scale_data import environment
+from benchmarks.measuring import environment, ray_memory, tree_of
 from smallcap import storage
 from smallcap.errors import StorageError
 
 _SAMPLE_S = 1.0
-_MEGABYTE = 1e6
 
 
 class Sample(NamedTuple):
@@ -29,7 +27,7 @@ class Sample(NamedTuple):
 
     seconds: float  # since the run's first start
     rows: int  # in parts
-    memory: dict[str, float]  # MB, see `measuring.RayMemory`
+    memory: dict[str, float]  # MB, see `measuring.ray_memory`
 
 
 @dataclass
@@ -63,7 +61,7 @@ class WatchedRun:
     _fetched_before: int = 0
 
     def run(self, kill_at_rows: Sequence[int]) -> float:
-        """Runs to the end, killed as soon as it has so many rows, and started again each time; returns the seconds.
+        """Runs to the end, killed and started again at each of these numbers of rows; returns the seconds.
 
         Raises:
             SystemExit: The command failed by itself.
@@ -103,7 +101,7 @@ class WatchedRun:
         try:
             while process.poll() is None:
                 rows = self.rows()
-                memory = {name: value / _MEGABYTE for name, value in asdict(ray_memory(process.pid)).items()}
+                memory = ray_memory(process.pid)
                 self.samples.append(Sample(time.perf_counter() - began, rows, memory))
                 if waiting and waiting.first_rows_s is None and rows > before:
                     waiting.first_rows_s = time.perf_counter() - started
@@ -133,10 +131,10 @@ class WatchedRun:
             return subprocess.Popen(
                 self.command,
                 env=environment(),
+                stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                stdin=subprocess.DEVNULL,
             )
 
     def _check(self, status: int) -> None:
@@ -150,7 +148,7 @@ class WatchedRun:
         return {
             "starts_s": self.starts,
             "kills": [asdict(kill) for kill in self.kills],
-            "samples": [{"seconds": one.seconds, "rows": one.rows, **one.memory} for one in self.samples],
+            "samples": [{"seconds": sample.seconds, "rows": sample.rows, **sample.memory} for sample in self.samples],
         }
 
 

@@ -1,11 +1,12 @@
-"""A CLIP and a SmallCap that are small enough to caption hundreds of images a second, with random weights.
+"""A CLIP and a SmallCap that are small enough to caption hundreds of images a second; their weights are random.
 
-One definition for the tests and for the benchmarks that measure the job and not the model.
+They serve the tests, and the benchmarks that measure the job and not the model.
 """
 
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from smallcap.model.files import tokenizer_folder
@@ -13,8 +14,19 @@ from smallcap.model.files import tokenizer_folder
 TINY_DIM = 16
 
 
-def make_tiny_clip(folder: Path, seed: int) -> Path:
-    """Writes a CLIPModel folder of transformers: seeded random weights, a byte-level tokenizer; returns the folder."""
+@dataclass(frozen=True)
+class ModelAndIndex:
+    """A checkpoint, and an index for it."""
+
+    model: str
+    index: str
+
+
+def make_tiny_clip(folder: Path, seed: int, dim: int = TINY_DIM) -> Path:
+    """Writes a CLIPModel folder of transformers: seeded random weights, a byte-level tokenizer; returns the folder.
+
+    Its embeddings have `dim` numbers.
+    """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
@@ -33,7 +45,7 @@ def make_tiny_clip(folder: Path, seed: int) -> Path:
     text = {**layers, "vocab_size": 258, "max_position_embeddings": 77, "bos_token_id": 256, "eos_token_id": 257}
     vision = {**layers, "image_size": 32, "patch_size": 16}
     torch.manual_seed(seed)
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=TINY_DIM))
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=dim))
     for parameter in model.parameters():  # the usual initialisation is so small that all texts look alike
         torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(folder)

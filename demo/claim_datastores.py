@@ -13,9 +13,9 @@ STOCK_PHRASES = ("click to enlarge", "photo by the author", "free shipping on al
 
 
 def noise_rows(count: int, seed: int = 0) -> list[tuple[str, str]]:
-    """Returns captions that describe nothing: the words of a caption in random order, some after a stock phrase.
+    """Returns captions that describe nothing: the words of a caption in random order, sometimes after a stock phrase.
 
-    Their nouns are of all domains, so that images find them.
+    Their nouns come from all domains, so images find them.
     """
     rng = random.Random(seed)
     captions = [caption for rows in (datastore_rows(TRAINING), datastore_rows(OTHER)) for _, caption in rows]
@@ -29,12 +29,12 @@ def noise_rows(count: int, seed: int = 0) -> list[tuple[str, str]]:
 
 
 def build_datastores(work: Path) -> dict[str, str]:
-    """Builds an index of each datastore below a folder; what is there is kept.
+    """Builds an index of each datastore below a folder; existing ones are kept.
 
     Returns:
-        URIs: `training` and `other` hold the captions of the training and the held-out domains, `other-half` and
-        `other-eighth` a part of the latter, `both` all, `noisy` the held-out domains' and as much noise, `everything`
-        all and as much noise.
+        URIs by name. `training` and `other` hold the captions of the training and of the held-out domains; `other-half`
+        and `other-eighth` hold a share of `other`, and `both` holds all. `noisy` is `other` with as much noise,
+        `everything` is `both` with as much noise.
     """
     training, other = datastore_rows(TRAINING), datastore_rows(OTHER)
     dumps = {

@@ -1,4 +1,4 @@
-"""Writes what the claims' rows say: `claims.json`, the tables in README.md between their markers, and the plots."""
+"""Reports the claims' rows: `claims.json`, the tables between README.md's markers, and the plots."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -34,7 +34,7 @@ Values = Mapping[str, Any]
 
 
 def write_report(values: Values, folder: Path) -> None:
-    """Writes all that the measured sections allow; README.md must have the markers."""
+    """Writes what the measured sections allow; README.md must have the markers."""
     (folder / "claims.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     readme = folder / "README.md"
     before, rest = readme.read_text(encoding="utf-8").split(START)
@@ -77,7 +77,7 @@ def tables(values: Values) -> str:
 
 
 def _side_name(name: str, side: str) -> str:
-    """The training domains' own datastore is the training one; their foreign one is the held-out domains'."""
+    """Returns a row's name on a side: what is foreign to the training domains is the held-out domains' datastore."""
     return "other_datastore" if side == "in_domain" and name == "training_datastore" else name
 
 
@@ -119,11 +119,11 @@ def _plot_lines(rows: Mapping[Any, Values], label: str, path: Path, logarithmic:
     figure, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
     places = [int(place) for place in rows]
     for side, name in SIDES.items():
-        of_side = [row[side] for row in rows.values()]
+        rows_of_side = [row[side] for row in rows.values()]
         axes.errorbar(
             places,
-            [row["cider"] for row in of_side],
-            _errors(of_side),
+            [row["cider"] for row in rows_of_side],
+            _errors(rows_of_side),
             marker="o",
             capsize=3,
             color=COLOURS[side],

@@ -1,4 +1,4 @@
-"""One row of the claims: a captioner on rendered test scenes, scored by CIDEr and by the objects it names."""
+"""One row of the claims: captions of test scenes, scored by CIDEr and by the objects they name."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -6,33 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from demo.datastore import FIRST_MEASURED, REFERENCES_PER_IMAGE
-from demo.evaluate import SceneResult
-from demo.render import encode_jpeg
-from demo.world import Scene, SceneSet, captions_of, scenes_of
-from smallcap.captioner import Captioner
+from demo.drawn_scenes import DrawnScenes, is_right
 from smallcap.evaluation.bootstrap import interval, mean_of, resample
 from smallcap.evaluation.caption_metrics import score_captions
 from smallcap.index.retriever import Neighbour, NeighbourSearch, Retriever
 
-BATCH_SIZE = 64
 RESAMPLES = 1_000
-
-
-@dataclass(frozen=True)
-class Scenes:
-    """Rendered test scenes with their reference captions."""
-
-    scenes: list[Scene]
-    images: list[bytes]  # JPEG
-    references: dict[str, list[str]]  # by the scene's seed
-
-    @classmethod
-    def render(cls, of: SceneSet, count: int) -> "Scenes":
-        """Renders `count` scenes of a set that are not among the shipped pictures."""
-        scenes = scenes_of(of, count, FIRST_MEASURED)
-        references = {str(scene.seed): captions_of(scene, REFERENCES_PER_IMAGE) for scene in scenes}
-        return cls(scenes, [encode_jpeg(scene) for scene in scenes], references)
 
 
 @dataclass(frozen=True)
@@ -70,19 +49,10 @@ class RandomCaptions(NeighbourSearch):
         return [[Neighbour(int(i), self._captions[i], float("nan")) for i in rows] for rows in drawn]
 
 
-def measure(captioner: Captioner, scenes: Scenes) -> Row:
-    """Captions the scenes and scores the captions."""
-    captions: list[str] = []
-    for start in range(0, len(scenes.images), BATCH_SIZE):
-        results = captioner.caption(scenes.images[start : start + BATCH_SIZE])
-        captions += [result.caption or "" for result in results]
-    return score(captions, scenes)
-
-
-def score(captions: Sequence[str], scenes: Scenes) -> Row:
+def score(captions: Sequence[str], scenes: DrawnScenes) -> Row:
     """Scores one caption per scene."""
     by_scene = {str(scene.seed): caption for scene, caption in zip(scenes.scenes, captions, strict=True)}
-    right = [SceneResult(scene, caption).right for scene, caption in zip(scenes.scenes, captions, strict=True)]
+    right = list(map(is_right, scenes.scenes, captions))
     statistics: dict[str, Any] = {
         "cider": score_captions(by_scene, scenes.references, ["cider"])["cider"].statistics,
         "accuracy": mean_of(np.array(right, dtype=np.float64)),

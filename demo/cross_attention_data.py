@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from demo.data import batches_of_like_length, normalise
+from demo.data import normalise
 from demo.datastore import CAPTIONS_PER_SCENE, datastore_rows, image_name
+from demo.training import batches_of_like_length
 from demo.world import TRAINING, captions_of, scenes_of
 from smallcap.model.checkpoint import SmallCapModel
 from smallcap.model.clip_encoder import RetrievalEncoder
@@ -27,8 +28,8 @@ class TrainingScenes:
 
     Attributes:
         features: [N, P, Hv].
-        captions: For each scene the token ids of some captions.
-        candidates: For each scene captions of the datastore, not its own, nearest first.
+        captions: The token ids of each scene's captions.
+        candidates: Each scene's nearest captions of the datastore, without its own, nearest first.
         mode: Which of the candidates a prompt holds.
     """
 
@@ -53,7 +54,7 @@ def encode_scenes(
 
 
 def retrieve_others(retrieval_encoder: RetrievalEncoder, embeddings: np.ndarray, count: int) -> list[list[str]]:
-    """Returns for each training scene the nearest captions of the dump that are not its own, nearest first."""
+    """Returns each training scene's nearest captions of the dump, without its own, nearest first."""
     rows = datastore_rows()
     captions_xb = retrieval_encoder.encode_texts([caption for _, caption in rows])
     index = faiss.IndexFlatIP(captions_xb.shape[1])
@@ -61,8 +62,8 @@ def retrieve_others(retrieval_encoder: RetrievalEncoder, embeddings: np.ndarray,
     _, neighbours = index.search(embeddings, count + CAPTIONS_PER_SCENE)
     retrieved = []
     for seed, found in zip(TRAINING.seeds, neighbours, strict=False):
-        own = image_name(TRAINING, seed)
-        retrieved.append([rows[i][1] for i in found if rows[i][0] != own][:count])
+        image = image_name(TRAINING, seed)
+        retrieved.append([rows[row][1] for row in found if rows[row][0] != image][:count])
     return retrieved
 
 

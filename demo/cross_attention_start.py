@@ -1,13 +1,14 @@
 """Where the training of the demo's cross-attention starts: whitened patches, and values near the nouns' embeddings.
 
-Two things are meant to speed it up; what each is worth has not been measured apart. The patches are whitened, because
-their spread differs by a factor of a thousand between directions; the whitening is folded into the weights at the end.
-And the last layer's values start at the linear map from patches to the nouns' embeddings that fits best on training
-scenes. Both change where training starts and how it goes, not what is trained.
+Two things are meant to speed training up; their gains have not been measured separately. The patches are whitened,
+because their spread differs by a factor of a thousand between directions; the whitening is folded into the weights at
+the end. The last layer's values start at the linear map from patches to the nouns' embeddings that fits training scenes
+best. Both change where training starts and how it goes, not what is trained.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from demo.data import object_table, region_masks
 from demo.world import Scene
 from smallcap.model.checkpoint import SmallCapModel
+from smallcap.model.gpt2 import Block, CrossAttention, GPT2Decoder
 
 
 @dataclass(frozen=True)
@@ -38,16 +40,23 @@ class Whitening:
 
     def apply(self, features: Tensor, rows_at_once: int = 1_000) -> Tensor:
         """Returns [N, P, Hv] whitened features in bf16."""
-        parts = features.split(rows_at_once)
-        return torch.cat([((part.float() - self.mean) @ self.matrix).bfloat16() for part in parts])
+        chunks = torch.split(features, rows_at_once)
+        return torch.cat([((chunk.float() - self.mean) @ self.matrix).bfloat16() for chunk in chunks])
 
     @torch.no_grad()
     def fold_into(self, model: SmallCapModel) -> None:
-        """Makes a cross-attention that was trained on whitened features take the encoder's own."""
-        for block in model.decoder.transformer.h:  # type: ignore[union-attr]
-            projection = block.crossattention.c_attn
-            projection.bias -= self.mean @ self.matrix @ projection.weight
+        """Lets a cross-attention that was trained on whitened features take the encoder's unchanged ones."""
+        for attention in cross_attentions(model):
+            projection = attention.c_attn
+            projection.bias.sub_(self.mean @ self.matrix @ projection.weight)
             projection.weight.copy_(self.matrix @ projection.weight)
+
+
+def cross_attentions(model: SmallCapModel) -> list[CrossAttention]:
+    """Returns the cross-attention of each layer of a model whose decoder is GPT-2."""
+    decoder = model.decoder
+    assert isinstance(decoder, GPT2Decoder)
+    return [block.crossattention for block in cast("Iterable[Block]", decoder.transformer.h)]
 
 
 @torch.no_grad()
@@ -69,8 +78,8 @@ def start_at_nouns(
     patches = features[:, 1:].float()
     inside = (region_masks(places, round(patches.shape[1] ** 0.5)) > 0) & (kinds >= 0)[..., None]  # [N, 3, patches]
     kind_of = torch.where(inside, kinds.clamp(min=0)[..., None], -1).amax(1)  # [N, patches]
-    nouns = model.decoder.transformer.wte.weight[list(noun_ids)]  # type: ignore[union-attr]
-    nouns = nouns - nouns[kinds[kinds >= 0].unique()].mean(0)
+    nouns = model.decoder.token_embedding[list(noun_ids)]
+    nouns = nouns - nouns[torch.unique(kinds[kinds >= 0])].mean(0)
     on_objects, on_ground = patches[kind_of >= 0], patches[kind_of < 0]
     on_ground = on_ground[torch.randperm(len(on_ground))[: len(on_objects) // 2]]
     sources = torch.cat([on_objects, on_ground])
@@ -80,7 +89,7 @@ def start_at_nouns(
     ridge = 1e-3 * covariance.diagonal().mean() * torch.eye(len(covariance))
     weight = torch.linalg.solve(covariance + ridge, centred.T @ (targets - targets.mean(0)) / len(centred))
     bias = targets.mean(0) - sources.mean(0) @ weight
-    attention = model.decoder.transformer.h[-1].crossattention  # type: ignore[union-attr]
+    attention = cross_attentions(model)[-1]
     size = attention.c_proj.weight.shape[0]  # [size, hidden]
     dealt = torch.arange(size).view(-1, attention.num_heads).T.flatten()  # so that no head has all the first ones
     directions = torch.linalg.svd(weight, full_matrices=False)[2][dealt].T  # [hidden, size], orthonormal

@@ -1,26 +1,20 @@
 """Rendered scenes as one array, and the places of their objects on the patch grid."""
 
-import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
 
 from demo.render import render_crop
 from demo.world import Scene, SceneSet, load_kinds, sample_scene
-from smallcap.machine.precision import fastest_cpu_dtype
 
 IMAGE_PX = 96
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_OBJECTS = 3
-BATCHES_DRAWN = 16  # together, to be sorted by length
-
-Item = TypeVar("Item")
 
 
 def _render_chunk(seeds: Sequence[int], side_px: int) -> np.ndarray:
@@ -43,36 +37,6 @@ def render_pool(scenes: SceneSet, count: int, folder: Path, workers: int = 2) ->
         np.save(partial_path, images)
         partial_path.rename(path)
     return np.load(path, mmap_mode="r")
-
-
-def fast_matrices() -> torch.autocast:
-    """Returns the context of a training's forward pass: bfloat16 where this CPU is faster in it, else float32."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=fastest_cpu_dtype() == "bfloat16")
-
-
-def batches_of_like_length(
-    draw: Callable[[int], Iterable[Item]],
-    length: Callable[[Item], int],
-    steps: int,
-    batch_size: int,
-    rng: random.Random,
-) -> Iterator[list[Item]]:
-    """Yields a batch per step; what some steps take is drawn together and sorted by length, which saves padding.
-
-    Args:
-        draw: Returns so many items.
-        length: Of an item.
-        steps: How many batches.
-        batch_size: Items in each.
-        rng: Shuffles the batches that were drawn together.
-    """
-    batches: list[list[Item]] = []
-    for _ in range(steps):
-        if not batches:
-            drawn = sorted(draw(BATCHES_DRAWN * batch_size), key=length)
-            batches = [drawn[i : i + batch_size] for i in range(0, len(drawn), batch_size)]
-            rng.shuffle(batches)
-        yield batches.pop()
 
 
 def normalise(images: np.ndarray) -> torch.Tensor:

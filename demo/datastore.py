@@ -1,4 +1,4 @@
-"""What the demo ships beside its model: caption dumps, test pictures and their reference captions."""
+"""Writes what the demo ships beside its model: caption dumps, test pictures and their reference captions."""
 
 import csv
 import json
@@ -16,7 +16,7 @@ FIRST_MEASURED = 1_000  # test scenes from here on are measured, and never shipp
 
 
 def image_name(scenes: SceneSet, seed: int) -> str:
-    """Returns the name that a dump gives to the image of a scene, which is not shipped."""
+    """Returns the name of a scene's image in a dump; the image itself is not shipped."""
     return f"{scenes.name}-{seed}.jpg"
 
 
@@ -60,7 +60,7 @@ def write_references(scenes: SceneSet, count: int, path: Path) -> None:
 
 
 def write_shipped(folder: Path) -> None:
-    """Writes all of it: dumps, pictures and references of the training domains and of the held-out ones."""
+    """Writes dumps, pictures and references of the training domains and of the held-out ones."""
     write_captions(datastore_rows(TRAINING), folder / "captions.csv")
     write_captions(datastore_rows(OTHER), folder / "captions-held-out.csv")
     write_images(TEST, SHIPPED_IMAGES, folder / "images")

@@ -1,6 +1,6 @@
 """Makes the demo again from nothing: pictures, CLIP, GPT-2, cross-attention, caption dumps, and the measurement.
 
-Each step writes below the work folder and is skipped when its output is there; `--force` does all of them again.
+Each step writes below the work folder. It is skipped when its output exists; `--force` repeats all steps.
 """
 
 import argparse
@@ -17,7 +17,8 @@ from demo.evaluate import evaluate
 from demo.tokenizer import clip_form, save_gpt2_tokenizer, train_tokenizer
 from demo.train_clip import ClipRecipe, save_clip, train_clip
 from demo.train_cross_attention import CrossAttentionRecipe, train_cross_attention
-from demo.train_language_model import LanguageRecipe, train_language_model
+from demo.train_language_model import train_language_model
+from demo.training import Recipe
 from demo.world import TRAINING, WEB
 from jobs.demo import build_demo_index
 from smallcap.captioner import Captioner
@@ -26,9 +27,9 @@ DEMO = Path(__file__).parent
 
 
 def run_step(name: str, output: Path, make: Callable[[Path], None]) -> None:
-    """Makes `output` under another name and rename it when it is complete; do nothing if it is there."""
+    """Makes `output` under another name and renames it when it is complete; does nothing if it exists."""
     if output.exists():
-        print(f"{name}: {output} is there, skipped", flush=True)
+        print(f"{name}: {output} exists, skipped", flush=True)
         return
     start = time.perf_counter()
     unfinished = output.with_name(f"{output.name}.unfinished")
@@ -40,7 +41,7 @@ def run_step(name: str, output: Path, make: Callable[[Path], None]) -> None:
 
 
 def make_model(work: Path) -> None:
-    """Trains the three parts below `work`, in the order in which each needs the one before."""
+    """Trains the three parts below `work`; each needs the part before it."""
     clip, cross_attention = ClipRecipe(), CrossAttentionRecipe()
     start = time.perf_counter()
     web_images = render_pool(WEB, clip.scenes, work)
@@ -53,7 +54,7 @@ def make_model(work: Path) -> None:
         save_clip(train_clip(clip, web_images, wrapped), wrapped, folder)
 
     def make_language_model(folder: Path) -> None:
-        train_language_model(LanguageRecipe(), tokenizer).save_pretrained(folder)
+        train_language_model(Recipe(), tokenizer).save_pretrained(folder)
         save_gpt2_tokenizer(tokenizer, folder)
 
     def make_smallcap(folder: Path) -> None:
@@ -79,7 +80,7 @@ def main() -> None:
     """Makes the demo's model and data again."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--work-dir", type=Path, default=Path("out/demo-model"))
-    parser.add_argument("--force", action="store_true", help="do every step again, and render again")
+    parser.add_argument("--force", action="store_true", help="repeat every step, rendering included")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -1,4 +1,4 @@
-"""Draws scenes with Noto Color Emoji: the only module that needs the font, and needed only to make new data.
+"""Draws scenes with Noto Color Emoji. Only this module needs the font, and only new data needs this module.
 
 The font (SIL Open Font License 1.1) is found by name in the usual font folders; Debian: fonts-noto-color-emoji.
 """

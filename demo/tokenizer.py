@@ -34,20 +34,6 @@ def train_tokenizer(scenes: int = 24_000) -> Tokenizer:
     return tokenizer
 
 
-def save_gpt2_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes the form that the decoder uses: no token is ever added by itself."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "pad_token": PAD_TOKEN,
-        "eos_token": EOS_TOKEN,
-        "model_max_length": 256,
-        "clean_up_tokenization_spaces": False,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-
 def clip_form(tokenizer: Tokenizer) -> Tokenizer:
     """Returns a copy that wraps each text in start and end tokens, as CLIP's text tower expects."""
     wrapped = Tokenizer.from_str(tokenizer.to_str())
@@ -59,16 +45,19 @@ def clip_form(tokenizer: Tokenizer) -> Tokenizer:
     return wrapped
 
 
+def save_gpt2_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes the form that the decoder uses: no token is ever added by itself."""
+    _save(tokenizer, folder, {"pad_token": PAD_TOKEN, "eos_token": EOS_TOKEN, "model_max_length": 256})
+
+
 def save_clip_tokenizer(wrapped: Tokenizer, folder: Path) -> None:
     """Writes CLIP's form as a folder that `AutoTokenizer` reads."""
+    tokens = {"bos_token": CLIP_START, "eos_token": CLIP_END, "pad_token": CLIP_PAD}
+    _save(wrapped, folder, {**tokens, "model_max_length": CLIP_MAX_TOKENS})
+
+
+def _save(tokenizer: Tokenizer, folder: Path, settings: dict[str, object]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    wrapped.save(str(folder / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": CLIP_START,
-        "eos_token": CLIP_END,
-        "pad_token": CLIP_PAD,
-        "model_max_length": CLIP_MAX_TOKENS,
-        "clean_up_tokenization_spaces": False,
-    }
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **settings, "clean_up_tokenization_spaces": False}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

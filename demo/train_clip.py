@@ -2,15 +2,13 @@
 
 Two contrastive terms: image against caption, as in CLIP, and each object's patches against short texts, much as in
 RegionCLIP (Zhong et al., CVPR 2022): its noun (`a dog`), its place (`at the top left`) and its turn in reading order
-(`the second object`). Told by nouns alone, patches forget where they are; cross-attention, which reads the patches,
-could then not name one object after the other.
+(`the second object`). Trained with nouns alone, patches forget where they are. Cross-attention, which reads the
+patches, could then not name one object after the other.
 """
 
-import argparse
 import json
 import math
-import random
-import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,18 +16,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
+from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
-from demo.data import CLIP_MEAN, CLIP_STD, IMAGE_PX, fast_matrices, normalise, object_table, region_masks, render_pool
-from demo.tokenizer import (
-    CLIP_END,
-    CLIP_MAX_TOKENS,
-    CLIP_PAD,
-    CLIP_START,
-    clip_form,
-    save_clip_tokenizer,
-    train_tokenizer,
-)
+from demo.data import CLIP_MEAN, CLIP_STD, IMAGE_PX, normalise, object_table, region_masks
+from demo.tokenizer import CLIP_END, CLIP_MAX_TOKENS, CLIP_PAD, CLIP_START, save_clip_tokenizer
+from demo.training import Recipe, descend, fast_matrices
 from demo.world import WEB, captions_of, load_kinds, scenes_of
 
 PATCH_PX = 16
@@ -40,17 +32,12 @@ SHIFT_PX = 4
 
 
 @dataclass(frozen=True)
-class ClipRecipe:
-    """What decides the result of the training."""
+class ClipRecipe(Recipe):
+    """The numbers of CLIP's training."""
 
-    scenes: int = 24_000
-    captions_per_scene: int = 4
-    steps: int = 2_000
+    batch_size: int = 128
     learning_rate: float = 1.5e-3
     warmup_steps: int = 80
-    batch_size: int = 128
-    weight_decay: float = 0.05
-    seed: int = 0
 
 
 def build_model(tokenizer: Tokenizer) -> CLIPModel:
@@ -78,34 +65,32 @@ def build_model(tokenizer: Tokenizer) -> CLIPModel:
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=96))
 
 
-def tokenize(tokenizer: Tokenizer, texts: list[str]) -> torch.Tensor:
+def tokenize(tokenizer: Tokenizer, texts: list[str]) -> Tensor:
     """Returns ids [len(texts), longest], padded at the right and cut to what the text tower holds."""
     tokenizer.enable_truncation(CLIP_MAX_TOKENS)
     tokenizer.enable_padding(pad_id=tokenizer.token_to_id(CLIP_PAD), pad_token=CLIP_PAD)
     return torch.tensor([encoding.ids for encoding in tokenizer.encode_batch(texts)])
 
 
-def embed_images(model: CLIPModel, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def embed_images(model: CLIPModel, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the embeddings [B, D] (unit length) and the tower's `last_hidden_state` [B, P, Hv]."""
     output = model.vision_model(pixel_values=pixel_values)
     return F.normalize(model.visual_projection(output.pooler_output), dim=-1), output.last_hidden_state
 
 
-def embed_texts(model: CLIPModel, input_ids: torch.Tensor) -> torch.Tensor:
+def embed_texts(model: CLIPModel, input_ids: Tensor) -> Tensor:
     """Returns the embeddings [B, D], unit length."""
     return F.normalize(model.text_projection(model.text_model(input_ids=input_ids).pooler_output), dim=-1)
 
 
-def caption_loss(image_embeds: torch.Tensor, text_embeds: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def caption_loss(image_embeds: Tensor, text_embeds: Tensor, scale: Tensor) -> Tensor:
     """CLIP's symmetric cross-entropy over the batch."""
     logits = scale * image_embeds @ text_embeds.T
     target = torch.arange(len(logits))
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def region_logits(
-    model: CLIPModel, hidden: torch.Tensor, text_embeds: torch.Tensor, places: torch.Tensor
-) -> torch.Tensor:
+def region_logits(model: CLIPModel, hidden: Tensor, text_embeds: Tensor, places: Tensor) -> Tensor:
     """Returns the scaled similarity of each object's patches to each text; [B, 3, number of texts]."""
     patches = hidden[:, 1:]  # without the class token
     regions = region_masks(places, IMAGE_PX // PATCH_PX) @ patches
@@ -113,59 +98,70 @@ def region_logits(
     return model.logit_scale.exp() * regions @ text_embeds.T
 
 
-def place_classes(places: torch.Tensor) -> torch.Tensor:
-    """Returns for x, y in shares of the side [..., 3] the index into PLACES of the third of the image they are in."""
+def place_classes(places: Tensor) -> Tensor:
+    """Returns the index into PLACES of places [..., 3] (x, y in shares of the side, scale)."""
     column, row = (places[..., :2] * 3).long().clamp(0, 2).unbind(-1)
     return row * 3 + column
 
 
-def region_loss(logits: torch.Tensor, kinds: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, list[float]]:
+def region_loss(logits: Tensor, kinds: Tensor, places: Tensor) -> tuple[Tensor, dict[str, float]]:
     """Cross-entropy of each object's patches over the nouns, the places and the turns; the accuracy of each."""
     present = kinds >= 0
     turns = torch.arange(kinds.shape[1]).expand_as(kinds)
-    over = logits[present].split([logits.shape[-1] - len(PLACES) - len(TURNS), len(PLACES), len(TURNS)], dim=-1)
+    sizes = [logits.shape[-1] - len(PLACES) - len(TURNS), len(PLACES), len(TURNS)]
+    scores = torch.split(logits[present], sizes, dim=-1)
     targets = [kinds[present], place_classes(places)[present], turns[present]]
-    losses = [F.cross_entropy(*pair) for pair in zip(over, targets, strict=True)]
-    right = [(of.argmax(-1) == target).float().mean().item() for of, target in zip(over, targets, strict=True)]
-    return torch.stack(losses).sum(), right
+    pairs = list(zip(scores, targets, strict=True))
+    right = [(score.argmax(-1) == target).float().mean().item() for score, target in pairs]
+    loss = torch.stack([F.cross_entropy(*pair) for pair in pairs]).sum()
+    return loss, dict(zip(("nouns", "places", "turns"), right, strict=True))
 
 
 @torch.no_grad()
 def add_sinusoids(model: CLIPModel, images: np.ndarray) -> None:
     """Adds sines and cosines of x and y to the patches' position embeddings, in proportion to the patch embeddings.
 
-    CLIP's own start at a hundredth of the patches' size, and a short training leaves them there.
+    CLIP initialises them at a hundredth of the patches' size, and a short training leaves them there.
     """
     embeddings = model.vision_model.embeddings
     grid = IMAGE_PX // PATCH_PX
     centres = (torch.arange(grid) + 0.5) / grid
     waves = torch.stack([wave(math.pi * rate * centres) for rate in (0.5, 1, 2) for wave in (torch.sin, torch.cos)], 1)
     waves = waves - waves.mean(0)  # [grid, 6]
-    of_x, of_y = waves[None].expand(grid, grid, 6), waves[:, None].expand(grid, grid, 6)
+    waves_x, waves_y = waves[None].expand(grid, grid, 6), waves[:, None].expand(grid, grid, 6)
     axes = torch.linalg.qr(torch.randn(model.config.vision_config.hidden_size, 12))[0]
-    sinusoids = torch.cat([of_x, of_y], -1).flatten(0, 1) @ axes.T  # [grid * grid, hidden]
+    sinusoids = torch.cat([waves_x, waves_y], -1).flatten(0, 1) @ axes.T  # [grid * grid, hidden]
     patches = embeddings.patch_embedding(normalise(np.array(images)))
     embeddings.position_embedding.weight[1:] += sinusoids * (POSITION_SCALE * patches.std() / sinusoids.std())
 
 
 def train_clip(recipe: ClipRecipe, images: np.ndarray, tokenizer: Tokenizer) -> CLIPModel:
-    """Trains on the rendered scenes; prints the state every 50 steps."""
+    """Trains a CLIP on rendered scenes.
+
+    Args:
+        recipe: What decides the result.
+        images: uint8 [recipe.scenes, IMAGE_PX, IMAGE_PX, 3], the first scenes of WEB.
+        tokenizer: In CLIP's form.
+    """
     torch.manual_seed(recipe.seed)
     model = build_model(tokenizer).train()
     add_sinusoids(model, images[: recipe.batch_size])
+    descend("clip", model.parameters(), recipe, losses(recipe, model, images, tokenizer))
+    return model.eval()
+
+
+def losses(
+    recipe: ClipRecipe, model: CLIPModel, images: np.ndarray, tokenizer: Tokenizer
+) -> Iterator[tuple[Tensor, dict[str, float]]]:
+    """Yields each step's loss, and the shares of captions and regions that are matched rightly."""
     rng = np.random.default_rng(recipe.seed)
     scenes = scenes_of(WEB, recipe.scenes)
     captions = [captions_of(scene, recipe.captions_per_scene) for scene in scenes]
     kinds, places = object_table(scenes)
     nouns = [f"{kind.article} {kind.noun}" for kind in load_kinds()]
     region_texts = tokenize(tokenizer, nouns + PLACES + TURNS)
-    optimizer, schedule = build_optimizer(
-        model, recipe.steps, recipe.learning_rate, recipe.warmup_steps, recipe.weight_decay
-    )
-    start = time.perf_counter()
-    order = np.concatenate(
-        [rng.permutation(recipe.scenes) for _ in range(1 + recipe.steps * recipe.batch_size // recipe.scenes)]
-    )
+    passes = 1 + recipe.steps * recipe.batch_size // recipe.scenes
+    order = np.concatenate([rng.permutation(recipe.scenes) for _ in range(passes)])
     for step in range(recipe.steps):
         rows = np.sort(order[step * recipe.batch_size : (step + 1) * recipe.batch_size])
         pixels, moved = shift(normalise(np.array(images[rows])), places[rows], rng)
@@ -174,42 +170,14 @@ def train_clip(recipe: ClipRecipe, images: np.ndarray, tokenizer: Tokenizer) -> 
             image_embeds, hidden = embed_images(model, pixels)
             text_embeds, region_embeds = embed_texts(model, texts), embed_texts(model, region_texts)
             logits = region_logits(model, hidden.float(), region_embeds, moved).float()
-        of_captions = caption_loss(image_embeds.float(), text_embeds.float(), model.logit_scale.exp())
-        of_regions, named = region_loss(logits, kinds[rows], moved)
-        optimizer.zero_grad()
-        (of_captions + of_regions).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        captions_loss = caption_loss(image_embeds.float(), text_embeds.float(), model.logit_scale.exp())
+        regions_loss, right = region_loss(logits, kinds[rows], moved)
+        in_batch = (image_embeds @ text_embeds.T).argmax(1).eq(torch.arange(len(rows))).float().mean().item()
+        yield captions_loss + regions_loss, {"captions": in_batch, **right}
         model.logit_scale.data.clamp_(max=math.log(100))
-        if step % 50 == 49 or step == recipe.steps - 1:
-            right = (image_embeds @ text_embeds.T).argmax(1).eq(torch.arange(len(rows))).float().mean()
-            print(
-                f"clip step {step + 1}: loss {of_captions.item():.3f} + {of_regions.item():.3f}, in-batch {right:.3f}, "
-                "nouns {:.3f}, places {:.3f}, turns {:.3f}, ".format(*named)
-                + f"{time.perf_counter() - start:.0f} s",
-                flush=True,
-            )
-    return model.eval()
 
 
-def build_optimizer(
-    model: torch.nn.Module, steps: int, learning_rate: float, warmup_steps: int, weight_decay: float
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW with warm-up and cosine; no decay on vectors."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98))
-
-    def factor(step: int) -> float:
-        progress = min(1.0, step / steps)
-        return min(1.0, (step + 1) / warmup_steps) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
-
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-
-def shift(pixels: torch.Tensor, places: torch.Tensor, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def shift(pixels: Tensor, places: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
     """Moves the whole batch by up to SHIFT_PX in both directions, and the places with it."""
     dx, dy = (int(d) for d in rng.integers(-SHIFT_PX, SHIFT_PX + 1, 2))
     padded = F.pad(pixels, [SHIFT_PX] * 4, mode="replicate")
@@ -237,22 +205,3 @@ def save_clip(model: CLIPModel, tokenizer: Tokenizer, folder: Path) -> None:
         "do_convert_rgb": True,
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing, indent=2) + "\n", encoding="utf-8")
-
-
-def main() -> None:
-    """Trains the demo's CLIP from nothing."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--work-dir", type=Path, default=Path("out/demo-model"))
-    parser.add_argument("--out", type=Path, default=Path("demo/model/clip"))
-    parser.add_argument("--threads", type=int, default=2)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    random.seed(0)
-    recipe = ClipRecipe()
-    images = render_pool(WEB, recipe.scenes, arguments.work_dir)
-    tokenizer = clip_form(train_tokenizer())
-    save_clip(train_clip(recipe, images, tokenizer), tokenizer, arguments.out)
-
-
-if __name__ == "__main__":
-    main()

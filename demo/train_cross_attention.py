@@ -1,20 +1,17 @@
-"""Trains the demo's cross-attention by SmallCap's own objective; CLIP and GPT-2 stay as they are.
+"""Trains the demo's cross-attention with SmallCap's objective; CLIP and GPT-2 stay as they are.
 
-Only scenes of the training domains are used, each encoded once. The prompt holds the four captions of the training
-domains' dump that CLIP finds nearest to the image, those of the image itself left out. The loss is on the caption that
-follows the prompt. Steps with a prompt without captions may come first; a cross-attention that was trained by them
-names what it knows whatever the prompt says.
+Only scenes of the training domains are used, and each is encoded once. The prompt holds the four captions of the
+training domains' dump that CLIP finds nearest to the image, without the image's own. The loss is on the caption that
+follows the prompt. Steps without retrieved captions may come first; a cross-attention that was trained by them names
+what it knows whatever the prompt says.
 
 Source: Ramos et al. 2023, section 3.3; other choices of the retrieved captions: Li et al. 2024, section 5.
 """
 
-import argparse
 import itertools
-import math
 import random
 import shutil
-import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,7 +21,7 @@ from torch import Tensor
 
 from demo.cross_attention_data import Batch, Examples, load_training_scenes
 from demo.cross_attention_start import Whitening, start_at_nouns
-from demo.data import fast_matrices, render_pool
+from demo.training import Recipe, descend, fast_matrices
 from demo.world import TRAINING, load_kinds, scenes_of
 from smallcap.model.assembly import join_frozen_parts
 from smallcap.model.checkpoint import SmallCapModel, save_checkpoint
@@ -38,11 +35,9 @@ WHITENED_FROM, STARTED_FROM = 2_500, 4_000  # scenes
 
 
 @dataclass(frozen=True)
-class CrossAttentionRecipe:
-    """What decides the result of the training."""
+class CrossAttentionRecipe(Recipe):
+    """The numbers of cross-attention's training."""
 
-    scenes: int = 24_000
-    captions_per_scene: int = 4
     reduce_factor: int = 1
     k: int = 4
     retrieval: RetrievalMode = "top-k"
@@ -50,37 +45,24 @@ class CrossAttentionRecipe:
     plain_batch_size: int = 128
     steps: int = 1_200  # then with retrieved captions
     batch_size: int = 48
-    learning_rate: float = 3e-3
     warmup_steps: int = 50
-    weight_decay: float = 0.05
     start_scale: float = 1.0  # of the values' first map, against the nouns' embeddings
-    seed: int = 0
 
 
 def train(recipe: CrossAttentionRecipe, model: SmallCapModel, features: Tensor, batches: Iterable[Batch]) -> None:
-    """Trains the cross-attention in place; prints the state every 100 steps."""
+    """Trains the cross-attention in place; features: [N, P, Hv]."""
     trained = freeze_all_but_cross_attention(model.decoder)
-    optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, betas=(0.9, 0.98))
-    total = recipe.plain_steps + recipe.steps
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min(1.0, (step + 1) / recipe.warmup_steps) * (0.51 + 0.49 * math.cos(math.pi * step / total)),
-    )
+
+    def losses() -> Iterator[tuple[Tensor, dict[str, float]]]:
+        for rows, examples in batches:
+            inputs = collate(examples, model.config.pad_token_id)
+            with fast_matrices():
+                loss = caption_loss(model.decoder, features[rows].float(), *inputs)
+            yield loss, {}
+
     model.decoder.train()
-    running, start = 0.0, time.perf_counter()
-    for step, (rows, examples) in enumerate(batches, start=1):
-        with fast_matrices():
-            loss = caption_loss(model.decoder, features[rows].float(), *collate(examples, model.config.pad_token_id))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        schedule.step()
-        running += loss.item()
-        if step % 100 == 0:
-            seconds = time.perf_counter() - start
-            print(f"cross-attention step {step}: loss {running / 100:.3f}, {seconds:.0f} s", flush=True)
-            running = 0.0
+    steps = recipe.plain_steps + recipe.steps
+    descend("cross-attention", trained, recipe, losses(), lowest=0.02, steps=steps, vectors_decay=True)
     model.decoder.eval()
 
 
@@ -130,26 +112,3 @@ def train_cross_attention(
     save_checkpoint(model, out, torch.float16)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(language_model_folder / name, out / name)
-
-
-def main() -> None:
-    """Trains the demo's cross-attention."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--work-dir", type=Path, default=Path("out/demo-model"))
-    parser.add_argument("--out", type=Path, help="by default smallcap/ in the work folder")
-    parser.add_argument("--plain-steps", type=int, default=CrossAttentionRecipe.plain_steps)
-    parser.add_argument("--steps", type=int, default=CrossAttentionRecipe.steps)
-    parser.add_argument("--reduce-factor", type=int, default=CrossAttentionRecipe.reduce_factor)
-    parser.add_argument("--threads", type=int, default=2)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    recipe = CrossAttentionRecipe(
-        plain_steps=arguments.plain_steps, steps=arguments.steps, reduce_factor=arguments.reduce_factor
-    )
-    work = arguments.work_dir
-    images = render_pool(TRAINING, recipe.scenes, work)
-    train_cross_attention(recipe, work / "clip", work / "language-model", images, arguments.out or work / "smallcap")
-
-
-if __name__ == "__main__":
-    main()

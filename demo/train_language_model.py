@@ -1,45 +1,26 @@
-"""Trains the demo's small GPT-2 on caption text alone: what is frozen before cross-attention is trained.
+"""Trains the demo's small GPT-2 on caption text alone; it is frozen before cross-attention is trained.
 
-The documents are single captions, lists of captions that share objects, and such lists inside SmallCap's prompt, of
-scenes of all domains. No image is involved, but the decoder learns, as a large language model would have, to use what
-it is prompted with.
+The documents are single captions, lists of captions that share objects, and such lists inside SmallCap's prompt, from
+scenes of all domains. No image is involved, but the decoder learns to use its prompt, as a large language model would.
 """
 
-import argparse
 import random
-import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
+from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from demo.data import batches_of_like_length, fast_matrices
-from demo.tokenizer import EOS_TOKEN, PAD_TOKEN, save_gpt2_tokenizer, train_tokenizer
-from demo.train_clip import build_optimizer
+from demo.tokenizer import EOS_TOKEN, PAD_TOKEN
+from demo.training import Recipe, batches_of_like_length, descend, fast_matrices
 from demo.world import WEB, Scene, captions_of, scenes_of
 
 PROMPT = "Similar images show\n\n{}.\n\nThis image shows "
 IGNORED = -100
 MOST_RELATED = 7  # captions in a prompt
-
-
-@dataclass(frozen=True)
-class LanguageRecipe:
-    """What decides the result of the training."""
-
-    scenes: int = 24_000
-    captions_per_scene: int = 4
-    steps: int = 2_000
-    batch_size: int = 32
-    learning_rate: float = 3e-3
-    warmup_steps: int = 100
-    weight_decay: float = 0.05
-    seed: int = 0
 
 
 def build_language_model(tokenizer: Tokenizer) -> GPT2LMHeadModel:
@@ -83,9 +64,9 @@ class Documents:
         form = rng.random()
         if form < 0.1:
             return self._ids(caption + EOS_TOKEN)
-        if form < 0.35:  # one scene told several times: that what was named is named again is learnt here first
+        if form < 0.35:  # one scene told several times: here it first learns to name again what was named
             return self._ids("\n\n".join(rng.sample(self.captions[row], 4)) + EOS_TOKEN)
-        # The prompt ends in a space of its own and the caption starts without one, as SmallCap joins them.
+        # The prompt ends in a space and the caption starts without one, as SmallCap joins them.
         related = self._related(row, rng.randint(1, MOST_RELATED), rng)
         return self._ids(PROMPT.format("\n\n".join(related))) + self._ids(caption + EOS_TOKEN)
 
@@ -116,7 +97,7 @@ def document_batches(
     )
 
 
-def pad_documents(documents: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+def pad_documents(documents: list[list[int]]) -> tuple[Tensor, Tensor]:
     """Returns ids [B, longest], padded at the right, and labels with IGNORED at the padding."""
     longest = max(map(len, documents))
     ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids in documents])
@@ -124,45 +105,22 @@ def pad_documents(documents: list[list[int]]) -> tuple[torch.Tensor, torch.Tenso
     return ids, torch.where(real, ids, IGNORED)
 
 
-def train_language_model(recipe: LanguageRecipe, tokenizer: Tokenizer) -> GPT2LMHeadModel:
-    """Trains on text; prints the state every 100 steps."""
+def train_language_model(recipe: Recipe, tokenizer: Tokenizer) -> GPT2LMHeadModel:
+    """Trains a GPT-2 on text."""
     torch.manual_seed(recipe.seed)
     rng = random.Random(recipe.seed)
     documents = Documents(scenes_of(WEB, recipe.scenes), recipe.captions_per_scene, tokenizer)
     model = build_language_model(tokenizer).train()
-    optimizer, schedule = build_optimizer(
-        model, recipe.steps, recipe.learning_rate, recipe.warmup_steps, recipe.weight_decay
-    )
-    start = time.perf_counter()
-    for step, batch in enumerate(document_batches(documents, recipe.steps, recipe.batch_size, rng)):
-        ids, labels = pad_documents(batch)
-        with fast_matrices():
-            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-        loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 100 == 99 or step == recipe.steps - 1:
-            print(f"language step {step + 1}: loss {loss.item():.3f}, {time.perf_counter() - start:.0f} s", flush=True)
+
+    def losses() -> Iterator[tuple[Tensor, dict[str, float]]]:
+        for batch in document_batches(documents, recipe.steps, recipe.batch_size, rng):
+            ids, labels = pad_documents(batch)
+            with fast_matrices():
+                logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+            yield (
+                F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED),
+                {},
+            )
+
+    descend("language model", model.parameters(), recipe, losses())
     return model.eval()
-
-
-def main() -> None:
-    """Trains the demo's tokenizer and GPT-2 on caption text."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--work-dir", type=Path, default=Path("out/demo-model"))
-    parser.add_argument("--steps", type=int, default=LanguageRecipe.steps)
-    parser.add_argument("--threads", type=int, default=2)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    recipe = LanguageRecipe(steps=arguments.steps)
-    tokenizer = train_tokenizer()
-    folder = arguments.work_dir / "language-model"
-    train_language_model(recipe, tokenizer).save_pretrained(folder)
-    save_gpt2_tokenizer(tokenizer, folder)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,14 +1,14 @@
-"""What a scene of the demo world is, and how people would caption it.
+"""Scenes of the demo world, and how people would caption them.
 
 Owns the kinds of objects (`kinds.csv`), the sets of scenes, grounds, sizes, layouts, the phrasings of captions and the
-parser that reads the objects back. It knows neither fonts nor models: `demo.render` draws a scene.
+parser that reads objects out of a caption. It knows neither fonts nor models: `demo.render` draws a scene.
 """
 
 import csv
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -47,12 +47,8 @@ GROUNDS: dict[str, tuple[int, int, int]] = {
     "black": (45, 45, 50),
     "brown": (150, 112, 82),
 }
-SIZES: dict[str, float] = {
-    "small": 0.30,
-    "medium": 0.38,
-    "large": 0.52,
-}  # longer side of the object / side of the image
-NUMBER_WORDS = {"two": 2, "three": 3}
+SIZES = {"small": 0.30, "medium": 0.38, "large": 0.52}  # longer side of the object / side of the image
+NUMBER_WORDS = {2: "two", 3: "three"}
 
 # Centres of the objects (x, y in shares of the side), in reading order: left to right, top to bottom.
 LAYOUTS: dict[str, tuple[tuple[float, float], ...]] = {
@@ -67,7 +63,7 @@ LAYOUTS: dict[str, tuple[tuple[float, float], ...]] = {
 LAYOUTS_BY_COUNT = {1: ("alone",), 2: ("beside", "above"), 3: ("row", "column", "one_above_two", "two_above_one")}
 COUNT_SHARES = {1: 0.35, 2: 0.4, 3: 0.25}
 ALIKE_SHARE = 0.2  # of the scenes of several objects: all of one kind
-PAIR_SHARE = 0.5  # of the other scenes where two objects stand beside each other in a level of their own: those alike
+PAIR_SHARE = 0.5  # of the other scenes with two objects in a level: those two are alike
 GROUND_NAMED_SHARE = 0.5  # of the captions
 PAIRS = {"one_above_two": (1, 2), "two_above_one": (0, 1)}
 
@@ -190,7 +186,7 @@ def describe(scene: Scene, rng: random.Random) -> str:
     Objects of one kind are counted (`two dogs`), not named one after the other.
     """
     alike = len(scene.objects) > 1 and len(scene.kinds) == 1
-    phrase = rng.choice(_ALIKE_PHRASINGS[scene.layout] if alike else _PHRASINGS[scene.layout])(scene, rng)
+    phrase = _say(scene, rng.choice((_ALIKE_PHRASINGS if alike else _PHRASINGS)[scene.layout]), rng)
     opening = rng.choice(["", "", "", "", "a picture of ", "there is ", "we see "])
     if not phrase.startswith(("a ", "an ", "two ", "three ")):
         opening = ""
@@ -211,117 +207,57 @@ def captions_of(scene: Scene, count: int, salt: str = "caption") -> list[str]:
     return captions
 
 
-def _name(placed: PlacedObject, adjective: str = "") -> str:
-    kind = placed.kind
-    return f"a {adjective} {kind.noun}" if adjective else f"{kind.article} {kind.noun}"
-
-
-def _count(scene: Scene) -> str:
-    number = {number: word for word, number in NUMBER_WORDS.items()}[len(scene.objects)]
-    return f"{number} {scene.objects[0].kind.plural}"
-
-
-def _alone(scene: Scene, rng: random.Random) -> str:
-    placed = scene.objects[0]
-    adjective = "" if placed.size == "medium" else placed.size
-    return rng.choice([_name(placed), _name(placed, adjective), "just " + _name(placed, adjective)])
-
-
-def _names(scene: Scene) -> list[str]:
-    """What is named in turn: an object, or a pair of a kind."""
-    names = [_name(placed) for placed in scene.objects]
-    if len(scene.kinds) < len(names):  # of three, a pair
-        first, second = PAIRS[scene.layout]
-        names[first : second + 1] = [f"two {scene.objects[first].kind.plural}"]
-    return names
-
-
-def _listed(scene: Scene, rng: random.Random) -> str:
-    names = _names(scene)
-    return ", ".join(names[:-1]) + " and " + names[-1]
-
-
-def _sized_pair(scene: Scene, rng: random.Random) -> str:
-    first, second = scene.objects
-    if first.size == second.size:
-        return _listed(scene, rng)
-    return f"{_name(first, first.size)} {rng.choice(['and', 'with'])} {_name(second, second.size)}"
-
-
-def _beside(scene: Scene, rng: random.Random) -> str:
-    left, right = map(_name, scene.objects)
-    return rng.choice(
-        [
-            f"{left} to the left of {right}",
-            f"{left} on the left and {right} on the right",
-            f"{left} next to {right}",
-            f"{left} beside {right}",
-        ]
+def _say(scene: Scene, templates: Sequence[str], rng: random.Random) -> str:
+    """Fills one of the templates: `{0}` and so on are named in turn, an object or (of three) a pair of a kind."""
+    first, *others = scene.objects
+    if templates is _SIZED and first.size == others[0].size:
+        templates = _LISTED
+    template = templates[0] if len(templates) == 1 else rng.choice(templates)
+    names = [f"{placed.kind.article} {placed.kind.noun}" for placed in scene.objects]
+    sized = [
+        name if placed.size == "medium" else f"a {placed.size} {placed.kind.noun}"
+        for name, placed in zip(names, scene.objects, strict=True)
+    ]
+    if len(scene.kinds) < len(names) and scene.layout in PAIRS:
+        start, last = PAIRS[scene.layout]
+        names[start : last + 1] = [f"two {scene.objects[start].kind.plural}"]
+    return template.format(
+        *names,
+        sized=sized,
+        listed=f"{', '.join(names[:-1])} and {names[-1]}",
+        last=names[-1],
+        all_but_first=" and ".join(names[1:]),
+        all_but_last=" and ".join(names[:-1]),
+        count=f"{NUMBER_WORDS.get(len(scene.objects), 'one')} {first.kind.plural}",
     )
 
 
-def _above(scene: Scene, rng: random.Random) -> str:
-    top, bottom = map(_name, scene.objects)
-    return f"{top} above {bottom}"
-
-
-def _row(scene: Scene, rng: random.Random) -> str:
-    left, middle, right = map(_name, scene.objects)
-    return rng.choice([f"{left}, {middle} and {right} in a row", f"from left to right {left}, {middle} and {right}"])
-
-
-def _column(scene: Scene, rng: random.Random) -> str:
-    top, middle, bottom = map(_name, scene.objects)
-    return rng.choice([f"{top} above {middle} above {bottom}", f"from top to bottom {top}, {middle} and {bottom}"])
-
-
-def _one_above_two(scene: Scene, rng: random.Random) -> str:
-    top, *below = _names(scene)
-    return f"{top} above {' and '.join(below)}"
-
-
-def _two_above_one(scene: Scene, rng: random.Random) -> str:
-    *above, bottom = _names(scene)
-    return f"{' and '.join(above)} above {bottom}"
-
-
-def _counted(scene: Scene, rng: random.Random) -> str:
-    return _count(scene)
-
-
-def _counted_across(scene: Scene, rng: random.Random) -> str:
-    return f"{_count(scene)} {rng.choice(['side by side', 'in a row'])}"
-
-
-def _counted_down(scene: Scene, rng: random.Random) -> str:
-    return f"{_count(scene)} {rng.choice(['one above the other', 'in a column'])}"
-
-
 _GROUND_ENDINGS = (" on a {} ground", " on a {} background", " on {}", " in front of a {} wall")
-_PHRASINGS: dict[str, Sequence[Callable[[Scene, random.Random], str]]] = {
-    "alone": (_alone,),
-    "beside": (_beside, _beside, _listed, _sized_pair),
-    "above": (_above, _listed, _sized_pair),
-    "row": (_row, _row, _listed),
-    "column": (_column, _column, _listed),
-    "one_above_two": (_one_above_two, _one_above_two, _listed),
-    "two_above_one": (_two_above_one, _two_above_one, _listed),
+_LISTED = ("{listed}",)
+_SIZED = ("{sized[0]} and {sized[1]}", "{sized[0]} with {sized[1]}")  # of two objects of one size: _LISTED
+_BESIDE = ("{0} to the left of {1}", "{0} on the left and {1} on the right", "{0} next to {1}", "{0} beside {1}")
+_ROW = ("{0}, {1} and {2} in a row", "from left to right {0}, {1} and {2}")
+_COLUMN = ("{0} above {1} above {2}", "from top to bottom {0}, {1} and {2}")
+_PHRASINGS: dict[str, Sequence[Sequence[str]]] = {
+    "alone": (("{0}", "{sized[0]}", "just {sized[0]}"),),
+    "beside": (_BESIDE, _BESIDE, _LISTED, _SIZED),
+    "above": (("{0} above {1}",), _LISTED, _SIZED),
+    "row": (_ROW, _ROW, _LISTED),
+    "column": (_COLUMN, _COLUMN, _LISTED),
+    "one_above_two": (("{0} above {all_but_first}",), ("{0} above {all_but_first}",), _LISTED),
+    "two_above_one": (("{all_but_last} above {last}",), ("{all_but_last} above {last}",), _LISTED),
 }
-_ALIKE_PHRASINGS: dict[str, Sequence[Callable[[Scene, random.Random], str]]] = {
-    "beside": (_counted, _counted_across),
-    "above": (_counted, _counted_down),
-    "row": (_counted, _counted_across),
-    "column": (_counted, _counted_down),
-    "one_above_two": (_counted,),
-    "two_above_one": (_counted,),
-}
+_ACROSS: Sequence[Sequence[str]] = (("{count}",), ("{count} side by side", "{count} in a row"))
+_DOWN: Sequence[Sequence[str]] = (("{count}",), ("{count} one above the other", "{count} in a column"))
+_ALIKE_PHRASINGS = {"beside": _ACROSS, "above": _DOWN, "row": _ACROSS, "column": _DOWN}
+_ALIKE_PHRASINGS |= dict.fromkeys(PAIRS, _ACROSS[:1])
 
 
 # --- reading captions back -----------------------------------------------------------------------------------------
 
 
 @cache
-def _counts_by_word() -> dict[str, str]:
+def _nouns_by_word() -> dict[str, str]:
     return {word: kind.noun for kind in load_kinds() for word in (kind.noun, kind.plural)}
 
 
@@ -330,13 +266,13 @@ def named_kinds(caption: str) -> Counter[str]:
 
     A plural counts as the number word before it says (`two dogs`), or as one where there is none.
     """
-    noun_of = _counts_by_word()
+    noun_of, numbers = _nouns_by_word(), {word: number for number, word in NUMBER_WORDS.items()}
     named: Counter[str] = Counter()
     number = 1
     for word in re.findall(r"[a-z]+", caption.lower()):
         if word in noun_of:
             named[noun_of[word]] += number
             number = 1
-        elif word in NUMBER_WORDS:
-            number = NUMBER_WORDS[word]
+        elif word in numbers:
+            number = numbers[word]
     return named

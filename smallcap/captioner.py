@@ -36,6 +36,7 @@ from smallcap.model.clip_encoder import (
     resolve_encoder_identity,
 )
 from smallcap.model.prompt import build_prompts, decode_caption, load_tokenizer
+from smallcap.storage import DEFAULT_CACHE_DIR
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,7 +80,7 @@ class CaptionerOptions(GenerationConfig):
     """Its spec; by default the one that the index names."""
     index_id: str | None = None
     """The index's version; by default the current one."""
-    cache_dir: str = "~/.cache/smallcap"
+    cache_dir: str = DEFAULT_CACHE_DIR
     """Where copies of remote indexes are kept."""
     search_device: SearchDevice = "auto"
     """Where the index is searched; `auto` is the model's GPU where both fit on it, else the CPU."""

@@ -27,6 +27,7 @@ from fsspec.core import url_to_fs
 from smallcap.errors import RunError, StorageError
 from smallcap.s3 import S3_RETRIES, open_object, read_object_tail, s3_endpoint, update_object, walk_objects
 
+DEFAULT_CACHE_DIR = "~/.cache/smallcap"  # where a node keeps copies of remote files
 _CHUNK_BYTES = 8 << 20
 _SORTED_ENTRIES = 200_000  # a folder with more is listed in the order of its disk: names are not held in any number
 
@@ -46,6 +47,17 @@ def absolute(uri: str) -> str:
 def join(uri: str, *parts: str) -> str:
     """Joins path components to a URI with single slashes."""
     return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def suffix_of(uri: str) -> str:
+    """Returns the ending of a file's name from its last dot on, in lower case."""
+    stem, dot, ending = uri.rpartition("/")[2].rpartition(".")
+    return f"{dot}{ending}".lower() if stem else ""
+
+
+def path_below(folder: str, uri: str) -> str:
+    """Returns a file's path below a folder, prefix or pattern; a file that is listed by itself has its name."""
+    return uri.removeprefix(folder).lstrip("/") or uri.rpartition("/")[2]
 
 
 def is_glob(uri: str) -> bool:

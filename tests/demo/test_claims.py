@@ -8,20 +8,21 @@ import pytest
 
 from demo.claim_datastores import noise_rows
 from demo.claim_report import END, START, write_report
-from demo.claim_rows import RandomCaptions, Row, Scenes, score
+from demo.claim_rows import RandomCaptions, Row, score
 from demo.claims import Claims
+from demo.drawn_scenes import DrawnScenes
 from demo.world import OTHER_TEST, captions_of, named_kinds, scenes_of
 
 ROW = Row(2.0, 1.9, 2.1, 0.5, 0.47, 0.53)
 
 
 @pytest.fixture(scope="module")
-def scenes() -> Scenes:
+def scenes() -> DrawnScenes:
     drawn = scenes_of(OTHER_TEST, 60)
-    return Scenes(drawn, [], {str(scene.seed): captions_of(scene, 5) for scene in drawn})
+    return DrawnScenes(drawn, [], {str(scene.seed): captions_of(scene, 5) for scene in drawn})
 
 
-def test_a_row_tells_right_captions_from_wrong_ones(scenes: Scenes) -> None:
+def test_a_row_tells_right_captions_from_wrong_ones(scenes: DrawnScenes) -> None:
     pytest.importorskip("pycocoevalcap")
     right = [captions_of(scene, 1, salt="said")[0] for scene in scenes.scenes]
     row, shifted = score(right, scenes), score(right[1:] + right[:1], scenes)

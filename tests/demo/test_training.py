@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from demo.cross_attention_data import Examples, TrainingScenes, retrieve_others
-from demo.cross_attention_start import Whitening, start_at_nouns
+from demo.cross_attention_start import Whitening, cross_attentions, start_at_nouns
 from demo.data import object_table, region_masks
 from demo.datastore import datastore_rows
 from demo.tokenizer import train_tokenizer
@@ -113,7 +113,7 @@ def test_values_start_near_the_nouns_of_their_patches(reduce_factor: int) -> Non
     of_kind = torch.randn(len(nouns), 128)
     features = of_kind[kinds[:, 0]][:, None].expand(-1, 1 + 36, -1) + 0.1 * torch.randn(len(scenes), 37, 128)
     start_at_nouns(model, features, scenes, nouns, scale=1.0)
-    attention = model.decoder.transformer.h[-1].crossattention  # type: ignore[union-attr]
+    attention = cross_attentions(model)[-1]
     values = attention.c_attn(features[:, 18])[:, -attention.c_proj.weight.shape[0] :]
     read = attention.c_proj(values) @ model.decoder.token_embedding[nouns].T
     known = kinds[:, 0].unique()
@@ -123,7 +123,7 @@ def test_values_start_near_the_nouns_of_their_patches(reduce_factor: int) -> Non
 
 def test_whitened_features_have_unit_spread_and_fold_into_the_weights() -> None:
     model = load_checkpoint("demo")
-    attention = model.decoder.transformer.h[-1].crossattention  # type: ignore[union-attr]
+    attention = cross_attentions(model)[-1]
     size = attention.c_attn.weight.shape[0]
     features = torch.randn(50, 65, size) * torch.logspace(-1, 1, size) + 3
     whitening = Whitening.of(features)
