@@ -60,7 +60,7 @@ def features_identity(start: ModelStart, inputs: TrainInputs, plan: CropPlan, vi
         "retrieval_encoder": retrieval.model_dump(include={"weights_sha256", "dim"}) if retrieval else None,
         "preprocessing": json.loads(json.dumps(asdict(plan))),
         "inputs_sha256": inputs.sha256,
-        "max_image_pixels": start.config.data.max_image_pixels,
+        "max_image_pixels": start.config.data.input.max_image_pixels,
         "limit": start.config.limit,
         "dtype": "float16",
     }
@@ -99,7 +99,7 @@ def store_features(
 def _encode_all(config: TrainConfig, start: ModelStart, items: list[TrainItem], plan: CropPlan, folder: str) -> None:
     actors = plan_actors(config.compute.of_actors(), node_resources())
     with unwrapped_errors(), stage_progress(), watch_run("features", None, len(items)) as watch:
-        loading = LoadSpec(plan, config.data, pa.schema([]), False, watch.monitor, watch.crash_guard)
+        loading = LoadSpec(plan, config.data.input, pa.schema([]), False, watch.monitor, watch.crash_guard)
         loaded = start_loading(items, load_items, loading, FRAGMENT_ROWS)
         encoded = map_in_actors(loaded, EncodeImages, (start, actors.device), 1, actors)
         encoded.map_batches(
@@ -141,9 +141,8 @@ class EncodeImages(GuardedActor):
         self._caption_column = start.config.data.caption_column
         encoder = start.retrieval_encoder
         retrieval = load_retrieval_encoder(encoder, device) if encoder else None
-        self._encoders = Captioner(
-            start.load().to(device), start.load_tokenizer(), retrieval, options=CaptionerOptions(k=0, clip_score=False)
-        )
+        options = CaptionerOptions(k=0, clip_score=False)
+        self._encoders = Captioner(start.load().to(device), start.load_tokenizer(), retrieval, options=options)
 
     def process(self, batch: pa.Table) -> pa.Table:
         """Maps a row of `load_items` to one whose `images` are the rows of a part of features."""
@@ -156,14 +155,13 @@ class EncodeImages(GuardedActor):
 
     def _encode(self, images: pa.Table, rows: list[int]) -> tuple[np.ndarray, np.ndarray | None]:
         """Returns features [n, P, Hv] float16 and embeddings [n, dim] of some rows, or of none."""
-        encoders, parts = self._encoders, []
+        parts = []
         for start in range(0, max(1, len(rows)), _ENCODED_TOGETHER):
-            together = rows[start : start + _ENCODED_TOGETHER] or [0]  # a failed row's pixels are 0
-            pixels = pixels_of(images, together)
-            hidden_states, class_tokens = encoders.encode(pixels)
-            parts.append((hidden_states.half().cpu().numpy(), encoders.embed(pixels, class_tokens)))
+            pixels = pixels_of(images, rows[start : start + _ENCODED_TOGETHER] or [0])  # a failed row's pixels are 0
+            hidden_states, class_tokens = self._encoders.encode(pixels)
+            parts.append((hidden_states.half().cpu().numpy(), self._encoders.embed(pixels, class_tokens)))
         features = np.concatenate([features for features, _ in parts])[: len(rows)]
-        if encoders.retrieval_encoder is None:
+        if self._encoders.retrieval_encoder is None:
             return features, None
         return features, np.concatenate([embeddings for _, embeddings in parts])[: len(rows)]
 
