@@ -18,6 +18,7 @@ def build(dump: str, encoder: str, out: str, key: str, threads: int) -> dict[str
 
     from index_builder.build import build_index
     from jobs.cluster.session import connect
+    from jobs.cluster.tasks import RayRunner
     from smallcap.config import IndexConfig
 
     ray.init(num_cpus=max(_LEAST_CPUS, threads), include_dashboard=False, log_to_driver=False)
@@ -31,7 +32,7 @@ def build(dump: str, encoder: str, out: str, key: str, threads: int) -> dict[str
         cache_dir=f"{out}.cache",
     )
     start = time.perf_counter()
-    report = build_index(config)
+    report = build_index(config, RayRunner())
     seconds = time.perf_counter() - start
     manifest = report.manifest
     return {

@@ -13,35 +13,26 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
-from index_builder.dumps.buckets import (
-    Dealt,
-    Deduped,
-    DedupeTask,
-    UniqueCaptions,
-    count_captions_per_image,
-    deal_dumps,
-    dedupe_bucket,
-    plan_counting,
-)
-from index_builder.dumps.buckets import DealTask as DealDumpsTask
 from index_builder.dumps.cleaning import RULES_VERSION, describe_filters
 from index_builder.dumps.files import find_dumps, scan_dump
-from index_builder.dumps.formats import Columns
 from index_builder.embedding.encoding import Encoding
 from index_builder.embedding.parts import VectorParts
+from index_builder.gathering import GatheredCaptions, gather_captions, most_captions_per_image
 from index_builder.inputs import open_inputs
 from index_builder.plan import IndexPlan, plan_index, plan_shards, with_open_nlist
-from index_builder.recall.calibration import Calibration, Embeddings
+from index_builder.recall.calibration import Calibration
+from index_builder.recall.measurement import Embeddings
 from index_builder.shards.filling import GrowTask, ShardTask, WrittenShard, grow_captions, write_shard
 from index_builder.shards.template import TrainTask, make_index, train_template
-from index_builder.stored import DealStoredTask, StoredIndex, deal_shard
+from index_builder.stored import StoredIndex
 from index_builder.versions.publish import load_current, publish_version
 from index_builder.versions.removal import draft_removal
 from index_builder.work.stage_runner import Progress, StageRunner
 from index_builder.work.staging import Staging
+from index_builder.work.task_runner import LocalRunner, TaskRunner
 from smallcap import storage
+from smallcap.captions.rows import CaptionColumns
 from smallcap.config import IndexConfig
-from smallcap.errors import ConfigError
 from smallcap.index.manifest import FileEntry, IndexManifest, ShardEntry, utc_now
 
 DEFAULT_RECALL = 0.99  # of recall@4
@@ -91,11 +82,16 @@ class BuildPlan:
     index: IndexPlan
 
 
-def build_index(config: IndexConfig, progress: Progress | None = None) -> BuildReport:
-    """Builds an index from caption dumps, or changes one, and publishes it as the current version; Ray must run.
+def build_index(config: IndexConfig, runner: TaskRunner | None = None, progress: Progress | None = None) -> BuildReport:
+    """Builds an index from caption dumps, or changes one, and publishes it as the current version.
 
     A build that fails or dies leaves the former version current and untouched. The same call goes on with what it had
     finished.
+
+    Args:
+        config: What is built, or changed.
+        runner: Runs the work items; by default this process. `jobs.cluster.tasks.RayRunner` runs them on a cluster.
+        progress: Is told how far each stage is.
 
     Raises:
         ConfigError: The options contradict the index, there are no dumps, or no caption passes the filters.
@@ -106,37 +102,19 @@ def build_index(config: IndexConfig, progress: Progress | None = None) -> BuildR
         IndexIntegrityError: The files are not what was written.
         RunError: The index misses its recall target.
     """
-    return Build(config, progress).run()
+    return Build(config, runner, progress).run()
 
 
 def _ignore(stage: str, done: int, total: int) -> None:
     """The progress of a caller that wants none."""
 
 
-@dataclass(frozen=True)
-class _Cleaned:
-    """The captions of a build before they are embedded."""
-
-    captions: UniqueCaptions
-    deduped: tuple[Deduped, ...]
-    rows: list[int]  # of each dump file
-    dropped: dict[str, int]
-    work_uri: str
-
-    @property
-    def to_embed(self) -> int:
-        return sum(bucket.captions - bucket.embedded for bucket in self.deduped)
-
-    @property
-    def changes_nothing(self) -> bool:
-        return not len(self.captions) and not any(bucket.grown for bucket in self.deduped)
-
-
 class Build:
-    """One build's options and inputs; each stage is a method. Making one needs no Ray, and finds most wrong options.
+    """One build's options and inputs; each stage is a method. Making one runs nothing, and finds most wrong options.
 
     Args:
         config: What is built, or changed.
+        runner: As of `build_index`.
         progress: Is told how far each stage is.
 
     Raises:
@@ -146,16 +124,17 @@ class Build:
         ManifestError, IndexIntegrityError: An index is not there, or was made by another encoder.
     """
 
-    def __init__(self, config: IndexConfig, progress: Progress | None = None) -> None:
+    def __init__(self, config: IndexConfig, runner: TaskRunner | None = None, progress: Progress | None = None) -> None:
         self._config = config
         self._index_uri = storage.absolute(config.out)
         self._current = load_current(self._index_uri)
         self._inputs, identity = open_inputs(config, self._index_uri, self._current)
         self._dumps = find_dumps(config.dumps) if config.dumps else []
         dtype = "float32" if config.compute.dtype == "auto" else config.compute.dtype
-        self._runner = StageRunner(config.compute, progress or _ignore)
+        self._runner = StageRunner(runner or LocalRunner(), config.compute, progress or _ignore)
         self._encoding = Encoding(identity, dtype, self._runner)
-        self._columns = Columns(config.text_column, config.image_id_column, config.embedding_column, identity.dim)
+        columns = CaptionColumns(config.text_column, config.image_id_column)
+        self._columns = columns._replace(embedding=config.embedding_column, dim=identity.dim)
         self._filters = {  # read once: a blocklist that changes meanwhile must not make the manifest contradict itself
             "rules": RULES_VERSION,
             "text_column": config.text_column,
@@ -174,18 +153,18 @@ class Build:
         added_before = base is not None and not self._inputs.given
         if added_before and all((scan.dump.uri, scan.sha256) in known for scan in self._inputs.scans):
             return self._no_op()
-        if self._current is not None and (self._current.plan == self._plan_of_version() or self._is_compact()):
+        if self._current is not None and (self._current.fingerprint == self._plan_of_version() or self._is_compact()):
             return self._no_op()
         with Staging(self._index_uri, self._plan_of_files()) as staging:
-            cleaned = self._clean(staging)
-            if base is not None and cleaned.changes_nothing:
+            gathered = self._gather(staging)
+            if base is not None and gathered.changes_nothing:
                 return self._no_op()
-            draft, embeddings = self._fill(cleaned, staging)
+            draft, embeddings = self._fill(gathered, staging)
             manifest = self._calibrate(draft, embeddings)
             with self._runner.stage("publish"):
                 publish_version(self._index_uri, manifest, self._current.index_id if self._current else None)
-        new = len(cleaned.captions)
-        return BuildReport(manifest, self._index_uri, self._runner.seconds, False, new, cleaned.to_embed)
+        new = len(gathered.captions)
+        return BuildReport(manifest, self._index_uri, self._runner.seconds, False, new, gathered.to_embed)
 
     def plan(self) -> BuildPlan:
         """Cleans and counts the captions, and says what `run` would do with them; nothing is published or kept.
@@ -195,26 +174,18 @@ class Build:
         """
         self._scan()
         with Staging(self._index_uri, self._plan_of_files()) as staging:
-            cleaned = self._clean(staging)
-            index = self._plan_index(len(cleaned.captions))
+            gathered = self._gather(staging)
+            index = self._plan_index(len(gathered.captions))
             with self._runner.stage("calibrate"):
-                embed_s = self._encoding.estimate_seconds(cleaned.captions, cleaned.to_embed)
-        return BuildPlan(
-            self._index_uri,
-            sum(cleaned.rows),
-            cleaned.dropped,
-            len(cleaned.captions),
-            cleaned.to_embed,
-            embed_s,
-            index,
-        )
+                embed_s = self._encoding.estimate_seconds(gathered.captions, gathered.to_embed)
+        new, to_embed = len(gathered.captions), gathered.to_embed
+        return BuildPlan(self._index_uri, sum(gathered.rows), gathered.dropped, new, to_embed, embed_s, index)
 
     def _remove(self) -> BuildReport:
         """Removes what the config names from the current version."""
         base = self._inputs.base
         assert base is not None
-        with self._runner.stage("remove"):
-            draft = draft_removal(base, self._config.remove, self._runner)
+        draft = draft_removal(base, self._config.remove, self._runner)
         if draft is None:
             return self._no_op()
         manifest = self._calibrate(draft, [Embeddings(None)] * len(draft.shards))
@@ -246,7 +217,7 @@ class Build:
 
     def _plan_of_files(self) -> str:
         """Returns the hash of all that decides the index's files."""
-        return self._inputs.digest(self._encoding.encoder, self._options())
+        return self._inputs.fingerprint(self._encoding.encoder, self._options())
 
     def _plan_of_version(self) -> str:
         """Returns the hash of all that decides the version: its files, and how they are searched."""
@@ -254,43 +225,11 @@ class Build:
         return hashlib.sha256(json.dumps([self._plan_of_files(), recall]).encode()).hexdigest()
 
     def _scan(self) -> None:
-        with self._runner.stage("scan"):
-            tasks = [(dump, self._columns) for dump in self._dumps]
-            scans = self._runner.run("scan", scan_dump, tasks)
-            self._inputs = replace(self._inputs, scans=tuple(scans))
+        scans = self._runner.run("scan", scan_dump, [(dump, self._columns) for dump in self._dumps])
+        self._inputs = replace(self._inputs, scans=tuple(scans))
 
-    def _clean(self, staging: Staging) -> _Cleaned:
-        """Cleans, deals and deduplicates all rows."""
-        with self._runner.stage("clean"):
-            tasks, buckets = self._inputs.deal_tasks(
-                staging.work_uri, self._columns, self._config.cleaning, self._encoding.encoder
-            )
-            dealt = self._runner.run_recorded(staging, "clean", Dealt, _deal, tasks)
-        deduped: list[Deduped] = []
-        chunks = tuple(chunk for part in dealt for chunk in part.chunks)
-        if chunks:
-            with self._runner.stage("dedupe"):
-                buckets_to_do = [DedupeTask(staging.work_uri, bucket, chunks) for bucket in range(buckets)]
-                deduped = self._runner.run_recorded(staging, "dedupe", Deduped, dedupe_bucket, buckets_to_do)
-        captions = UniqueCaptions(staging.work_uri, [bucket.captions for bucket in deduped])
-        dropped = self._count_dropped(dealt, deduped)
-        if not len(captions) and self._inputs.base is None:
-            raise ConfigError(
-                "No caption of the dumps passes the filters.",
-                where=", ".join([*self._config.dumps, *self._config.from_indexes]),
-                found=", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "no rows",
-                remedy="Check --text-column and the cleaning options.",
-            )
-        rows = [count for part in dealt for count in part.rows]
-        return _Cleaned(captions, tuple(deduped), rows, dropped, staging.work_uri)
-
-    def _count_dropped(self, dealt: Sequence[Dealt], deduped: Sequence[Deduped]) -> dict[str, int]:
-        dropped = {"duplicate": sum(bucket.duplicates for bucket in deduped)}
-        counts = [part.dropped for part in dealt] + [parent.manifest.dropped for parent in self._inputs.parents]
-        for part in counts:
-            for reason, count in part.items():
-                dropped[reason] = dropped.get(reason, 0) + count
-        return dict(sorted(dropped.items()))
+    def _gather(self, staging: Staging) -> GatheredCaptions:
+        return gather_captions(self._config, self._inputs, self._columns, self._encoding.encoder, staging, self._runner)
 
     def _plan_index(self, new_captions: int) -> IndexPlan:
         base, index_key = self._inputs.base, self._config.index_key
@@ -299,32 +238,27 @@ class Build:
             assert self._current is not None
             index_key = with_open_nlist(self._current.index_key)
         if base is None:
-            return plan_index(
-                new_captions,
-                self._encoding.encoder.dim,
-                index_key,
-                self._config.shards,
-                None if budget is None else budget * 1e9,
-            )
+            budget_bytes = None if budget is None else budget * 1e9
+            return plan_index(new_captions, self._encoding.encoder.dim, index_key, self._config.shards, budget_bytes)
         manifest = base.manifest
         shards = tuple(plan_shards(new_captions, self._config.shards))
         return IndexPlan(manifest.index_key, new_captions, manifest.dim, 0, shards)
 
-    def _fill(self, cleaned: _Cleaned, staging: Staging) -> tuple[IndexManifest, list[Embeddings]]:
+    def _fill(self, gathered: GatheredCaptions, staging: Staging) -> tuple[IndexManifest, list[Embeddings]]:
         """Embeds the captions, trains the template, and writes the shards; returns the version's draft."""
-        base, captions = self._inputs.base, cleaned.captions
+        base, captions = self._inputs.base, gathered.captions
         plan = self._plan_index(len(captions))
         self._runner.check_memory("template", plan.training_bytes if plan.training_rows else 0)
         self._runner.check_memory("shard", plan.shard_bytes)
         if base is None:
-            make_index(plan.index_key, plan.dim)  # a wrong key, too, fails before hours of embedding
-        most = self._count_images(cleaned)
-        vectors = self._embed(cleaned)
+            make_index(plan.index_key, plan.dim)  # so that a wrong key fails before hours of embedding
+        most = most_captions_per_image(gathered, self._runner)
+        vectors = self._embed(gathered)
         template = base.manifest.template if base else self._train(plan, vectors, staging)
-        sources = self._inputs.sources(cleaned.rows)
+        sources = self._inputs.sources(gathered.rows)
         names = tuple(source.name for source in sources)
         first_id = base.manifest.id_count if base else 0
-        shards = self._shard(plan, template, first_id, cleaned, vectors, names, staging)
+        shards = self._shard(plan, template, first_id, gathered, vectors, names, staging)
         kept = base.manifest if base else None
         draft = IndexManifest(
             encoder=kept.encoder if kept else self._encoding.encoder,
@@ -332,19 +266,19 @@ class Build:
             index_key=plan.index_key,
             nlist=plan.nlist,
             codec=plan.codec,
-            embedding_dtype=self._embedding_dtype(cleaned),
+            embedding_dtype=self._embedding_dtype(gathered),
             template=template,
             shards=(*(kept.shards if kept else ()), *(shard.shard for shard in shards)),
-            captions=(*self._grow(cleaned, names, staging), *(shard.captions for shard in shards)),
+            captions=(*self._grow(gathered, names, staging), *(shard.captions for shard in shards)),
             vectors=(*(kept.vectors if kept else ()), *(shard.vectors for shard in shards if shard.vectors)),
             removed=kept.removed if kept else None,
             max_captions_per_image=most,
             sources=sources,
             filters=self._filters,
-            dropped=cleaned.dropped,
+            dropped=gathered.dropped,
             operation="add" if kept else "build",
             parents=tuple(parent.manifest.index_id for parent in self._inputs.parents),
-            plan=self._plan_of_version(),
+            fingerprint=self._plan_of_version(),
             trained_on=(kept.trained_on or kept.ntotal) if kept else len(captions),
             builder_version=version("smallcap"),
             created_at=utc_now(),
@@ -353,70 +287,62 @@ class Build:
         embeddings = [Embeddings(None)] * (len(kept.shards) if kept else 0)
         return draft, [*embeddings, *(Embeddings(vectors, first_row) for first_row in first_rows)]
 
-    def _embedding_dtype(self, cleaned: _Cleaned) -> str:
-        if cleaned.to_embed:
+    def _embedding_dtype(self, gathered: GatheredCaptions) -> str:
+        if gathered.to_embed:
             return self._encoding.dtype
         parents = self._inputs.parents
         return parents[0].manifest.embedding_dtype if parents else "imported"
 
-    def _count_images(self, cleaned: _Cleaned) -> int:
-        with self._runner.stage("count images"):
-            tasks = plan_counting(cleaned.work_uri, cleaned.deduped)
-            return max(self._runner.run("count images", count_captions_per_image, tasks))
-
-    def _embed(self, cleaned: _Cleaned) -> VectorParts:
+    def _embed(self, gathered: GatheredCaptions) -> VectorParts:
         with self._runner.stage("embed"):
             brought = any(scan.dump.embeddings for scan in self._inputs.scans) or self._config.embedding_column
-            if brought and not self._config.trust_embeddings and cleaned.to_embed < len(cleaned.captions):
-                self._encoding.check_imported(cleaned.captions, self._config.dumps)
-            return self._encoding.embed(cleaned.captions, cleaned.to_embed, cleaned.work_uri)
+            if brought and not self._config.trust_embeddings and gathered.to_embed < len(gathered.captions):
+                self._encoding.check_imported(gathered.captions, self._config.dumps)
+            return self._encoding.embed(gathered.captions, gathered.to_embed, gathered.work_uri)
 
     def _train(self, plan: IndexPlan, vectors: VectorParts, staging: Staging) -> FileEntry:
-        with self._runner.stage("template"):
-            task = TrainTask(self._index_uri, plan, vectors)
-            [template] = self._runner.run_recorded(
-                staging, "template", FileEntry, train_template, [task], plan.training_bytes
-            )
-            return template
+        task = TrainTask(self._index_uri, plan, vectors)
+        [template] = self._runner.run_recorded(
+            staging, "template", FileEntry, train_template, [task], plan.training_bytes
+        )
+        return template
 
     def _shard(
         self,
         plan: IndexPlan,
         template: FileEntry,
         first_id: int,
-        cleaned: _Cleaned,
+        gathered: GatheredCaptions,
         vectors: VectorParts,
         names: tuple[str, ...],
         staging: Staging,
     ) -> list[WrittenShard]:
-        with self._runner.stage("shard"):
-            tasks = [
-                ShardTask(
-                    self._index_uri,
-                    plan.index_key,
-                    template,
-                    first_id + start,
-                    start,
-                    stop,
-                    cleaned.captions,
-                    vectors,
-                    names,
-                )
-                for start, stop in plan.shards
-            ]
-            return self._runner.run_recorded(staging, "shard", WrittenShard, write_shard, tasks, plan.shard_bytes)
+        tasks = [
+            ShardTask(
+                index_uri=self._index_uri,
+                index_key=plan.index_key,
+                template=template,
+                first_id=first_id + start,
+                first_row=start,
+                stop_row=stop,
+                captions=gathered.captions,
+                vectors=vectors,
+                source_names=names,
+            )
+            for start, stop in plan.shards
+        ]
+        return self._runner.run_recorded(staging, "shard", WrittenShard, write_shard, tasks, plan.shard_bytes)
 
-    def _grow(self, cleaned: _Cleaned, names: tuple[str, ...], staging: Staging) -> list[ShardEntry]:
+    def _grow(self, gathered: GatheredCaptions, names: tuple[str, ...], staging: Staging) -> list[ShardEntry]:
         """Writes again the caption files of the base in which captions have gained sources or images."""
         base = self._inputs.base
-        if base is None or not any(bucket.grown for bucket in cleaned.deduped):
+        if base is None or not any(bucket.grown for bucket in gathered.deduped):
             return list(base.manifest.captions) if base else []
-        with self._runner.stage("grow"):
-            tasks = [
-                GrowTask(base, number, cleaned.work_uri, cleaned.deduped, names)
-                for number in range(len(base.manifest.captions))
-            ]
-            return self._runner.run_recorded(staging, "grow", ShardEntry, grow_captions, tasks)
+        tasks = [
+            GrowTask(base, number, gathered.work_uri, gathered.deduped, names)
+            for number in range(len(base.manifest.captions))
+        ]
+        return self._runner.run_recorded(staging, "grow", ShardEntry, grow_captions, tasks)
 
     def _calibrate(self, draft: IndexManifest, embeddings: Sequence[Embeddings]) -> IndexManifest:
         with self._runner.stage("calibrate"):
@@ -433,7 +359,3 @@ class Build:
         base = self._inputs.base
         inherited = base.manifest.recall_target if base else None
         return self._config.recall.target or inherited or DEFAULT_RECALL
-
-
-def _deal(task: DealDumpsTask | DealStoredTask) -> Dealt:
-    return deal_dumps(task) if isinstance(task, DealDumpsTask) else deal_shard(task)

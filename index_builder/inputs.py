@@ -1,4 +1,4 @@
-"""What a build reads: dump files and stored indexes, the source files behind both, and the hash of it all."""
+"""What a build reads: dump files and stored indexes, the source files behind both, and their fingerprint."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 from index_builder.dumps.buckets import DealTask, plan_buckets, plan_dealing
 from index_builder.dumps.files import DumpScan
-from index_builder.dumps.formats import Columns
 from index_builder.stored import DealStoredTask, Role, StoredIndex
 from smallcap import storage
+from smallcap.captions.rows import CaptionColumns
 from smallcap.config import CleaningConfig, IndexConfig
 from smallcap.errors import ConfigError, ManifestError
 from smallcap.index.manifest import EncoderIdentity, IndexManifest, SourceEntry, load_manifest
@@ -49,17 +49,16 @@ class Inputs:
         entries: dict[tuple[str, str], SourceEntry] = {}
         for entry in self._entries(rows or [0] * len(self.scans)):
             entries.setdefault((entry.uri, entry.sha256), entry)
-        return _with_own_names(entries.values())
+        return _with_unique_names(entries.values())
 
     def _entries(self, rows: Sequence[int]) -> Iterator[SourceEntry]:
         for parent in self.parents:
-            for entry, name in zip(parent.manifest.sources, parent.source_names(), strict=True):
-                yield entry.model_copy(update={"name": name})
+            yield from parent.manifest.sources
         for scan, count in zip(self.scans, rows, strict=True):
             yield SourceEntry(uri=scan.dump.uri, name=scan.dump.name, rows=count, sha256=scan.sha256)
 
     def deal_tasks(
-        self, work_uri: str, columns: Columns, cleaning: CleaningConfig, identity: EncoderIdentity
+        self, work_uri: str, columns: CaptionColumns, cleaning: CleaningConfig, identity: EncoderIdentity
     ) -> tuple[list[DealTask | DealStoredTask], int]:
         """Returns the dealing tasks in the order of their rows, and the number of buckets."""
         buckets = plan_buckets(self._bytes())
@@ -67,8 +66,8 @@ class Inputs:
         tasks: list[DealTask | DealStoredTask] = []
 
         def add_stored(index: StoredIndex, role: Role) -> None:
-            named = zip(index.source_names(), index.manifest.sources, strict=True)
-            sources = {} if role == "lender" else {name: position[source.uri, source.sha256] for name, source in named}
+            stored = index.manifest.sources if role != "lender" else ()
+            sources = {source.name: position[source.uri, source.sha256] for source in stored}
             same_encoder = index.manifest.encoder.weights_sha256 == identity.weights_sha256
             for shard in range(len(index.manifest.captions)):
                 with_vectors = same_encoder and role != "known"
@@ -92,8 +91,8 @@ class Inputs:
         moved = [entry.bytes for manifest in manifests for entry in (manifest.vectors or manifest.shards)]
         return sum(scan.bytes for scan in self.scans) + sum(stored) + sum(moved)
 
-    def digest(self, identity: EncoderIdentity, options: Mapping[str, Any]) -> str:
-        """Returns a hash of the inputs and of all options that decide what is built of them."""
+    def fingerprint(self, identity: EncoderIdentity, options: Mapping[str, Any]) -> str:
+        """Returns the hash of the inputs and of all options that decide what is built of them."""
         decides = {
             "builder": version("smallcap"),
             "encoder": [identity.weights_sha256, identity.dim],
@@ -136,7 +135,7 @@ def open_inputs(config: IndexConfig, index_uri: str, current: IndexManifest | No
     base = stored(index_uri, current) if config.add or config.remove else None
     if base is not None and config.index_key not in ("auto", base.manifest.index_key):
         raise ConfigError(
-            "What is added to an index has the index's own key.",
+            "What is added to an index takes the index's own key.",
             where="index_key",
             expected=f"{base.manifest.index_key}, or auto",
             found=config.index_key,
@@ -161,7 +160,7 @@ def _resolve_encoder(config: IndexConfig, parents: Sequence[StoredIndex]) -> Enc
     return resolve_encoder_identity(config.encoder or parents[0].manifest.encoder.spec)
 
 
-def _with_own_names(entries: Iterable[SourceEntry]) -> tuple[SourceEntry, ...]:
+def _with_unique_names(entries: Iterable[SourceEntry]) -> tuple[SourceEntry, ...]:
     """Numbers equal names of different files, `captions.csv#2`; the names that parents gave come first and stay."""
     taken: set[str] = set()
     named = []

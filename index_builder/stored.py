@@ -5,7 +5,7 @@ A shard is read from the files of its version by way of the node's cache, as rea
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,11 +16,11 @@ import pyarrow as pa
 from index_builder.dumps.buckets import ChunkWriter, Dealt
 from index_builder.dumps.cleaning import caption_key
 from index_builder.dumps.deduplication import Row
-from index_builder.dumps.files import short_names
+from smallcap import storage
 from smallcap.errors import IndexIntegrityError
-from smallcap.index.caption_store import open_caption_file
+from smallcap.index.caption_store import open_caption_file, open_removed
 from smallcap.index.manifest import FileEntry, IndexManifest, ShardEntry
-from smallcap.index.node_cache import DEFAULT_CACHE_DIR, open_version_folder
+from smallcap.index.node_cache import open_version_folder
 from smallcap.index.vector_shard import VectorShard
 
 _ROWS_AT_ONCE = 20_000
@@ -41,22 +41,12 @@ class StoredIndex:
 
     uri: str
     manifest: IndexManifest
-    cache_dir: str = DEFAULT_CACHE_DIR
-
-    def source_names(self) -> tuple[str, ...]:
-        """Returns what the caption store calls each source."""
-        sources = self.manifest.sources
-        if all(source.name for source in sources):
-            return tuple(source.name for source in sources)
-        return tuple(short_names([source.uri for source in sources]))  # as version 1 named them
+    cache_dir: str = storage.DEFAULT_CACHE_DIR
 
     def removed_ids(self) -> np.ndarray:
         """Returns the sorted int64 ids of the removed captions."""
-        entry = self.manifest.removed
-        if entry is None:
-            return np.zeros(0, np.int64)
-        ids: np.ndarray = np.load(self.checked_file(entry), allow_pickle=False)
-        return ids
+        removed = [self.manifest.removed] if self.manifest.removed else []
+        return open_removed(self.manifest, open_version_folder(self.uri, self.manifest, self.cache_dir, removed))
 
     def checked_file(self, entry: FileEntry) -> Path:
         """Returns a local path of one of the version's files, verified by its sha256.
@@ -87,7 +77,7 @@ class StoredIndex:
         for shard, captions in zip(self.manifest.shards, self.manifest.captions, strict=False):
             if (shard.first_id, shard.rows) != (captions.first_id, captions.rows):
                 raise IndexIntegrityError(
-                    "An index's caption files are cut at other ids than its shards.",
+                    "The caption files of an index are cut at other ids than its shards.",
                     where=f"{self.uri}: {captions.file}",
                     expected=_ids(shard),
                     found=_ids(captions),
@@ -147,11 +137,10 @@ def deal_shard(task: DealStoredTask) -> Dealt:
 def _rows(task: DealStoredTask, captions: pa.RecordBatch, vectors: np.ndarray | None) -> Iterator[Row]:
     columns = (captions.column(name).to_pylist() for name in ("caption_id", "text", "source", "image_id"))
     for number, (caption_id, text, sources, image_ids) in enumerate(zip(*columns, strict=True)):
-        names: Sequence[str] = [sources] if isinstance(sources, str) else sources
         yield Row(
             caption_key(text),
             text,
-            tuple(task.sources[name] for name in names) if task.role != "lender" else (),
+            tuple(task.sources[name] for name in sources) if task.role != "lender" else (),
             tuple(image_ids or ()) if task.role != "lender" else (),
             None if vectors is None else vectors[number].tobytes(),
             caption_id if task.role == "known" else None,

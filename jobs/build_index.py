@@ -7,7 +7,8 @@ import sys
 from index_builder.build import Build, BuildPlan, BuildReport
 from index_builder.plan import plan_index, with_open_nlist
 from index_builder.versions.removal import COMPACT_ABOVE
-from jobs.cluster.session import connect, own_errors
+from jobs.cluster.session import connect
+from jobs.cluster.tasks import RayRunner
 from jobs.terminal.arguments import run_job
 from smallcap.config import IndexConfig
 from smallcap.index.manifest import IndexManifest
@@ -21,10 +22,7 @@ def run(config: IndexConfig, address: str | None = None) -> BuildReport:
     Raises:
         RunError: See `index_builder.build.build_index`.
     """
-    build = Build(config, _print_progress)  # what is missing is told before Ray starts
-    connect(address)
-    with own_errors():
-        return build.run()
+    return _open(config, address).run()
 
 
 def plan(config: IndexConfig, address: str | None = None) -> BuildPlan:
@@ -33,10 +31,13 @@ def plan(config: IndexConfig, address: str | None = None) -> BuildPlan:
     Raises:
         RunError: See `index_builder.build.Build.plan`.
     """
-    build = Build(config, _print_progress)
+    return _open(config, address).plan()
+
+
+def _open(config: IndexConfig, address: str | None) -> Build:
+    build = Build(config, RayRunner(), _print_progress)  # what is missing is told before Ray starts
     connect(address)
-    with own_errors():
-        return build.plan()
+    return build
 
 
 def describe(report: BuildReport) -> str:

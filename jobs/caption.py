@@ -11,13 +11,13 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from jobs.captioning.plan import captioner_spec, count_images, load_spec, plan_on_cluster
+from jobs.captioning.layout import count_images, lay_out, load_spec
 from jobs.captioning.plan import dry_run as plan_dry_run
+from jobs.captioning.progress import show_progress, stage_table
 from jobs.captioning.record import (
-    RUN_FORMAT_VERSION,
     Attempt,
     ImageCounts,
     Input,
@@ -25,7 +25,12 @@ from jobs.captioning.record import (
     run_lock,
     write_run_record,
 )
+from jobs.captioning.stage_report import Snapshot
+from jobs.captioning.watch import watch_run
 from jobs.captioning.work import finish_run, list_work, open_record, what_is_left
+from jobs.cluster.errors import unwrapped_errors
+from jobs.cluster.session import connect
+from jobs.cluster.tasks import map_in_actors
 from jobs.terminal.arguments import EXIT_TOO_MANY_ERRORS, run_job
 from smallcap.config import CaptionConfig
 from smallcap.images.work_list import WorkList
@@ -34,7 +39,6 @@ from smallcap.output.coverage import WorkItem
 from smallcap.output.schema import caption_schema
 
 if TYPE_CHECKING:
-    from jobs.captioning.monitor import Snapshot
     from jobs.captioning.retrieval_actors import Partitions
 
 
@@ -109,55 +113,43 @@ def _caption(
     config: CaptionConfig, record: RunRecord, work: WorkList, items: Sequence[WorkItem], address: str | None
 ) -> tuple[RunRecord, tuple[str, ...]]:
     """Runs one attempt of the pipeline over what is left; returns where its time went as well."""
-    from jobs.cluster.session import connect, own_errors
-
     connect(address)  # before Ray Data is imported: it reads some of its settings then
 
-    import ray
-
-    from jobs.captioning.caption import CaptionImages
+    from jobs.captioning.caption import CaptionerSpec, CaptionImages
     from jobs.captioning.load import load_images, start_loading
-    from jobs.captioning.monitor import start_monitor
-    from jobs.captioning.progress import show_progress, stage_table
     from jobs.captioning.write import PartSink
 
-    plan = plan_on_cluster(config, record)
-    actors = plan.actors
+    layout = lay_out(config, record)
+    actors = layout.actors
     attempt = Attempt(
         token=uuid.uuid4().hex, started_at=utc_now(), actors=actors.num_actors, device=actors.device, dtype=actors.dtype
     )
     attempts = (*record.attempts, attempt)
-    record = record.model_copy(update={"status": "running", "format_version": RUN_FORMAT_VERSION, "attempts": attempts})
+    record = record.model_copy(update={"status": "running", "attempts": attempts})
     write_run_record(config.out, record)
 
-    schema = caption_schema(
-        record.run_id, record.model_id, record.index_id or "", record.schema_version, work.kept_columns
-    )
+    schema = caption_schema(record.run_id, record.model_id, record.index_id or "", work.kept_columns)
     started = time.perf_counter()
-    monitor = start_monitor(count_images(items), record.images.total, record.run_id, len(items))
-    with own_errors(), monitor, show_progress(monitor), _partitions(config, record) as partitions:
-        loading = load_spec(config, record, work, plan, monitor)
-        captioning = replace(captioner_spec(config, record, plan, monitor), partitions=partitions)
-        sink = PartSink(config.out, attempt, len(attempts), schema, plan.rows_per_part, plan.parts, monitor)
-        (
-            start_loading(items, load_images, loading, plan.images_per_block)
-            .map_batches(
-                CaptionImages,
-                fn_constructor_args=(captioning,),
-                batch_size=plan.images_per_call,
-                batch_format="pyarrow",
-                compute=ray.data.ActorPoolStrategy(min_size=actors.num_actors, max_size=actors.max_actors),
-                num_cpus=actors.cpus_per_actor,
-                num_gpus=actors.gpus_per_actor,
-            )
-            # No CPU of their own: else loading, which always has more to do, keeps them waiting until all is loaded,
-            # and a kill costs all that was captioned.
-            .write_datasink(sink, ray_remote_args={"num_cpus": 0})
+    watching = watch_run(record.run_id, count_images(items), len(items))
+    with (
+        unwrapped_errors(),
+        watching as watch,
+        show_progress(watch.monitor),
+        _partitions(config, record) as partitions,
+    ):
+        loading = load_spec(config, record, work, layout, watch)
+        captioning = CaptionerSpec(config, layout, record.index_id, record.retrieval_encoder, watch.monitor, partitions)
+        sink = PartSink(config.out, attempt, len(attempts), schema, layout, watch.monitor)
+        loaded = start_loading(items, load_images, loading, layout.images_per_block)
+        # No CPU for writing: else loading, which always has more to do, keeps it waiting until all is loaded, and a
+        # kill costs all that was captioned.
+        map_in_actors(loaded, CaptionImages, (captioning,), layout.images_per_call, actors).write_datasink(
+            sink, ray_remote_args={"num_cpus": 0}
         )
-        snapshot = monitor.snapshot()
+        snapshot = watch.monitor.snapshot()
     seconds = time.perf_counter() - started
     fast = config.input.decode == "fast"
-    stages = stage_table(snapshot, seconds, actors, plan.load_tasks, fast) if snapshot else ()
+    stages = stage_table(snapshot, seconds, actors, layout.load_tasks, fast) if snapshot else ()
     attempt = _measured(attempt, snapshot, seconds, fast)
     return record.model_copy(update={"attempts": (*attempts[:-1], attempt)}), tuple(stages)
 

@@ -13,14 +13,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from index_builder.dumps.formats import FORMATS, Columns, read_rows
 from jobs.captioning.record import RUN_FILE, RunRecord, load_run_record, read_parts
 from jobs.terminal.arguments import run_job
 from smallcap import storage
+from smallcap.captions.rows import CaptionColumns
 from smallcap.config import EvaluateConfig
-from smallcap.errors import ConfigError, SchemaError
-from smallcap.evaluation.figures import Evaluation, evaluate_runs, expand_metrics
-from smallcap.evaluation.references import References, group_references, parse_references
+from smallcap.errors import ConfigError
+from smallcap.evaluation.figures import evaluate_runs, expand_metrics
+from smallcap.evaluation.references import load_references
 from smallcap.evaluation.run_captions import COLUMNS, RunCaptions, collect_run
 from smallcap.index.caption_store import read_texts
 
@@ -33,7 +33,8 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         SchemaError: The references or the run's parts are malformed.
         RunError: A Java program or the storage fails.
     """
-    references = load_references(config)
+    columns = CaptionColumns(config.text_column, config.image_id_column)
+    references = load_references(config.references, columns, config.split)
     records = [_load_record(path) for path in config.runs]
     runs = [collect_run(_tables(path), references, path) for path in config.runs]
     datastore = read_texts(config.index) if config.index is not None else None
@@ -46,49 +47,13 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             for facts in zip(config.runs, records, runs, evaluation.runs, strict=True)
         ],
         "differences": {name: asdict(figure) for name, figure in evaluation.differences.items()},
-        **_common_facts(evaluation),
+        **{name: getattr(evaluation, name) for name in ("images", "captions_per_image", "tokenizer", "unavailable")},
         "warnings": [*evaluation.warnings, *_warnings(config.runs, records)],
         "options": config.model_dump(mode="json", include={"index", "bootstrap", "seed"}),
     }
     if config.out is not None:
         storage.write_bytes(config.out, (json.dumps(result, indent=2) + "\n").encode())
     return result
-
-
-def load_references(config: EvaluateConfig) -> References:
-    """Loads the reference captions of a JSON file or of a table.
-
-    Raises:
-        ConfigError: The file's suffix is of no known kind, or it lacks the split.
-        SchemaError: Its content is malformed.
-    """
-    uri = config.references
-    suffix = "." + uri.rpartition(".")[2].lower()
-    if suffix not in FORMATS:
-        raise ConfigError(
-            "References of this kind are unknown.", where=uri, expected="a file ending in " + ", ".join(FORMATS)
-        )
-    if suffix == ".json":
-        try:
-            content = json.loads(storage.read_bytes(uri))
-        except (ValueError, RecursionError) as error:
-            raise SchemaError("This is not a JSON file.", where=uri, found=str(error)) from error
-        return parse_references(content, uri, config.split)
-    if config.split is not None:
-        raise ConfigError(
-            "A table of captions has no splits.", where=uri, found=config.split, remedy="Leave --split out."
-        )
-    return group_references(_table_rows(config), uri)
-
-
-def _table_rows(config: EvaluateConfig) -> Iterator[tuple[str | None, str]]:
-    """Yields the image id and the caption of each row."""
-    uri = config.references
-    with storage.local_file(uri) as path:
-        for row in read_rows(path, uri, Columns(config.text_column, config.image_id_column)):
-            if row.problem:
-                raise SchemaError("A row of the references is malformed.", where=f"{uri}: line {row.line}")
-            yield row.image_id, row.text
 
 
 def _load_record(path: str) -> RunRecord:
@@ -115,15 +80,6 @@ def _describe_run(path: str, record: RunRecord, rows: RunCaptions, measured: Any
         "without_references_examples": rows.examples,
         "only_in_this_run": len(rows.captions) - images,
         **asdict(measured),
-    }
-
-
-def _common_facts(evaluation: Evaluation) -> dict[str, Any]:
-    return {
-        "images": evaluation.images,
-        "captions_per_image": evaluation.captions_per_image,
-        "tokenizer": evaluation.tokenizer,
-        "unavailable": evaluation.unavailable,
     }
 
 

@@ -13,11 +13,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from jobs.captioning.record import run_lock
+from jobs.cluster.session import connect
 from jobs.terminal.arguments import run_job
 from jobs.training.export import write_model
 from jobs.training.inputs import TrainInputs, list_inputs
 from jobs.training.progress import show_training
-from jobs.training.record import TrainAttempt, TrainData, TrainRecord, choose_best, load_train_record
+from jobs.training.record import (
+    TrainAttempt,
+    TrainData,
+    TrainRecord,
+    choose_best,
+    load_train_record,
+    write_train_record,
+)
 from jobs.training.start import ModelStart
 from smallcap import storage
 from smallcap.errors import ConfigError, RunError
@@ -83,13 +91,11 @@ def open_record(config: TrainConfig) -> tuple[TrainRecord, ModelStart]:
     if manifest and encoder:
         manifest.check_encoder(resolve_encoder_identity(encoder), config.index or "")
     start = ModelStart(config, encoder)
-    return TrainRecord.new(config, start.model_id(), manifest.index_id if manifest else None, encoder), start
+    return TrainRecord.new(config, manifest.index_id if manifest else None, encoder, start_id=start.model_id()), start
 
 
 def _train(config: TrainConfig, record: TrainRecord, start: ModelStart, address: str | None) -> TrainSummary:
     """Runs one attempt of all stages."""
-    from jobs.cluster.session import connect, own_errors
-
     connect(address)  # before Ray Data is imported: it reads some of its settings then
 
     from jobs.training.candidates import count_leaks, store_candidates
@@ -105,15 +111,14 @@ def _train(config: TrainConfig, record: TrainRecord, start: ModelStart, address:
             "trained_parameters": sum(p.numel() for p in model.decoder.cross_attention_parameters().values()),
         }
     )
-    record.write(config.out)
+    write_train_record(config.out, record)
     folders = (config.features or storage.join(config.out, "features"), storage.join(config.out, "candidates"))
     inputs = list_inputs(config, config.out)
-    with own_errors():
-        features = store_features(config, start, inputs, _crop_plan(model, start), _vision_sha256(model), folders[0])
-        leaks = None
-        if record.index_id is not None:
-            store_candidates(config, load_manifest(config.index or "", record.index_id), features, folders)
-            leaks = record.data.leaks if record.data else count_leaks(features, folders)
+    features = store_features(config, start, inputs, _crop_plan(model, start), _vision_sha256(model), folders[0])
+    leaks = None
+    if record.index_id is not None:
+        store_candidates(config, load_manifest(config.index or "", record.index_id), features, folders)
+        leaks = record.data.leaks if record.data else count_leaks(features, folders)
     plan = plan_training(config, record.dtype)
     streams = [_stream(config, features, folders, split) for split in ("train", "validation")]
     record = record.model_copy(
@@ -144,7 +149,7 @@ def _fit(config: TrainConfig, record: TrainRecord, spec: WorkerSpec, plan: Train
     )
     attempts = (*record.attempts, attempt)
     record = record.model_copy(update={"attempts": attempts})
-    record.write(config.out)
+    write_train_record(config.out, record)
     started = time.perf_counter()
     with show_training(config.out, record.steps or 0):
         fit(spec, plan, record.run_id)
@@ -169,7 +174,7 @@ def _finish(config: TrainConfig, record: TrainRecord, start: ModelStart) -> Trai
             "frozen_sha256_after": after,
         }
     )
-    record.write(config.out)
+    write_train_record(config.out, record)
     return record
 
 
@@ -185,7 +190,7 @@ def _vision_sha256(model: SmallCapModel) -> str:
 def _stream(config: TrainConfig, features: StoreManifest, folders: tuple[str, str], split: Split) -> ExampleStream:
     options = config.optimizer
     candidates = folders[1] if config.retrieval.k else None
-    parts = tuple(features.of(split))
+    parts = tuple(features.parts_of(split))
     return ExampleStream(folders[0], candidates, parts, options.batch_size, options.shuffle_parts, options.seed)
 
 
@@ -194,11 +199,11 @@ def _describe_data(features: StoreManifest, inputs: TrainInputs, leaks: int | No
     for part in features.parts:
         for code, count in part.errors.items():
             errors[code] = errors.get(code, 0) + count
-    train = features.of("train")
+    train = features.parts_of("train")
     return TrainData(
         images=sum(part.images for part in train),
         examples=sum(part.examples for part in train),
-        validation_images=sum(part.images for part in features.of("validation")),
+        validation_images=sum(part.images for part in features.parts_of("validation")),
         errors=dict(sorted(errors.items())),
         malformed=inputs.malformed,
         leaks=leaks,

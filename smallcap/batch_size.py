@@ -17,7 +17,7 @@ from smallcap.decoding.strategy import GenerationOptions
 from smallcap.machine.process_memory import available_bytes
 from smallcap.model.checkpoint import SmallCapConfig
 
-_MOST_ON_CPU, _MOST_ON_GPU = 64, 256  # images; larger batches gain nothing
+LARGEST_BATCH = {"cpu": 64, "cuda": 256}  # images; larger batches gain nothing
 _TOKENS_PER_CAPTION, _TOKENS_OF_TEMPLATE = 25, 10  # of a prompt: the longest captions that an index holds by default
 # Shares of the free memory. A CPU's is also that of the tasks that decode, of Ray's object store and of the pages of
 # the index; a GPU's allocator cannot use every gap.
@@ -132,7 +132,7 @@ def largest_batch(
     one = image_memory(config, retrieval, generation, prompt_tokens, dtype, device)
     fixed = 0 if on_gpu else _PREFILLED_ON_CPU * (6 * decoder.hidden_size + 2 * decoder.ffn_size) * size
     fitting = (free_bytes * (_USABLE_ON_GPU if on_gpu else _USABLE_ON_CPU) - fixed) / one.bytes
-    return max(1, min(int(fitting), _MOST_ON_GPU if on_gpu else _MOST_ON_CPU))
+    return max(1, min(int(fitting), LARGEST_BATCH["cuda" if on_gpu else "cpu"]))
 
 
 def largest_batch_here(captioner: Captioner, actors: int = 1) -> int:

@@ -39,6 +39,7 @@ from smallcap.model.clip_encoder import (
 )
 from smallcap.model.files import resolve_folder
 from smallcap.model.prompt import build_prompts, decode_caption, load_tokenizer
+from smallcap.storage import DEFAULT_CACHE_DIR
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -125,7 +126,7 @@ class Captioner:
         device: str = "cpu",
         dtype: str = "auto",
         retrieval_encoder: str | None = None,
-        cache_dir: str = "~/.cache/smallcap",
+        cache_dir: str = DEFAULT_CACHE_DIR,
         index_id: str | None = None,
         compile_encoders: bool = False,
         search_device: SearchDevice = "auto",

@@ -71,7 +71,7 @@ class RetrievalConfig(Config):
     """Retrieval encoder `open_clip:MODEL/PRETRAINED` or `hf:ID-OR-PATH`; by default the one that the index names."""
     exclude_own_captions: bool = False
     """Leave out captions whose source image has the query's image id (evaluation on the datastore's own images)."""
-    cache_dir: str = "~/.cache/smallcap"
+    cache_dir: str = storage.DEFAULT_CACHE_DIR
     """Where a node keeps copies of remote indexes."""
     search_device: SearchDevice = "auto"
     """`auto` searches on the GPU that captions, where the index fits beside the model, else on the CPU; or `cpu`,
@@ -255,7 +255,7 @@ class IndexConfig(Config):
     """Number of shards; `auto` makes one per million vectors."""
     memory_budget_gb: float | None = Field(None, gt=0)
     """What `auto` may choose an index key for: GB (10^9 bytes) of memory that a node can give to the index."""
-    cache_dir: str = "~/.cache/smallcap"
+    cache_dir: str = storage.DEFAULT_CACHE_DIR
     """Where a node keeps copies of remote indexes, and remembers what it has verified."""
     cleaning: CleaningConfig = CleaningConfig()
     recall: RecallConfig = RecallConfig()

@@ -96,7 +96,7 @@ class ConflictError(StorageError):
 
 
 class SchemaError(RunError):
-    """A Parquet, CSV, JSON or Arrow file has not the columns or types it must have."""
+    """A Parquet, CSV, JSON or Arrow file lacks columns or types that it must have."""
 
 
 class ManifestError(RunError):

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
@@ -32,6 +32,7 @@ from smallcap.errors import RunError, StorageError
 if TYPE_CHECKING:
     from obstore.store import S3Credential, S3Store
 
+DEFAULT_CACHE_DIR = "~/.cache/smallcap"  # where a node keeps copies of remote files
 _CHUNK_BYTES = 8 << 20
 _READ_ATTEMPTS = 5  # of one ranged read in a row, beside the client's own
 _SORTED_ENTRIES = 200_000  # a folder with more is listed in the order of its disk: names are not held in any number
@@ -303,9 +304,20 @@ def remove(uri: str) -> None:
 
 
 def list_files(uri: str, suffixes: Sequence[str] = ()) -> list[str]:
-    """Lists the files below a folder or prefix, sorted; a file's own URI lists as itself.
+    """Lists the files that `iter_files` lists, sorted.
 
-    Hidden files (a component starting with `.` or `_`) are left out, as Hadoop's readers do.
+    Raises:
+        StorageError: Nothing exists at `uri`, or the service fails.
+    """
+    return sorted(iter_files(uri, suffixes))
+
+
+def iter_files(uri: str, suffixes: Sequence[str] = ()) -> Iterator[str]:
+    """Lists the files below a folder or prefix as a stream; a file's own URI lists as itself.
+
+    Hidden files (a component starting with `.` or `_`) are left out, as Hadoop's readers do. Files are sorted on S3
+    and in local folders of up to 200,000 entries each; elsewhere they come in any order. Memory does not grow with
+    their number.
 
     Args:
         uri: Folder, prefix, glob pattern, or file.
@@ -314,49 +326,15 @@ def list_files(uri: str, suffixes: Sequence[str] = ()) -> list[str]:
     Raises:
         StorageError: Nothing exists at `uri`, or the service fails.
     """
-    fs, root = filesystem(uri)
-    with _translated(uri, "list this path"):
-        if any(mark in root for mark in "*?["):
-            found = [path for path in fs.glob(root) if not fs.isdir(path)]
-        else:
-            found = fs.find(root)
-    if not found and not exists(uri):
-        raise StorageError("Cannot list this path: it does not exist.", where=uri, remedy="Check the path.")
-    prefix = "" if is_local(uri) else uri.split("://", 1)[0] + "://"
-    kept = []
-    for path in found:
-        inside = path[len(root) :] if path.startswith(root) else path
-        hidden = any(part.startswith((".", "_")) for part in inside.split("/") if part)
-        if not hidden and (not suffixes or path.lower().endswith(tuple(suffixes))):
-            kept.append(prefix + path)
-    return sorted(kept)
-
-
-def iter_files(uri: str, suffixes: Sequence[str] = ()) -> Iterator[str]:
-    """Lists the files that `list_files` lists, as a stream: memory does not grow with their number.
-
-    They are sorted on S3 and in local folders of up to 200,000 entries each; elsewhere they come in any order.
-
-    Args:
-        uri: Folder, prefix, glob pattern, or file.
-        suffixes: Lower-case endings to keep; all files when empty.
-
-    Raises:
-        StorageError: Nothing exists at `uri`, or the service fails.
-    """
     root = absolute(uri)
+    fixed = root
     if is_glob(root):
         fixed = root[: min(root.index(mark) for mark in "*?[" if mark in root)].rpartition("/")[0]
-        prefix = "" if is_local(root) else root.split("://", 1)[0] + "://"
-        fs, pattern = filesystem(root)
-        with _translated(root, "list this path"):
-            found: Iterator[str] = iter(sorted(prefix + path for path in fs.glob(pattern) if not fs.isdir(path)))
+        found = _walk_fsspec(root)
     elif is_local(root):
-        fixed, found = root, _walk_local(root)
-    elif root.startswith("s3://"):
-        fixed, found = root, _walk_s3(root)
+        found = _walk_local(root)
     else:
-        fixed, found = root, iter(list_files(root))
+        found = _walk_s3(root) if root.startswith("s3://") else _walk_fsspec(root)
     endings = tuple(suffixes)
     any_file = False
     while True:
@@ -365,11 +343,22 @@ def iter_files(uri: str, suffixes: Sequence[str] = ()) -> Iterator[str]:
         if path is None:
             break
         any_file = True
-        hidden = any(part.startswith((".", "_")) for part in path[len(fixed) :].split("/"))
+        hidden = any(name.startswith((".", "_")) for name in path[len(fixed) :].split("/"))
         if not hidden and (not endings or path.lower().endswith(endings)):
             yield path
     if not any_file and not exists(uri):
         raise StorageError("Cannot list this path: it does not exist.", where=uri, remedy="Check the path.")
+
+
+def suffix_of(uri: str) -> str:
+    """Returns the ending of a file's name from its last dot on, in lower case."""
+    stem, dot, ending = uri.rpartition("/")[2].rpartition(".")
+    return f"{dot}{ending}".lower() if stem else ""
+
+
+def path_below(folder: str, uri: str) -> str:
+    """Returns a file's path below a folder, prefix or pattern; a file that is listed by itself has its name."""
+    return uri.removeprefix(folder).lstrip("/") or uri.rpartition("/")[2]
 
 
 def is_glob(uri: str) -> bool:
@@ -388,12 +377,18 @@ def _walk_local(root: str) -> Iterator[str]:
         first = list(islice(entries, _SORTED_ENTRIES))
         # A folder sorts as its name and a slash: then walking in this order gives whole paths in order.
         first.sort(key=lambda entry: entry.name + "/" if entry.is_dir(follow_symlinks=False) else entry.name)
-        for some in (first, entries):
-            for entry in some:
-                if entry.is_dir(follow_symlinks=False):
-                    yield from _walk_local(entry.path)
-                else:
-                    yield entry.path
+        for entry in chain(first, entries):
+            if entry.is_dir(follow_symlinks=False):
+                yield from _walk_local(entry.path)
+            else:
+                yield entry.path
+
+
+def _walk_fsspec(root: str) -> Iterator[str]:
+    fs, path = filesystem(root)
+    found = [other for other in fs.glob(path) if not fs.isdir(other)] if is_glob(root) else fs.find(path)
+    prefix = "" if is_local(root) else root.split("://", 1)[0] + "://"
+    yield from sorted(prefix + other for other in found)
 
 
 def _walk_s3(root: str) -> Iterator[str]:

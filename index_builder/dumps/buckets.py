@@ -16,20 +16,20 @@ from __future__ import annotations
 import io
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import accumulate, islice
-from typing import Any
+from itertools import accumulate, islice, starmap
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
-from index_builder.dumps.cleaning import KEY_BYTES, Cleaner, CleanRow
+from index_builder.dumps.cleaning import KEY_BYTES, Cleaner
 from index_builder.dumps.deduplication import Deduplicator, Row, UniqueCaption
 from index_builder.dumps.files import DumpScan, open_dump
-from index_builder.dumps.formats import Columns
 from smallcap import storage
+from smallcap.captions.rows import CaptionColumns
 from smallcap.config import CleaningConfig
 from smallcap.index.caption_store import open_arrow
 
@@ -89,20 +89,8 @@ class ChunkWriter:
         for row in self._held:
             dealt[int.from_bytes(row.key[:4]) * self._buckets >> 32].append(row)
         self._chunks.append(storage.join(self._work_uri, "rows", f"{self._task:05d}-{len(self._chunks):04d}.arrow"))
-        _write_batches(self._chunks[-1], _ROW_COLUMNS, (_batch(_ROW_COLUMNS, map(_row_values, rows)) for rows in dealt))
+        _write_batches(self._chunks[-1], _ROW_COLUMNS, (_batch(_ROW_COLUMNS, rows) for rows in dealt))
         self._held, self._held_bytes = [], 0
-
-
-def _row_values(row: Row) -> tuple[object, ...]:
-    return (
-        row.key,
-        row.text,
-        row.sources,
-        row.image_ids or None,
-        row.vector,
-        row.known_id,
-        row.lends_vector,
-    )
 
 
 @dataclass(frozen=True)
@@ -112,8 +100,7 @@ class DealTask:
     Attributes:
         work_uri: The build's work folder.
         number: Of this task among all dealing tasks.
-        scans: The files.
-        sources: Position of each among the build's source files.
+        dumps: The files, each with its position among the build's source files.
         columns: What to read of them.
         cleaning: Which rows to keep.
         buckets: Number of buckets.
@@ -121,9 +108,8 @@ class DealTask:
 
     work_uri: str
     number: int
-    scans: tuple[DumpScan, ...]
-    sources: tuple[int, ...]
-    columns: Columns
+    dumps: tuple[tuple[DumpScan, int], ...]
+    columns: CaptionColumns
     cleaning: CleaningConfig
     buckets: int
 
@@ -145,30 +131,21 @@ def plan_buckets(input_bytes: int) -> int:
 def plan_dealing(
     scans: Sequence[DumpScan],
     work_uri: str,
-    columns: Columns,
+    columns: CaptionColumns,
     cleaning: CleaningConfig,
     buckets: int,
     first_task: int,
     sources: Sequence[int],
 ) -> list[DealTask]:
     """Groups neighbouring dump files so that many small ones share a task; order is kept."""
-    groups: list[list[int]] = []
-    for number, scan in enumerate(scans):
-        if groups and sum(scans[other].bytes for other in groups[-1]) + scan.bytes <= BYTES_PER_BUCKET:
-            groups[-1].append(number)
-        else:
-            groups.append([number])
+    groups: list[list[tuple[DumpScan, int]]] = []
+    for scan, source in zip(scans, sources, strict=True):
+        if not groups or sum(other.bytes for other, _ in groups[-1]) + scan.bytes > BYTES_PER_BUCKET:
+            groups.append([])
+        groups[-1].append((scan, source))
     return [
-        DealTask(
-            work_uri,
-            first_task + task,
-            tuple(scans[number] for number in group),
-            tuple(sources[number] for number in group),
-            columns,
-            cleaning,
-            buckets,
-        )
-        for task, group in enumerate(groups)
+        DealTask(work_uri, first_task + number, tuple(group), columns, cleaning, buckets)
+        for number, group in enumerate(groups)
     ]
 
 
@@ -176,23 +153,19 @@ def deal_dumps(task: DealTask) -> Dealt:
     """Cleans the rows of a task's dump files and deals them into buckets.
 
     Raises:
-        SchemaError: A dump is not what its suffix says; see `dump_formats`.
+        SchemaError: A dump is not what its suffix says; see `captions.reader`.
     """
     cleaner = Cleaner(task.cleaning)
     writer = ChunkWriter(task.work_uri, task.number, task.buckets)
-    rows, dropped = [0] * len(task.scans), Counter[str]()
-    for number, scan in enumerate(task.scans):
+    rows, dropped = [0] * len(task.dumps), Counter[str]()
+    for number, (scan, source) in enumerate(task.dumps):
         with open_dump(scan.dump, task.columns) as reader:
             while batch := list(islice(reader, _CLEANED_AT_ONCE)):
-                kept, reasons = cleaner.clean(batch)
+                kept, reasons = cleaner.clean(batch, (source,))
                 rows[number] += len(batch)
                 dropped += reasons
-                writer.add(_as_row(row, task.sources[number]) for row in kept)
+                writer.add(kept)
     return Dealt(writer.close(), tuple(rows), dict(dropped))
-
-
-def _as_row(row: CleanRow, source: int) -> Row:
-    return Row(row.key, row.text, (source,), () if row.image_id is None else (row.image_id,), row.vector)
 
 
 @dataclass(frozen=True)
@@ -220,7 +193,8 @@ def dedupe_bucket(task: DedupeTask) -> Deduped:
     deduplicator = Deduplicator()
     for chunk in task.chunks:
         with open_arrow(chunk) as source:
-            deduplicator.add(_read_rows(pa.ipc.open_file(source).get_batch(task.bucket)))
+            batch = pa.ipc.open_file(source).get_batch(task.bucket)
+            deduplicator.add(starmap(Row, zip(*(column.to_pylist() for column in batch.columns), strict=True)))
     new: list[UniqueCaption] = []
     grown: list[UniqueCaption] = []
     hashes: list[int] = []
@@ -230,23 +204,15 @@ def dedupe_bucket(task: DedupeTask) -> Deduped:
             new.append(caption)
         elif caption.has_grown:
             grown.append(caption)
-    _write_batches(_unique_uri(task.work_uri, task.bucket), _UNIQUE_COLUMNS, [_batch(_UNIQUE_COLUMNS, map(_new, new))])
+    new_uri, grown_uri = (_bucket_uri(task.work_uri, kind, task.bucket) for kind in ("unique", "grown"))
+    _write_batches(new_uri, _UNIQUE_COLUMNS, [_batch(_UNIQUE_COLUMNS, map(_new, new))])
     if grown:
-        _write_batches(
-            _grown_uri(task.work_uri, task.bucket), _GROWN_COLUMNS, [_batch(_GROWN_COLUMNS, map(_grown, grown))]
-        )
+        _write_batches(grown_uri, _GROWN_COLUMNS, [_batch(_GROWN_COLUMNS, map(_grown, grown))])
     buffer = io.BytesIO()
     np.save(buffer, np.array(hashes, dtype=np.uint64))
-    storage.write_bytes(_images_uri(task.work_uri, task.bucket), buffer.getvalue())
+    storage.write_bytes(_bucket_uri(task.work_uri, "images", task.bucket), buffer.getvalue())
     embedded = sum(caption.vector is not None for caption in new)
     return Deduped(len(new), embedded, len(grown), deduplicator.duplicates, len(hashes))
-
-
-def _read_rows(batch: pa.RecordBatch) -> Iterator[Row]:
-    for key, text, sources, image_ids, vector, known_id, lends in zip(
-        *(column.to_pylist() for column in batch.columns), strict=True
-    ):
-        yield Row(key, text, tuple(sources), tuple(image_ids or ()), vector, known_id, lends)
 
 
 def _new(caption: UniqueCaption) -> tuple[object, ...]:
@@ -263,27 +229,27 @@ def _image_hash(image_id: str) -> int:
 
 @dataclass(frozen=True)
 class CountTask:
-    """One of `parts` shares of the image hashes to count."""
+    """One of `shares` shares of the image hashes to count."""
 
     work_uri: str
     buckets: int
-    part: int
-    parts: int
+    share: int
+    shares: int
 
 
 def plan_counting(work_uri: str, deduped: Sequence[Deduped]) -> list[CountTask]:
     """Divides the counting of captions per image so that each task's memory is bounded."""
-    parts = 1 + sum(bucket.image_pairs for bucket in deduped) // _IMAGES_PER_COUNT
-    return [CountTask(work_uri, len(deduped), part, parts) for part in range(parts)]
+    shares = 1 + sum(bucket.image_pairs for bucket in deduped) // _IMAGES_PER_COUNT
+    return [CountTask(work_uri, len(deduped), share, shares) for share in range(shares)]
 
 
 def count_captions_per_image(task: CountTask) -> int:
     """Returns the largest number of unique captions that one image of this share has."""
-    shares = []
+    found = []
     for bucket in range(task.buckets):
-        hashes = np.load(io.BytesIO(storage.read_bytes(_images_uri(task.work_uri, bucket))))
-        shares.append(hashes[hashes % np.uint64(task.parts) == task.part])
-    _, counts = np.unique(np.concatenate(shares), return_counts=True)
+        hashes = np.load(io.BytesIO(storage.read_bytes(_bucket_uri(task.work_uri, "images", bucket))))
+        found.append(hashes[hashes % np.uint64(task.shares) == task.share])
+    _, counts = np.unique(np.concatenate(found), return_counts=True)
     return int(counts.max(initial=0))
 
 
@@ -308,7 +274,7 @@ class UniqueCaptions:
         bucket = bisect_right(self._bounds, first_id) - 1
         while first_id < stop_id:
             start, stop = self._bounds[bucket], min(stop_id, self._bounds[bucket + 1])
-            with open_arrow(_unique_uri(self._work_uri, bucket)) as source:
+            with open_arrow(_bucket_uri(self._work_uri, "unique", bucket)) as source:
                 batch = pa.ipc.open_file(source).get_batch(0)
                 pieces.append(batch.slice(first_id - start, stop - first_id))
             first_id, bucket = stop, bucket + 1
@@ -327,23 +293,16 @@ def read_grown(work_uri: str, deduped: Sequence[Deduped], first_id: int, stop_id
     """Returns by id the captions in [first_id, stop_id) that have grown."""
     found: dict[int, Grown] = {}
     for bucket in [number for number, counts in enumerate(deduped) if counts.grown]:
-        with open_arrow(_grown_uri(work_uri, bucket)) as source:
+        with open_arrow(_bucket_uri(work_uri, "grown", bucket)) as source:
             for row in pa.ipc.open_file(source).get_batch(0).to_pylist():
                 if first_id <= row["known_id"] < stop_id:
                     found[row["known_id"]] = Grown(row["source"], row["image_id"] or [])
     return found
 
 
-def _unique_uri(work_uri: str, bucket: int) -> str:
-    return storage.join(work_uri, "unique", f"bucket-{bucket:05d}.arrow")
-
-
-def _grown_uri(work_uri: str, bucket: int) -> str:
-    return storage.join(work_uri, "grown", f"bucket-{bucket:05d}.arrow")
-
-
-def _images_uri(work_uri: str, bucket: int) -> str:
-    return storage.join(work_uri, "images", f"bucket-{bucket:05d}.npy")
+def _bucket_uri(work_uri: str, kind: Literal["unique", "grown", "images"], bucket: int) -> str:
+    suffix = ".npy" if kind == "images" else ".arrow"
+    return storage.join(work_uri, kind, f"bucket-{bucket:05d}{suffix}")
 
 
 def _batch(schema: pa.Schema, rows: Iterable[tuple[object, ...]]) -> pa.RecordBatch:

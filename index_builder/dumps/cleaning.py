@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from hashlib import blake2b
+from hashlib import blake2b, sha256
 from typing import Any
 
+from index_builder.dumps.deduplication import Row
 from index_builder.dumps.filters import (
-    blocklist_sha256,
     holds_markup,
     holds_repeats,
     holds_url,
     load_blocklist,
     normalise,
+    read_blocklist,
 )
-from index_builder.dumps.formats import DumpRow
+from smallcap.captions.rows import MALFORMED, CaptionRow
 from smallcap.config import CleaningConfig
 from smallcap.model.prompt import count_tokens, load_tokenizer
 
@@ -24,23 +24,6 @@ RULES_VERSION = 1
 """Part of a manifest's `filters`; raised when the same dump and options would clean to something else."""
 
 KEY_BYTES = 16
-
-
-@dataclass(frozen=True)
-class CleanRow:
-    """A caption that passed the filters.
-
-    Attributes:
-        key: What duplicates have in common; see `caption_key`.
-        text: With surrounding and repeated white space removed.
-        image_id: Of the image it was written for, if known.
-        vector: Its embedding, where the dump brings one; see `DumpRow`.
-    """
-
-    key: bytes
-    text: str
-    image_id: str | None
-    vector: bytes | None = None
 
 
 def caption_key(text: str) -> bytes:
@@ -56,7 +39,7 @@ def describe_filters(config: CleaningConfig) -> dict[str, Any]:
         ConfigError: There is no such blocklist.
         StorageError: The blocklist cannot be read.
     """
-    digest = None if config.blocklist is None else blocklist_sha256(config.blocklist)
+    digest = None if config.blocklist is None else sha256(read_blocklist(config.blocklist)).hexdigest()
     return {**config.model_dump(mode="json"), "blocklist_sha256": digest}
 
 
@@ -88,8 +71,13 @@ class Cleaner:
         self._junk = [(reason, holds) for name, reason, holds in _JUNK if name in config.drop]
         self._blocklist = None if config.blocklist is None else load_blocklist(config.blocklist)
 
-    def clean(self, rows: Iterable[DumpRow]) -> tuple[list[CleanRow], Counter[str]]:
-        """Returns the rows that pass, in order, and the number dropped for each reason."""
+    def clean(self, rows: Iterable[CaptionRow], sources: tuple[int, ...] = ()) -> tuple[list[Row], Counter[str]]:
+        """Returns the rows that pass, in order and without superfluous white space, and those dropped by reason.
+
+        Args:
+            rows: As they stand in the dump.
+            sources: What the cleaned rows name as their sources.
+        """
         dropped: Counter[str] = Counter()
         candidates: list[tuple[str, str | None, bytes | None]] = []
         for row in rows:
@@ -106,7 +94,7 @@ class Cleaner:
             if length > self._config.max_tokens:
                 dropped["too_long"] += 1
             else:
-                kept.append(CleanRow(caption_key(text), text, image_id, vector))
+                kept.append(Row(caption_key(text), text, sources, (image_id,) if image_id else (), vector))
         return kept, dropped
 
     def _reason(self, text: str, image_id: str | None) -> str:
@@ -115,7 +103,7 @@ class Cleaner:
         try:
             f"{text}{image_id}".encode()
         except UnicodeEncodeError:  # JSON can hold half a surrogate pair, which is no text
-            return "malformed"
+            return MALFORMED
         if text.count(" ") + 1 < self._config.min_words:
             return "too_few_words"
         for reason, holds in self._junk:

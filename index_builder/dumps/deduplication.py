@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One cleaned row on its way to its caption.
 
     Attributes:
@@ -22,8 +22,8 @@ class Row:
 
     key: bytes
     text: str
-    sources: tuple[int, ...] = ()
-    image_ids: tuple[str, ...] = ()
+    sources: Sequence[int] = ()
+    image_ids: Sequence[str] = ()
     vector: bytes | None = None
     known_id: int | None = None
     lends_vector: bool = False

@@ -8,19 +8,20 @@ file belongs to row i of the other. A folder of images' embeddings (`img_emb`) i
 
 from __future__ import annotations
 
-import json
 import re
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tokenize import TokenError
-from typing import Any
+from typing import IO
 
 import numpy as np
 
-from index_builder.dumps.formats import Columns, DumpRow, json_row, open_parquet, read_rows
-from index_builder.dumps.vectors import ROWS_AT_ONCE, check_dim, unit_vectors
 from smallcap import storage
+from smallcap.captions.json_files import list_rows, load_json
+from smallcap.captions.parquet import open_parquet, read_parquet
+from smallcap.captions.rows import CaptionColumns, CaptionRow
+from smallcap.captions.vectors import ROWS_AT_ONCE, check_dim, unit_vectors
 from smallcap.errors import ConfigError, IndexIntegrityError, SchemaError
 
 _LAYOUTS = (  # of the embeddings and of the captions, below the folder
@@ -89,12 +90,12 @@ def _holds_a_list(uri: str) -> bool:
 
 
 def read_embedded_rows(
-    captions: Path, captions_uri: str, embeddings: Path, embeddings_uri: str, columns: Columns
-) -> Iterator[DumpRow]:
+    captions: IO[bytes], captions_uri: str, embeddings: Path, embeddings_uri: str, columns: CaptionColumns
+) -> Iterator[CaptionRow]:
     """Reads the rows of a pair of files in order.
 
     Args:
-        captions: Local copy of a Parquet file, or of a JSON list of texts.
+        captions: A Parquet file, or a JSON list of texts.
         captions_uri: What errors call it.
         embeddings: Local copy of a .npy file beside Parquet, of a faiss index beside JSON.
         embeddings_uri: What errors call it.
@@ -104,15 +105,17 @@ def read_embedded_rows(
         SchemaError: A file is not what it must be, or the two have not the same number of rows.
         IndexIntegrityError: The faiss index is damaged or of another kind.
     """
-    rows: Iterator[DumpRow]
-    if captions.suffix.lower() == ".json":
-        texts = _read_list(captions, captions_uri)
-        count, matrix = len(texts), _open_flat_index(embeddings, embeddings_uri, columns.dim)
-        rows = (json_row(text, None, number) for number, text in enumerate(texts, start=1))
+    if storage.suffix_of(captions_uri) == ".json":
+        texts = load_json(captions, captions_uri)
+        if not isinstance(texts, list):
+            found = type(texts).__name__
+            raise SchemaError("This JSON file is not a list of captions.", where=captions_uri, found=found)
+        rows, count = list_rows(texts), len(texts)
+        matrix = _open_flat_index(embeddings, embeddings_uri, columns.dim)
     else:
         count = open_parquet(captions, captions_uri).metadata.num_rows
+        rows = read_parquet(captions, captions_uri, columns._replace(embedding=None, several=False))
         matrix = _open_npy(embeddings, embeddings_uri, columns.dim)
-        rows = read_rows(captions, captions_uri, columns._replace(embedding=None))
     if count != len(matrix):
         raise SchemaError(
             "The dump has not one embedding for each caption.",
@@ -124,10 +127,10 @@ def read_embedded_rows(
     return _joined(rows, matrix)
 
 
-def _joined(rows: Iterator[DumpRow], matrix: np.ndarray) -> Iterator[DumpRow]:
+def _joined(rows: Iterator[CaptionRow], matrix: np.ndarray) -> Iterator[CaptionRow]:
     for start in range(0, len(matrix), ROWS_AT_ONCE):
         for vector, row in zip(unit_vectors(matrix[start : start + ROWS_AT_ONCE]), rows, strict=False):
-            yield DumpRow(row.text, row.image_id, row.line, row.problem or ("" if vector else "bad_embedding"), vector)
+            yield row._replace(vector=vector, problem=row.problem or ("" if vector else "bad_embedding"))
 
 
 def _open_npy(path: Path, uri: str, dim: int | None) -> np.ndarray:
@@ -145,16 +148,6 @@ def _open_npy(path: Path, uri: str, dim: int | None) -> np.ndarray:
         )
     check_dim(matrix.shape[1], dim, uri)
     return matrix
-
-
-def _read_list(path: Path, uri: str) -> list[Any]:
-    try:
-        texts = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is one
-        raise SchemaError("This is not a JSON file.", where=uri, found=str(error)) from error
-    if not isinstance(texts, list):
-        raise SchemaError("This JSON file is no list of captions.", where=uri, found=type(texts).__name__)
-    return texts
 
 
 def _open_flat_index(path: Path, uri: str, dim: int | None) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Caption dumps: which files they are, their checksums, local copies to read.
 
-Their formats are in `dump_formats`, and in `embedded_dumps` those that keep embeddings in a second file.
+`smallcap.captions` reads them, and `embedded` those that keep embeddings in a second file.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from index_builder.dumps.embedded import find_embeddings, read_embedded_rows
-from index_builder.dumps.formats import FORMATS, Columns, DumpRow, read_rows
 from smallcap import storage
+from smallcap.captions.reader import CAPTION_SUFFIXES, read_captions
+from smallcap.captions.rows import CaptionColumns, CaptionRow
 from smallcap.errors import ConfigError
 
 
@@ -50,7 +51,7 @@ class DumpScan:
 def find_dumps(uris: Sequence[str]) -> list[DumpFile]:
     """Lists the dump files that files, folders, prefixes and globs name: in the order given, each sorted.
 
-    A folder that is laid out as `embedded_dumps` says gives its files of captions the embeddings beside them.
+    A folder that is laid out as `embedded` says gives its files of captions the embeddings beside them.
 
     Raises:
         ConfigError: A URI holds no file of a known format, or embeddings and captions that do not pair up.
@@ -58,13 +59,13 @@ def find_dumps(uris: Sequence[str]) -> list[DumpFile]:
     """
     found: dict[str, str | None] = {}
     for uri in uris:
-        listed = [storage.absolute(file) for file in storage.list_files(uri)]
-        files = [file for file in listed if file.lower().endswith(tuple(FORMATS))]
+        listed = storage.list_files(uri)
+        files = [file for file in listed if storage.suffix_of(file) in CAPTION_SUFFIXES]
         if not files:
             raise ConfigError(
                 "There is no caption dump here.",
                 where=uri,
-                expected=f"files ending in {', '.join(FORMATS)}",
+                expected=f"files ending in {', '.join(CAPTION_SUFFIXES)}",
                 remedy="Convert the dump to one of these, or check the path.",
             )
         embeddings = find_embeddings(storage.absolute(uri), listed)
@@ -74,46 +75,49 @@ def find_dumps(uris: Sequence[str]) -> list[DumpFile]:
     return [DumpFile(uri, name, embeddings) for (uri, embeddings), name in zip(found.items(), names, strict=True)]
 
 
-def scan_dump(task: tuple[DumpFile, Columns]) -> DumpScan:
+def scan_dump(task: tuple[DumpFile, CaptionColumns]) -> DumpScan:
     """Reads a dump's files once for their checksum, and the first row to see that it has the columns asked for.
 
     Raises:
-        SchemaError: It has not, or its embeddings have another length than `Columns.dim`.
+        SchemaError: It does not have them, or its embeddings have another length than the one asked for.
         IndexIntegrityError: Its embeddings are in a faiss index that is damaged or of another kind.
     """
     dump, columns = task
-    with _local_copies(dump) as paths:
-        next(_read_dump(dump, paths, columns), None)
+    with _opened(dump, columns) as (paths, rows):
+        next(rows, None)
         digests = [storage.sha256_file(path) for path in paths]
         digest = digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
         return DumpScan(dump, sum(path.stat().st_size for path in paths), digest)
 
 
 @contextmanager
-def open_dump(dump: DumpFile, columns: Columns) -> Iterator[Iterator[DumpRow]]:
-    """Gives the rows of a dump in order, to be read before the context ends; see `read_rows` for what it raises."""
-    with _local_copies(dump) as paths:
-        yield _read_dump(dump, paths, columns)
+def open_dump(dump: DumpFile, columns: CaptionColumns) -> Iterator[Iterator[CaptionRow]]:
+    """Gives the rows of a dump in order, to be read before the context ends.
 
-
-def _read_dump(dump: DumpFile, paths: Sequence[Path], columns: Columns) -> Iterator[DumpRow]:
-    if dump.embeddings is None:
-        return read_rows(paths[0], dump.uri, columns)
-    return read_embedded_rows(paths[0], dump.uri, paths[1], dump.embeddings, columns)
+    Raises:
+        SchemaError, IndexIntegrityError: The dump is damaged, or of another form; also while the rows are read.
+    """
+    with _opened(dump, columns) as (_, rows):
+        yield rows
 
 
 @contextmanager
-def _local_copies(dump: DumpFile) -> Iterator[list[Path]]:
-    """Gives local paths of a dump's file and, if it has one, of its embeddings' file."""
-    with ExitStack() as copies:
-        yield [copies.enter_context(storage.local_file(uri)) for uri in (dump.uri, dump.embeddings) if uri is not None]
+def _opened(dump: DumpFile, columns: CaptionColumns) -> Iterator[tuple[list[Path], Iterator[CaptionRow]]]:
+    """Gives local paths of a dump's file and, if it has one, of its embeddings' file, and the rows."""
+    with ExitStack() as stack:
+        paths = [stack.enter_context(storage.local_file(uri)) for uri in (dump.uri, dump.embeddings) if uri is not None]
+        file = stack.enter_context(paths[0].open("rb"))
+        if dump.embeddings is None:
+            yield paths, read_captions(file, dump.uri, columns)
+        else:
+            yield paths, read_embedded_rows(file, dump.uri, paths[1], dump.embeddings, columns)
 
 
 def short_names(uris: Sequence[str]) -> list[str]:
     """Cuts URIs to as many last components as tell them apart, so that equal content keeps its name when it moves."""
-    parts = [uri.split("/") for uri in uris]
-    for depth in range(1, max(map(len, parts))):
-        names = ["/".join(part[-depth:]) for part in parts]
+    paths = [uri.split("/") for uri in uris]
+    for depth in range(1, max(map(len, paths))):
+        names = ["/".join(path[-depth:]) for path in paths]
         if len(set(names)) == len(names):
             return names
     return list(uris)

@@ -6,7 +6,6 @@ text at a time and know nothing of dumps, counts or the order they are asked in.
 
 from __future__ import annotations
 
-import hashlib
 import re
 import sys
 import unicodedata
@@ -119,7 +118,7 @@ def load_blocklist(uri: str) -> Blocklist:
         ConfigError: There is no such file, it is not UTF-8, has no entries, or has one without letters or digits.
         StorageError: The file cannot be read.
     """
-    content = _read_blocklist(uri)
+    content = read_blocklist(uri)
     try:
         lines = [line.strip() for line in content.decode("utf-8-sig").split("\n")]
     except UnicodeDecodeError as error:
@@ -150,17 +149,13 @@ def load_blocklist(uri: str) -> Blocklist:
     return Blocklist(entry for _, entry in entries)
 
 
-def blocklist_sha256(uri: str) -> str:
-    """Returns the hexadecimal sha256 of a blocklist's file.
+def read_blocklist(uri: str) -> bytes:
+    """Returns the content of a blocklist's file.
 
     Raises:
         ConfigError: There is no such file.
         StorageError: The file cannot be read.
     """
-    return hashlib.sha256(_read_blocklist(uri)).hexdigest()
-
-
-def _read_blocklist(uri: str) -> bytes:
     if not storage.exists(uri):
         raise ConfigError("There is no such blocklist.", where=uri, remedy="Check cleaning.blocklist.")
     return storage.read_bytes(uri)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -40,18 +39,20 @@ class Encoding:
         parts = vectors.missing()
         if parts:
             encoder = self.encoder if to_embed else None
-
-            def arguments(device: str) -> tuple[Any, ...]:
-                return (encoder, device, self.dtype, captions, vectors)
-
-            self._runner.run_actors("embed", EmbedParts, arguments, parts, [vectors.rows_of(part) for part in parts])
+            self._runner.run_actors(
+                "embed",
+                EmbedParts,
+                lambda device: (encoder, device, self.dtype, captions, vectors),
+                parts,
+                [vectors.rows_of(part) for part in parts],
+            )
         return vectors
 
     def estimate_seconds(self, captions: UniqueCaptions, to_embed: int) -> float:
         """Returns how long the embedding will take on this cluster, from a few captions in one actor."""
         if not to_embed:
             return 0.0
-        return self._probe(captions).seconds_per_caption * to_embed / self._runner.num_actors()
+        return self._probe(captions).seconds_per_caption * to_embed / self._runner.plan_actors().num_actors
 
     def check_imported(self, captions: UniqueCaptions, dumps: Sequence[str]) -> None:
         """Embeds some captions that brought an embedding, to see that it is this encoder's.
@@ -71,10 +72,9 @@ class Encoding:
             )
 
     def _probe(self, captions: UniqueCaptions) -> Probe:
-        def arguments(device: str) -> tuple[Any, ...]:
-            return (self.encoder, device, self.dtype, captions)
-
-        [probe] = self._runner.run_actors("probe", ProbeEncoder, arguments, [0])
+        [probe] = self._runner.run_actors(
+            "probe", ProbeEncoder, lambda device: (self.encoder, device, self.dtype, captions), [0]
+        )
         return probe
 
     def image_queries(self, images: Sequence[str], count: int) -> np.ndarray:
@@ -89,10 +89,12 @@ class Encoding:
         """
         from index_builder.embedding.image_queries import LEAST_IMAGES, EmbedImages, plan_image_queries  # torch
 
-        def arguments(device: str) -> tuple[Any, ...]:
-            return (self.encoder.spec, device, self.dtype)
-
-        embedded = self._runner.run_actors("embed images", EmbedImages, arguments, plan_image_queries(images, count))
+        embedded = self._runner.run_actors(
+            "embed images",
+            EmbedImages,
+            lambda device: (self.encoder.spec, device, self.dtype),
+            plan_image_queries(images, count),
+        )
         queries = np.concatenate([part.vectors for part in embedded])
         if len(queries) < LEAST_IMAGES:
             raise ConfigError(

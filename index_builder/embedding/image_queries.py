@@ -6,13 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 import torch
 
+from smallcap import storage
 from smallcap.config import InputConfig
 from smallcap.errors import ConfigError, RowError
-from smallcap.images.dataset import list_images
 from smallcap.images.decode import crop_pixels, decode_image
 from smallcap.images.fetching import fetch_objects
+from smallcap.images.listing import no_images
+from smallcap.images.sorting import Duplicates, sort_images, unique_images
+from smallcap.images.sources import ImageSources
 from smallcap.model.clip_encoder import load_retrieval_encoder, normalise_pixels
 
 IMAGES_PER_TASK = 64
@@ -41,7 +45,7 @@ class EmbedImages:
         self._device, self._dtype = torch.device(device), getattr(torch, dtype)
 
     def __call__(self, uris: Sequence[str]) -> EmbeddedImages:
-        """Embeds some images; those that cannot be read are counted."""
+        """Embeds images; those that cannot be read are counted."""
         crops = []
         for uri, data in zip(uris, fetch_objects(uris).data, strict=True):
             try:
@@ -61,10 +65,28 @@ class EmbedImages:
 def plan_image_queries(sources: Sequence[str], count: int) -> list[list[str]]:
     """Lists up to `count` of the images, evenly spaced over all, in work items.
 
+    Args:
+        sources: Folders, prefixes, globs, image files, or lists of URIs.
+        count: The most to take; each image once, in the order of their ids.
+
     Raises:
-        ConfigError: There are too few.
+        ConfigError: There are too few, or there are images in tars or Parquet files.
+        SchemaError: A list is damaged, or lacks the column of URIs.
+        StorageError: A source does not exist.
     """
-    images = list_images(sources, InputConfig())
+    found = ImageSources(sources, InputConfig())
+    with storage.scratch_folder() as scratch:
+        tables = list(unique_images(sort_images(found.tables(), scratch), Duplicates()))
+    packed = [*found.tars, *found.parquet]
+    if packed:
+        raise ConfigError(
+            "Images in tars or Parquet files are not taken here.",
+            where=packed[0],
+            remedy="Give image files, or a list of URIs.",
+        )
+    if not tables:
+        raise no_images(sources)
+    images = pa.concat_tables(tables)
     if images.num_rows < LEAST_IMAGES:
         raise ConfigError(
             "There are too few images to calibrate with.",

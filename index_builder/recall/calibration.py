@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from index_builder.embedding.parts import VectorParts
 from index_builder.plan import K_FACTOR
 from index_builder.recall.measurement import (
     CEILING_QUERIES,
@@ -20,6 +19,7 @@ from index_builder.recall.measurement import (
     IMAGE_QUERIES,
     RECALL_AT,
     CheckTask,
+    Embeddings,
     Measured,
     SearchTask,
     ShardAnswer,
@@ -48,19 +48,11 @@ Run = Callable[[str, Callable[[Any], Any], Sequence[Any]], list[Any]]
 
 
 @dataclass(frozen=True)
-class Embeddings:
-    """Where a shard's exact vectors are: from `first_row` on in `vectors`, or, for None, in the shard's own files."""
-
-    vectors: VectorParts | None
-    first_row: int = 0
-
-
-@dataclass(frozen=True)
 class Queries:
     """What recall is measured with: [Q, dim] float32, and the id of the caption that each was made from, or -1."""
 
     vectors: np.ndarray
-    own_ids: np.ndarray
+    origin_ids: np.ndarray
 
 
 class Calibration:
@@ -96,9 +88,9 @@ class Calibration:
             IndexIntegrityError: A file is not what was written.
             RunError: No setting reaches the target, and that has not been accepted.
         """
-        own_ids, vectors = self._check()
+        origin_ids, vectors = self._check()
         if image_queries is None:
-            queries = Queries(imitate_images(vectors), own_ids)
+            queries = Queries(imitate_images(vectors), origin_ids)
         else:
             queries = Queries(image_queries, np.full(len(image_queries), NOTHING))
         k_factor, ceiling = self._choose_k_factor(queries)
@@ -130,8 +122,7 @@ class Calibration:
                 self._index,
                 number,
                 live[(live >= shard.first_id) & (live < shard.first_id + shard.rows)] - shard.first_id,
-                source.vectors,
-                source.first_row,
+                source,
             )
             for number, (shard, source) in enumerate(zip(draft.shards, self._embeddings, strict=True))
         ]
@@ -142,9 +133,7 @@ class Calibration:
     ) -> list[ShardAnswer]:
         index = replace(self._index, manifest=self._draft.model_copy(update={"k_factor": k_factor}))
         tasks = [
-            SearchTask(
-                index, number, queries.vectors, queries.own_ids, nprobes, source.vectors, source.first_row, with_exact
-            )
+            SearchTask(index, number, queries.vectors, queries.origin_ids, nprobes, source, with_exact)
             for number, source in enumerate(self._embeddings)
         ]
         return self._run("calibrate", search_shard, tasks)
@@ -154,9 +143,9 @@ class Calibration:
         lossy = is_lossy(self._draft.index_key)
         if self._draft.nlist is None and not lossy:
             return 1, None
-        some = Queries(queries.vectors[1::2][:CEILING_QUERIES], queries.own_ids[1::2][:CEILING_QUERIES])
+        sample = Queries(queries.vectors[1::2][:CEILING_QUERIES], queries.origin_ids[1::2][:CEILING_QUERIES])
         factors = _K_FACTORS if lossy else (1,)
-        answers = self._search(some, (self._draft.nlist,), factors[-1], with_exact=True)
+        answers = self._search(sample, (self._draft.nlist,), factors[-1], with_exact=True)
         exact = _merge_exact(answers)
         for factor in factors:
             ceiling = measure(answers, exact, 0, self._draft.nlist, factor)

@@ -36,6 +36,14 @@ _OVER_FETCH = 4  # times, where captions have been removed
 
 
 @dataclass(frozen=True)
+class Embeddings:
+    """Where a shard's exact vectors are: from `first_row` on in `vectors`, or, for None, in the shard's own files."""
+
+    vectors: VectorParts | None
+    first_row: int = 0
+
+
+@dataclass(frozen=True)
 class CheckTask:
     """A shard of a draft version to read back.
 
@@ -43,15 +51,13 @@ class CheckTask:
         index: The draft.
         shard: The shard's number.
         rows: Rows of it that queries are made from, sorted.
-        vectors: The embeddings that it was filled with, from `first_row` on; None for a shard of an earlier version.
-        first_row: Of the shard's first caption among `vectors`.
+        embeddings: What it was filled with; in its own files where it is of an earlier version.
     """
 
     index: StoredIndex
     shard: int
     rows: np.ndarray
-    vectors: VectorParts | None
-    first_row: int
+    embeddings: Embeddings
 
 
 def check_shard(task: CheckTask) -> np.ndarray:
@@ -63,8 +69,9 @@ def check_shard(task: CheckTask) -> np.ndarray:
     task.index.captions(task.shard)
     shard = task.index.vectors(task.shard)
     rows = task.rows
-    if task.vectors is not None:
-        vectors = task.vectors.take(task.first_row + rows)
+    source = task.embeddings
+    if source.vectors is not None:
+        vectors = source.vectors.take(source.first_row + rows)
         found = shard.rank(vectors, (shard.entry.first_id + rows)[:, None])[:, 0]
         wrong = np.flatnonzero(~(np.abs(found - (vectors**2).sum(axis=1)) < _NORM_TOLERANCE))
         if wrong.size:
@@ -105,20 +112,18 @@ class SearchTask:
         index: The draft, with the k_factor to search with.
         shard: The shard's number.
         queries: [Q, dim] float32.
-        own_ids: [Q] ids of the captions that queries were made from, -1 for others; no query finds its own.
+        origin_ids: [Q] ids of the captions that queries were made from, -1 for others: no query finds that one.
         nprobes: Numbers of lists to search; (None,) where there are no lists.
-        vectors: As of `CheckTask`; exact neighbours come from here, or from the stored vectors.
-        first_row: As of `CheckTask`.
+        embeddings: Where exact neighbours are found.
         with_exact: Whether to search exactly as well.
     """
 
     index: StoredIndex
     shard: int
     queries: np.ndarray
-    own_ids: np.ndarray
+    origin_ids: np.ndarray
     nprobes: tuple[int | None, ...]
-    vectors: VectorParts | None
-    first_row: int
+    embeddings: Embeddings
     with_exact: bool = True
 
 
@@ -157,15 +162,15 @@ def search_shard(task: SearchTask) -> ShardAnswer:
         approximate = shard.candidates(task.queries, fetch, nprobe)
         scores = shard.rank(task.queries, approximate[1]) if manifest.k_factor > 1 else None
         search_s = time.perf_counter() - start
-        found.append(_allowed(task.own_ids, removed, Candidates(approximate, scores, search_s)))
+        found.append(_allowed(task.origin_ids, removed, Candidates(approximate, scores, search_s)))
     exact = _search_exactly(task, shard, removed) if task.with_exact else None
     return ShardAnswer(tuple(found), exact)
 
 
-def _allowed(own_ids: np.ndarray, removed: np.ndarray, candidates: Candidates) -> Candidates:
+def _allowed(origin_ids: np.ndarray, removed: np.ndarray, candidates: Candidates) -> Candidates:
     """Takes removed captions and the queries' own out of the running."""
     scores, ids = candidates.approximate
-    left_out = np.isin(ids, removed) | (ids == own_ids[:, None])
+    left_out = np.isin(ids, removed) | (ids == origin_ids[:, None])
     return replace(candidates, approximate=(np.where(left_out, -np.inf, scores), ids))
 
 
@@ -178,11 +183,11 @@ def _search_exactly(task: SearchTask, shard: VectorShard, removed: np.ndarray) -
         scores = task.queries @ vectors.T  # [Q, rows]
         ids = np.arange(first_id, first_id + len(vectors))
         scores[:, np.isin(ids, removed)] = -np.inf
-        here = np.flatnonzero((task.own_ids >= first_id) & (task.own_ids < first_id + len(vectors)))
-        scores[here, task.own_ids[here] - first_id] = -np.inf
+        here = np.flatnonzero((task.origin_ids >= first_id) & (task.origin_ids < first_id + len(vectors)))
+        scores[here, task.origin_ids[here] - first_id] = -np.inf
         found = _best_columns(scores, ids, k) if best is None else _better_columns(scores, ids, best[0][:, -1])
         best = merge_rankings([found] if best is None else [best, found], k)
-        if best[0].shape[1] < k:  # the first block is small: its worst is no bound for the others
+        if best[0].shape[1] < k:  # the first block is small: its worst does not bound the others
             best = padded(*best, k)
         first_id += len(vectors)
     assert best is not None  # no shard is empty
@@ -209,8 +214,9 @@ def _better_columns(scores: np.ndarray, ids: np.ndarray, bounds: np.ndarray) -> 
 
 
 def _embeddings(task: SearchTask, shard: VectorShard) -> Iterator[np.ndarray]:
-    if task.vectors is not None:
-        yield from task.vectors.read(task.first_row, task.first_row + shard.entry.rows)
+    source = task.embeddings
+    if source.vectors is not None:
+        yield from source.vectors.read(source.first_row, source.first_row + shard.entry.rows)
     else:
         yield from (vectors for _, vectors in _stored_blocks(shard))
 
@@ -237,7 +243,7 @@ def measure(
 ) -> Measured:
     """Merges the shards' answers at one setting as a reader does, and compares them with the exact neighbours.
 
-    A neighbour also counts as right when its score equals the last exact one's: equal vectors have no order.
+    A neighbour counts as right even when only its score equals the last exact one's: equal vectors have no order.
 
     Args:
         answers: Of every shard.

@@ -203,7 +203,6 @@ def rewrite_captions(index: StoredIndex, shard: int, changes: Mapping[int, Mappi
         return entry
     captions = index.captions(shard)
     columns: dict[str, Any] = {name: captions.column(name).to_pylist() for name in ("source", "image_id")}
-    columns["source"] = [[names] if isinstance(names, str) else names for names in columns["source"]]
     for caption_id, change in changes.items():
         for name, values in change.items():
             columns[name][caption_id - entry.first_id] = values or None

@@ -19,7 +19,6 @@ from smallcap.index.manifest import (
     IndexManifest,
     load_manifest,
     load_pointer,
-    load_retired,
     manifest_uri,
     write_pointer,
 )
@@ -42,9 +41,10 @@ def list_versions(index_uri: str) -> list[Version]:
     Raises:
         ManifestError: There is no published index.
     """
-    current, retired = load_pointer(index_uri), load_retired(index_uri)
+    pointer = load_pointer(index_uri)
+    until = {entry.index_id: entry.until for entry in pointer.retired}
     versions = [
-        Version(manifest, manifest.index_id == current, retired.get(manifest.index_id))
+        Version(manifest, manifest.index_id == pointer.index_id, until.get(manifest.index_id))
         for manifest in _manifests(index_uri)
     ]
     return sorted(versions, key=lambda version: (version.manifest.created_at, version.is_current), reverse=True)
@@ -70,7 +70,7 @@ def use_version(index_uri: str, wanted: str) -> IndexManifest:
     """
     ids = [version.manifest.index_id for version in list_versions(index_uri)]
     if wanted == "previous":
-        matches = [index_id for index_id in load_retired(index_uri) if index_id in ids][:1]
+        matches = [entry.index_id for entry in load_pointer(index_uri).retired if entry.index_id in ids][:1]
     else:
         matches = [index_id for index_id in ids if index_id.startswith(wanted)]
     if len(matches) != 1:
@@ -87,7 +87,7 @@ def use_version(index_uri: str, wanted: str) -> IndexManifest:
         raise ManifestError(
             "This version has lost files.", where=index_uri, found=", ".join(missing), remedy="Rebuild it."
         )
-    if manifest.index_id != load_pointer(index_uri):
+    if manifest.index_id != load_pointer(index_uri).index_id:
         write_pointer(index_uri, manifest.index_id)
     return manifest
 
@@ -132,9 +132,7 @@ def collect_garbage(index_uri: str, grace: timedelta = DEFAULT_GRACE, keep: int 
     if not dry_run:
         for manifest in old:  # the manifest first: a version without one does not exist
             storage.remove(manifest_uri(index_uri, manifest.index_id))
-            folder = f"{VERSIONS_FOLDER}/{manifest.index_id}"
-            if not any(file.startswith(folder) for file in needed):  # of format version 1, whose files lie there
-                storage.remove(storage.join(index_uri, folder))
+            storage.remove(storage.join(index_uri, VERSIONS_FOLDER, manifest.index_id))
         for uri in [*files, *staging]:
             storage.remove(uri)
     return Garbage(tuple(manifest.index_id for manifest in old), tuple(files), sizes, tuple(staging))
@@ -149,10 +147,12 @@ def parse_grace(text: str) -> timedelta:
     """Reads a duration such as `0s`, `90s`, `30m`, `12h` or `7d`.
 
     Raises:
-        ConfigError: It is none.
+        ConfigError: It is not one.
     """
     units = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
     number, unit = text[:-1], text[-1:]
     if unit not in units or not number.isdigit():
-        raise ConfigError("This is no duration.", where="--grace", expected="such as 90s, 30m, 12h or 7d", found=text)
+        raise ConfigError(
+            "This is not a duration.", where="--grace", expected="such as 90s, 30m, 12h or 7d", found=text
+        )
     return timedelta(**{units[unit]: int(number)})

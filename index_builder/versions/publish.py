@@ -15,10 +15,10 @@ def load_current(index_uri: str) -> IndexManifest | None:
     """Returns the current version's manifest; `None` where nothing is published yet.
 
     Raises:
-        ManifestError: The pointer or the manifest is malformed, or newer than this release.
+        ManifestError: The pointer or the manifest is malformed, or of another format version.
     """
     try:
-        index_id = load_pointer(index_uri)
+        index_id = load_pointer(index_uri).index_id
     except ManifestError as error:
         if isinstance(error.__cause__, StorageError):
             return None

@@ -75,12 +75,14 @@ def parse_removals(removals: Sequence[str], index: StoredIndex) -> Removal:
 
 def _source_name(wanted: str, index: StoredIndex) -> str:
     """Finds a source by its name or its URI."""
-    names = index.source_names()
-    for name, source in zip(names, index.manifest.sources, strict=True):
-        if wanted in (name, source.uri):
-            return name
+    for source in index.manifest.sources:
+        if wanted in (source.name, source.uri):
+            return source.name
     raise ConfigError(
-        "The index has no such source.", where=f"remove source={wanted}", expected=", ".join(names[:20]), found=wanted
+        "The index has no such source.",
+        where=f"remove source={wanted}",
+        expected=", ".join(source.name for source in index.manifest.sources[:20]),
+        found=wanted,
     )
 
 
@@ -108,7 +110,7 @@ def remove_from_shard(task: RemoveTask) -> RemovedFromShard:
     for caption_id, text, sources, image_ids in zip(*columns, strict=True):
         if caption_id in already:
             continue
-        change = _without(task.removal, [sources] if isinstance(sources, str) else sources, image_ids or [])
+        change = _without(task.removal, sources, image_ids or [])
         if change is None or (task.removal.text_keys and caption_key(text) in task.removal.text_keys):
             gone.append(caption_id)
         elif change:
@@ -164,17 +166,14 @@ def draft_removal(base: StoredIndex, removals: Sequence[str], runner: StageRunne
         raise ConfigError("Nothing would be left of the index.", where=", ".join(removals))
     dropped = dict(base.manifest.dropped)
     dropped["removed"] = dropped.get("removed", 0) + len(gone)
-    named = zip(base.manifest.sources, base.source_names(), strict=True)
     return base.manifest.model_copy(
         update={
-            "format_version": 2,
             "captions": tuple(shard.captions for shard in lost),
             "removed": write_removed(base.uri, np.concatenate([base.removed_ids(), np.array(gone, np.int64)])),
             "dropped": dict(sorted(dropped.items())),
-            "sources": tuple(source.model_copy(update={"name": name}) for source, name in named),
             "operation": "remove",
             "parents": (base.manifest.index_id,),
-            "plan": "",
+            "fingerprint": "",
             "builder_version": version("smallcap"),
             "created_at": utc_now(),
         }

@@ -9,10 +9,10 @@ from functools import partial
 from typing import Any, TypeVar
 
 from index_builder.work.staging import Staging, run_recorded
-from jobs.cluster.tasks import node_resources, run_actors, run_tasks
+from index_builder.work.task_runner import TaskRunner
 from smallcap.config import ComputeConfig
 from smallcap.errors import ConfigError
-from smallcap.machine.actor_plan import plan_actors
+from smallcap.machine.actor_plan import ActorPlan, plan_actors
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -22,31 +22,38 @@ Progress = Callable[[str, int, int], None]
 
 
 class StageRunner:
-    """One build's way of running work items on Ray.
+    """One build's way of running work items.
 
     Args:
-        compute: Where actors run.
+        tasks: Where they run.
+        compute: On what its actors run.
         progress: Is told of every finished item.
 
     Attributes:
         seconds: Wall time of each stage, in their order.
     """
 
-    def __init__(self, compute: ComputeConfig, progress: Progress) -> None:
-        self._compute = compute
+    def __init__(self, tasks: TaskRunner, compute: ComputeConfig, progress: Progress) -> None:
+        self._tasks, self._compute = tasks, compute
         self.progress = progress
         self.seconds: dict[str, float] = {}
+        self._in_stage = False
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Times a stage."""
+        """Times a stage; what is run in its block counts as this stage's."""
         start = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        outermost, self._in_stage = not self._in_stage, True
+        try:
+            yield
+        finally:
+            if outermost:
+                self._in_stage = False
+                self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def run(self, stage: str, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
         """Runs a function over items in tasks; returns the results in order."""
-        return self._collect(stage, run_tasks(function, items) if items else (), len(items))
+        return self._collect(stage, self._tasks.run_tasks(function, items) if items else (), len(items))
 
     def run_recorded(
         self,
@@ -63,11 +70,11 @@ class StageRunner:
             staging: Where results are recorded.
             stage: The stage's name.
             kind: Of the results.
-            function: See `tasks.run_tasks`.
+            function: See `TaskRunner`.
             items: The work.
             memory_bytes: What one task needs, where that is much.
         """
-        run = partial(run_tasks, memory_bytes=memory_bytes)
+        run = partial(self._tasks.run_tasks, memory_bytes=memory_bytes)
         return self._collect(stage, run_recorded(staging.results(stage, kind), function, items, run), len(items))
 
     def run_actors(
@@ -78,7 +85,7 @@ class StageRunner:
         items: Sequence[Item],
         sizes: Sequence[int] | None = None,
     ) -> list[Result]:
-        """Runs items in model actors; returns the results in order.
+        """Runs items in actors that load a model; returns the results in order.
 
         Args:
             stage: The stage's name.
@@ -87,12 +94,13 @@ class StageRunner:
             items: The work.
             sizes: Of each item, in the units of the stage's progress; by default an item is one.
         """
-        plan = plan_actors(self._compute, node_resources())
-        return self._collect(stage, run_actors(actor, arguments(plan.device), items, plan), len(items), sizes)
+        plan = self.plan_actors()
+        results = self._tasks.run_actors(actor, arguments(plan.device), items, plan)
+        return self._collect(stage, results, len(items), sizes)
 
-    def num_actors(self) -> int:
-        """Returns how many model actors the cluster has room for."""
-        return plan_actors(self._compute, node_resources()).num_actors
+    def plan_actors(self) -> ActorPlan:
+        """Returns how many actors there is room for, and on what."""
+        return plan_actors(self._compute, self._tasks.node_resources())
 
     def check_memory(self, stage: str, needed_bytes: int) -> None:
         """Checks that a node has what one of a stage's tasks will need.
@@ -100,7 +108,7 @@ class StageRunner:
         Raises:
             ConfigError: None has.
         """
-        largest = max((int(node.get("memory", 0)) for node in node_resources()), default=0)
+        largest = max((int(node.get("memory", 0)) for node in self._tasks.node_resources()), default=0)
         if largest and needed_bytes > largest:
             raise ConfigError(
                 "No node has the memory that this stage needs.",
@@ -117,8 +125,9 @@ class StageRunner:
         sizes = sizes or [1] * items
         done, total = 0, sum(sizes)
         found: dict[int, Result] = {}
-        for position, result in results:
-            found[position] = result
-            done += sizes[position]
-            self.progress(stage, done, total)
+        with self.stage(stage):
+            for position, result in results:
+                found[position] = result
+                done += sizes[position]
+                self.progress(stage, done, total)
         return [found[position] for position in range(items)]

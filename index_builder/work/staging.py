@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
@@ -189,23 +190,8 @@ def _position(file: str) -> int:
     return int(file.rsplit("/", 1)[-1].removesuffix(".json"))
 
 
-@dataclass(frozen=True)
-class Recorded(Generic[Item, Result]):
-    """A work item's function that records its result; called with (position, item)."""
-
-    function: Callable[[Item], Result]
-    results: Results[Result]
-
-    def __call__(self, numbered: tuple[int, Item]) -> Result:
-        """Runs the item and records what it returns."""
-        position, item = numbered
-        result = self.function(item)
-        self.results.save(position, result)
-        return result
-
-
 Run = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[tuple[int, Any]]]
-"""Runs a function over items, as `tasks.run_tasks` does: yields (position, result) in the order of finishing."""
+"""Runs a function over items, as `TaskRunner.run_tasks` does: yields (position, result) in the order of finishing."""
 
 
 def run_recorded(
@@ -216,5 +202,12 @@ def run_recorded(
     yield from done.items()
     left = [(position, item) for position, item in enumerate(items) if position not in done]
     if left:
-        for number, result in run(Recorded(function, results), left):
+        for number, result in run(partial(_run_and_record, function, results), left):
             yield left[number][0], result
+
+
+def _run_and_record(function: Callable[[Item], Result], results: Results[Result], numbered: tuple[int, Item]) -> Result:
+    position, item = numbered
+    result = function(item)
+    results.save(position, result)
+    return result

@@ -12,14 +12,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from jobs.captioning.layout import CaptionLayout
 from jobs.captioning.load import RETRIEVAL_PIXELS, VISION_PIXELS
-from jobs.captioning.monitor import MonitorClient, StageReport
+from jobs.captioning.monitor import MonitorClient
 from jobs.captioning.retrieval_actors import PartitionedRetriever, Partitions
-from jobs.cluster.tasks import use_own_cores
+from jobs.captioning.stage_report import StageReport
+from jobs.cluster.errors import GuardedActor
+from jobs.cluster.resources import limit_torch_threads
 from smallcap.batch_size import largest_batch_here
 from smallcap.captioner import Captioner, CaptionResult
 from smallcap.config import CaptionConfig
-from smallcap.errors import RunError
 from smallcap.images.crops import Pixels
 from smallcap.index.manifest import load_manifest
 from smallcap.index.node_cache import missing_files
@@ -36,42 +38,34 @@ class CaptionerSpec:
     """What an actor needs to load its captioner: the config, and what the driver pinned for the whole run."""
 
     config: CaptionConfig
-    device: str
-    dtype: str
+    layout: CaptionLayout
     index_id: str | None
     retrieval_encoder: str | None
-    batch_size: int  # most images that go through the model together
-    actors_on_device: int  # that share a GPU, or a node's memory
     monitor: MonitorClient
     partitions: Partitions | None = None  # of an index that no actor holds by itself
 
 
-class CaptionImages:
+class CaptionImages(GuardedActor):
     """Captions batches of decoded images; one captioner per actor."""
 
-    def __init__(self, spec: CaptionerSpec) -> None:
+    def load(self, spec: CaptionerSpec) -> None:
+        """Loads the captioner, and reports that the actor is ready."""
         started = time.perf_counter()
-        use_own_cores()
+        limit_torch_threads()
         keep_freed_memory()
         self._monitor, self._embeds = spec.monitor, spec.config.output.save_embeddings
         self._name = uuid.uuid4().hex
         self._excludes = spec.config.retrieval.exclude_own_captions
-        self._captioner: Captioner | RunError
-        try:
-            _count_cached_files(spec)
-            self._captioner = _load_captioner(spec)
-            self._batch_size = spec.batch_size
-            if spec.config.compute.batch_size == "auto":
-                self._batch_size = min(spec.batch_size, largest_batch_here(self._captioner, spec.actors_on_device))
-        except RunError as error:  # kept for the first batch: Ray would call a failing constructor again and again
-            self._captioner = error
-        self._ready = time.perf_counter()
-        spec.monitor.report(StageReport(stage="caption", start_s=self._ready - started, worker=self._name))
+        _count_cached_files(spec)
+        self._captioner = _load_captioner(spec)
+        self._batch_size = spec.layout.batch_size
+        if spec.config.compute.batch_size == "auto":
+            self._batch_size = min(self._batch_size, largest_batch_here(self._captioner, spec.layout.actors_on_device))
+        start_s = time.perf_counter() - started
+        spec.monitor.report(StageReport(stage="caption", start_s=start_s, worker=self._name))
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
+    def process(self, batch: pa.Table) -> pa.Table:
         """Maps a batch of `load_images` to rows of the newest schema and what the writer needs beside them."""
-        if isinstance(self._captioner, RunError):
-            raise self._captioner
         started = time.perf_counter()
         good = np.flatnonzero(pc.equal(batch["status"], STATUS_OK).to_numpy()).tolist()
         pixels = pixels_of(batch, good)
@@ -98,21 +92,15 @@ class CaptionImages:
         return table
 
     def _report(self, results: list[CaptionResult], images: int, started: float) -> None:
-        assert isinstance(self._captioner, Captioner)
         retriever = self._captioner.retriever
-        scores = [neighbour.score for result in results for neighbour in result.neighbours]
         report = StageReport(
             stage="caption",
             images=images,
             seconds=time.perf_counter() - started,
-            wait_s=started - self._ready,
             worker=self._name,
             tokens=sum(result.num_tokens or 0 for result in results),
             searched_by=frozenset([retriever.search_backend] if retriever else []),
-            neighbours=len(scores),
-            neighbour_score_sum=sum(scores),
         )
-        self._ready = time.perf_counter()
         self._monitor.report(report, [result.neighbours[0].score for result in results if result.neighbours])
 
 
@@ -121,8 +109,8 @@ def _split(
 ) -> Iterator[tuple[list[Pixels], list[str] | None]]:
     """Cuts images, and with them the ids whose captions they must not retrieve, into the model's batches."""
     for start in range(0, len(pixels), size):
-        some = slice(start, start + size)
-        yield pixels[some], exclude[some] if exclude else None
+        batch = slice(start, start + size)
+        yield pixels[batch], exclude[batch] if exclude else None
 
 
 def _count_cached_files(spec: CaptionerSpec) -> None:
@@ -144,8 +132,8 @@ def _load_captioner(spec: CaptionerSpec) -> Captioner:
         config.index,
         k=config.retrieval.k,
         generation=config.generation,
-        device=spec.device,
-        dtype=spec.dtype,
+        device=spec.layout.actors.device,
+        dtype=spec.layout.actors.dtype,
         retrieval_encoder=spec.retrieval_encoder,
         cache_dir=cache_dir,
         index_id=spec.index_id,

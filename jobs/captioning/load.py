@@ -17,13 +17,16 @@ import pyarrow as pa
 import ray.data
 from ray.data.extensions import ArrowTensorArray
 
-from jobs.captioning.monitor import MonitorClient, StageReport
+from jobs.captioning.crash_guard import CrashGuardClient
+from jobs.captioning.monitor import MonitorClient
+from jobs.captioning.stage_report import StageReport
 from jobs.cluster.session import limit_blocks
 from smallcap.config import InputConfig
 from smallcap.errors import ErrorCode, RowError
 from smallcap.images.crops import CropPlan, Pixels
 from smallcap.images.fetching import FETCH_CONCURRENCY, FetchOptions, fetch_objects
-from smallcap.images.work_list import InputBatch, read_fragment
+from smallcap.images.fragments import InputBatch
+from smallcap.images.work_list import read_fragment
 from smallcap.output.coverage import WorkItem
 from smallcap.output.schema import (
     ENDS_FRAGMENT,
@@ -35,11 +38,10 @@ from smallcap.output.schema import (
 )
 
 VISION_PIXELS, RETRIEVAL_PIXELS = "smallcap.vision_pixels", "smallcap.retrieval_pixels"
-# A block's files, its crops, and one large image being decoded. It also makes the task unlike an actor of one CPU, into
+# A block's files, its crops, and one large image being decoded. And it makes the task unlike an actor of one CPU, into
 # which Ray would otherwise fuse it.
 _LOAD_MEMORY_BYTES = 512 << 20
 _MOST_TASKS = 4_000  # the driver takes some milliseconds to offer one; with more fragments, a task takes several
-_FETCHED_TOGETHER = FETCH_CONCURRENCY  # files held in memory at once; their crops are small
 _CRASHED = RowError(
     ErrorCode.CRASHED,
     "The process that decoded this image died, more than once.",
@@ -56,6 +58,7 @@ class LoadSpec:
     kept_columns: pa.Schema
     keep_bytes: bool  # of the image files, for tars of the output
     monitor: MonitorClient
+    crash_guard: CrashGuardClient
 
 
 @dataclass
@@ -146,8 +149,8 @@ def _load(number: int, images: InputBatch, spec: LoadSpec) -> _Loaded:
 
     def load_rows(rows: list[int]) -> list[tuple[Pixels | RowError, bytes | None]]:
         done: list[tuple[Pixels | RowError, bytes | None]] = []
-        for start in range(0, len(rows), _FETCHED_TOGETHER):
-            positions = [position_of[row] for row in rows[start : start + _FETCHED_TOGETHER]]
+        for start in range(0, len(rows), FETCH_CONCURRENCY):  # no more files in memory; their crops are small
+            positions = [position_of[row] for row in rows[start : start + FETCH_CONCURRENCY]]
             files = _files(images, positions, spec, loaded)
             for position, data in zip(positions, files, strict=True):
                 pixels = _decode(data, spec, images.image_uris[position])
@@ -155,7 +158,7 @@ def _load(number: int, images: InputBatch, spec: LoadSpec) -> _Loaded:
                 done.append((pixels, kept if isinstance(kept, bytes) else None))
         return done
 
-    for result in spec.monitor.run_marked(number, list(position_of), load_rows):
+    for result in spec.crash_guard.run_guarded(number, list(position_of), load_rows):
         pixels, data = result or (_CRASHED, None)
         loaded.images.append(pixels)
         loaded.files.append(data)

@@ -6,12 +6,12 @@ see them, docs/grafana.json draws them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import Any
 
-if TYPE_CHECKING:
-    from jobs.captioning.monitor import StageReport
+from jobs.captioning.stage_report import StageReport
 
 # Name: kind, tags beside run_id, description. Ray's histograms want boundaries above 0.
 METRICS: dict[str, tuple[str, tuple[str, ...], str]] = {
@@ -31,69 +31,55 @@ _BOUNDARIES = {
 }
 
 
-class CaptionMetrics:
-    """One process's metrics of one run; without Ray it counts nothing."""
+def record_batch(run_id: str, report: StageReport, neighbour_scores: Sequence[float] = ()) -> None:
+    """Counts what a stage reports of one batch; without Ray nothing is counted.
 
-    def __init__(self, run_id: str) -> None:
-        self._run_id = run_id
-
-    @staticmethod
-    @lru_cache(maxsize=1)
-    def of_process(run_id: str) -> CaptionMetrics:
-        """Returns this process's metrics, made at the first call."""
-        return CaptionMetrics(run_id)
-
-    def record(self, report: StageReport, neighbour_scores: Sequence[float] = ()) -> None:
-        """Counts what a stage reports of one batch.
-
-        Args:
-            report: The batch's figures.
-            neighbour_scores: Each image's best neighbour's.
-        """
-        self._count("smallcap_images_total", report.images, stage=report.stage)
-        if report.images:
-            self._observe("smallcap_batch_seconds", report.seconds, stage=report.stage)
-        self._count("smallcap_tokens_total", report.tokens)
-        self._count("smallcap_fetch_retries_total", report.retries)
-        if report.stage == "load":
-            self._count("smallcap_fetched_bytes_total", report.bytes)
-        for code, count in report.errors.items():
-            self._count("smallcap_errors_total", count, code=code)
-        for score in neighbour_scores:
-            self._observe("smallcap_neighbour_score", score)
-
-    def record_index_cache(self, hits: int, misses: int) -> None:
-        """Counts the files of an index that an actor found on its node, and those that it had to download."""
-        self._count("smallcap_index_cache_hits_total", hits)
-        self._count("smallcap_index_cache_misses_total", misses)
-
-    def _count(self, name: str, value: float, **tags: str) -> None:
-        metrics = _metrics_of_process()
-        if value > 0 and name in metrics:  # Ray refuses to count nothing
-            metrics[name].inc(value, {"run_id": self._run_id, **tags})
-
-    def _observe(self, name: str, value: float, **tags: str) -> None:
-        metrics = _metrics_of_process()
-        if name in metrics:
-            metrics[name].observe(value, {"run_id": self._run_id, **tags})
+    Args:
+        run_id: What the metrics are tagged with.
+        report: The batch's figures.
+        neighbour_scores: Each image's best neighbour's.
+    """
+    stage = {"stage": report.stage}
+    _record("smallcap_images_total", run_id, report.images, stage)
+    if report.images:
+        _record("smallcap_batch_seconds", run_id, report.seconds, stage)
+    _record("smallcap_tokens_total", run_id, report.tokens)
+    _record("smallcap_fetch_retries_total", run_id, report.retries)
+    if report.stage == "load":
+        _record("smallcap_fetched_bytes_total", run_id, report.bytes)
+    for code, count in report.errors.items():
+        _record("smallcap_errors_total", run_id, count, {"code": code})
+    for score in neighbour_scores:
+        _record("smallcap_neighbour_score", run_id, score)
 
 
-def _metrics_of_process() -> dict[str, Any]:
+def record_index_cache(run_id: str, hits: int, misses: int) -> None:
+    """Counts the files of an index that an actor found on its node, and those that it had to download."""
+    _record("smallcap_index_cache_hits_total", run_id, hits)
+    _record("smallcap_index_cache_misses_total", run_id, misses)
+
+
+def _record(name: str, run_id: str, value: float, tags: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Counts or observes a value in this process's metric."""
     import ray
 
-    return _make_metrics() if ray.is_initialized() else {}
+    if not ray.is_initialized():
+        return
+    metric, tags = _process_metrics()[name], {"run_id": run_id, **tags}
+    if METRICS[name][0] == "histogram":
+        metric.observe(value, tags)
+    elif value > 0:  # Ray refuses to count nothing
+        metric.inc(value, tags)
 
 
 @lru_cache(maxsize=1)
-def _make_metrics() -> dict[str, Any]:
+def _process_metrics() -> dict[str, Any]:
     """Makes the process's metric objects, once: two of one name would count the same things apart."""
     from ray.util.metrics import Counter, Histogram
 
-    made: dict[str, Any] = {}
-    for name, (kind, tags, description) in METRICS.items():
-        keys = ("run_id", *tags)
-        if kind == "counter":
-            made[name] = Counter(name, description, tag_keys=keys)
-        else:
-            made[name] = Histogram(name, description, boundaries=_BOUNDARIES[name], tag_keys=keys)
-    return made
+    return {
+        name: Counter(name, description, tag_keys=("run_id", *tags))
+        if kind == "counter"
+        else Histogram(name, description, boundaries=_BOUNDARIES[name], tag_keys=("run_id", *tags))
+        for name, (kind, tags, description) in METRICS.items()
+    }

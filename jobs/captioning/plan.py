@@ -1,150 +1,212 @@
-"""What a captioning run uses: actors, batches, what its tasks and actors are told. And `--dry-run`, which stops there.
-
-Ray is imported when a cluster is asked for what it has, and not before.
-"""
+"""`--dry-run`: what a captioning run will take, computed from the cluster, the work and a few captioned batches."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from itertools import islice
-from typing import TYPE_CHECKING
+from itertools import islice, pairwise
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from jobs.captioning.dry_run import IndexFacts, RunFacts, RunPlan, calibrate, plan_run
+from jobs.captioning.layout import CaptionLayout, count_images, lay_out, load_spec
+from jobs.captioning.progress import describe_count, describe_duration
 from jobs.captioning.record import RunRecord
+from jobs.captioning.watch import watch_run
 from jobs.captioning.work import list_work, open_record, what_is_left
+from jobs.cluster.errors import unwrapped_errors
+from jobs.cluster.session import connect
 from smallcap import storage
-from smallcap.captioner import load_crop_plan
 from smallcap.config import CaptionConfig
-from smallcap.images.fragments import FRAGMENT_ROWS
+from smallcap.images.fragments import InputBatch
+from smallcap.images.listing import make_work_list
 from smallcap.images.row_ranges import RowRanges
-from smallcap.images.work_list import InputBatch, WorkList, make_work_list, read_fragment
+from smallcap.images.work_list import WorkList, read_fragment
 from smallcap.index.manifest import load_manifest
-from smallcap.machine.actor_plan import ActorPlan, plan_actors
-from smallcap.machine.precision import fastest_cpu_dtype
+from smallcap.machine.actor_plan import ActorPlan
+from smallcap.machine.process_memory import private_bytes
 from smallcap.output.coverage import Coverage, WorkItem, work_left
-from smallcap.output.part_files import PartOptions
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from jobs.captioning.caption import CaptionerSpec, CaptionImages
     from jobs.captioning.load import LoadSpec
-    from jobs.captioning.monitor import MonitorClient
 
-_CPU_BATCH, _GPU_BATCH = 64, 256  # images
-_BATCHES_PER_CALL = {"cpu": 1, "cuda": 4}  # on a GPU an actor prepares its next batch while it decodes one
-_ROWS_PER_PART = {"cpu": 5_000, "cuda": 50_000}  # some minutes of one actor's work, which is what a kill can cost
-_ROWS_PER_TAR = 2_000  # where a part's images are written too
+Loaded = TypeVar("Loaded")
+
 _CALIBRATION_BATCHES = 4  # the first warms up
+_MILLION = 1_000_000
 
 
 @dataclass(frozen=True)
-class CaptionPlan:
-    """How a run is laid out on its cluster."""
+class IndexFacts:
+    """The index of a run."""
 
-    nodes: tuple[dict[str, float], ...]  # what each has, as Ray counts it
-    actors: ActorPlan
-    batch_size: int  # most images that go through the model together
-    rows_per_part: int
-    parts: PartOptions
+    index_id: str
+    ntotal: int  # captions
+    bytes: int  # of its files: disk of every node's cache, and memory that the node's actors share
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a few batches took."""
+
+    images: int  # that were timed
+    load_s: float  # per image, in one CPU task
+    caption_s: float  # per image, in one actor
+    start_s: float  # that the actor took to load, and to caption its first batch
+    actor_bytes: int  # the actor's own memory, the shared pages of the index not counted
+    gpu_bytes: int = 0  # the most that it took of its GPU
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What is known of a run before it starts, and what follows for its time, cost and bottleneck.
+
+    Loading and captioning go on at the same time, so the slower one decides. The network is taken to serve all tasks as
+    it served the one that was measured.
+    """
+
+    images: int | None  # to do; None where tars have not said it yet
+    fragments: int  # to do
+    tars: int  # of those
+    done: int  # rows that are there
+    duplicates: int  # left out of the list
+    layout: CaptionLayout
+    index: IndexFacts | None
+    measured: Calibration
+    gpu_hour_cost: float | None = None  # $
 
     @property
-    def images_per_call(self) -> int:
-        """How many images an actor is given at a time."""
-        return self.batch_size * _BATCHES_PER_CALL[self.actors.device]
+    def load_rate(self) -> float:
+        """Images/s of all loading tasks."""
+        return self.layout.load_tasks / self.measured.load_s
 
     @property
-    def images_per_block(self) -> int:
-        """How many loaded images a block holds at most; what waits for the actors is counted in blocks."""
-        return max(FRAGMENT_ROWS, self.images_per_call)
+    def caption_rate(self) -> float:
+        """Images/s of all actors that the run starts with."""
+        return self.layout.actors.num_actors / self.measured.caption_s
 
     @property
-    def load_tasks(self) -> int:
-        """How many loading tasks can run at once beside the actors."""
-        cpus = sum(node.get("CPU", 0.0) for node in self.nodes) - self.actors.num_actors * self.actors.cpus_per_actor
-        return max(1, int(cpus))
+    def rate(self) -> float:
+        """Images/s of the run."""
+        return min(self.load_rate, self.caption_rate)
 
     @property
-    def actors_on_device(self) -> int:
-        """How many actors share a GPU, or where there is none, the memory of a node."""
-        if self.actors.device == "cuda":
-            return max(1, int(1 / self.actors.gpus_per_actor))
-        return -(-self.actors.num_actors // len(self.nodes))
+    def bottleneck(self) -> Literal["load", "caption"]:
+        """The slower stage."""
+        return "load" if self.load_rate < self.caption_rate else "caption"
 
+    @property
+    def cpus_to_feed(self) -> float:
+        """CPUs that loading needs to keep those actors busy."""
+        return self.caption_rate * self.measured.load_s
 
-def plan_on_cluster(config: CaptionConfig, record: RunRecord) -> CaptionPlan:
-    """Lays a run out on the cluster that this process is connected to."""
-    from jobs.cluster.tasks import node_resources
+    @property
+    def seconds(self) -> float | None:
+        """Of the whole run; None where the number of images is unknown."""
+        return None if self.images is None else self.measured.start_s + self.images / self.rate
 
-    nodes = tuple(node_resources())
-    actors = plan_actors(config.compute, nodes)
-    if actors.device == "cpu" and config.compute.dtype == "auto":
-        actors = replace(actors, dtype=_cpu_dtype(record))
-    output, on_gpu = config.output, actors.device == "cuda"
-    with_tars = "webdataset" in output.write
-    automatic_rows = _ROWS_PER_TAR if with_tars else _ROWS_PER_PART[actors.device]
-    automatic_batch = _GPU_BATCH if on_gpu else _CPU_BATCH
-    return CaptionPlan(
-        nodes,
-        actors,
-        automatic_batch if config.compute.batch_size == "auto" else config.compute.batch_size,
-        automatic_rows if output.rows_per_part == "auto" else output.rows_per_part,
-        PartOptions(output.rows_per_row_group, output.save_embeddings, with_tars),
-    )
+    @property
+    def gpu_hours(self) -> float | None:
+        """Of the whole run, 0 on CPUs; None where the number of images is unknown."""
+        return None if self.seconds is None else self._gpus * self.seconds / 3600
 
+    @property
+    def gpu_hours_per_million(self) -> float:
+        """Of a million images, starting not counted."""
+        return self._gpus * _MILLION / self.rate / 3600
 
-def _cpu_dtype(record: RunRecord) -> str:
-    """Returns what `auto` means on CPU actors: what earlier attempts of the run took, else what a worker measures."""
-    import ray
+    @property
+    def _gpus(self) -> float:
+        return self.layout.actors.num_actors * self.layout.actors.gpus_per_actor
 
-    earlier = [attempt.dtype for attempt in record.attempts if attempt.device == "cpu" and attempt.dtype]
-    if earlier:
-        return earlier[0]
-    dtype: str = ray.get(ray.remote(_measure_cpu_dtype).remote())
-    return dtype
+    def cost(self, gpu_hours: float | None) -> float | None:
+        """Returns what GPU-hours cost, $; None without a price, or on CPUs."""
+        if self.gpu_hour_cost is None or gpu_hours is None or not self._gpus:
+            return None
+        return self.gpu_hour_cost * gpu_hours
 
+    def lines(self) -> list[str]:
+        """Returns the plan for people."""
+        actors, measured = self.layout.actors, self.measured
+        named = [
+            ("Images", self._images()),
+            ("Cluster", self._cluster()),
+            ("Actors", self._actors()),
+            ("Index", self._index()),
+            (
+                "Measured",
+                f"{measured.load_s * 1000:,.2f} ms per image in one CPU task, {measured.caption_s * 1000:,.2f} ms in "
+                f"one actor, over {measured.images:,} images",
+            ),
+            ("Throughput", self._throughput()),
+            ("Time", self._time()),
+            ("Cost", self._cost()),
+        ]
+        if actors.max_actors > actors.num_actors:
+            grown = actors.max_actors / measured.caption_s
+            needed = f"{self.cpus_to_feed / actors.num_actors:,.1f} CPUs for loading to each"
+            named.insert(6, ("Grown", f"{actors.max_actors} actors caption {grown:,.1f} images/s, with {needed}"))
+        return [f"{name + ':':12} {text}" for name, text in named if text]
 
-def _measure_cpu_dtype() -> str:
-    """Runs on a worker; Ray takes no cached function."""
-    return fastest_cpu_dtype()
+    def _images(self) -> str:
+        number = f"{self.images:,} to do" if self.images is not None else "a number that is known once tars are read,"
+        tars = f", {self.tars:,} of them tars" if self.tars else ""
+        others = f"{self.done:,} done before, {self.duplicates:,} duplicates left out"
+        return f"{number} in {describe_count(self.fragments, 'fragment')}{tars}; {others}"
 
+    def _cluster(self) -> str:
+        cpus, gpus = (sum(node.get(kind, 0.0) for node in self.layout.nodes) for kind in ("CPU", "GPU"))
+        counts = ((len(self.layout.nodes), "node"), (cpus, "CPU"), (gpus, "GPU"))
+        return ", ".join(describe_count(count, noun) for count, noun in counts)
 
-def load_spec(
-    config: CaptionConfig, record: RunRecord, work: WorkList, plan: CaptionPlan, monitor: MonitorClient
-) -> LoadSpec:
-    """Returns what loading tasks are told."""
-    from jobs.captioning.load import LoadSpec
+    def _actors(self) -> str:
+        plan, measured = self.layout.actors, self.measured
+        size = f"{plan.num_actors}" + (f" to {plan.max_actors}" if plan.max_actors > plan.num_actors else "")
+        on_gpu = plan.device == "cuda"
+        on = describe_count(*((plan.gpus_per_actor, "GPU") if on_gpu else (plan.cpus_per_actor, "CPU")))
+        gpu = f", {_gb(measured.gpu_bytes)} of the GPU" if measured.gpu_bytes else ""
+        return (
+            f"{size} with {on} each, {plan.dtype}, batches of {self.layout.batch_size}; "
+            f"{_gb(measured.actor_bytes)} of memory each{gpu}"
+        )
 
-    crops = load_crop_plan(config.model, record.retrieval_encoder, config.input.decode)
-    return LoadSpec(crops, config.input, work.kept_columns, plan.parts.webdataset, monitor)
+    def _index(self) -> str:
+        index = self.index
+        if index is None:
+            return "none: captions without retrieval"
+        return f"{index.index_id}, {index.ntotal:,} captions, {_gb(index.bytes)} on every node, shared by its actors"
 
+    def _throughput(self) -> str:
+        if self.bottleneck == "load":
+            why = f"loading is the bottleneck, and {self.cpus_to_feed:,.1f} CPUs for it would keep the actors busy"
+        else:
+            why = "captioning is the bottleneck"
+        tasks = describe_count(self.layout.load_tasks, "task")
+        actors = describe_count(self.layout.actors.num_actors, "actor")
+        return (
+            f"{self.load_rate:,.1f} images/s loaded by {tasks}, {self.caption_rate:,.1f} captioned by {actors}: {why}"
+        )
 
-def captioner_spec(
-    config: CaptionConfig, record: RunRecord, plan: CaptionPlan, monitor: MonitorClient
-) -> CaptionerSpec:
-    """Returns what captioning actors are told."""
-    from jobs.captioning.caption import CaptionerSpec
+    def _time(self) -> str:
+        start = f"{describe_duration(self.measured.start_s)} for starting"
+        if self.seconds is None:
+            return f"{describe_duration(_MILLION / self.rate)} per million images, and {start}"
+        return f"{describe_duration(self.seconds)}, of which {start}"
 
-    return CaptionerSpec(
-        config=config,
-        device=plan.actors.device,
-        dtype=plan.actors.dtype,
-        index_id=record.index_id,
-        retrieval_encoder=record.retrieval_encoder,
-        batch_size=plan.batch_size,
-        actors_on_device=plan.actors_on_device,
-        monitor=monitor,
-    )
-
-
-def count_images(items: Sequence[WorkItem]) -> int | None:
-    """Returns how many images are to do; None where a tar has not said yet."""
-    counts = [item.fragment.rows if item.wanted is None else len(item.wanted) for item in items]
-    known = [count for count in counts if count is not None]
-    unknown = any(item.fragment.rows is None for item in items)
-    return None if unknown else sum(known)
+    def _cost(self) -> str:
+        price = self.gpu_hour_cost
+        if self.layout.actors.device != "cuda":
+            return "" if price is None else "the price of GPU-hours is not used: this plan has no GPU"
+        hours = f"{self.gpu_hours_per_million:,.2f} GPU-hours per million images"
+        if self.gpu_hours is not None:
+            hours = f"{self.gpu_hours:,.2f} GPU-hours, {hours}"
+        per_million, cost = self.cost(self.gpu_hours_per_million), self.cost(self.gpu_hours)
+        if per_million is None:
+            return hours
+        money = f"${per_million:,.2f} per million images"
+        return f"{hours}; " + (money if cost is None else f"${cost:,.2f}, {money}")
 
 
 def dry_run(config: CaptionConfig, address: str | None = None, gpu_hour_cost: float | None = None) -> RunPlan:
@@ -159,9 +221,6 @@ def dry_run(config: CaptionConfig, address: str | None = None, gpu_hour_cost: fl
         ConfigError: The options are wrong, or the output holds a run with others.
         RunError: Storage, index or checkpoint cannot be used.
     """
-    from jobs.captioning.monitor import start_monitor
-    from jobs.cluster.session import connect, own_errors
-
     record = open_record(config)
     with storage.scratch_folder() as scratch:
         if record.input is None:  # the run has not begun
@@ -170,16 +229,29 @@ def dry_run(config: CaptionConfig, address: str | None = None, gpu_hour_cost: fl
         else:
             work = list_work(config, record)
             items = what_is_left(config, work)
-        connect(address)
-        plan = plan_on_cluster(config, record)
-        sample = list(islice(_sample(config, work, items, plan.batch_size), _CALIBRATION_BATCHES))
-        with own_errors(), start_monitor(None, 0, record.run_id) as monitor:
-            loading = load_spec(config, record, work, plan, monitor)
-            captioning = captioner_spec(config, record, plan, monitor)
+        connect(address)  # before Ray Data is imported: it reads some of its settings then
+
+        from jobs.captioning.caption import CaptionerSpec, CaptionImages
+
+        layout = lay_out(config, record)
+        sample = list(islice(_sample(config, work, items, layout.batch_size), _CALIBRATION_BATCHES))
+        with unwrapped_errors(), watch_run(record.run_id, None, None) as watch:
+            loading = load_spec(config, record, work, layout, watch)
+            captioning = CaptionerSpec(config, layout, record.index_id, record.retrieval_encoder, watch.monitor)
             measured = calibrate(
-                partial(_load_sample, sample, loading), partial(_make_captioner, captioning), plan.actors
+                partial(_load_sample, sample, loading), partial(CaptionImages, captioning), layout.actors
             )
-    return plan_run(_facts(record, work, items, plan, config, gpu_hour_cost), measured)
+    return RunPlan(
+        images=count_images(items),
+        fragments=len(items),
+        tars=sum(item.fragment.kind == "tar" for item in items),
+        done=record.images.total,
+        duplicates=work.duplicates,
+        layout=layout,
+        index=_index_facts(config, record),
+        measured=measured,
+        gpu_hour_cost=gpu_hour_cost,
+    )
 
 
 def _as_asked(fragment: object, most: int) -> int:
@@ -187,30 +259,11 @@ def _as_asked(fragment: object, most: int) -> int:
     return most
 
 
-def _facts(
-    record: RunRecord,
-    work: WorkList,
-    items: Sequence[WorkItem],
-    plan: CaptionPlan,
-    config: CaptionConfig,
-    gpu_hour_cost: float | None,
-) -> RunFacts:
-    index = None
-    if record.index_id is not None:
-        manifest = load_manifest(config.index or "", record.index_id)
-        index = IndexFacts(manifest.index_id, manifest.ntotal, sum(entry.bytes for entry in manifest.files))
-    return RunFacts(
-        images=count_images(items),
-        fragments=len(items),
-        tars=sum(item.fragment.kind == "tar" for item in items),
-        done=record.images.total,
-        duplicates=work.duplicates,
-        nodes=plan.nodes,
-        actors=plan.actors,
-        batch_size=plan.batch_size,
-        index=index,
-        gpu_hour_cost=gpu_hour_cost,
-    )
+def _index_facts(config: CaptionConfig, record: RunRecord) -> IndexFacts | None:
+    if record.index_id is None:
+        return None
+    manifest = load_manifest(config.index or "", record.index_id)
+    return IndexFacts(manifest.index_id, manifest.ntotal, sum(entry.bytes for entry in manifest.files))
 
 
 def _sample(
@@ -220,9 +273,9 @@ def _sample(
     for item in items:
         for images in read_fragment(item.fragment, item.wanted, config.input, work.kept_columns):
             for start in range(0, len(images.rows), batch_size):
-                some = images.only(RowRanges.of(images.rows[start : start + batch_size]))
-                if some is not None:
-                    yield item.fragment.number, some
+                batch = images.only(RowRanges.of(images.rows[start : start + batch_size]))
+                if batch is not None:
+                    yield item.fragment.number, batch
 
 
 def _load_sample(sample: Sequence[tuple[int, InputBatch]], spec: LoadSpec) -> Iterator[tuple[int, pa.Table]]:
@@ -232,7 +285,72 @@ def _load_sample(sample: Sequence[tuple[int, InputBatch]], spec: LoadSpec) -> It
         yield len(images.rows), load_batch(number, images, spec)
 
 
-def _make_captioner(spec: CaptionerSpec) -> CaptionImages:
-    from jobs.captioning.caption import CaptionImages
+def calibrate(
+    load: Callable[[], Iterable[tuple[int, Loaded]]],
+    make_captioner: Callable[[], Callable[[Loaded], Any]],
+    plan: ActorPlan,
+) -> Calibration:
+    """Loads a few batches in a CPU task and captions them in an actor of the plan's resources; connect to Ray first.
 
-    return CaptionImages(spec)
+    Args:
+        load: Picklable; yields (images, batch) as the run's load tasks make them, of about the run's batch size. Only
+            the first four are taken. One batch is enough, but then its time includes what only the first one takes.
+        make_captioner: Picklable; loads the actor's captioner, which takes such batches.
+        plan: The run's actors.
+
+    Raises:
+        SmallCapError: What loading or captioning raised, wrapped in Ray's own; see `unwrapped_errors`.
+    """
+    import ray
+
+    loading = ray.remote(num_cpus=1)(_time_loading).remote(load)
+    actor = ray.remote(_CalibratingActor).options(num_cpus=plan.cpus_per_actor, num_gpus=plan.gpus_per_actor).remote()
+    try:
+        batches, load_s = ray.get(loading)
+        calibration: Calibration = ray.get(actor.measure.remote(make_captioner, batches, load_s))
+        return calibration
+    finally:
+        ray.kill(actor)
+
+
+def _time_loading(load: Callable[[], Iterable[tuple[int, Loaded]]]) -> tuple[list[tuple[int, Loaded]], float]:
+    """Returns some batches, and the seconds per image."""
+    batches, seconds = [], []
+    started = time.perf_counter()
+    for batch in islice(load(), _CALIBRATION_BATCHES):
+        batches.append(batch)
+        seconds.append(time.perf_counter() - started)
+        started = time.perf_counter()
+    return batches, _per_image(seconds, batches)[1]
+
+
+def _per_image(seconds: list[float], batches: list[tuple[int, Any]]) -> tuple[int, float]:
+    """Returns how many images count, and the seconds of each: the first batch warms up, unless it is the only one."""
+    counted = slice(1, None) if len(batches) > 1 else slice(None)
+    images = sum(images for images, _ in batches[counted])
+    return images, sum(seconds[counted]) / max(1, images)
+
+
+class _CalibratingActor:
+    def measure(
+        self, make_captioner: Callable[[], Callable[[Any], Any]], batches: list[tuple[int, Any]], load_s: float
+    ) -> Calibration:
+        """Captions the batches by the clock."""
+        begun = time.perf_counter()
+        captioner = make_captioner()
+        ends = [time.perf_counter()]
+        for _, batch in batches:
+            captioner(batch)
+            ends.append(time.perf_counter())
+        images, caption_s = _per_image([end - start for start, end in pairwise(ends)], batches)
+        return Calibration(images, load_s, caption_s, ends[1] - begun, private_bytes(), _gpu_bytes())
+
+
+def _gpu_bytes() -> int:
+    import torch
+
+    return torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:,.1f} GB"

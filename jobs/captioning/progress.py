@@ -7,8 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TextIO
+from typing import Any, Protocol, TextIO
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -16,7 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from jobs.captioning.monitor import STAGES, Snapshot, Stage
+from jobs.captioning.stage_report import STAGES, Snapshot, Stage
 from smallcap.machine.actor_plan import ActorPlan
 
 _POLL_S = 0.5  # at a terminal
@@ -26,8 +25,6 @@ _LEAST_CHANGES = 3  # that a rate is taken over, where batches last longer than 
 _NAMES: dict[Stage, str] = {"load": "fetch and decode", "caption": "caption", "write": "write"}
 _PAST: dict[Stage, str] = {"load": "loaded", "caption": "captioned", "write": "written"}
 _BUSY, _HALF = 0.8, 0.5  # shares of the time
-
-Bottleneck = Literal["captioning", "reading", "network", "writing", "start-up", "none"]
 
 
 class SnapshotSource(Protocol):
@@ -161,6 +158,12 @@ def _outlook(snapshot: Snapshot, rates: RecentRates) -> str:
     return f"{total}: about {describe_duration((expected - captioned) / rate)} left"
 
 
+def describe_count(count: float, noun: str) -> str:
+    """Returns a number with its noun: `1 node`, `2,000 nodes`."""
+    number = f"{count:,}" if isinstance(count, int) else f"{count:g}"
+    return f"{number} {noun}" if count == 1 else f"{number} {noun}s"
+
+
 def describe_duration(seconds: float) -> str:
     """Returns a duration in its two largest units: `45 s`, `12 min 30 s`, `3 h 20 min`, `2 d 4 h`."""
     whole = max(0, round(seconds))
@@ -169,18 +172,10 @@ def describe_duration(seconds: float) -> str:
     return " ".join(f"{count} {unit}" for count, unit in units[first : first + 2] if count) or "0 s"
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What held a run up, and what would help."""
-
-    bottleneck: Bottleneck
-    text: str
-
-
 def find_bottleneck(
     snapshot: Snapshot, seconds: float, plan: ActorPlan, load_tasks: int, fast_decode: bool = False
-) -> Verdict:
-    """Names the stage that held the others up, with one line of advice.
+) -> str:
+    """Names the stage that held the others up, in one line with advice.
 
     Args:
         snapshot: The run's figures at its end.
@@ -192,30 +187,26 @@ def find_bottleneck(
     begun_s = min(snapshot.first_caption_s or 0.0, seconds)
     if begun_s > _HALF * seconds:
         loading = f" ({snapshot.caption.start_s / snapshot.actors:.1f} s per actor)" if snapshot.actors else ""
-        return Verdict(
-            "start-up",
+        return (
             f"starting took {describe_duration(begun_s)} of {describe_duration(seconds)}, models included{loading}: "
-            "it does not grow with the number of images",
+            "it does not grow with the number of images"
         )
     actors = _count_actors(snapshot, plan)
     busy = snapshot.caption.seconds / actors / max(seconds - begun_s, 1e-9)
     if busy > _BUSY:
         remedy = "more GPUs, or a higher compute.max_actors" if plan.device == "cuda" else "GPUs, or more nodes"
-        return Verdict("captioning", f"captioning is the bottleneck, its actors were busy {_share(busy)}: add {remedy}")
+        return f"captioning is the bottleneck, its actors were busy {_share(busy)}: add {remedy}"
     load, write = snapshot.load, snapshot.write
     idle = f"actors waited {_share(1 - busy)} of the time"
     if write.seconds > load.seconds:
-        return Verdict("writing", f"writing is the bottleneck, {idle}: use nearer storage, or larger rows_per_part")
+        return f"writing is the bottleneck, {idle}: use nearer storage, or larger rows_per_part"
     if load.seconds / max(load_tasks, 1) / seconds < _HALF:
-        return Verdict("none", f"no stage was at its limit, {idle}: longer runs keep the actors busier")
+        return f"no stage was at its limit, {idle}: longer runs keep the actors busier"
     if load.fetch_s > _HALF * load.seconds:
         retries = f", {load.retries:,} requests were repeated" if load.retries else ""
-        return Verdict(
-            "network",
-            f"the network is the bottleneck, {idle}{retries}: run in the images' region, or on more nodes",
-        )
+        return f"the network is the bottleneck, {idle}{retries}: run in the images' region, or on more nodes"
     faster = "" if fast_decode else ", or --set input.decode=fast"
-    return Verdict("reading", f"decoding is the bottleneck, {idle}: give the cluster more CPUs{faster}")
+    return f"decoding is the bottleneck, {idle}: give the cluster more CPUs{faster}"
 
 
 def stage_table(
@@ -243,9 +234,9 @@ def stage_table(
         share = ""
         if workers:
             busy = _share(sums.seconds / workers / max(seconds, 1e-9))
-            share = f"  {workers} {noun}{'s' if workers > 1 else ''} busy {busy}{more}"
+            share = f"  {describe_count(workers, noun)} busy {busy}{more}"
         lines.append(f"  {_NAMES[stage]:16}  {sums.images:>11,}  {sums.seconds:>9,.1f}  {each:>13}{share}")
-    verdict = find_bottleneck(snapshot, seconds, plan, load_tasks, fast_decode).text
+    verdict = find_bottleneck(snapshot, seconds, plan, load_tasks, fast_decode)
     return [*lines, f"  {verdict[0].upper()}{verdict[1:]}."]
 
 

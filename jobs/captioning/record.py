@@ -7,8 +7,6 @@ trusted.
 from __future__ import annotations
 
 import fcntl
-import json
-import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,18 +15,18 @@ from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field
 
-from jobs.cluster.pinned import check_same_options, installed_versions
+from jobs.cluster.pinned import PinnedRecord, check_same_options
 from smallcap import storage
 from smallcap.config import CaptionConfig
 from smallcap.errors import ConfigError, ConflictError, SchemaError, StorageError
 from smallcap.images.work_list import WorkList
-from smallcap.output.part_files import PartInfo, list_parts
-from smallcap.output.schema import SCHEMA_VERSION, check_caption_schema, to_newest_version
+from smallcap.output.part_files import PartInfo, damaged_part, list_parts
+from smallcap.output.schema import check_caption_schema
+from smallcap.records import Record, load_record
 
 RUN_FILE = "run.json"
-RUN_FORMAT_VERSION = 4
 # What may differ between the attempts of one run: where it runs, how it fetches, and how much of its input it takes.
 _FREE = (
     *(f"compute.{name}" for name in ("device", "compile", "batch_size", "num_actors", "max_actors", "gpus_per_actor")),
@@ -38,14 +36,10 @@ _FREE = (
 )
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Attempt(_Record):
+class Attempt(Record):
     """One start of the job, and what it did."""
 
-    token: str = ""  # nobody else's; see check_attempt
+    token: str  # nobody else's; see check_attempt
     started_at: str
     finished_at: str | None = None
     images: int = 0  # that got their row
@@ -63,13 +57,13 @@ class Attempt(_Record):
     search_backends: tuple[str, ...] | None = None  # where the actors searched; several where they had unequal room
 
 
-class ImageCounts(_Record):
+class ImageCounts(Record):
     """The run's images by status."""
 
     total: int = 0
     ok: int = 0
     error: int = 0
-    errors_by_code: dict[str, int] = {}
+    errors_by_code: dict[str, int] = Field(default_factory=dict)
 
     @classmethod
     def of(cls, parts: Iterable[PartInfo]) -> ImageCounts:
@@ -82,7 +76,7 @@ class ImageCounts(_Record):
         return cls(total=ok + failed, ok=ok, error=failed, errors_by_code=dict(sorted((+errors).items())))
 
 
-class Input(_Record):
+class Input(Record):
     """The list of the run's images, as it was made."""
 
     listed_at: str
@@ -98,39 +92,16 @@ class Input(_Record):
         )
 
 
-class RunRecord(_Record):
-    """The content of `run.json`; older format versions lack some fields, whose defaults here are what held."""
+class RunRecord(PinnedRecord):
+    """The content of `run.json`."""
 
-    format_version: Literal[1, 2, 3, 4] = 1
-    schema_version: Literal[1, 2, 3] = 1  # of the run's parts
-    run_id: str
-    status: Literal["running", "complete"] = "running"
-    config: dict[str, Any]
+    format_version: Literal[1] = 1
     model_id: str
-    index_id: str | None
-    retrieval_encoder: str | None
-    versions: dict[str, str]
     input: Input | None = None
     images: ImageCounts = ImageCounts()
     repeated_ids: int = 0  # images of tars and Parquet files that were left out, since another file has the id
     limit: int | None = None  # of the attempt that made the run complete
     attempts: tuple[Attempt, ...] = ()
-
-    @classmethod
-    def new(
-        cls, config: CaptionConfig, model_id: str, index_id: str | None, retrieval_encoder: str | None
-    ) -> RunRecord:
-        """Returns the record of a run that begins."""
-        return cls(
-            format_version=RUN_FORMAT_VERSION,
-            schema_version=SCHEMA_VERSION,
-            run_id=uuid.uuid4().hex[:12],
-            config=config.model_dump(mode="json"),
-            model_id=model_id,
-            index_id=index_id,
-            retrieval_encoder=retrieval_encoder,
-            versions=installed_versions(),
-        )
 
     def is_done(self, limit: int | None) -> bool:
         """Says whether the first `limit` images of the run's list, or all, have their rows already."""
@@ -148,7 +119,7 @@ class RunRecord(_Record):
         Raises:
             ConfigError: Its config or its model differs, and mixing the two would make one output of two runs.
         """
-        check_same_options(self.config, config, _FREE, (self.model_id, model_id), out)
+        check_same_options(self, config, _FREE, (self.model_id, model_id), out)
 
 
 def load_run_record(out: str) -> RunRecord | None:
@@ -157,22 +128,7 @@ def load_run_record(out: str) -> RunRecord | None:
     Raises:
         SchemaError: `run.json` is malformed, or of an unknown format version.
     """
-    where = storage.join(out, RUN_FILE)
-    if not storage.exists(where):
-        return None
-    try:
-        values = json.loads(storage.read_bytes(where))
-        if values.get("format_version") not in range(1, RUN_FORMAT_VERSION + 1):
-            raise SchemaError(
-                "run.json has an unknown format version.",
-                where=where,
-                expected=f"1 to {RUN_FORMAT_VERSION}",
-                found=str(values.get("format_version")),
-                remedy="Use the smallcap release that wrote it, or a newer one.",
-            )
-        return RunRecord.model_validate(values)
-    except (ValueError, AttributeError, ValidationError) as error:
-        raise SchemaError("run.json is malformed.", where=where, found=str(error)) from error
+    return load_record(RunRecord, storage.join(out, RUN_FILE), SchemaError)
 
 
 def load_run_config(out: str) -> dict[str, Any]:
@@ -189,10 +145,8 @@ def load_run_config(out: str) -> dict[str, Any]:
 
 
 def write_run_record(out: str, record: RunRecord) -> None:
-    """Writes `run.json`, atomically, in the newest format version."""
-    record = record.model_copy(update={"format_version": RUN_FORMAT_VERSION})
-    data = json.dumps(record.model_dump(mode="json"), indent=2) + "\n"
-    storage.write_bytes(storage.join(out, RUN_FILE), data.encode())
+    """Writes `run.json`, atomically."""
+    record.write(storage.join(out, RUN_FILE))
 
 
 def check_attempt(out: str, attempt: Attempt) -> None:
@@ -246,19 +200,13 @@ def read_parts(out: str, columns: list[str]) -> Iterator[tuple[str, pa.Table]]:
     """Reads some columns of every part, one part at a time.
 
     Raises:
-        SchemaError: A part is not Parquet, or not of a known schema version.
+        SchemaError: A part is not Parquet, or not of this schema version.
     """
     for uri in list_parts(out):
         with storage.open_file(uri) as file:
             try:
                 part = pq.ParquetFile(file)
                 check_caption_schema(part.schema_arrow, uri)
-                known = [name for name in columns if name in part.schema_arrow.names]
-                yield uri, to_newest_version(part.read(known)).select(columns)
+                yield uri, part.read(columns).select(columns)
             except pa.ArrowInvalid as error:
-                raise SchemaError(
-                    "A part cannot be read as Parquet.",
-                    where=uri,
-                    found=str(error),
-                    remedy="smallcap writes parts whole; delete this one, and start the run again to redo its images.",
-                ) from error
+                raise damaged_part(uri, error) from error

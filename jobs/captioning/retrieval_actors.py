@@ -1,28 +1,28 @@
 """An index too large for one machine: actors that each hold a part of it, and the retriever that asks them all.
 
 Each actor maps a contiguous share of the shards and of the caption files. `PartitionedRetriever` is the same search as
-on one machine, over a part that scatters each of its questions and gathers the answers; the results are the same, too.
+on one machine, over a part that scatters each of its questions and gathers the answers; the results are the same.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import faiss
 import numpy as np
 import ray
 
+from jobs.cluster.errors import GuardedActor
+from jobs.cluster.resources import set_faiss_threads
 from smallcap.config import RetrievalConfig
-from smallcap.errors import SmallCapError
+from smallcap.index.caption_store import open_removed
 from smallcap.index.manifest import IndexManifest, load_manifest
 from smallcap.index.node_cache import open_version_folder
-from smallcap.index.partition import LocalPart, share_of
+from smallcap.index.partition import LocalPartition, share_of
 from smallcap.index.ranking import Ranking, merge_rankings
-from smallcap.index.retriever import NeighbourSearch, open_removed
+from smallcap.index.retriever import NeighbourSearch
 
 
 @dataclass(frozen=True)
@@ -34,36 +34,15 @@ class Partitions:
     actors: tuple[Any, ...]  # handles, in the order of their ids
 
 
-class _PartitionActor:
-    """Holds one partition; its methods are those of `IndexPart`."""
+class _PartitionActor(GuardedActor):
+    """Holds one partition; is called with a method of `IndexPartition` and its arguments."""
 
-    def __init__(self, index_uri: str, index_id: str, cache_dir: str, partition: tuple[int, int]) -> None:
-        # The actor asks Ray for no CPU, and Ray would have it use one. It runs while the captioners wait for it.
-        faiss.omp_set_num_threads(len(os.sched_getaffinity(0)))
-        self._part: LocalPart | SmallCapError
-        try:
-            self._part = LocalPart.open(index_uri, load_manifest(index_uri, index_id), cache_dir, partition)
-        except SmallCapError as error:  # Ray would restart the actor again and again
-            self._part = error
+    def load(self, index_uri: str, index_id: str, cache_dir: str, partition: tuple[int, int]) -> None:
+        set_faiss_threads()  # the actor asks Ray for no CPU, and Ray would have it use one
+        self._partition = LocalPartition.open(index_uri, load_manifest(index_uri, index_id), cache_dir, partition)
 
-    def call(self, method: str, *arguments: Any) -> Any:
-        """Calls a method of the part."""
-        if isinstance(self._part, SmallCapError):
-            raise self._part
-        return getattr(self._part, method)(*arguments)
-
-    def pid(self) -> int:
-        """Returns the actor's process id."""
-        return os.getpid()
-
-    def check(self) -> None:
-        """Returns when the part is open.
-
-        Raises:
-            SmallCapError: It cannot be opened.
-        """
-        if isinstance(self._part, SmallCapError):
-            raise self._part
+    def process(self, method: str, *arguments: Any) -> Any:
+        return getattr(self._partition, method)(*arguments)
 
 
 @contextmanager
@@ -88,11 +67,11 @@ def run_partitions(index_uri: str, index_id: str, retrieval: RetrievalConfig) ->
     actor = ray.remote(num_cpus=0, scheduling_strategy="SPREAD", max_restarts=-1, max_task_retries=-1)(_PartitionActor)
     actors = [actor.remote(index_uri, index_id, retrieval.cache_dir, (number, count)) for number in range(count)]
     try:
-        ray.get([one.check.remote() for one in actors])
+        ray.get([partition.check.remote() for partition in actors])
         yield Partitions(index_uri, index_id, tuple(actors))
     finally:
-        for one in actors:
-            ray.kill(one)
+        for partition in actors:
+            ray.kill(partition)
 
 
 class PartitionedRetriever(NeighbourSearch):
@@ -113,7 +92,7 @@ class PartitionedRetriever(NeighbourSearch):
 
 
 class _ScatteredPart:
-    """All of an index, by asking the partitions; an `IndexPart`."""
+    """All of an index, by asking the partitions; an `IndexPartition`."""
 
     backend = "partitions"
 
@@ -143,7 +122,7 @@ class _ScatteredPart:
 
     def _ask_all(self, method: str, *arguments: Any) -> list[Any]:
         arguments = tuple(map(ray.put, arguments))  # once, and not for every actor
-        return ray.get([actor.call.remote(method, *arguments) for actor in self._actors])
+        return ray.get([actor.__call__.remote(method, *arguments) for actor in self._actors])
 
     def _ask_owners(self, method: str, caption_ids: np.ndarray) -> list[Any]:
         owner_of = np.searchsorted(self._first_ids, caption_ids, side="right") - 1
@@ -151,12 +130,12 @@ class _ScatteredPart:
         positions = [np.flatnonzero(owner_of == owner) for owner in owners]
         answers = ray.get(
             [
-                self._actors[owner].call.remote(method, caption_ids[places])
+                self._actors[owner].__call__.remote(method, caption_ids[places])
                 for owner, places in zip(owners, positions, strict=True)
             ]
         )
         gathered: list[Any] = [None] * len(caption_ids)
         for places, answer in zip(positions, answers, strict=True):
-            for place, one in zip(places.tolist(), answer, strict=True):
-                gathered[place] = one
+            for place, found in zip(places.tolist(), answer, strict=True):
+                gathered[place] = found
         return gathered

@@ -6,15 +6,9 @@ from jobs.captioning.record import ImageCounts, RunRecord, check_attempt, load_r
 from smallcap import storage
 from smallcap.config import CaptionConfig
 from smallcap.errors import ConfigError
-from smallcap.images.work_list import (
-    WORK_FOLDER,
-    Fragment,
-    WorkList,
-    count_images,
-    extend_work_list,
-    load_work_list,
-    make_work_list,
-)
+from smallcap.images.fragments import Fragment
+from smallcap.images.listing import extend_work_list, make_work_list
+from smallcap.images.work_list import WORK_FOLDER, WorkList, count_images, load_work_list
 from smallcap.index.manifest import load_manifest
 from smallcap.model.checkpoint import checkpoint_id
 from smallcap.model.clip_encoder import resolve_encoder_identity
@@ -22,7 +16,6 @@ from smallcap.output.coverage import (
     Coverage,
     NamedPart,
     WorkItem,
-    adopt_old_parts,
     drop_repeated_ids,
     settle,
     work_left,
@@ -54,41 +47,34 @@ def open_record(config: CaptionConfig) -> RunRecord:
             where="output.save_embeddings",
             remedy="Give --index, or --set retrieval.encoder=SPEC.",
         )
-    return RunRecord.new(config, model_id, manifest.index_id if manifest else None, encoder)
+    return RunRecord.new(config, manifest.index_id if manifest else None, encoder, model_id=model_id)
 
 
 def list_work(config: CaptionConfig, record: RunRecord, relist: bool = False) -> WorkList:
-    """Loads the run's list of work; makes it where the run is new, or of a release that had none."""
+    """Loads the run's list of work; makes it where the run is new."""
     work = load_work_list(config.out) if record.attempts else None
     if work is None:
         storage.remove(storage.join(config.out, WORK_FOLDER))  # of a run that never began
         work = make_work_list(config.images, config.input, config.out, config.keep_columns)
     elif relist:
         work = extend_work_list(config.images, config.input, config.out)
-    old = [name for name, info in read_part_infos(config.out) if info is None]
-    if old:
-        adopt_old_parts(config, work, old)
     return work
 
 
 def _read_parts(out: str, work: WorkList) -> list[NamedPart]:
     """Returns the footers of all parts, after what two of them have has been taken out of one."""
-    parts = _footers(out)
-    return _footers(out) if settle(out, parts, work.fragments) else parts
-
-
-def _footers(out: str) -> list[NamedPart]:
-    return [(name, info) for name, info in read_part_infos(out) if info is not None]
+    parts = list(read_part_infos(out))
+    return list(read_part_infos(out)) if settle(out, parts, work.fragments) else parts
 
 
 def what_is_left(config: CaptionConfig, work: WorkList, retry_failed: bool = False) -> list[WorkItem]:
     """Returns the rows of the list of work that have no row in the output; failed ones too, to try them again."""
     coverage = Coverage(_read_parts(config.out, work), retry_failed)
 
-    def count_rows(fragment: Fragment, most: int) -> int:
+    def count(fragment: Fragment, most: int) -> int:
         return count_images(fragment, most, config.input)
 
-    return list(work_left(work.fragments, coverage, config.limit, count_rows))
+    return list(work_left(work.fragments, coverage, config.limit, count))
 
 
 def finish_run(config: CaptionConfig, record: RunRecord, work: WorkList) -> RunRecord:
@@ -96,7 +82,7 @@ def finish_run(config: CaptionConfig, record: RunRecord, work: WorkList) -> RunR
     parts = _read_parts(config.out, work)
     if any(fragment.kind != "uris" for fragment in work.fragments):
         drop_repeated_ids(config.out, parts)
-        parts = _footers(config.out)
+        parts = list(read_part_infos(config.out))
     if record.attempts:
         check_attempt(config.out, record.attempts[-1])
     remove_orphans(config.out)

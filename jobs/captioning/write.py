@@ -12,11 +12,13 @@ import pyarrow.compute as pc
 from ray.data import Datasink
 from ray.data.block import BlockAccessor
 
-from jobs.captioning.monitor import MonitorClient, StageReport
+from jobs.captioning.layout import CaptionLayout
+from jobs.captioning.monitor import MonitorClient
 from jobs.captioning.record import Attempt, check_attempt
+from jobs.captioning.stage_report import StageReport
 from smallcap.images.row_ranges import RowRanges
 from smallcap.output.coverage import count_rows
-from smallcap.output.part_files import PartInfo, PartOptions, write_part
+from smallcap.output.part_files import PartInfo, write_part
 from smallcap.output.schema import ENDS_FRAGMENT, FRAGMENT, FRAGMENT_ROW, STATUS_ERROR
 
 
@@ -28,8 +30,7 @@ class PartSink(Datasink[None]):
         attempt: The one that writes.
         number: Its number, from 1.
         schema: Of the parts.
-        rows_per_part: How many rows Ray gathers for one part.
-        options: How parts are written, and what beside them.
+        layout: How parts are written, and what beside them.
         monitor: Is told what was written.
     """
 
@@ -39,12 +40,11 @@ class PartSink(Datasink[None]):
         attempt: Attempt,
         number: int,
         schema: pa.Schema,
-        rows_per_part: int,
-        options: PartOptions,
+        layout: CaptionLayout,
         monitor: MonitorClient,
     ) -> None:
         self._out, self._attempt, self._number, self._schema = out, attempt, number, schema
-        self._rows_per_part, self._options, self._monitor = rows_per_part, options, monitor
+        self._layout, self._monitor = layout, monitor
 
     def write(self, blocks: Iterable[Any], ctx: Any) -> None:
         """Writes one task's blocks."""
@@ -58,14 +58,14 @@ class PartSink(Datasink[None]):
         table = table.filter(_first_of_each_id(table))
         check_attempt(self._out, self._attempt)
         name = f"part-{self._number:03d}-{ctx.task_idx:06d}.parquet"
-        write_part(self._out, name, table, info, self._schema, self._options)
+        write_part(self._out, name, table, info, self._schema, self._layout.parts)
         seconds = time.perf_counter() - started
         self._monitor.report(StageReport(stage="write", images=table.num_rows, seconds=seconds, errors=info.errors))
 
     @property
     def min_rows_per_write(self) -> int:
         """How many rows Ray gathers for one part."""
-        return self._rows_per_part
+        return self._layout.rows_per_part
 
 
 def describe_part(table: pa.Table) -> PartInfo:

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import sys
 import tempfile
-import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from types import FrameType
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
-
-from smallcap.errors import SmallCapError
 
 if TYPE_CHECKING:
     import ray.data
@@ -44,7 +39,7 @@ def connect(address: str | None = None) -> None:
     context.enable_rich_progress_bars = True
     context.use_ray_tqdm = False
     context.print_on_execution_start = False
-    context.raise_original_map_exception = True  # see own_errors
+    context.raise_original_map_exception = True  # see `jobs.cluster.errors`
     logger = logging.getLogger("ray.data")
     logger.setLevel(logging.CRITICAL)  # an exception of a task reaches the caller, who reports it
     if ray.is_initialized():
@@ -97,53 +92,3 @@ def stage_progress() -> Iterator[None]:
         yield
     finally:
         context.enable_progress_bars = False
-
-
-@contextmanager
-def own_errors() -> Iterator[None]:
-    """Raises a smallcap error of a task or an actor as itself, without the frames of Ray around it.
-
-    Any other exception passes unchanged, but for the variables in Ray's frames. Either way the failed pipeline's actors
-    end, and the next job of this process finds their CPUs free.
-    """
-    try:
-        yield
-    except Exception as error:
-        _let_go_of_actors(error)
-        own = _find_own_error(error)
-        if own is None:
-            raise
-        raise own from None
-
-
-def _let_go_of_actors(error: BaseException) -> None:
-    """Ends the actors that an exception of Ray Data keeps alive, by emptying Ray's frames in its traceback.
-
-    An actor ends when nothing refers to it. The variables of these frames do, as long as someone keeps the exception (a
-    notebook or a debugger does), and after that until cycles are collected. The next pipeline, whose actors take all
-    CPUs but one, would wait for a CPU to load with.
-    """
-    seen: set[int] = set()
-    left: list[object] = [error]
-    while left:
-        one = left.pop()
-        if not isinstance(one, BaseException) or id(one) in seen:
-            continue
-        seen.add(id(one))
-        for found, _ in traceback.walk_tb(one.__traceback__):
-            frame: FrameType | None = found
-            while frame is not None and frame.f_globals.get("__name__", "").startswith(("ray.", "threading")):
-                with suppress(RuntimeError):  # it is still running
-                    frame.clear()
-                frame = frame.f_back  # down to the first of the pipeline's thread, which refers to all of it
-        left += [getattr(one, "cause", None), one.__cause__, one.__context__]
-    gc.collect()
-
-
-def _find_own_error(error: BaseException | None) -> SmallCapError | None:
-    while error is not None:
-        cause = getattr(error, "cause", None) or error.__cause__
-        if cause is None and isinstance(error, SmallCapError):  # the innermost: Ray's wrappers claim to be one as well
-            return error
-        error = cause
-    return None

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from jobs.cluster.tasks import node_resources, run_actors
+from jobs.cluster.resources import node_resources
+from jobs.cluster.tasks import RayRunner
 from smallcap import storage
 from smallcap.errors import RunError
 from smallcap.index.manifest import IndexManifest
@@ -65,7 +66,7 @@ def store_candidates(
         assert config.index is not None  # TrainConfig has checked it
         cache_dir = config.retrieval.cache_dir
         spec = CandidateSpec(config.index, manifest.index_id, cache_dir, depth, plan.device, *folders)
-        for _ in run_actors(FindCandidates, (spec,), left, plan):
+        for _ in RayRunner().run_actors(FindCandidates, (spec,), left, plan):
             pass
     store.model_copy(update={"complete": True}).write(uri)
 
@@ -85,7 +86,9 @@ class FindCandidates:
         if rows.embeddings is None:
             raise RunError("The stored features have no embeddings to search with.", where=spec.features)
         found = self._retriever.search(rows.embeddings, spec.depth, rows.image_ids)
-        candidates: list[list[dict[str, Any]]] = [[asdict(neighbour) for neighbour in of_image] for of_image in found]
+        candidates: list[list[dict[str, Any]]] = [
+            [asdict(neighbour) for neighbour in neighbours] for neighbours in found
+        ]
         write_part(storage.join(spec.out, part.split, part.name), candidate_table(rows.image_ids, candidates))
         return len(rows.image_ids)
 
@@ -101,7 +104,7 @@ def count_leaks(features: StoreManifest, folders: tuple[str, str]) -> int:
         folders: Of the features, and of the candidates.
     """
     leaks = 0
-    for part in features.of("train"):
+    for part in features.parts_of("train"):
         rows = read_queries(storage.join(folders[0], part.split, part.name))
         candidates = read_candidates(storage.join(folders[1], part.split, part.name))
         for captions, texts in zip(rows.captions, candidates, strict=True):

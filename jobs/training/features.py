@@ -8,9 +8,10 @@ the parts' names what is left. Features are computed in float32 and stored in fl
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -19,13 +20,16 @@ import pyarrow.compute as pc
 
 from jobs.captioning.caption import pixels_of
 from jobs.captioning.load import LoadSpec, load_batch, start_loading
-from jobs.cluster.tasks import node_resources, use_own_cores
+from jobs.captioning.watch import watch_run
+from jobs.cluster.errors import GuardedActor, unwrapped_errors
+from jobs.cluster.resources import limit_torch_threads, node_resources
+from jobs.cluster.session import stage_progress
+from jobs.cluster.tasks import map_in_actors
 from jobs.training.inputs import TrainInputs, TrainItem
 from jobs.training.pairs import captions_of
 from jobs.training.start import ModelStart
 from smallcap import storage
 from smallcap.captioner import Captioner
-from smallcap.errors import RunError
 from smallcap.images.crops import CropPlan
 from smallcap.images.fragments import FRAGMENT_ROWS
 from smallcap.images.work_list import read_fragment
@@ -47,14 +51,6 @@ from smallcap.training.feature_store import (
 _ENCODED_TOGETHER = 64  # images
 
 
-@dataclass(frozen=True)
-class EncoderSpec:
-    """What an actor needs to load the encoders."""
-
-    start: ModelStart
-    device: str
-
-
 def features_identity(start: ModelStart, inputs: TrainInputs, plan: CropPlan, vision_sha256: str) -> dict[str, Any]:
     """Returns what stored features are computed from."""
     spec = start.retrieval_encoder
@@ -62,7 +58,7 @@ def features_identity(start: ModelStart, inputs: TrainInputs, plan: CropPlan, vi
     return {
         "vision_encoder_sha256": vision_sha256,
         "retrieval_encoder": retrieval.model_dump(include={"weights_sha256", "dim"}) if retrieval else None,
-        "preprocessing": _as_json(asdict(plan)),
+        "preprocessing": json.loads(json.dumps(asdict(plan))),
         "inputs_sha256": inputs.sha256,
         "max_image_pixels": start.config.data.input.max_image_pixels,
         "limit": start.config.limit,
@@ -101,28 +97,14 @@ def store_features(
 
 
 def _encode_all(config: TrainConfig, start: ModelStart, items: list[TrainItem], plan: CropPlan, folder: str) -> None:
-    import ray
-
-    from jobs.captioning.monitor import start_monitor
-    from jobs.cluster.session import stage_progress
-
     actors = plan_actors(config.compute.of_actors(), node_resources())
-    with stage_progress(), start_monitor(None, 0, "features", len(items)) as monitor:
-        loading = LoadSpec(plan, config.data.input, pa.schema([]), keep_bytes=False, monitor=monitor)
-        (
-            start_loading(items, load_items, loading, FRAGMENT_ROWS)
-            .map_batches(
-                EncodeImages,
-                fn_constructor_args=(EncoderSpec(start, actors.device),),
-                batch_size=1,
-                batch_format="pyarrow",
-                compute=ray.data.ActorPoolStrategy(size=actors.num_actors),
-                num_cpus=actors.cpus_per_actor,
-                num_gpus=actors.gpus_per_actor,
-            )
-            .map_batches(store_part, batch_size=1, batch_format="pyarrow", fn_kwargs={"folder": folder}, num_cpus=0)
-            .materialize()
-        )
+    with unwrapped_errors(), stage_progress(), watch_run("features", None, len(items)) as watch:
+        loading = LoadSpec(plan, config.data.input, pa.schema([]), False, watch.monitor, watch.crash_guard)
+        loaded = start_loading(items, load_items, loading, FRAGMENT_ROWS)
+        encoded = map_in_actors(loaded, EncodeImages, (start, actors.device), 1, actors)
+        encoded.map_batches(
+            store_part, batch_size=1, batch_format="pyarrow", fn_kwargs={"folder": folder}, num_cpus=0
+        ).materialize()
 
 
 def load_items(batch: pa.Table, spec: LoadSpec) -> Iterator[pa.Table]:
@@ -150,36 +132,32 @@ def load_items(batch: pa.Table, spec: LoadSpec) -> Iterator[pa.Table]:
             number += 1
 
 
-class EncodeImages:
+class EncodeImages(GuardedActor):
     """Encodes batches of decoded images; one instance per actor."""
 
-    def __init__(self, spec: EncoderSpec) -> None:
-        use_own_cores()
-        self._caption_column = spec.start.config.data.caption_column
-        self._encoders: Captioner | RunError
-        try:
-            self._encoders = _load_encoders(spec)
-        except RunError as error:  # kept for the first batch: Ray would call a failing constructor again and again
-            self._encoders = error
+    def load(self, start: ModelStart, device: str) -> None:
+        """Loads the encoders."""
+        limit_torch_threads()
+        self._caption_column = start.config.data.caption_column
+        encoder = start.retrieval_encoder
+        retrieval = load_retrieval_encoder(encoder, device) if encoder else None
+        self._encoders = Captioner(start.load().to(device), start.load_tokenizer(), retrieval, k=0, clip_score=False)
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
+    def process(self, batch: pa.Table) -> pa.Table:
         """Maps a row of `load_items` to one whose `images` are the rows of a part of features."""
-        if isinstance(self._encoders, RunError):
-            raise self._encoders
         row = batch.to_pylist()[0]
         images = pa.ipc.open_stream(batch["images"][0].as_buffer()).read_all()
         good = np.flatnonzero(pc.equal(images["status"], STATUS_OK).to_numpy()).tolist()
         captions = captions_of(images.select(row["kept"]), self._caption_column)
-        table = feature_table(images, captions, *self._encode(self._encoders, images, good))
+        table = feature_table(images, captions, *self._encode(images, good))
         return _as_row({"split": row["split"], "name": row["name"]}, table)
 
-    @staticmethod
-    def _encode(encoders: Captioner, images: pa.Table, rows: list[int]) -> tuple[np.ndarray, np.ndarray | None]:
+    def _encode(self, images: pa.Table, rows: list[int]) -> tuple[np.ndarray, np.ndarray | None]:
         """Returns features [n, P, Hv] float16 and embeddings [n, dim] of some rows, or of none."""
         parts = []
         for start in range(0, max(1, len(rows)), _ENCODED_TOGETHER):
-            some = rows[start : start + _ENCODED_TOGETHER] or [0]  # a failed row's pixels are 0
-            hidden_states, embeddings = encoders.encode(pixels_of(images, some))
+            together = rows[start : start + _ENCODED_TOGETHER] or [0]  # a failed row's pixels are 0
+            hidden_states, embeddings = self._encoders.encode(pixels_of(images, together))
             parts.append((hidden_states.half().cpu().numpy(), embeddings))
         features = np.concatenate([features for features, _ in parts])[: len(rows)]
         vectors = [vectors for _, vectors in parts if vectors is not None]
@@ -194,13 +172,6 @@ def store_part(batch: pa.Table, folder: str) -> pa.Table:
     return batch.select(["name"])
 
 
-def _load_encoders(spec: EncoderSpec) -> Captioner:
-    model = spec.start.load().to(spec.device)
-    encoder = spec.start.retrieval_encoder
-    retrieval = load_retrieval_encoder(encoder, spec.device) if encoder else None
-    return Captioner(model, spec.start.load_tokenizer(), retrieval, k=0, clip_score=False)
-
-
 def _as_row(values: dict[str, Any], table: pa.Table) -> pa.Table:
     """Returns one row with a whole table in it, so that Ray neither splits nor joins it."""
     sink = pa.BufferOutputStream()
@@ -208,11 +179,3 @@ def _as_row(values: dict[str, Any], table: pa.Table) -> pa.Table:
         writer.write_table(table)
     row = pa.Table.from_pylist([values])
     return row.append_column("images", pa.array([sink.getvalue().to_pybytes()], pa.large_binary()))
-
-
-def _as_json(values: dict[str, Any]) -> dict[str, Any]:
-    """Returns nested values as they come back from JSON: lists for tuples."""
-    return {
-        name: _as_json(value) if isinstance(value, dict) else list(value) if isinstance(value, tuple) else value
-        for name, value in values.items()
-    }

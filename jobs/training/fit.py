@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from jobs.cluster.session import own_errors
-from jobs.cluster.tasks import node_resources
+from jobs.cluster.errors import unwrapped_errors
+from jobs.cluster.resources import node_resources
 from jobs.training.loop import WorkerSpec, train_worker
 from smallcap import storage
 from smallcap.errors import ConfigError
@@ -82,7 +82,7 @@ def fit(spec: WorkerSpec, plan: TrainPlan, run_id: str) -> None:
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
     from ray.train.torch import TorchTrainer
 
-    with storage.scratch_folder() as scratch, _kept_interrupt(), own_errors():
+    with storage.scratch_folder() as scratch, _kept_interrupt(), unwrapped_errors():
         trainer = TorchTrainer(
             train_worker,
             train_loop_config={"spec": spec},

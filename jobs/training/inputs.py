@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
@@ -19,21 +18,22 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.training.pairs import Pair, caption_column, parquet_pairs, read_pairs
+from jobs.training.pairs import caption_columns, read_pairs
 from smallcap import storage
+from smallcap.captions.reader import CAPTION_SUFFIXES
+from smallcap.captions.rows import find_column
 from smallcap.errors import ConfigError, SchemaError
 from smallcap.images.fragments import FRAGMENT_ROWS, Fragment
+from smallcap.images.kinds import TAR_SUFFIXES, without_tar_suffix
 from smallcap.images.parquet import ParquetOutline, image_bytes_column, read_outlines
 from smallcap.images.sources import IMAGE_COLUMNS
-from smallcap.images.tars import TAR_SUFFIXES, choose_tar_ids
+from smallcap.images.tars import choose_tar_ids
 from smallcap.images.work_list import count_images
 from smallcap.output.coverage import Coverage, WorkItem, work_left
 from smallcap.training.config import TrainConfig
 from smallcap.training.feature_store import SPLITS, Split
 
-_LIST_SUFFIXES = (".json", ".csv", ".tsv", ".jsonl", ".ndjson")
 _CAPTIONS = pa.field("captions", pa.list_(pa.string()))
-_TAR_ENDING = re.compile(r"\.(tar|tar\.gz|tgz)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def list_inputs(config: TrainConfig, folder: str) -> TrainInputs:
         raise ConfigError(
             "There are no images with captions.",
             where=", ".join(config.sources),
-            expected=f"files ending in {' '.join((*_LIST_SUFFIXES, '.parquet', *TAR_SUFFIXES))}",
+            expected=f"files ending in {' '.join((*CAPTION_SUFFIXES, *TAR_SUFFIXES))}",
         )
     return inputs
 
@@ -116,31 +116,29 @@ class _Listing:
     def add(self, source: str, wanted: Split) -> None:
         """Adds a file, or the files of a folder: its tars, or where it has none its lists and Parquet files."""
         source = storage.absolute(source)
-        files = storage.list_files(source, (*_LIST_SUFFIXES, ".parquet", *TAR_SUFFIXES))
+        files = storage.list_files(source, (*CAPTION_SUFFIXES, *TAR_SUFFIXES))
         tars = [file for file in files if file.lower().endswith(TAR_SUFFIXES)]
-        for tar in tars:  # beside them, downloaders leave statistics as JSON and Parquet
-            self._tars[wanted][tar] = tar.removeprefix(source).lstrip("/") or tar.rsplit("/", 1)[-1]
-        if tars:
+        if tars:  # beside them, downloaders leave statistics as JSON and Parquet
+            self._tars[wanted] |= {tar: without_tar_suffix(storage.path_below(source, tar)) for tar in tars}
             return
-        for outline in read_outlines([file for file in files if file.lower().endswith(".parquet")]):
+        parquet = [file for file in files if storage.suffix_of(file) == ".parquet"]
+        for outline in read_outlines(parquet):
             if outline.problem:
                 raise SchemaError("The Parquet file cannot be read.", where=outline.uri, found=outline.problem)
             if image_bytes_column(outline.schema, self._input, outline.uri) is None:
-                self._add_pairs(parquet_pairs(outline.uri, self._config, wanted), wanted)
+                self._add_pairs(outline.uri, wanted)
             else:
-                name = outline.uri.removeprefix(source).lstrip("/") or outline.uri.rsplit("/", 1)[-1]
-                self._parquet[wanted][outline.uri] = (name.removesuffix(".parquet"), outline)
-        for file in files:
-            if not file.lower().endswith(".parquet"):
-                self._add_pairs(read_pairs(file, self._config, wanted, self._count_malformed), wanted)
+                name = storage.path_below(source, outline.uri).removesuffix(".parquet")
+                self._parquet[wanted][outline.uri] = (name, outline)
+        for file in sorted({*files} - {*parquet}):
+            self._add_pairs(file, wanted)
 
-    def _count_malformed(self) -> None:
-        self._inputs.malformed += 1
-
-    def _add_pairs(self, pairs: Iterator[Pair], wanted: Split) -> None:
-        """Takes a source's pairs; of a file with splits, validation is taken where no other validation is given."""
-        for pair in pairs:
-            if pair.split == wanted or (wanted == "train" and not self._config.validation):
+    def _add_pairs(self, uri: str, wanted: Split) -> None:
+        """Takes a file's pairs; of a file with splits, validation is taken where no other validation is given."""
+        for pair in read_pairs(uri, self._config, wanted):
+            if pair is None:
+                self._inputs.malformed += 1
+            elif pair.split == wanted or (wanted == "train" and not self._config.validation):
                 _, captions = self._images[pair.split].setdefault(pair.image_id, (pair.image_uri, []))
                 captions.append(pair.caption)
 
@@ -174,9 +172,8 @@ class _Listing:
         for image_id, (_, captions) in images.items():
             digest.update(json.dumps([split, image_id, captions]).encode())
         uri = storage.join(self._folder, "_lists", f"{split}.parquet")
-        columns = [list(images), [uri for uri, _ in images.values()], [captions for _, captions in images.values()]]
-        schema = pa.schema([*IMAGE_COLUMNS, _CAPTIONS])
-        table = pa.table([pa.array(column, kind.type) for column, kind in zip(columns, schema, strict=True)], schema)
+        uris, texts = zip(*images.values(), strict=True)
+        table = pa.table([list(images), uris, texts], pa.schema([*IMAGE_COLUMNS, _CAPTIONS]))
         buffer = io.BytesIO()
         pq.write_table(table, buffer, row_group_size=FRAGMENT_ROWS, compression="zstd")
         storage.write_bytes(uri, buffer.getvalue())
@@ -190,13 +187,12 @@ class _Listing:
         kept = pa.schema([pa.field("txt", pa.string()), pa.field("json", pa.string())])
         for uri, name in tars.items():
             digest.update(json.dumps([split, name, storage.size(uri)]).encode())
-            prefix = f"{_TAR_ENDING.sub('', name)}/" if by_tar else ""
-            yield Fragment(next(self._numbers), "tar", uri, 0, None, prefix), kept
+            yield Fragment(next(self._numbers), "tar", uri, 0, None, f"{name}/" if by_tar else ""), kept
 
     def _parquet_fragments(self, split: Split, digest: Any) -> Iterator[tuple[Fragment, pa.Schema]]:
         for uri, (name, outline) in self._parquet[split].items():
             digest.update(json.dumps([split, name, storage.size(uri)]).encode())
-            column = caption_column(outline.schema, self._config.data.caption_column, uri)
+            column = find_column(outline.schema.names, caption_columns(self._config), uri)
             kept = pa.schema([pa.field(column, outline.schema.field(column).type)])
             for group, rows in enumerate(outline.rows):
                 if rows:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from jobs.cluster.tasks import use_own_cores
+from jobs.cluster.resources import limit_torch_threads
 from jobs.training.log import TrainLog
 from jobs.training.record import choose_best
 from jobs.training.start import ModelStart
@@ -66,7 +66,7 @@ def train_worker(config: Mapping[str, Any]) -> None:
     """
     from ray.train.torch import get_device
 
-    use_own_cores()
+    limit_torch_threads()
     spec: WorkerSpec = config["spec"]
     Worker(spec, get_device()).run()
 

@@ -1,25 +1,24 @@
-"""Images with their captions, one pair at a time, from lists: COCO's and Karpathy's JSON, CSV, TSV, JSONL, Parquet.
+"""Images with their captions: one pair at a time from files of captions, or an image's own from the columns of a shard.
 
-Formats that are also caption dumps are read by the reader of dumps. It opens no image.
+It opens no image.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from index_builder.dumps.formats import Columns, read_rows
 from smallcap import storage
+from smallcap.captions.reader import open_captions
+from smallcap.captions.rows import CaptionColumns
 from smallcap.errors import SchemaError
 from smallcap.training.config import TrainConfig
 from smallcap.training.feature_store import Split
 
-_KARPATHY_SPLITS: dict[Any, Split] = {"train": "train", "restval": "train", "val": "validation"}
-_BATCH_ROWS = 10_000
+_KARPATHY_SPLITS: dict[str, Split] = {"train": "train", "restval": "train", "val": "validation"}
 
 
 class Pair(NamedTuple):
@@ -31,35 +30,61 @@ class Pair(NamedTuple):
     caption: str
 
 
-def read_pairs(uri: str, config: TrainConfig, split: Split, on_malformed: Callable[[], None]) -> Iterator[Pair]:
-    """Reads a list of images with captions: COCO's or Karpathy's JSON, CSV, TSV or JSONL.
+def caption_columns(config: TrainConfig, has_ids: bool = False) -> CaptionColumns:
+    """Returns where tables keep images and captions to train on.
 
     Args:
-        uri: Of the file.
+        config: The run's.
+        has_ids: Whether the image's id may have a column of its own, beside that of its path.
+    """
+    data = config.data
+    return CaptionColumns(
+        data.caption_column,
+        image_id=data.id_column if has_ids else data.image_column,
+        image_path=data.image_column if has_ids else None,
+        tokens=True,  # as the reference trains on them
+        remedy="Name the columns: --set data.caption_column=NAME, --set data.image_column=NAME.",
+    )
+
+
+def read_pairs(uri: str, config: TrainConfig, split: Split) -> Iterator[Pair | None]:
+    """Reads a file of images with captions; yields None for each row that cannot be read.
+
+    Args:
+        uri: COCO captions, Karpathy's splits, or a table.
         config: The columns, and the folder of the images.
         split: Of all images, where the file has no splits of its own.
-        on_malformed: Is called for each row that cannot be read.
 
     Raises:
         SchemaError: The file is damaged, or names no images.
+        StorageError: It cannot be read.
     """
-    data, root = config.data, config.images or uri.rsplit("/", 1)[0]
-    with storage.local_file(uri) as path:
-        if uri.lower().endswith(".json") and (images := _karpathy_images(path.read_bytes())):
-            yield from _karpathy_pairs(images, root)
-            return
-        for row in read_rows(path, uri, Columns(data.caption_column, data.image_column)):
-            if row.problem or not row.text.strip():
-                on_malformed()
-            elif row.image_id is None:
+    root = storage.absolute(config.images or uri.rpartition("/")[0])
+    has_ids = storage.suffix_of(uri) == ".parquet"
+    columns = caption_columns(config, has_ids)
+    has_folders: bool | None = None  # whether Karpathy's images lie in the folders that the file names
+    with open_captions(uri, columns) as rows:
+        for row in rows:
+            image_split = split if row.split is None else _KARPATHY_SPLITS.get(row.split)
+            if image_split is None:
+                continue
+            caption = clean(row.text)
+            if row.problem or not caption:
+                yield None
+                continue
+            image = row.image_path if has_ids else row.image_id
+            if not image:
                 raise SchemaError(
                     "A caption has no image.",
-                    where=f"{uri}: line {row.line}",
-                    expected=f"a column {data.image_column}",
-                    remedy="Name the column: --set data.image_column=NAME.",
+                    where=f"{uri}: {row.place}",
+                    expected=f"a column {config.data.image_column}",
+                    remedy=columns.remedy,
                 )
-            else:
-                yield Pair(split, row.image_id, _below(root, row.image_id), clean(row.text))
+            if not has_ids and row.image_path:
+                if has_folders is None:
+                    has_folders = storage.exists(_below(root, row.image_path))
+                image = row.image_path if has_folders else image
+            yield Pair(image_split, row.image_id or image, _below(root, image), caption)
 
 
 def captions_of(table: pa.Table, json_field: str) -> list[list[str]]:
@@ -86,76 +111,6 @@ def clean(text: str) -> str:
     return " ".join(text.split())
 
 
-def _karpathy_images(data: bytes) -> list[dict[str, Any]] | None:
-    """Returns the images of Karpathy's JSON; None for any other, which the reader of dumps judges."""
-    try:
-        content = json.loads(data)
-    except ValueError:
-        return None
-    images = content.get("images") if isinstance(content, dict) else None
-    return images if isinstance(images, list) and images and "sentences" in images[0] else None
-
-
-def _karpathy_pairs(images: Sequence[dict[str, Any]], root: str) -> Iterator[Pair]:
-    """Yields the pairs of Karpathy's train, restval and val images.
-
-    Captions are the sentences' tokens, in lower case and without punctuation, as the reference trains on them. The
-    images lie below ROOT/filepath, or where they do not, below ROOT.
-    """
-    first = images[0]
-    nested = "filepath" in first and storage.exists(storage.join(root, first["filepath"], first["filename"]))
-    for image in images:
-        split = _KARPATHY_SPLITS.get(image.get("split", "train"))
-        if split is not None:
-            folder = storage.join(root, image["filepath"]) if nested else root
-            for sentence in image["sentences"]:
-                caption = " ".join(sentence["tokens"]) if "tokens" in sentence else clean(sentence["raw"])
-                yield Pair(split, image["filename"], _below(folder, image["filename"]), caption)
-
-
-def parquet_pairs(uri: str, config: TrainConfig, split: Split) -> Iterator[Pair]:
-    """Reads a Parquet list of URIs, whose captions are strings or lists of them; see `read_pairs`."""
-    data, root = config.data, config.images or uri.rsplit("/", 1)[0]
-    with storage.open_ranged(uri) as file:
-        parquet = pq.ParquetFile(file)
-        names = parquet.schema_arrow.names
-        if data.image_column not in names:
-            raise SchemaError(
-                "The Parquet file has no column of images.",
-                where=uri,
-                expected=data.image_column,
-                found=", ".join(names),
-                remedy="Name the column: --set data.image_column=NAME.",
-            )
-        column = caption_column(parquet.schema_arrow, data.caption_column, uri)
-        ids = data.id_column if data.id_column in names else data.image_column
-        for batch in parquet.iter_batches(_BATCH_ROWS, columns=list({data.image_column, column, ids})):
-            table = pa.Table.from_batches([batch])
-            captions = captions_of(table.select([column]), column)
-            images, image_ids = table[data.image_column].to_pylist(), table[ids].to_pylist()
-            for image, image_id, texts in zip(images, image_ids, captions, strict=True):
-                for text in texts:
-                    yield Pair(split, str(image_id), _below(root, image), text)
-
-
-def caption_column(schema: pa.Schema, wanted: str, uri: str) -> str:
-    """Returns the column of a Parquet file that holds captions: the wanted one, or its plural.
-
-    Raises:
-        SchemaError: There is neither.
-    """
-    column = next((name for name in (wanted, f"{wanted}s") if name in schema.names), None)
-    if column is None:
-        raise SchemaError(
-            "The Parquet file has no column of captions.",
-            where=uri,
-            expected=wanted,
-            found=", ".join(schema.names),
-            remedy="Name the column: --set data.caption_column=NAME.",
-        )
-    return column
-
-
 def _json_field(text: str | None, name: str) -> Any:
     try:
         fields = json.loads(text or "null")
@@ -165,4 +120,4 @@ def _json_field(text: str | None, name: str) -> Any:
 
 
 def _below(root: str, path: str) -> str:
-    return path if "://" in path or path.startswith("/") else storage.join(storage.absolute(root), path)
+    return path if "://" in path or path.startswith("/") else storage.join(root, path)

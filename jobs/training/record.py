@@ -5,15 +5,12 @@ How far the run is stands in its checkpoints (`smallcap.training.checkpoints`), 
 
 from __future__ import annotations
 
-import json
-import uuid
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
-from jobs.cluster.pinned import check_same_options, installed_versions
+from jobs.cluster.pinned import PinnedRecord, check_same_options
 from smallcap import storage
 from smallcap.errors import SchemaError
+from smallcap.records import Record, load_record
 from smallcap.training.checkpoints import EpochResult
 from smallcap.training.config import TrainConfig
 
@@ -26,10 +23,8 @@ _FREE = (
 )
 
 
-class TrainAttempt(BaseModel):
+class TrainAttempt(Record):
     """One start of the job."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     started_at: str
     finished_at: str | None = None
@@ -39,10 +34,8 @@ class TrainAttempt(BaseModel):
     seconds: float | None = None  # wall clock of the training loop, starts and validation included
 
 
-class TrainData(BaseModel):
+class TrainData(Record):
     """What a run trains on."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     images: int
     examples: int
@@ -52,19 +45,11 @@ class TrainData(BaseModel):
     leaks: int | None = None  # images with a candidate that has the text of one of their own captions
 
 
-class TrainRecord(BaseModel):
+class TrainRecord(PinnedRecord):
     """The content of `train.json`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     format_version: Literal[1] = 1
-    run_id: str
-    status: Literal["running", "complete"] = "running"
-    config: dict[str, Any]
     start_id: str
-    index_id: str | None
-    retrieval_encoder: str | None
-    versions: dict[str, str]
     dtype: str | None = None  # of the forward pass
     data: TrainData | None = None
     trained_parameters: int | None = None
@@ -76,32 +61,13 @@ class TrainRecord(BaseModel):
     best_epoch: int | None = None
     attempts: tuple[TrainAttempt, ...] = ()
 
-    @classmethod
-    def new(
-        cls, config: TrainConfig, start_id: str, index_id: str | None, retrieval_encoder: str | None
-    ) -> TrainRecord:
-        """Returns the record of a run that begins."""
-        return cls(
-            run_id=uuid.uuid4().hex[:12],
-            config=config.model_dump(mode="json"),
-            start_id=start_id,
-            index_id=index_id,
-            retrieval_encoder=retrieval_encoder,
-            versions=installed_versions(),
-        )
-
     def check_same_run(self, config: TrainConfig, start_id: str) -> None:
         """Checks that a command continues this run.
 
         Raises:
             ConfigError: Its config or the model that it starts from differs.
         """
-        check_same_options(self.config, config, _FREE, (self.start_id, start_id), config.out)
-
-    def write(self, out: str) -> None:
-        """Writes `train.json`, atomically."""
-        data = json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
-        storage.write_bytes(storage.join(out, RECORD_FILE), data.encode())
+        check_same_options(self, config, _FREE, (self.start_id, start_id), config.out)
 
 
 def load_train_record(out: str) -> TrainRecord | None:
@@ -110,19 +76,12 @@ def load_train_record(out: str) -> TrainRecord | None:
     Raises:
         SchemaError: `train.json` is malformed, or of an unknown format version.
     """
-    where = storage.join(out, RECORD_FILE)
-    if not storage.exists(where):
-        return None
-    try:
-        return TrainRecord.model_validate_json(storage.read_bytes(where))
-    except ValidationError as error:
-        raise SchemaError(
-            "train.json is malformed, or of another format version.",
-            where=where,
-            expected="format_version 1",
-            found=str(error),
-            remedy="Use the smallcap release that wrote it, or a newer one.",
-        ) from error
+    return load_record(TrainRecord, storage.join(out, RECORD_FILE), SchemaError)
+
+
+def write_train_record(out: str, record: TrainRecord) -> None:
+    """Writes `train.json`, atomically."""
+    record.write(storage.join(out, RECORD_FILE))
 
 
 def choose_best(epochs: tuple[EpochResult, ...]) -> tuple[EpochResult, SelectedBy]:

@@ -477,7 +477,7 @@ def write_index(folder: Path, vectors: np.ndarray, texts: list[str], identity: E
         shards=(ShardEntry.adopt(folder / "shard.faiss", folder, "shard", first_id=0, rows=rows),),
         captions=(ShardEntry.adopt(folder / "captions.arrow", folder, "captions", first_id=0, rows=rows),),
         max_captions_per_image=0,
-        sources=(SourceEntry(uri="random", rows=rows, sha256="0" * 64),),
+        sources=(SourceEntry(uri="random", name="random", rows=rows, sha256="0" * 64),),
         filters={},
         dropped={},
         builder_version="benchmark",

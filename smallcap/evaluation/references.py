@@ -9,8 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
+from smallcap.captions.reader import open_captions
+from smallcap.captions.rows import CaptionColumns, CaptionRow
 from smallcap.errors import ConfigError, SchemaError
 
 _TRAILING_NUMBER = re.compile(r"(\d+)$")
@@ -97,94 +98,51 @@ _KEYS: tuple[Callable[[ReferenceImage], set[str]], ...] = (
 )
 
 
-def parse_references(content: Any, where: str, split: str | None = None) -> References:
-    """Reads references from the content of a JSON file.
+def load_references(uri: str, columns: CaptionColumns, split: str | None = None) -> References:
+    """Loads the reference captions of a file.
 
     Args:
-        content: COCO captions (`images`, `annotations`), or Karpathy's splits (`images[].sentences[].raw`).
-        where: What errors call the file.
+        uri: COCO captions, Karpathy's splits, or a table.
+        columns: Where a table keeps captions and images.
         split: Of Karpathy's splits, the one to take, such as `test`; by default all.
 
     Raises:
-        SchemaError: It is neither, or an entry of it is malformed.
-        ConfigError: A split is asked for that the file does not have.
+        SchemaError: The file is damaged, a caption is malformed or empty or names no image, or there are none.
+        ConfigError: The file's suffix is unknown, or it does not have the split.
+        StorageError: It cannot be read.
     """
-    content = content if isinstance(content, dict) else {}
-    images, annotations = content.get("images"), content.get("annotations")
-    if isinstance(annotations, list):
-        if split is not None:
-            raise ConfigError(
-                "COCO captions have no splits inside a file.",
-                where=where,
-                found=split,
-                remedy="Leave --split out; another split is another file.",
-            )
-        return References(_coco_images(images if isinstance(images, list) else [], annotations, where), where)
-    if isinstance(images, list) and images and isinstance(images[0], dict) and "sentences" in images[0]:
-        splits = {str(image.get("split")) for image in images if isinstance(image, dict)}
-        if split is not None and split not in splits:
-            raise ConfigError(
-                "The references have no such split.", where=where, expected=", ".join(sorted(splits)), found=split
-            )
-        return References(_karpathy_images(images, where, split), where)
-    raise SchemaError(
-        "This JSON file holds no reference captions.",
-        where=where,
-        expected="COCO's images and annotations, or Karpathy's images[].sentences[].raw",
-        found=", ".join(list(content)[:10]) or "no JSON object",
-    )
+    images: dict[tuple[str, str | None], list[str]] = {}
+    splits: set[str] = set()
+    with open_captions(uri, columns) as rows:
+        for row in rows:
+            if split is not None and row.split is not None:
+                splits.add(row.split)
+                if row.split != split:
+                    continue
+            image_id = _checked_image(row, uri, columns)
+            if row.split is None and split is not None:
+                raise ConfigError(
+                    "These captions have no splits inside a file.",
+                    where=uri,
+                    found=split,
+                    remedy="Leave --split out; another split is another file.",
+                )
+            images.setdefault((image_id, row.dataset_id), []).append(row.text)
+    if split is not None and splits and not images:
+        expected = ", ".join(sorted(splits))
+        raise ConfigError("The references have no such split.", where=uri, expected=expected, found=split)
+    return References((ReferenceImage(name, tuple(texts), number) for (name, number), texts in images.items()), uri)
 
 
-def group_references(rows: Iterable[tuple[str | None, str]], where: str) -> References:
-    """Groups rows of image id and caption, in any order.
-
-    Raises:
-        SchemaError: A row names no image, or there are no rows.
-    """
-    captions: dict[str, list[str]] = {}
-    for number, (image_id, caption) in enumerate(rows, start=1):
-        if not image_id:
-            raise SchemaError(
-                "A reference caption names no image.",
-                where=f"{where}: caption {number}",
-                remedy="Name the column of the images' ids with --image-id-column.",
-            )
-        captions.setdefault(image_id, []).append(caption)
-    return References((ReferenceImage(name, tuple(texts)) for name, texts in captions.items()), where)
-
-
-def _coco_images(images: list[Any], annotations: list[Any], where: str) -> list[ReferenceImage]:
-    captions: dict[str, list[str]] = {}
-    for number, annotation in enumerate(annotations):
-        entry = annotation if isinstance(annotation, dict) else {}
-        image_id, caption = entry.get("image_id"), entry.get("caption")
-        if not isinstance(image_id, str | int) or not isinstance(caption, str):
-            raise _malformed(f"{where}: annotations[{number}]", "an object with image_id and caption", annotation)
-        captions.setdefault(str(image_id), []).append(caption)
-    names = {}
-    for number, image in enumerate(images):
-        entry = image if isinstance(image, dict) else {}
-        if not isinstance(entry.get("id"), str | int) or not isinstance(entry.get("file_name", ""), str):
-            raise _malformed(f"{where}: images[{number}]", "an object with id and file_name", image)
-        names[str(entry["id"])] = entry.get("file_name") or str(entry["id"])
-    return [ReferenceImage(names.get(key, key), tuple(texts), key) for key, texts in captions.items()]
-
-
-def _karpathy_images(images: list[Any], where: str, split: str | None) -> list[ReferenceImage]:
-    found = []
-    for number, image in enumerate(images):
-        try:
-            if split is None or image["split"] == split:
-                texts = tuple(sentence["raw"] for sentence in image["sentences"])
-                coco_id = str(image["cocoid"]) if "cocoid" in image else None
-                found.append(ReferenceImage(image["filename"], texts, coco_id))
-        except (KeyError, TypeError) as error:
-            expected = "an object with filename, split and sentences[].raw"
-            raise _malformed(f"{where}: images[{number}]", expected, image) from error
-    return [image for image in found if image.captions]
-
-
-def _malformed(where: str, expected: str, found: Any) -> SchemaError:
-    return SchemaError(
-        "An entry of the references is malformed.", where=where, expected=expected, found=repr(found)[:200]
-    )
+def _checked_image(row: CaptionRow, uri: str, columns: CaptionColumns) -> str:
+    """Returns what names a row's image, once it is sure that the row has both a caption and an image."""
+    if row.problem or not row.text.strip():
+        raise SchemaError(
+            "A row of the references is malformed.",
+            where=f"{uri}: {row.place}",
+            expected="a caption and the id of its image",
+            found=row.found or repr(row.text),
+        )
+    if not row.image_id:
+        raise SchemaError("A reference caption names no image.", where=f"{uri}: {row.place}", remedy=columns.remedy)
+    return row.image_id

@@ -67,17 +67,17 @@ class FragmentTable(Sequence[Fragment]):
         return self._table.num_rows
 
     @overload
-    def __getitem__(self, at: int) -> Fragment: ...
+    def __getitem__(self, key: int) -> Fragment: ...
     @overload
-    def __getitem__(self, at: slice) -> FragmentTable: ...
-    def __getitem__(self, at: int | slice) -> Fragment | FragmentTable:
+    def __getitem__(self, key: slice) -> FragmentTable: ...
+    def __getitem__(self, key: int | slice) -> Fragment | FragmentTable:
         """Returns the fragment at a place, or the fragments of a slice without steps; their numbers stay."""
-        if isinstance(at, slice):
-            start, stop, step = at.indices(len(self))
+        if isinstance(key, slice):
+            start, stop, step = key.indices(len(self))
             if step != 1:
                 raise ValueError("a slice of fragments has no steps")
             return FragmentTable(self._table.slice(start, max(stop - start, 0)), self._first + start)
-        place = range(len(self))[at]
+        place = range(len(self))[key]
         values = {name: self._table[name][place].as_py() for name in FRAGMENT_COLUMNS.names}
         return Fragment(number=self._first + place, **values)
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import IO, Any
 
@@ -28,7 +30,9 @@ TEXT_COLUMN = "image_uri"  # the one column of a .txt list, and of a JSON array 
 
 # Each gives the list's column names, and then its rows as tables with the columns that are asked for.
 _Rows = Iterator[pa.Table]
-_Reader = Callable[[IO[bytes], Callable[[Sequence[str]], list[str]]], _Rows]
+_Open = Callable[[], IO[bytes]]
+_Choose = Callable[[Sequence[str]], list[str]]
+_Reader = Callable[[_Open, _Choose], _Rows]
 
 
 @dataclass(frozen=True)
@@ -49,20 +53,22 @@ class ImageList:
         """Yields `image_id` and `image_uri` (string, absolute, never null) and the kept columns.
 
         Raises:
-            SchemaError: The list is damaged, has not a column that it must have, or a row has no URI or id.
+            SchemaError: The list is damaged, lacks a column, or a row has no URI or id.
             StorageError: It cannot be read.
         """
-        suffix = "." + self.uri.rsplit(".", 1)[-1].lower()
+        suffix = storage.suffix_of(self.uri)
         first_row = 1
-        with storage.open_ranged(self.uri, 0 if suffix == ".parquet" else _BLOCK_BYTES) as file:
-            rows = _READERS[suffix](file, self._columns_to_read)
+        buffer_bytes = 0 if suffix == ".parquet" else _BLOCK_BYTES
+        with ExitStack() as opened:
+            rows = _READERS[suffix](
+                lambda: opened.enter_context(storage.open_ranged(self.uri, buffer_bytes)), self._columns_to_read
+            )
             while True:
                 try:
                     table = next(rows, None)
                 except (pa.ArrowException, UnicodeDecodeError, json.JSONDecodeError, OSError) as error:
-                    raise SchemaError(
-                        "The list of images cannot be read.", where=self.uri, found=str(error)[:500]
-                    ) from error
+                    found = str(error)[:500]
+                    raise SchemaError("The list of images cannot be read.", where=self.uri, found=found) from error
                 if table is None:
                     return
                 yield self._images(table, first_row)
@@ -75,7 +81,7 @@ class ImageList:
             image = TEXT_COLUMN
         if image is None:
             raise SchemaError(
-                "The list of images has no such column.",
+                "The list of images lacks the column of URIs.",
                 where=self.uri,
                 expected=self.config.image_column,
                 found=", ".join(found),
@@ -99,7 +105,7 @@ class ImageList:
             values = plain(table[name]).cast(pa.string())
         except pa.ArrowException as error:
             raise SchemaError(
-                f"A list's {what}s are no strings.", where=self.uri, expected=name, found=str(table[name].type)
+                f"The {what}s of the list are not strings.", where=self.uri, expected=name, found=str(table[name].type)
             ) from error
         missing = pc.fill_null(pc.equal(values, ""), True)
         row = pc.index(missing, True).as_py()
@@ -123,12 +129,12 @@ def check_kept_columns(keep_columns: Sequence[str], found: Sequence[str], where:
     """Checks that a file has all columns to keep.
 
     Raises:
-        SchemaError: It has not.
+        SchemaError: It lacks one.
     """
     missing = [name for name in keep_columns if name not in found]
     if missing:
         raise SchemaError(
-            "There is no such column to keep.",
+            "A column to keep is missing.",
             where=where,
             expected=", ".join(missing),
             found=", ".join(found) or "no columns",
@@ -137,57 +143,50 @@ def check_kept_columns(keep_columns: Sequence[str], found: Sequence[str], where:
 
 
 def plain(values: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Decodes a dictionary column, so that all batches have one type; a column of nulls only becomes strings."""
+    """Decodes a dictionary column, so that all batches have one type; a column of nothing but nulls becomes strings."""
     if pa.types.is_dictionary(values.type):
         return values.cast(values.type.value_type)
     return values.cast(pa.string()) if pa.types.is_null(values.type) else values
 
 
-def _read_parquet(file: IO[bytes], choose: Callable[[Sequence[str]], list[str]]) -> _Rows:
-    parquet = pq.ParquetFile(file, buffer_size=8 << 20)
+def _read_parquet(open_file: _Open, choose: _Choose) -> _Rows:
+    parquet = pq.ParquetFile(open_file(), buffer_size=8 << 20)
     columns = choose(parquet.schema_arrow.names)
     for batch in parquet.iter_batches(BATCH_ROWS, columns=columns):
         yield pa.Table.from_batches([batch]).select(columns)
 
 
-def _read_csv(delimiter: str) -> _Reader:
-    def read(file: IO[bytes], choose: Callable[[Sequence[str]], list[str]]) -> _Rows:
-        parse = pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
-        names = pa.csv.open_csv(_Unclosed(file), parse_options=parse).schema.names
-        columns = choose(names)
-        file.seek(0)
-        # A CSV has no types: as strings, a row far down cannot contradict the rows at the top, and 007 stays 007.
-        convert = pa.csv.ConvertOptions(
-            column_types=dict.fromkeys(columns, pa.string()),
-            include_columns=columns,
-            null_values=[""],
-            strings_can_be_null=True,
-            quoted_strings_can_be_null=False,
-        )
-        options = pa.csv.ReadOptions(block_size=_BLOCK_BYTES)
-        reader = pa.csv.open_csv(_Unclosed(file), read_options=options, parse_options=parse, convert_options=convert)
-        for batch in reader:
-            yield pa.Table.from_batches([batch])
-
-    return read
+def _read_csv(open_file: _Open, choose: _Choose, delimiter: str = ",") -> _Rows:
+    parse = pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+    columns = choose(pa.csv.open_csv(open_file(), parse_options=parse).schema.names)
+    # A CSV has no types: as strings, a row far down cannot contradict the rows at the top, and 007 stays 007.
+    convert = pa.csv.ConvertOptions(
+        column_types=dict.fromkeys(columns, pa.string()),
+        include_columns=columns,
+        null_values=[""],
+        strings_can_be_null=True,
+        quoted_strings_can_be_null=False,
+    )
+    options = pa.csv.ReadOptions(block_size=_BLOCK_BYTES)
+    for batch in pa.csv.open_csv(open_file(), read_options=options, parse_options=parse, convert_options=convert):
+        yield pa.Table.from_batches([batch])
 
 
-def _read_jsonl(file: IO[bytes], choose: Callable[[Sequence[str]], list[str]]) -> _Rows:
+def _read_jsonl(open_file: _Open, choose: _Choose) -> _Rows:
     options = pa.json.ReadOptions(block_size=_BLOCK_BYTES)
-    found = pa.json.open_json(_Unclosed(file), read_options=options).schema
+    found = pa.json.open_json(open_file(), read_options=options).schema
     columns = choose(found.names)
-    file.seek(0)
     fields = [found.field(name) for name in columns]
     types = pa.schema([field.with_type(pa.string()) if field.type == pa.null() else field for field in fields])
     parse = pa.json.ParseOptions(explicit_schema=types, unexpected_field_behavior="ignore")
-    for batch in pa.json.open_json(_Unclosed(file), read_options=options, parse_options=parse):
+    for batch in pa.json.open_json(open_file(), read_options=options, parse_options=parse):
         yield pa.Table.from_batches([batch]).select(columns)
 
 
-def _read_text(file: IO[bytes], choose: Callable[[Sequence[str]], list[str]]) -> _Rows:
+def _read_text(open_file: _Open, choose: _Choose) -> _Rows:
     choose([TEXT_COLUMN])
     lines: list[str] = []
-    for line in _text(file):
+    for line in _text(open_file):
         if line.strip():
             lines.append(line.rstrip("\r\n"))
         if len(lines) == BATCH_ROWS:
@@ -197,11 +196,11 @@ def _read_text(file: IO[bytes], choose: Callable[[Sequence[str]], list[str]]) ->
         yield pa.table({TEXT_COLUMN: pa.array(lines, pa.string())})
 
 
-def _read_json(file: IO[bytes], choose: Callable[[Sequence[str]], list[str]]) -> _Rows:
+def _read_json(open_file: _Open, choose: _Choose) -> _Rows:
     """Reads an array of objects or of strings, of which only a block and a batch are held."""
     columns: list[str] = []
     schema: pa.Schema | None = None
-    for items in _json_batches(_text(file)):
+    for items in _json_batches(_text(open_file)):
         rows = [item if isinstance(item, dict) else {TEXT_COLUMN: item} for item in items]
         if not columns:
             columns = choose(list(dict.fromkeys(chain.from_iterable(rows))))
@@ -221,21 +220,21 @@ def _json_batches(text: io.TextIOWrapper) -> Iterator[list[Any]]:
         raise json.JSONDecodeError("not an array of objects or strings", buffer[:100], 0)
     buffer = buffer[1:]
     items: list[Any] = []
-    at = 0
+    position = 0
     while True:
-        while at < len(buffer) and buffer[at] in " \t\r\n,":
-            at += 1
-        if buffer.startswith("]", at):
+        while position < len(buffer) and buffer[position] in " \t\r\n,":
+            position += 1
+        if buffer.startswith("]", position):
             break
         try:
-            if not buffer.startswith(("{", '"'), at):
-                raise json.JSONDecodeError("expected an object or a string", buffer[at : at + 100], 0)
-            item, at = decoder.raw_decode(buffer, at)
+            if not buffer.startswith(("{", '"'), position):
+                raise json.JSONDecodeError("expected an object or a string", buffer[position : position + 100], 0)
+            item, position = decoder.raw_decode(buffer, position)
         except json.JSONDecodeError:
             more = text.read(_BLOCK_BYTES)
             if not more:
                 raise
-            buffer, at = buffer[at:] + more, 0
+            buffer, position = buffer[position:] + more, 0
             continue
         items.append(item)
         if len(items) == BATCH_ROWS:
@@ -245,33 +244,16 @@ def _json_batches(text: io.TextIOWrapper) -> Iterator[list[Any]]:
         yield items
 
 
-def _text(file: IO[bytes]) -> io.TextIOWrapper:
-    return io.TextIOWrapper(io.BufferedReader(_Unclosed(file)), encoding="utf-8-sig")
-
-
-class _Unclosed(io.RawIOBase):
-    """Lends a file to a reader that would close it."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-
-    def readable(self) -> bool:
-        return True
-
-    def read(self, size: int | None = -1) -> bytes:
-        return self._file.read(-1 if size is None else size)
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._file.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
+def _text(open_file: _Open) -> io.TextIOWrapper:
+    return io.TextIOWrapper(open_file(), encoding="utf-8-sig")
 
 
 _READERS: dict[str, _Reader] = {
     ".parquet": _read_parquet,
-    ".csv": _read_csv(","),
-    ".tsv": _read_csv("\t"),
+    ".csv": _read_csv,
+    ".tsv": partial(_read_csv, delimiter="\t"),
     ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
     ".json": _read_json,
     ".txt": _read_text,
 }

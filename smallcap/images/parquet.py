@@ -61,23 +61,23 @@ def _read_outline(uri: str) -> ParquetOutline:
 
 
 def image_bytes_column(schema: pa.Schema, config: InputConfig, where: str) -> str | None:
-    """Returns the column that holds image files; None where the file is no such file, but may be a list of URIs.
+    """Returns the column that holds image files; None where it has none, and may be a list of URIs.
 
     Raises:
         SchemaError: Several columns may be it.
     """
     if config.image_column in schema.names:
         return config.image_column if _holds_bytes(schema.field(config.image_column).type) else None
-    able = [field.name for field in schema if _holds_bytes(field.type)]
-    if len(able) > 1:
+    with_bytes = [field.name for field in schema if _holds_bytes(field.type)]
+    if len(with_bytes) > 1:
         raise SchemaError(
             "Several columns may hold the images.",
             where=where,
             expected=config.image_column,
-            found=", ".join(able),
+            found=", ".join(with_bytes),
             remedy="Name the column: --set input.image_column=NAME.",
         )
-    return able[0] if able else None
+    return with_bytes[0] if with_bytes else None
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:
@@ -91,8 +91,8 @@ def read_parquet(
 ) -> Iterator[InputBatch]:
     """Yields the images of one row group.
 
-    Where the file cannot be read (any further), each row that is left becomes an error of its own, so that the rows
-    are as many as were listed.
+    Where the file cannot be read, or not to its end, each row that is left becomes an error, so that the rows are as
+    many as were listed.
 
     Args:
         fragment: The row group.
@@ -101,18 +101,18 @@ def read_parquet(
         kept_columns: Further columns to read.
 
     Raises:
-        SchemaError: The file has no column of images any more.
+        SchemaError: The file no longer has a column of images.
         StorageError: The service fails; a file that is missing or forbidden gives error rows.
     """
     assert fragment.rows is not None
-    at = 0
+    read = 0
     try:
         with storage.open_ranged(fragment.uri) as file:
             parquet = pq.ParquetFile(file, buffer_size=_BUFFER_BYTES)
             for batch in _row_group(parquet, fragment, config, kept_columns):
-                at += len(batch.rows)
-                if (part := batch.only(wanted)) is not None:
-                    yield part
+                read += len(batch.rows)
+                if (chosen := batch.only(wanted)) is not None:
+                    yield chosen
             problem = RowError(
                 ErrorCode.TRUNCATED, "The row group has fewer rows than were listed.", where=fragment.uri
             )
@@ -120,13 +120,13 @@ def read_parquet(
         problem = unreadable_file(error, fragment.uri)
     except _DAMAGED as error:
         problem = RowError(ErrorCode.TRUNCATED, f"The Parquet file is damaged: {error}", where=fragment.uri)
-    for start in range(at, fragment.rows, FRAGMENT_ROWS):
+    for start in range(read, fragment.rows, FRAGMENT_ROWS):
         rows = np.arange(start, min(start + FRAGMENT_ROWS, fragment.rows), dtype=np.int32)
         uris = [f"{fragment.uri}#row_group={fragment.row_group},row={row}" for row in rows]
         kept = pa.Table.from_pylist([{}] * len(rows), schema=kept_columns) if len(kept_columns) else None
         errors = InputBatch(rows, uris, uris, [problem] * len(rows), kept, bool(rows[-1] == fragment.rows - 1))
-        if (part := errors.only(wanted)) is not None:
-            yield part
+        if (chosen := errors.only(wanted)) is not None:
+            yield chosen
 
 
 def _row_group(
@@ -142,11 +142,11 @@ def _row_group(
     columns = list(dict.fromkeys([column, *ids, *kept_columns.names]))
     groups = [parquet.metadata.row_group(number).num_rows for number in range(fragment.row_group + 1)]
     before = list(accumulate(groups, initial=0))[fragment.row_group]  # rows of the file before this row group
-    at = 0
+    read = 0
     for batch in parquet.iter_batches(FRAGMENT_ROWS, row_groups=[fragment.row_group], columns=columns):
         table = pa.Table.from_batches([batch])
-        rows = np.arange(at, at + len(table), dtype=np.int32)
-        at += len(table)
+        rows = np.arange(read, read + len(table), dtype=np.int32)
+        read += len(table)
         uris = [f"{fragment.uri}#row={before + row}" for row in rows]
         data, paths = _contents(table[column].combine_chunks(), uris)
         numbered = [f"{fragment.id_prefix}{before + row}" for row in rows]
@@ -158,7 +158,7 @@ def _row_group(
             image_uris=uris,
             data=data,
             kept=pa.table(kept, schema=kept_columns) if kept else None,
-            ends_fragment=at == groups[-1],
+            ends_fragment=read == groups[-1],
         )
 
 

@@ -102,10 +102,10 @@ class RowRanges:
 
     def contains(self, rows: np.ndarray) -> np.ndarray:
         """Says for each of the rows, [n] integers, whether it is in the set: [n] bool."""
-        at = np.searchsorted(self._ranges[:, 0], rows, side="right") - 1  # the last range that begins at or before it
+        place = np.searchsorted(self._ranges[:, 0], rows, side="right") - 1  # of the last range that begins by then
         if not len(self._ranges):
             return np.zeros(len(rows), dtype=bool)
-        return np.asarray((at >= 0) & (rows < self._ranges[at, 1]))
+        return np.asarray((place >= 0) & (rows < self._ranges[place, 1]))
 
     def __len__(self) -> int:
         return int((self._ranges[:, 1] - self._ranges[:, 0]).sum())

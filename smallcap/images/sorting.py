@@ -90,7 +90,7 @@ def unique_images(tables: Iterable[pa.Table], found: Duplicates) -> Iterator[pa.
             continue
         ids, uris = table["image_id"].combine_chunks(), table["image_uri"].combine_chunks()
         again = _equals_previous(ids, before_id)
-        taken_now = uris[-1].as_py()
+        last_taken = uris[-1].as_py()
         if again.any():
             found.count += int(again.sum())
             first = np.maximum.accumulate(np.where(again, -1, np.arange(len(again))))  # row that begins each id
@@ -99,8 +99,8 @@ def unique_images(tables: Iterable[pa.Table], found: Duplicates) -> Iterator[pa.
                     break
                 known = taken if first[row] < 0 else uris[int(first[row])].as_py()
                 found.examples.append(DuplicateExample(ids[int(row)].as_py(), known, uris[int(row)].as_py()))
-            taken_now = taken if first[-1] < 0 else uris[int(first[-1])].as_py()
-        before_id, before_uri, taken = ids[-1].as_py(), uris[-1].as_py(), taken_now
+            last_taken = taken if first[-1] < 0 else uris[int(first[-1])].as_py()
+        before_id, before_uri, taken = ids[-1].as_py(), uris[-1].as_py(), last_taken
         if not again.all():
             yield table.filter(pa.array(~again)) if again.any() else table
 

@@ -14,11 +14,10 @@ import pyarrow as pa
 from smallcap import storage
 from smallcap.config import InputConfig
 from smallcap.errors import ConfigError, SchemaError
+from smallcap.images.kinds import IMAGE_SUFFIXES, TAR_SUFFIXES, without_tar_suffix
 from smallcap.images.lists import BATCH_ROWS, LIST_SUFFIXES, ImageList, check_kept_columns
 from smallcap.images.parquet import ParquetOutline, image_bytes_column, read_outlines
-from smallcap.images.tars import TAR_SUFFIXES
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 IMAGE_COLUMNS = pa.schema([pa.field("image_id", pa.string()), pa.field("image_uri", pa.string())])
 
 
@@ -63,7 +62,7 @@ class ImageSources:
 
         Raises:
             ConfigError: Sources differ in the types of the kept columns.
-            SchemaError: A list or Parquet file is damaged or has not the columns it must have.
+            SchemaError: A list or Parquet file is damaged, or lacks a column.
             StorageError: A source does not exist, or the service fails.
         """
         self.tars, self.parquet = {}, {}
@@ -73,22 +72,16 @@ class ImageSources:
                 yield table.select([*IMAGE_COLUMNS.names, *self.keep_columns])
 
     def _list(self, source: str) -> Iterator[pa.Table]:
-        suffix = "." + source.rsplit(".", 1)[-1].lower()
-        is_list = suffix in LIST_SUFFIXES
-        if is_list and storage.is_glob(source):
-            found = sorted(storage.iter_files(source, (suffix,)))
-            if suffix == ".parquet":
-                yield from self._list_parquet(source, found)
-            else:
-                for uri in found:
-                    yield from self._read_list(uri)
-        elif is_list and not storage.is_folder(source):
-            if suffix == ".parquet":
-                yield from self._list_parquet(source, [source])
-            else:
-                yield from self._read_list(source)
-        else:
+        suffix = storage.suffix_of(source)
+        if suffix not in LIST_SUFFIXES or (storage.is_folder(source) and not storage.is_glob(source)):
             yield from self._list_files(source)
+            return
+        lists = storage.list_files(source, (suffix,)) if storage.is_glob(source) else [source]
+        if suffix == ".parquet":
+            yield from self._list_parquet(source, lists)
+        else:
+            for uri in lists:
+                yield from self._read_list(uri)
 
     def _list_files(self, source: str) -> Iterator[pa.Table]:
         """Lists a folder, prefix, glob or file: images and tars, or where there are none of them, Parquet files."""
@@ -115,7 +108,7 @@ class ImageSources:
 
     def _files_table(self, source: str, uris: list[str]) -> pa.Table:
         check_kept_columns(self.keep_columns, (), f"{source} (files have no columns)")
-        ids = [_below(source, uri) for uri in uris]
+        ids = [storage.path_below(source, uri) for uri in uris]
         try:
             return pa.table({"image_id": ids, "image_uri": uris}, schema=IMAGE_COLUMNS)
         except UnicodeEncodeError as error:
@@ -126,15 +119,14 @@ class ImageSources:
             ) from error
 
     def _add_tar(self, source: str, uri: str) -> None:
-        name = _below(source, uri)
-        ending = next(suffix for suffix in sorted(TAR_SUFFIXES, key=len, reverse=True) if uri.lower().endswith(suffix))
+        name = without_tar_suffix(storage.path_below(source, uri))
         self._agree(pa.schema([pa.field(column, pa.string()) for column in self.keep_columns]), uri)
-        self.tars.setdefault(uri, TarFile(uri, name[: -len(ending)]))
+        self.tars.setdefault(uri, TarFile(uri, name))
 
     def _list_parquet(self, source: str, uris: list[str]) -> Iterator[pa.Table]:
         """Takes Parquet files as images where they hold bytes, else as lists of URIs."""
         for outline in read_outlines(uris):
-            name = _below(source, outline.uri).removesuffix(".parquet")
+            name = storage.path_below(source, outline.uri).removesuffix(".parquet")
             if outline.problem and len(uris) == 1:
                 raise SchemaError("The list of images cannot be read.", where=outline.uri, found=outline.problem)
             if outline.problem:
@@ -173,8 +165,3 @@ def _plain_field(column: pa.Field) -> pa.Field:
 
 def _describe(kept: pa.Schema) -> str:
     return ", ".join(f"{column.name}: {column.type}" for column in kept)
-
-
-def _below(source: str, uri: str) -> str:
-    """Returns a file's path below its source; a file that is the source itself has its name."""
-    return uri.removeprefix(source).lstrip("/") or uri.rsplit("/", 1)[-1]

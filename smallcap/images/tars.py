@@ -22,10 +22,9 @@ import pyarrow as pa
 from smallcap import storage
 from smallcap.errors import ErrorCode, RowError, StorageError
 from smallcap.images.fragments import FRAGMENT_ROWS, Fragment, InputBatch, unreadable_file
+from smallcap.images.kinds import IMAGE_EXTENSIONS
 from smallcap.images.row_ranges import RowRanges
 
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
-_IMAGE_EXTENSIONS = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"))
 _BLOCK_BYTES = 16 << 20  # read ahead, and one request on S3
 _BATCH_BYTES = 64 << 20  # a batch ends with the image that reaches it
 _PEEK_BYTES = 16 << 10
@@ -165,7 +164,7 @@ def _samples(
                 yield from finish(sample)
                 is_wanted = wanted is None or bool(wanted.contains(np.array([progress.rows]))[0])
                 sample = _Sample(key, wanted=is_wanted and key not in keys)
-            if extension in _IMAGE_EXTENSIONS:
+            if extension in IMAGE_EXTENSIONS:
                 if sample.member is not None or key in keys:
                     # Counted with the row before it, so that a tar that is read again counts it only once.
                     before = progress.rows - (sample.member is None)

@@ -28,7 +28,6 @@ CAPTION_STORE_COLUMNS = pa.schema(
     ]
 )
 _TEXTS_AT_ONCE = 10_000
-_COLUMNS_V1 = CAPTION_STORE_COLUMNS.set(2, pa.field("source", pa.string(), nullable=False))  # the first file only
 
 
 @dataclass(frozen=True)
@@ -122,9 +121,9 @@ def open_caption_file(file: Path, shard: ShardEntry) -> pa.RecordBatch:
         batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
     except (pa.ArrowInvalid, OSError) as error:
         raise IndexIntegrityError("A caption file cannot be read.", where=str(file), found=str(error)) from error
-    if reader.schema not in (CAPTION_STORE_COLUMNS, _COLUMNS_V1):
+    if reader.schema != CAPTION_STORE_COLUMNS:
         raise IndexIntegrityError(
-            "A caption file has other columns than its format version says.",
+            "A caption file lacks a column, or has others than a caption file has.",
             where=str(file),
             expected=", ".join(CAPTION_STORE_COLUMNS.names),
             found=", ".join(reader.schema.names),
@@ -132,7 +131,7 @@ def open_caption_file(file: Path, shard: ShardEntry) -> pa.RecordBatch:
     found = [batch.num_rows for batch in batches]
     if found != [shard.rows]:
         raise IndexIntegrityError(
-            "A caption file has not the rows that the manifest says.",
+            "A caption file does not have the rows that the manifest says.",
             where=str(file),
             expected=f"one batch of {shard.rows} rows",
             found=f"batches of {found} rows",
@@ -146,6 +145,36 @@ def open_caption_file(file: Path, shard: ShardEntry) -> pa.RecordBatch:
             found=f"{ids[0]} to {ids[-1]}",
         )
     return batches[0]
+
+
+def open_removed(manifest: IndexManifest, folder: str | Path) -> np.ndarray:
+    """Returns the sorted int64 ids that are no longer retrieved, memory-mapped where they are local; there may be none.
+
+    Args:
+        manifest: The version's.
+        folder: Below which its files lie: a path or a URI.
+
+    Raises:
+        IndexIntegrityError: The file is not what the manifest says.
+    """
+    if manifest.removed is None:
+        return np.empty(0, np.int64)
+    file = storage.join(str(folder), manifest.removed.file)
+    is_local = storage.is_local(file)
+    source = storage.absolute(file) if is_local else io.BytesIO(storage.read_bytes(file))
+    try:
+        removed = np.load(source, mmap_mode="r" if is_local else None, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise IndexIntegrityError("The removed ids cannot be read.", where=file, found=str(error)) from error
+    sound = removed.shape == (manifest.removed.rows,) and removed.dtype == np.int64
+    if not (sound and removed[0] >= 0 and removed[-1] < manifest.id_count and (np.diff(removed) > 0).all()):
+        raise IndexIntegrityError(
+            "The removed ids are not what the manifest says.",
+            where=file,
+            expected=f"{manifest.removed.rows} rising int64 ids below {manifest.id_count}",
+            found=f"{removed.dtype} {removed.shape}",
+        )
+    return np.asarray(removed)
 
 
 def load_caption_sample(
@@ -162,7 +191,7 @@ def load_caption_sample(
     """
     manifest = load_manifest(index_uri, index_id)
     shard = manifest.captions[0]
-    removed = _load_removed(index_uri, manifest)
+    removed = open_removed(manifest, index_uri)
     with open_arrow(storage.join(index_uri, shard.file)) as source:
         batch = pa.ipc.open_file(source).get_batch(0)
         live = np.setdiff1d(np.arange(batch.num_rows), removed - shard.first_id)
@@ -178,21 +207,13 @@ def read_texts(index_uri: str, index_id: str | None = None) -> Iterator[list[str
         StorageError: A caption file cannot be read.
     """
     manifest = load_manifest(index_uri, index_id)
-    removed = _load_removed(index_uri, manifest)
+    removed = open_removed(manifest, index_uri)
     for shard in manifest.captions:
         with open_arrow(storage.join(index_uri, shard.file)) as source:
             texts = pa.ipc.open_file(source).get_batch(0).column("text")
             live = np.setdiff1d(np.arange(len(texts)), removed - shard.first_id)
             for start in range(0, len(live), _TEXTS_AT_ONCE):
                 yield texts.take(pa.array(live[start : start + _TEXTS_AT_ONCE])).to_pylist()
-
-
-def _load_removed(index_uri: str, manifest: IndexManifest) -> np.ndarray:
-    """Returns the ids of removed captions, [removed] int64."""
-    if manifest.removed is None:
-        return np.zeros(0, np.int64)
-    data = storage.read_bytes(storage.join(index_uri, manifest.removed.file))
-    return np.load(io.BytesIO(data), allow_pickle=False)
 
 
 def open_arrow(uri: str) -> pa.NativeFile:
@@ -203,11 +224,10 @@ def open_arrow(uri: str) -> pa.NativeFile:
 
 
 def _caption_row(row: dict[str, Any]) -> CaptionRow:
-    sources = row["source"]
     return CaptionRow(
         caption_id=row["caption_id"],
         text=row["text"],
-        sources=(sources,) if isinstance(sources, str) else tuple(sources),
+        sources=tuple(row["source"]),
         image_ids=tuple(row["image_id"] or ()),
     )
 

@@ -1,6 +1,6 @@
 """What smallcap relies on of faiss: one working package, the kinds of index it reads, and how a file becomes an index.
 
-Only files whose sha256 has been checked, and which `index_cache` has found to hold no on-disk lists, may come here.
+Only files whose sha256 has been checked, and which `node_cache` has found to hold no on-disk lists, may come here.
 """
 
 from __future__ import annotations
@@ -81,17 +81,17 @@ def read_index(file: Path, index_key: str) -> Any:
     family = re.sub(r"\d+(_HNSW\d+)?,", ",", index_key, count=1)
     expected = [_FOURCC_OF_LOSSLESS[family]] if not is_lossy(index_key) else list(_FOURCC)
     if fourcc not in expected:
-        raise _of_another_kind(file, index_key, f"{fourcc!r} ({_FOURCC.get(fourcc, 'unknown')})")
+        raise _another_kind(file, index_key, f"{fourcc!r} ({_FOURCC.get(fourcc, 'unknown')})")
     try:
         index: Any = faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC)
     except RuntimeError as error:
         raise IndexIntegrityError("faiss cannot read a shard.", where=str(file), found=str(error)) from error
     if family == "IVF,SQfp16" and index.sq.qtype != faiss.ScalarQuantizer.QT_fp16:
-        raise _of_another_kind(file, index_key, f"a scalar quantizer of type {index.sq.qtype}")
+        raise _another_kind(file, index_key, f"a scalar quantizer of type {index.sq.qtype}")
     return index
 
 
-def _of_another_kind(file: Path, index_key: str, found: str) -> IndexIntegrityError:
+def _another_kind(file: Path, index_key: str, found: str) -> IndexIntegrityError:
     return IndexIntegrityError(
         "A shard is of another kind than the manifest's key, or of one that this release does not read.",
         where=str(file),

@@ -104,11 +104,11 @@ class ExactBlocks:
     def _tolerance(self, queries: np.ndarray) -> np.ndarray:
         """Returns for each query [B] the most by which a product of float16 can be off."""
         halves = queries.astype(np.float16).astype(np.float32)
-        of_query = np.linalg.norm(queries - halves, axis=1) * self._norm
+        query_error = np.linalg.norm(queries - halves, axis=1) * self._norm
         norms = np.linalg.norm(queries, axis=1)
-        of_vectors = norms * self._lost
-        of_sums = queries.shape[1] * 2.0**-23 * norms * self._norm  # of float32 sums in any order
-        return (of_query + of_vectors + of_sums) * 1.01 + 1e-6
+        vector_error = norms * self._lost
+        sum_error = queries.shape[1] * 2.0**-23 * norms * self._norm  # of float32 sums in any order
+        return (query_error + vector_error + sum_error) * 1.01 + 1e-6
 
     def _nearest(self, queries: np.ndarray, fetch: int) -> Ranking:
         """Returns the products' best rows; rounded, in no reliable order where they are close."""
@@ -118,8 +118,8 @@ class ExactBlocks:
         at_once = max(1, _SCORES_AT_ONCE // len(queries))
         for start in range(0, len(self._vectors), at_once):
             products = _products(halves, self._vectors[start : start + at_once])  # [B, block]
-            some, places = products.topk(min(fetch, products.shape[1]), dim=1)
-            best, rows = torch.cat([best, some], dim=1), torch.cat([rows, places + start], dim=1)
+            block_best, places = products.topk(min(fetch, products.shape[1]), dim=1)
+            best, rows = torch.cat([best, block_best], dim=1), torch.cat([rows, places + start], dim=1)
             if best.shape[1] > fetch:
                 best, places = best.topk(fetch, dim=1)
                 rows = rows.gather(1, places)
@@ -137,9 +137,9 @@ class ExactBlocks:
         scores = torch.empty(chosen.shape, dtype=torch.float32, device=device)
         at_once = max(1, _VALUES_AT_ONCE // max(1, rows.shape[1] * queries.shape[1]))
         for start in range(0, len(chosen), at_once):
-            some = slice(start, start + at_once)
-            gathered = self._vectors[chosen[some].clamp(min=0)].to(torch.float64)  # [b, K, dim]
-            scores[some] = (gathered * exact[some, None]).sum(dim=-1).to(torch.float32)
+            batch = slice(start, start + at_once)
+            gathered = self._vectors[chosen[batch].clamp(min=0)].to(torch.float64)  # [b, K, dim]
+            scores[batch] = (gathered * exact[batch, None]).sum(dim=-1).to(torch.float32)
         scores[chosen == NOTHING] = -torch.inf
         return scores.cpu().numpy(), ids
 

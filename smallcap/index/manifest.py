@@ -5,10 +5,8 @@
       versions/<index_id>/manifest.json    immutable; one for each version
       files/<kind>-<sha256, 32 digits>.*   immutable; named by content, so that versions share what they have in common
 
-Format version 1 kept each version's files in its folder; such a manifest is read as if it were of version 2.
-
-The authority is docs/formats.md. A change of the fields raises `FORMAT_VERSION`, keeps reading the old one, and gets a
-CHANGELOG heading. This module knows nothing of faiss or torch.
+The authority is docs/formats.md. A change of the fields raises `FORMAT_VERSION` and gets a CHANGELOG heading. This
+module knows nothing of faiss or torch.
 """
 
 from __future__ import annotations
@@ -18,31 +16,26 @@ import json
 import re
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
 from smallcap import storage
 from smallcap.errors import ConflictError, IndexIntegrityError, ManifestError, StorageError
+from smallcap.records import Record, VersionedRecord, parse_record
 
-FORMAT_VERSION = 2
+FORMAT_VERSION: Final = 1
 MANIFEST_FILE = "manifest.json"
 POINTER_FILE = "current.json"
 VERSIONS_FOLDER = "versions"
 FILES_FOLDER = "files"
 _MOST_RETIRED = 1000  # former versions that a pointer remembers
 _DIGITS_IN_NAME = 32  # of a sha256, in a file's name
-_FILE = re.compile(r"[\w.-]+(/[\w.-]+)*", re.ASCII)
-_INDEX_ID = re.compile(r"[0-9a-f]{16}")
-
-EntryT = TypeVar("EntryT", bound="FileEntry")
+_FILE = re.compile(rf"{FILES_FOLDER}/\w[\w.-]*", re.ASCII)
+_INDEX_ID = r"^[0-9a-f]{16}$"
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class EncoderIdentity(_Record):
+class EncoderIdentity(Record):
     """Which retrieval encoder made the embeddings; equal weights give equal identities wherever they are stored."""
 
     spec: str  # as the user gave it, for people
@@ -50,7 +43,7 @@ class EncoderIdentity(_Record):
     dim: int = Field(ge=1)
 
 
-class FileEntry(_Record):
+class FileEntry(Record):
     """One file of the index."""
 
     file: str  # relative to the index's folder
@@ -79,10 +72,10 @@ class FileEntry(_Record):
 
     @field_validator("file")
     @classmethod
-    def _stays_inside(cls, file: str) -> str:
-        """A reader copies what a manifest names: it must not name a place outside the index."""
-        if not _FILE.fullmatch(file) or ".." in file:
-            raise ValueError("must be a relative path of letters, digits, '.', '_' and '-', without '..'")
+    def _lies_in_files(cls, file: str) -> str:
+        """A reader copies what a manifest names: it must not name a place elsewhere."""
+        if not _FILE.fullmatch(file):
+            raise ValueError(f"must be {FILES_FOLDER}/ and a name of letters, digits, '.', '_' and '-'")
         return file
 
 
@@ -99,16 +92,16 @@ class RemovedEntry(FileEntry):
     rows: int = Field(ge=1)
 
 
-class SourceEntry(_Record):
+class SourceEntry(Record):
     """A file that captions came from."""
 
     uri: str
-    name: str = ""  # what the caption store calls it; version 1 did not write it down
+    name: str  # what the caption store calls it
     rows: int = Field(ge=0)
     sha256: str
 
 
-class RecallEntry(_Record):
+class RecallEntry(Record):
     """Measured agreement with exact search on held-out queries, and the speed at which it was measured."""
 
     k: int = Field(ge=1)
@@ -120,10 +113,25 @@ class RecallEntry(_Record):
     nprobe: int | None = None
 
 
-class IndexManifest(_Record):
-    """All that a reader must know before it opens an index's files; format version 2."""
+class RetiredVersion(Record):
+    """A version that was the current one before."""
 
-    format_version: Literal[1, 2] = 2
+    index_id: str = Field(pattern=_INDEX_ID)
+    until: str  # ISO 8601, UTC
+
+
+class Pointer(VersionedRecord):
+    """The content of `current.json`: the version that new readers open, and those that were current before it."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    index_id: str = Field(pattern=_INDEX_ID)
+    retired: tuple[RetiredVersion, ...] = ()  # newest first
+
+
+class IndexManifest(VersionedRecord):
+    """All that a reader must know before it opens an index's files."""
+
+    format_version: Literal[1] = FORMAT_VERSION
     index_id: str = Field("", pattern=r"^([0-9a-f]{16})?$")
     encoder: EncoderIdentity
     dim: int = Field(ge=1)
@@ -144,7 +152,7 @@ class IndexManifest(_Record):
     filters: dict[str, Any]
     dropped: dict[str, int]
     operation: Literal["build", "add", "remove"] = "build"
-    plan: str = ""  # hash of all inputs and options that decided this version; the same build again is a no-op
+    fingerprint: str = ""  # of all inputs and options that decided this version; the same build again is a no-op
     parents: tuple[str, ...] = ()  # ids of the versions that this one was made from
     trained_on: int | None = Field(None, ge=0)  # captions that the template's training saw the whole of
     recall_target: float | None = None  # of recall@4 at its lower 95% bound; None where exact by construction
@@ -176,24 +184,17 @@ class IndexManifest(_Record):
         Two builds of the same texts with the same encoder thus have one id, whatever their dates, machines and measured
         speeds.
         """
-        content: dict[str, Any] = {
+        content = {
             "format_version": self.format_version,
             "weights_sha256": self.encoder.weights_sha256,
             "metric": self.metric,
             "index_key": self.index_key,
+            "nprobe": self.nprobe,
+            "k_factor": self.k_factor,
             "files": [[entry.file, entry.sha256] for entry in self.files],
         }
-        if self.format_version == 1:
-            folder = f"{VERSIONS_FOLDER}/{self.index_id}/"
-            content["files"] = [[entry.file.removeprefix(folder), entry.sha256] for entry in self.files]
-        else:
-            content |= {"nprobe": self.nprobe, "k_factor": self.k_factor}
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         return self.model_copy(update={"index_id": digest[:16]})
-
-    def to_json(self) -> str:
-        """Returns the manifest as indented JSON."""
-        return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
 
     def check_encoder(self, encoder: EncoderIdentity, where: str) -> None:
         """Checks that a query encoder lives in this index's embedding space.
@@ -226,55 +227,8 @@ def manifest_uri(index_uri: str, index_id: str) -> str:
     return storage.join(index_uri, VERSIONS_FOLDER, index_id, MANIFEST_FILE)
 
 
-def parse_manifest(data: bytes, where: str) -> IndexManifest:
-    """Parses and checks a manifest.
-
-    Raises:
-        ManifestError: It is not JSON, has an unknown format version, or lacks or mistypes a field.
-    """
-    try:
-        values = json.loads(data)
-        version = values["format_version"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise ManifestError(
-            "This is not an index manifest.", where=where, expected="JSON with format_version", found=str(error)
-        ) from error
-    if version not in (1, FORMAT_VERSION):
-        raise ManifestError(
-            "The index has a format version that this release cannot read.",
-            where=where,
-            expected=f"1 to {FORMAT_VERSION}",
-            found=str(version),
-            remedy="Upgrade smallcap, or rebuild the index.",
-        )
-    try:
-        manifest = IndexManifest.model_validate(values)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        field = ".".join(str(part) for part in problem["loc"])
-        raise ManifestError(
-            "A field of the manifest is wrong.", where=f"{where}: {field}", found=problem["msg"]
-        ) from error
-    return _in_version_folder(manifest) if version == 1 else manifest
-
-
-def _in_version_folder(manifest: IndexManifest) -> IndexManifest:
-    """Names a version 1 manifest's files as those of version 2 are named: relative to the index's folder."""
-
-    def inside(entry: EntryT) -> EntryT:
-        return entry.model_copy(update={"file": f"{VERSIONS_FOLDER}/{manifest.index_id}/{entry.file}"})
-
-    return manifest.model_copy(
-        update={
-            "template": inside(manifest.template),
-            "shards": tuple(map(inside, manifest.shards)),
-            "captions": tuple(map(inside, manifest.captions)),
-        }
-    )
-
-
-def load_pointer(index_uri: str) -> str:
-    """Returns the id of the version that an index's pointer names.
+def load_pointer(index_uri: str) -> Pointer:
+    """Returns an index's pointer.
 
     Raises:
         ManifestError: There is no pointer at `index_uri`, or it is malformed.
@@ -291,38 +245,13 @@ def load_pointer(index_uri: str) -> str:
                 remedy="Give the --out of a finished `smallcap build-index`.",
             ) from error
         raise
-    return parse_pointer(data, where)
-
-
-def parse_pointer(data: bytes, where: str) -> str:
-    """Returns the version that a pointer's content names.
-
-    Raises:
-        ManifestError: It is malformed.
-    """
-    try:
-        index_id = json.loads(data)["index_id"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise ManifestError("The index pointer is malformed.", where=where, found=str(error)) from error
-    if not isinstance(index_id, str) or not _INDEX_ID.fullmatch(index_id):
-        raise ManifestError("The index pointer names no index id.", where=where, found=repr(index_id))
-    return index_id
-
-
-def load_retired(index_uri: str) -> dict[str, str]:
-    """Returns until when each former version was the current one: ISO 8601 times by index id, newest first.
-
-    Raises:
-        ManifestError: There is no pointer at `index_uri`, or it is malformed.
-    """
-    load_pointer(index_uri)
-    values = json.loads(storage.read_bytes(storage.join(index_uri, POINTER_FILE)))
-    return {entry["index_id"]: entry["until"] for entry in values.get("retired", [])}
+    return parse_record(Pointer, data, where, ManifestError)
 
 
 def write_pointer(index_uri: str, index_id: str) -> None:
     """Makes `index_id` the version that new readers open; the switch is atomic."""
-    storage.update_bytes(storage.join(index_uri, POINTER_FILE), lambda found: _pointer_bytes(index_id, found))
+    target = storage.join(index_uri, POINTER_FILE)
+    storage.update_bytes(target, lambda found: _pointer_bytes(index_id, _parse_pointer(found, target)))
 
 
 def switch_pointer(index_uri: str, index_id: str, seen: str | None) -> None:
@@ -334,28 +263,29 @@ def switch_pointer(index_uri: str, index_id: str, seen: str | None) -> None:
     target = storage.join(index_uri, POINTER_FILE)
 
     def switch(found: bytes | None) -> bytes:
-        current = None if found is None else parse_pointer(found, target)
+        pointer = _parse_pointer(found, target)
+        current = pointer.index_id if pointer else None
         if current != seen:
             raise ConflictError(
                 "The index pointer has been switched meanwhile.", where=target, found=f"version {current}"
             )
-        return _pointer_bytes(index_id, found)
+        return _pointer_bytes(index_id, pointer)
 
     storage.update_bytes(target, switch)
 
 
-def _pointer_bytes(index_id: str, old: bytes | None) -> bytes:
+def _parse_pointer(data: bytes | None, where: str) -> Pointer | None:
+    return None if data is None else parse_record(Pointer, data, where, ManifestError)
+
+
+def _pointer_bytes(index_id: str, former: Pointer | None) -> bytes:
     """Returns a pointer to `index_id` that remembers which versions were current before, and until when."""
-    retired: dict[str, str] = {}  # newest first
-    if old is not None:
-        values = json.loads(old)
-        retired = {values["index_id"]: utc_now()}
-        for entry in values.get("retired", []):
-            retired.setdefault(entry["index_id"], entry["until"])
+    retired: dict[str, RetiredVersion] = {}  # newest first
+    if former is not None:
+        for entry in (RetiredVersion(index_id=former.index_id, until=utc_now()), *former.retired):
+            retired.setdefault(entry.index_id, entry)
     retired.pop(index_id, None)
-    kept = [{"index_id": former, "until": until} for former, until in retired.items()][:_MOST_RETIRED]
-    pointer = {"format_version": FORMAT_VERSION, "index_id": index_id, "retired": kept}
-    return (json.dumps(pointer, indent=2) + "\n").encode()
+    return Pointer(index_id=index_id, retired=tuple(retired.values())[:_MOST_RETIRED]).to_json().encode()
 
 
 def load_manifest(index_uri: str, index_id: str | None = None) -> IndexManifest:
@@ -365,9 +295,9 @@ def load_manifest(index_uri: str, index_id: str | None = None) -> IndexManifest:
         ManifestError: There is no such index or version, or its manifest is malformed.
         IndexIntegrityError: The manifest's content is not the one its folder is named by.
     """
-    index_id = index_id or load_pointer(index_uri)
+    index_id = index_id or load_pointer(index_uri).index_id
     where = manifest_uri(index_uri, index_id)
-    manifest = parse_manifest(storage.read_bytes(where), where)
+    manifest = parse_record(IndexManifest, storage.read_bytes(where), where, ManifestError)
     if manifest.index_id != index_id or manifest.with_index_id().index_id != index_id:
         raise IndexIntegrityError(
             "The manifest does not belong in this version's folder.",

@@ -1,13 +1,13 @@
 """A node's verified files of an index version: what a process must have before faiss may read a byte.
 
 A local index is used in place. The files of a remote one are kept in the node's cache under the names that they have in
-the index; those of format version 2 are named by their content, so that versions and indexes share what they have in
-common and an addition costs only its new shards:
+the index, which their content gives them, so that versions and indexes share what they have in common and an addition
+costs only its new shards:
 
-    CACHE/files/…, CACHE/versions/<index_id>/…   the files
-    CACHE/verified/…                             stamps: what was verified, and by its age when it was last used
-    CACHE/downloads/…                            unfinished downloads
-    CACHE/locks/…                                one process at a time downloads, or verifies a local index
+    CACHE/files/…       the files
+    CACHE/verified/…    stamps: what was verified, and by its age when it was last used
+    CACHE/downloads/…   unfinished downloads
+    CACHE/locks/…       one process at a time downloads, or verifies a local index
 
 Either way every file's sha256 is checked, and a stamp (checksum, size, inode, change time) spares the next process the
 reading as long as the file stays untouched. Files only arrive by rename: truncating a mapped file would kill the
@@ -30,11 +30,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from smallcap import storage
-from smallcap.errors import IndexIntegrityError, ManifestError, StorageError
-from smallcap.index.manifest import FILES_FOLDER, VERSIONS_FOLDER, FileEntry, IndexManifest
+from smallcap.errors import IndexIntegrityError, StorageError
+from smallcap.index.manifest import FILES_FOLDER, FileEntry, IndexManifest
 
-DEFAULT_CACHE_DIR = "~/.cache/smallcap"
-_FORMER_FOLDER = "indexes"  # where the first release kept whole versions; its files are only ever deleted
 _DOWNLOADS_AT_ONCE = 4
 _DOWNLOAD_ATTEMPTS = 2  # a second one, because the first may have met a damaged transfer
 _IN_USE_S = 300  # a file verified so recently may be about to be mapped, and is not deleted for room
@@ -50,7 +48,7 @@ _SECTION_BYTES = 28
 def open_version_folder(
     index_uri: str,
     manifest: IndexManifest,
-    cache_dir: str = DEFAULT_CACHE_DIR,
+    cache_dir: str = storage.DEFAULT_CACHE_DIR,
     entries: Sequence[FileEntry] | None = None,
 ) -> Path:
     """Returns a local folder below which the version's files lie, each with the checksum of the manifest.
@@ -64,7 +62,6 @@ def open_version_folder(
     Raises:
         IndexIntegrityError: A file differs from its checksum, after a second download where it is remote, or keeps
             its lists in another file.
-        ManifestError: The manifest names files elsewhere than an index keeps them.
         StorageError: The cache folder cannot be written, has no room, or the store fails.
     """
     cache = NodeCache(Path(cache_dir).expanduser())
@@ -80,7 +77,7 @@ def open_version_folder(
 def missing_files(
     index_uri: str,
     manifest: IndexManifest,
-    cache_dir: str = DEFAULT_CACHE_DIR,
+    cache_dir: str = storage.DEFAULT_CACHE_DIR,
     entries: Sequence[FileEntry] | None = None,
 ) -> list[FileEntry]:
     """Returns which of the files `open_version_folder` would have to download to this node; none of a local index."""
@@ -120,14 +117,6 @@ class NodeCache:
             entries: What is needed.
             keep: Files that are not deleted to make room.
         """
-        for entry in entries:
-            if not entry.file.startswith((f"{FILES_FOLDER}/", f"{VERSIONS_FOLDER}/")):
-                raise ManifestError(
-                    "The manifest names a file elsewhere than an index keeps them.",
-                    where=index_uri,
-                    expected=f"{FILES_FOLDER}/… or {VERSIONS_FOLDER}/…",
-                    found=entry.file,
-                )
         if all(self.has(entry) for entry in entries):
             return
         with self._locked("downloads"):
@@ -241,12 +230,11 @@ class NodeCache:
     def _deletable(self, keep: set[str]) -> list[tuple[float, Path]]:
         """Lists the cache's files but those to keep with the time of their last use, longest ago first."""
         found = []
-        for folder in (FILES_FOLDER, VERSIONS_FOLDER, _FORMER_FOLDER):
-            for path in (self.root / folder).rglob("*"):
-                name = str(path.relative_to(self.root))
-                if path.is_file() and name not in keep:
-                    stamp = self._stamp(self.root, name)
-                    found.append(((stamp if stamp.exists() else path).stat().st_mtime, path))
+        for path in (self.root / FILES_FOLDER).glob("*"):
+            name = f"{FILES_FOLDER}/{path.name}"
+            if name not in keep:
+                stamp = self._stamp(self.root, name)
+                found.append(((stamp if stamp.exists() else path).stat().st_mtime, path))
         return sorted(found)
 
 

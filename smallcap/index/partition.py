@@ -1,7 +1,7 @@
-"""What a search asks of an index, and the part of an index that one process holds.
+"""What a search asks of an index, and the partition of an index that one process holds.
 
-A part is every shard, or of an index too large for one machine a contiguous share of them. `retriever` searches over a
-part without knowing where it lies; `LocalPart` is the one of this process, memory-mapped.
+A partition is all shards, or a contiguous share of them where an index is too large for one machine. `retriever`
+searches a partition without knowing where it lies; `LocalPartition` is the one of this process, memory-mapped.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from smallcap.index.gpu_search import GpuSearch
 
 
-class IndexPart(Protocol):
+class IndexPartition(Protocol):
     """Vectors and captions that a search can ask for; ids are global."""
 
     @property
@@ -41,10 +41,10 @@ class IndexPart(Protocol):
         """Whether the candidates' scores are approximate, and `rank` has better ones."""
 
     def candidates(self, queries: np.ndarray, count: int) -> Ranking:
-        """Returns [B, count] of the part's best, tombstones included, filled up with (-inf, -1)."""
+        """Returns [B, count] of the partition's best, tombstones included, filled up with (-inf, -1)."""
 
     def rank(self, queries: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        """Scores ids [B, K] by their stored vectors; those that are -1 or another part's score -inf."""
+        """Scores ids [B, K] by their stored vectors; those that are -1 or another partition's score -inf."""
 
     def image_ids(self, caption_ids: np.ndarray) -> list[list[str]]:
         """Returns for each id [n] the images that have this caption."""
@@ -53,7 +53,7 @@ class IndexPart(Protocol):
         """Returns the text of each id [n]."""
 
 
-class LocalPart:
+class LocalPartition:
     """The shards and captions that this process has mapped.
 
     Args:
@@ -84,7 +84,7 @@ class LocalPart:
     @classmethod
     def open(
         cls, index_uri: str, manifest: IndexManifest, cache_dir: str, partition: tuple[int, int] = (0, 1)
-    ) -> LocalPart:
+    ) -> LocalPartition:
         """Verifies the files of one partition, downloads those that this node lacks, and maps them.
 
         Args:
@@ -131,7 +131,7 @@ class LocalPart:
         return not self._gpu.exact if self._gpu is not None else bool(self.manifest.vectors)
 
     def candidates(self, queries: np.ndarray, count: int) -> Ranking:
-        """Returns [B, count] of the part's best, tombstones included, filled up with (-inf, -1)."""
+        """Returns [B, count] of the partition's best, tombstones included, filled up with (-inf, -1)."""
         found = self._gpu.candidates(queries, count) if self._gpu is not None else None
         if found is not None:
             return found
@@ -143,13 +143,13 @@ class LocalPart:
         return best
 
     def rank(self, queries: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        """Scores ids [B, K] by their stored vectors; those that are -1 or another part's score -inf."""
+        """Scores ids [B, K] by their stored vectors; those that are -1 or another partition's score -inf."""
         scores = np.full(ids.shape, -np.inf, np.float32)
         for shard in self.shards:
             first_id = shard.entry.first_id
-            own = (ids >= first_id) & (ids < first_id + shard.entry.rows)
-            if own.any():
-                scores = np.where(own, shard.rank(queries, np.where(own, ids, NOTHING)), scores)
+            is_here = (ids >= first_id) & (ids < first_id + shard.entry.rows)
+            if is_here.any():
+                scores = np.where(is_here, shard.rank(queries, np.where(is_here, ids, NOTHING)), scores)
         return scores
 
     def image_ids(self, caption_ids: np.ndarray) -> list[list[str]]:
@@ -162,7 +162,7 @@ class LocalPart:
 
 
 def share_of(entries: Sequence[ShardEntry], partition: tuple[int, int]) -> Sequence[ShardEntry]:
-    """Returns one partition's contiguous share of shards, about as many rows as each other one's.
+    """Returns one partition's contiguous share of shards, about as many rows as every other's.
 
     Raises:
         ConfigError: There are fewer shards than partitions.
@@ -179,8 +179,8 @@ def share_of(entries: Sequence[ShardEntry], partition: tuple[int, int]) -> Seque
     rows = np.array([entry.rows for entry in entries])
     middles = np.cumsum(rows) - rows / 2
     starts = np.searchsorted(middles, rows.sum() * np.arange(count) / count).tolist()
-    for part in range(1, count):  # none is empty, however uneven the shards are
-        starts[part] = min(max(starts[part], starts[part - 1] + 1), len(entries) - (count - part))
+    for place in range(1, count):  # none is empty, however uneven the shards are
+        starts[place] = min(max(starts[place], starts[place - 1] + 1), len(entries) - (count - place))
     bounds = list(pairwise([*starts, len(entries)]))
     first, stop = bounds[number]
     return entries[first:stop]
@@ -214,7 +214,7 @@ def check_layout(manifest: IndexManifest) -> None:
             first_id += entry.rows
         if first_id != manifest.id_count:
             raise ManifestError(
-                "The manifest has not one caption for each vector.",
+                "The manifest does not have one caption for each vector.",
                 expected=f"{manifest.id_count} captions",
                 found=str(first_id),
             )

@@ -15,15 +15,14 @@ from pathlib import Path
 
 import numpy as np
 
+from smallcap import storage
 from smallcap.config import SearchDevice
-from smallcap.errors import ConfigError, IndexIntegrityError, RunError
-from smallcap.index.caption_store import CaptionStore
+from smallcap.errors import ConfigError, RunError
+from smallcap.index.caption_store import CaptionStore, open_removed
 from smallcap.index.manifest import EncoderIdentity, IndexManifest, load_manifest
-from smallcap.index.node_cache import DEFAULT_CACHE_DIR, open_version_folder
-from smallcap.index.partition import IndexPart, LocalPart, files_of
+from smallcap.index.node_cache import open_version_folder
+from smallcap.index.partition import IndexPartition, LocalPartition, files_of
 from smallcap.index.ranking import NOTHING, Attempted, Ranking, best_of, settle
-
-__all__ = ["Neighbour", "NeighbourSearch", "Retriever", "open_removed"]
 
 _log = logging.getLogger(__name__)
 
@@ -42,21 +41,21 @@ class NeighbourSearch:
 
     Args:
         manifest: The version's.
-        part: All of its vectors and captions.
+        partition: All of its vectors and captions.
         removed: Sorted ids that are no longer retrieved.
     """
 
-    def __init__(self, manifest: IndexManifest, part: IndexPart, removed: np.ndarray) -> None:
+    def __init__(self, manifest: IndexManifest, partition: IndexPartition, removed: np.ndarray) -> None:
         self.manifest = manifest
         self.index_id = manifest.index_id
         self.dim = manifest.dim
-        self._part = part
+        self._partition = partition
         self._removed = removed
 
     @property
     def search_backend(self) -> str:
         """What searches: `cpu`, `gpu-exact` or `faiss-gpu`."""
-        return self._part.backend
+        return self._partition.backend
 
     def search(
         self, queries: np.ndarray, k: int, exclude_image_ids: Sequence[str | None] | None = None
@@ -84,9 +83,9 @@ class NeighbourSearch:
         if k < 1 or not len(queries):
             return [[] for _ in excluded]
         k = min(k, self.manifest.id_count)
-        scores, ids = self._allowed_candidates(queries, k * self._part.k_factor, excluded)
-        if self._part.ranks_again:
-            scores, ids = best_of(self._part.rank(queries, ids), ids, k)
+        scores, ids = self._allowed_candidates(queries, k * self._partition.k_factor, excluded)
+        if self._partition.ranks_again:
+            scores, ids = best_of(self._partition.rank(queries, ids), ids, k)
         return self._neighbours(scores[:, :k], ids[:, :k])
 
     def _check_queries(self, queries: np.ndarray) -> np.ndarray:
@@ -107,16 +106,19 @@ class NeighbourSearch:
         depends on what it is asked for (HNSW) gives a query the same one in every batch.
         """
         total = self.manifest.id_count
-        own = np.array([image is not None for image in excluded])
+        excludes = np.array([image is not None for image in excluded])
         live = max(1, total - len(self._removed))
         first_fetch = -(-wanted * total // live)
         scores = np.empty((len(queries), wanted), np.float32)
         ids = np.empty((len(queries), wanted), np.int64)
-        for group, fetch in ((~own, first_fetch), (own, first_fetch + self.manifest.max_captions_per_image)):
+        for group, fetch in (
+            (~excludes, first_fetch),
+            (excludes, first_fetch + self.manifest.max_captions_per_image),
+        ):
             members = np.flatnonzero(group)
 
             def attempt(rows: np.ndarray, fetch: int, members: np.ndarray = members) -> Attempted:
-                near, found = self._part.candidates(queries[members[rows]], fetch)
+                near, found = self._partition.candidates(queries[members[rows]], fetch)
                 allowed = self._allowed(found, [excluded[row] for row in members[rows]])
                 settled = (allowed.sum(axis=1) >= wanted) | (found[:, -1] == NOTHING) | (fetch == total)
                 kept_scores, kept_ids = np.where(allowed, near, -np.inf), np.where(allowed, found, NOTHING)
@@ -134,12 +136,14 @@ class NeighbourSearch:
         concerned = allowed & np.array([image is not None for image in excluded])[:, None]
         rows, columns = np.nonzero(concerned)
         if len(rows):
-            images = self._part.image_ids(ids[rows, columns])
-            allowed[rows, columns] = [excluded[row] not in own for row, own in zip(rows.tolist(), images, strict=True)]
+            images = self._partition.image_ids(ids[rows, columns])
+            allowed[rows, columns] = [
+                excluded[row] not in image_ids for row, image_ids in zip(rows.tolist(), images, strict=True)
+            ]
         return allowed
 
     def _neighbours(self, scores: np.ndarray, ids: np.ndarray) -> list[list[Neighbour]]:
-        texts = iter(self._part.texts(ids[ids != NOTHING]))  # in row order, as the loop below
+        texts = iter(self._partition.texts(ids[ids != NOTHING]))  # in row order, as the loop below
         return [
             [
                 Neighbour(caption_id, next(texts), score)
@@ -160,7 +164,7 @@ class Retriever(NeighbourSearch):
     """
 
     def __init__(self, manifest: IndexManifest, folder: Path) -> None:
-        self._local = LocalPart(manifest, folder)
+        self._local = LocalPartition(manifest, folder)
         super().__init__(manifest, self._local, open_removed(manifest, folder))
         self.captions: CaptionStore = self._local.captions
 
@@ -170,7 +174,7 @@ class Retriever(NeighbourSearch):
         index_uri: str,
         *,
         encoder: EncoderIdentity | None = None,
-        cache_dir: str = DEFAULT_CACHE_DIR,
+        cache_dir: str = storage.DEFAULT_CACHE_DIR,
         index_id: str | None = None,
     ) -> Retriever:
         """Opens a published index: manifest, encoder check, verified local files, memory maps, in this order.
@@ -213,27 +217,3 @@ class Retriever(NeighbourSearch):
                 remedy="Give --set retrieval.search_device=auto.",
             )
         _log.info("Searching the index with %s.", self.search_backend)
-
-
-def open_removed(manifest: IndexManifest, folder: Path) -> np.ndarray:
-    """Memory-maps the ids that are no longer retrieved; there may be none.
-
-    Raises:
-        IndexIntegrityError: The file is not what the manifest says.
-    """
-    if manifest.removed is None:
-        return np.empty(0, np.int64)
-    file = folder / manifest.removed.file
-    try:
-        removed = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise IndexIntegrityError("The removed ids cannot be read.", where=str(file), found=str(error)) from error
-    sound = removed.shape == (manifest.removed.rows,) and removed.dtype == np.int64
-    if not (sound and removed[0] >= 0 and removed[-1] < manifest.id_count and (np.diff(removed) > 0).all()):
-        raise IndexIntegrityError(
-            "The removed ids are not what the manifest says.",
-            where=str(file),
-            expected=f"{manifest.removed.rows} rising int64 ids below {manifest.id_count}",
-            found=f"{removed.dtype} {removed.shape}",
-        )
-    return np.asarray(removed)

@@ -35,8 +35,8 @@ class Assignment:
     lists: np.ndarray  # [B, nprobe] int64, best first
     scores: np.ndarray  # [B, nprobe] float32, of the lists' centroids
 
-    def of(self, rows: np.ndarray) -> Assignment:
-        """Returns the assignment of some of the queries."""
+    def take(self, rows: np.ndarray) -> Assignment:
+        """Returns the assignment of some rows of the queries."""
         return Assignment(self.queries[rows], self.lists[rows], self.scores[rows])
 
 
@@ -180,7 +180,7 @@ class VectorShard:
         wanted = min(count, total)
 
         def attempt(rows: np.ndarray, fetch: int) -> Attempted:
-            near, found = self._search(queries[rows], fetch, nprobe, chosen.of(rows) if chosen else None)
+            near, found = self._search(queries[rows], fetch, nprobe, chosen.take(rows) if chosen else None)
             near[found == NOTHING] = -np.inf
             _check_bounds(found[found != NOTHING], first_id, first_id + total, self.entry.file)
             # Of vectors with equal scores faiss returns any: fetch until the last one is not as good as the cut.

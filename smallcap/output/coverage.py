@@ -1,4 +1,4 @@
-"""What of a run's input its parts already hold, and what is left, as ranges of rows by fragment: ids are never held.
+"""Which rows of a run's input its parts hold, and which are left, as ranges of rows by fragment: ids are never held.
 
 A part says in its footer which rows of which fragments it accounts for. Two parts may account for the same row: a
 worker of a killed driver can outlive it and write after the next attempt has begun, and a repeated failure has two rows
@@ -8,7 +8,6 @@ until its attempt ends. `settle` takes what is superfluous out again.
 from __future__ import annotations
 
 import io
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
@@ -20,9 +19,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from smallcap import storage
-from smallcap.config import CaptionConfig
+from smallcap.images.fragments import Fragment
 from smallcap.images.row_ranges import RowRanges
-from smallcap.images.work_list import Fragment, WorkList, read_fragment
 from smallcap.output.part_files import PartInfo, drop_rows
 from smallcap.output.schema import STATUS_ERROR
 
@@ -56,9 +54,7 @@ class Coverage:
             for fragment, rows in info.rows.items():
                 done = rows.subtract(info.failed[fragment]) if retry_failed and fragment in info.failed else rows
                 self._done[fragment] = self._done[fragment].union(done) if fragment in self._done else done
-                if (
-                    fragment in info.ends and done.stop == rows.stop
-                ):  # else its last row is tried again, and what follows
+                if fragment in info.ends and done.stop == rows.stop:  # else the last row is tried again
                     self._rows_of[fragment] = rows.stop
         self.images = sum(map(len, self._done.values()))
 
@@ -77,7 +73,7 @@ class Coverage:
 
 
 def work_left(
-    fragments: Iterable[Fragment], coverage: Coverage, limit: int | None, count_rows: Callable[[Fragment, int], int]
+    fragments: Iterable[Fragment], coverage: Coverage, limit: int | None, count_images: Callable[[Fragment, int], int]
 ) -> Iterator[WorkItem]:
     """Yields what is left of the first `limit` images.
 
@@ -85,7 +81,7 @@ def work_left(
         fragments: The run's, in their order.
         coverage: What is done.
         limit: Of images; None for all.
-        count_rows: Counts a fragment's images, up to a number, where nobody knows how many there are.
+        count_images: Counts a fragment's images, up to a number, where nobody knows how many there are.
     """
     room = limit
     for fragment in fragments:
@@ -94,7 +90,7 @@ def work_left(
             if room <= 0:
                 return
             rows = coverage.rows_of(fragment)
-            asked = min(room, count_rows(fragment, room) if rows is None else rows)
+            asked = min(room, count_images(fragment, room) if rows is None else rows)
             room -= asked
         item = coverage.left(fragment, asked)
         if item is not None:
@@ -108,40 +104,8 @@ def count_rows(table: pa.Table) -> dict[str, Any]:
     return {"ok": len(table) - sum(errors.values()), "errors": errors}
 
 
-def adopt_old_parts(config: CaptionConfig, work: WorkList, old: Sequence[str]) -> None:
-    """Gives parts of older releases a footer that says which rows of the list of work they hold.
-
-    Args:
-        config: The run's.
-        work: A list that was made after those parts.
-        old: The parts' names. Rows whose images are not in the list stay, and count for nothing.
-    """
-    tables = [_read(config.out, name) for name in old]
-    place_of = {
-        image_id: (part, failed)
-        for part, table in enumerate(tables)
-        for image_id, failed in zip(table["image_id"].to_pylist(), _failed(table).to_pylist(), strict=True)
-    }
-    rows, failures = ([defaultdict[int, list[int]](list) for _ in old] for _ in range(2))
-    for fragment in work.fragments:
-        for images in read_fragment(fragment, None, config.input, work.kept_columns):
-            for row, image_id in zip(images.rows.tolist(), images.image_ids, strict=True):
-                if image_id in place_of:
-                    part, failed = place_of[image_id]
-                    rows[part][fragment.number].append(row)
-                    if failed:
-                        failures[part][fragment.number].append(row)
-    for part, (name, table) in enumerate(zip(old, tables, strict=True)):
-        info = PartInfo(_ranges(rows[part]), _ranges(failures[part]), (), **count_rows(table))
-        drop_rows(config.out, name, pa.array([], pa.string()), info)
-
-
-def _ranges(rows: Mapping[int, Sequence[int]]) -> dict[int, RowRanges]:
-    return {number: RowRanges.of(np.array(of_fragment)) for number, of_fragment in rows.items()}
-
-
 def settle(out: str, parts: Sequence[NamedPart], fragments: Sequence[Fragment]) -> int:
-    """Takes rows out of the parts that other parts have as well; returns how many there were.
+    """Takes rows that two parts have out of one of them; returns how many it took.
 
     A caption is kept before an error; of two captions the older, of two errors the newer.
 
@@ -232,8 +196,8 @@ def _losing_rows(infos: Sequence[PartInfo]) -> dict[int, dict[int, RowRanges]]:
                 continue
             again = ranges.subtract(ranges.subtract(before))
             if again:
-                of_part = losing.setdefault(position, {})
-                of_part[number] = of_part[number].union(again) if number in of_part else again
+                losing_here = losing.setdefault(position, {})
+                losing_here[number] = losing_here[number].union(again) if number in losing_here else again
             kept[number] = before.union(ranges)
 
     for position, info in enumerate(infos):
@@ -276,11 +240,12 @@ def _repeated_hashes(out: str, parts: Sequence[NamedPart], number: int, passes: 
     """Returns the hashes that occur more than once among those of one pass."""
     hashes = [np.empty(0, np.uint64)]
     for name, _ in parts:
-        of_part = _hash(_read(out, name)["image_id"].to_pylist())
-        hashes.append(of_part[of_part % np.uint64(passes) == number])
+        part_hashes = _hash(_read(out, name)["image_id"].to_pylist())
+        hashes.append(part_hashes[part_hashes % np.uint64(passes) == number])
     ordered = np.sort(np.concatenate(hashes))
     return ordered[1:][ordered[1:] == ordered[:-1]]
 
 
 def _hash(ids: Sequence[str]) -> np.ndarray:
-    return np.array([int.from_bytes(blake2b(one.encode(), digest_size=8).digest()) for one in ids], np.uint64)
+    digests = (blake2b(image_id.encode(), digest_size=8).digest() for image_id in ids)
+    return np.array([int.from_bytes(digest) for digest in digests], np.uint64)

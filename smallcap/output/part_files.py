@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -128,15 +127,14 @@ def write_part(
     _write_parquet(storage.join(out, name), _with_info(rows, info), options.rows_per_row_group)
 
 
-def read_part_infos(out: str) -> Iterator[tuple[str, PartInfo | None]]:
+def read_part_infos(out: str) -> Iterator[tuple[str, PartInfo]]:
     """Reads all parts' footers, many at once, and nothing else of them.
 
     Yields:
-        Each part's name within `out`, oldest attempt first, and what it holds; None for a part that does not say so,
-        of a schema version before 3.
+        Each part's name within `out`, oldest attempt first, and what it holds.
 
     Raises:
-        SchemaError: A part is not Parquet, not of a known schema version, or says nonsense of its rows.
+        SchemaError: A part is not Parquet, not of this schema version, or does not say which rows it holds.
     """
     parts = list_parts(out)
     with ThreadPoolExecutor(max_workers=_FOOTER_THREADS) as pool:
@@ -146,7 +144,8 @@ def read_part_infos(out: str) -> Iterator[tuple[str, PartInfo | None]]:
 def drop_rows(out: str, name: str, image_ids: pa.Array, info: PartInfo) -> None:
     """Rewrites a part and its sidecars without some images' rows; removes them when no row is left.
 
-    The part comes last here, too: whoever is stopped in between finds the rows still in it, and drops them again.
+    The part comes last, as in `write_part`: whoever is stopped in between finds the rows still in it, and drops them
+    again.
 
     Args:
         out: The output folder.
@@ -189,9 +188,8 @@ def _sidecar(out: str, folder: str, name: str) -> str:
     return storage.join(out, folder, name if folder == EMBEDDINGS_FOLDER else f"{name.removesuffix('.parquet')}.tar")
 
 
-def _with_info(rows: pa.Table, info: PartInfo | None) -> pa.Table:
-    others = {key: value for key, value in (rows.schema.metadata or {}).items() if key != _INFO_KEY}
-    return rows.replace_schema_metadata(others | ({_INFO_KEY: info.to_json().encode()} if info else {}))
+def _with_info(rows: pa.Table, info: PartInfo) -> pa.Table:
+    return rows.replace_schema_metadata({**rows.schema.metadata, _INFO_KEY: info.to_json().encode()})
 
 
 def _embeddings(table: pa.Table, order: pa.Array) -> pa.Table:
@@ -213,10 +211,10 @@ def _samples(table: pa.Table, order: pa.Array, kept: list[str]) -> Iterator[Samp
     columns = ["image_id", "image_uri", "width", "height", "caption", "caption_logprob", "neighbours", *kept]
     rows = table.select(columns)
     for start in range(0, len(order), _ROWS_AS_OBJECTS):
-        some = order.slice(start, _ROWS_AS_OBJECTS)
-        for at, row in zip(some.to_pylist(), rows.take(some).to_pylist(), strict=True):
+        positions = order.slice(start, _ROWS_AS_OBJECTS)
+        for position, row in zip(positions.to_pylist(), rows.take(positions).to_pylist(), strict=True):
             record = {"logprob" if name == "caption_logprob" else name: value for name, value in row.items()}
-            yield Sample(record.pop("image_id"), images[at].as_py(), record.pop("caption"), record)
+            yield Sample(record.pop("image_id"), images[position].as_py(), record.pop("caption"), record)
 
 
 def _write_parquet(uri: str, table: pa.Table, rows_per_row_group: int) -> None:
@@ -261,7 +259,7 @@ def _drop_from_parquet(uri: str, image_ids: pa.Array, finish: Callable[[pa.Table
         file = pq.ParquetFile(io.BytesIO(storage.read_bytes(uri)))
         table = file.read()
     except (pa.ArrowInvalid, OSError) as error:
-        raise _damaged(uri, error) from error
+        raise damaged_part(uri, error) from error
     left = table.filter(pc.invert(pc.is_in(table["image_id"], value_set=image_ids.cast(pa.string()))))
     if not len(left):
         storage.remove(uri)
@@ -269,20 +267,17 @@ def _drop_from_parquet(uri: str, image_ids: pa.Array, finish: Callable[[pa.Table
         _write_parquet(uri, finish(left), file.metadata.row_group(0).num_rows)
 
 
-def _read_info(uri: str) -> PartInfo | None:
+def _read_info(uri: str) -> PartInfo:
     try:
         metadata = pq.read_metadata(pa.BufferReader(_read_footer(uri)))
         schema = metadata.schema.to_arrow_schema()
     except (pa.ArrowInvalid, OSError) as error:
-        raise _damaged(uri, error) from error
+        raise damaged_part(uri, error) from error
     check_caption_schema(schema, uri)
-    text = (schema.metadata or {}).get(_INFO_KEY)
-    if text is None:
-        return None
     try:
-        return PartInfo.from_json(text)
+        return PartInfo.from_json(schema.metadata.get(_INFO_KEY, b""))
     except SchemaError as error:
-        raise _damaged(uri, error) from error
+        raise damaged_part(uri, error) from error
 
 
 def _read_footer(uri: str) -> bytes:
@@ -294,7 +289,8 @@ def _read_footer(uri: str) -> bytes:
     return tail
 
 
-def _damaged(uri: str, error: Any) -> SchemaError:
+def damaged_part(uri: str, error: Exception) -> SchemaError:
+    """Returns the error of a part that cannot be read."""
     return SchemaError(
         "A part cannot be read as Parquet.",
         where=uri,

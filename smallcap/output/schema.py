@@ -1,10 +1,9 @@
-"""The columns of a captioning run's Parquet parts: their versions, metadata, and the reader's check.
+"""The columns of a captioning run's Parquet parts: their metadata, and the reader's check.
 
-All parts of a run have the version that the run began with; readers know all versions. From version 3 on columns of the
-input may follow the fixed ones; a part names them in its metadata, and its footer says what it holds (`part_files`).
+Columns kept from the input follow the fixed ones; a part names them in its metadata, and its footer says what it holds
+(`part_files`).
 
-The authority is docs/formats.md. A change here raises `SCHEMA_VERSION`, keeps reading the old one, and gets a CHANGELOG
-heading.
+The authority is docs/formats.md. A change here raises `SCHEMA_VERSION` and gets a CHANGELOG heading.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import pyarrow as pa
 
 from smallcap.errors import ConfigError, SchemaError
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 1
 STATUS_OK = "ok"
 STATUS_ERROR = "error"
 
@@ -36,7 +35,7 @@ ALTERNATIVE_TYPE = pa.struct(
     ]
 )
 
-_VERSION_1 = pa.schema(
+CAPTION_COLUMNS = pa.schema(
     [
         pa.field("image_id", pa.string(), nullable=False),
         pa.field("image_uri", pa.string()),
@@ -46,18 +45,13 @@ _VERSION_1 = pa.schema(
         pa.field("caption_logprob", pa.float32()),  # natural log, summed over the caption's tokens
         pa.field("caption_tokens", pa.int16()),  # generated tokens, the eos included
         pa.field("clip_score", pa.float32()),  # cosine of image and generated caption
+        pa.field("alternatives", pa.list_(ALTERNATIVE_TYPE)),  # the image's further captions, best first
         pa.field("neighbours", pa.list_(NEIGHBOUR_TYPE)),
         pa.field("status", pa.string(), nullable=False),
         pa.field("error_code", pa.string()),
         pa.field("error_message", pa.string()),
     ]
 )
-
-# Version 2 adds the further captions of an image.
-CAPTION_COLUMNS = _VERSION_1.insert(8, pa.field("alternatives", pa.list_(ALTERNATIVE_TYPE)))
-# Version 3 has the same fixed columns; kept columns may follow them.
-_COLUMNS = {1: _VERSION_1, 2: CAPTION_COLUMNS, 3: CAPTION_COLUMNS}
-_KEEPS_COLUMNS = 3  # the first version that does
 
 # What rows have beside the schema's columns on their way to a part. These two go to the part's sidecars.
 EMBEDDING_COLUMN = "embedding"
@@ -66,50 +60,35 @@ IMAGE_BYTES_COLUMN = "image_bytes"
 FRAGMENT, FRAGMENT_ROW, ENDS_FRAGMENT = "smallcap.fragment", "smallcap.fragment_row", "smallcap.ends_fragment"
 # `logprob` is what a tar's JSON files call `caption_logprob`.
 _TAKEN_NAMES = (*CAPTION_COLUMNS.names, EMBEDDING_COLUMN, IMAGE_BYTES_COLUMN, "logprob")
-_OWN_PREFIX = "smallcap."
+_RESERVED_PREFIX = "smallcap."
 
 _VERSION_KEY = b"smallcap.schema_version"
 _KEPT_KEY = b"smallcap.kept_columns"
 
 
-def caption_schema(
-    run_id: str,
-    model_id: str,
-    index_id: str,
-    version: int = SCHEMA_VERSION,
-    kept_columns: pa.Schema | None = None,
-) -> pa.Schema:
-    """Returns a schema version's columns with the file metadata that every part carries.
+def caption_schema(run_id: str, model_id: str, index_id: str, kept_columns: pa.Schema | None = None) -> pa.Schema:
+    """Returns a part's columns with the file metadata that every part carries.
 
     Args:
         run_id: Of the run.
         model_id: Of the run's model.
         index_id: Of the index version that the run retrieves from.
-        version: Of the schema.
-        kept_columns: Columns of the input that pass through to the output, from version 3 on.
+        kept_columns: Columns of the input that pass through to the output.
 
     Raises:
         ConfigError: Kept columns have names that smallcap's own columns have.
-        SchemaError: The version knows no kept columns.
     """
+    kept = [pa.field(field.name, field.type) for field in kept_columns or ()]  # without flags of the input's own
+    kept_names = [field.name for field in kept]
+    check_kept_columns(kept_names)
     metadata = {
-        _VERSION_KEY: str(version).encode(),
+        _VERSION_KEY: str(SCHEMA_VERSION).encode(),
         b"smallcap.run_id": run_id.encode(),
         b"smallcap.model_id": model_id.encode(),
         b"smallcap.index_id": index_id.encode(),
+        _KEPT_KEY: json.dumps(kept_names).encode(),
     }
-    kept = [pa.field(field.name, field.type) for field in kept_columns or ()]  # without flags of the input's own
-    if version >= _KEEPS_COLUMNS:
-        metadata[_KEPT_KEY] = json.dumps([field.name for field in kept]).encode()
-    elif kept:
-        raise SchemaError(
-            "A run that began with an older smallcap has no kept columns.",
-            expected=f"schema version {_KEEPS_COLUMNS} or newer",
-            found=str(version),
-            remedy="Leave the kept columns out, or give another --out.",
-        )
-    check_kept_columns([field.name for field in kept])
-    return pa.schema([*_COLUMNS[version], *kept], metadata)
+    return pa.schema([*CAPTION_COLUMNS, *kept], metadata)
 
 
 def check_kept_columns(names: Sequence[str]) -> None:
@@ -118,41 +97,44 @@ def check_kept_columns(names: Sequence[str]) -> None:
     Raises:
         ConfigError: One is a name of the output's own columns, or is given twice.
     """
-    taken = {name for name in names if name in _TAKEN_NAMES or name.startswith(_OWN_PREFIX) or names.count(name) > 1}
+    taken = {
+        name for name in names if name in _TAKEN_NAMES or name.startswith(_RESERVED_PREFIX) or names.count(name) > 1
+    }
     if taken:
         raise ConfigError(
             "Columns to keep have names that the output needs, or one of them is named twice.",
             where="keep_columns",
-            expected=f"each name once, and none of {', '.join(_TAKEN_NAMES)} or {_OWN_PREFIX}…",
+            expected=f"each name once, and none of {', '.join(_TAKEN_NAMES)} or {_RESERVED_PREFIX}…",
             found=", ".join(sorted(taken)),
             remedy="Rename these columns in the input, or do not keep them.",
         )
 
 
 def kept_columns(schema: pa.Schema) -> list[str]:
-    """Returns the names of the columns that a part took from the input; none before version 3.
+    """Returns the names of the columns that a part took from the input.
 
     Raises:
-        SchemaError: The metadata that names them is damaged.
+        SchemaError: The metadata that names them is missing or damaged.
     """
+    found = (schema.metadata or {}).get(_KEPT_KEY, b"")
     try:
-        names = json.loads((schema.metadata or {}).get(_KEPT_KEY, b"[]"))
+        names = json.loads(found)
     except ValueError:
         names = None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise SchemaError(
             "A part's list of kept columns is damaged.",
             expected="file metadata smallcap.kept_columns, a JSON list of names",
-            found=repr(schema.metadata[_KEPT_KEY]),
+            found=repr(found),
         )
     return names
 
 
 def check_caption_schema(schema: pa.Schema, where: str) -> None:
-    """Checks that a Parquet part can be read as a caption part of a known version.
+    """Checks that a Parquet part can be read as a caption part.
 
     Raises:
-        SchemaError: It was not written by smallcap, or by a newer release, or its columns differ.
+        SchemaError: It was not written by smallcap, or is of another schema version, or its columns differ.
     """
     version = (schema.metadata or {}).get(_VERSION_KEY)
     if version is None:
@@ -163,33 +145,20 @@ def check_caption_schema(schema: pa.Schema, where: str) -> None:
             found="none",
             remedy="Give the run its own empty output folder.",
         )
-    if version not in {str(known).encode() for known in _COLUMNS}:
+    if version != str(SCHEMA_VERSION).encode():
         raise SchemaError(
             "This part has an unknown schema version.",
             where=where,
-            expected=" or ".join(map(str, _COLUMNS)),
+            expected=str(SCHEMA_VERSION),
             found=version.decode(),
             remedy="Read it with the smallcap release that wrote it, or a newer one.",
         )
-    columns = _COLUMNS[int(version)]
-    kept = kept_columns(schema) if int(version) >= _KEEPS_COLUMNS else []
-    fixed = pa.schema(list(schema)[: len(columns)])
-    if not fixed.equals(columns, check_metadata=False) or schema.names[len(columns) :] != kept:
+    names = [*CAPTION_COLUMNS.names, *kept_columns(schema)]
+    fixed = pa.schema(list(schema)[: len(CAPTION_COLUMNS)])
+    if not fixed.equals(CAPTION_COLUMNS, check_metadata=False) or schema.names != names:
         raise SchemaError(
             "This part's columns are not those of its schema version.",
             where=where,
-            expected=", ".join([*columns.names, *kept]),
+            expected=", ".join(names),
             found=", ".join(schema.names),
         )
-
-
-def to_newest_version(table: pa.Table) -> pa.Table:
-    """Returns rows of any version with the newest version's columns, then those that were kept from the input.
-
-    What an older version lacks is null.
-    """
-    missing = [field for field in CAPTION_COLUMNS if field.name not in table.column_names]
-    for field in missing:
-        table = table.append_column(field, pa.nulls(len(table), field.type))
-    kept = [name for name in table.column_names if name not in CAPTION_COLUMNS.names]
-    return table.select([*CAPTION_COLUMNS.names, *kept])

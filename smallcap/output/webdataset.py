@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from smallcap.errors import SchemaError
+from smallcap.images.kinds import IMAGE_EXTENSIONS
 
 _EXTENSIONS = {
     b"\xff\xd8\xff": "jpg",
@@ -28,7 +29,7 @@ _EXTENSIONS = {
     b"RIFF": "webp",
     b"\x00\x00\x01\x00": "ico",
 }
-_IMAGE_EXTENSION = re.compile(r"\.(jpe?g|jfif|png|gif|bmp|tiff?|webp|ico|avif|heic)$", re.IGNORECASE)
+_IMAGE_EXTENSION = re.compile(rf"\.({'|'.join(IMAGE_EXTENSIONS)}|jfif|ico|heic)$", re.IGNORECASE)
 _SCHEME = re.compile(r"^[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\\]")  # a backslash separates folders for some unpackers
 

@@ -11,27 +11,24 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import pickle
 from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from smallcap import storage
 from smallcap.errors import CheckpointError
+from smallcap.records import Record, VersionedRecord, load_record
 
 FOLDER = "checkpoints"
 MARKER, WEIGHTS_FILE, STATE_FILE = "checkpoint.json", "trained.safetensors", "state.pt"
 
 
-class EpochResult(BaseModel):
+class EpochResult(Record):
     """What validation said after an epoch."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     epoch: int  # counted from 1
     step: int  # steps done at its end
@@ -40,10 +37,8 @@ class EpochResult(BaseModel):
     cider: float | None = None  # 1.0 is what papers print as 100
 
 
-class TrainCheckpoint(BaseModel):
+class TrainCheckpoint(VersionedRecord):
     """The content of `checkpoint.json`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     format_version: Literal[1] = 1
     step: int  # steps done
@@ -76,8 +71,7 @@ def save_train_checkpoint(
         storage.write_bytes(storage.join(out, FOLDER, checkpoint.folder, name), data)
     sums = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     checkpoint = checkpoint.model_copy(update={"sha256": sums})
-    marker = json.dumps(checkpoint.model_dump(mode="json"), indent=1) + "\n"
-    storage.write_bytes(storage.join(out, FOLDER, checkpoint.folder, MARKER), marker.encode())
+    checkpoint.write(storage.join(out, FOLDER, checkpoint.folder, MARKER))
     return checkpoint
 
 
@@ -88,12 +82,9 @@ def find_train_checkpoint(out: str) -> TrainCheckpoint | None:
         CheckpointError: Its marker is malformed.
     """
     for folder in reversed(storage.list_folder(storage.join(out, FOLDER))):
-        marker = storage.join(folder, MARKER)
-        if storage.exists(marker):
-            try:
-                return TrainCheckpoint.model_validate_json(storage.read_bytes(marker))
-            except ValidationError as error:
-                raise CheckpointError("A checkpoint's marker is malformed.", where=marker, found=str(error)) from error
+        checkpoint = load_record(TrainCheckpoint, storage.join(folder, MARKER), CheckpointError)
+        if checkpoint is not None:
+            return checkpoint
     return None
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from smallcap.config import ComputeConfig, Config, Dtype, InputConfig
+from smallcap.storage import DEFAULT_CACHE_DIR
 from smallcap.training.retrieval_sampling import RetrievalMode
 
 
@@ -30,7 +31,7 @@ class TrainRetrievalConfig(Config):
     `c-sample-k`: the nearest one and k - 1 drawn."""
     k: int = Field(4, ge=0, le=50)
     """Captions in the prompt; 0 trains without retrieval."""
-    cache_dir: str = "~/.cache/smallcap"
+    cache_dir: str = DEFAULT_CACHE_DIR
     """Where a node keeps copies of remote indexes."""
 
 

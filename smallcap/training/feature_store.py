@@ -11,20 +11,21 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field
 
 from smallcap import storage
 from smallcap.config import config_difference
 from smallcap.errors import ConfigError, SchemaError
 from smallcap.output.schema import NEIGHBOUR_TYPE, STATUS_OK
+from smallcap.records import Record, VersionedRecord, load_record
 
-FORMAT_VERSION = 1
+FORMAT_VERSION: Final = 1
 FEATURES_FILE, CANDIDATES_FILE = "features.json", "candidates.json"
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
@@ -39,35 +40,27 @@ _CANDIDATES = pa.schema(
 )
 
 
-class PartEntry(BaseModel):
+class PartEntry(Record):
     """One part of stored features."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     split: Split
     name: str
     images: int  # with features
     examples: int  # their captions
-    errors: dict[str, int] = {}  # images without features, by code
+    errors: dict[str, int] = Field(default_factory=dict)  # images without features, by code
 
 
-class StoreManifest(BaseModel):
+class StoreManifest(VersionedRecord):
     """The content of `features.json` and `candidates.json`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    format_version: Literal[1] = 1
+    format_version: Literal[1] = FORMAT_VERSION
     identity: dict[str, Any]  # what the parts were computed from
     complete: bool = False
     parts: tuple[PartEntry, ...] = ()  # once complete
 
-    def of(self, split: Split) -> list[PartEntry]:
+    def parts_of(self, split: Split) -> list[PartEntry]:
         """Returns a split's parts."""
         return [part for part in self.parts if part.split == split]
-
-    def write(self, uri: str) -> None:
-        """Writes the manifest, atomically."""
-        storage.write_bytes(uri, (json.dumps(self.model_dump(mode="json"), indent=1) + "\n").encode())
 
 
 @dataclass(frozen=True)
@@ -109,9 +102,9 @@ def open_store(uri: str, identity: Mapping[str, Any]) -> StoreManifest:
 
     Raises:
         ConfigError: The folder's parts were computed from something else.
-        SchemaError: The manifest is malformed, or of a newer version.
+        SchemaError: The manifest is malformed, or of another format version.
     """
-    manifest = _load(uri)
+    manifest = load_record(StoreManifest, uri, SchemaError)
     if manifest is None:
         manifest = StoreManifest(identity=dict(identity))
         manifest.write(uri)
@@ -124,20 +117,6 @@ def open_store(uri: str, identity: Mapping[str, Any]) -> StoreManifest:
             remedy="Give another --out, or another folder with --set features=FOLDER.",
         )
     return manifest
-
-
-def _load(uri: str) -> StoreManifest | None:
-    if not storage.exists(uri):
-        return None
-    try:
-        return StoreManifest.model_validate_json(storage.read_bytes(uri))
-    except ValidationError as error:
-        raise SchemaError(
-            "The manifest is malformed, or of another format version.",
-            where=uri,
-            expected=f"format_version {FORMAT_VERSION}",
-            found=str(error),
-        ) from error
 
 
 def part_name(fragment: int, batch: int, is_last: bool) -> str:
@@ -220,12 +199,12 @@ def read_features(uri: str) -> FeatureRows:
     """Reads the images of a part that have features.
 
     Raises:
-        SchemaError: It is no such part.
+        SchemaError: It is not such a part.
     """
     table = _read(uri)
     shape = json.loads((table.schema.metadata or {}).get(_SHAPE_KEY, b"{}"))
     if shape.get("format_version") != FORMAT_VERSION:
-        raise SchemaError("This is no part of stored features.", where=uri, expected=f"format {FORMAT_VERSION}")
+        raise SchemaError("This is not a part of stored features.", where=uri, expected=f"format {FORMAT_VERSION}")
     table = table.filter(pc.equal(table["status"], STATUS_OK)).combine_chunks()
     blobs = table["features"].combine_chunks()
     start = blobs.offset * blobs.type.byte_width
@@ -241,7 +220,7 @@ def read_queries(uri: str) -> QueryRows:
     """Reads all but the features of the images of a part that have them.
 
     Raises:
-        SchemaError: It is no such part.
+        SchemaError: It is not such a part.
     """
     table = _read(uri, ["image_id", "captions", "status", "embedding"])
     table = table.filter(pc.equal(table["status"], STATUS_OK)).combine_chunks()
@@ -261,7 +240,7 @@ def read_candidates(uri: str) -> list[list[str]]:
     """Reads the texts of a part's candidates, nearest first, for each image that has features.
 
     Raises:
-        SchemaError: It is no such part.
+        SchemaError: It is not such a part.
     """
     lists = _read(uri, ["candidates"])["candidates"].combine_chunks()
     texts = pc.struct_field(lists.flatten(), "text").to_pylist()

@@ -14,31 +14,18 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import index_builder.build as build_module
 import index_builder.versions.publish as publish_module
-import index_builder.work.stage_runner as runner_module
+from index_builder.build import build_index
+from index_builder.work.task_runner import LocalRunner, TaskRunner
+from jobs.cluster.session import connect
+from jobs.cluster.tasks import RayRunner
 from smallcap.config import IndexConfig
 
 
 def die(*arguments: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def in_process() -> None:
-    def run_tasks(function: Any, items: Any, memory_bytes: int | None = None) -> Iterator[tuple[int, Any]]:
-        for position, item in enumerate(items):
-            yield position, function(item)
-
-    def run_actors(actor: Any, arguments: Any, items: Any, plan: object) -> Iterator[tuple[int, Any]]:
-        yield from run_tasks(actor(*arguments), items)
-
-    runner_module.run_tasks = run_tasks
-    runner_module.run_actors = run_actors
-    runner_module.node_resources = lambda: [{"CPU": 2.0}]
 
 
 def kill_a_worker() -> None:
@@ -63,12 +50,10 @@ def kill_a_worker() -> None:
 
 def main(config_file: str, stage: str, done: int, victim: str) -> None:
     config = IndexConfig.model_validate(json.loads(Path(config_file).read_text()))
-    if victim == "process":
-        in_process()
-    else:
-        from jobs.cluster.session import connect
-
+    runner: TaskRunner = LocalRunner()
+    if victim != "process":
         connect()
+        runner = RayRunner()
     if stage == "pointer":
         publish_module.switch_pointer = die
     killers: list[threading.Thread] = []
@@ -80,8 +65,7 @@ def main(config_file: str, stage: str, done: int, victim: str) -> None:
             killers.append(threading.Thread(target=kill_a_worker))
             killers[0].start()
 
-    progress: Callable[[str, int, int], None] = watch
-    report = build_module.build_index(config, progress)
+    report = build_index(config, runner, watch)
     for killer in killers:
         killer.join()
     print(json.dumps({"index_id": report.manifest.index_id}), flush=True)

@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import index_builder.build as build_module
 import index_builder.embedding.encoding as encoding_module
+import index_builder.gathering as gathering_module
 import index_builder.versions.publish as publish_module
 from index_builder.build import BuildReport, build_index
+from index_builder.work.task_runner import LocalRunner
+from jobs.cluster.tasks import RayRunner
 from smallcap import storage
 from smallcap.config import CleaningConfig, IndexConfig
 from smallcap.errors import CheckpointError, ConfigError, RunError, SchemaError
@@ -42,14 +47,23 @@ def config(dump: Path | str, out: Path | str, clip: Path, **options: object) -> 
     return IndexConfig(dumps=(str(dump),), out=str(out), encoder=f"hf:{clip}", **options)  # type: ignore[arg-type]
 
 
+class LastFirstRunner(LocalRunner):
+    """Finishes the last item first."""
+
+    def run_tasks(self, function: Any, items: Any, memory_bytes: int | None = None) -> Iterator[tuple[int, Any]]:
+        for position in reversed(range(len(items))):
+            yield position, function(items[position])
+
+
 def files_of(report: BuildReport) -> dict[str, bytes]:
     return {entry.file: (Path(report.index_uri) / entry.file).read_bytes() for entry in report.manifest.files}
 
 
-@pytest.mark.usefixtures("in_process")
 def test_a_build_from_dump_to_search(tmp_path: Path, dump: Path, tiny_clip: Path) -> None:
     seen: list[tuple[str, int, int]] = []
-    report = build_index(config(dump, tmp_path / "index", tiny_clip, shards=3), lambda *step: seen.append(step))
+    report = build_index(
+        config(dump, tmp_path / "index", tiny_clip, shards=3), progress=lambda *step: seen.append(step)
+    )
     manifest = report.manifest
     assert not report.no_op
     assert manifest.ntotal == 40
@@ -79,7 +93,6 @@ def test_a_build_from_dump_to_search(tmp_path: Path, dump: Path, tiny_clip: Path
     assert len(others) == 36
 
 
-@pytest.mark.usefixtures("in_process")
 def test_shard_count_changes_no_answer(tmp_path: Path, dump: Path, tiny_clip: Path) -> None:
     queries = load_retrieval_encoder(f"hf:{tiny_clip}").encode_texts([f"some {colour} thing" for colour in COLOURS])
     answers = []
@@ -92,18 +105,16 @@ def test_shard_count_changes_no_answer(tmp_path: Path, dump: Path, tiny_clip: Pa
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_session")
-def test_builds_repeat_byte_for_byte_on_ray_and_off_it(
-    tmp_path: Path, dump: Path, tiny_clip: Path, request: pytest.FixtureRequest
-) -> None:
+def test_builds_repeat_byte_for_byte_on_every_schedule(tmp_path: Path, dump: Path, tiny_clip: Path) -> None:
     options = {"shards": 3, "index_key": "IVF4,SQ8", "recall": {"target": 0.1}}
-    on_ray = build_index(config(dump, tmp_path / "ray", tiny_clip, **options))
-    request.getfixturevalue("in_process")
-    off_ray = build_index(config(dump, tmp_path / "process", tiny_clip, **options))
-    assert files_of(on_ray) == files_of(off_ray)
-    assert on_ray.manifest.index_id == off_ray.manifest.index_id
+    reports = [
+        build_index(config(dump, tmp_path / type(runner).__name__, tiny_clip, **options), runner)
+        for runner in (RayRunner(), LocalRunner(), LastFirstRunner())
+    ]
+    assert files_of(reports[0]) == files_of(reports[1]) == files_of(reports[2])
+    assert len({report.manifest.index_id for report in reports}) == 1
 
 
-@pytest.mark.usefixtures("in_process")
 def test_the_same_dumps_and_options_are_a_no_op(tmp_path: Path, dump: Path, tiny_clip: Path, other_clip: Path) -> None:
     first = build_index(config(dump, tmp_path / "index", tiny_clip))
     again = build_index(config(dump, tmp_path / "index", tiny_clip))
@@ -115,13 +126,12 @@ def test_the_same_dumps_and_options_are_a_no_op(tmp_path: Path, dump: Path, tiny
     second = build_index(config(dump, tmp_path / "index", tiny_clip))
     assert not second.no_op
     assert second.manifest.ntotal == 41
-    assert load_pointer(second.index_uri) == second.manifest.index_id
+    assert load_pointer(second.index_uri).index_id == second.manifest.index_id
     other = build_index(config(dump, tmp_path / "index", other_clip, cleaning=CleaningConfig(min_words=3)))
     assert len({report.manifest.index_id for report in (first, second, other)}) == 3
     assert len(list((tmp_path / "index" / "versions").iterdir())) == 3
 
 
-@pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize("step", ["shard", "calibrate", "publish", "pointer"])
 def test_a_failure_before_the_marker_leaves_the_old_version_and_what_was_done(
     tmp_path: Path, dump: Path, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch, step: str
@@ -150,8 +160,10 @@ def test_a_failure_before_the_marker_leaves_the_old_version_and_what_was_done(
 
     with monkeypatch.context() as patch:
         patch.setattr(encoding_module, "EmbedParts", fail)  # what was done is not done again
-        for name in ("deal_dumps", "dedupe_bucket", *(["write_shard"] if step != "shard" else [])):
-            patch.setattr(build_module, name, fail)
+        for name in ("deal_dumps", "dedupe_bucket"):
+            patch.setattr(gathering_module, name, fail)
+        if step != "shard":
+            patch.setattr(build_module, "write_shard", fail)
         after = build_index(changed)
     assert after.manifest.ntotal == 41
     assert not list(index.glob(".staging-*"))
@@ -159,8 +171,6 @@ def test_a_failure_before_the_marker_leaves_the_old_version_and_what_was_done(
     assert files_of(after) == files_of(build_index(config(dump, tmp_path / "at once", tiny_clip, shards=3)))
 
 
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_session")
 def test_a_build_from_s3_to_s3(tmp_path: Path, s3: str, tiny_clip: Path) -> None:
     local = write_dump(tmp_path / "captions.csv")
     storage.upload(local, f"{s3}/dumps/part-1/captions.csv")
@@ -181,13 +191,12 @@ def test_a_build_from_s3_to_s3(tmp_path: Path, s3: str, tiny_clip: Path) -> None
 @pytest.mark.usefixtures("ray_session")
 def test_errors_of_the_workers_keep_their_kind(tmp_path: Path, dump: Path, tiny_clip: Path) -> None:
     with pytest.raises(SchemaError, match="lacks the text column"):
-        build_index(config(dump, tmp_path / "index", tiny_clip, text_column="text"))
+        build_index(config(dump, tmp_path / "index", tiny_clip, text_column="text"), RayRunner())
     with pytest.raises(ConfigError, match=r"No caption(.|\n)*too_few_words"):
-        build_index(config(dump, tmp_path / "index", tiny_clip, cleaning=CleaningConfig(min_words=20)))
+        build_index(config(dump, tmp_path / "index", tiny_clip, cleaning=CleaningConfig(min_words=20)), RayRunner())
     assert not (tmp_path / "index" / "current.json").exists()
 
 
-@pytest.mark.usefixtures("in_process")
 def test_dumps_and_encoders_that_cannot_be_read(tmp_path: Path, dump: Path, tiny_clip: Path) -> None:
     with pytest.raises(CheckpointError):
         build_index(config(dump, tmp_path / "index", tmp_path / "no-such-clip"))
@@ -209,10 +218,9 @@ def test_an_encoder_that_cannot_be_loaded_fails_once_with_its_own_error(
             file.read_bytes()[:1000] if file.suffix == ".safetensors" else file.read_bytes()
         )
     with pytest.raises(CheckpointError, match="cannot be loaded"):
-        build_index(config(dump, tmp_path / "index", broken))
+        build_index(config(dump, tmp_path / "index", broken), RayRunner())
 
 
-@pytest.mark.usefixtures("in_process")
 def test_real_captions(tmp_path: Path, shared_data: Path, tiny_clip: Path) -> None:
     lines = (shared_data / "flickr" / "captions.csv").read_text().splitlines(keepends=True)
     (tmp_path / "captions.csv").write_text("".join(lines[:3001]))

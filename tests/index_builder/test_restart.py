@@ -18,7 +18,7 @@ SCRIPT = Path(__file__).with_name("killed_build.py")
 
 
 @pytest.fixture(scope="module")
-def undisturbed(module_in_process: None, tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> IndexConfig:
+def undisturbed(tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> IndexConfig:
     """The config of a build that nobody kills, and its index: two dumps of 4,000 captions together, in four shards."""
     folder = tmp_path_factory.mktemp("undisturbed")
     for number in range(2):
@@ -66,7 +66,7 @@ def check_restart(config: IndexConfig, undisturbed: IndexConfig, stage: str, vic
     assert not (index / "current.json").exists()
     assert len(list(index.glob(f"{STAGING_PREFIX}*"))) == 1
     seen: list[str] = []
-    build_index(config, lambda name, done, total: seen.append(name))
+    build_index(config, progress=lambda name, done, total: seen.append(name))
     assert not list(index.glob(f"{STAGING_PREFIX}*"))
     check_same(config, undisturbed)
     if stage in ("template", "shard", "calibrate", "pointer"):

@@ -3,7 +3,6 @@
 import io
 import json
 import runpy
-import shutil
 import sys
 from pathlib import Path
 
@@ -18,10 +17,10 @@ from jobs import caption
 from jobs.captioning.record import load_run_record
 from smallcap import storage
 from smallcap.captioner import Captioner
-from smallcap.config import CaptionConfig, IndexConfig
+from smallcap.config import IndexConfig
 from smallcap.errors import CheckpointError, ConfigError, ManifestError, SchemaError
 from smallcap.output.part_files import list_parts
-from smallcap.output.schema import CAPTION_COLUMNS, caption_schema, check_caption_schema
+from smallcap.output.schema import CAPTION_COLUMNS, check_caption_schema
 
 pytestmark = pytest.mark.ray
 
@@ -120,7 +119,7 @@ def test_several_captions_and_fast_decoding_are_written_and_counted(
     assert attempt.decoded_by_pillow == 1
     assert attempt.dtype in ("float32", "bfloat16")
     assert attempt.search_backends == ("cpu",)
-    assert summary.record.format_version == 4
+    assert summary.record.format_version == 1
     assert "by Pillow" in caption.describe(summary)
 
 
@@ -138,37 +137,6 @@ def test_samples_do_not_depend_on_batches_or_ids(tmp_path: Path, index: str, tin
         captions.append(list(read_rows(out).caption))
     assert captions[0] == captions[1]
     assert len(set(captions[0])) > 1
-
-
-def test_a_run_that_an_older_release_began_stays_of_its_version(tmp_path: Path, finished_run: CaptionConfig) -> None:
-    out = str(tmp_path / "out")
-    shutil.copytree(finished_run.out, out)
-    config = finished_run.model_copy(update={"out": out})
-    record = json.loads(Path(out, "run.json").read_text())
-    # What the first release wrote: no newer options, no newer fields, parts of schema version 1.
-    for option in ("no_repeat_ngram_size", "num_captions", "do_sample", "temperature", "top_p", "seed"):
-        del record["config"]["generation"][option]
-    for option in ("clip_score", "save_embeddings", "write"):
-        del record["config"]["output"][option]
-    del record["config"]["input"]["decode"], record["config"]["keep_columns"], record["config"]["max_error_rate"]
-    for name in ("schema_version", "input", "limit", "repeated_ids"):
-        del record[name]
-    for attempt in record["attempts"]:
-        del attempt["dtype"], attempt["decoded_by_pillow"], attempt["token"]
-    Path(out, "run.json").write_text(json.dumps(record | {"format_version": 1}))
-    shutil.rmtree(Path(out, "_work"))
-    for number, part in enumerate(list_parts(out)):
-        old = caption_schema("run", "model", "index", 1)
-        rows = pq.read_table(part).select(old.names).cast(old)
-        pq.write_table(rows.slice(0 if number else 2), part)  # two images had not been captioned yet
-
-    assert caption.run(config).new_images == 2
-    versions = {pq.read_schema(part).metadata[b"smallcap.schema_version"] for part in list_parts(out)}
-    assert versions == {b"1"}
-    assert list(read_rows(out).caption) == list(read_rows(finished_run.out).caption)
-    two = config.model_copy(update={"generation": config.generation.model_copy(update={"num_captions": 2})})
-    with pytest.raises(ConfigError, match=r"num_captions: 1 → 2"):
-        caption.run(two)
 
 
 @pytest.mark.slow

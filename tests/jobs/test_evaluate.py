@@ -21,7 +21,7 @@ from smallcap.errors import ConfigError, SchemaError, SmallCapError
 from smallcap.index.caption_store import read_texts
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-RUNS = [str(GOLDEN / f"run_v{version}") for version in (2, 1)]
+RUN = str(GOLDEN / "run_v1")
 REFERENCES = {
     "10000000.jpg": ["a rocket above a tractor", "a rocket and a tractor on yellow"],
     "10000001.jpg": ["a whale on a red ground", "the whale"],
@@ -48,44 +48,61 @@ def evaluate(runs: Sequence[str], references: str, **options: Any) -> dict[str, 
 
 def copy_run(source: str, target: str) -> str:
     for path in Path(source).iterdir():
-        storage.write_bytes(storage.join(target, path.name), path.read_bytes())
+        if path.is_file():
+            storage.write_bytes(storage.join(target, path.name), path.read_bytes())
     return target
 
 
+def replace_captions(run: Path, captions: Sequence[str | None]) -> None:
+    part = next(run.glob("part-*"))
+    table = pq.read_table(part)
+    place = table.schema.get_field_index("caption")
+    pq.write_table(table.set_column(place, "caption", pa.array(captions)), part)
+
+
+@pytest.fixture
+def two_runs(tmp_path: Path) -> list[str]:
+    """The golden run, and one with other captions."""
+    other = copy_run(RUN, str(tmp_path / "other"))
+    replace_captions(Path(other), ["a rocket above a tractor", "a chair on a yellow ground", None])
+    return [RUN, other]
+
+
 def test_a_run_is_evaluated_from_any_storage(folder: str) -> None:
-    stored = copy_run(RUNS[0], storage.join(folder, "run"))
+    stored = copy_run(RUN, storage.join(folder, "run"))
     out = storage.join(folder, "evaluation.json")
     result = evaluate([stored], write_coco(folder), out=out)
     assert json.loads(storage.read_bytes(out)) == result
     assert (result["images"], result["references"]["images"], result["captions_per_image"]) == (2, 3, 2)
-    own = result["runs"][0]
-    assert (own["rows"], own["errors"], own["without_references"]) == (3, {"not_an_image": 1}, 0)
-    assert (own["model_id"], own["index_id"], own["clip_score_encoder"]) == (
+    measured = result["runs"][0]
+    assert (measured["rows"], measured["errors"], measured["without_references"]) == (3, {"not_an_image": 1}, 0)
+    assert (measured["model_id"], measured["index_id"], measured["clip_score_encoder"]) == (
         "demo@e2a6d95a4e14",
-        "23bf30dae023154c",
+        "1adeb9c10471b38c",
         "demo",
     )
-    figures = own["figures"]
+    figures = measured["figures"]
     assert figures["clip_score"]["value"] == pytest.approx(2.5 * figures["clip_cosine"]["value"])
     assert 0 < figures["bleu_1"]["value"] <= 1
     assert result["differences"] == {}
 
 
-def test_two_runs_side_by_side(tmp_path: Path) -> None:
-    result = evaluate(RUNS, write_coco(str(tmp_path)))
+def test_two_runs_side_by_side(tmp_path: Path, two_runs: list[str]) -> None:
+    result = evaluate(two_runs, write_coco(str(tmp_path)))
     first, second = (entry["figures"]["bleu_1"]["value"] for entry in result["runs"])
     difference = result["differences"]["bleu_1"]
     assert difference["value"] == pytest.approx(second - first)
+    assert first != second
     assert difference["low"] <= difference["value"] <= difference["high"]
 
 
 def test_tables_and_karpathys_splits_say_the_same_as_coco(tmp_path: Path) -> None:
-    expected = evaluate(RUNS[:1], write_coco(str(tmp_path)))["runs"]
+    expected = evaluate([RUN], write_coco(str(tmp_path)))["runs"]
     rows = [{"file": name, "text": caption} for name, captions in REFERENCES.items() for caption in captions]
     (tmp_path / "refs.csv").write_text("\n".join(["file,text", *(f"{row['file']},{row['text']}" for row in rows)]))
     (tmp_path / "refs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     for name in ("refs.csv", "refs.jsonl"):
-        found = evaluate(RUNS[:1], str(tmp_path / name), text_column="text", image_id_column="file")
+        found = evaluate([RUN], str(tmp_path / name), text_column="text", image_id_column="file")
         assert found["runs"] == expected
     images = [
         {"filename": name, "split": "test", "sentences": [{"raw": caption} for caption in captions]}
@@ -93,13 +110,13 @@ def test_tables_and_karpathys_splits_say_the_same_as_coco(tmp_path: Path) -> Non
     ]
     other = {"filename": "0.jpg", "split": "train", "sentences": [{"raw": "x"}]}
     (tmp_path / "karpathy.json").write_text(json.dumps({"images": [*images, other]}))
-    found = evaluate(RUNS[:1], str(tmp_path / "karpathy.json"), split="test")
+    found = evaluate([RUN], str(tmp_path / "karpathy.json"), split="test")
     assert (found["runs"], found["references"]["images"]) == (expected, 3)
 
 
-def test_the_command_prints_a_table_and_json_last(tmp_path: Path) -> None:
+def test_the_command_prints_a_table_and_json_last(tmp_path: Path, two_runs: list[str]) -> None:
     references = write_coco(str(tmp_path))
-    arguments = ["evaluate", *RUNS, "--references", references, "--metrics", "cider", "--bootstrap", "20", "--json"]
+    arguments = ["evaluate", *two_runs, "--references", references, "--metrics", "cider", "--bootstrap", "20", "--json"]
     printed = CliRunner().invoke(app, arguments, catch_exceptions=False).output.splitlines()
     assert json.loads(printed[-1])["images"] == 2
     table = "\n".join(printed[:-1])
@@ -110,7 +127,7 @@ def test_the_command_prints_a_table_and_json_last(tmp_path: Path) -> None:
 
 def test_the_module_does_the_same(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(
-        f"runs: [{RUNS[0]}]\nreferences: {write_coco(str(tmp_path))}\nmetrics: [rouge_l]\nbootstrap: 0\n"
+        f"runs: [{RUN}]\nreferences: {write_coco(str(tmp_path))}\nmetrics: [rouge_l]\nbootstrap: 0\n"
     )
     command = [sys.executable, "-m", "jobs.evaluate", "--config", str(tmp_path / "config.yaml"), "--set", "seed=3"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -120,7 +137,7 @@ def test_the_module_does_the_same(tmp_path: Path) -> None:
 
 
 def test_metrics_that_cannot_run_are_named_and_the_others_run(tmp_path: Path) -> None:
-    arguments = ["evaluate", RUNS[0], "--references", write_coco(str(tmp_path)), "--bootstrap", "0", "--json"]
+    arguments = ["evaluate", RUN, "--references", write_coco(str(tmp_path)), "--bootstrap", "0", "--json"]
     empty = tmp_path / "empty"
     empty.mkdir()
     command = [sys.executable, "-m", "jobs.cli", *arguments]
@@ -132,10 +149,10 @@ def test_metrics_that_cannot_run_are_named_and_the_others_run(tmp_path: Path) ->
 
 
 def test_an_incomplete_run_is_said_to_be_one(tmp_path: Path) -> None:
-    stored = copy_run(RUNS[0], str(tmp_path / "run"))
+    stored = copy_run(RUN, str(tmp_path / "run"))
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     (tmp_path / "run" / "run.json").write_text(json.dumps(record | {"status": "running", "retrieval_encoder": "other"}))
-    warnings = evaluate([stored, RUNS[1]], write_coco(str(tmp_path)))["warnings"]
+    warnings = evaluate([stored, RUN], write_coco(str(tmp_path)))["warnings"]
     assert any("is not complete" in warning for warning in warnings)
     assert any("different encoders" in warning for warning in warnings)
 
@@ -148,10 +165,10 @@ def _broken(name: str, content: str, message: str, kind: type[SmallCapError] = S
     ("name", "content", "message", "kind"),
     [
         _broken("refs.json", "{", "not a JSON file"),
-        _broken("refs.json", '{"images": []}', "holds no reference captions"),
+        _broken("refs.json", '{"images": []}', "holds no captions"),
         _broken("refs.json", '{"annotations": [{"image_id": 1}]}', "annotations[0]"),
         _broken("refs.csv", "image,caption\na.jpg", "refs.csv: line 2"),
-        _broken("refs.csv", "image,text\na.jpg,x", "lacks the text column"),
+        _broken("refs.csv", "image,text\na.jpg,x", "no column of captions"),
         _broken("refs.csv", "file,caption\na.jpg,x", "names no image"),
         _broken("refs.csv", "image,caption\nother.jpg,x", "images named other.jpg", ConfigError),
         _broken("refs.txt", "x", "of this kind are unknown", ConfigError),
@@ -162,14 +179,14 @@ def test_broken_references_are_named(
 ) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(kind) as error:
-        evaluate(RUNS[:1], str(tmp_path / name))
+        evaluate([RUN], str(tmp_path / name))
     assert message in str(error.value)
 
 
 def test_a_split_of_a_table_is_refused(tmp_path: Path) -> None:
     (tmp_path / "refs.csv").write_text("image,caption\na.jpg,x")
     with pytest.raises(ConfigError, match="no splits"):
-        evaluate(RUNS[:1], str(tmp_path / "refs.csv"), split="test")
+        evaluate([RUN], str(tmp_path / "refs.csv"), split="test")
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
@@ -179,18 +196,15 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
 
 def test_the_datastores_captions_are_not_novel(tmp_path: Path) -> None:
     index = str(GOLDEN / "index_v1" / "index")
-    stored = copy_run(RUNS[0], str(tmp_path / "run"))
-    part = next((tmp_path / "run").glob("part-*"))
-    table = pq.read_table(part)
-    captions = pa.array([next(read_texts(index))[0].upper() + ".", "surely nobody has said this", None])
-    pq.write_table(table.set_column(table.schema.get_field_index("caption"), "caption", captions), part)
+    stored = copy_run(RUN, str(tmp_path / "run"))
+    replace_captions(tmp_path / "run", [next(read_texts(index))[0].upper() + ".", "surely nobody has said this", None])
     references = write_coco(str(tmp_path))
     assert evaluate([stored], references)["runs"][0]["figures"]["novel"]["value"] == 1
     assert evaluate([stored], references, index=index)["runs"][0]["figures"]["novel"]["value"] == 0.5
 
 
 def test_parts_of_something_else_are_refused(tmp_path: Path) -> None:
-    stored = copy_run(RUNS[0], str(tmp_path / "run"))
+    stored = copy_run(RUN, str(tmp_path / "run"))
     part = next((tmp_path / "run").glob("part-*"))
     shutil.copyfile(GOLDEN / "README.md", part)
     with pytest.raises(SchemaError, match="cannot be read as Parquet"):

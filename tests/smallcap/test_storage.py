@@ -38,6 +38,7 @@ def test_listing_is_sorted_filtered_and_without_hidden_files(folder: str) -> Non
     assert [uri.removeprefix(folder) for uri in listed] == ["/a/c.JPG", "/b.jpg"]
     assert storage.list_files(listed[0]) == [listed[0]]
     assert storage.list_files(storage.join(folder, "a", "*.txt")) == [storage.join(folder, "a/d.txt")]
+    assert storage.list_files(storage.join(folder, "_staging", "*")) == [storage.join(folder, "_staging/e.jpg")]
 
 
 def test_an_update_sees_the_content_and_can_refuse(folder: str) -> None:

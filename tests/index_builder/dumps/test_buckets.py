@@ -17,10 +17,10 @@ from index_builder.dumps.buckets import (
 )
 from index_builder.dumps.cleaning import caption_key
 from index_builder.dumps.files import find_dumps, scan_dump
-from index_builder.dumps.formats import Columns
+from smallcap.captions.rows import CaptionColumns
 from smallcap.config import CleaningConfig
 
-COLUMNS = Columns("caption", "image")
+COLUMNS = CaptionColumns("caption", "image")
 
 
 def unique_rows(dumps: list[str], work: Path) -> tuple[list[dict[str, object]], int]:
@@ -29,12 +29,12 @@ def unique_rows(dumps: list[str], work: Path) -> tuple[list[dict[str, object]], 
     buckets = plan_buckets(sum(scan.bytes for scan in scans))
     tasks = plan_dealing(scans, str(work), COLUMNS, CleaningConfig(tokenizer=None), buckets, 0, range(len(scans)))
     dealt = [deal_dumps(task) for task in tasks]
-    chunks = tuple(chunk for part in dealt for chunk in part.chunks)
+    chunks = tuple(chunk for task in dealt for chunk in task.chunks)
     deduped = [dedupe_bucket(DedupeTask(str(work), bucket, chunks)) for bucket in range(buckets)]
     captions = UniqueCaptions(str(work), [bucket.captions for bucket in deduped])
     rows = captions.read(0, len(captions)).to_pylist()
     assert captions.read(2, 7).to_pylist() == rows[2:7]
-    assert sum(bucket.duplicates for bucket in deduped) + len(rows) == sum(sum(part.rows) for part in dealt)
+    assert sum(bucket.duplicates for bucket in deduped) + len(rows) == sum(sum(task.rows) for task in dealt)
     return rows, max(count_captions_per_image(task) for task in plan_counting(str(work), deduped))
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from index_builder.dumps.cleaning import Cleaner, caption_key, describe_filters
-from index_builder.dumps.formats import DumpRow
+from smallcap.captions.rows import CaptionRow
 from smallcap.config import CleaningConfig
 from smallcap.errors import ConfigError
 
@@ -26,16 +26,16 @@ def test_collapsing_white_space_keeps_the_key(text: str) -> None:
 
 def test_every_row_is_kept_or_counted() -> None:
     rows = [
-        DumpRow(" A  dog\truns ", "a", 1),
-        DumpRow("", None, 2, "malformed"),
-        DumpRow(" \u3000\n", "b", 3),
-        DumpRow("dog", "b", 4),
-        DumpRow("a b c d e", "b", 5),
-        DumpRow("half \ud83d pair", "b", 6),
-        DumpRow("half pair", "\ud83d", 7),
+        CaptionRow(" A  dog\truns ", "a", 1),
+        CaptionRow("", None, 2, "malformed"),
+        CaptionRow(" \u3000\n", "b", 3),
+        CaptionRow("dog", "b", 4),
+        CaptionRow("a b c d e", "b", 5),
+        CaptionRow("half \ud83d pair", "b", 6),
+        CaptionRow("half pair", "\ud83d", 7),
     ]
     kept, dropped = Cleaner(CleaningConfig(max_tokens=4, min_words=2, tokenizer=None)).clean(rows)
-    assert [(row.text, row.image_id) for row in kept] == [("A dog runs", "a")]
+    assert [(row.text, row.image_ids) for row in kept] == [("A dog runs", ("a",))]
     assert dropped == {"malformed": 3, "empty": 1, "too_few_words": 1, "too_long": 1}
 
 
@@ -45,11 +45,11 @@ def test_a_row_is_dropped_for_the_first_reason_that_holds(tmp_path: Path) -> Non
         max_tokens=4, min_words=2, drop=("repeats", "markup", "urls"), blocklist=str(tmp_path / "words.txt")
     )
     bad = ["https://x.y", "<br>", "aaaaaaaa", "hairless", "and too many tokens"]
-    rows = [DumpRow(" ".join(["x", *bad[first:]]), None, first) for first in range(len(bad))]
+    rows = [CaptionRow(" ".join(["x", *bad[first:]]), None, first) for first in range(len(bad))]
     rows += [
-        DumpRow(" ".join(bad), None, 5, "bad_embedding"),
-        DumpRow("https://x.y", None, 6),
-        DumpRow("a dog", None, 7),
+        CaptionRow(" ".join(bad), None, 5, "bad_embedding"),
+        CaptionRow("https://x.y", None, 6),
+        CaptionRow("a dog", None, 7),
     ]
     cleaner = Cleaner(config)
     assert [list(cleaner.clean([row])[1]) for row in rows] == [
@@ -66,14 +66,14 @@ def test_a_row_is_dropped_for_the_first_reason_that_holds(tmp_path: Path) -> Non
 
 
 def test_tokens_are_counted_by_gpt2_without_a_network() -> None:
-    rows = [DumpRow("giraffe " * words, None, words) for words in (12, 13)]
+    rows = [CaptionRow("giraffe " * words, None, words) for words in (12, 13)]
     kept, dropped = Cleaner(CleaningConfig()).clean(rows)
     assert [len(row.text.split()) for row in kept] == [12]
     assert dropped == {"too_long": 1}
 
 
 def test_embeddings_are_passed_on() -> None:
-    kept, _ = Cleaner(CleaningConfig()).clean([DumpRow("a dog", "x", 1, "", b"\0\1"), DumpRow("a cat", "x", 2)])
+    kept, _ = Cleaner(CleaningConfig()).clean([CaptionRow("a dog", "x", 1, "", b"\0\1"), CaptionRow("a cat", "x", 2)])
     assert [row.vector for row in kept] == [b"\0\1", None]
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from index_builder.dumps.files import find_dumps, scan_dump
-from index_builder.dumps.formats import Columns
+from smallcap.captions.rows import CaptionColumns
 from smallcap.errors import ConfigError, SchemaError, StorageError
 
 
@@ -34,8 +34,8 @@ def test_nothing_to_read(tmp_path: Path) -> None:
 def test_scan_checks_the_columns(tmp_path: Path) -> None:
     (tmp_path / "captions.csv").write_text("text\na\n")
     [dump] = find_dumps([str(tmp_path)])
-    with pytest.raises(SchemaError, match="lacks the text column"):
-        scan_dump((dump, Columns("caption", None)))
-    scan = scan_dump((dump, Columns("text", None)))
+    with pytest.raises(SchemaError, match="no column of captions"):
+        scan_dump((dump, CaptionColumns("caption")))
+    scan = scan_dump((dump, CaptionColumns("text")))
     assert scan.bytes == 7
     assert len(scan.sha256) == 64

@@ -67,7 +67,6 @@ class TestMeasures:
         assert nprobe_ladder(16) == (1, 2, 4, 8, 16)
 
 
-@pytest.mark.usefixtures("in_process")
 class TestCalibration:
     def test_nprobe_rises_with_the_target(self, tmp_path: Path, tiny_clip: Path) -> None:
         dump = write_embedded_dump(tmp_path, 4000)
@@ -143,7 +142,6 @@ class TestCalibration:
             build(tmp_path, tiny_clip, dump, index_key="IVF4,SQfp16")
 
 
-@pytest.mark.usefixtures("in_process")
 class TestKeys:
     @pytest.mark.parametrize("key", ["Flat", "IVF16,SQfp16", "IVF,SQ8", "IVF16,Flat", "SQ8", "HNSW16", "OPQ4,IVF8,PQ4"])
     def test_builds_repeat_byte_for_byte_and_shards_change_no_answer(
@@ -192,7 +190,6 @@ class TestKeys:
             build(tmp_path, tiny_clip, write_embedded_dump(tmp_path, 300), index_key=key)
 
 
-@pytest.mark.usefixtures("in_process")
 class TestImports:
     def test_embeddings_of_another_encoder_are_noticed(self, tmp_path: Path, tiny_clip: Path) -> None:
         dump = write_embedded_dump(tmp_path, 100)
@@ -258,7 +255,6 @@ class TestImports:
             build(tmp_path, tiny_clip, tmp_path / "dump.parquet")
 
 
-@pytest.mark.usefixtures("in_process")
 def test_a_dry_run_counts_and_leaves_nothing(tmp_path: Path, tiny_clip: Path) -> None:
     from index_builder.build import Build
     from jobs.build_index import describe_plan

@@ -9,34 +9,34 @@ from pathlib import Path
 
 import pytest
 
-from jobs.captioning.metrics import METRICS, CaptionMetrics
-from jobs.captioning.monitor import StageReport
+from jobs.captioning.metrics import METRICS, record_batch
+from jobs.captioning.stage_report import StageReport
 
 ROOT = Path(__file__).parents[3]
 
 EXPORT = """
 import sys, time, urllib.request
 import ray
-from jobs.captioning.metrics import CaptionMetrics
-from jobs.captioning.monitor import StageReport, start_monitor
+from jobs.captioning.stage_report import StageReport
+from jobs.captioning.watch import watch_run
 
 port = int(sys.argv[1])
 ray.init(
     address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, _metrics_export_port=port,
     _system_config={"metrics_report_interval_ms": 500},
 )
-client = start_monitor(10, 0, "run-1")
 
 @ray.remote(num_cpus=0)
 class Worker:
-    def work(self):
+    def work(self, client):
         client.report(StageReport("load", 9, 1.0, retries=2, bytes=5000))
         client.report(StageReport("caption", 8, 1.0, tokens=40), [0.3, 0.4])
         client.report(StageReport("write", 7, 1.0, errors={"empty": 6}))
-        CaptionMetrics.of_process("run-1").record_index_cache(hits=3, misses=4)
+        client.record_index_cache(hits=3, misses=4)
 
 worker = Worker.remote()
-ray.get(worker.work.remote())
+with watch_run("run-1", 10, 1) as watch:
+    ray.get(worker.work.remote(watch.monitor))
 deadline = time.monotonic() + 60
 while time.monotonic() < deadline:
     try:
@@ -52,8 +52,8 @@ while time.monotonic() < deadline:
 
 def test_without_ray_nothing_is_counted_and_nothing_fails() -> None:
     script = (
-        "from jobs.captioning.metrics import CaptionMetrics; from jobs.captioning.monitor import StageReport; "
-        "CaptionMetrics.of_process('run').record(StageReport('write', 5, 1.0, errors={'empty': 1}), [0.5])"
+        "from jobs.captioning.metrics import record_batch; from jobs.captioning.stage_report import StageReport; "
+        "record_batch('run', StageReport('write', 5, 1.0, errors={'empty': 1}), [0.5])"
     )
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
 
@@ -116,4 +116,4 @@ def test_the_document_names_every_metric() -> None:
 
 
 def test_a_batch_of_no_images_is_no_observation() -> None:
-    CaptionMetrics("run").record(StageReport("caption", start_s=3.0))
+    record_batch("run", StageReport("caption", start_s=3.0))

@@ -23,12 +23,23 @@ def config(**changes: object) -> CaptionConfig:
 
 def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert load_run_record(str(tmp_path)) is None
-    record = RunRecord.new(config(), "demo@1234", "abcd", "demo")
+    record = RunRecord.new(config(), "abcd", "demo", model_id="demo@1234")
     write_run_record(str(tmp_path), record)
     assert load_run_record(str(tmp_path)) == record
     record.check_same_run(config(), "demo@1234", "out")
     with pytest.raises(ConfigError, match="model weights: demo@1234 → demo@5678"):
         record.check_same_run(config(), "demo@5678", "out")
+    with pytest.raises(ConfigError, match=r"num_captions: 1 → 2"):
+        record.check_same_run(config(generation={"num_captions": 2}), "demo@1234", "out")
+
+
+def test_options_that_came_after_a_run_began_have_their_defaults() -> None:
+    record = RunRecord.new(config(), "abcd", "demo", model_id="demo@1234")
+    generation = {name: value for name, value in record.config["generation"].items() if name != "num_captions"}
+    older = record.model_copy(update={"config": record.config | {"generation": generation}})
+    older.check_same_run(config(), "demo@1234", "out")
+    with pytest.raises(ConfigError, match=r"num_captions: 1 → 2"):
+        older.check_same_run(config(generation={"num_captions": 2}), "demo@1234", "out")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"format_version": 1}', '{"format_version": 99}'])
@@ -50,7 +61,7 @@ def test_the_images_of_a_run_are_the_sum_of_its_parts() -> None:
 )
 def test_a_run_is_done_as_far_as_it_was_asked(finished: int | None, asked: int | None, done: bool) -> None:
     listed = Input(listed_at="2026-01-01T00:00:00+00:00", images=9, fragments=1, duplicates=0)
-    record = RunRecord.new(config(), "demo@1234", "abcd", "demo").model_copy(update={"input": listed})
+    record = RunRecord.new(config(), "abcd", "demo", model_id="demo@1234").model_copy(update={"input": listed})
     assert not record.is_done(asked)
     assert record.model_copy(update={"status": "complete", "limit": finished}).is_done(asked) == done
 

@@ -14,7 +14,7 @@ import pytest
 import ray
 
 from jobs.captioning.retrieval_actors import PartitionedRetriever, run_partitions
-from jobs.cluster.session import own_errors
+from jobs.cluster.errors import unwrapped_errors
 from smallcap.config import RetrievalConfig
 from smallcap.errors import ConfigError, IndexIntegrityError
 from smallcap.index.manifest import IndexManifest
@@ -90,7 +90,7 @@ def test_an_actor_that_dies_is_started_again(tmp_path: Path, publish: Callable[.
         together = PartitionedRetriever.open(partitions, cache)
         expected = together.search(unit_vectors(5), 3)
         for actor in partitions.actors:
-            os.kill(ray.get(actor.pid.remote()), signal.SIGKILL)
+            os.kill(ray.get(actor.__ray_call__.remote(lambda _: os.getpid())), signal.SIGKILL)
             assert together.search(unit_vectors(5), 3) == expected
 
 
@@ -126,7 +126,7 @@ def test_a_damaged_shard_is_its_own_error(tmp_path: Path, publish: Callable[...,
     retrieval = RetrievalConfig(cache_dir=f"{tmp_path}/cache", partitions=2)
     with (
         pytest.raises(IndexIntegrityError, match="damaged"),
-        own_errors(),
+        unwrapped_errors(),
         run_partitions(uri, manifest.index_id, retrieval),
     ):
         pass

@@ -156,12 +156,28 @@ def test_rows_that_cannot_be_read_are_counted(tmp_path: Path) -> None:
     assert (inputs.listed_examples, inputs.malformed) == (1, 2)
 
 
+def test_malformed_rows_of_json_and_parquet_are_counted(tmp_path: Path) -> None:
+    images = [{"filename": "a.jpg", "split": "train", "sentences": [{"raw": "a dog"}, 5, {"tokens": []}]}, "b", {}]
+    (tmp_path / "karpathy.json").write_text(json.dumps({"images": images}))
+    inputs = inputs_of(tmp_path / "karpathy.json", tmp_path)
+    assert (inputs.listed_examples, inputs.malformed) == (1, 4)
+    table = pa.table({"image": ["a.jpg", "b.jpg"], "image_id": ["7", None], "caption": [["a dog", None], ["a bus"]]})
+    pq.write_table(table, tmp_path / "list.parquet")
+    inputs = inputs_of(tmp_path / "list.parquet", tmp_path)
+    assert (inputs.listed_examples, inputs.malformed) == (2, 1)
+    ids = {image_id: uri for image_id, (uri, _) in read_all(inputs)["train"].items()}
+    assert ids == {"7": f"{tmp_path}/a.jpg", "b.jpg": f"{tmp_path}/b.jpg"}
+
+
 def test_sources_without_images_or_captions_are_refused(tmp_path: Path) -> None:
     (tmp_path / "texts.csv").write_text("caption\na dog\n")
     with pytest.raises(SchemaError, match="A caption has no image"):
         inputs_of(tmp_path / "texts.csv", tmp_path)
     pq.write_table(pa.table({"image": ["a.jpg"], "title": ["a dog"]}), tmp_path / "list.parquet")
-    with pytest.raises(SchemaError, match="no column of captions"):
+    with pytest.raises(SchemaError, match=r"no column of captions(.|\n)*data\.caption_column"):
+        inputs_of(tmp_path / "list.parquet", tmp_path)
+    pq.write_table(pa.table({"image_id": ["a.jpg"], "caption": ["a dog"]}), tmp_path / "list.parquet")
+    with pytest.raises(SchemaError, match="A caption has no image"):
         inputs_of(tmp_path / "list.parquet", tmp_path)
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "a.jpg").write_bytes(jpeg(0))

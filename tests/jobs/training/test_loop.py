@@ -60,10 +60,10 @@ def test_an_interrupted_run_has_the_curve_of_an_undisturbed_one(spec: WorkerSpec
         with pytest.raises(InterruptedError):
             run_to_end(specs[1], InterruptedWorker)
     run_to_end(specs[1])
-    first, second = (loss_curve(one.config.out) for one in specs)
+    first, second = (loss_curve(spec.config.out) for spec in specs)
     assert len(first) == STEPS
     assert first.tolist() == second.tolist()
-    weights, others = (load_trained_weights(one.config.out, STEPS) for one in specs)
+    weights, others = (load_trained_weights(spec.config.out, STEPS) for spec in specs)
     assert all(torch.equal(weight, others[name]) for name, weight in weights.items())
     assert find_train_checkpoint(specs[1].config.out).epochs == straight.at.epochs
 

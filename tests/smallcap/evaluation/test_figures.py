@@ -7,7 +7,7 @@ import pytest
 from smallcap.errors import ConfigError
 from smallcap.evaluation.caption_metrics import score_captions
 from smallcap.evaluation.figures import evaluate_runs, expand_metrics
-from smallcap.evaluation.references import References, group_references
+from smallcap.evaluation.references import ReferenceImage, References
 from smallcap.evaluation.run_captions import VALUES, RunCaptions
 
 METRICS = ["cider", "bleu_4"]
@@ -16,8 +16,8 @@ _WORDS = ("a", "the", "red", "blue", "dog", "cat", "car", "runs", "sits", "on", 
 
 def references(count: int) -> References:
     generator = random.Random(0)
-    pairs = [(f"{image}.jpg", " ".join(generator.choices(_WORDS, k=8))) for image in range(count) for _ in range(3)]
-    return group_references(pairs, "refs.csv")
+    texts = [tuple(" ".join(generator.choices(_WORDS, k=8)) for _ in range(3)) for _ in range(count)]
+    return References((ReferenceImage(f"{image}.jpg", texts[image]) for image in range(count)), "refs.csv")
 
 
 def run_of(captions: dict[str, str], **values: float) -> RunCaptions:

@@ -1,11 +1,16 @@
 """Reference captions of each layout, and which image a run's id means."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from smallcap.captions.rows import CaptionColumns
 from smallcap.errors import ConfigError, SchemaError
-from smallcap.evaluation.references import References, group_references, parse_references
+from smallcap.evaluation.references import ReferenceImage, References, load_references
+
+COLUMNS = CaptionColumns("caption", "image")
 
 COCO = {
     "images": [
@@ -31,6 +36,16 @@ KARPATHY = {
 }
 
 
+def load(folder: Path, content: Any, split: str | None = None) -> References:
+    (folder / "refs.json").write_text(json.dumps(content))
+    return load_references(f"{folder}/refs.json", COLUMNS, split)
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory: pytest.TempPathFactory) -> References:
+    return load(tmp_path_factory.mktemp("coco"), COCO)
+
+
 @pytest.mark.parametrize(
     ("image_id", "name"),
     [
@@ -50,32 +65,32 @@ KARPATHY = {
         ("", None),
     ],
 )
-def test_an_image_is_found_by_name_id_stem_or_number(image_id: str, name: str | None) -> None:
-    assert parse_references(COCO, "refs.json").find(image_id) == name
+def test_an_image_is_found_by_name_id_stem_or_number(coco: References, image_id: str, name: str | None) -> None:
+    assert coco.find(image_id) == name
 
 
-def test_coco_captions_are_grouped_by_image() -> None:
-    captions = parse_references(COCO, "refs.json").captions
+def test_coco_captions_are_grouped_by_image(coco: References) -> None:
+    captions = coco.captions
     assert captions["COCO_val2014_000000000042.jpg"] == ("a bus", "a red bus")
     assert "uncaptioned.png" not in captions
     assert captions["5"] == ("of an image that is not listed",)
 
 
 def test_a_name_that_means_two_images_means_none() -> None:
-    references = group_references([("a/1.jpg", "x"), ("b/1.jpg", "y")], "refs.csv")
+    references = References([ReferenceImage("a/1.jpg", ("x",)), ReferenceImage("b/1.jpg", ("y",))], "refs.csv")
     assert references.find("a/1.jpg") == "a/1.jpg"
     assert references.find("1.jpg") is None
     assert references.find("c/1.png") is None
 
 
-def test_karpathys_splits_are_taken_whole_or_one_by_one() -> None:
-    whole = parse_references(KARPATHY, "refs.json")
+def test_karpathys_splits_are_taken_whole_or_one_by_one(tmp_path: Path) -> None:
+    whole = load(tmp_path, KARPATHY)
     assert whole.captions == {"COCO_val2014_1.jpg": ("one", "uno"), "2.jpg": ("two",)}
-    test = parse_references(KARPATHY, "refs.json", split="test")
+    test = load(tmp_path, KARPATHY, split="test")
     assert test.captions == {"COCO_val2014_1.jpg": ("one", "uno")}
     assert test.find("000000000001.jpg") == "COCO_val2014_1.jpg"
     with pytest.raises(ConfigError, match="no such split") as error:
-        parse_references(KARPATHY, "refs.json", split="val")
+        load(tmp_path, KARPATHY, split="val")
     assert error.value.expected == "test, train"
 
 
@@ -86,9 +101,11 @@ def test_karpathys_splits_are_taken_whole_or_one_by_one() -> None:
         ({"info": {}, "licenses": []}, "refs.json", "info, licenses"),
         ([1, 2], "refs.json", "no JSON object"),
         ({"annotations": [{"image_id": 1, "caption": None}]}, "refs.json: annotations[0]", "None"),
+        ({"annotations": [{"image_id": 1, "caption": " "}]}, "refs.json: annotations[0]", "' '"),
         ({"annotations": ["a dog"]}, "refs.json: annotations[0]", "a dog"),
         ({"images": [{"id": None}], "annotations": []}, "refs.json: images[0]", "None"),
-        ({"images": [{"sentences": [{"raw": "x"}]}]}, "refs.json: images[0]", "raw"),
+        ({"images": [{"sentences": [{"raw": "x"}]}]}, "refs.json: images[0].sentences[0]", ""),
+        ({"images": [{"filename": "a.jpg", "sentences": [{}]}]}, "refs.json: images[0].sentences[0]", "{}"),
         (
             {
                 "images": [{"id": 1, "file_name": "a.jpg"}, {"id": 2, "file_name": "a.jpg"}],
@@ -99,21 +116,31 @@ def test_karpathys_splits_are_taken_whole_or_one_by_one() -> None:
         ),
     ],
 )
-def test_broken_references_are_named(content: Any, where: str, found: str) -> None:
+def test_broken_references_are_named(tmp_path: Path, content: Any, where: str, found: str) -> None:
     with pytest.raises(SchemaError) as error:
-        parse_references(content, "refs.json")
-    assert error.value.where == where
+        load(tmp_path, content)
+    assert error.value.where == f"{tmp_path}/{where}"
     assert found in error.value.found
 
 
-def test_a_split_of_coco_captions_is_refused() -> None:
+def test_a_split_of_captions_without_splits_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no splits inside a file"):
-        parse_references(COCO, "refs.json", split="test")
+        load(tmp_path, COCO, split="test")
 
 
-def test_a_row_without_an_image_is_refused() -> None:
-    with pytest.raises(SchemaError) as error:
-        group_references([("a", "x"), (None, "y")], "refs.csv")
-    assert error.value.where == "refs.csv: caption 2"
+def test_a_row_without_an_image_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "refs.csv").write_text("image,caption\na,x\n,y\n")
+    with pytest.raises(SchemaError, match="names no image") as error:
+        load_references(f"{tmp_path}/refs.csv", COLUMNS)
+    assert error.value.where == f"{tmp_path}/refs.csv: line 3"
     with pytest.raises(SchemaError, match="no reference captions"):
         References([], "refs.csv")
+
+
+def test_what_is_malformed_in_another_split_is_no_concern(tmp_path: Path) -> None:
+    broken = {"filename": "4.jpg", "split": "train", "sentences": [5, {"raw": 5}]}
+    content = {"images": [*KARPATHY["images"], broken]}
+    assert list(load(tmp_path, content, split="test").captions) == ["COCO_val2014_1.jpg"]
+    with pytest.raises(SchemaError, match="malformed") as error:
+        load(tmp_path, content, split="train")
+    assert (error.value.where, error.value.found) == (f"{tmp_path}/refs.json: images[3].sentences[0]", "5")

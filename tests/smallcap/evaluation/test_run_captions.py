@@ -7,13 +7,12 @@ import pyarrow as pa
 import pytest
 
 from smallcap.errors import SchemaError
-from smallcap.evaluation.references import group_references
+from smallcap.evaluation.references import ReferenceImage, References
 from smallcap.evaluation.run_captions import COLUMNS, collect_run
 from smallcap.output.schema import CAPTION_COLUMNS
 
-REFERENCES = group_references(
-    [("a.jpg", "a wet dog"), ("b.jpg", "a red car"), ("c.jpg", "nobody captioned it")], "refs"
-)
+TEXTS = {"a.jpg": "a wet dog", "b.jpg": "a red car", "c.jpg": "nobody captioned it"}
+REFERENCES = References((ReferenceImage(name, (text,)) for name, text in TEXTS.items()), "refs")
 
 
 def rows(*given: dict[str, Any]) -> list[pa.Table]:

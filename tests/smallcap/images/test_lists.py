@@ -19,7 +19,7 @@ def read(file: Path, keep: tuple[str, ...] = (), **options: str) -> list[dict[st
 def write(file: Path, rows: list[dict[str, object]]) -> None:
     if file.suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), file)
-    elif file.suffix == ".jsonl":
+    elif file.suffix in (".jsonl", ".ndjson"):
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     elif file.suffix == ".json":
         file.write_text(json.dumps(rows, indent=1))
@@ -29,7 +29,7 @@ def write(file: Path, rows: list[dict[str, object]]) -> None:
         file.write_text("\n".join(lines))
 
 
-SUFFIXES = [".csv", ".tsv", ".jsonl", ".json", ".parquet"]
+SUFFIXES = [".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet"]
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -39,6 +39,8 @@ def test_ids_uris_and_kept_columns(tmp_path: Path, suffix: str) -> None:
     write(tmp_path / f"list{suffix}", rows)
     expected = [{**rows[0], "image_uri": f"{tmp_path}/rel/1, one.jpg"}, *rows[1:]]
     assert read(tmp_path / f"list{suffix}", ("alt",)) == expected
+    named = read(tmp_path / f"list{suffix}", image_column="image_uri", id_column="alt")
+    assert [row["image_id"] for row in named] == ["ü", "x", "x", "x"]
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -47,7 +49,7 @@ def test_a_missing_column_is_named_with_those_there_are(tmp_path: Path, suffix: 
     with pytest.raises(SchemaError, match=r"input\.image_column") as missing:
         read(tmp_path / f"list{suffix}")
     assert "url, alt" in str(missing.value)
-    with pytest.raises(SchemaError, match="no such column to keep") as missing:
+    with pytest.raises(SchemaError, match="column to keep is missing") as missing:
         read(tmp_path / f"list{suffix}", ("text",), image_column="url")
     assert "url, alt" in str(missing.value)
     assert f"list{suffix}" in str(missing.value)

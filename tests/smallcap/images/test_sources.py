@@ -27,6 +27,15 @@ def listed(*sources: Path | str, keep: tuple[str, ...] = ()) -> tuple[dict[str, 
     return {row["image_id"]: row["image_uri"] for row in rows}, found
 
 
+def test_images_are_called_by_their_path_below_the_source(tmp_path: Path) -> None:
+    for name in ("b.jpg", "a.PNG", "sub/c.webp", "notes.txt", ".hidden.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    assert listed(tmp_path)[0] == {name: f"{tmp_path}/{name}" for name in ("a.PNG", "b.jpg", "sub/c.webp")}
+    assert list(listed(tmp_path)[0]) == ["a.PNG", "b.jpg", "sub/c.webp"]
+    assert listed(tmp_path / "b.jpg")[0] == {"b.jpg": f"{tmp_path}/b.jpg"}
+
+
 def test_a_folder_of_img2dataset_gives_its_tars_only(tmp_path: Path) -> None:
     for number in range(2):
         (tmp_path / f"{number:05d}.tar").write_bytes(make_tar("a.jpg"))
@@ -96,7 +105,7 @@ def test_kept_columns_must_agree(tmp_path: Path) -> None:
     assert "width: int64" in str(differ.value)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/a.jpg").write_bytes(b"x")
-    with pytest.raises(SchemaError, match="no such column to keep"):
+    with pytest.raises(SchemaError, match="column to keep is missing"):
         listed(tmp_path / "photos", keep=("width",))
 
 

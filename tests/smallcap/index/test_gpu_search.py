@@ -9,21 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from index_files import PublishIndex, unit_vectors
 
 from smallcap.errors import ConfigError
 from smallcap.index import gpu_search
 from smallcap.index.gpu_search import ExactBlocks, merged_index, open_gpu_search
-from smallcap.index.manifest import IndexManifest
 from smallcap.index.retriever import Retriever
 
-PublishIndex = Callable[..., IndexManifest]
 DIM = 32
 ROWS = 700
-
-
-def unit_vectors(rows: int, seed: int = 0) -> np.ndarray:
-    vectors = np.random.default_rng(seed).standard_normal((rows, DIM)).astype(np.float32)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
 @pytest.fixture

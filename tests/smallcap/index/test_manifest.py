@@ -14,9 +14,9 @@ from smallcap.index.manifest import (
     load_manifest,
     load_pointer,
     manifest_uri,
-    parse_manifest,
     write_pointer,
 )
+from smallcap.records import parse_record
 
 
 def values(**changes: Any) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def values(**changes: Any) -> dict[str, Any]:
         return {"file": file, "bytes": 1, "sha256": "a" * 64}
 
     return {
-        "format_version": 2,
+        "format_version": 1,
         "encoder": {"spec": "hf:x", "weights_sha256": "b" * 64, "dim": 4},
         "dim": 4,
         "index_key": "Flat",
@@ -35,7 +35,7 @@ def values(**changes: Any) -> dict[str, Any]:
         ],
         "captions": [entry("files/captions-0") | {"rows": 5, "first_id": 0}],
         "max_captions_per_image": 5,
-        "sources": [{"uri": "a.csv", "rows": 7, "sha256": "c" * 64}],
+        "sources": [{"uri": "a.csv", "name": "a.csv", "rows": 7, "sha256": "c" * 64}],
         "filters": {"max_tokens": 25},
         "dropped": {"empty": 2},
         "builder_version": "0.1.0",
@@ -44,12 +44,12 @@ def values(**changes: Any) -> dict[str, Any]:
 
 
 def parse(**changes: Any) -> IndexManifest:
-    return parse_manifest(json.dumps(values(**changes)).encode(), "manifest.json")
+    return parse_record(IndexManifest, json.dumps(values(**changes)).encode(), "manifest.json", ManifestError)
 
 
 def test_round_trip() -> None:
     manifest = parse().with_index_id()
-    assert parse_manifest(manifest.to_json().encode(), "x") == manifest
+    assert parse_record(IndexManifest, manifest.to_json().encode(), "x", ManifestError) == manifest
     assert manifest.ntotal == 5
     assert [entry.file for entry in manifest.files] == [
         "files/template",
@@ -80,38 +80,36 @@ def test_removed_ids_are_counted_and_search_settings_are_part_of_the_id() -> Non
     assert len({*ids, manifest.with_index_id().index_id}) == 4
 
 
-def test_version_1_kept_its_files_in_the_versions_folder() -> None:
-    manifest = parse(format_version=1, index_id="0" * 16)
-    assert manifest.template.file == "versions/0000000000000000/files/template"
-
-
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"nonsense", "not an index manifest"),
-        (b"[]", "not an index manifest"),
-        (b"{}", "not an index manifest"),
+        (b"nonsense", "manifest.json is malformed"),
+        (b"[]", "manifest.json is malformed"),
+        (b"{}", "manifest.json is malformed"),
         (
-            json.dumps(values(format_version=3)).encode(),
-            r"cannot read(.|\n)*expected: 1 to 2(.|\n)*found: 3(.|\n)*Upgrade",
+            json.dumps(values(format_version=2)).encode(),
+            r"cannot read(.|\n)*expected: 1(.|\n)*found: 2(.|\n)*release that wrote it",
         ),
-        (json.dumps(values(dim="x")).encode(), r"field of the manifest(.|\n)*dim"),
-        (json.dumps(values(unknown=1)).encode(), r"field of the manifest(.|\n)*unknown"),
-        (json.dumps(values(metric="l2")).encode(), r"field of the manifest(.|\n)*metric"),
-        (json.dumps(values(shards=[])).encode(), r"field of the manifest(.|\n)*shards"),
+        (json.dumps(values(dim="x")).encode(), r"field of manifest.json(.|\n)*dim"),
+        (json.dumps(values(unknown=1)).encode(), r"field of manifest.json(.|\n)*unknown"),
+        (json.dumps(values(metric="l2")).encode(), r"field of manifest.json(.|\n)*metric"),
+        (json.dumps(values(shards=[])).encode(), r"field of manifest.json(.|\n)*shards"),
     ],
 )
 def test_manifests_that_cannot_be_read(data: bytes, message: str) -> None:
     with pytest.raises(ManifestError, match=message):
-        parse_manifest(data, "manifest.json")
+        parse_record(IndexManifest, data, "manifest.json", ManifestError)
 
 
-@pytest.mark.parametrize("file", ["../escape", "/etc/passwd", "shards/../../x", "shards//0", "", "a\\b", "shards/0\n"])
-def test_a_file_outside_the_version_is_refused(file: str) -> None:
+@pytest.mark.parametrize(
+    "file",
+    ["../escape", "/etc/passwd", "files/../../x", "files//0", "files/..", "", "a\\b", "files/0\n", "verified/x.json"],
+)
+def test_a_file_elsewhere_than_in_files_is_refused(file: str) -> None:
     changed = values()
     changed["template"]["file"] = file
     with pytest.raises(ManifestError, match="template"):
-        parse_manifest(json.dumps(changed).encode(), "manifest.json")
+        parse_record(IndexManifest, json.dumps(changed).encode(), "manifest.json", ManifestError)
 
 
 def test_encoder_check_names_both() -> None:
@@ -132,7 +130,7 @@ class TestPublished:
 
     def test_the_pointer_leads_to_the_manifest(self, tmp_path: Path) -> None:
         manifest = self.publish(tmp_path)
-        assert load_pointer(str(tmp_path)) == manifest.index_id
+        assert load_pointer(str(tmp_path)).index_id == manifest.index_id
         assert load_manifest(str(tmp_path)) == manifest
         with pytest.raises(StorageError, match="does not exist"):
             load_manifest(str(tmp_path), "0" * 16)
@@ -142,7 +140,8 @@ class TestPublished:
         [
             (None, r"no published index(.|\n)*build-index"),
             ("{", "malformed"),
-            ('{"index_id": "../x"}', "names no index id"),
+            ('{"format_version": 1, "index_id": "../x"}', r"field of current\.json(.|\n)*index_id"),
+            ('{"format_version": 2, "index_id": "0123456789abcdef"}', "cannot read"),
         ],
     )
     def test_pointers_that_lead_nowhere(self, tmp_path: Path, data: str | None, message: str) -> None:

@@ -16,28 +16,20 @@ from typing import Any
 import faiss
 import numpy as np
 import pytest
+from index_files import PublishIndex, unit_vectors
 
 from smallcap import storage
-from smallcap.errors import IndexIntegrityError, ManifestError, StorageError
+from smallcap.errors import IndexIntegrityError, StorageError
 from smallcap.index import node_cache as index_cache
-from smallcap.index.manifest import FileEntry, IndexManifest, load_manifest
+from smallcap.index.manifest import FileEntry
 from smallcap.index.node_cache import check_file, missing_files, open_version_folder
 from smallcap.index.partition import files_of
 from smallcap.index.retriever import Retriever
 
-PublishIndex = Callable[..., IndexManifest]
-GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "index_v1" / "index"
-
-
-def unit_vectors(rows: int, dim: int = 8, seed: int = 0) -> np.ndarray:
-    vectors = np.random.default_rng(seed).standard_normal((rows, dim)).astype(np.float32)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-
 
 def files_in(cache: str) -> set[str]:
     """The cached files' names, as manifests have them."""
-    names = (str(path.relative_to(cache)) for path in Path(cache).rglob("*") if path.is_file())
-    return {name for name in names if name.startswith(("files/", "versions/"))}
+    return {f"files/{path.name}" for path in Path(cache, "files").glob("*")}
 
 
 @pytest.fixture
@@ -151,16 +143,6 @@ class TestDownloads:
         Retriever.open(f"{s3}/other", cache_dir=cache)
         assert asked == []
 
-    def test_version_1_is_kept_by_version(self, s3: str, cache: str) -> None:
-        for path in GOLDEN.rglob("*"):
-            if path.is_file():
-                storage.upload(path, f"{s3}/index/{path.relative_to(GOLDEN)}")
-        manifest = load_manifest(f"{s3}/index")
-        root = open_version_folder(f"{s3}/index", manifest, cache)
-        assert root == Path(cache)
-        assert files_in(cache) == {entry.file for entry in manifest.files}
-        assert all(name.startswith(f"versions/{manifest.index_id}/") for name in files_in(cache))
-
     def test_a_damaged_copy_is_fetched_again(
         self, s3: str, cache: str, publish_index: PublishIndex, asked: list[str]
     ) -> None:
@@ -208,14 +190,6 @@ class TestDownloads:
         monkeypatch.setattr(storage, "download", damaging)
         Retriever.open(f"{s3}/index", cache_dir=cache)
         assert set(asked.values()) == {2}
-
-    def test_a_manifest_cannot_write_into_the_caches_own_folders(
-        self, s3: str, cache: str, publish_index: PublishIndex
-    ) -> None:
-        manifest = publish_index(f"{s3}/index", unit_vectors(20), ["t"] * 20)
-        lying = manifest.shards[0].model_copy(update={"file": "verified/x.json"})
-        with pytest.raises(ManifestError, match=r"elsewhere(.|\n)*verified/x.json"):
-            open_version_folder(f"{s3}/index", manifest.model_copy(update={"shards": (lying,)}), cache)
 
 
 class TestStamps:

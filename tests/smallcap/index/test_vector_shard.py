@@ -8,6 +8,7 @@ import faiss
 import numpy as np
 import pytest
 from conftest import train_quickly
+from index_files import unit_vectors
 
 from smallcap import storage
 from smallcap.errors import IndexIntegrityError
@@ -18,11 +19,6 @@ from smallcap.index.vector_shard import VectorShard, assign
 DIM = 32
 LOSSLESS = ["Flat", "IVF16,Flat", "IVF16_HNSW8,Flat", "IVF16,SQfp16"]
 OF_CODES = ["IVF16,SQ8", "IVF16,PQ8", "IVF16,PQ8x4fs", "IVF16,RaBitQ", "OPQ8,IVF16,PQ8"]
-
-
-def unit_vectors(rows: int, seed: int = 0) -> np.ndarray:
-    vectors = np.random.default_rng(seed).standard_normal((rows, DIM)).astype(np.float32)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
 def write_shard(

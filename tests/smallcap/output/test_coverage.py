@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from smallcap.images.fragments import Fragment
 from smallcap.images.row_ranges import RowRanges
-from smallcap.images.work_list import Fragment
 from smallcap.output import coverage
 from smallcap.output.coverage import Coverage, WorkItem, drop_repeated_ids, settle, work_left
 from smallcap.output.part_files import PartInfo, PartOptions, list_parts, read_part_infos, write_part
@@ -24,7 +24,7 @@ def info(
     rows: dict[int, list[int]], failed: dict[int, list[int]] | None = None, ends: tuple[int, ...] = ()
 ) -> PartInfo:
     ranges, errors = (
-        {number: RowRanges.of(np.array(of_fragment)) for number, of_fragment in given.items()}
+        {number: RowRanges.of(np.array(row_numbers)) for number, row_numbers in given.items()}
         for given in (rows, failed or {})
     )
     failures = sum(map(len, errors.values()))
@@ -34,7 +34,7 @@ def info(
 
 
 def named(*infos: PartInfo) -> list[tuple[str, PartInfo]]:
-    return [(f"part-{number}", one) for number, one in enumerate(infos)]
+    return [(f"part-{number}", part) for number, part in enumerate(infos)]
 
 
 def left(
@@ -121,7 +121,7 @@ def write(
 
 
 def parts_of(out: Path) -> list[tuple[str, PartInfo]]:
-    return [(uri, one) for uri, one in read_part_infos(str(out)) if one is not None]
+    return list(read_part_infos(str(out)))
 
 
 def captions(out: Path) -> dict[str, str | None]:
@@ -137,10 +137,10 @@ def test_of_two_captions_the_older_stays_and_a_caption_before_an_error(tmp_path:
     write(tmp_path, "part-003-000000.parquet", 0, {1: "newest", 3: ""})
     assert settle(str(tmp_path), parts_of(tmp_path), LIST) == 5
     assert captions(tmp_path) == {"0-0": "old", "0-1": "new", "0-2": "old", "0-3": None, "0-4": "new"}
-    held = [{n: rows.to_json() for n, rows in one.rows.items()} for _, one in parts_of(tmp_path)]
+    held = [{n: rows.to_json() for n, rows in part.rows.items()} for _, part in parts_of(tmp_path)]
     assert held == [{0: [[0, 1], [2, 3]]}, {0: [[1, 2], [4, 5]]}, {0: [[3, 4]]}]
-    assert [one.ends for _, one in parts_of(tmp_path)] == [(), (), ()]
-    assert sum(one.ok + sum(one.errors.values()) for _, one in parts_of(tmp_path)) == 5
+    assert [part.ends for _, part in parts_of(tmp_path)] == [(), (), ()]
+    assert sum(part.ok + sum(part.errors.values()) for _, part in parts_of(tmp_path)) == 5
     assert settle(str(tmp_path), parts_of(tmp_path), LIST) == 0
 
 
@@ -169,4 +169,4 @@ def test_an_id_of_two_tars_stays_once_and_stays_done(
     before = parts_of(tmp_path)
     drop_repeated_ids(str(tmp_path), before)
     assert parts_of(tmp_path) == before
-    assert sum(one.ok for _, one in before) == 3
+    assert sum(part.ok for _, part in before) == 3

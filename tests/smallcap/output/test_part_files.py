@@ -175,22 +175,6 @@ def _remove(uri: str) -> None:
     Path(uri).unlink(missing_ok=True)
 
 
-def test_older_parts_say_nothing_of_fragments(tmp_path: Path) -> None:
-    for version in (1, 2):
-        schema = caption_schema("run", "model", "index", version)
-        rows = [{"image_id": "a", "status": "ok"}, {"image_id": "b", "status": "ok"}]
-        pq.write_table(pa.Table.from_pylist(rows, schema=schema), tmp_path / f"part-00{version}-000000.parquet")
-    assert list(read_part_infos(str(tmp_path))) == [
-        ("part-001-000000.parquet", None),
-        ("part-002-000000.parquet", None),
-    ]
-    drop_rows(str(tmp_path), "part-001-000000.parquet", pa.array(["a"]), None)
-    left = pq.read_table(tmp_path / "part-001-000000.parquet")
-    assert left["image_id"].to_pylist() == ["b"]
-    check_caption_schema(left.schema, "part")
-    assert left.schema.metadata == caption_schema("run", "model", "index", 1).metadata
-
-
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"PAR1 and nothing more", b"x" * 100_000 + b"PAR1"])
 def test_a_damaged_part_is_named_with_its_remedy(out: str, content: bytes) -> None:
     storage.write_bytes(storage.join(out, NAME), content)
@@ -200,7 +184,7 @@ def test_a_damaged_part_is_named_with_its_remedy(out: str, content: bytes) -> No
         drop_rows(out, NAME, pa.array(["a"]), PartInfo())
 
 
-@pytest.mark.parametrize("said", [b"{", b"[]", b'{"rows": {"a": [[0, 1]]}}', b'{"rows": {"1": [0, 1, 2]}}'])
+@pytest.mark.parametrize("said", [b"", b"{", b"[]", b'{"rows": {"a": [[0, 1]]}}', b'{"rows": {"1": [0, 1, 2]}}'])
 def test_nonsense_of_a_parts_rows_is_refused(tmp_path: Path, said: bytes) -> None:
     rows = pa.Table.from_pylist([{"image_id": "a", "status": "ok"}], schema=SCHEMA)
     pq.write_table(rows.replace_schema_metadata({**SCHEMA.metadata, b"smallcap.part": said}), tmp_path / NAME)
@@ -250,26 +234,28 @@ def test_kept_strings_with_few_values_get_dictionaries(tmp_path: Path) -> None:
     assert {column.compression for column in columns.values()} == {"ZSTD"}
 
 
-def test_the_golden_output_of_version_3_is_read() -> None:
-    folder = Path(__file__).parents[2] / "golden" / "run_v3"
-    info = PartInfo(
-        {4: RowRanges([(254, 256)]), 5: RowRanges([(0, 1)])}, {5: RowRanges([(0, 1)])}, (4,), 2, {"not_an_image": 1}
-    )
-    assert list(read_part_infos(str(folder))) == [(NAME, info)]
-    table = pq.read_table(folder / NAME)
-    check_caption_schema(table.schema, NAME)
+def test_the_golden_output_of_version_1_is_read() -> None:
+    folder, name = Path(__file__).parents[2] / "golden" / "run_v1", "part-001-000000.parquet"
+    info = PartInfo({0: RowRanges([(0, 3)])}, {0: RowRanges([(2, 3)])}, (0,), 2, {"not_an_image": 1})
+    assert list(read_part_infos(str(folder))) == [(name, info)]
+    table = pq.read_table(folder / name)
+    check_caption_schema(table.schema, name)
     assert kept_columns(table.schema) == ["split", "licence"]
     assert table.schema.metadata[b"smallcap.part"] == (
-        b'{"rows":{"4":[[254,256]],"5":[[0,1]]},"failed":{"5":[[0,1]]},"ends":[4],"ok":2,"errors":{"not_an_image":1}}'
+        b'{"rows":{"0":[[0,3]]},"failed":{"0":[[2,3]]},"ends":[0],"ok":2,"errors":{"not_an_image":1}}'
     )
     first, _, broken = table.to_pylist()
-    assert (first["image_id"], first["caption"], first["split"]) == ("10000000.jpg", "a rocket above a tractor", "test")
-    assert first["neighbours"] == [{"caption_id": 25, "text": "a train on a yellow ground", "score": 0.625}]
+    assert (first["image_id"], first["caption_tokens"], first["split"]) == ("10000000.jpg", 13, "test")
+    assert first["caption"] == "a rocket and a dog above a tractor on a yellow background"
+    assert first["alternatives"][0]["caption"] == "a rocket and a dog above a tractor on a yellow ground"
+    assert [neighbour["caption_id"] for neighbour in first["neighbours"]] == [25, 1771, 2687, 2422]
+    assert first["neighbours"][0]["text"] == "a house and a train on a yellow background"
+    assert first["neighbours"][0]["score"] == pytest.approx(0.6890859)
     assert (broken["caption"], broken["error_code"], broken["licence"]) == (None, "not_an_image", 4)
-    embeddings = pq.read_table(folder / "_embeddings" / NAME)
+    embeddings = pq.read_table(folder / "_embeddings" / name)
     assert embeddings["image_id"].to_pylist() == ["10000000.jpg", "10000001.jpg"]
     assert np.linalg.norm(np.array(embeddings["embedding"][1].as_py())) == pytest.approx(1, abs=0.01)
-    assert tar_names(str(folder / "webdataset" / "part-000-000000.tar")) == [
+    assert tar_names(str(folder / "webdataset" / "part-001-000000.tar")) == [
         f"1000000{number}.{end}" for number in (0, 1) for end in ("jpg", "txt", "json")
     ]
 

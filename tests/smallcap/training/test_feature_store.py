@@ -97,14 +97,14 @@ def test_a_store_of_something_else_is_refused_with_the_difference(tmp_path: Path
     with pytest.raises(ConfigError, match=r"preprocessing.size_px: 224 → 336"):
         open_store(uri, {"inputs": "abc", "preprocessing": {"size_px": 336}})
     Path(uri).write_text('{"format_version": 2, "identity": {}}')
-    with pytest.raises(SchemaError, match="another format version"):
+    with pytest.raises(SchemaError, match="cannot read"):
         open_store(uri, {})
 
 
 def test_other_parquet_is_refused(tmp_path: Path) -> None:
     uri = str(tmp_path / "part.parquet")
     write_part(uri, rows("ok"))
-    with pytest.raises(SchemaError, match="no part of stored features"):
+    with pytest.raises(SchemaError, match="not a part of stored features"):
         read_features(uri)
     Path(uri).write_bytes(b"PAR1 is how it begins")
     with pytest.raises(SchemaError, match="cannot be read"):

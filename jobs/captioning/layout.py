@@ -1,0 +1,111 @@
+"""How a captioning run is laid out on its cluster: actors, batches, and what its tasks and actors are told.
+
+Ray is imported when a cluster is asked for what it has, and not before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from jobs.captioning.record import RunRecord
+from jobs.cluster.resources import node_resources
+from smallcap.batch_size import LARGEST_BATCH
+from smallcap.captioner import load_crop_plan
+from smallcap.config import CaptionConfig
+from smallcap.images.fragments import FRAGMENT_ROWS
+from smallcap.images.work_list import WorkList
+from smallcap.machine.actor_plan import ActorPlan, plan_actors
+from smallcap.machine.precision import fastest_cpu_dtype
+from smallcap.output.coverage import WorkItem
+from smallcap.output.part_files import PartOptions
+
+if TYPE_CHECKING:
+    from jobs.captioning.load import LoadSpec
+    from jobs.captioning.watch import RunWatch
+
+_BATCHES_PER_CALL = {"cpu": 1, "cuda": 4}  # on a GPU an actor prepares its next batch while it decodes one
+_ROWS_PER_PART = {"cpu": 5_000, "cuda": 50_000}  # some minutes of one actor's work, which is what a kill can cost
+_ROWS_PER_TAR = 2_000  # where a part's images are written too
+
+
+@dataclass(frozen=True)
+class CaptionLayout:
+    """How a run is laid out on its cluster."""
+
+    nodes: tuple[dict[str, float], ...]  # what each has, as Ray counts it
+    actors: ActorPlan
+    batch_size: int  # most images that go through the model together
+    rows_per_part: int
+    parts: PartOptions
+
+    @property
+    def images_per_call(self) -> int:
+        """How many images an actor is given at a time."""
+        return self.batch_size * _BATCHES_PER_CALL[self.actors.device]
+
+    @property
+    def images_per_block(self) -> int:
+        """How many loaded images a block holds at most; what waits for the actors is counted in blocks."""
+        return max(FRAGMENT_ROWS, self.images_per_call)
+
+    @property
+    def load_tasks(self) -> int:
+        """How many loading tasks can run at once beside the actors."""
+        cpus = sum(node.get("CPU", 0.0) for node in self.nodes) - self.actors.num_actors * self.actors.cpus_per_actor
+        return max(1, int(cpus))
+
+    @property
+    def actors_on_device(self) -> int:
+        """How many actors share a GPU, or where there is none, the memory of a node."""
+        if self.actors.device == "cuda":
+            return max(1, int(1 / self.actors.gpus_per_actor))
+        return -(-self.actors.num_actors // len(self.nodes))
+
+
+def lay_out(config: CaptionConfig, record: RunRecord) -> CaptionLayout:
+    """Lays a run out on the cluster that this process is connected to."""
+    nodes = tuple(node_resources())
+    actors = plan_actors(config.compute, nodes)
+    if actors.device == "cpu" and config.compute.dtype == "auto":
+        actors = replace(actors, dtype=_cpu_dtype(record))
+    output, batch_size = config.output, config.compute.batch_size
+    with_tars = "webdataset" in output.write
+    automatic_rows = _ROWS_PER_TAR if with_tars else _ROWS_PER_PART[actors.device]
+    return CaptionLayout(
+        nodes,
+        actors,
+        LARGEST_BATCH[actors.device] if batch_size == "auto" else batch_size,
+        automatic_rows if output.rows_per_part == "auto" else output.rows_per_part,
+        PartOptions(output.rows_per_row_group, output.save_embeddings, with_tars),
+    )
+
+
+def _cpu_dtype(record: RunRecord) -> str:
+    """Returns what `auto` means on CPU actors: what earlier attempts of the run took, else what a worker measures."""
+    import ray
+
+    earlier = [attempt.dtype for attempt in record.attempts if attempt.device == "cpu" and attempt.dtype]
+    if earlier:
+        return earlier[0]
+    dtype: str = ray.get(ray.remote(lambda: fastest_cpu_dtype()).remote())  # noqa: PLW0108 - Ray takes no cached function
+    return dtype
+
+
+def load_spec(
+    config: CaptionConfig, record: RunRecord, work: WorkList, layout: CaptionLayout, watch: RunWatch
+) -> LoadSpec:
+    """Returns what loading tasks are told."""
+    from jobs.captioning.load import LoadSpec
+
+    crops = load_crop_plan(config.model, record.retrieval_encoder, config.input.decode)
+    keep_bytes = layout.parts.webdataset
+    return LoadSpec(crops, config.input, work.kept_columns, keep_bytes, watch.monitor, watch.crash_guard)
+
+
+def count_images(items: Sequence[WorkItem]) -> int | None:
+    """Returns how many images are to do; None where a tar has not said yet."""
+    if any(item.fragment.rows is None for item in items):
+        return None
+    return sum((item.fragment.rows or 0) if item.wanted is None else len(item.wanted) for item in items)

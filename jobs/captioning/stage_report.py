@@ -1,0 +1,77 @@
+"""What the stages of a run report of their batches, and what a run has done so far."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+Stage = Literal["load", "caption", "write"]
+STAGES: tuple[Stage, ...] = ("load", "caption", "write")
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """What a task or an actor did with one batch; sums over batches are the same class."""
+
+    stage: Stage
+    images: int = 0
+    seconds: float = 0.0  # busy, of the task or the actor, for these images
+    errors: Mapping[str, int] = field(default_factory=dict)  # by code; of `write` only, whose tasks count once
+    retries: int = 0  # requests that fetching repeated
+    duplicates: int = 0  # images of a tar that were left out, since another one of it has the id
+    fetch_s: float = 0.0  # part of `seconds`
+    bytes: int = 0  # fetched, or written
+    start_s: float = 0.0  # that an actor took to load; a report without images says that it is ready
+    worker: str = ""  # the actor's name for itself, so that actors can be counted
+    tokens: int = 0  # generated
+    by_pillow: int = 0  # images that `decode: fast` left to Pillow
+    searched_by: frozenset[str] = frozenset()  # backends of the actors' searches
+    ended_fragments: int = 0  # of `load`: fragments whose last image is in this batch
+    ended_images: int = 0  # all images of those fragments
+
+    def plus(self, other: StageReport) -> StageReport:
+        """Returns the sum of two reports of one stage."""
+        sums = {name: getattr(self, name) + getattr(other, name) for name in _SUMMED}
+        errors = Counter(self.errors)
+        errors.update(other.errors)
+        return replace(self, **sums, errors=dict(errors), searched_by=self.searched_by | other.searched_by, worker="")
+
+
+_SUMMED = tuple(
+    name for name in StageReport.__dataclass_fields__ if name not in ("stage", "errors", "searched_by", "worker")
+)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A run's attempt so far."""
+
+    images: int | None  # to do in this attempt; None where the input has not said yet
+    fragments: int | None  # to do in this attempt
+    elapsed_s: float  # since the monitor was made
+    load: StageReport
+    caption: StageReport
+    write: StageReport
+    actors: int  # that have ever been ready
+    first_caption_s: float | None  # from the start to the moment when the first batch began to be captioned
+
+    def of(self, stage: Stage) -> StageReport:
+        """Returns the sums of one stage."""
+        sums: StageReport = getattr(self, stage)
+        return sums
+
+    @property
+    def errors(self) -> dict[str, int]:
+        """The attempt's failed rows by code, most frequent first."""
+        return dict(sorted(self.write.errors.items(), key=lambda item: (-item[1], item[0])))
+
+    @property
+    def expected_images(self) -> int | None:
+        """Images of the attempt, counted or estimated from the fragments that have ended; None before one has."""
+        if self.images is not None:
+            return self.images
+        if not self.load.ended_fragments or not self.fragments:
+            return None
+        return round(self.load.ended_images / self.load.ended_fragments * self.fragments)

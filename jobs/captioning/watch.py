@@ -1,0 +1,38 @@
+"""The one small actor beside a run's driver: the monitor, which counts, and the crash guard, which decides rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from jobs.captioning.crash_guard import CrashGuard, CrashGuardClient
+from jobs.captioning.monitor import MonitorClient, RunMonitor
+from jobs.cluster.side_actor import run_beside
+
+
+@dataclass(frozen=True)
+class RunWatch:
+    """What a run's tasks and actors report to and ask."""
+
+    monitor: MonitorClient
+    crash_guard: CrashGuardClient
+
+
+class _WatchActor(RunMonitor, CrashGuard):
+    def __init__(self, images: int | None, fragments: int | None) -> None:
+        RunMonitor.__init__(self, images, fragments)
+        CrashGuard.__init__(self)
+
+
+@contextmanager
+def watch_run(run_id: str, images: int | None, fragments: int | None) -> Iterator[RunWatch]:
+    """Watches a run while the block runs.
+
+    Args:
+        run_id: What the metrics are tagged with.
+        images: To do in this attempt; None where tars leave it open.
+        fragments: To do in this attempt.
+    """
+    with run_beside(_WatchActor, images, fragments) as actor:
+        yield RunWatch(MonitorClient(actor, run_id), CrashGuardClient(actor))

@@ -1,0 +1,53 @@
+"""A small actor beside the driver that a job can do without: where it is lost, no call fails."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+class SideActor:
+    """The way to it from the driver, a task or an actor; picklable, and small.
+
+    One process's calls arrive in their order.
+
+    Args:
+        actor: The handle of a Ray actor.
+    """
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    def tell(self, method: str, *arguments: Any) -> None:
+        """Calls a method, and waits for nothing."""
+        import ray
+
+        try:
+            getattr(self._actor, method).remote(*arguments)
+        except ray.exceptions.RayError:  # it is gone
+            return
+
+    def ask(self, method: str, *arguments: Any, timeout_s: float | None = None) -> Any:
+        """Returns what a method answers; None where it does not answer in time."""
+        import ray
+
+        try:
+            return ray.get(getattr(self._actor, method).remote(*arguments), timeout=timeout_s)
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+            return None
+
+
+@contextmanager
+def run_beside(actor_class: type, *arguments: Any) -> Iterator[SideActor]:
+    """Runs an instance of a class on the driver's node while the block runs; it takes no CPU."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = {"num_cpus": 0, "max_restarts": 0, "max_concurrency": 1, "scheduling_strategy": here}
+    actor = ray.remote(actor_class).options(**options).remote(*arguments)
+    try:
+        yield SideActor(actor)
+    finally:
+        ray.kill(actor)

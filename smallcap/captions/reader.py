@@ -1,0 +1,69 @@
+"""Reads captions from files of any known format, one row at a time.
+
+Nothing is lost silently. What cannot be read as a caption (too many or too few fields, no JSON object, a text that is
+not a string) comes out as a row with `problem` set, for the caller to count or to refuse. What makes the rest of the
+file doubtful (wrong encoding, a quote that never closes, a missing column) is an error that names the line.
+
+A further format is a function like those in `FORMATS`; a further layout of JSON is a case of `json_files.read_json`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import IO
+
+from smallcap import storage
+from smallcap.captions.json_files import read_json
+from smallcap.captions.parquet import read_parquet
+from smallcap.captions.rows import CaptionColumns, CaptionRow
+from smallcap.captions.tables import read_csv, read_jsonl
+from smallcap.errors import ConfigError
+
+FORMATS: dict[str, Callable[[IO[bytes], str, CaptionColumns], Iterator[CaptionRow]]] = {
+    ".csv": read_csv,
+    ".tsv": partial(read_csv, delimiter="\t"),
+    ".jsonl": read_jsonl,
+    ".ndjson": read_jsonl,
+    ".parquet": read_parquet,
+    ".json": read_json,
+}
+CAPTION_SUFFIXES = tuple(FORMATS)
+_BUFFER_BYTES = 1 << 20  # of text, which is read from front to back
+
+
+@contextmanager
+def open_captions(uri: str, columns: CaptionColumns) -> Iterator[Iterator[CaptionRow]]:
+    """Gives a file's rows in order, to be read before the context ends; see `read_captions` for what it raises.
+
+    Raises:
+        StorageError: The file is missing, or the service fails.
+    """
+    buffer_bytes = 0 if storage.suffix_of(uri) == ".parquet" else _BUFFER_BYTES
+    with storage.open_ranged(uri, buffer_bytes) as file:
+        yield read_captions(file, uri, columns)
+
+
+def read_captions(file: IO[bytes], uri: str, columns: CaptionColumns) -> Iterator[CaptionRow]:
+    """Reads the rows of a file that is open, in order.
+
+    Args:
+        file: Opened for reading bytes.
+        uri: Its suffix names the format; errors call the file by it.
+        columns: Where a table keeps what is wanted.
+
+    Raises:
+        ConfigError: The suffix is not that of a known format.
+        SchemaError: The file is not of its suffix's format, not UTF-8, or lacks the column of captions; or its
+            embeddings have the wrong length.
+    """
+    suffix = storage.suffix_of(uri)
+    if suffix not in FORMATS:
+        raise ConfigError(
+            "Captions files of this kind are unknown.",
+            where=uri,
+            expected=f"a file ending in {', '.join(CAPTION_SUFFIXES)}",
+            remedy="Convert the file to one of these.",
+        )
+    return FORMATS[suffix](file, uri, columns)

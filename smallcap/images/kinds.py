@@ -1,0 +1,10 @@
+"""Which files hold images, by the endings of their names."""
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
+IMAGE_SUFFIXES = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+
+
+def without_tar_suffix(name: str) -> str:
+    """Returns a tar's name without its ending."""
+    return name[: -max(len(suffix) for suffix in TAR_SUFFIXES if name.lower().endswith(suffix))]

@@ -1,0 +1,240 @@
+"""Lists a run's input and stores it as a listing of the run's list of work (`work_list`).
+
+Images and fragments are written first, the marker last: a listing without its marker does not exist and is written
+over. Listing images again adds a listing with what is new.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from smallcap import storage
+from smallcap.config import InputConfig
+from smallcap.errors import ConfigError
+from smallcap.images.fragments import FRAGMENT_COLUMNS, FRAGMENT_ROWS, FragmentKind, FragmentTable
+from smallcap.images.kinds import IMAGE_SUFFIXES
+from smallcap.images.sorting import (
+    Duplicates,
+    UnsortedError,
+    checked_order,
+    sort_images,
+    unique_images,
+    without_known,
+)
+from smallcap.images.sources import ImageSources
+from smallcap.images.tars import choose_tar_ids
+from smallcap.images.work_list import (
+    Marker,
+    WorkList,
+    listing_name,
+    load_markers,
+    load_work_list,
+    read_fragments,
+    work_uri,
+    write_fragments,
+)
+
+FILE_ROWS = 1 << 16  # of one file of images: its 256 row groups keep the footer within one small read
+
+
+def make_work_list(sources: Sequence[str], config: InputConfig, out: str, keep_columns: Sequence[str] = ()) -> WorkList:
+    """Lists all images and stores the list in `out`, in place of a listing that was not finished.
+
+    Args:
+        sources: Folders, prefixes, globs, images, tars, Parquet files with image bytes, or lists of URIs.
+        config: The columns of lists, and the ids of tars.
+        out: The run's output folder, without a finished listing.
+        keep_columns: Columns that pass through to the output.
+
+    Raises:
+        ConfigError: There are no images, or columns to keep clash among the sources.
+        SchemaError: A list is damaged, or lacks a column.
+        StorageError: A source does not exist, or the service fails.
+    """
+    assert not load_markers(out), "a finished listing is never written over"
+    listing = _Listing(out, 0, ImageSources(sources, config, tuple(keep_columns)))
+    listing.write()
+    if not listing.fragments:
+        raise no_images(sources)
+    listing.finish()
+    return _loaded(out)
+
+
+def extend_work_list(sources: Sequence[str], config: InputConfig, out: str) -> WorkList:
+    """Lists again, and adds the images whose ids are not in the stored list, as new fragments.
+
+    Tars and Parquet files with images are known by their URIs. Where nothing is new, nothing is written.
+
+    Raises:
+        ConfigError: There is no stored list to extend, or columns to keep have other types than before.
+        SchemaError: A list is damaged, or lacks a column.
+        StorageError: A source does not exist, or the service fails.
+    """
+    known = load_work_list(out)
+    if known is None:
+        raise ConfigError("There is no stored list of images to extend.", where=out, remedy="Run without --relist.")
+    markers = load_markers(out)
+    listing = _Listing(
+        out,
+        len(markers),
+        ImageSources(sources, config, tuple(known.kept_columns.names), kept=known.kept_columns),
+        known=known.fragments.table,
+        tar_ids=next((marker.tar_ids for marker in markers if marker.tar_ids), None),
+    )
+    listing.write()
+    if not listing.fragments:
+        return known
+    listing.finish()
+    return _loaded(out)
+
+
+def _loaded(out: str) -> WorkList:
+    work = load_work_list(out)
+    assert work is not None  # its marker has just been written
+    return work
+
+
+def no_images(sources: Sequence[str]) -> ConfigError:
+    """Returns the error of sources that hold nothing."""
+    return ConfigError(
+        "There are no images.",
+        where=", ".join(sources),
+        expected=f"files ending in {' '.join(IMAGE_SUFFIXES)}, tars, or Parquet files with images",
+        remedy="Check the path; name other files in a list of URIs.",
+    )
+
+
+class _Listing:
+    """Writes one listing: images and fragments first, the marker last.
+
+    Args:
+        out: The run's output folder.
+        number: Of the listing.
+        sources: What to list.
+        known: Fragments of the listings before.
+        tar_ids: What they settled; None lets this one settle it.
+    """
+
+    def __init__(
+        self, out: str, number: int, sources: ImageSources, known: pa.Table | None = None, tar_ids: str | None = None
+    ) -> None:
+        self._out, self._number, self._sources, self._tar_ids = storage.absolute(out), number, sources, tar_ids
+        self._known = known if known is not None else FRAGMENT_COLUMNS.empty_table()
+        self._duplicates = Duplicates()
+        self.fragments: list[pa.Table] = []
+
+    def write(self) -> None:
+        """Lists the sources and writes the images that have URIs."""
+        self._clear()
+        with storage.scratch_folder() as scratch:
+            try:
+                # Most folders and many lists are in order already: they need no copy in between.
+                self._write_images(checked_order(self._sources.tables()), scratch)
+            except UnsortedError:
+                self._write_images(sort_images(self._sources.tables(), scratch), scratch)
+        self._add_tars()
+        self._add_parquet()
+
+    def finish(self) -> None:
+        """Writes the fragments and then the marker, from which on the listing exists."""
+        fragments = pa.concat_tables(self.fragments)
+        write_fragments(self._out, self._number, fragments)
+        kept = self._sources.kept if self._sources.kept is not None else pa.schema([])
+        marker = Marker(
+            sources=tuple(self._sources.sources),
+            listed_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            images=FragmentTable(fragments).images,
+            duplicates=self._duplicates.count,
+            examples=tuple(self._duplicates.examples),
+            kept_columns={column.name: str(column.type) for column in kept},
+            kept_schema=base64.b64encode(kept.serialize().to_pybytes()).decode(),
+            tar_ids=self._tar_ids,
+        )
+        marker.write(work_uri(self._out, f"{listing_name(self._number)}.json"))
+
+    def _clear(self) -> None:
+        """Removes what an unfinished listing of this number left."""
+        for uri in storage.list_folder(work_uri(self._out)):
+            if uri.rsplit("/", 1)[-1].startswith(f"{listing_name(self._number)}-"):
+                storage.remove(uri)
+
+    def _write_images(self, tables: Iterator[pa.Table], scratch: Path) -> None:
+        self._duplicates, self.fragments = Duplicates(), []
+        for listing in range(self._number):
+            tables = without_known(tables, _stored_ids(self._out, listing))
+        for number, table in enumerate(_regrouped(unique_images(tables, self._duplicates))):
+            file = f"{listing_name(self._number)}-images-{number:05d}.parquet"
+            # No statistics and dictionaries: a row group is read whole, and each would lengthen the footer 256 times.
+            pq.write_table(
+                table,
+                scratch / file,
+                row_group_size=FRAGMENT_ROWS,
+                compression="zstd",
+                use_dictionary=False,
+                write_statistics=False,
+            )
+            storage.move_in(scratch / file, work_uri(self._out, file))
+            starts = np.arange(0, table.num_rows, FRAGMENT_ROWS)
+            rows = np.minimum(table.num_rows - starts, FRAGMENT_ROWS)
+            self._add("uris", work_uri(self._out, file), list(range(len(starts))), rows.tolist())
+
+    def _add_tars(self) -> None:
+        known = self._known_uris("tar")
+        tars = [tar for uri, tar in self._sources.tars.items() if uri not in known]
+        if tars and self._tar_ids is None:
+            chosen = self._sources.config.tar_ids
+            self._tar_ids = choose_tar_ids([tar.uri for tar in tars]) if chosen == "auto" else chosen
+        for tar in tars:
+            self._add("tar", tar.uri, [0], [None], f"{tar.name}/" if self._tar_ids == "tar/key" else "")
+
+    def _add_parquet(self) -> None:
+        known = self._known_uris("parquet")
+        for uri, images in self._sources.parquet.items():
+            if uri in known:
+                continue
+            rows = images.outline.rows if not images.outline.problem else (1,)
+            groups = [group for group, count in enumerate(rows) if count]
+            self._add("parquet", uri, groups, [rows[group] for group in groups], f"{images.name}/")
+
+    def _known_uris(self, kind: FragmentKind) -> set[str]:
+        return set(self._known.filter(pc.equal(self._known["kind"], kind))["uri"].unique().to_pylist())
+
+    def _add(
+        self, kind: FragmentKind, uri: str, row_groups: list[int], rows: list[int | None], id_prefix: str = ""
+    ) -> None:
+        if row_groups:
+            count = len(row_groups)
+            columns = [[kind] * count, [uri] * count, row_groups, rows, [id_prefix] * count]
+            arrays = [pa.array(values, column.type) for values, column in zip(columns, FRAGMENT_COLUMNS, strict=True)]
+            self.fragments.append(pa.table(arrays, schema=FRAGMENT_COLUMNS))
+
+
+def _regrouped(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """Yields the rows in tables of one file's length, the last one excepted."""
+    held: list[pa.Table] = []
+    rows = 0
+    for table in tables:
+        held.append(table)
+        rows += table.num_rows
+        while rows >= FILE_ROWS:
+            joined = pa.concat_tables(held)
+            yield joined.slice(0, FILE_ROWS).combine_chunks()
+            held, rows = [joined.slice(FILE_ROWS)], rows - FILE_ROWS
+    if rows:
+        yield pa.concat_tables(held).combine_chunks()
+
+
+def _stored_ids(out: str, listing: int) -> Iterator[pa.Array]:
+    """Yields the ids of a stored listing in their order."""
+    fragments = read_fragments(out, listing)
+    for uri in fragments.filter(pc.equal(fragments["kind"], "uris"))["uri"].unique().to_pylist():
+        with storage.open_ranged(uri) as file:
+            yield pq.ParquetFile(file).read(columns=["image_id"])["image_id"].combine_chunks()

@@ -1,0 +1,288 @@
+from __future__ import annotations
+
+import json
+import math
+from contextlib import suppress
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from smallcap import storage
+from smallcap.captions.reader import open_captions
+from smallcap.captions.rows import CaptionColumns, CaptionRow
+from smallcap.errors import ConfigError, SchemaError, StorageError
+
+COLUMNS = CaptionColumns("caption", "image")
+
+
+def read(path: Path, columns: CaptionColumns = COLUMNS) -> list[CaptionRow]:
+    with open_captions(str(path), columns) as rows:
+        return list(rows)
+
+
+def rows_of(path: Path, content: bytes, columns: CaptionColumns = COLUMNS) -> list[CaptionRow]:
+    path.write_bytes(content)
+    return read(path, columns)
+
+
+def test_csv_with_quotes_commas_newlines_bom_and_crlf(tmp_path: Path) -> None:
+    content = '\ufeffimage,caption\r\na.jpg,"a ""big"" dog, running"\r\nb.jpg,"two\r\nlines"\r\n\r\nc.jpg,café\r\n'
+    assert rows_of(tmp_path / "d.csv", content.encode()) == [
+        CaptionRow('a "big" dog, running', "a.jpg", 2),
+        CaptionRow("two\r\nlines", "b.jpg", 3),
+        CaptionRow("café", "c.jpg", 6),
+    ]
+
+
+def test_csv_rows_with_a_wrong_number_of_fields_are_malformed(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path / "d.csv", b'image,caption\na,one, two\nb\nc,"x"y\nd,fine\n')
+    assert [(row.line, row.problem) for row in rows] == [(2, "malformed"), (3, "malformed"), (4, "malformed"), (5, "")]
+
+
+def test_csv_quote_that_never_ends_names_its_line(tmp_path: Path) -> None:
+    with pytest.raises(SchemaError, match=r"never ends(.|\n)*line 3"):
+        rows_of(tmp_path / "d.csv", b'image,caption\na,fine\nb,"no end\nc,swallowed\n')
+
+
+def test_tsv(tmp_path: Path) -> None:
+    assert rows_of(tmp_path / "d.tsv", b"caption\timage\na dog, here\tx\n") == [CaptionRow("a dog, here", "x", 2)]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_not_utf8_names_line_and_byte(tmp_path: Path, suffix: str) -> None:
+    content = {".csv": b"image,caption\na,caf\xe9\n", ".jsonl": b'{"caption": "a"}\n{"caption": "caf\xe9"}\n'}[suffix]
+    with pytest.raises(SchemaError, match=r"not UTF-8(.|\n)*line 2(.|\n)*0xe9(.|\n)*iconv"):
+        rows_of(tmp_path / f"d{suffix}", content)
+
+
+def test_jsonl_counts_what_is_no_object_or_no_string(tmp_path: Path) -> None:
+    lines = ['{"caption": "a", "image": 7}', "nonsense", "[1]", '{"caption": 5}', "", '{"image": "x"}']
+    rows = rows_of(tmp_path / "d.jsonl", "\n".join(lines).encode())
+    assert [row[:4] for row in rows] == [
+        ("a", "7", 1, ""),
+        ("", None, 2, "malformed"),
+        ("", None, 3, "malformed"),
+        ("", None, 4, "malformed"),
+        ("", "x", 6, ""),
+    ]
+    assert [row.found for row in rows] == ["", "'nonsense\\n'", "'[1]\\n'", "{'caption': 5}", "{'image': 'x'}"]
+
+
+def test_remote_files_and_unknown_kinds(tmp_path: Path, s3: str) -> None:
+    pq.write_table(pa.table({"caption": ["a", "b"], "image": ["x", "y"]}), tmp_path / "d.parquet")
+    (tmp_path / "d.csv").write_text("caption,image\na,x\nb,y\n")
+    for name in ("d.csv", "d.parquet"):
+        storage.upload(tmp_path / name, f"{s3}/{name}")
+        with open_captions(f"{s3}/{name}", COLUMNS) as rows:
+            assert list(rows) == read(tmp_path / name)
+    storage.write_bytes(f"{s3}/d.txt", b"a")
+    with pytest.raises(ConfigError, match="of this kind are unknown"), open_captions(f"{s3}/d.txt", COLUMNS):
+        pass
+    with pytest.raises(StorageError, match="does not exist"), open_captions(f"{s3}/none.csv", COLUMNS):
+        pass
+
+
+def test_lists_of_captions_are_a_row_each(tmp_path: Path) -> None:
+    texts = [["a", "b"], None, [], ["c", None]]
+    expected = [("a", "0", 1), ("b", "0", 1), ("", "1", 2), ("", "2", 3), ("c", "3", 4), ("", "3", 4)]
+    (tmp_path / "d.jsonl").write_text(
+        "\n".join(json.dumps({"captions": text, "image": number}) for number, text in enumerate(texts))
+    )
+    for kind in (pa.list_(pa.string()), pa.large_list(pa.string())):
+        table = pa.table({"captions": pa.array(texts, kind), "image": range(4), "path": ["p", None, "q", "r"]})
+        pq.write_table(table, tmp_path / "d.parquet")
+        for name in ("d.jsonl", "d.parquet"):
+            assert [row[:3] for row in read(tmp_path / name)] == expected
+    paths = [row.image_path for row in read(tmp_path / "d.parquet", COLUMNS._replace(image_path="path"))]
+    assert paths == ["p", "p", None, "q", "r", "r"]
+    with pytest.raises(SchemaError, match="wrong type"):  # a row's embedding belongs to one caption
+        read(tmp_path / "d.parquet", COLUMNS._replace(several=False))
+
+
+def test_parquet_with_dictionary_texts_and_integer_ids(tmp_path: Path) -> None:
+    table = pa.table(
+        {"caption": pa.array(["a", None, "a"]).dictionary_encode(), "image": [1, 2, 3], "other": [0, 0, 0]}
+    )
+    pq.write_table(table, tmp_path / "d.parquet")
+    assert read(tmp_path / "d.parquet") == [CaptionRow("a", "1", 1), CaptionRow("", "2", 2), CaptionRow("a", "3", 3)]
+
+
+EMBEDDED = COLUMNS._replace(embedding="embedding")
+UNIT = [[0.6, 0.8], [1.0, 0.0]]
+
+
+def parquet_rows(path: Path, embeddings: pa.Array, columns: CaptionColumns = EMBEDDED) -> list[CaptionRow]:
+    table = pa.table({"embedding": embeddings, "caption": [f"text {row}" for row in range(len(embeddings))]})
+    pq.write_table(table, path / "d.parquet")
+    return read(path / "d.parquet", columns)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        (pa.list_(pa.float32()), "<f4"),
+        (pa.large_list(pa.float32()), "<f4"),
+        (pa.list_(pa.float32(), 2), "<f4"),
+        (pa.list_(pa.float64()), "<f4"),
+        (pa.list_(pa.float16()), "<f2"),
+        (pa.list_(pa.float16(), 2), "<f2"),
+    ],
+)
+def test_parquet_embeddings_become_unit_vectors(tmp_path: Path, kind: pa.DataType, dtype: str) -> None:
+    half = np.float16 if dtype == "<f2" else float
+    values = [[half(number) for number in vector] for vector in ([3.0, 4.0], [1.0, 0.0], [0.0, 0.0], [1.0, math.nan])]
+    rows = parquet_rows(tmp_path, pa.array([values[0], None, values[1], values[2], values[3], [half(1), None]], kind))
+    unit = [np.array(vector, dtype).tobytes() for vector in UNIT]
+    assert [row.vector for row in rows] == [unit[0], None, unit[1], None, None, None]
+    assert [row.problem for row in rows] == ["", "", "", "bad_embedding", "bad_embedding", "bad_embedding"]
+    assert [(row.text, row.line) for row in rows] == [(f"text {row}", row + 1) for row in range(6)]
+
+
+def test_parquet_embeddings_over_many_batches(tmp_path: Path) -> None:
+    vectors = np.random.default_rng(0).normal(size=(2500, 3)).astype(np.float32)
+    rows = parquet_rows(tmp_path, pa.array([None if row % 7 == 0 else list(vectors[row]) for row in range(2500)]))
+    for number, row in enumerate(rows):
+        if number % 7 == 0:
+            assert row.vector is None
+        else:
+            unit = vectors[number] / np.linalg.norm(vectors[number])
+            np.testing.assert_allclose(np.frombuffer(row.vector or b"", "<f4"), unit, atol=1e-3)
+    assert not any(row.problem for row in rows)
+
+
+def test_parquet_without_the_embedding_column_or_without_any_embedding(tmp_path: Path) -> None:
+    nothing = parquet_rows(tmp_path, pa.nulls(2, pa.list_(pa.float32())))
+    assert nothing == parquet_rows(tmp_path, pa.array([1, 2]), CaptionColumns("caption", embedding="other"))
+    assert nothing == [CaptionRow("text 0", None, 1), CaptionRow("text 1", None, 2)]
+
+
+@pytest.mark.parametrize(
+    ("embeddings", "dim", "message"),
+    [
+        (pa.array(["a"]), None, r"wrong type(.|\n)*d.parquet: embedding(.|\n)*found: string"),
+        (pa.array([[1, 2]]), None, r"wrong type(.|\n)*found: list<.*int64>"),
+        (
+            pa.array([[1.0, 2.0], [1.0]]),
+            None,
+            r"wrong length(.|\n)*parquet: embedding(.|\n)*2 numbers(.|\n)*found: 1",
+        ),
+        (pa.array([[1.0, 2.0]]), 3, r"wrong length(.|\n)*3 numbers(.|\n)*found: 2"),
+        (pa.array([[1.0, 2.0], []]), None, r"wrong length(.|\n)*found: 0"),
+        (pa.array([[]], pa.list_(pa.float32())), None, r"wrong length(.|\n)*at least one"),
+    ],
+)
+def test_parquet_embeddings_of_a_wrong_type_or_length(
+    tmp_path: Path, embeddings: pa.Array, dim: int | None, message: str
+) -> None:
+    with pytest.raises(SchemaError, match=message):
+        parquet_rows(tmp_path, embeddings, EMBEDDED._replace(dim=dim))
+
+
+def test_damaged_parquet_is_an_error_and_no_fault(tmp_path: Path) -> None:
+    table = pa.table(
+        {"caption": [f"text {row}" for row in range(500)], "embedding": [[1.0, float(row)] for row in range(500)]}
+    )
+    pq.write_table(table, tmp_path / "whole.parquet")
+    whole = (tmp_path / "whole.parquet").read_bytes()
+    random = Random(0)
+    for cut in (0, 3, 100, len(whole) // 2, len(whole) - 1):
+        with pytest.raises(SchemaError):
+            rows_of(tmp_path / "d.parquet", whole[:cut], EMBEDDED)
+    for _ in range(100):
+        damaged = bytearray(whole)
+        for _ in range(3):
+            damaged[random.randrange(4, len(whole) - 8)] = random.randrange(256)
+        with suppress(SchemaError):
+            rows_of(tmp_path / "d.parquet", bytes(damaged), EMBEDDED)
+
+
+def test_parquet_text_that_is_not_utf8(tmp_path: Path) -> None:
+    text = pa.array([b"caf\xe9"]).view(pa.string())
+    pq.write_table(pa.table({"caption": text}), tmp_path / "d.parquet")
+    with pytest.raises(SchemaError, match=r"not UTF-8(.|\n)*d.parquet: caption(.|\n)*0xe9"):
+        read(tmp_path / "d.parquet")
+
+
+def test_parquet_text_of_a_wrong_type(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"caption": [[1.0]]}), tmp_path / "d.parquet")
+    with pytest.raises(SchemaError, match=r"wrong type(.|\n)*double"):
+        read(tmp_path / "d.parquet")
+
+
+def test_coco_joins_file_names(tmp_path: Path) -> None:
+    content = {
+        "images": [{"id": 1, "file_name": "one.jpg"}, {"file_name": "nameless.jpg"}, {"id": 3}],
+        "annotations": [
+            {"image_id": "1", "caption": "a"},
+            {"image_id": 2, "caption": "b"},
+            {"image_id": 3},
+            5,
+            {"image_id": [1]},
+        ],
+    }
+    rows = rows_of(tmp_path / "d.json", json.dumps(content).encode())
+    assert [(row.place, row.text, row.image_id, row.dataset_id, row.problem) for row in rows] == [
+        ("images[1]", "", None, None, "malformed"),
+        ("annotations[0]", "a", "one.jpg", "1", ""),
+        ("annotations[1]", "b", "2", "2", ""),
+        ("annotations[2]", "", "3", "3", ""),
+        ("annotations[3]", "", None, None, "malformed"),
+        ("annotations[4]", "", None, None, "malformed"),
+    ]
+
+
+def test_karpathy_sentences(tmp_path: Path) -> None:
+    sentences = [{"raw": "A.", "tokens": ["a"]}, {"raw": "b"}, {"tokens": ["c"]}, 5]
+    image = {"filename": "one.jpg", "filepath": "2014", "cocoid": 7, "split": "val", "sentences": sentences}
+    content = json.dumps({"images": [image, {"filename": "two.jpg", "sentences": []}, {"filename": "x"}]}).encode()
+    rows = rows_of(tmp_path / "d.json", content)
+    assert [(row.place, row.text, row.problem) for row in rows] == [
+        ("images[0].sentences[0]", "A.", ""),
+        ("images[0].sentences[1]", "b", ""),
+        ("images[0].sentences[2]", "", ""),
+        ("images[0].sentences[3]", "", "malformed"),
+        ("images[2]", "", "malformed"),
+    ]
+    assert rows[1][5:8] == ("2014/one.jpg", "7", "val")
+    assert rows[1].image_id == "one.jpg"
+    tokens = rows_of(tmp_path / "d.json", content, COLUMNS._replace(tokens=True))
+    assert [row.text for row in tokens] == ["a", "b", "c", "", ""]
+
+
+def test_json_list_of_strings(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path / "d.json", json.dumps(["a", 5, None]).encode())
+    assert [(row.place, row.text, row.problem) for row in rows] == [
+        ("[0]", "a", ""),
+        ("[1]", "", "malformed"),
+        ("[2]", "", ""),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("d.csv", b"image,text\na,b\n"), ("d.csv", b""), ("d.jsonl", b'{"text": "a"}\n'), ("d.parquet", None)],
+)
+def test_missing_text_column_names_found_columns_and_remedy(tmp_path: Path, name: str, content: bytes | None) -> None:
+    if content is None:
+        pq.write_table(pa.table({"text": ["a"]}), tmp_path / name)
+    else:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(SchemaError, match=r"expected: caption(.|\n)*found: (.*text|no columns)(.|\n)*--text-column"):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("d.json", b"[1]"), ("d.json", b"{"), ("d.parquet", b"PAR1"), ("d.csv", b"")]
+)
+def test_files_that_are_not_what_their_suffix_says(tmp_path: Path, name: str, content: bytes) -> None:
+    with pytest.raises(SchemaError):
+        rows_of(tmp_path / name, content)
+
+
+def test_dumps_without_an_image_column_have_no_ids(tmp_path: Path) -> None:
+    assert rows_of(tmp_path / "d.csv", b"caption\na\n") == [CaptionRow("a", None, 2)]
+    assert rows_of(tmp_path / "e.csv", b"caption,image\na,b\n", CaptionColumns("caption")) == [CaptionRow("a", None, 2)]
