@@ -60,7 +60,7 @@ def features_identity(start: ModelStart, inputs: TrainInputs, plan: CropPlan, vi
         "retrieval_encoder": retrieval.model_dump(include={"weights_sha256", "dim"}) if retrieval else None,
         "preprocessing": json.loads(json.dumps(asdict(plan))),
         "inputs_sha256": inputs.sha256,
-        "max_image_pixels": start.config.data.input.max_image_pixels,
+        "max_image_pixels": start.config.data.max_image_pixels,
         "limit": start.config.limit,
         "dtype": "float16",
     }
@@ -99,7 +99,7 @@ def store_features(
 def _encode_all(config: TrainConfig, start: ModelStart, items: list[TrainItem], plan: CropPlan, folder: str) -> None:
     actors = plan_actors(config.compute.of_actors(), node_resources())
     with unwrapped_errors(), stage_progress(), watch_run("features", None, len(items)) as watch:
-        loading = LoadSpec(plan, config.data.input, pa.schema([]), False, watch.monitor, watch.crash_guard)
+        loading = LoadSpec(plan, config.data, pa.schema([]), False, watch.monitor, watch.crash_guard)
         loaded = start_loading(items, load_items, loading, FRAGMENT_ROWS)
         encoded = map_in_actors(loaded, EncodeImages, (start, actors.device), 1, actors)
         encoded.map_batches(
