@@ -124,8 +124,8 @@ def test_tensors_that_do_not_fit_are_named(folder: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         load_checkpoint(str(folder))
     message = str(caught.value)
-    assert "1 missing, as decoder.transformer.ln_f.weight" in message
-    assert "1 unknown, as decoder.adapter.weight" in message
+    assert "1 missing, such as decoder.transformer.ln_f.weight" in message
+    assert "1 unknown, such as decoder.adapter.weight" in message
     assert "(7, 64), not (256, 64)" in message
 
 
