@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from smallcap.benchmark.random_parts import build_model
+from smallcap.benchmark.random_content import build_model
 from smallcap.captioner import Captioner
 from smallcap.model.checkpoint import SmallCapModel
 from smallcap.model.prompt import build_training_example, encode_texts

@@ -20,7 +20,7 @@ from PIL import Image
 
 from benchmarks.measuring import environment
 from benchmarks.tiny_models import ModelAndIndex, make_tiny_clip, make_tiny_smallcap
-from smallcap.benchmark.random_parts import random_captions
+from smallcap.benchmark.random_content import random_captions
 
 BUCKET = "images"
 IMAGES_PER_TAR = 10_000

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from demo.drawn_scenes import DrawnScenes, is_right
-from smallcap.evaluation.bootstrap import interval, mean_of, resample
+from smallcap.evaluation.bootstrap import interval, mean_statistics, resample
 from smallcap.evaluation.caption_metrics import score_captions
 from smallcap.index.retriever import Neighbour, NeighbourSearch, Retriever
 
@@ -55,7 +55,7 @@ def score(captions: Sequence[str], scenes: DrawnScenes) -> Row:
     right = list(map(is_right, scenes.scenes, captions))
     statistics: dict[str, Any] = {
         "cider": score_captions(by_scene, scenes.references, ["cider"])["cider"].statistics,
-        "accuracy": mean_of(np.array(right, dtype=np.float64)),
+        "accuracy": mean_statistics(np.array(right, dtype=np.float64)),
     }
     draws = resample(statistics, RESAMPLES, seed=0)
     (cider_low, cider_high), (low, high) = interval(draws["cider"]), interval(draws["accuracy"])

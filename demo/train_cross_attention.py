@@ -23,7 +23,7 @@ from demo.cross_attention_data import Batch, Examples, load_training_scenes
 from demo.cross_attention_start import Whitening, start_at_nouns
 from demo.training import Recipe, descend, fast_matrices
 from demo.world import TRAINING, load_kinds, scenes_of
-from smallcap.model.assembly import join_frozen_parts
+from smallcap.model.assembly import join_frozen_models
 from smallcap.model.checkpoint import SmallCapModel, save_checkpoint
 from smallcap.model.clip_encoder import load_retrieval_encoder
 from smallcap.model.files import DEMO
@@ -79,7 +79,7 @@ def train_cross_attention(
         out: Folder for the checkpoint.
     """
     torch.manual_seed(recipe.seed)
-    model = join_frozen_parts(
+    model = join_frozen_models(
         str(clip_folder),
         str(language_model_folder),
         recipe.reduce_factor,

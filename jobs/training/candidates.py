@@ -62,7 +62,7 @@ def store_candidates(
         return
     left = [part for part in features.parts if not storage.exists(storage.join(folders[1], part.split, part.name))]
     if left:
-        plan = plan_actors(config.compute.of_actors(), node_resources())
+        plan = plan_actors(config.compute.to_compute_config(), node_resources())
         assert config.index is not None  # TrainConfig has checked it
         cache_dir = config.retrieval.cache_dir
         spec = CandidateSpec(config.index, manifest.index_id, cache_dir, depth, plan.device, *folders)

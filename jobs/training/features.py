@@ -97,7 +97,7 @@ def store_features(
 
 
 def _encode_all(config: TrainConfig, start: ModelStart, items: list[TrainItem], plan: CropPlan, folder: str) -> None:
-    actors = plan_actors(config.compute.of_actors(), node_resources())
+    actors = plan_actors(config.compute.to_compute_config(), node_resources())
     with unwrapped_errors(), stage_progress(), watch_run("features", None, len(items)) as watch:
         loading = LoadSpec(plan, config.data, pa.schema([]), False, watch.monitor, watch.crash_guard)
         loaded = start_loading(items, load_items, loading, FRAGMENT_ROWS)

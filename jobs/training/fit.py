@@ -52,7 +52,7 @@ def plan_training(config: TrainConfig, dtype: str | None) -> TrainPlan:
         dtype: Of an earlier attempt, which later ones keep.
     """
     nodes = node_resources()
-    device = plan_actors(config.compute.of_actors(), nodes).device
+    device = plan_actors(config.compute.to_compute_config(), nodes).device
     gpus, cpus = (int(sum(node.get(resource, 0) for node in nodes)) for resource in ("GPU", "CPU"))
     automatic = max(1, gpus) if device == "cuda" else 1
     workers = automatic if config.workers == "auto" else config.workers

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from smallcap.model.assembly import join_frozen_parts, parts_id
+from smallcap.model.assembly import join_frozen_models, joined_model_id
 from smallcap.model.checkpoint import SmallCapModel, checkpoint_id, load_checkpoint, tokenizer_source
 from smallcap.model.prompt import load_tokenizer
 from smallcap.training.config import TrainConfig
@@ -31,7 +31,7 @@ class ModelStart:
         config, k, encoder = self.config, self.config.retrieval.k, self.retrieval_encoder or ""
         if config.model is None:
             assert config.vision_encoder is not None and config.decoder is not None  # TrainConfig has checked it
-            return join_frozen_parts(
+            return join_frozen_models(
                 config.vision_encoder,
                 config.decoder,
                 config.reduce_factor,
@@ -64,5 +64,7 @@ class ModelStart:
         """
         config = self.config
         return (
-            checkpoint_id(config.model) if config.model else parts_id(config.vision_encoder or "", config.decoder or "")
+            checkpoint_id(config.model)
+            if config.model
+            else joined_model_id(config.vision_encoder or "", config.decoder or "")
         )
