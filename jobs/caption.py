@@ -26,7 +26,7 @@ from jobs.captioning.record import (
 )
 from jobs.captioning.stage_report import Snapshot
 from jobs.captioning.watch import watch_run
-from jobs.captioning.work import finish_run, list_work, open_record, what_is_left
+from jobs.captioning.work import finish_run, list_work, open_record, remaining_items
 from jobs.cluster.errors import unwrapped_errors
 from jobs.cluster.session import connect
 from jobs.cluster.tasks import map_in_actors
@@ -81,7 +81,7 @@ def run(
             return RunSummary(config.out, record, 0, record.images)
         work = list_work(config, record, relist)
         record = record.model_copy(update={"input": Input.of(work)})
-        items = what_is_left(config, work, retry_failed)
+        items = remaining_items(config, work, retry_failed)
         new_images = 0
         stages: tuple[str, ...] = ()
         if items:

@@ -13,7 +13,7 @@ from jobs.captioning.layout import CaptionLayout, count_images, lay_out, load_sp
 from jobs.captioning.progress import describe_count, describe_duration
 from jobs.captioning.record import RunRecord
 from jobs.captioning.watch import watch_run
-from jobs.captioning.work import list_work, open_record, what_is_left
+from jobs.captioning.work import list_work, open_record, remaining_items
 from jobs.cluster.errors import unwrapped_errors
 from jobs.cluster.session import connect
 from smallcap import storage
@@ -228,7 +228,7 @@ def dry_run(config: CaptionConfig, address: str | None = None, gpu_hour_cost: fl
             items = list(work_left(work.fragments, Coverage([]), config.limit, _as_asked))
         else:
             work = list_work(config, record)
-            items = what_is_left(config, work)
+            items = remaining_items(config, work)
         connect(address)  # before Ray Data is imported: it reads some of its settings then
 
         from jobs.captioning.caption import CaptionerSpec, CaptionImages

@@ -67,7 +67,7 @@ def _read_parts(out: str, work: WorkList) -> list[NamedPart]:
     return list(read_part_infos(out)) if settle(out, parts, work.fragments) else parts
 
 
-def what_is_left(config: CaptionConfig, work: WorkList, retry_failed: bool = False) -> list[WorkItem]:
+def remaining_items(config: CaptionConfig, work: WorkList, retry_failed: bool = False) -> list[WorkItem]:
     """Returns the rows of the list of work that have no row in the output; failed ones too, to try them again."""
     coverage = Coverage(_read_parts(config.out, work), retry_failed)
 

@@ -90,12 +90,12 @@ class Worker:
         total = self.steps_per_epoch * self.options.epochs
         self.trainer = CrossAttentionTrainer(self.decoder, self.options, total, spec.dtype)
         self.frozen = frozen_sha256(self.decoder, self.decoder)
-        self.at = TrainCheckpoint(step=0, epochs=(), frozen_sha256=self.frozen, sha256={})
+        self.progress = TrainCheckpoint(step=0, epochs=(), frozen_sha256=self.frozen, sha256={})
         found = find_train_checkpoint(spec.config.out)
         if found is not None:
             self._go_on_from(found)
-        self.log = TrainLog(spec.config.out, self.at.step)
-        self._saved: tuple[int, ...] = (self.at.step,)  # steps of the newest checkpoints
+        self.log = TrainLog(spec.config.out, self.progress.step)
+        self._saved: tuple[int, ...] = (self.progress.step,)  # steps of the newest checkpoints
 
     def _go_on_from(self, found: TrainCheckpoint) -> None:
         out = self.spec.config.out
@@ -104,34 +104,36 @@ class Worker:
         weights = self.decoder.cross_attention_parameters()
         restore_trained_weights(weights, out, found.step, found.sha256[WEIGHTS_FILE])
         self.trainer.load_state_dict(load_train_state(out, found))
-        self.at = found
+        self.progress = found
 
     def run(self) -> None:
         """Trains the epochs that are left."""
-        while len(self.at.epochs) < self.options.epochs:
+        while len(self.progress.epochs) < self.options.epochs:
             self._finish_epoch()
 
     def _finish_epoch(self) -> None:
         """Takes the epoch's steps that are left, validates, and saves."""
-        epoch = len(self.at.epochs)
-        first = self.at.step - epoch * self.steps_per_epoch
+        epoch = len(self.progress.epochs)
+        first = self.progress.step - epoch * self.steps_per_epoch
         every = self.spec.config.checkpoint_steps
         for place, batches in enumerate(self._prepared(epoch, first), start=first):
-            self._count(self.trainer.step(self.at.step, batches), epoch)
-            if every and self.at.step % every == 0 and place + 1 < self.steps_per_epoch:
+            self._count(self.trainer.step(self.progress.step, batches), epoch)
+            if every and self.progress.step % every == 0 and place + 1 < self.steps_per_epoch:
                 self._save()
-        loss = self.at.epoch_loss / self.at.epoch_tokens
-        result = EpochResult(epoch=epoch + 1, step=self.at.step, loss=loss, **self._validate())
-        epochs = (*self.at.epochs, result)
-        self.at = self.at.model_copy(update={"epochs": epochs, "epoch_loss": 0.0, "epoch_tokens": 0})
+        loss = self.progress.epoch_loss / self.progress.epoch_tokens
+        result = EpochResult(epoch=epoch + 1, step=self.progress.step, loss=loss, **self._validate())
+        epochs = (*self.progress.epochs, result)
+        self.progress = self.progress.model_copy(update={"epochs": epochs, "epoch_loss": 0.0, "epoch_tokens": 0})
         self._save()
 
     def _count(self, report: StepReport, epoch: int) -> None:
         if self.rank == 0:
-            self.log.add(step=self.at.step + 1, epoch=epoch + 1, loss=report.loss, tokens=report.tokens)
-        loss = self.at.epoch_loss + report.loss * report.tokens
-        tokens = self.at.epoch_tokens + report.tokens
-        self.at = self.at.model_copy(update={"step": self.at.step + 1, "epoch_loss": loss, "epoch_tokens": tokens})
+            self.log.add(step=self.progress.step + 1, epoch=epoch + 1, loss=report.loss, tokens=report.tokens)
+        loss = self.progress.epoch_loss + report.loss * report.tokens
+        tokens = self.progress.epoch_tokens + report.tokens
+        self.progress = self.progress.model_copy(
+            update={"step": self.progress.step + 1, "epoch_loss": loss, "epoch_tokens": tokens}
+        )
 
     def _prepared(self, epoch: int, first: int) -> Iterator[list[TokenBatch]]:
         """Yields this worker's share of an epoch's steps; the next one is read and tokenised meanwhile."""
@@ -157,11 +159,11 @@ class Worker:
     def _save(self) -> None:
         """Writes a checkpoint, log and data first; the last one only if training has left the frozen weights alone."""
         if self.rank == 0:
-            if len(self.at.epochs) == self.options.epochs:
+            if len(self.progress.epochs) == self.options.epochs:
                 self._check_frozen()
             out, weights = self.spec.config.out, self.decoder.cross_attention_parameters()
             self.log.flush()
-            self.at = save_train_checkpoint(out, self.at, weights, self.trainer.state_dict())
+            self.progress = save_train_checkpoint(out, self.progress, weights, self.trainer.state_dict())
             remove_train_checkpoints(out, self._kept())
         if self.world_size > 1:
             dist.barrier()
@@ -173,8 +175,8 @@ class Worker:
 
     def _kept(self) -> set[int]:
         """Returns the steps whose checkpoints stay: the newest ones', and the best epoch's."""
-        self._saved = (*self._saved, self.at.step)[-_KEPT_CHECKPOINTS:]
-        best = {choose_best(self.at.epochs)[0].step} if self.at.epochs else set()
+        self._saved = (*self._saved, self.progress.step)[-_KEPT_CHECKPOINTS:]
+        best = {choose_best(self.progress.epochs)[0].step} if self.progress.epochs else set()
         return {*self._saved, *best}
 
     def _validate(self) -> dict[str, float | None]:
