@@ -131,7 +131,7 @@ class TestCalibration:
         recall = RecallConfig(calibration_images=(str(images),), target=0.8)
         manifest = build(tmp_path, tiny_clip, dump, index_key="IVF8,Flat", recall=recall).manifest
         assert (manifest.recall_queries, manifest.recall[0].queries) == ("images", 20)
-        with pytest.raises(ConfigError, match=r"too few images(.|\n)*found: 1"):
+        with pytest.raises(ConfigError, match=r"too few calibration images(.|\n)*found: 1"):
             few = RecallConfig(calibration_images=(str(images / "0.png"),))
             build(tmp_path, tiny_clip, dump, index_key="IVF4,Flat", recall=few)
 

@@ -132,7 +132,7 @@ def test_adding_needs_an_index_of_the_same_encoder_and_key(tmp_path: Path, other
     build(rows_of(0, 10))
     with pytest.raises(IndexIntegrityError, match="another retrieval encoder"):
         build(rows_of(10, 20), "more.csv", add=True, encoder=f"hf:{other_clip}")
-    with pytest.raises(ConfigError, match="the index's own key"):
+    with pytest.raises(ConfigError, match="the key of that index"):
         build(rows_of(10, 20), "more.csv", add=True, index_key="SQ8")
 
 
