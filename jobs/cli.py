@@ -152,7 +152,7 @@ def _run_to_retry(flags: dict[str, Any], call: CaptionCall) -> Mapping[str, Any]
     _run_to_retry,
 )
 def caption(config: CaptionConfig, call: CaptionCall) -> int:
-    """Caption images. If stopped, run the same command again: it does what is missing."""
+    """Caption images. To resume a stopped run, repeat the command."""
     from jobs import caption as job  # imports torch and Ray; a wrong option fails before
 
     if call.dry_run:
@@ -167,7 +167,7 @@ def caption(config: CaptionConfig, call: CaptionCall) -> int:
 
 @_command("train", "dataset_coco.json --index s3://bucket/index --model Yova/SmallCap7M --out s3://bucket/training")
 def train(config: TrainConfig, call: RayCall) -> None:
-    """Train cross-attention. If stopped, run the same command again: it resumes from the newest checkpoint."""
+    """Train cross-attention. To resume a stopped run from its newest checkpoint, repeat the command."""
     from jobs import train as job  # imports torch and Ray; a wrong option fails before
 
     print("\n".join(job.plan_lines(config)) if call.dry_run else job.describe(job.run(config, call.address)))

@@ -110,7 +110,7 @@ class Staging:
         while not self._stopped.wait(_HEARTBEAT_S):
             try:
                 storage.write_bytes(storage.join(self.uri, _OWNER_FILE), _owner(os.getpid()))
-            except StorageError as error:  # a longer outage fails the build's own writes
+            except StorageError as error:  # a longer outage makes the build's writes fail
                 _log.warning("Cannot renew %s: %s", self.uri, error)
 
 

@@ -72,8 +72,8 @@ def describe_part(table: pa.Table) -> PartInfo:
     """Returns which rows of which fragments a part holds, and how they fared.
 
     Args:
-        table: Its rows, with the columns that place them in the run's input. Of rows with equal ids, all are listed as
-            done, and only the first is counted.
+        table: Its rows, with the columns that place them in the run's input. Rows with equal ids are all listed as
+            done, but only the first is counted.
     """
     fragments, rows = table[FRAGMENT].to_numpy(), table[FRAGMENT_ROW].to_numpy()
     failed = pc.equal(table["status"], STATUS_ERROR).to_numpy()

@@ -26,7 +26,7 @@ def connect(address: str | None = None) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # An actor shares its cores with loading tasks: threads that spin while they wait would slow down both.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Ray's C++ side prints its own warnings about Ray Data's actors as errors to the driver's terminal.
+    # Ray's C++ side prints warnings about Ray Data's actors as errors to the driver's terminal.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     # Loading pauses when the images that wait for the actors are a few times those that the actors hold, not only when
     # half of the object store is full: memory stays flat, and a kill costs few loaded images.
