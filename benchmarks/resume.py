@@ -33,7 +33,7 @@ from smallcap.output.part_files import PartInfo, list_parts, read_part_infos, wr
 from smallcap.output.schema import STATUS_ERROR, STATUS_OK, caption_schema
 
 FRAGMENT_ROWS = 256
-PART_ROWS = 5000
+SLICE_ROWS = 5000
 _ONE_MISSING_IN = 50  # parts
 _ERRORS = 0.01  # share of the rows
 
@@ -42,10 +42,10 @@ def make_output(out: str, images: int) -> None:
     """Writes the parts of a run of N images that was stopped."""
     schema = caption_schema("benchmark", "model", "index")
     rng = np.random.default_rng(0)
-    for number, first in enumerate(range(0, images, PART_ROWS)):
+    for number, first in enumerate(range(0, images, SLICE_ROWS)):
         if number % _ONE_MISSING_IN == _ONE_MISSING_IN - 1:
             continue
-        failed = rng.random(min(PART_ROWS, images - first)) < _ERRORS
+        failed = rng.random(min(SLICE_ROWS, images - first)) < _ERRORS
         info = _part_info(np.arange(first, first + len(failed)), failed)
         write_part(out, f"part-000-{number:06d}.parquet", _make_rows(failed, rng, schema), info, schema)
 
