@@ -1,4 +1,4 @@
-"""What `benchmarks.job` captions: photographs under many names, with the demo's model or one of the published sizes."""
+"""Makes what `benchmarks.job` captions: photographs under many names, and a model: the demo's or one of real size."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _RANDOM_CAPTIONS = 100_000  # in the index of real size
 
 
 def repeat_images(source: Path, folder: Path, images: int) -> Path:
-    """Fills a folder with a number of images: those of `source`, repeated under other names."""
+    """Fills a folder with `images` images: those of `source`, repeated under other names."""
     files = sorted(path for path in source.iterdir() if path.suffix.lower() in _SUFFIXES)
     if not files:
         raise SystemExit(f"There are no images in {source}.")
@@ -39,7 +39,7 @@ def repeat_images(source: Path, folder: Path, images: int) -> Path:
 
 
 def demo_model(folder: Path) -> ModelAndIndex:
-    """Returns the demo's model with its index: that of `make demo` where it is, else one built in `folder`."""
+    """Returns the demo's model with its index: that of `make demo` if it exists, else one built in `folder`."""
     if Path(DEMO_INDEX).exists():
         return ModelAndIndex("demo", str(Path(DEMO_INDEX).resolve()))
     build = f"from jobs.demo import build_demo_index; build_demo_index({str(folder / 'index')!r})"

@@ -180,7 +180,7 @@ def _broken(name: str, content: str, message: str, kind: type[SmallCapError] = S
         _broken("refs.csv", "image,text\na.jpg,x", "no column of captions"),
         _broken("refs.csv", "file,caption\na.jpg,x", "names no image"),
         _broken("refs.csv", "image,caption\nother.jpg,x", "images named other.jpg", ConfigError),
-        _broken("refs.txt", "x", "of this kind are unknown", ConfigError),
+        _broken("refs.txt", "x", "format of this captions file is unknown", ConfigError),
     ],
 )
 def test_broken_references_are_named(

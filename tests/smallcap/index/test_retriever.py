@@ -223,11 +223,11 @@ class TestFlat:
     def test_unusable_queries(self, tmp_path: Path, publish_index: PublishIndex, cache: str) -> None:
         publish_index(f"{tmp_path}/index", unit_vectors(5, 8), list("abcde"))
         retriever = Retriever.open(f"{tmp_path}/index", cache_dir=cache)
-        with pytest.raises(RunError, match=r"do not fit(.|\n)*\[B, 8\](.|\n)*\[2, 9\]"):
+        with pytest.raises(RunError, match=r"does not fit(.|\n)*\[B, 8\](.|\n)*\[2, 9\]"):
             retriever.search(unit_vectors(2, 9), 1)
         with pytest.raises(RunError, match=r"not finite(.|\n)*\[1\]"):
             retriever.search(np.array([[1.0] * 8, [np.nan] * 8], np.float32), 1)
-        with pytest.raises(RunError, match="one excluded image id"):
+        with pytest.raises(RunError, match="number of excluded image ids"):
             retriever.search(unit_vectors(2, 8), 1, ["a"])
 
 
@@ -282,7 +282,7 @@ class TestOpen:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"vectors": ()}, "files of vectors do not fit"),
+            ({"vectors": ()}, "`vectors` files of the manifest do not fit"),
             ({"shards": "gap"}, "contiguous ids"),
             ({"captions": "short"}, "one caption for each vector"),
         ],

@@ -158,7 +158,7 @@ class TestVectors:
         write_shard(tmp_path, train_quickly("SQ8", vectors), "SQ8", vectors)
         shard = open_shard(tmp_path / "0.faiss", "SQ8", 500)
         assert shard.candidates(vectors[:2], 3)[1][:, 0].tolist() == [0, 1]
-        with pytest.raises(IndexIntegrityError, match="file of vectors is missing"):
+        with pytest.raises(IndexIntegrityError, match="`vectors` file is missing"):
             shard.stored_vectors(0, 3)
 
     @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ class TestVectors:
         vectors = unit_vectors(500)
         write_shard(tmp_path, train_quickly("SQ8", vectors), "SQ8", vectors)
         np.save(tmp_path / "wrong.npy", wrong)
-        with pytest.raises(IndexIntegrityError, match="not what the manifest says"):
+        with pytest.raises(IndexIntegrityError, match="contradicts the manifest"):
             open_shard(tmp_path / "0.faiss", "SQ8", 500, vectors_file=tmp_path / "wrong.npy")
 
     def test_a_list_that_holds_an_id_twice(self, tmp_path: Path) -> None:
@@ -184,13 +184,13 @@ class TestUnreadable:
     @pytest.mark.parametrize(
         ("claimed", "written", "message"),
         [
-            ("Flat", "IVF2,Flat", "another kind"),
-            ("Flat", "Flat-l2", "another kind"),
+            ("Flat", "IVF2,Flat", "kind of a shard"),
+            ("Flat", "Flat-l2", "kind of a shard"),
             ("Flat", "Flat-dim", "dimension, metric"),
             ("Flat", "Flat-rows", "dimension, metric"),
-            ("IVF2,Flat", "IVF2,SQfp16", "another kind"),
+            ("IVF2,Flat", "IVF2,SQfp16", "kind of a shard"),
             ("IVF2,Flat", "IVF2,Flat-l2", "dimension, metric"),
-            ("IVF2,SQfp16", "IVF2,SQ8", "another kind"),
+            ("IVF2,SQfp16", "IVF2,SQ8", "kind of a shard"),
             ("SQ8", "LSQ2x4", "does not read"),
             ("PQ4x4,Refine(Flat)", "PQ4x4,Refine(Flat)", "does not read"),
         ],
