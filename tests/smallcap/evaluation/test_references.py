@@ -124,7 +124,7 @@ def test_broken_references_are_named(tmp_path: Path, content: Any, where: str, f
 
 
 def test_a_split_of_captions_without_splits_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no splits inside a file"):
+    with pytest.raises(ConfigError, match="not divided into splits"):
         load(tmp_path, COCO, split="test")
 
 
