@@ -149,7 +149,7 @@ class AdaptiveLimit:
 
 @dataclass
 class _Place:
-    """What this call knows about a bucket or host."""
+    """The state of a bucket or host in this call."""
 
     in_flight: AdaptiveLimit
     answered: int = 0  # objects with an answer

@@ -30,7 +30,7 @@ class IndexPartition(Protocol):
 
     @property
     def backend(self) -> str:
-        """What searches: `cpu`, `gpu-exact` or `faiss-gpu`."""
+        """The search backend: `cpu`, `gpu-exact` or `faiss-gpu`."""
 
     @property
     def k_factor(self) -> int:
@@ -117,7 +117,7 @@ class LocalPartition:
 
     @property
     def backend(self) -> str:
-        """What searches: `cpu`, `gpu-exact` or `faiss-gpu`."""
+        """The search backend: `cpu`, `gpu-exact` or `faiss-gpu`."""
         return self._gpu.backend if self._gpu is not None else "cpu"
 
     @property

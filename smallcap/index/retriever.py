@@ -54,7 +54,7 @@ class NeighbourSearch:
 
     @property
     def search_backend(self) -> str:
-        """What searches: `cpu`, `gpu-exact` or `faiss-gpu`."""
+        """The search backend: `cpu`, `gpu-exact` or `faiss-gpu`."""
         return self._partition.backend
 
     def search(

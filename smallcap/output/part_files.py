@@ -38,7 +38,7 @@ _INFO_KEY = b"smallcap.part"
 _MAGIC = b"PAR1"
 _FOOTER_READ_BYTES = 64 << 10  # most footers are smaller, and a store answers as quickly as for a byte
 _FOOTER_THREADS = 32
-_ROWS_AS_OBJECTS = 256  # of a tar, held together; images are taken one by one
+_ROWS_AS_OBJECTS = 256  # rows of a tar that are held together; images are taken one by one
 # Where dictionaries make files smaller, by measurement (docs/log.md); ids, captions and texts are mostly distinct.
 _DICTIONARY_COLUMNS = ("width", "height", "caption_tokens", "status", "error_code")
 _FEW_VALUES = 10  # rows per distinct value from which a kept column gets a dictionary
@@ -47,7 +47,7 @@ _ZSTD_LEVEL = 6
 
 @dataclass(frozen=True)
 class PartInfo:
-    """What the footer of a part says about its rows."""
+    """The rows of a part, as its footer gives them."""
 
     rows: dict[int, RowRanges] = field(default_factory=dict)  # rows held, errors included, by fragment
     failed: dict[int, RowRanges] = field(default_factory=dict)  # rows among them with status `error`
