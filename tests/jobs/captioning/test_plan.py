@@ -42,7 +42,7 @@ def test_the_slower_stage_decides() -> None:
     assert GPU.seconds == pytest.approx(1030)
     slow = replace(GPU, measured=replace(FAST, load_s=0.04))
     assert (slow.bottleneck, slow.rate, slow.cpus_to_feed) == ("load", 400, 40)
-    assert "40.0 CPUs for it would keep the actors busy" in "\n".join(slow.lines())
+    assert "with 40.0 CPUs it would keep the actors busy" in "\n".join(slow.lines())
 
 
 def test_gpu_hours_and_cost() -> None:
