@@ -202,7 +202,7 @@ def queries_per_s(
 
     Args:
         search: Takes [B, dim] float32.
-        queries: [Q, dim] float32, at least as many as the largest batch.
+        queries: [Q, dim] float32, with Q at least the largest batch size.
         batch_sizes: Numbers of queries that are searched at once.
         seconds: The least duration of a round.
     """
