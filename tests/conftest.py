@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from benchmarks.tiny_models import make_tiny_clip, make_tiny_smallcap
 from index_builder.shards.template import make_index
@@ -46,6 +47,10 @@ from smallcap.index.manifest import (
     write_pointer,
 )
 from tests.job_processes import JobProcess, StartJob
+
+
+settings.register_profile("without deadline", deadline=None)  # a busy machine is not a failure
+settings.load_profile("without deadline")
 
 
 @pytest.fixture(scope="session")
@@ -180,11 +185,11 @@ def ray_where_it_is_marked(request: pytest.FixtureRequest) -> None:
         request.getfixturevalue("ray_session")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With pytest-xdist, a file's tests run in one process; and all that start Ray in one, for Ray takes every core."""
     for item in items:
-        group = "ray" if item.get_closest_marker("ray") else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+        item.add_marker(pytest.mark.xdist_group("ray" if item.get_closest_marker("ray") else item.path.stem))
 
 
 @pytest.fixture
