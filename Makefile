@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 # The tests of a file run in one process, as do all tests on Ray: see tests/conftest.py.
-PARALLEL := --numprocesses=auto --maxprocesses=4 --dist=loadgroup
+PARALLEL := --numprocesses=auto --maxprocesses=4
 
 .PHONY: help setup demo test test-all lint format docs bench demo-model claims clean
 

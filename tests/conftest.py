@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from benchmarks.tiny_models import make_tiny_clip, make_tiny_smallcap
 from index_builder.shards.template import make_index
@@ -46,6 +47,9 @@ from smallcap.index.manifest import (
     write_pointer,
 )
 from tests.job_processes import JobProcess, StartJob
+
+settings.register_profile("without deadline", deadline=None)  # a busy machine is not a failure
+settings.load_profile("without deadline")
 
 
 @pytest.fixture(scope="session")
@@ -180,11 +184,25 @@ def ray_where_it_is_marked(request: pytest.FixtureRequest) -> None:
         request.getfixturevalue("ray_session")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With pytest-xdist, a file's tests run in one process; and all that start Ray in one, for Ray takes every core."""
-    for item in items:
-        group = "ray" if item.get_closest_marker("ray") else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With pytest-xdist, a file's tests run in one process; and all files on Ray in one, for Ray takes every core.
+
+    Groups of `--dist=loadgroup` would say it, but pytest-xdist 3.8 loses them under pytest 9.2.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::", 1)[0]
+            return "ray" if _is_on_ray(config.rootpath / file) else file
+
+    return Scheduler(config, log)
+
+
+@lru_cache
+def _is_on_ray(file: Path) -> bool:
+    return "pytest.mark.ray" in file.read_text()
 
 
 @pytest.fixture
