@@ -7,14 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from index_builder.dumps.filters import (
-    Blocklist,
-    holds_markup,
-    holds_repeats,
-    holds_url,
-    load_blocklist,
-    normalise,
-)
+from index_builder.dumps.filters import Blocklist, holds_markup, holds_repeats, holds_url, load_blocklist, normalise
 from smallcap.errors import ConfigError
 
 CLEAN = [

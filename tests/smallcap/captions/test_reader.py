@@ -165,11 +165,7 @@ def test_parquet_without_the_embedding_column_or_without_any_embedding(tmp_path:
     [
         (pa.array(["a"]), None, r"wrong type(.|\n)*d.parquet: embedding(.|\n)*found: string"),
         (pa.array([[1, 2]]), None, r"wrong type(.|\n)*found: list<.*int64>"),
-        (
-            pa.array([[1.0, 2.0], [1.0]]),
-            None,
-            r"wrong length(.|\n)*parquet: embedding(.|\n)*2 numbers(.|\n)*found: 1",
-        ),
+        (pa.array([[1.0, 2.0], [1.0]]), None, r"wrong length(.|\n)*parquet: embedding(.|\n)*2 numbers(.|\n)*found: 1"),
         (pa.array([[1.0, 2.0]]), 3, r"wrong length(.|\n)*3 numbers(.|\n)*found: 2"),
         (pa.array([[1.0, 2.0], []]), None, r"wrong length(.|\n)*found: 0"),
         (pa.array([[]], pa.list_(pa.float32())), None, r"wrong length(.|\n)*at least one"),

@@ -2,12 +2,7 @@ import pyarrow as pa
 import pytest
 
 from smallcap.errors import ConfigError, SchemaError
-from smallcap.output.schema import (
-    CAPTION_COLUMNS,
-    caption_schema,
-    check_caption_schema,
-    kept_columns,
-)
+from smallcap.output.schema import CAPTION_COLUMNS, caption_schema, check_caption_schema, kept_columns
 
 # Written out once more, so that a change of the code cannot change both: this is the promise of schema version 1.
 COLUMNS = {
