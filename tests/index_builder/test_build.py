@@ -131,7 +131,15 @@ def test_the_same_dumps_and_options_are_a_no_op(tmp_path: Path, dump: Path, tiny
     assert len(list((tmp_path / "index" / "versions").iterdir())) == 3
 
 
-@pytest.mark.parametrize("step", ["shard", "calibrate", "publish", "pointer"])
+STEPS = {
+    "shard": (build_module, "write_shard"),
+    "calibrate": (build_module.Calibration, "run"),
+    "publish": (build_module, "publish_version"),
+    "pointer": (publish_module, "switch_pointer"),
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
 def test_a_failure_before_the_marker_leaves_the_old_version_and_what_was_done(
     tmp_path: Path, dump: Path, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
@@ -145,14 +153,7 @@ def test_a_failure_before_the_marker_leaves_the_old_version_and_what_was_done(
         raise RunError("stopped here")
 
     with monkeypatch.context() as patch:
-        if step == "shard":
-            patch.setattr(build_module, "write_shard", fail)
-        elif step == "calibrate":
-            patch.setattr(build_module.Calibration, "run", fail)
-        elif step == "publish":
-            patch.setattr(build_module, "publish_version", fail)
-        else:
-            patch.setattr(publish_module, "switch_pointer", fail)
+        patch.setattr(*STEPS[step], fail)
         with pytest.raises(RunError, match="stopped here"):
             build_index(changed)
     assert Retriever.open(str(index), cache_dir=str(tmp_path / "cache")).index_id == before

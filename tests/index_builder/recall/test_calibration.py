@@ -22,6 +22,7 @@ from smallcap.errors import ConfigError, IndexIntegrityError, RunError, SchemaEr
 from smallcap.index.manifest import load_pointer
 from smallcap.index.retriever import Retriever
 from smallcap.model.clip_encoder import load_retrieval_encoder
+from tests.index_files import unit_vectors
 
 DIM = 16
 
@@ -57,8 +58,7 @@ def build(tmp_path: Path, clip: Path, dump: Path, **options: object) -> BuildRep
 
 class TestMeasures:
     def test_imitated_images_lie_at_the_gap(self) -> None:
-        vectors = np.random.default_rng(0).standard_normal((50, 64)).astype(np.float32)
-        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        vectors = unit_vectors(50, 64)
         queries = imitate_images(vectors)
         assert np.allclose((queries * vectors).sum(axis=1), 0.3, atol=1e-5)
         assert np.allclose(np.linalg.norm(queries, axis=1), 1, atol=1e-5)
@@ -163,13 +163,11 @@ class TestKeys:
         assert many.manifest.index_id == again.manifest.index_id
         if key == "HNSW16":  # every shard has a graph of its own
             return
-        queries = np.random.default_rng(1).standard_normal((50, DIM)).astype(np.float32)
-        queries /= np.linalg.norm(queries, axis=1, keepdims=True)
         assert one.manifest.nprobe == many.manifest.nprobe
         answers = []
         for report in (one, many):
             retriever = Retriever.open(report.index_uri, cache_dir=str(tmp_path / "cache"))
-            answers.append(retriever.search(queries, 7))
+            answers.append(retriever.search(unit_vectors(50, DIM, seed=1), 7))
         assert answers[0] == answers[1]
 
     @pytest.mark.parametrize(
@@ -196,22 +194,18 @@ class TestImports:
             build(tmp_path, tiny_clip, dump, trust_embeddings=False)
         assert build(tmp_path, tiny_clip, dump).embedded == 0
 
-    def test_an_encoders_own_embeddings_are_taken(self, tmp_path: Path, tiny_clip: Path) -> None:
-        texts = [f"a {colour} thing number {number}" for colour in ("red", "blue") for number in range(40)]
-        vectors = load_retrieval_encoder(f"hf:{tiny_clip}").encode_texts(texts).astype(np.float16)
-        table = pa.table({"caption": texts, "embedding": pa.array(list(vectors), pa.list_(pa.float16()))})
-        pq.write_table(table, tmp_path / "dump.parquet")
-        report = build(tmp_path, tiny_clip, tmp_path / "dump.parquet", trust_embeddings=False)
-        assert (report.new_captions, report.embedded) == (80, 0)
-        assert report.manifest.embedding_dtype == "imported"
-
-    @pytest.mark.parametrize("layout", ["clip-retrieval", "reference"])
-    def test_folders_with_embeddings(self, tmp_path: Path, tiny_clip: Path, layout: str) -> None:
+    @pytest.mark.parametrize("layout", ["parquet", "clip-retrieval", "reference"])
+    def test_an_encoders_own_embeddings_are_taken(self, tmp_path: Path, tiny_clip: Path, layout: str) -> None:
         folder = tmp_path / "datastore"
         texts = [f"a {colour} thing number {number}" for colour in ("red", "blue") for number in range(40)]
         encoder = load_retrieval_encoder(f"hf:{tiny_clip}")
         vectors = encoder.encode_texts(texts)
-        if layout == "reference":
+        column = None
+        if layout == "parquet":
+            folder, column = tmp_path / "dump.parquet", "embedding"
+            embeddings = pa.array(list(vectors.astype(np.float16)), pa.list_(pa.float16()))
+            pq.write_table(pa.table({"caption": texts, "embedding": embeddings}), folder)
+        elif layout == "reference":
             folder.mkdir()
             index = faiss.IndexFlatIP(DIM)
             index.add(vectors)
@@ -222,8 +216,9 @@ class TestImports:
             (folder / "metadata").mkdir()
             np.save(folder / "text_emb" / "text_emb_0.npy", vectors.astype(np.float16))
             pq.write_table(pa.table({"caption": texts}), folder / "metadata" / "metadata_0.parquet")
-        report = build(tmp_path, tiny_clip, folder, trust_embeddings=False, embedding_column=None)
+        report = build(tmp_path, tiny_clip, folder, trust_embeddings=False, embedding_column=column)
         assert (report.new_captions, report.embedded) == (80, 0)
+        assert report.manifest.embedding_dtype == "imported"
         retriever = Retriever.open(report.index_uri, encoder=encoder.identity, cache_dir=str(tmp_path / "cache"))
         found = retriever.search(vectors[::7], 1)
         assert [best.score for [best] in found] == pytest.approx([1.0] * len(found), abs=1e-3)

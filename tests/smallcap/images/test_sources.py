@@ -1,6 +1,4 @@
-import io
 import os
-import tarfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,14 +9,7 @@ from smallcap import storage
 from smallcap.config import InputConfig
 from smallcap.errors import ConfigError, SchemaError, StorageError
 from smallcap.images.sources import ImageSources
-
-
-def make_tar(*names: str) -> bytes:
-    data = io.BytesIO()
-    with tarfile.open(fileobj=data, mode="w") as tar:
-        for name in names:
-            tar.addfile(tarfile.TarInfo(name), io.BytesIO())
-    return data.getvalue()
+from tests.tar_files import make_tar
 
 
 def listed(*sources: Path | str, keep: tuple[str, ...] = ()) -> tuple[dict[str, str], ImageSources]:
@@ -38,7 +29,7 @@ def test_images_are_called_by_their_path_below_the_source(tmp_path: Path) -> Non
 
 def test_a_folder_of_img2dataset_gives_its_tars_only(tmp_path: Path) -> None:
     for number in range(2):
-        (tmp_path / f"{number:05d}.tar").write_bytes(make_tar("a.jpg"))
+        (tmp_path / f"{number:05d}.tar").write_bytes(make_tar(("a.jpg", b"")))
         pq.write_table(pa.table({"url": ["x"]}), tmp_path / f"{number:05d}.parquet")
         (tmp_path / f"{number:05d}_stats.json").write_text("{}")
     images, found = listed(tmp_path)
@@ -96,7 +87,7 @@ def test_a_prefix_on_s3(s3: str) -> None:
 def test_kept_columns_must_agree(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("image_uri,width\ns3://b/a.jpg,3\n")
     pq.write_table(pa.table({"image_uri": ["s3://b/b.jpg"], "width": [3]}), tmp_path / "b.parquet")
-    (tmp_path / "c.tar").write_bytes(make_tar("a.jpg"))
+    (tmp_path / "c.tar").write_bytes(make_tar(("a.jpg", b"")))
     assert listed(tmp_path / "a.csv", tmp_path / "c.tar", keep=("width",))[1].kept == pa.schema(
         [("width", pa.string())]
     )
