@@ -75,7 +75,7 @@ def test_the_best_captions_are_the_beams_own_and_no_more_than_beams(model: Small
     with pytest.raises(ConfigError, match="more captions per image than beams"):
         model.generation_options(GenerationConfig(num_beams=2, num_captions=3))
     assert model.generation_options(GenerationConfig(num_beams=2, num_captions=3, do_sample=True)).num_sequences == 3
-    with pytest.raises(ValueError, match="do_sample"):
+    with pytest.raises(ValueError, match="need --do-sample"):
         GenerationConfig(top_p=0.9)
 
 
