@@ -1,8 +1,8 @@
-# `make demo` and `make test` are all a fresh machine needs: both install what is missing first.
+# A fresh machine needs only `make demo` or `make test`: both install what is missing first.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-# A file's tests stay together, and so do those on Ray: see tests/conftest.py.
+# The tests of a file run in one process, as do all tests on Ray: see tests/conftest.py.
 PARALLEL := --numprocesses=auto --maxprocesses=4 --dist=loadgroup
 
 .PHONY: help setup demo test test-all lint format docs bench demo-model claims clean
@@ -21,7 +21,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED) ## Build the demo's index and caption its scenes, below out/demo/
 	$(BIN)/smallcap demo
 
-test: $(INSTALLED) ## Run the tests but the slow ones
+test: $(INSTALLED) ## Run all tests except the slow ones
 	$(BIN)/python -m pytest -m 'not slow' $(PARALLEL)
 
 test-all: $(INSTALLED) ## Run all tests
@@ -37,7 +37,7 @@ format: $(INSTALLED) ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-docs: $(INSTALLED) ## Write docs/options.md from the options' declarations
+docs: $(INSTALLED) ## Write docs/options.md from the declarations of the options
 	$(BIN)/python -m jobs.options > docs/options.md
 
 bench: $(INSTALLED) ## Measure every stage on this machine
@@ -46,8 +46,8 @@ bench: $(INSTALLED) ## Measure every stage on this machine
 demo-model: $(INSTALLED) ## Make the demo's world and model again (needs fonts-noto-color-emoji)
 	$(BIN)/python -m demo.make
 
-claims: $(INSTALLED) ## Measure the paper's claims on the demo world (after demo-model: it trains variants)
+claims: $(INSTALLED) ## Measure the paper's claims on the demo world (trains variants; run demo-model first)
 	$(BIN)/python -m demo.claims
 
-clean: ## Remove what the demo and the tools wrote
+clean: ## Remove the files that the demo and the tools wrote
 	rm -rf out .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,8 +1,8 @@
-"""Measures what low precision costs: captions that stay the same, and how far log probabilities move.
+"""Measures what low precision costs: how many captions stay the same, and how far log probabilities move.
 
-There are two models: the demo's, on its shipped test scenes with retrieval, and the published sizes with random
-weights. The latter are the worst case: their distributions are nearly flat, so any rounding tips a beam. The captions
-of float32 are the truth; each precision computes their log probability again (teacher forcing).
+There are two models: the demo's, on its shipped test scenes with retrieval, and one of the published sizes with random
+weights. The second is the worst case: its distributions are nearly flat, so any rounding tips a beam. The captions in
+float32 are the truth; each precision computes their log probability again (teacher forcing).
 
     python -m benchmarks.fidelity
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from smallcap.benchmark.random_parts import build_model
+from smallcap.benchmark.random_content import build_model
 from smallcap.captioner import Captioner
 from smallcap.model.checkpoint import SmallCapModel
 from smallcap.model.prompt import build_training_example, encode_texts
@@ -30,19 +30,19 @@ RANDOM_PROMPT_TOKENS = 66
 
 @dataclass(frozen=True)
 class Fidelity:
-    """One model in one precision against float32."""
+    """One model in one precision, compared with float32."""
 
     model: str
     dtype: str
     captions: int
     identical: int
-    mean_difference: float  # of the log probability of float32's captions, nats per token, absolute
-    bias: float  # the same, signed
+    mean_difference: float  # mean absolute difference in the log probability of float32's captions, nats per token
+    bias: float  # the same with signs
 
 
 @torch.inference_mode()
 def logprob(model: SmallCapModel, hidden_states: Tensor, prompt: Sequence[int], caption: Sequence[int]) -> float:
-    """Returns the log probability per token that a model gives to a caption after a prompt; hidden_states: [P, Hv]."""
+    """Returns the log probability per token of a caption after a prompt; hidden_states: [P, Hv]."""
     example = build_training_example(prompt, caption[:-1], caption[-1], model.config.pad_token_id)
     return -caption_loss(model.decoder, hidden_states[None], *collate([example], model.config.pad_token_id)).item()
 

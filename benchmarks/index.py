@@ -1,16 +1,16 @@
-"""Builds and searches indexes of made caption embeddings, beside autofaiss on the same vectors and the same queries.
+"""Builds and searches indexes of made caption embeddings with smallcap and, on the same vectors and queries, autofaiss.
 
-For each number of rows and each index key: wall time by stage, peak memory of the whole process tree, bytes per vector,
-recall against brute force, and queries/s of `Retriever.search`. autofaiss chooses its key and search parameters for the
-memory of smallcap's searched shard, and builds in that of smallcap's largest process; then it does both with its
-default memory. It is measured again at the least nprobe or efSearch that reaches smallcap's recall, if any does. Both
-sides run on the same number of cores. `index_data` says what the vectors are.
+For each number of rows and each index key it measures the wall time by stage, the peak memory of the whole process
+tree, bytes per vector, recall against brute force, and queries/s of `Retriever.search`. autofaiss chooses its key and
+search parameters for the memory of smallcap's searched shard, and builds in that of smallcap's largest process. Then it
+does both with its default memory. It is measured again at the smallest nprobe or efSearch that reaches smallcap's
+recall, if one does. Both sides run on the same number of cores. `index_data` says what the vectors are.
 
     python -m benchmarks.index --rows 100000 1000000 --autofaiss-python AUTOFAISS-VENV/bin/python --json index.json
 
-smallcap's rates include what a captioner needs: texts, exclusions and removals. autofaiss's are those of its bare faiss
-index. smallcap's build starts from captions and embeddings and ends with a published,
-verified and calibrated version; autofaiss's starts from the embeddings. So the comparison favours autofaiss.
+The comparison favours autofaiss. smallcap's rates include what a captioner needs: texts, exclusions and removals;
+autofaiss's are those of its bare faiss index. smallcap's build starts from captions and embeddings and ends with a
+published, verified and calibrated version; autofaiss's starts from the embeddings.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ KEYS = ("Flat", "IVF,SQfp16", "IVF,SQ8")
 
 
 class Benchmark:
-    """One run: options, a folder to work in, and the results so far.
+    """One run: its options, its work folder, and the results so far.
 
     Args:
         options: The parsed arguments.
-        work: A folder; files in it are removed as soon as they are measured.
+        work: The work folder; its files are removed as soon as they are measured.
     """
 
     def __init__(self, options: argparse.Namespace, work: Path) -> None:
@@ -52,21 +52,21 @@ class Benchmark:
             self.results["runs"] = json.loads(options.json.read_bytes())["runs"]
 
     def run(self) -> None:
-        """Measures everything, and stores the results after each step, so that a stopped run leaves what it has."""
+        """Measures everything, and stores the results after each step, so that a stopped run leaves its results."""
         encoder = make_tiny_clip(self._work / "clip", seed=0, dim=DIM)  # it embeds nothing: the dump has embeddings
         for rows in self._options.rows:
             say(f"{rows:,} rows: making vectors, queries and their exact neighbours")
             data = make_data(self._work / "data", rows, self._options.queries)
-            ours = [
+            smallcap_runs = [
                 self._measured(rows, "smallcap", key) or self._add(rows, self._smallcap(data, key, encoder))
                 for key in self._options.keys
             ]
             if self._options.autofaiss_python and rows <= self._options.autofaiss_rows:
-                self._autofaiss(data, ours)
+                self._autofaiss(data, smallcap_runs)
             shutil.rmtree(data.folder)
 
     def _measured(self, rows: int, side: str, key: str) -> dict[str, Any] | None:
-        """Returns the result that a stopped run has already measured."""
+        """Returns the result that a stopped run has already measured; None if there is none."""
         wanted = (rows, side, key)
         return next((run for run in self.results["runs"] if (run["rows"], run["side"], run["key"]) == wanted), None)
 
@@ -96,17 +96,17 @@ class Benchmark:
             shutil.rmtree(folder, ignore_errors=True)
         return result
 
-    def _autofaiss(self, data: MadeData, ours: Sequence[dict[str, Any]]) -> None:
-        """Builds and searches each index that autofaiss chooses; one that it chooses for several budgets once."""
-        budgets = _budgets(ours) if "equal" in self._options.autofaiss_memory else {}
+    def _autofaiss(self, data: MadeData, smallcap_runs: Sequence[dict[str, Any]]) -> None:
+        """Builds and searches each index that autofaiss chooses; an index chosen for several budgets is built once."""
+        budgets = _budgets(smallcap_runs) if "equal" in self._options.autofaiss_memory else {}
         if "default" in self._options.autofaiss_memory:
             budgets["autofaiss's default"] = "default"
         wanted = list(dict.fromkeys(budgets.values()))
         chosen, _ = self._watch("index_autofaiss:choose", {"rows": data.rows, "dim": DIM, "budgets": wanted})
         self.results["machine"]["autofaiss"] = chosen["versions"]
         keys, threads = chosen["keys"], {"threads": self._options.threads}
-        targets = list(dict.fromkeys(run["recall_measured"][str(K)] for run in ours))
-        build_memory = max(run["build_memory"]["largest_own"] for run in ours)
+        targets = list(dict.fromkeys(run["recall_measured"][str(K)] for run in smallcap_runs))
+        build_memory = max(run["build_memory"]["largest_own"] for run in smallcap_runs)
         for key in dict.fromkeys(key for key in keys.values() if key):
             if self._measured(data.rows, "autofaiss", key):
                 continue
@@ -137,7 +137,7 @@ class Benchmark:
             shutil.rmtree(out)
 
     def _searching(self, data: MadeData) -> dict[str, Any]:
-        """Returns the arguments that both sides' searches have in common."""
+        """Returns the arguments that the searches of both sides share."""
         return {"queries": str(data.queries), "k": K, "batches": BATCH_SIZES, "seconds": self._options.seconds}
 
     def _watch(self, step: str, arguments: dict[str, Any]) -> tuple[Any, PeakMemory]:
@@ -145,21 +145,21 @@ class Benchmark:
         return run_watched(f"benchmarks.{step}", arguments, self._options.threads, python)
 
 
-def _budgets(ours: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """Returns the bytes of smallcap's indexes by name: without and with the vectors that rank candidates again."""
-    searched = {f"{run['key']}, searched shard": str(run["shard_bytes"]) for run in ours}
-    lossy = [run for run in ours if run["vectors_bytes"]]
+def _budgets(smallcap_runs: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Returns the bytes of smallcap's indexes by name, without and with the vectors that rank candidates again."""
+    searched = {f"{run['key']}, searched shard": str(run["shard_bytes"]) for run in smallcap_runs}
+    lossy = [run for run in smallcap_runs if run["vectors_bytes"]]
     return searched | {
-        f"{run['key']}, re-ranking vectors too": str(run["shard_bytes"] + run["vectors_bytes"]) for run in lossy
+        f"{run['key']}, with re-ranking vectors": str(run["shard_bytes"] + run["vectors_bytes"]) for run in lossy
     }
 
 
 def table(results: dict[str, Any]) -> str:
-    """Returns the results for people."""
+    """Returns the results as text for people."""
     machine = results["machine"]
     lines = [", ".join(f"{name} {value}" for name, value in machine.items() if name != "autofaiss")]
     if "autofaiss" in machine:
-        lines.append("beside " + ", ".join(f"{name} {value}" for name, value in machine["autofaiss"].items()))
+        lines.append("compared with " + ", ".join(f"{name} {value}" for name, value in machine["autofaiss"].items()))
     lines.append(f"dim {DIM}, k = {K}; memory: the largest process and the sum of all, without mapped files")
     header = f"{'index':44} {'build':>8} {'largest':>8} {'sum':>8} {'B/vector':>9} {'recall@4':>9} {'@10':>7}"
     header += "".join(f" {f'q/s at {size}':>12}" for size in BATCH_SIZES)
@@ -181,7 +181,7 @@ def _smallcap_lines(run: dict[str, Any]) -> list[str]:
     reported = ", ".join(f"@{entry['k']} {entry['recall']:.4f}" for entry in run["recall"])
     return [
         _line(f"smallcap {run['index_key']}{nprobe}", run, size["shard"], run["recall_measured"], run["queries_per_s"]),
-        f"    beside the shard {again}{size['captions']:,.0f} of captions; the builder's own recall {reported}",
+        f"    besides the shard {again}{size['captions']:,.0f} of captions; recall by the builder {reported}",
     ]
 
 
@@ -221,22 +221,28 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """Parses the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", type=int, nargs="+", default=[100_000, 1_000_000])
-    parser.add_argument("--keys", nargs="+", default=list(KEYS), help="smallcap's, as of build-index --index-key")
-    parser.add_argument("--queries", type=int, default=2048, help="at least the largest batch, 1024")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each of the three rounds of a search")
+    parser.add_argument(
+        "--keys", nargs="+", default=list(KEYS), help="smallcap's index keys, as build-index --index-key takes them"
+    )
+    parser.add_argument("--queries", type=int, default=2048, help="number of queries; at least the largest batch, 1024")
+    parser.add_argument(
+        "--seconds", type=float, default=3.0, help="least duration of each of the three rounds of a search"
+    )
     parser.add_argument("--threads", type=int, default=2, help="cores that either side may use")
-    parser.add_argument("--autofaiss-python", help="an interpreter that has autofaiss; see benchmarks/README.md")
-    parser.add_argument("--autofaiss-rows", type=int, default=10**9, help="leave autofaiss out above this many rows")
+    parser.add_argument("--autofaiss-python", help="Python interpreter with autofaiss; see benchmarks/README.md")
+    parser.add_argument(
+        "--autofaiss-rows", type=int, default=10**9, help="leave autofaiss out above this number of rows"
+    )
     parser.add_argument(
         "--autofaiss-memory",
         nargs="+",
         choices=("equal", "default"),
         default=["equal", "default"],
-        help="what autofaiss may take: what smallcap's indexes take, and what it takes when it is not told",
+        help="memory that autofaiss may take: as much as smallcap's indexes, or its default",
     )
-    parser.add_argument("--work", type=Path, help="folder for some GB of files (default: a temporary one)")
-    parser.add_argument("--json", type=Path, help="file for the results, written anew after each step")
-    parser.add_argument("--go-on", action="store_true", help="measure what the file of --json does not have yet")
+    parser.add_argument("--work", type=Path, help="folder for some GB of files (default: a temporary folder)")
+    parser.add_argument("--json", type=Path, help="file for the results, written again after each step")
+    parser.add_argument("--go-on", action="store_true", help="measure only what the file of --json lacks")
     options = parser.parse_args(arguments)
     if options.go_on and not (options.json and options.json.exists()):
         parser.error("--go-on needs --json with the results of a run that was stopped")

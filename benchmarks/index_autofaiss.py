@@ -1,7 +1,7 @@
-"""autofaiss's side of the index benchmark: steps that `benchmarks.index` runs by an interpreter that has autofaiss.
+"""autofaiss's side of the index benchmark: steps that `benchmarks.index` runs in an interpreter with autofaiss.
 
-Everything but the memory is autofaiss's own choice: key, training, search parameters, query time (10 ms). Nothing of
-smallcap is imported, because its faiss is another package.
+autofaiss chooses everything except the memory: key, training, search parameters, query time (10 ms). This module
+imports nothing from smallcap, whose faiss is another package.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ _MOST = {"efSearch": 2**14, "nprobe": 6144}  # the largest that autofaiss itself
 
 
 def choose(rows: int, dim: int, budgets: list[str]) -> dict[str, Any]:
-    """Returns the key that autofaiss chooses for each budget in bytes; `default` is its default."""
+    """Returns the key that autofaiss chooses for each budget in bytes; the budget `default` is its default."""
     default = inspect.signature(build_index).parameters["max_index_memory_usage"].default
     memories = {budget: default if budget == "default" else f"{budget}B" for budget in budgets}
     keys = {budget: get_optimal_index_keys_v2(rows, dim, memory) for budget, memory in memories.items()}
     return {
-        "keys": {budget: found[0] if found else None for budget, found in keys.items()},
+        "keys": {budget: best[0] if best else None for budget, best in keys.items()},
         "versions": {"autofaiss": version("autofaiss"), "faiss": faiss.__version__, "numpy": np.__version__},
     }
 
 
 def build(embeddings: str, out: str, budget: str, build_memory: int, threads: int) -> dict[str, Any]:
-    """Builds an index with autofaiss's settings, for the memory of the index and of the build, or with its defaults."""
+    """Builds an index with autofaiss, for a given memory of the index and of the build, or with its defaults."""
     equal = {"max_index_memory_usage": f"{budget}B", "current_memory_available": f"{build_memory}B"}
     memory = {} if budget == "default" else equal
     folder = Path(out)
@@ -53,7 +53,7 @@ def build(embeddings: str, out: str, budget: str, build_memory: int, threads: in
         **memory,
     )
     seconds = time.perf_counter() - start
-    assert index is not None, "autofaiss built nothing; it says why above"
+    assert index is not None, "autofaiss built nothing; its messages above say why"
     return {
         "build_s": seconds,
         "index_key": infos["index_key"],
@@ -63,26 +63,26 @@ def build(embeddings: str, out: str, budget: str, build_memory: int, threads: in
 
 
 class _Tuned:
-    """An index at one setting of its search; `ht` and the like stay as autofaiss chose them."""
+    """An index at one search setting; `ht` and the like stay as autofaiss chose them."""
 
     def __init__(self, index: Any, param: str) -> None:
         self._index = index
         self._settings = dict(setting.split("=") for setting in param.split(",") if setting)
         self.name = next((name for name in ("nprobe", "efSearch") if name in self._settings), None)
-        self._both = {"nprobe", "efSearch"} <= set(self._settings)  # the lists are found by a graph
+        self._both = {"nprobe", "efSearch"} <= set(self._settings)  # a graph finds the lists
         self.most = _MOST[self.name] if self.name else 0
         if self.name == "nprobe":
             self.most = min(self.most, faiss.extract_index_ivf(index).nlist)
 
     def use(self, value: int | None = None) -> str:
-        """Sets `name`, by default to what autofaiss chose; returns all settings."""
+        """Sets `name`, by default to autofaiss's choice; returns all settings."""
         settings = dict(self._settings)
         if value is not None and self.name:
             settings[self.name] = str(value)
             if self._both:
                 settings["efSearch"] = str(2 * value)  # as autofaiss ties them
         text = ",".join(f"{name}={setting}" for name, setting in settings.items())
-        parameters: Any = faiss.ParameterSpace()  # its stub knows only one of the overloads
+        parameters: Any = faiss.ParameterSpace()  # its stub has only one of the overloads
         parameters.set_index_parameters(self._index, text)
         return text
 
@@ -90,7 +90,7 @@ class _Tuned:
 def search(
     out: str, queries: str, k: int, batches: list[int], seconds: float, threads: int, truth: str, targets: list[float]
 ) -> dict[str, Any]:
-    """Measures the index at autofaiss's setting, and at the least setting that reaches each target of recall@4."""
+    """Measures the index at autofaiss's setting, and at the smallest setting that reaches each target of recall@4."""
     faiss.omp_set_num_threads(threads)
     index = faiss.read_index(str(Path(out) / "knn.index"))
     infos = json.loads((Path(out) / "infos.json").read_text())
@@ -119,7 +119,7 @@ def search(
 def _least_setting(
     tuned: _Tuned, recalls: Callable[[int | None], dict[int, float]], target: float
 ) -> tuple[int | None, dict[str, Any]]:
-    """Returns the least setting with this recall@4, to a twentieth, and what was seen at the largest one tried."""
+    """Returns the smallest setting with this recall@4, to a twentieth, and the recall at the largest one tried."""
     low, high = 0, 8
     while True:
         high = min(high, max(1, tuned.most))

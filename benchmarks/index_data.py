@@ -1,20 +1,21 @@
-"""Made caption embeddings with the shape of CLIP's, queries that lie as far from them as images do, and their truth.
+"""Makes caption embeddings that resemble CLIP's, queries at the distance of images, and their exact neighbours.
 
 **The vectors are made, not embedded.** No weights are downloaded here, and isotropic noise would not do: its nearest
-neighbours are all about equally far, so that neither lists nor codes nor recall would mean anything. What is imitated:
+neighbours are all about equally far away, so lists, codes and recall would mean nothing. These properties are imitated:
 
 - *a common direction*: CLIP's text embeddings lie in a narrow cone; two random ones here have a cosine of about 0.5;
-- *a falling spectrum*: what is left of them varies most in few directions: eigenvalue i is proportional to
-  (i + 8)^-1.2, in a random basis, so that half of the 512 directions have nine tenths of the variance;
-- *topics*, a thousand, some much more common than others (Zipf), a cosine of about 0.8 inside one;
-- *near-paraphrases*: captions come in scenes of one to nine, as an image's do, a cosine of about 0.9 inside one.
+- *a falling spectrum*: otherwise they vary most in few directions: eigenvalue i is proportional to (i + 8)^-1.2, in a
+  random basis, so half of the 512 directions have nine tenths of the variance;
+- *topics*: there are a thousand, some much more common than others (Zipf); the cosine within one is about 0.8;
+- *near-paraphrases*: captions come in scenes of one to nine, like an image's; the cosine within one is about 0.9.
 
-The shares were chosen so that lists are about as good as they were on sentence embeddings of real captions: searching
-1.6% of the lists found 92% of the four nearest of image-like queries (95.6% there), 99.8% of caption-like ones (99.5%).
+The shares were chosen so that lists work about as well as on sentence embeddings of real captions: searching 1.6% of
+the lists found 92% of the four nearest captions of image-like queries (95.6% there), and 99.8% for caption-like queries
+(99.5% there).
 
-Rows are shuffled: whoever trains on the first rows trains on a fair sample. A smaller set is not a part of a larger
-one, but a datastore of its own over the same topics. Repeated captions and different languages or sources are not
-imitated. Recall here tells kinds of indexes apart; to know what your datastore gives, build it.
+Rows are shuffled, so the first rows are a fair sample for training. A smaller set is not a subset of a larger one, but
+another datastore over the same topics. Repeated captions and different languages or sources are not imitated. Recall
+here distinguishes kinds of indexes; to know the recall of your datastore, build its index.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ DIM = 512
 RECALL_AT = (4, 10)
 _SEED = 7
 _TOPICS = 1_000
-_SHARES = (0.5, 0.32, 0.11, 0.07)  # of a vector's squared length: common direction, topic, scene, the caption itself
+_SHARES = (0.5, 0.32, 0.11, 0.07)  # of a vector's squared length: common direction, topic, scene, single caption
 _LARGEST_SCENE = 9
 _ROWS_AT_ONCE = 16_384
 _QUERIES_OF_BUILDER = 4096  # more than it calibrates and reports with; see `make_queries`
@@ -44,16 +45,16 @@ _WORDS = (
 
 @dataclass(frozen=True)
 class World:
-    """What all made embeddings have in common."""
+    """What all made embeddings share."""
 
     mean: np.ndarray  # [DIM] unit vector
-    mixing: np.ndarray  # [DIM, DIM]: of white noise to vectors of the spectrum and length 1 on average
-    topics: np.ndarray  # [_TOPICS, DIM] of length 1 on average
-    popularity: np.ndarray  # [_TOPICS] that sum to 1
+    mixing: np.ndarray  # [DIM, DIM]: white noise becomes vectors with the spectrum, of length 1 on average
+    topics: np.ndarray  # [_TOPICS, DIM], of length 1 on average
+    popularity: np.ndarray  # [_TOPICS], sums to 1
 
     @classmethod
     def make(cls) -> World:
-        """Makes the one world of this benchmark."""
+        """Makes the world of this benchmark, which is always the same."""
         rng = np.random.default_rng(_SEED)
         basis, _ = np.linalg.qr(rng.standard_normal((DIM, DIM)))
         spectrum = (np.arange(DIM) + 8.0) ** -1.2
@@ -81,7 +82,7 @@ class MadeData:
     Attributes:
         folder: `text_emb/text_emb_0.npy` (float16) and `metadata/metadata_0.parquet` as clip-retrieval writes them,
             `queries.npy` (float32), `truth.npy` (rows of the dump).
-        rows: Captions.
+        rows: The number of captions.
     """
 
     folder: Path
@@ -89,12 +90,12 @@ class MadeData:
 
     @property
     def embeddings(self) -> Path:
-        """The folder with the one file of embeddings."""
+        """The folder that holds the file of embeddings."""
         return self.folder / "text_emb"
 
     @property
     def queries(self) -> Path:
-        """[Q, DIM] float32."""
+        """The file of queries, [Q, DIM] float32."""
         return self.folder / "queries.npy"
 
     def truth(self) -> np.ndarray:
@@ -104,7 +105,7 @@ class MadeData:
 
 
 def make_data(folder: Path, rows: int, queries: int) -> MadeData:
-    """Makes a dump of embedded captions with queries and their truth; the same for the same numbers."""
+    """Makes a dump of embedded captions with queries and their truth; the same arguments give the same data."""
     data = MadeData(folder, rows)
     (folder / "metadata").mkdir(parents=True)
     data.embeddings.mkdir()
@@ -128,7 +129,7 @@ def make_data(folder: Path, rows: int, queries: int) -> MadeData:
 def make_queries(world: World, count: int, rng: np.random.Generator) -> np.ndarray:
     """Returns image-like queries of scenes that have no caption in the dump: [count, DIM] float32.
 
-    They are moved away from the texts as the builder moves its queries, but in other random directions.
+    They are moved away from the texts in the way that the builder moves its queries, but in other random directions.
     """
     wanted = _QUERIES_OF_BUILDER + count
     captions = world.draw(wanted, rng)
@@ -136,7 +137,7 @@ def make_queries(world: World, count: int, rng: np.random.Generator) -> np.ndarr
 
 
 def exact_neighbours(vectors: np.ndarray, queries: np.ndarray, k: int) -> np.ndarray:
-    """Returns the rows of the k largest inner products by brute force, best first: [Q, k]; without faiss."""
+    """Returns the rows of the k largest inner products, best first: [Q, k]; by brute force, without faiss."""
     best_scores, best_rows = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
     for start in range(0, len(vectors), _ROWS_AT_ONCE):
         scores = queries @ vectors[start : start + _ROWS_AT_ONCE].astype(np.float32).T
@@ -150,7 +151,7 @@ def exact_neighbours(vectors: np.ndarray, queries: np.ndarray, k: int) -> np.nda
 
 
 def recall(found: np.ndarray, truth: np.ndarray, k: int) -> float:
-    """Returns the mean share of the k exact neighbours that are among the k found ones; both: [Q, at least k] rows."""
+    """Returns the mean share of the k exact neighbours that are among the k found; both are [Q, at least k] rows."""
     return float((found[:, :k, None] == truth[:, None, :k]).any(axis=1).mean())
 
 
@@ -160,7 +161,7 @@ def caption_row(text: str) -> int:
 
 
 def _write_captions(path: Path, rows: int, rng: np.random.Generator) -> None:
-    """Writes captions of an ordinary length that differ: a few words and the row's number."""
+    """Writes different captions of ordinary length: a few words and the row's number."""
     words = np.array(_WORDS.split())
     with pq.ParquetWriter(path, pa.schema([("caption", pa.string())])) as writer:
         for start in range(0, rows, _ROWS_AT_ONCE):

@@ -1,4 +1,4 @@
-"""smallcap's side of the index benchmark: steps that `benchmarks.index` runs, each in a process that it watches."""
+"""smallcap's side of the index benchmark: steps that `benchmarks.index` runs, each in a watched process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks.measuring import queries_per_s
 
-_LEAST_CPUS = 4  # logical ones that Ray is told of, as jobs.cluster.session tells it on a small machine
+_LEAST_CPUS = 4  # logical CPUs that Ray is told of, as jobs.cluster.session does on a small machine
 
 
 def build(dump: str, encoder: str, out: str, key: str, threads: int) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def build(dump: str, encoder: str, out: str, key: str, threads: int) -> dict[str
 
 
 def search(index: str, queries: str, k: int, batches: list[int], seconds: float) -> dict[str, Any]:
-    """Searches an index as the captioner does; returns what it found, as rows of the dump, and its rates."""
+    """Searches an index as the captioner does; returns the neighbours as rows of the dump, and the rates."""
     from benchmarks.index_data import caption_row
     from smallcap.index.retriever import Retriever
 

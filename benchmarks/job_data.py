@@ -1,4 +1,4 @@
-"""What `benchmarks.job` captions: photographs under many names, with the demo's model or one of the published sizes."""
+"""Makes what `benchmarks.job` captions: photographs under many names, and a model: the demo's or one of real size."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from benchmarks.measuring import environment
 from benchmarks.tiny_models import ModelAndIndex
 from smallcap import storage
-from smallcap.benchmark import random_parts
+from smallcap.benchmark import random_content
 from smallcap.index.manifest import manifest_uri, write_pointer
 from smallcap.model.checkpoint import save_checkpoint
 from smallcap.model.clip_encoder import resolve_encoder_identity
@@ -23,7 +23,7 @@ _RANDOM_CAPTIONS = 100_000  # in the index of real size
 
 
 def repeat_images(source: Path, folder: Path, images: int) -> Path:
-    """Fills a folder with a number of images: those of `source`, repeated under other names."""
+    """Fills a folder with `images` images: those of `source`, repeated under other names."""
     files = sorted(path for path in source.iterdir() if path.suffix.lower() in _SUFFIXES)
     if not files:
         raise SystemExit(f"There are no images in {source}.")
@@ -39,7 +39,7 @@ def repeat_images(source: Path, folder: Path, images: int) -> Path:
 
 
 def demo_model(folder: Path) -> ModelAndIndex:
-    """Returns the demo's model with its index: that of `make demo` where it is, else one built in `folder`."""
+    """Returns the demo's model with its index: that of `make demo` if it exists, else one built in `folder`."""
     if Path(DEMO_INDEX).exists():
         return ModelAndIndex("demo", str(Path(DEMO_INDEX).resolve()))
     build = f"from jobs.demo import build_demo_index; build_demo_index({str(folder / 'index')!r})"
@@ -49,19 +49,19 @@ def demo_model(folder: Path) -> ModelAndIndex:
 
 def real_size_model(folder: Path) -> ModelAndIndex:
     """Writes CLIP ViT-B/32 with GPT-2 124M, and an index of random vectors and captions; the weights are random."""
-    model = random_parts.build_model(4, "cpu", "float32")
-    tokenizer = random_parts.build_tokenizer()
+    model = random_content.build_model(4, "cpu", "float32")
+    tokenizer = random_content.build_tokenizer()
     checkpoint, clip_folder, index = folder / "smallcap", folder / "clip", folder / "index"
     save_checkpoint(model, checkpoint)
     tokenizer.save_pretrained(checkpoint)
     torch.manual_seed(0)
-    random_parts.build_clip(model).save_pretrained(clip_folder)
+    random_content.build_clip(model).save_pretrained(clip_folder)
     tokenizer.pad_token = "!"
     tokenizer.model_max_length = 77
     tokenizer.save_pretrained(clip_folder)
     index.mkdir()
     identity = resolve_encoder_identity(f"hf:{clip_folder}")
-    manifest = random_parts.write_random_index(index, _RANDOM_CAPTIONS, identity).manifest
+    manifest = random_content.write_random_index(index, _RANDOM_CAPTIONS, identity).manifest
     storage.write_bytes(manifest_uri(str(index), manifest.index_id), manifest.to_json().encode())
     write_pointer(str(index), manifest.index_id)
     return ModelAndIndex(str(checkpoint), str(index))

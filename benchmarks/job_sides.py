@@ -1,4 +1,4 @@
-"""The sides of `benchmarks.job`, each run in a process of its own: the bare loop, smallcap's job, plain Ray Data."""
+"""Measures the sides of `benchmarks.job`, each in a separate process: the bare loop, smallcap's job, plain Ray Data."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _LEAST_DIFFERENCE = 0.1  # of the shorter time
 
 @dataclass(frozen=True)
 class Settings:
-    """What all sides have in common."""
+    """What all sides share."""
 
     model: str
     index: str
@@ -50,7 +50,7 @@ class Settings:
 
 
 def bare(settings: Settings) -> dict[str, Any]:
-    """A loop in one process: decoding and captioning in turns, and with decoding in a thread beside."""
+    """Measures a loop in one process: decoding and captioning in turns, and decoding in a second thread."""
     captioner = settings.captioner()
     files = sorted(Path(settings.small).iterdir())
     batches = [files[start : start + settings.batch_size] for start in range(0, len(files), settings.batch_size)]
@@ -86,7 +86,7 @@ def bare(settings: Settings) -> dict[str, Any]:
 
 
 def smallcap(settings: Settings) -> dict[str, Any]:
-    """`jobs.caption.run`, in one Ray, again and again into new folders."""
+    """Measures `jobs.caption.run`, in one Ray, repeatedly into new folders."""
     from jobs import caption
 
     options = {
@@ -108,7 +108,7 @@ def smallcap(settings: Settings) -> dict[str, Any]:
 
 
 class PlainCaptioner:
-    """What a user would write for map_batches."""
+    """The class that a user would write for map_batches."""
 
     def __init__(self, settings: Settings) -> None:
         self.captioner = settings.captioner()
@@ -139,7 +139,7 @@ def plain(settings: Settings) -> dict[str, Any]:
 
 
 def _time_job(settings: Settings, run: Callable[[str, str], object]) -> dict[str, Any]:
-    """Times runs over 2N and N images in turns; their difference is what N images take once all is warm."""
+    """Times runs over 2N and N images in turns; their difference is the time of N images in a warm job."""
     from jobs.cluster.session import connect
 
     start = time.perf_counter()
@@ -147,21 +147,21 @@ def _time_job(settings: Settings, run: Callable[[str, str], object]) -> dict[str
     ray_s = time.perf_counter() - start
     folders = {"large": settings.large, "small": settings.small}
     times: dict[str, list[float]] = {name: [] for name in folders}
-    # ends with the larger one, as it began: a machine that slows down counts for neither size
+    # begins and ends with the larger size, so a machine that slows down favours neither
     for number, name in enumerate([*["large", "small"] * settings.rounds, "large"]):
         start = time.perf_counter()
         run(folders[name], str(Path(settings.work) / f"{number}-{name}"))
         times[name].append(time.perf_counter() - start)
     images = {name: len(list(Path(folder).iterdir())) for name, folder in folders.items()}
     more, difference = images["large"] - images["small"], min(times["large"]) - min(times["small"])
-    # a difference that other work on the machine has eaten says nothing
+    # a difference that other work on the machine has hidden says nothing
     warm = more / difference if difference > _LEAST_DIFFERENCE * min(times["small"]) else None
     return {
         "ray_start_s": ray_s,
         "large_s": times["large"],
         "small_s": times["small"],
         "warm_images_per_s": warm,
-        "start_s": None if warm is None else min(times["small"]) - images["small"] / warm,  # what the difference leaves
+        "start_s": None if warm is None else min(times["small"]) - images["small"] / warm,  # what is not captioning
         "whole_images_per_s": images["large"] / (ray_s + times["large"][0]),  # of the first run, Ray's start included
     }
 
@@ -170,5 +170,5 @@ SIDES: dict[str, Callable[[Settings], dict[str, Any]]] = {"bare": bare, "smallca
 
 
 def run_side(side: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Measures a side; `settings` are those of `Settings`, as JSON has them."""
+    """Measures a side; `settings` are the fields of `Settings`, as JSON."""
     return SIDES[side](Settings(**settings))

@@ -1,6 +1,6 @@
-"""What benchmarks measure with: steps in processes of their own, the memory of a process tree, and queries/s.
+"""Measures for the benchmarks: steps in separate processes, the memory of a process tree, and queries/s.
 
-It imports only the standard library and numpy, because interpreters without smallcap run it as well as smallcap's.
+It imports only the standard library and numpy, because interpreters without smallcap run it as well.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _FIELDS = ("VmRSS", "RssAnon", "RssShmem")
 
 @dataclass
 class PeakMemory:
-    """The most memory, in bytes, that a tree of processes had at once; sampled, so shorter peaks go unseen.
+    """The most memory, in bytes, that a tree of processes had at once; it is sampled, so short peaks are missed.
 
     `own` counts what a process allocated, or shares through Ray's object store. `resident` includes mapped files, which
-    the kernel drops when it needs the room.
+    the kernel drops when it needs space.
     """
 
     largest_own: int = 0
@@ -40,7 +40,7 @@ class PeakMemory:
     largest_resident: int = 0
 
     def add(self, processes: Iterable[dict[str, int]]) -> None:
-        """Takes one sample: `_FIELDS` of each process in bytes."""
+        """Adds one sample: `_FIELDS` of each process, in bytes."""
         own, resident = [0], [0]
         for values in processes:
             own.append(values["RssAnon"] + values["RssShmem"])
@@ -56,7 +56,7 @@ def environment() -> dict[str, str]:
 
 
 def say(text: str) -> None:
-    """Prints on stderr what a benchmark does next; stdout is for results."""
+    """Prints to stderr what a benchmark does next; stdout is for results."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -67,20 +67,20 @@ def run_watched(
     python: str = sys.executable,
     env: Mapping[str, str] | None = None,
 ) -> tuple[Any, PeakMemory]:
-    """Calls a function in a process of its own, on a number of cores.
+    """Calls a function in a separate process, on a number of cores.
 
     Args:
-        step: `module:function`.
-        arguments: Its keyword arguments, as JSON has them.
-        cores: How many cores it may use.
+        step: The function, as `module:function`.
+        arguments: Its keyword arguments, as JSON.
+        cores: The number of cores it may use.
         python: The interpreter.
         env: Environment variables to add.
 
     Returns:
-        What it returned, as JSON has it, and the peak memory of its process tree; zeros where there is no /proc.
+        What the function returned, as JSON, and the peak memory of its process tree; zeros where there is no /proc.
 
     Raises:
-        subprocess.CalledProcessError: It failed; its own messages are on stderr.
+        subprocess.CalledProcessError: The function failed; its messages are on stderr.
     """
     peak = PeakMemory()
     with tempfile.TemporaryDirectory() as folder:
@@ -113,8 +113,8 @@ def call_step() -> None:
     """Calls the function that `run_watched` names on the command line, and writes what it returns."""
     step, arguments, answer = sys.argv[1:]
     module, _, function = step.partition(":")
-    found = getattr(import_module(module), function)(**json.loads(arguments))
-    Path(answer).write_text(json.dumps(found))
+    returned = getattr(import_module(module), function)(**json.loads(arguments))
+    Path(answer).write_text(json.dumps(returned))
 
 
 def _use_cores(count: int) -> None:
@@ -128,46 +128,46 @@ def _watch(pid: int, peak: PeakMemory, stopped: threading.Event) -> None:
 
 
 def _memory_of_tree(root: int) -> dict[int, dict[str, int]]:
-    """Returns `_FIELDS` in bytes of a process and of all that descend from it, by process id."""
-    found: dict[int, dict[str, int]] = {}
+    """Returns `_FIELDS` in bytes, by process id, for a process and all its descendants."""
+    fields: dict[int, dict[str, int]] = {}
     parents: dict[int, int] = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             lines = (folder / "status").read_text().splitlines()
-        except OSError:  # it has ended meanwhile
+        except OSError:  # the process has ended meanwhile
             continue
         values = dict(line.split(":", 1) for line in lines if ":" in line)
         pid = int(folder.name)
         parents[pid] = int(values["PPid"])
-        found[pid] = {name: int(values.get(name, "0").split()[0]) << 10 for name in _FIELDS}
+        fields[pid] = {name: int(values.get(name, "0").split()[0]) << 10 for name in _FIELDS}
 
     def descends(pid: int) -> bool:
         while pid > 1 and pid != root:
             pid = parents.get(pid, 0)
         return pid == root
 
-    return {pid: values for pid, values in found.items() if descends(pid)}
+    return {pid: values for pid, values in fields.items() if descends(pid)}
 
 
 def ray_memory(driver: int) -> dict[str, float]:
-    """Returns the memory of a driver and of the Ray that it started, in MB; zeros where the driver has ended.
+    """Returns the memory of a driver and of the Ray that it started, in MB; zeros if the driver has ended.
 
     `driver_resident` includes mapped files and shared pages. `driver_own`, `workers_own` and `daemons_own` (Ray's own
-    processes) are what they allocated. `object_store` is pages of the store that were ever written: it reuses them,
-    and gives none back.
+    processes) are what they allocated. `object_store` is the pages of the store that were ever written: it reuses them,
+    but gives none back.
     """
-    found = dict.fromkeys(("driver_resident", "driver_own", "workers_own", "daemons_own", "object_store"), 0)
+    sizes = dict.fromkeys(("driver_resident", "driver_own", "workers_own", "daemons_own", "object_store"), 0)
     store: dict[tuple[int, int], int] = {}
     for pid, values in _memory_of_tree(driver).items():
         if pid == driver:
-            kind, found["driver_resident"] = "driver_own", values["VmRSS"]
+            kind, sizes["driver_resident"] = "driver_own", values["VmRSS"]
         else:
             kind = "workers_own" if _command(pid).startswith("ray::") else "daemons_own"
-        found[kind] += values["RssAnon"]
+        sizes[kind] += values["RssAnon"]
         if kind == "daemons_own":
             store.update(_object_store_files(pid))
-    found["object_store"] = sum(store.values())
-    return {kind: size / _MB for kind, size in found.items()}
+    sizes["object_store"] = sum(store.values())
+    return {kind: size / _MB for kind, size in sizes.items()}
 
 
 def _command(pid: int) -> str:
@@ -178,20 +178,20 @@ def _command(pid: int) -> str:
 
 
 def _object_store_files(pid: int) -> dict[tuple[int, int], int]:
-    """Returns device, inode and allocated bytes of the store's files that a process has open; they have no name."""
+    """Returns the allocated bytes, by device and inode, of the store's nameless files that a process has open."""
     files = {}
     try:
         for link in (Path("/proc") / str(pid) / "fd").iterdir():
             if str(link.readlink()).startswith("/dev/shm/plasma"):
-                found = link.stat()
-                files[found.st_dev, found.st_ino] = found.st_blocks * 512
-    except OSError:  # it has ended meanwhile, or closed the file
+                status = link.stat()
+                files[status.st_dev, status.st_ino] = status.st_blocks * 512
+    except OSError:  # the process has ended meanwhile, or closed the file
         pass
     return files
 
 
 def tree_of(root: int) -> list[int]:
-    """Returns the ids of a process and of all that descend from it."""
+    """Returns the ids of a process and of all its descendants."""
     return list(_memory_of_tree(root))
 
 
@@ -203,8 +203,8 @@ def queries_per_s(
     Args:
         search: Takes [B, dim] float32.
         queries: [Q, dim] float32, at least as many as the largest batch.
-        batch_sizes: How many queries are searched at once.
-        seconds: What a round takes at least.
+        batch_sizes: Numbers of queries that are searched at once.
+        seconds: The least duration of a round.
     """
     rates = {}
     for size in batch_sizes:

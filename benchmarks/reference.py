@@ -1,9 +1,9 @@
-"""Times smallcap's engine beside the way the reference implementation captions, in one process on one machine.
+"""Times smallcap's engine and the reference implementation's way to caption, in one process on one machine.
 
 The reference (RitaRamo/smallcap, infer.py) captions one image at a time in float32 when it retrieves: CLIP, then
-transformers' `generate` with 3 beams, whose prompt is computed once per beam. That is what is built here from
-transformers' own GPT-2 with cross-attention; transformers has no reduced cross-attention, so both sides have a reduce
-factor of 1. Same sizes, same prompts, same 25 tokens; the weights are random.
+transformers' `generate` with 3 beams, where the prompt is computed once per beam. This is rebuilt here from
+transformers' GPT-2 with cross-attention. transformers has no reduced cross-attention, so both sides have a reduce
+factor of 1. Sizes, prompts and the 25 tokens are the same on both sides; the weights are random.
 
     python -m benchmarks.reference --images 64
 """
@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, GPT2Config, GPT2LMHeadModel
 
-from smallcap.benchmark.random_parts import GPT2_124M, VIT_B_32, build_model
+from smallcap.benchmark.random_content import GPT2_124M, VIT_B_32, build_model
 from smallcap.config import GenerationConfig
 from smallcap.machine.precision import matrix_rate, resolve_dtype
 from smallcap.machine.process_memory import keep_freed_memory
@@ -56,8 +56,8 @@ def reference_captioner() -> Callable[[torch.Tensor, list[int]], torch.Tensor]:
 def main() -> None:
     """Times both in turns and prints the ratio of their rates."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--images", type=int, default=64, help="images of smallcap's batch")
-    parser.add_argument("--dtype", default="auto", help="of smallcap's side")
+    parser.add_argument("--images", type=int, default=64, help="images in smallcap's batch")
+    parser.add_argument("--dtype", default="auto", help="precision of smallcap's side")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     keep_freed_memory()
@@ -69,18 +69,18 @@ def main() -> None:
     pixels = torch.randn(arguments.images, 3, 224, 224)
     prompts = torch.randint(20, 50_000, (arguments.images, PROMPT_TOKENS)).tolist()
 
-    def ours() -> None:
+    def caption_with_smallcap() -> None:
         generated = model.generate(model.encode_images(pixels), prompts, options)
         assert all(len(best.token_ids) == NEW_TOKENS for (best,) in generated), "a random caption ended early"
 
     reference(pixels[:1], prompts[0])
-    ours()
+    caption_with_smallcap()
     rates: dict[str, list[float]] = {"reference": [], "smallcap": []}
     for number in range(arguments.rounds):
         start = time.perf_counter()
         reference(pixels[number : number + 1], prompts[number])
         middle = time.perf_counter()
-        ours()
+        caption_with_smallcap()
         rates["reference"].append(1 / (middle - start))
         rates["smallcap"].append(arguments.images / (time.perf_counter() - middle))
     best = {name: max(values) for name, values in rates.items()}

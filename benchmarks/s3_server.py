@@ -1,6 +1,6 @@
-"""An S3 server for benchmarks: SeaweedFS, a process of its own with all its data in one folder.
+"""Runs an S3 server for benchmarks: SeaweedFS, in a separate process, with all its data in one folder.
 
-moto's server, which the tests use, answers a few hundred requests a second, less than the job asks for.
+moto's server, which the tests use, answers a few hundred requests per second, fewer than the job makes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from smallcap import storage
 
 _KEY = "test"
 _START_S = 60.0
-_GRPC_OFFSET = 10_000  # SeaweedFS listens for itself at each port plus this
+_GRPC_OFFSET = 10_000  # SeaweedFS listens internally at each port plus this number
 _GETS = re.compile(r"^SeaweedFS_s3_request_total\{([^}]*)\} (\S+)$", re.MULTILINE)
 
 
@@ -35,7 +35,7 @@ class S3Server:
     metrics_url: str
 
     def objects_sent(self, bucket: str) -> int:
-        """Returns how many GETs of objects in a bucket were answered since the server started."""
+        """Returns the number of GETs of objects in a bucket that were answered since the server started."""
         with urllib.request.urlopen(self.metrics_url, timeout=5) as response:
             counters = _GETS.findall(response.read().decode())
         wanted = (f'bucket="{bucket}"', 'type="GET"', 'code="2')
@@ -44,11 +44,11 @@ class S3Server:
 
 @contextmanager
 def serve_s3(folder: Path, *buckets: str) -> Iterator[S3Server]:
-    """Serves the buckets in `folder`, which remain for the next time; smallcap finds it by the environment.
+    """Serves the buckets in `folder`, which stay for the next time; smallcap finds the server by the environment.
 
     Args:
-        folder: Holds all data, and the server's log.
-        buckets: Made where they do not exist.
+        folder: The folder for all data and the server's log.
+        buckets: The buckets; missing ones are made.
 
     Raises:
         SystemExit: SeaweedFS is not installed, or does not start.
@@ -88,7 +88,7 @@ def serve_s3(folder: Path, *buckets: str) -> Iterator[S3Server]:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Returns ports that are free, and free `_GRPC_OFFSET` higher; another process may still take one meanwhile."""
+    """Returns ports that are free, and free `_GRPC_OFFSET` higher; another process may still take one."""
     candidates = range(20_000 + os.getpid() % 5_000, 45_000)
     free = (port for port in candidates if _is_free(port) and _is_free(port + _GRPC_OFFSET))
     return [next(free) for _ in range(count)]
@@ -104,7 +104,7 @@ def _wait_for(endpoint: str, process: subprocess.Popen[bytes], log: Path) -> Non
     while time.monotonic() < deadline and process.poll() is None:
         try:
             urllib.request.urlopen(endpoint, timeout=1).close()
-        except urllib.error.HTTPError:  # it answers that we have no credentials
+        except urllib.error.HTTPError:  # it answers, and says that we have no credentials
             return
         except OSError:
             time.sleep(0.2)

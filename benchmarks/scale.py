@@ -1,13 +1,13 @@
-"""Captions many small images with a tiny model, killed on the way: is every image there once? Is memory flat?
+"""Captions many small images with a tiny model and kills the run: has every image one row, and is memory flat?
 
-`smallcap caption` runs as a process with a Ray of its own, on images in S3 (the output is in S3) and on WebDataset tars
-(the output is on disk). SIGKILL ends it and its Ray, and the same command is started again. At the end every image must
-have one row, and the captions must be those of a run that nobody killed.
+`smallcap caption` runs as a process with its own Ray, on images in S3 (with the output in S3) and on WebDataset tars
+(with the output on disk). SIGKILL ends it and its Ray, and the same command is started again. At the end every image
+must have one row, and the captions must be those of an undisturbed run.
 
     python -m benchmarks.scale --images 200000 --uninterrupted 200000 --plot docs/scale.png --json scale.json
 
-The model is tiny on purpose: at real sizes captioning hides what listing, fetching, Ray and writing cost. Memory is
-read from /proc, so this runs on Linux only.
+The model is tiny on purpose: at real sizes, captioning hides what listing, fetching, Ray and writing cost. Memory is
+read from /proc, so this runs only on Linux.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ MEMORY = {
 _OUT_BUCKET = "runs"
 _CHEAP = ("-k", "2", "--num-beams", "1", "--dtype", "float32", "--set", "generation.max_new_tokens=8")
 _MOST_ROWS_PER_PART = 5000
-_PARTS = 40  # at least, so that a kill in a small run finds some
+_PARTS = 40  # the least number of parts, so that a kill in a small run finds some
 _TENTHS = 10
 
 
@@ -68,15 +68,15 @@ class Input:
     name: str
     sources: Sequence[str]
     out: str  # folder or prefix for outputs
-    sample: Callable[[int], tuple[Sequence[str], int]]  # sources of about so many images, and how many they are
+    sample: Callable[[int], tuple[Sequence[str], int]]  # sources of about this number of images, and their exact number
     fetched: Callable[[], int] | None
 
 
 @contextmanager
 def s3_input(work: Path, images: int) -> Iterator[Input]:
-    """Serves the images from S3; its data remain in `work`."""
+    """Serves the images from S3; the data stay in `work`."""
     with serve_s3(work / "s3", BUCKET, _OUT_BUCKET) as server:
-        prefix = f"first-{images}"  # of its own, so that no images of a larger run are in it
+        prefix = f"first-{images}"  # so that it holds no images of a larger run
         upload_images(prefix, images)
 
         def sample(count: int) -> tuple[Sequence[str], int]:
@@ -92,7 +92,7 @@ def s3_input(work: Path, images: int) -> Iterator[Input]:
 
 @contextmanager
 def tar_input(work: Path, images: int) -> Iterator[Input]:
-    """Writes the images into tars below `work`, which remain there."""
+    """Writes the images into tars below `work`, which stay there."""
     folder = work / f"tars-{images}"
     write_tars(folder, images)
 
@@ -108,20 +108,20 @@ INPUTS = {"s3": s3_input, "tars": tar_input}
 
 
 class Benchmark:
-    """One run: options, a model, and the results so far."""
+    """One run: its options, its model, and the results so far."""
 
     def __init__(self, options: argparse.Namespace, model: ModelAndIndex) -> None:
         self._options, self._model = options, model
         self.results: dict[str, Any] = {"machine": describe_machine(0), "images": options.images, "runs": []}
 
-    def measure(self, given: Input) -> bool:
-        """Captions with kills and without; returns whether all rows are there, once, and alike."""
+    def measure(self, image_input: Input) -> bool:
+        """Captions with kills and without; says whether every row is there once and both runs agree."""
         options = self._options
-        say(f"{given.name}: {options.images:,} images, killed at {options.kills or 'no time'}")
-        killed = self._watched(given, given.sources, "killed")
+        say(f"{image_input.name}: {options.images:,} images, killed at {options.kills or 'no time'}")
+        killed = self._watched(image_input, image_input.sources, "killed")
         seconds = killed.run([round(share * options.images) for share in options.kills])
         result: dict[str, Any] = {
-            "input": given.name,
+            "input": image_input.name,
             "seconds": seconds,
             "no_op_s": killed.run_again(),
             "kills": [vars(kill) for kill in killed.kills],
@@ -129,27 +129,32 @@ class Benchmark:
             "memory_mb": {kind: max(sample.memory[kind] for sample in killed.samples) for kind in MEMORY},
             "rows": check_rows(killed.out, options.images),
         }
-        whole = self._uninterrupted(given, killed.out, result) if options.uninterrupted else None
+        whole = self._uninterrupted(image_input, killed.out, result) if options.uninterrupted else None
         steady = whole if whole and options.uninterrupted >= options.images else killed
         result["memory_slope_of"] = "uninterrupted run" if steady is whole else "longest start"
         result["memory_slope_mb_per_100k_images"] = memory_slopes(longest_start(steady.samples, steady.starts))
         self.results["runs"].append(result)
         if options.json:
             series = {"killed": killed.record()} | ({"uninterrupted": whole.record()} if whole else {})
-            self.results.setdefault("series", {})[given.name] = series
+            self.results.setdefault("series", {})[image_input.name] = series
             options.json.write_text(json.dumps(self.results) + "\n")
         if options.plot:
-            draw(options.plot.with_stem(f"{options.plot.stem}-{given.name}"), killed, options.images, given.name)
+            draw(
+                options.plot.with_stem(f"{options.plot.stem}-{image_input.name}"),
+                killed,
+                options.images,
+                image_input.name,
+            )
         alike = whole is None or result["uninterrupted"]["captions_that_differ"] == 0
         return alike and result["rows"]["as_they_should_be"]
 
-    def _uninterrupted(self, given: Input, out: str, result: dict[str, Any]) -> WatchedRun:
-        """Captions all images or a sample of them without a kill, and compares the output of the killed run with it."""
-        sources, count = given.sources, self._options.images
+    def _uninterrupted(self, image_input: Input, out: str, result: dict[str, Any]) -> WatchedRun:
+        """Captions all images, or a sample, without a kill, and compares the output with that of the killed run."""
+        sources, count = image_input.sources, self._options.images
         if self._options.uninterrupted < count:
-            sources, count = given.sample(self._options.uninterrupted)
-        say(f"{given.name}: {count:,} images without a kill")
-        run = self._watched(given, sources, "uninterrupted")
+            sources, count = image_input.sample(self._options.uninterrupted)
+        say(f"{image_input.name}: {count:,} images without a kill")
+        run = self._watched(image_input, sources, "uninterrupted")
         seconds = run.run([])
         result["uninterrupted"] = {
             "images": count,
@@ -159,14 +164,14 @@ class Benchmark:
         }
         return run
 
-    def _watched(self, given: Input, sources: Sequence[str], name: str) -> WatchedRun:
-        out = storage.join(given.out, name)
+    def _watched(self, image_input: Input, sources: Sequence[str], name: str) -> WatchedRun:
+        out = storage.join(image_input.out, name)
         rows_per_part = max(1, min(_MOST_ROWS_PER_PART, self._options.images // _PARTS))
         command = [sys.executable, "-m", "jobs.cli", "caption", *sources, "--out", out, *_CHEAP]
         command += ["--model", self._model.model, "--index", self._model.index]
         for setting in (f"output.rows_per_part={rows_per_part}", *self._options.set):
             command += ["--set", setting]
-        return WatchedRun(command, out, self._options.work / f"{given.name}-{name}.log", given.fetched)
+        return WatchedRun(command, out, self._options.work / f"{image_input.name}-{name}.log", image_input.fetched)
 
 
 # --- what the rows say ---------------------------------------------------------------------------------------------
@@ -180,7 +185,7 @@ def read_rows(out: str) -> Iterator[dict[str, Any]]:
 
 
 def check_rows(out: str, images: int) -> dict[str, Any]:
-    """Counts images without a row and with more than one, rows that are errors, and rows of no image of ours."""
+    """Counts images without a row and with more than one, error rows, and rows of unknown images."""
     rows, errors, strangers = Counter[int](), 0, 0
     for row in read_rows(out):
         number = image_number(row["image_id"])
@@ -195,7 +200,7 @@ def check_rows(out: str, images: int) -> dict[str, Any]:
 
 
 def differences(out: str, reference: str, images: int) -> int:
-    """Counts the first images whose caption or neighbours are not the reference's."""
+    """Counts those of the first images whose caption or neighbours differ from the reference's."""
     found, expected = (
         {image_number(row["image_id"]): _said(row) for row in read_rows(run)} for run in (out, reference)
     )
@@ -210,7 +215,7 @@ def _said(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def rates_by_tenth(samples: Sequence[Sample], images: int) -> list[float]:
-    """Returns images/s in each tenth of the rows, starts included; rows come in parts, between which it is guessed."""
+    """Returns images/s in each tenth of the rows, starts included, interpolated between parts."""
     seconds = np.array([0.0, *(sample.seconds for sample in samples)])
     rows = np.maximum.accumulate(np.array([0, *(sample.rows for sample in samples)]))
     rises = np.flatnonzero(np.diff(rows, prepend=-1))
@@ -219,7 +224,7 @@ def rates_by_tenth(samples: Sequence[Sample], images: int) -> list[float]:
 
 
 def longest_start(samples: Sequence[Sample], starts: Sequence[float]) -> list[Sample]:
-    """Returns the samples of that start of the command which wrote the most rows."""
+    """Returns the samples of the start that wrote the most rows."""
     bounds = [*starts, float("inf")]
     by_start = [[sample for sample in samples if start <= sample.seconds < stop] for start, stop in pairwise(bounds)]
     return max(by_start, key=lambda during: during[-1].rows - during[0].rows if during else 0)
@@ -227,7 +232,7 @@ def longest_start(samples: Sequence[Sample], starts: Sequence[float]) -> list[Sa
 
 def memory_slopes(samples: Sequence[Sample]) -> dict[str, float]:
     """Returns how each kind of memory grows over the second half of the rows, by least squares: MB per 100k images."""
-    alive = [sample for sample in samples if sample.memory["driver_own"]]  # not the last, when it had ended
+    alive = [sample for sample in samples if sample.memory["driver_own"]]  # the last sample follows the driver's end
     half = [sample for sample in alive if sample.rows >= (alive[0].rows + alive[-1].rows) / 2]
     rows = np.array([sample.rows for sample in half], float)
     if len(half) < 3 or not rows.std():
@@ -264,7 +269,7 @@ def draw(path: Path, run: WatchedRun, images: int, name: str) -> None:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Returns the results for people."""
+    """Returns the results as text for people."""
     lines = [", ".join(f"{name} {value}" for name, value in results["machine"].items() if value)]
     for run in results["runs"]:
         counts = ", ".join(f"{run['rows'][name]} {name.replace('_', ' ')}" for name in list(run["rows"])[:-1])
@@ -295,17 +300,22 @@ def _rates(run: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Prints the results; the last line is JSON. Ends with status 1 where a row is missing, doubled or different."""
+    """Prints the results; the last line is JSON. Ends with status 1 if a row is missing, doubled or different."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--images", type=int, default=200_000)
     parser.add_argument("--inputs", nargs="+", choices=tuple(INPUTS), default=list(INPUTS))
-    parser.add_argument("--kills", nargs="*", type=float, default=list(KILLS), help="shares of the rows; none: no kill")
     parser.add_argument(
-        "--uninterrupted", type=int, default=20_000, help="images of the run without a kill to compare with; 0: none"
+        "--kills", nargs="*", type=float, default=list(KILLS), help="shares of the rows at which to kill; none: no kill"
     )
-    parser.add_argument("--set", action="append", default=[], help="a setting of smallcap caption; repeatable")
-    parser.add_argument("--work", type=Path, help="folder to work in, kept with the images; by default a temporary one")
-    parser.add_argument("--plot", type=Path, help="PNG; the input's name is put behind the file's")
+    parser.add_argument(
+        "--uninterrupted",
+        type=int,
+        default=20_000,
+        help="images of the undisturbed run to compare with; 0: no such run",
+    )
+    parser.add_argument("--set", action="append", default=[], help="setting for smallcap caption; repeatable")
+    parser.add_argument("--work", type=Path, help="work folder, kept with the images; by default a temporary folder")
+    parser.add_argument("--plot", type=Path, help="PNG file; the input's name is appended to its name")
     parser.add_argument("--json", type=Path, help="file for the results with all samples")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="smallcap-scale-") as temporary:
@@ -315,8 +325,8 @@ def main() -> None:
         good = True
         for name in options.inputs:
             say(f"{name}: making {options.images:,} images")
-            with INPUTS[name](options.work, options.images) as given:
-                good = benchmark.measure(given) and good
+            with INPUTS[name](options.work, options.images) as image_input:
+                good = benchmark.measure(image_input) and good
     print(table(benchmark.results))
     print(json.dumps({name: value for name, value in benchmark.results.items() if name != "series"}))
     sys.exit(0 if good else 1)

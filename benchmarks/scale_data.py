@@ -1,4 +1,4 @@
-"""What `benchmarks.scale` captions: small images, each different, in S3 and in tars, with a tiny model.
+"""Makes what `benchmarks.scale` captions, small images that all differ, in S3 and in tars, and its tiny model.
 
 An image's number is in its name, so that the rows of a run can be checked without a list of its ids.
 """
@@ -20,19 +20,19 @@ from PIL import Image
 
 from benchmarks.measuring import environment
 from benchmarks.tiny_models import ModelAndIndex, make_tiny_clip, make_tiny_smallcap
-from smallcap.benchmark.random_parts import random_captions
+from smallcap.benchmark.random_content import random_captions
 
 BUCKET = "images"
 IMAGES_PER_TAR = 10_000
 _SIZE_PX = 64
-_SHAPES_PX = 8  # the random pixels that an image is enlarged from: more of them make a larger file
+_SHAPES_PX = 8  # side of the random pixels that an image is enlarged from; more pixels make a larger file
 _INDEX_CAPTIONS = 500
 _UPLOADED_TOGETHER = 2_000
 _NUMBER = re.compile(r"(\d{7})(\.jpg)?$")
 
 
 def make_image(number: int) -> bytes:
-    """Returns a JPEG file of about 1.5 KB, always the same for a number."""
+    """Returns a JPEG file of about 1.5 KB; the same number gives the same file."""
     pixels = np.random.default_rng(number).integers(0, 256, (_SHAPES_PX, _SHAPES_PX, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).resize((_SIZE_PX, _SIZE_PX), Image.Resampling.BILINEAR).save(buffer, "JPEG", quality=80)
@@ -40,23 +40,23 @@ def make_image(number: int) -> bytes:
 
 
 def image_name(number: int) -> str:
-    """Returns an image's path in its prefix or tar."""
+    """Returns an image's path below its prefix."""
     return f"{number // 1000:04d}/{number:07d}.jpg"
 
 
 def image_number(image_id: str) -> int | None:
-    """Returns the number of the image that an id names; None where it names something else."""
-    found = _NUMBER.search(image_id)
-    return int(found[1]) if found else None
+    """Returns the number of the image that an id names; None if it names something else."""
+    match = _NUMBER.search(image_id)
+    return int(match[1]) if match else None
 
 
 def upload_images(prefix: str, images: int) -> None:
-    """Puts the first images below a prefix of the bucket, except those that are there."""
+    """Puts the first images below a prefix of the bucket, except those that are already there."""
     from obstore.store import S3Store
 
     endpoint = os.environ["AWS_ENDPOINT_URL"]
     store = S3Store(BUCKET, prefix=prefix, endpoint=endpoint, client_options={"allow_http": True})
-    there = {str(found["path"]) for page in store.list() for found in page}
+    there = {str(entry["path"]) for page in store.list() for entry in page}
     missing = [number for number in range(images) if image_name(number) not in there]
 
     async def put(numbers: Iterable[int]) -> None:
@@ -67,14 +67,14 @@ def upload_images(prefix: str, images: int) -> None:
 
 
 def write_tars(folder: Path, images: int) -> None:
-    """Writes the first images into WebDataset tars that do not exist yet; a tar appears when it is complete."""
+    """Writes the first images into those WebDataset tars that do not exist; a tar appears when it is complete."""
     folder.mkdir(parents=True, exist_ok=True)
     for first in range(0, images, IMAGES_PER_TAR):
         numbers = range(first, min(first + IMAGES_PER_TAR, images))
         target = folder / f"{first:07d}-{numbers.stop:07d}.tar"
         if target.exists():
             continue
-        staged = target.with_suffix(".part")
+        staged = target.with_suffix(".unfinished")
         with tarfile.open(staged, "w") as tar:
             for number in numbers:
                 data = make_image(number)
@@ -85,7 +85,7 @@ def write_tars(folder: Path, images: int) -> None:
 
 
 def make_tiny_model(folder: Path) -> ModelAndIndex:
-    """Writes the model and builds its index with `smallcap build-index`, unless they are there."""
+    """Writes the model and builds its index with `smallcap build-index`, unless they exist."""
     made = ModelAndIndex(str(folder / "smallcap"), str(folder / "index"))
     if (folder / "done").exists():
         return made

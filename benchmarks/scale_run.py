@@ -1,4 +1,4 @@
-"""Watches one `smallcap caption`: its rows and its memory over time. Kills it when that is asked for."""
+"""Watches one `smallcap caption`, its rows and its memory over time, and kills it at given numbers of rows."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Sample(NamedTuple):
 
     seconds: float  # since the run's first start
     rows: int  # in parts
-    memory: dict[str, float]  # MB, see `measuring.ray_memory`
+    memory: dict[str, float]  # MB; see `measuring.ray_memory`
 
 
 @dataclass
@@ -35,19 +35,23 @@ class Kill:
     """One SIGKILL of the driver and of its Ray."""
 
     seconds: float  # since the run's first start
-    rows: int  # in parts when all its processes were dead
-    fetched_again: int | None  # images that had left S3 for this run and were in no part
+    rows: int  # in parts, when all its processes were dead
+    fetched_again: int | None  # images that S3 had sent to this run and that were in no part
     first_rows_s: float | None = None  # from the next start to its first part
 
 
 @dataclass
 class WatchedRun:
-    """A run of one command, as often as it is started.
+    """A run of one command, over all its starts.
 
     Attributes:
-        command: Of `smallcap caption`; its output folder is `out`.
+        command: The command line of `smallcap caption`; its output folder is `out`.
         out: The output folder or prefix.
-        fetched: Returns how many images were sent to runs since the server started; None where nobody counts.
+        log: The file for the command's output.
+        fetched: Returns how many images the server has sent to runs since it started; None if nobody counts.
+        samples: All samples so far.
+        kills: All kills so far.
+        starts: The time of each start.
     """
 
     command: Sequence[str]
@@ -61,10 +65,10 @@ class WatchedRun:
     _fetched_before: int = 0
 
     def run(self, kill_at_rows: Sequence[int]) -> float:
-        """Runs to the end, killed and started again at each of these numbers of rows; returns the seconds.
+        """Runs to the end, with a kill and a new start at each of these numbers of rows; returns the seconds.
 
         Raises:
-            SystemExit: The command failed by itself.
+            SystemExit: The command failed without a kill.
         """
         began = time.perf_counter()
         self._fetched_before = self.fetched() if self.fetched else 0
@@ -74,7 +78,7 @@ class WatchedRun:
         return time.perf_counter() - began
 
     def run_again(self) -> float:
-        """Runs a finished run's command once more, and returns the seconds that it takes to find nothing to do."""
+        """Runs the command of a finished run once more; returns the seconds until it finds nothing to do."""
         start = time.perf_counter()
         self._check(self._popen().wait())
         return time.perf_counter() - start
@@ -87,12 +91,12 @@ class WatchedRun:
                 if uri not in self._parts:
                     with storage.open_ranged(uri) as file:
                         self._parts[uri] = pq.read_metadata(file).num_rows
-        except StorageError:  # a part or the folder went away meanwhile; the next look sees what is there then
+        except StorageError:  # a part or the folder was removed meanwhile; the next call sees what is there then
             uris = list(self._parts)
         return sum(self._parts.get(uri, 0) for uri in uris)
 
     def _start(self, began: float, target: int | None) -> bool:
-        """Starts the command and watches it; returns whether it ended by itself."""
+        """Starts the command and watches it; says whether it ended without a kill."""
         started = time.perf_counter()
         self.starts.append(started - began)
         before = self.rows()
@@ -153,7 +157,7 @@ class WatchedRun:
 
 
 def kill_tree(process: subprocess.Popen[bytes]) -> None:
-    """Kills a driver, its process group and the Ray that it started, all at once, and waits until they are gone."""
+    """Kills a driver and the Ray that it started, all at once, and waits until they are gone."""
     pids = tree_of(process.pid)
     for pid in [process.pid, *pids]:
         try:

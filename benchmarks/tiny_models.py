@@ -1,6 +1,6 @@
-"""A CLIP and a SmallCap that are small enough to caption hundreds of images a second; their weights are random.
+"""Makes a CLIP and a SmallCap that are small enough to caption hundreds of images per second; the weights are random.
 
-They serve the tests, and the benchmarks that measure the job and not the model.
+Tests use them, and benchmarks that measure the job, not the model.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ TINY_DIM = 16
 
 @dataclass(frozen=True)
 class ModelAndIndex:
-    """A checkpoint, and an index for it."""
+    """A checkpoint and an index for it."""
 
     model: str
     index: str
 
 
 def make_tiny_clip(folder: Path, seed: int, dim: int = TINY_DIM) -> Path:
-    """Writes a CLIPModel folder of transformers: seeded random weights, a byte-level tokenizer; returns the folder.
+    """Writes a folder of transformers' CLIPModel with random weights and a byte-level tokenizer; returns the folder.
 
     Its embeddings have `dim` numbers.
     """
@@ -53,7 +53,7 @@ def make_tiny_clip(folder: Path, seed: int, dim: int = TINY_DIM) -> Path:
 
 
 def make_tiny_smallcap(folder: Path, clip_folder: Path) -> Path:
-    """Writes a checkpoint whose vision tower is a tiny CLIP's, with a random GPT-2 and GPT-2's own tokenizer."""
+    """Writes a checkpoint with the vision tower of a tiny CLIP, a random GPT-2, and GPT-2's tokenizer."""
     import torch
     from transformers import CLIPModel
 
@@ -78,7 +78,7 @@ def make_tiny_smallcap(folder: Path, clip_folder: Path) -> Path:
     config = SmallCapConfig({"vision_config": clip.config.vision_config.to_dict()}, decoder, 13, 0, max_new_tokens=8)
     torch.manual_seed(0)
     model = SmallCapModel(config)
-    for parameter in model.decoder.parameters():  # GPT-2's initialisation would say the same of every image
+    for parameter in model.decoder.parameters():  # with GPT-2's initialisation every image would get the same caption
         torch.nn.init.normal_(parameter, std=0.3)
     model.encoder.transformer.load_state_dict(clip.vision_model.state_dict())
     save_checkpoint(model, folder)

@@ -1,4 +1,4 @@
-"""The datastores that the claims compare, built as users build theirs."""
+"""Builds the datastores that the claims compare, in the way that users build theirs."""
 
 import random
 from pathlib import Path
@@ -15,7 +15,7 @@ STOCK_PHRASES = ("click to enlarge", "photo by the author", "free shipping on al
 def noise_rows(count: int, seed: int = 0) -> list[tuple[str, str]]:
     """Returns captions that describe nothing: the words of a caption in random order, sometimes after a stock phrase.
 
-    Their nouns come from all domains, so images find them.
+    Their nouns come from all domains, so images retrieve them.
     """
     rng = random.Random(seed)
     captions = [caption for rows in (datastore_rows(TRAINING), datastore_rows(OTHER)) for _, caption in rows]
@@ -29,12 +29,12 @@ def noise_rows(count: int, seed: int = 0) -> list[tuple[str, str]]:
 
 
 def build_datastores(work: Path) -> dict[str, str]:
-    """Builds an index of each datastore below a folder; existing ones are kept.
+    """Builds an index of each datastore below a folder; an existing one is kept.
 
     Returns:
-        URIs by name. `training` and `other` hold the captions of the training and of the held-out domains; `other-half`
-        and `other-eighth` hold a share of `other`, and `both` holds all. `noisy` is `other` with as much noise,
-        `everything` is `both` with as much noise.
+        URIs by name. `training` and `other` hold the captions of the training domains and of the held-out domains;
+        `other-half` and `other-eighth` hold a share of `other`; `both` holds all. `noisy` is `other` with an equal
+        amount of noise, `everything` is `both` with an equal amount of noise.
     """
     training, other = datastore_rows(TRAINING), datastore_rows(OTHER)
     dumps = {

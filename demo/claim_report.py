@@ -1,4 +1,4 @@
-"""Reports the claims' rows: `claims.json`, the tables between README.md's markers, and the plots."""
+"""Reports the measured claims: `claims.json`, the tables between the markers in README.md, and the plots."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -34,11 +34,11 @@ Values = Mapping[str, Any]
 
 
 def write_report(values: Values, folder: Path) -> None:
-    """Writes what the measured sections allow; README.md must have the markers."""
+    """Writes the sections that have been measured; README.md must have the markers."""
     (folder / "claims.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     readme = folder / "README.md"
-    before, rest = readme.read_text(encoding="utf-8").split(START)
-    after = rest.split(END)[1]
+    before, old_tables_and_after = readme.read_text(encoding="utf-8").split(START)
+    after = old_tables_and_after.split(END)[1]
     readme.write_text(f"{before}{START}\n\n{tables(values)}\n\n{END}{after}", encoding="utf-8")
     _plot_datastores(values, folder / "claims-datastores.png")
     if "k" in values:
@@ -50,7 +50,7 @@ def write_report(values: Values, folder: Path) -> None:
 
 def tables(values: Values) -> str:
     """Returns the tables in Markdown."""
-    parts = [
+    blocks = [
         f"CIDEr and, in brackets, the share of scenes whose caption names exactly their objects, with 95% intervals; "
         f"{values['scenes']:,} scenes of each side that no training saw.",
         _table(
@@ -63,21 +63,21 @@ def tables(values: Values) -> str:
     ]
     if "k" in values:
         rows = [[f"k = {k}", *(_cell(row[side]) for side in SIDES)] for k, row in values["k"].items()]
-        parts.append(_table(["own datastore", *SIDES.values()], rows))
+        blocks.append(_table(["own datastore", *SIDES.values()], rows))
     if "reduce_factor" in values:
         rows = [
             [factor, f"{row['trained_parameters']:,}", *(_cell(row[side]) for side in SIDES)]
             for factor, row in values["reduce_factor"].items()
         ]
-        parts.append(_table(["reduce factor", "trained parameters", *SIDES.values()], rows))
+        blocks.append(_table(["reduce factor", "trained parameters", *SIDES.values()], rows))
     if "retrieval" in values:
         rows = [[mode, *(_cell(row[name]) for name in RETRIEVAL_COLUMNS)] for mode, row in values["retrieval"].items()]
-        parts.append(_table(["trained with", *RETRIEVAL_COLUMNS.values()], rows))
-    return "\n\n".join(parts)
+        blocks.append(_table(["trained with", *RETRIEVAL_COLUMNS.values()], rows))
+    return "\n\n".join(blocks)
 
 
 def _side_name(name: str, side: str) -> str:
-    """Returns a row's name on a side: what is foreign to the training domains is the held-out domains' datastore."""
+    """Returns a row's name on a side: for the training domains, the other domains' datastore is the held-out one."""
     return "other_datastore" if side == "in_domain" and name == "training_datastore" else name
 
 

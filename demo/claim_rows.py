@@ -1,4 +1,4 @@
-"""One row of the claims: captions of test scenes, scored by CIDEr and by the objects they name."""
+"""Scores one row of the claims: captions of test scenes, by CIDEr and by the objects that they name."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from demo.drawn_scenes import DrawnScenes, is_right
-from smallcap.evaluation.bootstrap import interval, mean_of, resample
+from smallcap.evaluation.bootstrap import interval, mean_statistics, resample
 from smallcap.evaluation.caption_metrics import score_captions
 from smallcap.index.retriever import Neighbour, NeighbourSearch, Retriever
 
@@ -16,7 +16,7 @@ RESAMPLES = 1_000
 
 @dataclass(frozen=True)
 class Row:
-    """CIDEr (1.0 is what papers print as 100) and the share of scenes with exactly their objects named.
+    """CIDEr (1.0 is what papers print as 100), and the share of scenes whose caption names exactly their objects.
 
     `low` and `high` are the ends of 95% bootstrap intervals over scenes.
     """
@@ -34,7 +34,7 @@ class Row:
 
 
 class RandomCaptions(NeighbourSearch):
-    """Finds captions of a datastore whatever the query: the control that shows what a prompt's length alone does."""
+    """Draws captions of a datastore, whatever the query: a control that shows the effect of a longer prompt."""
 
     def __init__(self, retriever: Retriever, captions: Sequence[str], seed: int = 0) -> None:
         self.manifest, self.index_id, self.dim = retriever.manifest, retriever.index_id, retriever.dim
@@ -44,7 +44,7 @@ class RandomCaptions(NeighbourSearch):
     def search(
         self, queries: np.ndarray, k: int, exclude_image_ids: Sequence[str | None] | None = None
     ) -> list[list[Neighbour]]:
-        """Returns k captions for each query, drawn without regard to it; their scores are not a number."""
+        """Returns k captions for each query, drawn without regard to it; their scores are NaN."""
         drawn = [self._rng.choice(len(self._captions), size=k, replace=False) for _ in queries]
         return [[Neighbour(int(i), self._captions[i], float("nan")) for i in rows] for rows in drawn]
 
@@ -55,7 +55,7 @@ def score(captions: Sequence[str], scenes: DrawnScenes) -> Row:
     right = list(map(is_right, scenes.scenes, captions))
     statistics: dict[str, Any] = {
         "cider": score_captions(by_scene, scenes.references, ["cider"])["cider"].statistics,
-        "accuracy": mean_of(np.array(right, dtype=np.float64)),
+        "accuracy": mean_statistics(np.array(right, dtype=np.float64)),
     }
     draws = resample(statistics, RESAMPLES, seed=0)
     (cider_low, cider_high), (low, high) = interval(draws["cider"]), interval(draws["accuracy"])

@@ -4,8 +4,8 @@
 in the cross-attention. CLIP and GPT-2 saw the held-out domains in training, as models of web data would have;
 cross-attention did not.
 
-The font is needed, and the sections that train need the work folder of `make demo-model`. Rows that were measured
-before are kept; `--force` measures all of them again.
+This needs the font, and the sections that train need the work folder of `make demo-model`. Rows that were measured
+before are kept; `--force` measures all rows again.
 """
 
 import argparse
@@ -37,20 +37,20 @@ from smallcap.training.retrieval_sampling import RetrievalMode
 
 KS = range(1, 8)
 REDUCE_FACTORS = (1, 2, 4, 8, 16)
-SHORT = CrossAttentionRecipe(scenes=8_000, steps=240)  # of the trainings that are compared with each other
+SHORT = CrossAttentionRecipe(scenes=8_000, steps=240)  # for trainings that are compared with each other
 MODES: tuple[RetrievalMode, ...] = ("top-k", "sample-k")
 
 
 class Claims:
-    """The measured rows; each is stored as soon as it is there."""
+    """The measured rows; each is stored as soon as it is measured."""
 
     def __init__(self, file: Path, scenes: int) -> None:
         self.file = file
-        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        self.values: dict[str, Any] = found if found.get("scenes") == scenes else {"scenes": scenes}
+        stored = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        self.values: dict[str, Any] = stored if stored.get("scenes") == scenes else {"scenes": scenes}
 
     def row(self, path: str, measure: Callable[..., Row], *arguments: Any, **options: Any) -> None:
-        """Measures the row at `section/…/name`, unless it is there."""
+        """Measures the row at `section/…/name`, unless it has been measured."""
         *sections, name = path.split("/")
         values = self.values
         for section in sections:
@@ -85,7 +85,7 @@ class Experiments:
         return score(scenes.caption(Captioner.from_pretrained(model, retriever)), scenes)
 
     def caption_without_retrieval(self, scenes: DrawnScenes) -> Row:
-        """Measures a model that was trained without retrieval, on as many examples as the shipped one saw."""
+        """Measures a model trained without retrieval, on the number of examples that the shipped one saw."""
         recipe = CrossAttentionRecipe()
         plain_steps = recipe.steps * recipe.batch_size // recipe.plain_batch_size
         model = self._trained("no-retrieval", replace(recipe, steps=0, plain_steps=plain_steps))
@@ -94,10 +94,11 @@ class Experiments:
     def datastores(self) -> None:
         """Swaps the datastore; model and images stay the same."""
         row = self.claims.row
-        for name, scenes, own in (("in_domain", self.in_domain, "training"), ("transfer", self.transfer, "other")):
+        sides = (("in_domain", self.in_domain, "training"), ("transfer", self.transfer, "other"))
+        for name, scenes, own_datastore in sides:
             row(f"{name}/none", self.caption_without_retrieval, scenes)
             row(f"{name}/random", self.caption_with_random, scenes)
-            row(f"{name}/own_datastore", self.caption, scenes, own)
+            row(f"{name}/own_datastore", self.caption, scenes, own_datastore)
             row(f"{name}/both", self.caption, scenes, "both")
             row(f"{name}/everything_and_noise", self.caption, scenes, "everything")
         row("in_domain/other_datastore", self.caption, self.in_domain, "other")
@@ -133,7 +134,7 @@ class Experiments:
         self.claims.row(f"{section}/transfer", self.caption, self.transfer, "other", **options)
 
     def _trained(self, name: str, recipe: CrossAttentionRecipe) -> str:
-        """Returns the folder of a cross-attention; it is trained below the work folder unless it is there."""
+        """Returns the folder of a cross-attention; if it is missing, it is trained below the work folder."""
         clip, language_model = self.work / "clip", self.work / "language-model"
 
         def train(folder: Path) -> None:
@@ -148,14 +149,14 @@ class Experiments:
 
 
 def main() -> None:
-    """Measures the paper's claims on the demo world, and writes demo/claims.json, the table and the plots."""
+    """Measures the paper's claims on the demo world, and writes demo/claims.json, the tables and the plots."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--work-dir", type=Path, default=Path("out/demo-model"))
     parser.add_argument(
         "--scenes",
         type=int,
         default=1_000,
-        help="test scenes of the training domains, and as many of the held-out ones",
+        help="number of test scenes of the training domains, and of the held-out ones",
     )
     parser.add_argument("--out", type=Path, default=DEMO, help="folder for claims.json, README.md and the plots")
     parser.add_argument("--threads", type=int, default=2)

@@ -1,4 +1,4 @@
-"""What the demo's cross-attention is trained on: encoded scenes, their captions, and what is retrieved for them."""
+"""Holds what the demo's cross-attention is trained on: encoded scenes, their captions, and retrieved captions."""
 
 import random
 from collections.abc import Iterator
@@ -29,8 +29,8 @@ class TrainingScenes:
     Attributes:
         features: [N, P, Hv].
         captions: The token ids of each scene's captions.
-        candidates: Each scene's nearest captions of the datastore, without its own, nearest first.
-        mode: Which of the candidates a prompt holds.
+        candidates: The captions of the datastore nearest to each scene, without its own, nearest first.
+        mode: How a prompt's captions are chosen from the candidates.
     """
 
     features: Tensor
@@ -54,16 +54,16 @@ def encode_scenes(
 
 
 def retrieve_others(retrieval_encoder: RetrievalEncoder, embeddings: np.ndarray, count: int) -> list[list[str]]:
-    """Returns each training scene's nearest captions of the dump, without its own, nearest first."""
+    """Returns the captions of the dump nearest to each training scene, without its own, nearest first."""
     rows = datastore_rows()
     captions_xb = retrieval_encoder.encode_texts([caption for _, caption in rows])
     index = faiss.IndexFlatIP(captions_xb.shape[1])
     index.add(captions_xb)
     _, neighbours = index.search(embeddings, count + CAPTIONS_PER_SCENE)
     retrieved = []
-    for seed, found in zip(TRAINING.seeds, neighbours, strict=False):
+    for seed, nearest in zip(TRAINING.seeds, neighbours, strict=False):
         image = image_name(TRAINING, seed)
-        retrieved.append([rows[row][1] for row in found if rows[row][0] != image][:count])
+        retrieved.append([rows[row][1] for row in nearest if rows[row][0] != image][:count])
     return retrieved
 
 
@@ -75,7 +75,7 @@ def load_training_scenes(
     captions_per_scene: int,
     mode: RetrievalMode,
 ) -> TrainingScenes:
-    """Encodes the first scenes of the training set, one for each image, and retrieves for them."""
+    """Encodes the first scenes of the training set, one for each image, and retrieves captions for them."""
     features, embeddings = encode_scenes(model, retrieval_encoder, images)
     return TrainingScenes(
         features=features,

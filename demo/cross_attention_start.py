@@ -1,9 +1,9 @@
-"""Where the training of the demo's cross-attention starts: whitened patches, and values near the nouns' embeddings.
+"""Sets where the demo's cross-attention starts: whitened patches, and values near the embeddings of the nouns.
 
-Two things are meant to speed training up; their gains have not been measured separately. The patches are whitened,
-because their spread differs by a factor of a thousand between directions; the whitening is folded into the weights at
-the end. The last layer's values start at the linear map from patches to the nouns' embeddings that fits training scenes
-best. Both change where training starts and how it goes, not what is trained.
+Two steps are meant to speed up training; their gains have not been measured separately. The patches are whitened,
+because their spread differs between directions by a factor of a thousand; at the end the whitening is folded into the
+weights. The values of the last layer start at the linear map from patches to noun embeddings that fits the training
+scenes best. Both change where training starts and how it proceeds, not what is trained.
 """
 
 from collections.abc import Iterable, Sequence
@@ -63,16 +63,16 @@ def cross_attentions(model: SmallCapModel) -> list[CrossAttention]:
 def start_at_nouns(
     model: SmallCapModel, features: Tensor, scenes: Sequence[Scene], noun_ids: Sequence[int], scale: float
 ) -> None:
-    """Sets the last cross-attention's values to the ridge regression from patches to their nouns' embeddings.
+    """Sets the last cross-attention's values to the ridge regression from patches to the embeddings of their nouns.
 
     Where the cross-attention is narrower than the decoder, the values keep the regression's first principal directions.
 
     Args:
-        model: Its cross-attention is changed in place.
+        model: The model, whose cross-attention is changed in place.
         features: [N, 1 + grid * grid, Hv] whitened features of the scenes.
         scenes: N scenes; kinds that none of them holds are not used.
-        noun_ids: The token of each kind's noun, in the table's order.
-        scale: Of the regression's targets.
+        noun_ids: The token id of each kind's noun, in the order of the table.
+        scale: A factor on the targets of the regression.
     """
     kinds, places = object_table(scenes)
     patches = features[:, 1:].float()
@@ -91,7 +91,9 @@ def start_at_nouns(
     bias = targets.mean(0) - sources.mean(0) @ weight
     attention = cross_attentions(model)[-1]
     size = attention.c_proj.weight.shape[0]  # [size, hidden]
-    dealt = torch.arange(size).view(-1, attention.num_heads).T.flatten()  # so that no head has all the first ones
+    dealt = (
+        torch.arange(size).view(-1, attention.num_heads).T.flatten()
+    )  # so that no head gets all the first directions
     directions = torch.linalg.svd(weight, full_matrices=False)[2][dealt].T  # [hidden, size], orthonormal
     attention.c_attn.weight[:, -size:] = weight @ directions
     attention.c_attn.bias[-size:] = bias @ directions

@@ -1,4 +1,4 @@
-"""Rendered scenes as one array, and the places of their objects on the patch grid."""
+"""Holds rendered scenes as one array, and the places of their objects on the patch grid."""
 
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -22,7 +22,7 @@ def _render_chunk(seeds: Sequence[int], side_px: int) -> np.ndarray:
 
 
 def render_pool(scenes: SceneSet, count: int, folder: Path, workers: int = 2) -> np.ndarray:
-    """Renders the first `count` scenes of a set once, to a file in `folder`; one that is already there is used.
+    """Renders the first `count` scenes of a set to a file in `folder`; an existing file is used.
 
     Returns:
         uint8 [count, IMAGE_PX, IMAGE_PX, 3], memory-mapped.
@@ -40,7 +40,7 @@ def render_pool(scenes: SceneSet, count: int, folder: Path, workers: int = 2) ->
 
 
 def normalise(images: np.ndarray) -> torch.Tensor:
-    """uint8 [B, S, S, 3] to CLIP's normalised float32 [B, 3, S, S]."""
+    """Converts uint8 [B, S, S, 3] to CLIP's normalised float32 [B, 3, S, S]."""
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
     return (pixels - torch.tensor(CLIP_MEAN).view(1, 3, 1, 1)) / torch.tensor(CLIP_STD).view(1, 3, 1, 1)
 
@@ -58,7 +58,7 @@ def object_table(scenes: Sequence[Scene]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def region_masks(places: torch.Tensor, grid: int) -> torch.Tensor:
-    """Weights that average the patches in the middle of each object; [B, 3, grid * grid], rows sum to 1."""
+    """Returns weights that average the patches in the middle of each object; [B, 3, grid * grid], rows sum to 1."""
     centres = (torch.arange(grid) + 0.5) / grid
     x, y, scale = places.unbind(-1)  # each [B, 3]
     reach = (scale * 0.35).clamp_min(0.55 / grid)[..., None]

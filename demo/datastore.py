@@ -1,4 +1,4 @@
-"""Writes what the demo ships beside its model: caption dumps, test pictures and their reference captions."""
+"""Writes what the demo ships besides its model: caption dumps, test images and their reference captions."""
 
 import csv
 import json
@@ -12,7 +12,7 @@ CAPTIONS_PER_SCENE = 2
 REFERENCES_PER_IMAGE = 5
 SHIPPED_IMAGES = 48  # of the training domains
 SHIPPED_OTHER_IMAGES = 24
-FIRST_MEASURED = 1_000  # test scenes from here on are measured, and never shipped
+FIRST_MEASURED = 1_000  # test scenes from this one on are measured and never shipped
 
 
 def image_name(scenes: SceneSet, seed: int) -> str:
@@ -21,7 +21,7 @@ def image_name(scenes: SceneSet, seed: int) -> str:
 
 
 def datastore_rows(scenes: SceneSet = TRAINING, count: int = DATASTORE_SCENES) -> list[tuple[str, str]]:
-    """Returns (image, caption) of a dump: captions of the first `count` scenes of a set."""
+    """Returns the (image, caption) rows of a dump: captions of the first `count` scenes of a set."""
     return [
         (image_name(scenes, scene.seed), caption)
         for scene in scenes_of(scenes, count)
@@ -38,14 +38,14 @@ def write_captions(rows: list[tuple[str, str]], path: Path) -> None:
 
 
 def write_images(scenes: SceneSet, count: int, folder: Path) -> None:
-    """Writes the first pictures of a set; a file's name is its scene's seed."""
+    """Writes the images of the first scenes of a set; a file is named by its scene's seed."""
     folder.mkdir(parents=True, exist_ok=True)
     for scene in scenes_of(scenes, count):
         (folder / f"{scene.seed}.jpg").write_bytes(encode_jpeg(scene))
 
 
 def write_references(scenes: SceneSet, count: int, path: Path) -> None:
-    """Writes the pictures' captions in COCO's format; the image id is the scene's seed."""
+    """Writes the captions of these images in COCO's format; the image id is the scene's seed."""
     seeds = scenes.seeds[:count]
     captions = [(seed, caption) for seed in seeds for caption in captions_of(sample_scene(seed), REFERENCES_PER_IMAGE)]
     references = {
@@ -60,7 +60,7 @@ def write_references(scenes: SceneSet, count: int, path: Path) -> None:
 
 
 def write_shipped(folder: Path) -> None:
-    """Writes dumps, pictures and references of the training domains and of the held-out ones."""
+    """Writes dumps, images and references of the training domains and of the held-out ones."""
     write_captions(datastore_rows(TRAINING), folder / "captions.csv")
     write_captions(datastore_rows(OTHER), folder / "captions-held-out.csv")
     write_images(TEST, SHIPPED_IMAGES, folder / "images")

@@ -1,4 +1,4 @@
-"""Test scenes that no training saw: their pictures, their references, and whether a caption names what is in them."""
+"""Owns test scenes that no training saw: their images, their references, and whether a caption names their objects."""
 
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ class DrawnScenes:
 
     @classmethod
     def render(cls, scene_set: SceneSet, count: int) -> "DrawnScenes":
-        """Renders `count` scenes of a set that are not among the shipped pictures."""
+        """Renders `count` scenes of a set that are not among the shipped images."""
         scenes = scenes_of(scene_set, count, FIRST_MEASURED)
         references = {str(scene.seed): captions_of(scene, REFERENCES_PER_IMAGE) for scene in scenes}
         return cls(scenes, [encode_jpeg(scene) for scene in scenes], references)
@@ -32,5 +32,5 @@ class DrawnScenes:
 
 
 def is_right(scene: Scene, caption: str) -> bool:
-    """Returns whether a caption names the scene's objects, each as often as it is there, and no other."""
+    """Says whether a caption names exactly the scene's objects, each as often as it occurs."""
     return named_kinds(caption) == scene.kinds

@@ -1,7 +1,7 @@
 """Measures how often the demo's captions name exactly the objects of a test scene.
 
-Scenes that no training saw are rendered and captioned through `smallcap.Captioner` with the index of
-`demo/captions.csv`. The objects that a caption names, and their numbers, are compared with the scene's.
+Scenes that no training saw are rendered, and captioned by `smallcap.Captioner` with the index of `demo/captions.csv`.
+The objects that a caption names, and their numbers, are compared with those of the scene.
 """
 
 import argparse
@@ -32,7 +32,7 @@ class Report:
 
 
 def summarise(scenes: Sequence[Scene], captions: Sequence[str], seconds: float) -> Report:
-    """Counts what was right, over all scenes and by the number of objects."""
+    """Counts right captions, over all scenes and by the number of objects."""
     by_objects: dict[int, list[bool]] = defaultdict(list)
     for scene, caption in zip(scenes, captions, strict=True):
         by_objects[len(scene.objects)].append(is_right(scene, caption))
@@ -49,7 +49,7 @@ def summarise(scenes: Sequence[Scene], captions: Sequence[str], seconds: float) 
 def evaluate(captioner: Captioner, scene_count: int, report_file: Path | None = None) -> None:
     """Measures a captioner on scenes of the training domains that no training saw.
 
-    Prints the shares and the first wrong captions; the last line is the report as JSON.
+    It prints the shares and the first wrong captions; the last line is the report as JSON.
     """
     drawn = DrawnScenes.render(TEST, scene_count)
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Makes the demo again from nothing: pictures, CLIP, GPT-2, cross-attention, caption dumps, and the measurement.
+"""Makes the demo again from scratch: images, CLIP, GPT-2, cross-attention, caption dumps, and the measurement.
 
 Each step writes below the work folder. It is skipped when its output exists; `--force` repeats all steps.
 """
@@ -27,7 +27,7 @@ DEMO = Path(__file__).parent
 
 
 def run_step(name: str, output: Path, make: Callable[[Path], None]) -> None:
-    """Makes `output` under another name and renames it when it is complete; does nothing if it exists."""
+    """Makes `output` under a temporary name and renames it when it is complete; does nothing if it exists."""
     if output.exists():
         print(f"{name}: {output} exists, skipped", flush=True)
         return
@@ -41,7 +41,7 @@ def run_step(name: str, output: Path, make: Callable[[Path], None]) -> None:
 
 
 def make_model(work: Path) -> None:
-    """Trains the three parts below `work`; each needs the part before it."""
+    """Trains CLIP, GPT-2 and cross-attention below `work`, in this order: each needs those before it."""
     clip, cross_attention = ClipRecipe(), CrossAttentionRecipe()
     start = time.perf_counter()
     web_images = render_pool(WEB, clip.scenes, work)
@@ -66,13 +66,13 @@ def make_model(work: Path) -> None:
 
 
 def publish(work: Path) -> None:
-    """Puts what ships into `demo/`: the model, the test pictures, the dumps and the references."""
-    for part in ("clip", "smallcap"):
-        target = DEMO / "model" / part
+    """Puts what ships into `demo/`: the models, the test images, the dumps and the references."""
+    for model in ("clip", "smallcap"):
+        target = DEMO / "model" / model
         shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(work / part, target)
-    for pictures in ("images", "images-held-out"):
-        shutil.rmtree(DEMO / pictures, ignore_errors=True)
+        shutil.copytree(work / model, target)
+    for images in ("images", "images-held-out"):
+        shutil.rmtree(DEMO / images, ignore_errors=True)
     write_shipped(DEMO)
 
 

@@ -1,6 +1,6 @@
 """Draws scenes with Noto Color Emoji. Only this module needs the font, and only new data needs this module.
 
-The font (SIL Open Font License 1.1) is found by name in the usual font folders; Debian: fonts-noto-color-emoji.
+The font (SIL Open Font License 1.1) is found by name in the usual font folders. On Debian: fonts-noto-color-emoji.
 """
 
 import io
@@ -39,7 +39,7 @@ def _font() -> ImageFont.FreeTypeFont:
 
 @cache
 def _sprite(kind: Kind) -> Image.Image:
-    """The kind's bitmap, RGBA, cut to what is drawn."""
+    """Returns the kind's bitmap, RGBA, cropped to what is drawn."""
     canvas = Image.new("RGBA", (STRIKE_PX * 2, STRIKE_PX * 2))
     ImageDraw.Draw(canvas).text((20, 20), kind.character, font=_font(), embedded_color=True)
     box = canvas.getbbox()
@@ -66,7 +66,7 @@ def render_scene(scene: Scene, side_px: int = SCENE_PX) -> Image.Image:
 
 
 def _ground(name: str, side_px: int, rng: np.random.Generator) -> Image.Image:
-    """A colour that wanders a little, falls off in one direction and carries some grain."""
+    """Returns a ground: a colour near the named one, with a gradient in one direction and some grain."""
     colour = np.array(GROUNDS[name], np.float32) + rng.uniform(-12, 12, 3)
     ramp = np.linspace(-1, 1, side_px, dtype=np.float32)
     angle = rng.uniform(0, 2 * np.pi)
@@ -77,13 +77,13 @@ def _ground(name: str, side_px: int, rng: np.random.Generator) -> Image.Image:
 
 
 def encode_jpeg(scene: Scene) -> bytes:
-    """Returns the rendered scene as JPEG bytes, of a quality that varies with the scene."""
+    """Returns the rendered scene as JPEG bytes, with a quality that depends on the scene."""
     buffer = io.BytesIO()
     render_scene(scene).save(buffer, "JPEG", quality=random.Random(scene.seed).randint(75, 95))
     return buffer.getvalue()
 
 
 def render_crop(scene: Scene, side_px: int) -> np.ndarray:
-    """Returns what the vision encoder will see: the JPEG, decoded and resized; uint8 [side_px, side_px, 3]."""
+    """Returns what the vision encoder sees: the JPEG, decoded and resized; uint8 [side_px, side_px, 3]."""
     image = Image.open(io.BytesIO(encode_jpeg(scene))).convert("RGB")
     return np.asarray(image.resize((side_px, side_px), Image.Resampling.BICUBIC))

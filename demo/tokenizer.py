@@ -1,8 +1,8 @@
-"""The demo's byte-level BPE, in the two forms its models need: GPT-2's conventions and CLIP's.
+"""Trains the demo's byte-level BPE, and writes it in two forms: with GPT-2's conventions and with CLIP's.
 
-Both share one vocabulary learned from captions and the words of the prompt. As in GPT-2 the first ids are the bytes in
-GPT-2's order, so that `!` (SmallCap's padding) is id 0 and `.` (its end) is one token, id 13. CLIP's form adds a start,
-an end and a padding token after the vocabulary.
+Both share one vocabulary, learned from captions and the words of the prompt. As in GPT-2, the first ids are the bytes
+in GPT-2's order, so that `!` (SmallCap's padding) is id 0 and `.` (its end) is one token, id 13. CLIP's form adds a
+start, an end and a padding token after the vocabulary.
 """
 
 import json
@@ -46,7 +46,7 @@ def clip_form(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def save_gpt2_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes the form that the decoder uses: no token is ever added by itself."""
+    """Writes the form that the decoder uses, which adds no special tokens to a text."""
     _save(tokenizer, folder, {"pad_token": PAD_TOKEN, "eos_token": EOS_TOKEN, "model_max_length": 256})
 
 

@@ -1,9 +1,9 @@
 """Trains the demo's CLIP (transformers' `CLIPModel`) contrastively and saves it as an ordinary Hugging Face folder.
 
-Two contrastive terms: image against caption, as in CLIP, and each object's patches against short texts, much as in
-RegionCLIP (Zhong et al., CVPR 2022): its noun (`a dog`), its place (`at the top left`) and its turn in reading order
-(`the second object`). Trained with nouns alone, patches forget where they are. Cross-attention, which reads the
-patches, could then not name one object after the other.
+The loss has two contrastive terms: images and captions, as in CLIP, and the patches of each object and short texts,
+much as in RegionCLIP (Zhong et al., CVPR 2022). These texts are its noun (`a dog`), its place (`at the top left`) and
+its turn in reading order (`the second object`). If only nouns are trained, patches lose their position, and
+cross-attention, which reads the patches, cannot name one object after another.
 """
 
 import json
@@ -27,13 +27,13 @@ from demo.world import WEB, captions_of, load_kinds, scenes_of
 PATCH_PX = 16
 PLACES = [f"at the {row} {column}" for row in ("top", "middle", "bottom") for column in ("left", "middle", "right")]
 TURNS = ["the first object", "the second object", "the third object"]
-POSITION_SCALE = 0.6  # of the sinusoids, against the patch embeddings
+POSITION_SCALE = 0.6  # size of the sinusoids relative to the patch embeddings
 SHIFT_PX = 4
 
 
 @dataclass(frozen=True)
 class ClipRecipe(Recipe):
-    """The numbers of CLIP's training."""
+    """The settings of CLIP's training."""
 
     batch_size: int = 128
     learning_rate: float = 1.5e-3
@@ -84,14 +84,14 @@ def embed_texts(model: CLIPModel, input_ids: Tensor) -> Tensor:
 
 
 def caption_loss(image_embeds: Tensor, text_embeds: Tensor, scale: Tensor) -> Tensor:
-    """CLIP's symmetric cross-entropy over the batch."""
+    """Returns CLIP's symmetric cross-entropy over the batch."""
     logits = scale * image_embeds @ text_embeds.T
     target = torch.arange(len(logits))
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
 def region_logits(model: CLIPModel, hidden: Tensor, text_embeds: Tensor, places: Tensor) -> Tensor:
-    """Returns the scaled similarity of each object's patches to each text; [B, 3, number of texts]."""
+    """Returns the scaled similarity of the patches of each object to each text; [B, 3, number of texts]."""
     patches = hidden[:, 1:]  # without the class token
     regions = region_masks(places, IMAGE_PX // PATCH_PX) @ patches
     regions = F.normalize(model.visual_projection(model.vision_model.post_layernorm(regions)), dim=-1)
@@ -105,7 +105,7 @@ def place_classes(places: Tensor) -> Tensor:
 
 
 def region_loss(logits: Tensor, kinds: Tensor, places: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """Cross-entropy of each object's patches over the nouns, the places and the turns; the accuracy of each."""
+    """Returns the cross-entropy of object patches over nouns, places and turns, and the accuracy of each of these."""
     present = kinds >= 0
     turns = torch.arange(kinds.shape[1]).expand_as(kinds)
     sizes = [logits.shape[-1] - len(PLACES) - len(TURNS), len(PLACES), len(TURNS)]
@@ -119,9 +119,9 @@ def region_loss(logits: Tensor, kinds: Tensor, places: Tensor) -> tuple[Tensor, 
 
 @torch.no_grad()
 def add_sinusoids(model: CLIPModel, images: np.ndarray) -> None:
-    """Adds sines and cosines of x and y to the patches' position embeddings, in proportion to the patch embeddings.
+    """Adds sines and cosines of x and y to the position embeddings, in proportion to the patch embeddings.
 
-    CLIP initialises them at a hundredth of the patches' size, and a short training leaves them there.
+    CLIP initialises position embeddings at a hundredth of the size of patch embeddings; a short training keeps that.
     """
     embeddings = model.vision_model.embeddings
     grid = IMAGE_PX // PATCH_PX
@@ -139,9 +139,9 @@ def train_clip(recipe: ClipRecipe, images: np.ndarray, tokenizer: Tokenizer) -> 
     """Trains a CLIP on rendered scenes.
 
     Args:
-        recipe: What decides the result.
+        recipe: The settings that decide the result.
         images: uint8 [recipe.scenes, IMAGE_PX, IMAGE_PX, 3], the first scenes of WEB.
-        tokenizer: In CLIP's form.
+        tokenizer: The tokenizer in CLIP's form.
     """
     torch.manual_seed(recipe.seed)
     model = build_model(tokenizer).train()
@@ -153,7 +153,7 @@ def train_clip(recipe: ClipRecipe, images: np.ndarray, tokenizer: Tokenizer) -> 
 def losses(
     recipe: ClipRecipe, model: CLIPModel, images: np.ndarray, tokenizer: Tokenizer
 ) -> Iterator[tuple[Tensor, dict[str, float]]]:
-    """Yields each step's loss, and the shares of captions and regions that are matched rightly."""
+    """Yields the loss of each step, and the shares of captions and regions that are matched correctly."""
     rng = np.random.default_rng(recipe.seed)
     scenes = scenes_of(WEB, recipe.scenes)
     captions = [captions_of(scene, recipe.captions_per_scene) for scene in scenes]
@@ -178,7 +178,7 @@ def losses(
 
 
 def shift(pixels: Tensor, places: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Moves the whole batch by up to SHIFT_PX in both directions, and the places with it."""
+    """Moves the whole batch, and its places, by up to SHIFT_PX in both directions."""
     dx, dy = (int(d) for d in rng.integers(-SHIFT_PX, SHIFT_PX + 1, 2))
     padded = F.pad(pixels, [SHIFT_PX] * 4, mode="replicate")
     pixels = padded[:, :, SHIFT_PX - dy : SHIFT_PX - dy + IMAGE_PX, SHIFT_PX - dx : SHIFT_PX - dx + IMAGE_PX]

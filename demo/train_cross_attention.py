@@ -2,8 +2,8 @@
 
 Only scenes of the training domains are used, and each is encoded once. The prompt holds the four captions of the
 training domains' dump that CLIP finds nearest to the image, without the image's own. The loss is on the caption that
-follows the prompt. Steps without retrieved captions may come first; a cross-attention that was trained by them names
-what it knows whatever the prompt says.
+follows the prompt. Steps without retrieved captions may come first; a cross-attention that was trained with such steps
+names what it knows, whatever the prompt says.
 
 Source: Ramos et al. 2023, section 3.3; other choices of the retrieved captions: Li et al. 2024, section 5.
 """
@@ -23,7 +23,7 @@ from demo.cross_attention_data import Batch, Examples, load_training_scenes
 from demo.cross_attention_start import Whitening, start_at_nouns
 from demo.training import Recipe, descend, fast_matrices
 from demo.world import TRAINING, load_kinds, scenes_of
-from smallcap.model.assembly import join_frozen_parts
+from smallcap.model.assembly import join_frozen_models
 from smallcap.model.checkpoint import SmallCapModel, save_checkpoint
 from smallcap.model.clip_encoder import load_retrieval_encoder
 from smallcap.model.files import DEMO
@@ -36,7 +36,7 @@ WHITENED_FROM, STARTED_FROM = 2_500, 4_000  # scenes
 
 @dataclass(frozen=True)
 class CrossAttentionRecipe(Recipe):
-    """The numbers of cross-attention's training."""
+    """The settings of cross-attention's training."""
 
     reduce_factor: int = 1
     k: int = 4
@@ -46,11 +46,11 @@ class CrossAttentionRecipe(Recipe):
     steps: int = 1_200  # then with retrieved captions
     batch_size: int = 48
     warmup_steps: int = 50
-    start_scale: float = 1.0  # of the values' first map, against the nouns' embeddings
+    start_scale: float = 1.0  # size of the values' first targets relative to the noun embeddings
 
 
 def train(recipe: CrossAttentionRecipe, model: SmallCapModel, features: Tensor, batches: Iterable[Batch]) -> None:
-    """Trains the cross-attention in place; features: [N, P, Hv]."""
+    """Trains the cross-attention in place, on features [N, P, Hv]."""
     trained = freeze_all_but_cross_attention(model.decoder)
 
     def losses() -> Iterator[tuple[Tensor, dict[str, float]]]:
@@ -72,14 +72,14 @@ def train_cross_attention(
     """Trains the cross-attention between a CLIP and a GPT-2, and writes the checkpoint with its tokenizer.
 
     Args:
-        recipe: What decides the result.
-        clip_folder: The CLIP, of transformers; vision encoder and retrieval encoder in one.
-        language_model_folder: The GPT-2, of transformers, with its tokenizer.
+        recipe: The settings that decide the result.
+        clip_folder: Folder of transformers' CLIP, which is vision encoder and retrieval encoder in one.
+        language_model_folder: Folder of transformers' GPT-2, with its tokenizer.
         images: uint8 [at least recipe.scenes, IMAGE_PX, IMAGE_PX, 3], the rendered training scenes.
-        out: Folder for the checkpoint.
+        out: The folder for the checkpoint.
     """
     torch.manual_seed(recipe.seed)
-    model = join_frozen_parts(
+    model = join_frozen_models(
         str(clip_folder),
         str(language_model_folder),
         recipe.reduce_factor,
@@ -107,7 +107,7 @@ def train_cross_attention(
     )
     train(recipe, model, features, batches)
     whitening.fold_into(model)
-    # The same function under the name that GPT-2 checkpoints, and so the reference, know it by.
+    # The same function, under the name that it has in GPT-2 checkpoints and so in the reference.
     model.config = replace(model.config, decoder=replace(model.config.decoder, activation="gelu_new"))
     save_checkpoint(model, out, torch.float16)
     for name in ("tokenizer.json", "tokenizer_config.json"):

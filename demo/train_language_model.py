@@ -1,7 +1,8 @@
 """Trains the demo's small GPT-2 on caption text alone; it is frozen before cross-attention is trained.
 
-The documents are single captions, lists of captions that share objects, and such lists inside SmallCap's prompt, from
-scenes of all domains. No image is involved, but the decoder learns to use its prompt, as a large language model would.
+Documents are single captions, several captions of one scene, and captions that share objects inside SmallCap's prompt,
+from scenes of all domains. No image is involved, but the decoder learns to use its prompt, as a large language model
+would.
 """
 
 import random
@@ -33,8 +34,8 @@ def build_language_model(tokenizer: Tokenizer) -> GPT2LMHeadModel:
             n_embd=128,
             n_layer=4,
             n_head=4,
-            initializer_range=0.08,  # 1 / sqrt(n_embd); with 0.02 nouns stay alike and no prompt is copied from
-            activation_function="gelu_pytorch_tanh",  # GPT-2's gelu_new, computed at once: twice as fast in bf16
+            initializer_range=0.08,  # 1 / sqrt(n_embd); with 0.02 nouns stay alike and prompts are not copied
+            activation_function="gelu_pytorch_tanh",  # GPT-2's gelu_new as one operation: twice as fast in bf16
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,
@@ -64,14 +65,14 @@ class Documents:
         form = rng.random()
         if form < 0.1:
             return self._ids(caption + EOS_TOKEN)
-        if form < 0.35:  # one scene told several times: here it first learns to name again what was named
+        if form < 0.35:  # one scene told several times: from these it first learns to repeat names
             return self._ids("\n\n".join(rng.sample(self.captions[row], 4)) + EOS_TOKEN)
         # The prompt ends in a space and the caption starts without one, as SmallCap joins them.
         related = self._related(row, rng.randint(1, MOST_RELATED), rng)
         return self._ids(PROMPT.format("\n\n".join(related))) + self._ids(caption + EOS_TOKEN)
 
     def _related(self, row: int, count: int, rng: random.Random) -> list[str]:
-        """Draws captions: most of the scene itself or of one that shares an object with it, a few of any scene."""
+        """Draws captions: most are of this scene or of one that shares an object with it, a few are of any scene."""
         nouns = list(self.scenes[row].kinds)
         rows = []
         for _ in range(count):

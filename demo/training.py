@@ -1,4 +1,4 @@
-"""How each of the demo's models is trained: a recipe's common fields, the loop, and batches of texts of like length."""
+"""Trains each of the demo's models: the fields that recipes share, the loop, and batches of texts of similar length."""
 
 import math
 import random
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from smallcap.machine.precision import fastest_cpu_dtype
 
-BATCHES_DRAWN = 16  # together, to be sorted by length
+BATCHES_DRAWN = 16  # drawn together and sorted by length
 STEPS_PER_LINE = 100
 
 Item = TypeVar("Item")
@@ -21,7 +21,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides the result of a training."""
+    """The settings that decide the result of a training."""
 
     scenes: int = 24_000
     captions_per_scene: int = 4
@@ -45,13 +45,13 @@ def descend(
     """Trains parameters by AdamW with warm-up and cosine; prints means of all figures every STEPS_PER_LINE steps.
 
     Args:
-        name: What is trained, for the lines.
-        parameters: What is trained.
+        name: The model's name in the printed lines.
+        parameters: The parameters to train.
         recipe: The learning rate, its warm-up, the weight decay and the number of steps.
-        losses: Computes each step's loss when it is asked for, and figures to print.
+        losses: Each step's loss, computed when it is asked for, with figures to print.
         lowest: The last step's learning rate, as a share of the recipe's.
-        steps: How many losses there are, where it is not the recipe's number.
-        vectors_decay: Whether biases and the like decay as matrices do.
+        steps: The number of losses; by default the recipe's.
+        vectors_decay: Whether biases and other vectors decay as matrices do.
     """
     steps = steps or recipe.steps
     trained = list(parameters)
@@ -87,7 +87,7 @@ def descend(
 
 
 def fast_matrices() -> torch.autocast:
-    """Returns the context of a training's forward pass: bfloat16 where this CPU is faster in it, else float32."""
+    """Returns the context for a forward pass in training: bfloat16 if this CPU is faster in it, else float32."""
     return torch.autocast("cpu", torch.bfloat16, enabled=fastest_cpu_dtype() == "bfloat16")
 
 
@@ -98,10 +98,10 @@ def batches_of_like_length(
     batch_size: int,
     rng: random.Random,
 ) -> Iterator[list[Item]]:
-    """Yields a batch per step; the items of several steps are drawn together and sorted by length, which saves padding.
+    """Yields one batch per step; items of several steps are drawn together and sorted by length, which saves padding.
 
     Args:
-        draw: Returns as many items as it is asked for.
+        draw: Returns the requested number of items.
         length: Returns the length of an item.
         steps: The number of batches.
         batch_size: Items in each batch.

@@ -1,7 +1,7 @@
-"""Scenes of the demo world, and how people would caption them.
+"""Owns the scenes of the demo world and how people would caption them.
 
-Owns the kinds of objects (`kinds.csv`), the sets of scenes, grounds, sizes, layouts, the phrasings of captions and the
-parser that reads objects out of a caption. It knows neither fonts nor models: `demo.render` draws a scene.
+This includes the kinds of objects (`kinds.csv`), sets of scenes, grounds, sizes, layouts, the phrasings of captions,
+and the parser that finds objects in a caption. It knows nothing of fonts or models: `demo.render` draws a scene.
 """
 
 import csv
@@ -21,7 +21,7 @@ HELD_OUT_DOMAINS = ("creatures", "produce", "vehicles", "tools")  # never shown 
 
 @dataclass(frozen=True)
 class SceneSet:
-    """Scenes for one purpose: a scene is its seed, so sets whose seeds do not meet share no scene."""
+    """Scenes for one purpose: a scene is its seed, so sets with disjoint seeds share no scene."""
 
     name: str
     seeds: range
@@ -62,15 +62,15 @@ LAYOUTS: dict[str, tuple[tuple[float, float], ...]] = {
 }
 LAYOUTS_BY_COUNT = {1: ("alone",), 2: ("beside", "above"), 3: ("row", "column", "one_above_two", "two_above_one")}
 COUNT_SHARES = {1: 0.35, 2: 0.4, 3: 0.25}
-ALIKE_SHARE = 0.2  # of the scenes of several objects: all of one kind
-PAIR_SHARE = 0.5  # of the other scenes with two objects in a level: those two are alike
-GROUND_NAMED_SHARE = 0.5  # of the captions
+ALIKE_SHARE = 0.2  # of the scenes with several objects: all objects are of one kind
+PAIR_SHARE = 0.5  # of the other scenes with two objects in one level: these two are of one kind
+GROUND_NAMED_SHARE = 0.5  # of the captions name the ground
 PAIRS = {"one_above_two": (1, 2), "two_above_one": (0, 1)}
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One row of `kinds.csv`: a sort of object, how it is named and the emoji that draws it."""
+    """One row of `kinds.csv`: a kind of object, its names, and the emoji that draws it."""
 
     noun: str
     article: str
@@ -123,10 +123,10 @@ def kinds_of(domain: str) -> tuple[Kind, ...]:
 
 
 def sample_scene(seed: int) -> Scene:
-    """Returns the scene of this seed: the same seed gives the same scene on every machine.
+    """Returns the scene of a seed, the same on every machine.
 
     Raises:
-        ValueError: The seed is in none of SCENE_SETS.
+        ValueError: No set in SCENE_SETS has the seed.
     """
     domains = next((scenes.domains for scenes in SCENE_SETS if seed in scenes.seeds), None)
     if domains is None:
@@ -181,9 +181,9 @@ def _place(kind: Kind, size: str, centre: tuple[float, float], jitter: float, rn
 
 
 def describe(scene: Scene, rng: random.Random) -> str:
-    """Returns one caption of the scene: lower-case, no final stop, every object named once and in reading order.
+    """Returns one caption of the scene: lower-case, without a final stop, with every object once, in reading order.
 
-    Objects of one kind are counted (`two dogs`), not named one after the other.
+    Objects of one kind are counted (`two dogs`), not named one after another.
     """
     alike = len(scene.objects) > 1 and len(scene.kinds) == 1
     phrase = _say(scene, rng.choice((_ALIKE_PHRASINGS if alike else _PHRASINGS)[scene.layout]), rng)
@@ -208,7 +208,7 @@ def captions_of(scene: Scene, count: int, salt: str = "caption") -> list[str]:
 
 
 def _say(scene: Scene, templates: Sequence[str], rng: random.Random) -> str:
-    """Fills one of the templates: `{0}` and so on are named in turn, an object or (of three) a pair of a kind."""
+    """Fills one of the templates: `{0}` and so on are the objects in turn, or, of three objects, a pair of one kind."""
     first, *others = scene.objects
     if templates is _SIZED and first.size == others[0].size:
         templates = _LISTED
@@ -234,7 +234,7 @@ def _say(scene: Scene, templates: Sequence[str], rng: random.Random) -> str:
 
 _GROUND_ENDINGS = (" on a {} ground", " on a {} background", " on {}", " in front of a {} wall")
 _LISTED = ("{listed}",)
-_SIZED = ("{sized[0]} and {sized[1]}", "{sized[0]} with {sized[1]}")  # of two objects of one size: _LISTED
+_SIZED = ("{sized[0]} and {sized[1]}", "{sized[0]} with {sized[1]}")  # two objects of one size take _LISTED
 _BESIDE = ("{0} to the left of {1}", "{0} on the left and {1} on the right", "{0} next to {1}", "{0} beside {1}")
 _ROW = ("{0}, {1} and {2} in a row", "from left to right {0}, {1} and {2}")
 _COLUMN = ("{0} above {1} above {2}", "from top to bottom {0}, {1} and {2}")
@@ -262,9 +262,9 @@ def _nouns_by_word() -> dict[str, str]:
 
 
 def named_kinds(caption: str) -> Counter[str]:
-    """Returns the objects that a caption names: noun to how many.
+    """Returns the objects that a caption names, with their numbers, by noun.
 
-    A plural counts as the number word before it says (`two dogs`), or as one where there is none.
+    The number word before a noun gives its number (`two dogs`); without one it is one.
     """
     noun_of, numbers = _nouns_by_word(), {word: number for number, word in NUMBER_WORDS.items()}
     named: Counter[str] = Counter()

@@ -1,1 +1,1 @@
-"""The job that turns caption dumps into a published index; over `smallcap`, and on Ray Data."""
+"""Turns caption dumps into a published index, with `smallcap`; a runner that is handed in decides where work runs."""

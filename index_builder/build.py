@@ -1,7 +1,7 @@
 """Builds an index, or adds to one: scan, clean, dedupe, embed, train, shard, verify, calibrate, publish.
 
-The driver holds plans and counts, never texts or vectors. Stages meet in files below the build's staging folder; what a
-stage has finished is recorded there, so that a build that was stopped goes on where it was.
+The driver holds plans and counts, never texts or vectors. Stages exchange files below the build's staging folder. They
+record there what they have finished, so that a build that was stopped resumes where it was.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from index_builder.dumps.cleaning import RULES_VERSION, describe_filters
 from index_builder.dumps.files import find_dumps, scan_dump
 from index_builder.embedding.encoding import Encoding
-from index_builder.embedding.parts import VectorParts
+from index_builder.embedding.slices import VectorSlices
 from index_builder.gathering import GatheredCaptions, gather_captions, most_captions_per_image
 from index_builder.inputs import open_inputs
 from index_builder.plan import IndexPlan, plan_index, plan_shards, with_open_nlist
@@ -43,12 +43,12 @@ class BuildReport:
     """What a build did.
 
     Attributes:
-        manifest: Of the version that is now current.
+        manifest: The manifest of the version that is now current.
         index_uri: Where it is published.
-        seconds: Wall time of each stage, in their order.
-        no_op: The current version is what was asked for already, so nothing was done.
-        new_captions: Captions that this build added, embedded here or not.
-        embedded: Of them, how many were embedded here.
+        seconds: Wall time of each stage, in the order of the stages.
+        no_op: Whether the current version already was what was asked for, so that nothing was done.
+        new_captions: How many captions this build added.
+        embedded: How many of the new captions were embedded by this build.
     """
 
     manifest: IndexManifest
@@ -61,15 +61,15 @@ class BuildReport:
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """What a build would do: the answer of a dry run.
+    """What a build would do: the result of a dry run.
 
     Attributes:
-        index_uri: Where it would be published.
-        rows: Rows of the dumps.
-        dropped: Rows that are left out, by reason.
-        new_captions: Captions that would be added.
-        to_embed: Of them, how many have no embedding yet.
-        embed_s: Estimated seconds of embedding them on this cluster, from a calibration batch.
+        index_uri: Where the index would be published.
+        rows: How many rows the dumps have.
+        dropped: How many rows would be left out, by reason.
+        new_captions: How many captions would be added.
+        to_embed: How many of them have no embedding yet.
+        embed_s: Estimated seconds to embed them on this cluster, from a calibration batch.
         index: Key, lists, training sample, shards, and their memory.
     """
 
@@ -85,43 +85,42 @@ class BuildPlan:
 def build_index(config: IndexConfig, runner: TaskRunner | None = None, progress: Progress | None = None) -> BuildReport:
     """Builds an index from caption dumps, or changes one, and publishes it as the current version.
 
-    A build that fails or dies leaves the former version current and untouched. The same call goes on with what it had
-    finished.
+    A build that fails or dies leaves the former version current and untouched. The same call resumes it.
 
     Args:
-        config: What is built, or changed.
-        runner: Runs the work items; by default this process. `jobs.cluster.tasks.RayRunner` runs them on a cluster.
-        progress: Is told how far each stage is.
+        config: What to build or change.
+        runner: Where work items run; by default this process. `jobs.cluster.tasks.RayRunner` runs them on a cluster.
+        progress: A function that is told how far each stage is.
 
     Raises:
         ConfigError: The options contradict the index, there are no dumps, or no caption passes the filters.
         SchemaError: A dump cannot be read, or lacks the text column.
         CheckpointError: The encoder or the tokenizer cannot be found or loaded.
         StorageError: A dump or the index's folder cannot be read or written.
-        ConflictError: The same build runs already, or another one has published meanwhile.
-        IndexIntegrityError: The files are not what was written.
+        ConflictError: The same build is already running, or another one has published in the meantime.
+        IndexIntegrityError: The files do not hold what was written.
         RunError: The index misses its recall target.
     """
     return Build(config, runner, progress).run()
 
 
 def _ignore(stage: str, done: int, total: int) -> None:
-    """The progress of a caller that wants none."""
+    """Ignores progress, for callers that want none."""
 
 
 class Build:
-    """One build's options and inputs; each stage is a method. Making one runs nothing, and finds most wrong options.
+    """One build's options and inputs; each stage is a method. The constructor only finds wrong options.
 
     Args:
-        config: What is built, or changed.
-        runner: As of `build_index`.
-        progress: Is told how far each stage is.
+        config: See `build_index`.
+        runner: See `build_index`.
+        progress: See `build_index`.
 
     Raises:
         ConfigError: The options contradict the index, or there are no dumps.
         CheckpointError: The encoder or the tokenizer cannot be found.
-        StorageError: A dump is not there, or cannot be listed.
-        ManifestError, IndexIntegrityError: An index is not there, or was made by another encoder.
+        StorageError: A dump does not exist, or cannot be listed.
+        ManifestError, IndexIntegrityError: An index does not exist, or was made by another encoder.
     """
 
     def __init__(self, config: IndexConfig, runner: TaskRunner | None = None, progress: Progress | None = None) -> None:
@@ -135,7 +134,7 @@ class Build:
         self._encoding = Encoding(identity, dtype, self._runner)
         columns = CaptionColumns(config.text_column, config.image_id_column)
         self._columns = columns._replace(embedding=config.embedding_column, dim=identity.dim)
-        self._filters = {  # read once: a blocklist that changes meanwhile must not make the manifest contradict itself
+        self._filters = {  # read once: if the blocklist changes meanwhile, the manifest must not contradict itself
             "rules": RULES_VERSION,
             "text_column": config.text_column,
             "image_id_column": config.image_id_column,
@@ -150,7 +149,7 @@ class Build:
         self._scan()
         base = self._inputs.base
         known = {(source.uri, source.sha256) for source in base.manifest.sources} if base else set()
-        added_before = base is not None and not self._inputs.given
+        added_before = base is not None and not self._inputs.indexes
         if added_before and all((scan.dump.uri, scan.sha256) in known for scan in self._inputs.scans):
             return self._no_op()
         if self._current is not None and (
@@ -169,10 +168,10 @@ class Build:
         return BuildReport(manifest, self._index_uri, self._runner.seconds, False, new, gathered.to_embed)
 
     def plan(self) -> BuildPlan:
-        """Cleans and counts the captions, and says what `run` would do with them; nothing is published or kept.
+        """Cleans and counts the captions, and returns what `run` would do with them; nothing is published or kept.
 
         Raises:
-            ConfigError, SchemaError, CheckpointError, StorageError: As `build_index`.
+            ConfigError, SchemaError, CheckpointError, StorageError: See `build_index`.
         """
         self._scan()
         with Staging(self._index_uri, self._files_fingerprint()) as staging:
@@ -200,7 +199,7 @@ class Build:
         return BuildReport(self._current, self._index_uri, self._runner.seconds, no_op=True)
 
     def _is_compact(self) -> bool:
-        """Says whether a compaction would only write again what is there."""
+        """Returns whether a compaction would only rewrite what is there."""
         current, config = self._current, self._config
         assert current is not None
         is_whole = current.operation == "build" and current.removed is None
@@ -218,11 +217,11 @@ class Build:
         }
 
     def _files_fingerprint(self) -> str:
-        """Returns the hash of all that decides the index's files."""
+        """Returns the fingerprint of everything that decides the index's files."""
         return self._inputs.fingerprint(self._encoding.encoder, self._options())
 
     def _version_fingerprint(self) -> str:
-        """Returns the hash of all that decides the version: its files, and how they are searched."""
+        """Returns the fingerprint of everything that decides the version: its files, and how they are searched."""
         recall = self._config.recall.model_dump(mode="json", exclude={"accept"})
         return hashlib.sha256(json.dumps([self._files_fingerprint(), recall]).encode()).hexdigest()
 
@@ -253,7 +252,7 @@ class Build:
         self._runner.check_memory("template", plan.training_bytes if plan.training_rows else 0)
         self._runner.check_memory("shard", plan.shard_bytes)
         if base is None:
-            make_index(plan.index_key, plan.dim)  # so that a wrong key fails before hours of embedding
+            make_index(plan.index_key, plan.dim)  # a wrong key then fails before hours of embedding
         most = most_captions_per_image(gathered, self._runner)
         vectors = self._embed(gathered)
         template = base.manifest.template if base else self._train(plan, vectors, staging)
@@ -295,14 +294,14 @@ class Build:
         parents = self._inputs.parents
         return parents[0].manifest.embedding_dtype if parents else "imported"
 
-    def _embed(self, gathered: GatheredCaptions) -> VectorParts:
+    def _embed(self, gathered: GatheredCaptions) -> VectorSlices:
         with self._runner.stage("embed"):
-            brought = any(scan.dump.embeddings for scan in self._inputs.scans) or self._config.embedding_column
-            if brought and not self._config.trust_embeddings and gathered.to_embed < len(gathered.captions):
+            imported = any(scan.dump.embeddings for scan in self._inputs.scans) or self._config.embedding_column
+            if imported and not self._config.trust_embeddings and gathered.to_embed < len(gathered.captions):
                 self._encoding.check_imported(gathered.captions, self._config.dumps)
             return self._encoding.embed(gathered.captions, gathered.to_embed, gathered.work_uri)
 
-    def _train(self, plan: IndexPlan, vectors: VectorParts, staging: Staging) -> FileEntry:
+    def _train(self, plan: IndexPlan, vectors: VectorSlices, staging: Staging) -> FileEntry:
         task = TrainTask(self._index_uri, plan, vectors)
         [template] = self._runner.run_recorded(
             staging, "template", FileEntry, train_template, [task], plan.training_bytes
@@ -315,7 +314,7 @@ class Build:
         template: FileEntry,
         first_id: int,
         gathered: GatheredCaptions,
-        vectors: VectorParts,
+        vectors: VectorSlices,
         names: tuple[str, ...],
         staging: Staging,
     ) -> list[WrittenShard]:
@@ -336,7 +335,7 @@ class Build:
         return self._runner.run_recorded(staging, "shard", WrittenShard, write_shard, tasks, plan.shard_bytes)
 
     def _grow(self, gathered: GatheredCaptions, names: tuple[str, ...], staging: Staging) -> list[ShardEntry]:
-        """Writes again the caption files of the base in which captions have gained sources or images."""
+        """Rewrites the caption files of the base in which captions have gained sources or images."""
         base = self._inputs.base
         if base is None or not any(bucket.grown for bucket in gathered.deduped):
             return list(base.manifest.captions) if base else []
@@ -351,7 +350,7 @@ class Build:
             recall = self._config.recall
             images = recall.calibration_images
             queries = self._encoding.image_queries(images, 2 * recall.queries) if images else None
-            if self._config.remove:  # what must go goes, whatever that does to the recall
+            if self._config.remove:  # captions that must go are removed even if the recall suffers
                 recall = recall.model_copy(update={"accept": True})
             index = StoredIndex(self._index_uri, draft, self._config.cache_dir)
             calibration = Calibration(index, embeddings, recall, self._target(), self._runner.run)

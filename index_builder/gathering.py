@@ -1,4 +1,4 @@
-"""Gathers a build's captions: cleans the rows of its inputs, deals them to buckets, and keeps one of equal texts."""
+"""Gathers a build's captions: cleans the rows of its inputs, deals them into buckets, and keeps one of equal texts."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ class GatheredCaptions:
 
     @property
     def to_embed(self) -> int:
-        """How many of them have no embedding yet."""
+        """How many captions have no embedding yet."""
         return sum(bucket.captions - bucket.embedded for bucket in self.deduped)
 
     @property
     def changes_nothing(self) -> bool:
-        """Whether the index that is added to has them all, with their sources and images."""
+        """Whether the index that is added to already has all captions, with their sources and images."""
         return not len(self.captions) and not any(bucket.grown for bucket in self.deduped)
 
 
@@ -61,10 +61,10 @@ def gather_captions(
     Args:
         config: The build's options.
         inputs: Dumps and indexes; the dumps have been scanned.
-        columns: Of the dumps.
-        encoder: Embeddings of others are left behind.
+        columns: The dumps' columns.
+        encoder: The build's encoder; embeddings of other encoders are not taken over.
         staging: Where results are recorded.
-        runner: Runs the work items.
+        runner: What runs the work items.
 
     Raises:
         ConfigError: No caption is left, and there is no index to add to.
@@ -72,10 +72,10 @@ def gather_captions(
     tasks, buckets = inputs.deal_tasks(staging.work_uri, columns, config.cleaning, encoder)
     dealt = runner.run_recorded(staging, "clean", Dealt, _deal, tasks)
     deduped: list[Deduped] = []
-    chunks = tuple(chunk for part in dealt for chunk in part.chunks)
+    chunks = tuple(chunk for result in dealt for chunk in result.chunks)
     if chunks:
-        buckets_to_do = [DedupeTask(staging.work_uri, bucket, chunks) for bucket in range(buckets)]
-        deduped = runner.run_recorded(staging, "dedupe", Deduped, dedupe_bucket, buckets_to_do)
+        dedupe_tasks = [DedupeTask(staging.work_uri, bucket, chunks) for bucket in range(buckets)]
+        deduped = runner.run_recorded(staging, "dedupe", Deduped, dedupe_bucket, dedupe_tasks)
     captions = UniqueCaptions(staging.work_uri, [bucket.captions for bucket in deduped])
     dropped = _count_dropped(inputs, dealt, deduped)
     if not len(captions) and inputs.base is None:
@@ -85,7 +85,7 @@ def gather_captions(
             found=", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "no rows",
             remedy="Check --text-column and the cleaning options.",
         )
-    rows = [count for part in dealt for count in part.rows]
+    rows = [count for result in dealt for count in result.rows]
     return GatheredCaptions(captions, tuple(deduped), rows, dropped, staging.work_uri)
 
 
@@ -95,7 +95,7 @@ def _deal(task: DealTask | DealStoredTask) -> Dealt:
 
 def _count_dropped(inputs: Inputs, dealt: Sequence[Dealt], deduped: Sequence[Deduped]) -> dict[str, int]:
     dropped = Counter(duplicate=sum(bucket.duplicates for bucket in deduped))
-    for counts in [part.dropped for part in dealt] + [parent.manifest.dropped for parent in inputs.parents]:
+    for counts in [result.dropped for result in dealt] + [parent.manifest.dropped for parent in inputs.parents]:
         dropped.update(counts)
     return dict(sorted(dropped.items()))
 

@@ -21,30 +21,30 @@ from smallcap.index.manifest import EncoderIdentity, IndexManifest, SourceEntry,
 
 @dataclass(frozen=True)
 class Inputs:
-    """All that a build's captions come from, in the order in which the first of equal captions is kept.
+    """What a build's captions come from; of equal captions the first is kept, in the order of the attributes.
 
     Attributes:
-        base: The version that is added to; None for a build of its own.
-        given: Indexes whose captions are taken.
+        base: The version that is added to; None where nothing is added to.
+        indexes: Indexes whose captions are taken over.
         scans: Dump files.
         lenders: Indexes that only lend embeddings.
     """
 
     base: StoredIndex | None
-    given: tuple[StoredIndex, ...]
+    indexes: tuple[StoredIndex, ...]
     scans: tuple[DumpScan, ...]
     lenders: tuple[StoredIndex, ...]
 
     @property
     def parents(self) -> tuple[StoredIndex, ...]:
         """The indexes whose captions the new version has."""
-        return (*([self.base] if self.base else ()), *self.given)
+        return (*([self.base] if self.base else ()), *self.indexes)
 
     def sources(self, rows: Sequence[int] | None = None) -> tuple[SourceEntry, ...]:
-        """Returns the source files: those of the parents, then the dumps; each once, under names that differ.
+        """Returns the source files: those of the parents, then the dumps; each once, under a unique name.
 
         Args:
-            rows: Of each dump file, once they are counted.
+            rows: The number of rows in each dump file, once they are counted.
         """
         entries: dict[tuple[str, str], SourceEntry] = {}
         for entry in self._entries(rows or [0] * len(self.scans)):
@@ -75,29 +75,29 @@ class Inputs:
 
         if self.base is not None:
             add_stored(self.base, "known")
-        for index in self.given:
-            add_stored(index, "given")
-        first = [position[scan.dump.uri, scan.sha256] for scan in self.scans]
-        tasks += plan_dealing(self.scans, work_uri, columns, cleaning, buckets, len(tasks), first)
+        for index in self.indexes:
+            add_stored(index, "input")
+        dump_positions = [position[scan.dump.uri, scan.sha256] for scan in self.scans]
+        tasks += plan_dealing(self.scans, work_uri, columns, cleaning, buckets, len(tasks), dump_positions)
         for index in self.lenders:
             if index.manifest.encoder.weights_sha256 == identity.weights_sha256:
                 add_stored(index, "lender")
         return tasks, buckets
 
     def _bytes(self) -> int:
-        """Estimates what is dealt: the dumps, and texts and embeddings of the indexes."""
+        """Estimates how much is dealt: the dumps, and the texts and embeddings of the indexes."""
         stored = [entry.bytes for index in self.parents for entry in index.manifest.captions]
-        manifests = [index.manifest for index in (*self.given, *self.lenders)]
+        manifests = [index.manifest for index in (*self.indexes, *self.lenders)]
         moved = [entry.bytes for manifest in manifests for entry in (manifest.vectors or manifest.shards)]
         return sum(scan.bytes for scan in self.scans) + sum(stored) + sum(moved)
 
     def fingerprint(self, identity: EncoderIdentity, options: Mapping[str, Any]) -> str:
-        """Returns the hash of the inputs and of all options that decide what is built of them."""
+        """Returns the fingerprint of the inputs and of all options that decide what is built from them."""
         decides = {
             "builder": version("smallcap"),
             "encoder": [identity.weights_sha256, identity.dim],
             "base": self.base.manifest.index_id if self.base else None,
-            "given": [index.manifest.index_id for index in self.given],
+            "given": [index.manifest.index_id for index in self.indexes],
             "scans": [[scan.dump.uri, scan.sha256] for scan in self.scans],
             "lenders": [index.manifest.index_id for index in self.lenders],
             "options": options,
@@ -110,7 +110,7 @@ def open_inputs(config: IndexConfig, index_uri: str, current: IndexManifest | No
 
     Args:
         config: The build's options.
-        index_uri: Where it publishes.
+        index_uri: Where the build publishes.
         current: The version that is current there.
 
     Returns:
@@ -118,7 +118,7 @@ def open_inputs(config: IndexConfig, index_uri: str, current: IndexManifest | No
 
     Raises:
         ConfigError: The options contradict the index that is added to.
-        ManifestError: An index is not there.
+        ManifestError: An index does not exist.
         IndexIntegrityError: The index that is added to was made by another encoder.
         CheckpointError: The encoder cannot be found.
     """
@@ -135,14 +135,14 @@ def open_inputs(config: IndexConfig, index_uri: str, current: IndexManifest | No
     base = stored(index_uri, current) if config.add or config.remove else None
     if base is not None and config.index_key not in ("auto", base.manifest.index_key):
         raise ConfigError(
-            "What is added to an index takes the index's own key.",
+            "Captions that are added to an index must use the key of that index.",
             where="index_key",
             expected=f"{base.manifest.index_key}, or auto",
             found=config.index_key,
-            remedy=f"For another key rebuild it: smallcap build-index --compact --index-key {config.index_key} …",
+            remedy=f"To change the key, rebuild it: smallcap build-index --compact --index-key {config.index_key} …",
         )
-    given = (stored(index_uri, current),) if config.compact else tuple(map(stored, config.from_indexes))
-    inputs = Inputs(base, given, (), tuple(map(stored, config.reuse)))
+    indexes = (stored(index_uri, current),) if config.compact else tuple(map(stored, config.from_indexes))
+    inputs = Inputs(base, indexes, (), tuple(map(stored, config.reuse)))
     for parent in inputs.parents:
         parent.check_pairs()
     encoder = _resolve_encoder(config, inputs.parents)
@@ -152,7 +152,7 @@ def open_inputs(config: IndexConfig, index_uri: str, current: IndexManifest | No
 
 
 def _resolve_encoder(config: IndexConfig, parents: Sequence[StoredIndex]) -> EncoderIdentity:
-    """Returns the encoder's identity; where nothing need be embedded its weights need not be at hand."""
+    """Returns the encoder's identity; where nothing is embedded, its weights are not needed."""
     if config.encoder is None and not config.dumps:
         return parents[0].manifest.encoder
     from smallcap.model.clip_encoder import resolve_encoder_identity  # torch
@@ -161,7 +161,7 @@ def _resolve_encoder(config: IndexConfig, parents: Sequence[StoredIndex]) -> Enc
 
 
 def _with_unique_names(entries: Iterable[SourceEntry]) -> tuple[SourceEntry, ...]:
-    """Numbers equal names of different files, `captions.csv#2`; the names that parents gave come first and stay."""
+    """Numbers equal names of different files, as `captions.csv#2`; the parents' names come first and stay."""
     taken: set[str] = set()
     named = []
     for entry in entries:

@@ -1,6 +1,6 @@
-"""What to build: index key, number of lists, training sample, shards and their memory, from sizes alone.
+"""Decides what to build from sizes alone: index key, number of lists, training sample, shards and their memory.
 
-Nothing here reads data. The thresholds follow measurements on CPU (docs/benchmarks.md); `--index-key` overrides them.
+No data is read here. The thresholds follow measurements on CPU (docs/benchmarks.md); `--index-key` overrides them.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from itertools import pairwise
 from math import log2
 from typing import Literal
 
-from index_builder.embedding.parts import PART_ROWS
+from index_builder.embedding.slices import SLICE_ROWS
 from smallcap.errors import ConfigError
 
 ROWS_PER_SHARD = 1_000_000
-MOST_FLAT = 1_000_000  # vectors; above, exact search is slower than the encoders
-MOST_FLOAT16 = 10_000_000  # vectors; above, lists in float16 take more memory than a node usually has to spare
-HNSW_FROM_NLIST = 32_768  # where finding a vector's list by comparing all of them dominates the build
+MOST_FLAT = 1_000_000  # vectors; with more, exact search is slower than the encoders
+MOST_FLOAT16 = 10_000_000  # vectors; with more, lists in float16 take more memory than a node usually has to spare
+HNSW_FROM_NLIST = 32_768  # from here on, comparing a vector with every list's centroid dominates the build
 K_FACTOR = 4  # candidates per neighbour that are ranked again behind a lossy codec
 _LARGEST_NLIST = 65_536
 _SAMPLE_PER_LIST = 64
-_LEAST_PER_LIST = 39  # below which faiss warns of poor centroids
-_BASE_BYTES = 512 << 20  # of a process with faiss and Arrow
+_LEAST_PER_LIST = 39  # with fewer, faiss warns of poor centroids
+_BASE_BYTES = 512 << 20  # memory of a process with faiss and Arrow
 _OPEN_NLIST = re.compile(r"IVF,(SQfp16|SQ8|Flat)")
 _CHOSEN_NLIST = re.compile(r"IVF\d+(_HNSW32)?,(SQfp16|SQ8|Flat)")
 _NLIST = re.compile(r"IVF(\d+)")
@@ -34,11 +34,11 @@ class IndexPlan:
     """What is built.
 
     Attributes:
-        index_key: Of faiss's index factory, with its number of lists.
-        rows: Captions, or the most there can be while they have not been counted.
+        index_key: The key for faiss's index factory, with its number of lists.
+        rows: The number of captions, or its upper bound while they have not been counted.
         dim: Length of a vector.
-        training_rows: Captions that train the template; 0 where nothing is trained.
-        shards: Each shard's [first, stop) of the new captions.
+        training_rows: How many captions train the template; 0 where nothing is trained.
+        shards: The range [first, stop) of new captions in each shard.
     """
 
     index_key: str
@@ -49,7 +49,7 @@ class IndexPlan:
 
     @property
     def nlist(self) -> int | None:
-        """Lists of an inverted file; None for others."""
+        """The number of lists of an inverted file; None for other indexes."""
         return nlist_of(self.index_key)
 
     @property
@@ -60,18 +60,18 @@ class IndexPlan:
 
     @property
     def training_bytes(self) -> int:
-        """Memory of the training task: the sample as float32, faiss's own copy of it, and the centroids."""
+        """Memory of the training task: the sample as float32, faiss's copy of it, and the centroids."""
         return 2 * self.training_rows * self.dim * 4 + 2 * (self.nlist or 0) * self.dim * 4 + _BASE_BYTES
 
     @property
     def shard_bytes(self) -> int:
-        """Memory of writing the largest shard: its vectors, at float32 an upper bound, and parts beside them."""
+        """Memory of writing the largest shard: its vectors, at most in float32, and a few slices of embeddings."""
         largest = max((stop - first for first, stop in self.shards), default=0)
-        return largest * self.dim * 4 + 4 * PART_ROWS * self.dim * 4 + _BASE_BYTES
+        return largest * self.dim * 4 + 4 * SLICE_ROWS * self.dim * 4 + _BASE_BYTES
 
     @property
     def serving_bytes(self) -> int:
-        """What a node maps to search it, re-ranking vectors and texts not counted."""
+        """Bytes that a node maps to search the index, without re-ranking vectors and texts."""
         return self.rows * bytes_per_vector(self.index_key, self.dim) + (self.nlist or 0) * self.dim * 4
 
 
@@ -81,11 +81,11 @@ def plan_index(
     """Chooses how to index a number of captions.
 
     Args:
-        rows: Captions to index.
+        rows: How many captions to index.
         dim: Length of a vector.
-        index_key: `auto`, `IVF,CODEC`, or any string of faiss's index factory.
-        shards: How many.
-        memory_budget_bytes: What the searched part may take on a node, for `auto`.
+        index_key: `auto`, `IVF,CODEC`, or any string for faiss's index factory.
+        shards: How many shards.
+        memory_budget_bytes: For `auto`, the most memory that searching may take on a node.
     """
     key = _choose_key(rows, dim, memory_budget_bytes) if index_key == "auto" else _with_nlist(index_key, rows)
     nlist = nlist_of(key)
@@ -114,13 +114,13 @@ def _choose_key(rows: int, dim: int, budget: float | None) -> str:
             where="memory_budget_gb",
             expected=f"at least {rows * bytes_per_vector(keys[-1], dim) / 1e9:.1f}",
             found=f"{(budget or 0) / 1e9:g}",
-            remedy="Raise it, or give a coarser --index-key, such as IVF65536_HNSW32,PQ64.",
+            remedy="Raise the budget, or give a coarser --index-key, such as IVF65536_HNSW32,PQ64.",
         )
     return _with_nlist(fitting[0], rows)
 
 
 def bytes_per_vector(index_key: str, dim: int) -> int:
-    """Returns what one vector takes in a shard, its id included; for codecs unknown here the float32 size."""
+    """Returns how many bytes one vector and its id take in a shard; for codecs unknown here, as float32."""
     listed = 8 if "IVF" in index_key else 0
     if index_key.endswith("SQfp16"):
         return 2 * dim + listed
@@ -133,14 +133,14 @@ def bytes_per_vector(index_key: str, dim: int) -> int:
 
 
 def choose_nlist(rows: int) -> int:
-    """Returns the power of two nearest to 4 √rows, at most one list per 39 captions."""
+    """Returns the number of lists: the power of two nearest to 4 √rows, at most one list per 39 captions."""
     wanted = 1 << round(2 + log2(rows) / 2)
     most = 1 << int(log2(max(1, rows // _LEAST_PER_LIST)))
     return max(1, min(wanted, most, _LARGEST_NLIST))
 
 
 def _with_nlist(key: str, rows: int) -> str:
-    """Fills the number of lists into `IVF,CODEC`; from many lists on they are found by a graph."""
+    """Fills the number of lists into `IVF,CODEC`; where there are many, a graph finds them."""
     match = _OPEN_NLIST.fullmatch(key)
     if not match:
         return key
@@ -149,19 +149,19 @@ def _with_nlist(key: str, rows: int) -> str:
 
 
 def with_open_nlist(key: str) -> str:
-    """Returns `IVF,CODEC` for a key whose number of lists can be chosen anew for another size; else the key itself."""
+    """Returns `IVF,CODEC` for a key whose number of lists can be chosen again for another size; else the key itself."""
     match = _CHOSEN_NLIST.fullmatch(key)
     return f"IVF,{match[2]}" if match else key
 
 
 def nlist_of(index_key: str) -> int | None:
-    """Returns the number of lists in a key; None where it is no inverted file."""
+    """Returns the number of lists in a key; None where it is not an inverted file."""
     match = _NLIST.search(index_key)
     return int(match[1]) if match else None
 
 
 def plan_shards(rows: int, requested: int | Literal["auto"]) -> Sequence[tuple[int, int]]:
-    """Returns each shard's [first, stop): as many as requested, or one per million, and none of them empty."""
+    """Returns each shard's [first, stop): the requested number of shards, or one per million; no shard is empty."""
     count = -(-rows // ROWS_PER_SHARD) if requested == "auto" else min(requested, rows)
     bounds = [rows * number // count for number in range(count + 1)] if count else [0]
     return list(pairwise(bounds))

@@ -1,6 +1,6 @@
-"""Captions that a published index already has, with their embeddings, as rows for a build.
+"""Reads the captions of a published index, with their embeddings, as rows for a build.
 
-A shard is read from the files of its version by way of the node's cache, as readers do, and verified before.
+As for any reader, a shard's files come from the node's cache, and are verified before they are read.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from smallcap.index.vector_shard import VectorShard
 
 _ROWS_AT_ONCE = 20_000
 
-Role = Literal["known", "given", "lender"]
+Role = Literal["known", "input", "lender"]
 """What a shard's captions are to a build: those of the index that is added to, input, or lenders of embeddings."""
 
 
@@ -35,7 +35,7 @@ class StoredIndex:
 
     Attributes:
         uri: The index's folder or prefix.
-        manifest: The version's.
+        manifest: The version's manifest.
         cache_dir: The node's cache of remote indexes.
     """
 
@@ -49,7 +49,7 @@ class StoredIndex:
         return open_removed(self.manifest, open_version_folder(self.uri, self.manifest, self.cache_dir, removed))
 
     def checked_file(self, entry: FileEntry) -> Path:
-        """Returns a local path of one of the version's files, verified by its sha256.
+        """Returns the local path of one of the version's files, verified by its sha256.
 
         Raises:
             IndexIntegrityError: The file is damaged.
@@ -69,15 +69,15 @@ class StoredIndex:
         return VectorShard(self.checked_file(entry), entry, manifest.index_key, manifest.dim, exact)
 
     def check_pairs(self) -> None:
-        """Checks that the caption files hold the same ids as the vector files, one by one.
+        """Checks that each caption file holds the same ids as the vector file of its shard.
 
         Raises:
-            IndexIntegrityError: They do not.
+            IndexIntegrityError: One does not.
         """
         for shard, captions in zip(self.manifest.shards, self.manifest.captions, strict=False):
             if (shard.first_id, shard.rows) != (captions.first_id, captions.rows):
                 raise IndexIntegrityError(
-                    "The caption files of an index are cut at other ids than its shards.",
+                    "The caption files of an index are divided at other ids than its shards.",
                     where=f"{self.uri}: {captions.file}",
                     expected=_ids(shard),
                     found=_ids(captions),
@@ -95,13 +95,13 @@ class DealStoredTask:
 
     Attributes:
         work_uri: The build's work folder.
-        number: Of this task among all dealing tasks.
+        number: This task's number among all dealing tasks.
         index: The index.
         shard: The shard's number.
         role: What its captions are to the build.
-        sources: Position among the build's source files by the name that the index has for it.
+        sources: Positions among the build's source files, by the names that the index has for them.
         buckets: Number of buckets.
-        with_vectors: Whether the embeddings are of the build's own encoder.
+        with_vectors: Whether the embeddings were made by the build's encoder.
     """
 
     work_uri: str
@@ -115,7 +115,7 @@ class DealStoredTask:
 
 
 def deal_shard(task: DealStoredTask) -> Dealt:
-    """Deals the captions of one shard that have not been removed.
+    """Deals one shard's captions into buckets, without those that have been removed.
 
     Raises:
         IndexIntegrityError: The shard's files are damaged.
@@ -126,8 +126,8 @@ def deal_shard(task: DealStoredTask) -> Dealt:
     vectors = task.index.vectors(task.shard) if task.with_vectors else None
     for start in range(0, captions.num_rows, _ROWS_AT_ONCE):
         stop = min(start + _ROWS_AT_ONCE, captions.num_rows)
-        brought = None if vectors is None else vectors.stored_vectors(start, stop)
-        rows = _rows(task, captions.slice(start, stop - start), brought)
+        batch_vectors = None if vectors is None else vectors.stored_vectors(start, stop)
+        rows = _rows(task, captions.slice(start, stop - start), batch_vectors)
         first_id = task.index.manifest.captions[task.shard].first_id + start
         live = ~np.isin(np.arange(first_id, first_id + stop - start), removed, assume_unique=True)
         writer.add(row for row, is_live in zip(rows, live, strict=True) if is_live)

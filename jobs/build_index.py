@@ -7,16 +7,17 @@ import sys
 from index_builder.build import Build, BuildPlan, BuildReport
 from index_builder.plan import plan_index, with_open_nlist
 from index_builder.versions.removal import COMPACT_ABOVE
+from jobs.captioning.progress import describe_count
 from jobs.cluster.session import connect
 from jobs.cluster.tasks import RayRunner
 from smallcap.config import IndexConfig
 from smallcap.index.manifest import IndexManifest
 
-_RETRAIN_ABOVE = 2.0  # times the captions that the template was trained for
+_RETRAIN_ABOVE = 2.0  # times the number of captions that the template was trained for
 
 
 def run(config: IndexConfig, address: str | None = None) -> BuildReport:
-    """Connects to Ray, builds the index, or changes it, and publishes it.
+    """Connects to Ray, builds or changes the index, and publishes it.
 
     Raises:
         RunError: See `index_builder.build.build_index`.
@@ -25,7 +26,7 @@ def run(config: IndexConfig, address: str | None = None) -> BuildReport:
 
 
 def plan(config: IndexConfig, address: str | None = None) -> BuildPlan:
-    """Connects to Ray, and says what `run` would do.
+    """Connects to Ray, and returns what `run` would do.
 
     Raises:
         RunError: See `index_builder.build.Build.plan`.
@@ -34,7 +35,7 @@ def plan(config: IndexConfig, address: str | None = None) -> BuildPlan:
 
 
 def _open(config: IndexConfig, address: str | None) -> Build:
-    build = Build(config, RayRunner(), _print_progress)  # what is missing is told before Ray starts
+    build = Build(config, RayRunner(), _print_progress)  # finds wrong options before Ray starts
     connect(address)
     return build
 
@@ -43,17 +44,17 @@ def describe(report: BuildReport) -> str:
     """Returns what a build did, in a few lines for people."""
     manifest = report.manifest
     if report.no_op:
-        return f"Nothing to do: version {manifest.index_id} of {report.index_uri} is what was asked for."
+        return f"Nothing to do: version {manifest.index_id} of {report.index_uri} is up to date."
     rows = sum(source.rows for source in manifest.sources)
     new = ""
     if report.new_captions != manifest.ntotal and manifest.operation == "add":
         new = f" ({report.new_captions:,} new, {report.embedded:,} of them embedded now)"
     seconds = ", ".join(f"{stage} {spent:.1f} s" for stage, spent in report.seconds.items())
-    shards = _shards(len(manifest.shards))
+    captions, shards = describe_count(manifest.ntotal, "caption"), describe_count(len(manifest.shards), "shard")
     return "\n".join(
         [
             f"Published version {manifest.index_id} of {report.index_uri}",
-            f"  {manifest.ntotal:,} captions{new} of {rows:,} rows in {shards}, "
+            f"  {captions}{new} of {describe_count(rows, 'row')} in {shards}, "
             f"{manifest.index_key}; dropped: {_counts(manifest.dropped)}",
             f"  {_recall(manifest)}",
             *(f"  {line}" for line in advice(manifest)),
@@ -65,32 +66,33 @@ def describe(report: BuildReport) -> str:
 def describe_plan(plan: BuildPlan) -> str:
     """Returns what a build would do, in a few lines for people."""
     index = plan.index
-    shards = _shards(len(index.shards))
+    shards = describe_count(len(index.shards), "shard")
     training = f", trained on {index.training_rows:,} of them" if index.training_rows else ""
     return "\n".join(
         [
             f"Would publish to {plan.index_uri}; nothing was built.",
-            f"  {plan.new_captions:,} new captions of {plan.rows:,} rows; dropped: {_counts(plan.dropped)}",
+            f"  {describe_count(plan.new_captions, 'new caption')} of {describe_count(plan.rows, 'row')}; "
+            f"dropped: {_counts(plan.dropped)}",
             f"  {index.index_key} in {shards}{training}",
             f"  memory: training {_gb(index.training_bytes if index.training_rows else 0)}, "
             f"writing a shard {_gb(index.shard_bytes)}, serving {_gb(index.serving_bytes)} mapped",
-            f"  {plan.to_embed:,} captions to embed, about {plan.embed_s:,.0f} s on this cluster",
+            f"  {describe_count(plan.to_embed, 'caption')} to embed, about {plan.embed_s:,.0f} s on this cluster",
         ]
     )
 
 
 def advice(manifest: IndexManifest) -> list[str]:
-    """Returns what the user may want to do next: compact, or train anew."""
+    """Returns what the user may want to do next: compact the index, or train its lists again."""
     lines = []
     removed = manifest.id_count - manifest.ntotal
     if removed > COMPACT_ABOVE * manifest.id_count:
         share = removed / manifest.id_count
-        lines.append(f"{share:.0%} of the captions are removed and still on disk: rebuild with --compact.")
+        lines.append(f"{share:.0%} of the captions have been removed, but are still on disk: rebuild with --compact.")
     if manifest.operation != "add":
         return lines
     if manifest.nlist is not None and manifest.ntotal > _RETRAIN_ABOVE * (manifest.trained_on or manifest.ntotal):
         lines.append(
-            f"Its lists were trained for {manifest.trained_on:,} captions: rebuild with --compact to train them anew."
+            f"Its lists were trained for {manifest.trained_on:,} captions: rebuild with --compact to train them again."
         )
     usual = with_open_nlist(plan_index(manifest.ntotal, manifest.dim, "auto", "auto").index_key)
     if manifest.index_key == "Flat" and usual != "Flat":
@@ -105,16 +107,12 @@ def _recall(manifest: IndexManifest) -> str:
     )
     first = manifest.recall[0]
     lists = f", nprobe {first.nprobe} of {manifest.nlist}" if first.nprobe else ""
-    queries = f"{first.queries:,} queries, {manifest.recall_queries or 'captions'}"
+    queries = f"{first.queries:,} queries ({manifest.recall_queries or 'captions'})"
     return f"{entries} on {queries}; {first.queries_per_s:,.0f} queries/s{lists}"
 
 
 def _counts(dropped: dict[str, int]) -> str:
     return ", ".join(f"{count:,} {reason}" for reason, count in dropped.items() if count) or "none"
-
-
-def _shards(count: int) -> str:
-    return "1 shard" if count == 1 else f"{count:,} shards"
 
 
 def _gb(size: int) -> str:

@@ -1,6 +1,6 @@
-"""The captioning job: images in, Parquet with captions and retrieved neighbours out.
+"""The captioning job: takes images, and writes Parquet with captions and retrieved neighbours.
 
-    what is left of the input → load (fetch and decode, CPU tasks) → caption (actor pool) → write parts
+    remaining images → load (fetch and decode, CPU tasks) → caption (actor pool) → write parts
 
 Runs as `smallcap caption …` or, for `ray job submit`, as `python -m jobs.caption …` with the same options.
 """
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from jobs.captioning.layout import count_images, lay_out, load_spec
-from jobs.captioning.progress import show_progress, stage_table
+from jobs.captioning.progress import describe_count, show_progress, stage_table
 from jobs.captioning.record import (
     Attempt,
     ImageCounts,
@@ -26,7 +26,7 @@ from jobs.captioning.record import (
 )
 from jobs.captioning.stage_report import Snapshot
 from jobs.captioning.watch import watch_run
-from jobs.captioning.work import finish_run, list_work, open_record, what_is_left
+from jobs.captioning.work import finish_run, list_work, open_record, remaining_items
 from jobs.cluster.errors import unwrapped_errors
 from jobs.cluster.session import connect
 from jobs.cluster.tasks import map_in_actors
@@ -47,9 +47,9 @@ class RunSummary:
 
     out: str
     record: RunRecord
-    new_images: int  # captioned, or failed, by this call
-    images: ImageCounts  # in the output, of all attempts
-    stages: tuple[str, ...] = ()  # where this call's time went, for people
+    new_images: int  # that got their row in this call, with a caption or an error
+    images: ImageCounts  # in the output, from all attempts
+    stages: tuple[str, ...] = ()  # where the time of this call went, for people
 
     @property
     def error_rate(self) -> float:
@@ -63,16 +63,16 @@ def run(
     """Captions all images of `config` that have no row in its output yet.
 
     Args:
-        config: What to caption, with what, and where to write.
-        address: Of a Ray cluster; by default the one this process belongs to, or a new local one.
-        retry_failed: Try images again whose rows are errors.
-        relist: List the input again, and take what has come since; without it a run keeps to its first list.
+        config: What to caption, with which model and index, and where to write.
+        address: Address of a Ray cluster; by default the one this process belongs to, or a new local one.
+        retry_failed: Whether to try images again whose rows are errors.
+        relist: Whether to list the input again and add new images; by default a run keeps its first list.
 
     Returns:
-        The finished run. When everything was done before, nothing is computed and Ray is not started.
+        The finished run. Where everything is done already, nothing is computed and Ray does not start.
 
     Raises:
-        ConfigError: The options are wrong, or the output holds a run with others.
+        ConfigError: The options are wrong, or the output holds a run with other options.
         RunError: Storage, index or checkpoint cannot be used.
     """
     with run_lock(config.out):
@@ -81,7 +81,7 @@ def run(
             return RunSummary(config.out, record, 0, record.images)
         work = list_work(config, record, relist)
         record = record.model_copy(update={"input": Input.of(work)})
-        items = what_is_left(config, work, retry_failed)
+        items = remaining_items(config, work, retry_failed)
         new_images = 0
         stages: tuple[str, ...] = ()
         if items:
@@ -94,16 +94,17 @@ def run(
 def describe(summary: RunSummary) -> str:
     """Returns what a call of the job did and where its time went, in a few lines for people."""
     images, record = summary.images, summary.record
-    lines = [f"Nothing to do: all {images.total:,} images have their rows already."]
+    lines = ["Nothing to do: every image has its row."]
     if summary.stages:
         lines = list(summary.stages)
     elif record.input:
-        lines.append(f"The input was listed at {record.input.listed_at}; --relist looks for images that came since.")
+        lines.append(f"The input was listed at {record.input.listed_at}; --relist looks for newer images.")
     if repeated := record.count_repeated():
-        lines.append(f"{repeated:,} images were named again, and captioned once.")
+        lines.append(f"Named more than once, captioned once: {describe_count(repeated, 'image')}.")
     errors = ", ".join(f"{count:,} {code}" for code, count in images.errors_by_code.items())
-    counts = f"{images.total:,} rows: {images.ok:,} ok, {images.error:,} errors"
-    lines.append(counts + (f" ({errors}); --retry-failed tries them again" if errors else ""))
+    rows, failed = describe_count(images.total, "row"), describe_count(images.error, "error")
+    counts = f"{rows}: {images.ok:,} ok, {failed}"
+    lines.append(counts + (f" ({errors}); --retry-failed tries these images again" if errors else ""))
     lines.append(f"Parquet: {summary.out}/part-*.parquet")
     return "\n".join(lines)
 
@@ -111,7 +112,7 @@ def describe(summary: RunSummary) -> str:
 def _caption(
     config: CaptionConfig, record: RunRecord, work: WorkList, items: Sequence[WorkItem], address: str | None
 ) -> tuple[RunRecord, tuple[str, ...]]:
-    """Runs one attempt of the pipeline over what is left; returns where its time went as well."""
+    """Runs one attempt of the pipeline; returns the run's record and where the time went."""
     connect(address)  # before Ray Data is imported: it reads some of its settings then
 
     from jobs.captioning.caption import CaptionerSpec, CaptionImages
@@ -140,8 +141,8 @@ def _caption(
         captioning = CaptionerSpec(config, layout, record.index_id, record.retrieval_encoder, watch.monitor, partitions)
         sink = PartSink(config.out, attempt, len(attempts), schema, layout, watch.monitor)
         loaded = start_loading(items, load_images, loading, layout.images_per_block)
-        # No CPU for writing: else loading, which always has more to do, keeps it waiting until all is loaded, and a
-        # kill costs all that was captioned.
+        # Writing asks for no CPU: it would wait until loading, which always has more to do, has loaded everything, and
+        # a kill would cost all captions.
         map_in_actors(loaded, CaptionImages, (captioning,), layout.images_per_call, actors).write_datasink(
             sink, ray_remote_args={"num_cpus": 0}
         )
@@ -154,7 +155,7 @@ def _caption(
 
 
 def _measured(attempt: Attempt, snapshot: Snapshot | None, seconds: float, fast_decode: bool) -> Attempt:
-    """Returns the record of an attempt that has ended, with what its stages reported."""
+    """Returns the record of a finished attempt, with what its stages reported."""
     ended = attempt.model_copy(update={"finished_at": utc_now(), "seconds": round(seconds, 3)})
     if snapshot is None:
         return ended
@@ -176,7 +177,7 @@ def _measured(attempt: Attempt, snapshot: Snapshot | None, seconds: float, fast_
 
 @contextmanager
 def _partitions(config: CaptionConfig, record: RunRecord) -> Iterator[Partitions | None]:
-    """Runs the actors that hold the index between them, where one process is not to hold all of it."""
+    """Runs the actors that share the index, where one process is not to hold all of it; yields None where it is."""
     from jobs.captioning.retrieval_actors import run_partitions
 
     if record.index_id is None or config.index is None or config.retrieval.partitions == 1:
@@ -187,7 +188,7 @@ def _partitions(config: CaptionConfig, record: RunRecord) -> Iterator[Partitions
 
 
 def exit_status(config: CaptionConfig, summary: RunSummary) -> int:
-    """Returns 0, or the status that says that more images failed than the config accepts."""
+    """Returns 0, or the status for more failed images than the config accepts."""
     return EXIT_TOO_MANY_ERRORS if summary.error_rate > config.max_error_rate else 0
 
 

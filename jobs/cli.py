@@ -1,7 +1,7 @@
-"""The `smallcap` command: every job and look-up, with one way of taking options and of reporting errors.
+"""The `smallcap` command: all jobs and look-ups.
 
-A command's options are the fields of the classes that its function takes. Exit codes: 0 done, 1 run error, 2 usage,
-3 done with more failed rows than `--max-error-rate`.
+A command's options are the fields of the classes that its function takes. Exit codes: 0 done, 1 run error, 2 usage
+error, 3 done with more failed rows than `--max-error-rate` allows.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-index_app = typer.Typer(help="List an index's versions, go back to one, remove old ones.", no_args_is_help=True)
+index_app = typer.Typer(help="List the versions of an index, go back to one, remove old ones.", no_args_is_help=True)
 app.add_typer(index_app, name="index")
 COMMANDS: list[Command] = []
 
 
 def main(*command: str) -> None:
-    """Runs the command line; a job's module names its own command, so that `python -m jobs.NAME` is the same."""
+    """Runs the command line; a job's module names its command, so that `python -m jobs.NAME` does the same."""
     run_app(app, [*command, *sys.argv[1:]])
 
 
@@ -74,7 +74,7 @@ def _command(name: str, example: str, base: Base | None = None) -> Callable[[Run
 
 @_command("demo", "")
 def demo(options: DemoOptions) -> None:
-    """Caption the demo's scenes with its small trained model; then swap the datastore, and caption other domains."""
+    """Caption the demo's scenes with its small trained model; then swap the datastore and caption other domains."""
     from jobs import caption as caption_job
     from jobs.demo import compare_swap, run_demo
     from jobs.terminal import console
@@ -83,15 +83,15 @@ def demo(options: DemoOptions) -> None:
     print(f"Index: {'built' if result.index_was_built else 'up to date'}, {result.index}")
     print(caption_job.describe(result.summary), end="\n\n")
     console.print_samples(result.summary.out, options.show)
-    print("\nScenes of domains that the model was not trained on, with the old datastore and with their own:\n")
+    print("\nScenes from domains that the model was not trained on, before and after the datastore was swapped:\n")
     console.print_swap(compare_swap(result.swap)[: options.show])
     print(f"\nParquet: {result.swap.before.out} and {result.swap.after.out}")
 
 
 @_command("build-index", "captions.csv --out s3://bucket/index --encoder open_clip:RN50x64/openai")
 def build_index(config: IndexConfig, call: RayCall) -> None:
-    """Build and publish an index from caption dumps; add to one, or remove from one."""
-    from jobs import build_index as job  # imports torch and Ray, which a wrong option need not wait for
+    """Build an index from caption dumps and publish it; add captions to an index, or remove captions."""
+    from jobs import build_index as job  # imports torch and Ray; a wrong option fails before
 
     if call.dry_run:
         print(job.describe_plan(job.plan(config, call.address)))
@@ -101,7 +101,7 @@ def build_index(config: IndexConfig, call: RayCall) -> None:
 
 @_command("index list", "s3://bucket/index")
 def index_list(options: IndexListOptions) -> None:
-    """Show an index's versions, the newest first."""
+    """Show the versions of an index, newest first."""
     from jobs import index as job
     from jobs.terminal import console
 
@@ -114,7 +114,7 @@ def index_list(options: IndexListOptions) -> None:
 
 @_command("index use", "s3://bucket/index previous")
 def index_use(options: IndexUseOptions) -> None:
-    """Make another version the current one; runs that have begun keep theirs."""
+    """Make another version the current one; runs that have begun keep the version they began with."""
     from index_builder.versions.lifecycle import use_version
 
     print(f"Current version of {options.index}: {use_version(options.index, options.version).index_id}")
@@ -130,8 +130,10 @@ def index_gc(options: IndexGcOptions) -> None:
 
 
 def _run_to_retry(flags: dict[str, Any], call: CaptionCall) -> Mapping[str, Any] | None:
-    """Returns the config of the run whose failed images are tried again, where no other is given; its folder may be
-    given as the only argument."""
+    """Returns the config of the run whose failed images are tried again, unless another config is given.
+
+    The only argument may be the run's folder.
+    """
     if not call.retry_failed or call.config is not None:
         return None
     if "out" not in flags and len(flags.get("images", ())) == 1:
@@ -150,8 +152,8 @@ def _run_to_retry(flags: dict[str, Any], call: CaptionCall) -> Mapping[str, Any]
     _run_to_retry,
 )
 def caption(config: CaptionConfig, call: CaptionCall) -> int:
-    """Caption images. Stopped and started again, it does what is missing."""
-    from jobs import caption as job  # imports torch and Ray, which a wrong option need not wait for
+    """Caption images. To resume a stopped run, repeat the command."""
+    from jobs import caption as job  # imports torch and Ray; a wrong option fails before
 
     if call.dry_run:
         from jobs.captioning.plan import dry_run
@@ -165,8 +167,8 @@ def caption(config: CaptionConfig, call: CaptionCall) -> int:
 
 @_command("train", "dataset_coco.json --index s3://bucket/index --model Yova/SmallCap7M --out s3://bucket/training")
 def train(config: TrainConfig, call: RayCall) -> None:
-    """Train cross-attention. Stopped and started again, it goes on from its newest checkpoint."""
-    from jobs import train as job  # imports torch and Ray, which a wrong option need not wait for
+    """Train cross-attention. To resume a stopped run from its newest checkpoint, repeat the command."""
+    from jobs import train as job  # imports torch and Ray; a wrong option fails before
 
     print("\n".join(job.plan_lines(config)) if call.dry_run else job.describe(job.run(config, call.address)))
 
@@ -188,7 +190,7 @@ def search(options: SearchOptions) -> None:
 
 @_command("inspect", "s3://bucket/captions")
 def inspect(options: InspectOptions) -> None:
-    """Say what an index or a run is: counts, settings, sample rows."""
+    """Describe an index or a run: counts, settings, sample rows."""
     from jobs.inspect import inspect_path
     from jobs.terminal import console
 

@@ -1,4 +1,4 @@
-"""The demo: the whole path on rendered scenes, with the model that ships in the repository, and another datastore."""
+"""The demo: captions rendered scenes with the model that ships in the repository, then swaps the datastore."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from smallcap.config import CaptionConfig, CleaningConfig, IndexConfig
 from smallcap.model.files import DEMO, demo_folder
 from smallcap.output.schema import STATUS_OK
 
-HELD_OUT = "held-out"  # domains that the model's cross-attention was not trained on, as the files are named
+HELD_OUT = "held-out"  # in file names: domains that the model's cross-attention was not trained on
 
 
 @dataclass(frozen=True)
 class SwapResult:
-    """Images of held-out domains, captioned with the datastore of the training domains and with their own."""
+    """Images of held-out domains, captioned with the training domains' datastore and with their own."""
 
     before: caption.RunSummary
     after: caption.RunSummary
@@ -27,7 +27,7 @@ class SwapResult:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """Where the demo's index and captions are, and what was computed for them."""
+    """Where the demo's index and captions are, and what this call computed."""
 
     index: str
     index_was_built: bool
@@ -36,25 +36,25 @@ class DemoResult:
 
 
 def run_demo(out: str, address: str | None = None) -> DemoResult:
-    """Builds the demo's indexes from its caption dumps and captions its images; what is there already is kept.
+    """Builds the demo's indexes from its caption dumps and captions its images; keeps what is there already.
 
     Args:
-        out: Folder for `index/` and `captions/`, and, for the images of held-out domains, `index-held-out/` and
-            `captions-held-out/before/` and `after/`.
-        address: Of a Ray cluster; by default a local one.
+        out: Folder for `index/` and `captions/`, and, for the images of held-out domains, `index-held-out/`,
+            `captions-held-out/before/` and `captions-held-out/after/`.
+        address: Address of a Ray cluster; by default a local one.
     """
     report = build_demo_index(storage.join(out, "index"), address)
     summary = _caption("images", report.index_uri, storage.join(out, "captions"), address)
-    own = build_demo_index(storage.join(out, f"index-{HELD_OUT}"), address, f"captions-{HELD_OUT}.csv").index_uri
+    other = build_demo_index(storage.join(out, f"index-{HELD_OUT}"), address, f"captions-{HELD_OUT}.csv")
     swapped = {
         name: _caption(f"images-{HELD_OUT}", index, storage.join(out, f"captions-{HELD_OUT}", name), address)
-        for name, index in (("before", report.index_uri), ("after", own))
+        for name, index in (("before", report.index_uri), ("after", other.index_uri))
     }
     return DemoResult(report.index_uri, not report.no_op, summary, SwapResult(**swapped))
 
 
 def build_demo_index(out: str, address: str | None = None, dump: str = "captions.csv") -> BuildReport:
-    """Builds the index of a caption dump of the demo at `out`, unless it is there."""
+    """Builds the index of one of the demo's caption dumps at `out`, unless it is there."""
     dumps = (str(demo_folder() / dump),)
     cleaning = CleaningConfig(tokenizer=DEMO)
     return build_index.run(IndexConfig(dumps=dumps, out=out, encoder=DEMO, shards=2, cleaning=cleaning), address)
@@ -66,7 +66,7 @@ def _caption(images: str, index: str, out: str, address: str | None) -> caption.
 
 
 def compare_swap(swap: SwapResult) -> list[dict[str, str]]:
-    """Returns for each image its caption before and after the swap, and what a person would write."""
+    """Returns for each image its captions before and after the swap, and a reference caption."""
     references = json.loads((demo_folder() / f"references-{HELD_OUT}.json").read_bytes())
     names = {image["id"]: image["file_name"] for image in references["images"]}
     rows: dict[str, dict[str, str]] = defaultdict(dict)
@@ -75,5 +75,5 @@ def compare_swap(swap: SwapResult) -> list[dict[str, str]]:
             for row in part.to_pylist():
                 rows[row["image_id"]][column] = row["caption"] if row["status"] == STATUS_OK else "(no caption)"
     for annotation in reversed(references["annotations"]):
-        rows[names[annotation["image_id"]]]["reference"] = annotation["caption"]  # the first of each image stays
+        rows[names[annotation["image_id"]]]["reference"] = annotation["caption"]  # each image's first one stays
     return [{"image": name, **values} for name, values in sorted(rows.items())]

@@ -1,7 +1,7 @@
-"""Evaluation of captioning runs against reference captions: reads both, and returns the figures as plain values.
+"""Evaluates captioning runs against reference captions, and returns the figures as plain values.
 
-Runs as `smallcap evaluate RUN… --references FILE`, or as `python -m jobs.evaluate …` with the same options. It needs no
-Ray: a run's captions fit into one process, and its images are not looked at.
+Runs as `smallcap evaluate RUN… --references FILE`, or as `python -m jobs.evaluate …` with the same options. It does not
+need Ray: the captions of a run fit into one process, and images are not read.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from smallcap.index.caption_store import read_texts
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
-    """Evaluates one run, or two side by side; see docs/formats.md for what comes back.
+    """Evaluates one run, or compares two; docs/formats.md describes the result.
 
     Raises:
         ConfigError: A folder holds no run, no image has references, or pycocoevalcap is not installed.
@@ -83,14 +83,14 @@ def _describe_run(path: str, record: RunRecord, rows: RunCaptions, measured: Any
 
 
 def _warnings(paths: tuple[str, ...], records: list[RunRecord]) -> list[str]:
-    """Returns what makes the runs' figures doubtful or incomparable."""
+    """Returns reasons why the figures are doubtful or cannot be compared."""
     warnings = [
-        f"{path} is not complete; its missing images are not in the figures."
+        f"{path} is not complete; the figures leave out its missing images."
         for path, record in zip(paths, records, strict=True)
         if record.status != "complete"
     ]
     if len({record.retrieval_encoder for record in records}) > 1:
-        warnings.append("The runs' CLIPScores come from different encoders and cannot be compared.")
+        warnings.append("The CLIPScores of the runs come from different encoders and cannot be compared.")
     return warnings
 
 

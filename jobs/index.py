@@ -1,14 +1,15 @@
-"""An index's versions as plain values, for people and for JSON."""
+"""Lists and collects the versions of an index, as plain values for people and for JSON."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from index_builder.versions.lifecycle import Garbage, collect_garbage, list_versions, parse_grace
+from jobs.captioning.progress import describe_count
 
 
 def list_index(index: str) -> list[dict[str, Any]]:
-    """Returns what each version of an index is, the newest first.
+    """Returns the facts of each version of an index, newest first.
 
     Raises:
         ManifestError: There is no published index.
@@ -31,7 +32,7 @@ def list_index(index: str) -> list[dict[str, Any]]:
 
 
 def collect(index: str, grace: str, keep: int, dry_run: bool) -> dict[str, Any]:
-    """Removes what no version needs; returns what went, or would go.
+    """Removes what no version needs; returns what was, or would be, removed.
 
     Raises:
         ConfigError: `grace` is not a duration.
@@ -47,10 +48,9 @@ def collect(index: str, grace: str, keep: int, dry_run: bool) -> dict[str, Any]:
 
 
 def describe_garbage(garbage: dict[str, Any], dry_run: bool) -> str:
-    """Returns what went, in a line for people."""
+    """Returns what was, or would be, removed, in a line for people."""
     nouns = {"versions": "version", "files": "file", "staging": "folder"}
-    counts = {name: len(garbage[name]) for name in nouns}
-    versions, files, folders = (f"{counts[name]} {noun}{'s' * (counts[name] != 1)}" for name, noun in nouns.items())
+    versions, files, folders = (describe_count(len(garbage[name]), noun) for name, noun in nouns.items())
     done = "Would remove" if dry_run else "Removed"
     size = f"{garbage['bytes'] / 1e6:,.1f} MB"
     return f"{done} {versions}, {files} with {size}, and {folders} of builds that ended early."

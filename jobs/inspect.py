@@ -1,4 +1,4 @@
-"""What an index or a run is: its facts and some of its rows, as plain values that print as JSON or as tables."""
+"""Describes an index or a run: its facts and sample rows, as plain values that print as JSON or as tables."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def inspect_path(path: str, samples: int) -> dict[str, Any]:
     """Returns the facts of an index or a run; `kind` says which.
 
     Args:
-        path: The folder or prefix of either.
-        samples: How many rows to show.
+        path: The folder or prefix of an index or a run.
+        samples: The number of rows to show.
 
     Raises:
-        ConfigError: It is neither.
-        RunError: It is one of them, and malformed.
+        ConfigError: The path is neither an index nor a run.
+        RunError: The index or the run is malformed.
     """
     if storage.exists(storage.join(path, POINTER_FILE)):
         return _inspect_index(path, samples)

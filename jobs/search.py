@@ -1,4 +1,4 @@
-"""One query against a published index, by image or by text, for people who want to see what is retrieved."""
+"""Searches a published index with an image or a text, to show people what is retrieved."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def search(options: SearchOptions) -> list[Neighbour]:
     """Returns the captions nearest to an image or a text.
 
     Raises:
-        ConfigError: Not exactly one query is given, or the image cannot be used.
+        ConfigError: There is not exactly one query, or the image cannot be used.
         RunError: The index or its encoder cannot be used.
     """
     index, image, text, k = options.index, options.image, options.text, options.k

@@ -1,6 +1,6 @@
-"""The training job: images with captions and an index in, a checkpoint with trained cross-attention out.
+"""The training job: takes images with captions and an index, and writes a checkpoint with trained cross-attention.
 
-    list → store features (once per image) → store candidates (of the index) → train (Ray Train) → write the model
+    list → store features (once per image) → store candidates (from the index) → train (Ray Train) → write the model
 
 Runs as `smallcap train …` or, for `ray job submit`, as `python -m jobs.train …` with the same options. What an earlier
 attempt has finished is not done again.
@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from jobs.captioning.progress import describe_count
 from jobs.captioning.record import run_lock
 from jobs.cluster.session import connect
 from jobs.training.export import write_model
@@ -49,21 +50,21 @@ class TrainSummary:
 
     out: str
     record: TrainRecord
-    new_steps: int  # of this call
+    new_steps: int  # that this call trained
 
 
 def run(config: TrainConfig, address: str | None = None) -> TrainSummary:
-    """Trains to the end, from wherever an earlier attempt in the same folder has come to.
+    """Trains to the end, from where an earlier attempt in the same folder stopped.
 
     Args:
         config: What to train on, what to start from, and where to write.
-        address: Of a Ray cluster; by default the one this process belongs to, or a new local one.
+        address: Address of a Ray cluster; by default the one this process belongs to, or a new local one.
 
     Returns:
-        The finished run. When everything was done before, nothing is computed and Ray is not started.
+        The finished run. Where everything is done already, nothing is computed and Ray does not start.
 
     Raises:
-        ConfigError: The options are wrong, or the output holds a run with others.
+        ConfigError: The options are wrong, or the output holds a run with other options.
         RunError: Storage, index or a model cannot be used.
     """
     with run_lock(config.out):
@@ -78,7 +79,7 @@ def open_record(config: TrainConfig) -> tuple[TrainRecord, ModelStart]:
 
     Raises:
         ConfigError: The folder holds a run with other options.
-        RunError: Index or model cannot be used.
+        RunError: The index or the model cannot be used.
     """
     record = load_train_record(config.out)
     if record is not None:
@@ -132,7 +133,7 @@ def _train(config: TrainConfig, record: TrainRecord, start: ModelStart, address:
 
 
 def _fit(config: TrainConfig, record: TrainRecord, spec: WorkerSpec, plan: TrainPlan) -> tuple[TrainRecord, int]:
-    """Trains what is left; returns the record with this attempt, and how many steps it took."""
+    """Trains the remaining steps; returns the record with this attempt, and how many steps it took."""
     if not spec.examples.examples:
         raise ConfigError(
             "There are no examples to train on.",
@@ -142,9 +143,9 @@ def _fit(config: TrainConfig, record: TrainRecord, spec: WorkerSpec, plan: Train
         )
     from jobs.training.fit import fit
 
-    found = find_train_checkpoint(config.out)
+    newest = find_train_checkpoint(config.out)
     attempt = TrainAttempt(
-        started_at=utc_now(), device=plan.device, workers=plan.workers, first_step=found.step if found else 0
+        started_at=utc_now(), device=plan.device, workers=plan.workers, first_step=newest.step if newest else 0
     )
     attempts = (*record.attempts, attempt)
     record = record.model_copy(update={"attempts": attempts})
@@ -158,7 +159,7 @@ def _fit(config: TrainConfig, record: TrainRecord, spec: WorkerSpec, plan: Train
 
 
 def _finish(config: TrainConfig, record: TrainRecord, start: ModelStart) -> TrainRecord:
-    """Writes the best epoch's model, and then the record that says so."""
+    """Writes the model of the best epoch, and then the record that says so."""
     last = find_train_checkpoint(config.out)
     if last is None or len(last.epochs) != config.optimizer.epochs:
         raise RunError("Training ended without its last checkpoint.", where=config.out)
@@ -210,10 +211,10 @@ def _describe_data(features: StoreManifest, inputs: TrainInputs, leaks: int | No
 
 
 def plan_lines(config: TrainConfig) -> list[str]:
-    """Lists the input and says what there is to train on and with; writes nothing to its output, starts no Ray.
+    """Lists the input, and returns what the run will train and on what; writes nothing to its output, starts no Ray.
 
     Raises:
-        ConfigError: The options are wrong, or the output holds a run with others.
+        ConfigError: The options are wrong, or the output holds a run with other options.
         RunError: Storage, index or a model cannot be used.
     """
     record, start = open_record(config)
@@ -229,11 +230,12 @@ def plan_lines(config: TrainConfig) -> list[str]:
     return [
         f"Start: {record.start_id}; {trained:,} parameters to train, reduce factor "
         f"{model.config.decoder.cross_attention_reduce_factor}",
-        f"Training images of lists: {inputs.listed_images:,}, with {inputs.listed_examples:,} captions",
-        f"Beside them: {shards['tar']:,} tars, {shards['parquet']:,} row groups of Parquet files with images",
-        f"Validation: {'yes' if inputs.has('validation') else 'none; the last epoch is taken'}",
-        f"Features: {image_bytes:,} bytes for each image, {image_bytes * inputs.listed_images / 1e9:.2f} GB for lists",
-        f"Steps of lists: {steps:,} in each of {config.optimizer.epochs} epochs",
+        f"Training images in lists: {inputs.listed_images:,}, with {describe_count(inputs.listed_examples, 'caption')}",
+        f"Further training input: {describe_count(shards['tar'], 'tar')}, "
+        f"{describe_count(shards['parquet'], 'row group')} of Parquet files with images",
+        f"Validation: {'yes' if inputs.has('validation') else 'none; the model of the last epoch is written'}",
+        f"Features: {image_bytes:,} bytes per image, {image_bytes * inputs.listed_images / 1e9:.2f} GB for lists",
+        f"Steps per epoch for lists: {steps:,}, in {describe_count(config.optimizer.epochs, 'epoch')}",
         f"Retrieval: {_describe_retrieval(config, record)}",
     ]
 
@@ -246,23 +248,24 @@ def _describe_retrieval(config: TrainConfig, record: TrainRecord) -> str:
 def describe(summary: TrainSummary) -> str:
     """Returns what a call of the job did, in a few lines for people."""
     record, data = summary.record, summary.record.data
-    lines = [f"{summary.new_steps:,} steps." if summary.new_steps else "Nothing to do: the run is complete."]
+    steps = f"Trained {describe_count(summary.new_steps, 'step')}."
+    lines = [steps if summary.new_steps else "Nothing to do: the run is complete."]
     if data is not None:
         errors = ", ".join(f"{count:,} {code}" for code, count in data.errors.items())
-        lines.append(
-            f"{data.images:,} images with {data.examples:,} captions" + (f"; left out: {errors}" if errors else "")
-        )
+        images, captions = describe_count(data.images, "image"), describe_count(data.examples, "caption")
+        lines.append(f"{images} with {captions}" + (f"; left out: {errors}" if errors else ""))
         if data.malformed:
-            lines.append(f"{data.malformed:,} rows of lists could not be read")
+            lines.append(f"Rows in lists that could not be read: {data.malformed:,}")
         if data.leaks is not None and data.leaks > data.images // 2:
             lines.append(
-                f"{data.leaks:,} images were retrieved one of their own captions: do the ids of the index match theirs?"
+                f"Images for which one of their own captions was retrieved: {data.leaks:,}. "
+                "Do the image ids in the index match those in the training data?"
             )
     for epoch in record.epochs:
         validation = "" if epoch.validation_loss is None else f", validation loss {epoch.validation_loss:.4f}"
         cider = "" if epoch.cider is None else f", CIDEr {100 * epoch.cider:.1f}"
         lines.append(f"epoch {epoch.epoch}: loss {epoch.loss:.4f}{validation}{cider}")
-    lines.append(f"Model: {summary.out}/model, of epoch {record.best_epoch} (by {record.selected_by})")
+    lines.append(f"Model: {summary.out}/model, from epoch {record.best_epoch} (chosen by {record.selected_by})")
     return "\n".join(lines)
 
 

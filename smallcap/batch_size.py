@@ -1,7 +1,7 @@
-"""How many images fit into the memory that is left: what captioning one image takes, counted from the sizes.
+"""How many images fit into free memory, computed from the bytes that captioning one image takes.
 
-The keys and values of the decoder are counted to the byte; activations are the few largest tensors that live at once.
-Nothing is run and nothing is measured but the free memory.
+The decoder's keys and values are counted to the byte; activations are the few largest tensors that live at once.
+Nothing is run, and only the free memory is measured.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from smallcap.machine.process_memory import available_bytes
 from smallcap.model.checkpoint import SmallCapConfig
 
 LARGEST_BATCH = {"cpu": 64, "cuda": 256}  # images; larger batches gain nothing
-_TOKENS_PER_CAPTION, _TOKENS_OF_TEMPLATE = 25, 10  # of a prompt: the longest captions that an index holds by default
-# Shares of the free memory. A CPU's is also that of the tasks that decode, of Ray's object store and of the pages of
-# the index; a GPU's allocator cannot use every gap.
+_CAPTION_TOKENS, _TEMPLATE_TOKENS = 25, 10  # of a prompt; by default an index holds no longer captions
+# Shares of the free memory. A CPU's memory must also hold decoding tasks, Ray's object store and the index's pages; a
+# GPU's allocator cannot use every gap.
 _USABLE_ON_CPU, _USABLE_ON_GPU = 0.5, 0.8
 _PREFILLED_ON_CPU = 1024  # tokens at once, see `smallcap.decoding.engine`
 _SAMPLING_BYTES = 48  # per logit: probabilities, sorted with their places, and sums in float64
@@ -28,14 +28,14 @@ _SAMPLING_BYTES = 48  # per logit: probabilities, sorted with their places, and 
 
 @dataclass(frozen=True)
 class VisionTower:
-    """What of a vision tower decides how much memory it takes."""
+    """The sizes of a vision tower that decide how much memory it takes."""
 
     image_px: int
     width: int
     patch_px: int | None  # None for a ResNet
 
     @classmethod
-    def of(cls, tower: nn.Module, image_px: int) -> VisionTower:
+    def from_module(cls, tower: nn.Module, image_px: int) -> VisionTower:
         """Reads the sizes off the tower's first convolution: a transformer's cuts patches, a ResNet's overlaps."""
         first = next(module for module in tower.modules() if isinstance(module, nn.Conv2d))
         if first.kernel_size == first.stride:
@@ -44,10 +44,9 @@ class VisionTower:
 
     @property
     def values(self) -> int:
-        """The largest number of values that live at once for one image, of all but its pixels."""
-        if (
-            self.patch_px is None
-        ):  # three feature maps of the stem, or of the first blocks at half its size and 4 × width
+        """The largest number of values that live at once for one image, its pixels not counted."""
+        if self.patch_px is None:
+            # three feature maps of the stem, or of the first blocks at half its size and 4 × width
             return 4 * (self.image_px // 2) ** 2 * self.width
         positions = (self.image_px // self.patch_px) ** 2 + 1
         return positions * self.width * 14  # a residual and its norm, and the feed-forward's 4 × width three times
@@ -68,7 +67,7 @@ class ImageMemory:
     def bytes(self) -> int:
         """The most that is needed at one time."""
         decoding = self.copies * (self.kv_cache + self.cross_attention) + max(self.logits, self.prefill)
-        # On a GPU the next batch is encoded beside it.
+        # On a GPU the next batch is encoded meanwhile.
         return decoding + self.encoder if self.copies > 2 else max(decoding, self.encoder)
 
 
@@ -83,11 +82,11 @@ def image_memory(
     """Counts what captioning one image takes.
 
     Args:
-        config: The checkpoint's.
-        retrieval: The retrieval encoder's vision tower; None where it is the model's own, or there is none.
+        config: The checkpoint's config.
+        retrieval: The retrieval encoder's vision tower; None if it is the model's own or there is none.
         generation: Beams and lengths.
-        prompt_tokens: S, of the longest prompt.
-        dtype: Of weights and activations.
+        prompt_tokens: S, the length of the longest prompt.
+        dtype: Precision of weights and activations.
         device: `cpu`, or a CUDA device.
     """
     decoder, size = config.decoder, torch.finfo(getattr(torch, dtype)).bits // 8
@@ -108,7 +107,7 @@ def image_memory(
         encoder=max(tower.values * size + 3 * tower.image_px**2 * (1 + 8 + size) for tower in towers)
         + 2 * positions * decoder.encoder_hidden_size * size,
         prefill=prompt_tokens * (token_values + 2 * prompt_tokens) * size if on_gpu else 0,
-        # Images that are done leave by copying the others; recorded steps have a copy of their own, of a power of two.
+        # Finished images leave when the others are copied; recorded steps work on another copy, of a power of two.
         copies=4 if on_gpu else 2,
     )
 
@@ -125,7 +124,7 @@ def largest_batch(
     """Returns how many images can be captioned together in `free_bytes`; see `image_memory` for the other arguments.
 
     Returns:
-        At least 1, for there is no smaller batch; at most 64 on a CPU and 256 on a GPU, which gain nothing by more.
+        At least 1; at most 64 on a CPU and 256 on a GPU, where larger batches gain nothing.
     """
     on_gpu = device.startswith("cuda")
     decoder, size = config.decoder, torch.finfo(getattr(torch, dtype)).bits // 8
@@ -139,15 +138,17 @@ def largest_batch_here(captioner: Captioner, actors: int = 1) -> int:
     """Returns how many images a loaded captioner can caption together in the memory that its device has left now.
 
     Args:
-        captioner: Loaded, its index too: what they take is no longer free.
-        actors: That share the device: a GPU, or the node's memory.
+        captioner: The captioner, loaded with its index; what they take is no longer free.
+        actors: Number of actors that share the device: a GPU, or the node's memory.
     """
     model, encoder = captioner.model, captioner.retrieval_encoder
     separate = encoder is not None and encoder.vision_tower is not model.encoder.transformer
-    retrieval = VisionTower.of(encoder.vision_tower, encoder.preprocessing.size_px) if encoder and separate else None
+    retrieval = (
+        VisionTower.from_module(encoder.vision_tower, encoder.preprocessing.size_px) if encoder and separate else None
+    )
     device = model.device.type
     free_bytes = torch.cuda.mem_get_info(model.device)[0] if device == "cuda" else available_bytes()
-    prompt_tokens = _TOKENS_OF_TEMPLATE + captioner.k * _TOKENS_PER_CAPTION
+    prompt_tokens = _TEMPLATE_TOKENS + captioner.k * _CAPTION_TOKENS
     dtype = str(model.dtype).removeprefix("torch.")
     return largest_batch(
         model.config, retrieval, captioner.generation, prompt_tokens, free_bytes // actors, dtype, device

@@ -1,7 +1,7 @@
 """From images to captions: encode, embed, retrieve, prompt, generate, detokenise.
 
-`Captioner.caption_batch` is the whole algorithm of SmallCap on one screen. It runs in a plain Python loop as in a Ray
-actor, and knows nothing of where images come from or where captions go.
+`Captioner.caption_batch` is the whole algorithm of SmallCap on one screen. It runs in a plain Python loop or in a Ray
+actor, and does not know where images come from or where captions go.
 
 Source: Ramos et al. 2023, figure 2.
 """
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ScoredCaption:
-    """A further caption of an image."""
+    """A caption of an image and its score."""
 
     caption: str
     logprob: float  # natural log, summed over the caption's tokens
@@ -60,7 +60,7 @@ class CaptionResult:
     logprob: float | None = None  # natural log, summed over the caption's tokens
     num_tokens: int | None = None  # generated tokens, eos included
     clip_score: float | None = None  # cosine of image and caption; None without a retrieval encoder
-    alternatives: tuple[ScoredCaption, ...] = ()  # the next best captions, where more than one was asked for
+    alternatives: tuple[ScoredCaption, ...] = ()  # the next best captions, if more than one is wanted
     neighbours: tuple[Neighbour, ...] = ()
     embedding: np.ndarray | None = field(default=None, compare=False)  # [dim] float32, the retrieval encoder's
     width: int | None = None  # px
@@ -69,20 +69,20 @@ class CaptionResult:
 
 
 class CaptionerOptions(GenerationConfig):
-    """How images are captioned: the options of generation, and these."""
+    """How images are captioned: the options of decoding and of loading."""
 
     k: int | None = Field(None, ge=0)
-    """Retrieved captions per prompt, by default the checkpoint's; 0 prompts without retrieval and needs no index."""
+    """Retrieved captions per prompt; by default the checkpoint's number. 0 needs no index."""
     device: str = "cpu"
     """A torch device."""
     dtype: Dtype = "auto"
-    """`auto` is what `smallcap.machine.precision` finds fastest here."""
+    """`auto` is what `smallcap.machine.precision` finds fastest on the device."""
     retrieval_encoder: str | None = None
-    """Its spec; by default the one that the index names."""
+    """Spec of the retrieval encoder; by default the one that the index names."""
     index_id: str | None = None
-    """The index's version; by default the current one."""
+    """Version of the index; by default the current one."""
     cache_dir: str = DEFAULT_CACHE_DIR
-    """Where copies of remote indexes are kept."""
+    """Folder for copies of remote indexes."""
     search_device: SearchDevice = "auto"
     """Where the index is searched; `auto` is the model's GPU where both fit on it, else the CPU."""
     compile_encoders: bool = False
@@ -94,14 +94,14 @@ class CaptionerOptions(GenerationConfig):
 class Captioner:
     """Captions images with a SmallCap model and the captions retrieved from an index.
 
-    Its steps are public, in the order in which `caption_batch` takes them. `Captioner.from_pretrained` loads all parts.
+    The steps of `caption_batch` are public and stand in its order. `Captioner.from_pretrained` loads all components.
 
     Args:
         model: The SmallCap model.
-        tokenizer: Its decoder's.
+        tokenizer: The tokenizer of the model's decoder.
         retrieval_encoder: Embeds images for search, and captions for their CLIP score.
-        retriever: The index, or None when captioning without retrieval.
-        options: Of these `k`, `clip_score` and those of generation; the others say how to load the parts.
+        retriever: Searches the index; None to caption without retrieval.
+        options: How to caption; the options of loading are ignored.
 
     Attributes:
         k: Retrieved captions per prompt.
@@ -109,7 +109,7 @@ class Captioner:
         generation: How captions are decoded.
 
     Raises:
-        ConfigError: Captions are to be retrieved, and there is no index or no encoder.
+        ConfigError: Captions must be retrieved, but the index or its encoder is missing.
     """
 
     def __init__(
@@ -144,16 +144,16 @@ class Captioner:
         options: CaptionerOptions | None = None,
         **changes: Any,
     ) -> Captioner:
-        """Loads all parts of a captioner, as `from_pretrained("demo", "s3://bucket/index", k=4, num_beams=3)`.
+        """Loads a captioner, as in `from_pretrained("demo", "s3://bucket/index", k=4, num_beams=3)`.
 
         Args:
             model: `demo`, a checkpoint folder, or a hub id.
-            index: A published index's URI, or an index that is open already; not needed with k=0.
+            index: URI of a published index, or an open index; not needed with k=0.
             options: How to load and to caption.
-            changes: Options by name, which win over `options`.
+            changes: Single options by name; they win over `options`.
 
         Raises:
-            ConfigError: An option is unknown or its value wrong, or there is no index where one is needed.
+            ConfigError: An option is unknown or has a wrong value, or an index is needed and missing.
             CheckpointError: The model or the encoder cannot be loaded.
             ManifestError: There is no published index.
             IndexIntegrityError: The index is damaged, or was built with another encoder.
@@ -178,13 +178,13 @@ class Captioner:
         return captioner
 
     def pack(self) -> None:
-        """Lays the weights out for this CPU, where that can be done; see `SmallCapModel.pack`."""
+        """Lays the weights out for this CPU if possible; see `SmallCapModel.pack`."""
         self.model.pack()
         if self.retrieval_encoder is not None:
             self.retrieval_encoder.pack()
 
     def compile_encoders(self) -> None:
-        """Compiles the vision towers with torch.compile: slow at first and for each new batch size, faster after."""
+        """Compiles the vision towers with torch.compile: slow at first and for each new batch size, then faster."""
         self.model.encoder.transformer.compile()
         if self.retrieval_encoder is not None and not self.shares_encoder:
             self.retrieval_encoder.vision_tower.compile()
@@ -199,8 +199,8 @@ class Captioner:
 
         Args:
             images: Encoded image files, or PIL images.
-            image_ids: When given, captions whose source is the same image are not retrieved for it.
-            max_pixels: Larger images are errors.
+            image_ids: Ids of the images. Captions whose source image has the same id are not retrieved for it.
+            max_pixels: Images with more pixels become errors.
 
         Returns:
             One result per image, in order.
@@ -225,7 +225,7 @@ class Captioner:
 
         Args:
             pixels: B images' crops, made by this captioner's `crop_plan`.
-            exclude_image_ids: B image ids whose own captions are not retrieved.
+            exclude_image_ids: B ids. Captions whose source image has the same id are not retrieved for it.
 
         Returns:
             B results, in order.
@@ -253,10 +253,10 @@ class Captioner:
 
         Args:
             pixels: B images' crops.
-            class_tokens: [B, Hv], of `encode`; all that is needed where both encoders have the same weights.
+            class_tokens: [B, Hv], from `encode`; they suffice if both encoders have the same weights.
 
         Returns:
-            [B, dim] float32 unit vectors; dim is 0 where there is no retrieval encoder.
+            [B, dim] float32 unit vectors; dim is 0 if there is no retrieval encoder.
         """
         encoder = self.retrieval_encoder
         if encoder is None:
@@ -276,7 +276,7 @@ class Captioner:
         return self.retriever.search(embeddings, self.k, exclude_image_ids)
 
     def prompt(self, neighbours: Sequence[Sequence[Neighbour]]) -> list[list[int]]:
-        """Returns the token ids that each of B images' generation begins with."""
+        """Returns the prompt of each of B images as token ids."""
         texts = [[neighbour.text for neighbour in nearest] for nearest in neighbours]
         config = self.model.config
         return build_prompts(self.tokenizer, config.template, texts, config.bos_token_id)
@@ -287,19 +287,19 @@ class Captioner:
         """Returns each image's captions as token ids, best first.
 
         Args:
-            hidden_states: [B, P, Hv], of `encode`.
+            hidden_states: [B, P, Hv], from `encode`.
             prompts: B lists of token ids.
-            pixels: B images' crops, which sampling knows an image by.
+            pixels: B images' crops, by which sampling tells images apart.
         """
         keys = [image.content_key for image in pixels] if self.generation.strategy is Sampling else None
         return self.model.generate(hidden_states, prompts, self.generation, keys)
 
     def detokenise(self, generated: Sequence[Sequence[Generated]]) -> list[list[ScoredCaption]]:
-        """Returns each image's captions as text, and takes the length penalty out of their scores again."""
+        """Returns each image's captions as text; their scores lose the length penalty."""
         return [[self._to_scored_caption(caption) for caption in captions] for captions in generated]
 
     def clip_scores(self, embeddings: np.ndarray, captions: Sequence[str]) -> list[float | None]:
-        """Returns the cosines of B images [B, dim] and their captions; None where they are not wanted."""
+        """Returns the cosine of each embedding, [B, dim], and its caption; None for each if scores are not wanted."""
         if self.retrieval_encoder is None or not self._scores_captions:
             return [None] * len(captions)
         return [float(score) for score in (embeddings * self.retrieval_encoder.encode_texts(captions)).sum(axis=1)]
@@ -307,10 +307,10 @@ class Captioner:
     def caption_batches(
         self, batches: Iterable[tuple[Sequence[Pixels], Sequence[str | None] | None]]
     ) -> Iterator[list[CaptionResult]]:
-        """Captions batch after batch; on a GPU the next one is uploaded, encoded and searched for meanwhile.
+        """Captions batch after batch; on a GPU the next batch is uploaded, encoded and searched for meanwhile.
 
         Args:
-            batches: The arguments of `caption_batch`.
+            batches: Arguments of `caption_batch` for each batch.
 
         Yields:
             Each batch's results, in order.
@@ -326,12 +326,12 @@ class Captioner:
         batches: Iterable[tuple[Sequence[Pixels], Sequence[str | None] | None]],
         stream: torch.cuda.Stream | None,
     ) -> Iterator[list[CaptionResult]]:
-        """Takes the steps of `caption_batch`, those before `generate` on a stream of their own, from another thread."""
+        """Captions batches; another thread takes the steps before `generate`, on a separate stream."""
 
         def prepare(
             pixels: Sequence[Pixels], exclude_image_ids: Sequence[str | None] | None
         ) -> Callable[[], list[CaptionResult]]:
-            """Takes the steps before generation, and returns those from there on."""
+            """Takes the steps before generation, and returns a function that takes the others."""
             if not pixels:
                 return list
             with torch.cuda.stream(stream):  # does nothing for None
@@ -390,6 +390,6 @@ class Captioner:
 
     def _to_pixel_values(self, crops: np.ndarray, preprocessing: Preprocessing) -> Tensor:
         pixels = torch.from_numpy(crops)
-        if self.model.device.type == "cuda":  # from pinned memory the copy runs beside the GPU's work
+        if self.model.device.type == "cuda":  # from pinned memory the copy runs while the GPU works
             pixels = pixels.pin_memory()
         return normalise_pixels(pixels.to(self.model.device, non_blocking=True), preprocessing, self.model.dtype)

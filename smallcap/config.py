@@ -1,6 +1,6 @@
-"""The options of every job but training, which has its own in smallcap/training/config.py.
+"""The options of every job except training, whose options are in smallcap/training/config.py.
 
-What depends on the machine (device, free memory) is decided by the job and recorded beside the config.
+The job decides what depends on the machine (device, free memory) and records it next to the config.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Required = Annotated[str, Field(min_length=1)]
 
 
 class GenerationConfig(Config):
-    """How captions are decoded. What is not given is the checkpoint's own choice, usually the paper's."""
+    """How captions are decoded. The checkpoint decides what is not given, usually as the paper does."""
 
     num_beams: int | None = Field(None, ge=1, le=64)
     """Beams of the search (the paper: 3). 1 decodes greedily."""
@@ -33,7 +33,7 @@ class GenerationConfig(Config):
     length_penalty: float | None = None
     """A caption's score is divided by its length to this power (the paper: 0, which leaves plain sums)."""
     no_repeat_ngram_size: int = Field(0, ge=0)
-    """No caption says the same n tokens twice; 0 allows it. The prompt does not count: captions may quote it."""
+    """No caption repeats a sequence of this many tokens; 0 allows it. Captions may quote the prompt."""
     num_captions: int = Field(1, ge=1, le=64)
     """Captions per image, best first. A search gives at most `num_beams`."""
     do_sample: bool = False
@@ -56,7 +56,7 @@ class RetrievalConfig(Config):
     """Which captions are retrieved for an image, and where they are searched."""
 
     k: Annotated[int | None, Flag(("-k", "--k"))] = Field(None, ge=0, le=64)
-    """Retrieved captions in the prompt; by default as many as the checkpoint says (the paper: 4). 0 prompts without
+    """Retrieved captions in the prompt; by default the checkpoint's number (the paper: 4). 0 prompts without
     retrieval."""
     encoder: Annotated[str | None, Flag(("--retrieval-encoder",))] = None
     """Retrieval encoder: `open_clip:MODEL/PRETRAINED` or `hf:ID-OR-PATH`; by default the one that the index names."""
@@ -65,7 +65,7 @@ class RetrievalConfig(Config):
     cache_dir: str = DEFAULT_CACHE_DIR
     """Folder on each node for copies of remote indexes."""
     search_device: SearchDevice = "auto"
-    """Where the index is searched. `auto` takes the GPU that captions if the index fits beside the model, else the
+    """Where the index is searched. `auto` takes the captioning GPU if the index fits next to the model, else the
     CPU."""
     partitions: int = Field(1, ge=1)
     """Actors that share an index too large for one machine; each holds some of its shards. With 1, every captioner maps
@@ -91,7 +91,7 @@ class InputConfig(Config):
     max_image_pixels: int = Field(100_000_000, ge=1)
     """Images with more pixels are not decoded; they become `too_large` rows."""
     decode: DecodeMode = "exact"
-    """`exact` gives the encoders CLIP's own preprocessing to the bit; `fast` decodes JPEG at a fraction of its size."""
+    """`exact` prepares images as CLIP does, to the bit; `fast` decodes a JPEG at a fraction of its size."""
     fetch_timeout_s: float = Field(30.0, gt=0)
     """Seconds that one request for an image may take, its body included."""
     fetch_attempts: int = Field(6, ge=1)
@@ -111,13 +111,13 @@ class ComputeConfig(Config):
     batch_size: AutoCount = "auto"
     """Images captioned together. `auto` is what fits into free memory, at most 64 on a CPU and 256 on a GPU."""
     num_actors: AutoCount = "auto"
-    """Model actors that a job starts with. `auto` is one per GPU share, or one per four CPU cores, of the cluster as it
-    is then."""
+    """Model actors that a job starts with. `auto` is one per GPU share, or one per four CPU cores, of the cluster at
+    that time."""
     max_actors: int | None = Field(None, ge=1)
-    """Actors that captioning may grow to if the cluster grows; by default those it starts with. With device `cuda` it
-    may start before there is a GPU; the cluster's autoscaler then brings one."""
+    """The most actors that captioning may have if the cluster grows; by default it keeps the number it starts with.
+    With device `cuda` it may start before there is a GPU; the cluster's autoscaler then brings one."""
     gpus_per_actor: float = Field(1.0, gt=0)
-    """GPUs of one actor. A fraction lets several actors share one GPU."""
+    """GPUs per actor. A fraction lets several actors share one GPU."""
 
     @model_validator(mode="after")
     def _pool_is_a_range(self) -> Self:
@@ -127,7 +127,7 @@ class ComputeConfig(Config):
 
 
 class OutputConfig(Config):
-    """What is written beside the captions, and in what portions."""
+    """What is written besides the captions, and in what portions."""
 
     rows_per_part: AutoCount = "auto"
     """The fewest rows of a Parquet part, except the last. An interrupted run can lose this many. `auto` is 5,000 on a
@@ -137,9 +137,9 @@ class OutputConfig(Config):
     clip_score: bool = True
     """Write the cosine of image and caption. It costs a pass of the text encoder for each caption."""
     save_embeddings: bool = False
-    """Write the images' embeddings as float16 to files beside the parts."""
+    """Write the images' embeddings as float16 to files next to the parts."""
     write: tuple[Literal["webdataset"], ...] = ()
-    """What to write beside Parquet: `webdataset` makes tars of images and captions for training pipelines."""
+    """What to write besides Parquet: `webdataset` makes tars of images and captions for training pipelines."""
 
 
 class CaptionConfig(Config):
@@ -149,7 +149,7 @@ class CaptionConfig(Config):
     """Folders, prefixes, globs and files: images, WebDataset tars (.tar, .tar.gz, .tgz), Parquet with image bytes, or
     lists of URIs (.parquet, .csv, .tsv, .jsonl, .json, .txt)."""
     index: str | None = None
-    """Published index. Only `-k 0` does without one."""
+    """Published index; needed unless `-k` is 0."""
     model: Required
     """`demo`, a checkpoint folder, or a Hugging Face id."""
     out: Required
@@ -160,7 +160,7 @@ class CaptionConfig(Config):
     """Columns of lists or Parquet files that pass through to the output: `a,b,c`. For tars: `json`, `txt`, or a field
     of the JSON."""
     max_error_rate: float = Field(1.0, ge=0, le=1)
-    """The job exits with status 3 if a greater share of the rows are errors."""
+    """Share of the rows that may be errors. If there are more, the job exits with status 3."""
     generation: GenerationConfig = GenerationConfig()
     retrieval: RetrievalConfig = RetrievalConfig()
     input: InputConfig = InputConfig()
@@ -186,8 +186,8 @@ class CleaningConfig(Config):
     drop: tuple[JunkFilter, ...] = ()
     """Junk to drop: `urls`, `markup` (HTML, entities, BBCode, markdown links), `repeats` (aaaaaaaa, hahahahahaha)."""
     blocklist: str | None = None
-    """UTF-8 text file of words and phrases, one a line; lines that begin with `#` are comments. Captions that hold one
-    are dropped."""
+    """UTF-8 text file of words and phrases, one per line; lines that begin with `#` are comments. Captions that
+    contain one are dropped."""
 
     @field_validator("drop")
     @classmethod
@@ -200,14 +200,14 @@ class RecallConfig(Config):
 
     target: Annotated[float | None, Flag(("--recall-target",))] = Field(None, gt=0, le=1)
     """Recall@4 against exact search that the lower end of its 95% interval must reach; nprobe is chosen for it. By
-    default 0.99, or what the index that is added to was built for."""
+    default 0.99, or the target of the index that is added to."""
     accept: Annotated[bool, Flag(("--accept-recall",))] = False
-    """Publish an index even if it misses the target. A removal never waits for a recall."""
+    """Publish an index even if it misses the target. A removal ignores the target."""
     calibration_images: tuple[str, ...] = ()
     """Images like those to caption (files, folders, prefixes, lists); their embeddings are the queries. Without any,
     the queries are stored captions, moved away from the texts as far as images are (cosine 0.3)."""
     queries: int = Field(1024, ge=16)
-    """Queries that choose nprobe; as many others report the recall. A small index has fewer."""
+    """Queries that choose nprobe; the same number of others measures the recall. A small index has fewer."""
 
 
 class IndexConfig(Config):
@@ -218,20 +218,20 @@ class IndexConfig(Config):
     out: Required
     """The index's folder or prefix. Versions are published below it."""
     encoder: str | None = None
-    """Retrieval encoder: `demo`, `open_clip:MODEL/PRETRAINED`, or `hf:ID-OR-PATH`; by default that of the index which
-    is added to, or of the first `--from`."""
+    """Retrieval encoder: `demo`, `open_clip:MODEL/PRETRAINED`, or `hf:ID-OR-PATH`; by default the encoder of the index
+    that is added to, or of the first `--from`."""
     add: bool = False
     """Add to the current version: only new captions are embedded, and its shards and trained template are kept."""
     from_indexes: Annotated[tuple[str, ...], Flag(("--from",))] = ()
-    """Published indexes whose captions are taken in, with their embeddings if the encoder is the same."""
+    """Published indexes whose captions are added, with their embeddings if the encoder is the same."""
     reuse: tuple[str, ...] = ()
     """Published indexes that lend their embeddings to captions of the same text."""
     remove: tuple[str, ...] = ()
     """What to remove from the current version: `source=NAME`, `image=ID` or `text=CAPTION`. `image=@FILE` and
     `text=@FILE` name a file with one per line."""
     compact: bool = False
-    """Rebuild the current version from its own captions and embeddings: without removed ones, newly trained. With
-    `index_key` at `auto` the key stays, and its number of lists is chosen anew."""
+    """Rebuild the current version from its captions and embeddings, without removed ones and with a newly trained
+    template. If `index_key` is `auto`, the key stays, and its number of lists is chosen anew."""
     text_column: str = "caption"
     """Column of the dumps that holds the text."""
     image_id_column: str | None = "image"
@@ -248,7 +248,7 @@ class IndexConfig(Config):
     memory_budget_gb: float | None = Field(None, gt=0)
     """Memory of a node that the index may take, in GB (10^9 bytes). `auto` chooses the index key for it."""
     cache_dir: str = DEFAULT_CACHE_DIR
-    """Folder on each node for copies of remote indexes, and for what has been verified of them."""
+    """Folder on each node for copies of remote indexes, and for records of what has been verified."""
     cleaning: CleaningConfig = CleaningConfig()
     recall: RecallConfig = RecallConfig()
     compute: ComputeConfig = ComputeConfig()
@@ -257,9 +257,9 @@ class IndexConfig(Config):
     def _says_one_thing_to_do(self) -> Self:
         inputs = bool(self.dumps or self.from_indexes)
         if self.remove and (inputs or self.add or self.compact):
-            raise ValueError("--remove alone: what is to be added or compacted comes in another call")
+            raise ValueError("--remove stands alone: add or compact in another call")
         if self.compact and (inputs or self.add):
-            raise ValueError("--compact alone: what is to be added comes in another call")
+            raise ValueError("--compact stands alone: add captions in another call")
         if not (self.remove or self.compact or inputs):
             raise ValueError("caption dumps are needed: give DUMPS, or --from, --remove or --compact")
         if self.encoder is None and not (self.add or self.remove or self.compact or self.from_indexes):
@@ -306,7 +306,7 @@ class BenchmarkOptions(Config):
     """A measurement of one machine."""
 
     photos: Annotated[tuple[str, ...], POSITIONAL] = ()
-    """Image files; by default one is made."""
+    """Image files; by default the benchmark makes one."""
     images: int = Field(64, ge=1)
     """Images that the whole loop captions."""
     batch_size: int = Field(64, ge=1)
@@ -316,7 +316,7 @@ class BenchmarkOptions(Config):
     num_beams: int = Field(3, ge=1)
     """Beams of the search. 1 decodes greedily."""
     reduce_factor: int = Field(4, ge=1)
-    """The cross-attention has heads smaller by this factor: 1, 2, 4, 8 or 16."""
+    """Factor by which the heads of the cross-attention are smaller: 1, 2, 4, 8 or 16."""
     retrieval_encoder: str = "shared"
     """`shared`, or an architecture of open_clip such as RN50x64."""
     captions: int = Field(100_000, ge=10)
@@ -324,7 +324,7 @@ class BenchmarkOptions(Config):
     device: Device = "auto"
     """Device of the model. `auto` takes a GPU if there is one, else the CPU."""
     dtype: Dtype = "auto"
-    """Precision of weights and activations. `auto` is bfloat16 on a GPU; a CPU takes what it multiplies faster."""
+    """Precision of weights and activations. `auto` is bfloat16 on a GPU, and the faster one on a CPU."""
     compile: bool = False
     """Compile the encoders with torch.compile."""
     repeats: int = Field(3, ge=1)

@@ -2,7 +2,7 @@
 
 `RowError` concerns one image and becomes that row's `status`/`error_code`/`error_message`. `RunError` concerns the
 run (config, storage service, schema, index, checkpoint) and stops it. Every message says what happened, where, what was
-expected, what was found and how to mend it. All of them survive pickling, because Ray carries them between processes.
+expected, what was found and how to mend it. All errors survive pickling, because Ray carries them between processes.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class ErrorCode(StrEnum):
     TRUNCATED = "truncated"  # an image whose data ends early or is damaged
     TOO_LARGE = "too_large"  # more pixels than `max_image_pixels`, or more bytes than are fetched
     UNSUPPORTED = "unsupported"  # an image format or mode that the decoder refuses
-    INVALID_URI = "invalid_uri"  # malformed, or of a kind that nothing here reads
-    TIMEOUT = "timeout"  # no whole answer in time, in every attempt
+    INVALID_URI = "invalid_uri"  # malformed, or of a kind that cannot be read here
+    TIMEOUT = "timeout"  # no complete answer in time, in every attempt
     UNAVAILABLE = "unavailable"  # the service failed or refused, in every attempt
     CRASHED = "crashed"  # the image ended the process that decoded it
 

@@ -1,4 +1,4 @@
-"""What an option is, what a command line and a page say about it, and how options are read.
+"""How options are declared, described and read.
 
 A field of a config class, with its docstring, is an option's only declaration. Its key in `--config` files and for
 `--set`, its flag, its line in `--help` and its row in docs/options.md follow from it. Later sources win: defaults, then
@@ -33,9 +33,9 @@ class Config(BaseModel):
 
 @dataclass(frozen=True)
 class Flag:
-    """How a field is given on the command line, where that is not simply `--its-name`; stands in its `Annotated`."""
+    """How the command line names a field, if not simply `--its-name`; an entry of the field's `Annotated`."""
 
-    names: tuple[str, ...] = ()  # such as -k and --k; none: the field's own
+    names: tuple[str, ...] = ()  # such as -k and --k; empty for the field's own name
     has_commas: bool = False  # one flag may name several values: a,b,c
     is_positional: bool = False
 
@@ -48,11 +48,11 @@ class Option:
     """One option of a job or of a look-up."""
 
     key: str  # dotted, as in config files and for --set
-    group: type[Config]  # declares it
-    names: tuple[str, ...]  # its flags; of a positional argument what stands for it, such as IMAGES
+    group: type[Config]  # the class that declares it
+    names: tuple[str, ...]  # its flags; for a positional argument its placeholder, such as IMAGES
     summary: str  # its docstring, as one line
-    values: str  # what it may be, in words; empty for free text and for switches
-    default: str  # as one types it; empty for `None`, an empty list and a switch that is off
+    values: str  # allowed values in words; empty for free text and for switches
+    default: str  # as a user types it; empty for `None`, an empty list and a switch that is off
     is_required: bool
     is_positional: bool
     is_switch: bool  # its flag takes no value
@@ -61,11 +61,11 @@ class Option:
 
 
 def list_options(kind: type[Config], prefix: str = "") -> Iterator[Option]:
-    """Yields all options of a config class, those of its groups after its own.
+    """Yields all options of a config class, those of its groups last.
 
     Args:
         kind: The class.
-        prefix: Dotted names of the groups that hold it, each with its dot.
+        prefix: Dotted names of the groups that hold it, with a dot at the end.
     """
     groups = {}
     for name, field in kind.model_fields.items():
@@ -136,34 +136,34 @@ def load_config(
         file: URI of a YAML mapping.
         flags: Dotted keys to values, which may be text; `None` means that the flag was not given.
         sets: `a.b=c` strings; the value is read as YAML, so that `3`, `true` and `[a, b]` have their types.
-        base: A dumped config that all these change, in the place of the defaults.
+        base: A dumped config that replaces the defaults.
 
     Raises:
         ConfigError: An option is unknown, missing or wrong, or the file is not a YAML mapping.
     """
     values: dict[str, Any] = copy.deepcopy(dict(base)) if base else {}
     values |= _read_yaml(file) if file else {}
-    given = {key: value for key, value in (flags or {}).items() if value is not None}
-    for key, value in given.items():
+    flag_values = {key: value for key, value in (flags or {}).items() if value is not None}
+    for key, value in flag_values.items():
         _assign(values, key, value)
     for setting in sets:
         key, equals, text = setting.partition("=")
         if not equals:
-            raise ConfigError("A --set needs a name and a value.", where=setting, expected="--set a.b=c")
+            raise ConfigError("--set needs a name and a value.", where=setting, expected="--set a.b=c")
         _assign(values, key.strip(), _parse_yaml(text, f"--set {setting}"))
-        given.pop(key.strip(), None)
+        flag_values.pop(key.strip(), None)
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise _as_config_error(kind, error, given, file) from error
+        raise _as_config_error(kind, error, flag_values, file) from error
 
 
 def config_difference(old: Mapping[str, Any], new: Mapping[str, Any], free: Collection[str] = ()) -> list[str]:
     """Lists what differs between two dumped configs, as `key: old → new` lines.
 
     Args:
-        old: The one config.
-        new: The other.
+        old: The earlier config.
+        new: The later config.
         free: Dotted keys of options, or of groups of them, that may differ.
     """
     before, after = dict(_flatten(old)), dict(_flatten(new))
@@ -208,7 +208,7 @@ def _assign(values: dict[str, Any], key: str, value: Any) -> None:
     for group in groups:
         inner = values.setdefault(group, {})
         if not isinstance(inner, dict):
-            raise ConfigError("A setting names an option inside one that is not a group.", where=key)
+            raise ConfigError("A setting names an option inside another that is not a group.", where=key)
         values = inner
     values[name] = value
 
@@ -216,28 +216,28 @@ def _assign(values: dict[str, Any], key: str, value: Any) -> None:
 def _as_config_error(
     kind: type[Config], error: ValidationError, flags: Collection[str], file: str | None
 ) -> ConfigError:
-    """Says in our own words what is wrong: an unknown key, or all missing options, or a wrong value.
+    """Says in plain words what is wrong: an unknown key, all missing options, or a wrong value.
 
     Args:
         kind: The config class.
         error: pydantic's report.
-        flags: Keys of the options that came as flags, which are named as such.
+        flags: Keys of the options that were given as flags; the error names the flag.
         file: The config file.
     """
     options = {option.key: option for option in list_options(kind)}
-    problems = [(problem["type"], [str(part) for part in problem["loc"]], problem) for problem in error.errors()]
-    for _, parts, _ in (problem for problem in problems if problem[0] == "extra_forbidden"):
-        return _unknown_key(".".join(parts), options)
-    if missing := [options[".".join(parts)].names[-1] for fault, parts, _ in problems if fault == "missing"]:
+    problems = [(problem["type"], [str(step) for step in problem["loc"]], problem) for problem in error.errors()]
+    for _, path, _ in (problem for problem in problems if problem[0] == "extra_forbidden"):
+        return _unknown_key(".".join(path), options)
+    if missing := [options[".".join(path)].names[-1] for fault, path, _ in problems if fault == "missing"]:
         *first, last = missing
         what = "Options are missing." if first else "An option is missing."
         return ConfigError(what, where=file or "", remedy=f"Give {', '.join(first)}{' and ' if first else ''}{last}.")
-    fault, parts, problem = problems[0]
+    fault, path, problem = problems[0]
     reason = problem["msg"].removeprefix("Value error, ")
-    keys = (".".join(parts[:end]) for end in range(len(parts), 0, -1))  # after a key may stand a list's place, a type
+    keys = (".".join(path[:end]) for end in range(len(path), 0, -1))  # a list position or a type may follow a key
     option = next((options[key] for key in keys if key in options), None)
     if option is None:
-        where = ".".join(parts) or file or ""
+        where = ".".join(path) or file or ""
         return ConfigError("The options do not fit together.", where=where, expected=reason)
     return ConfigError(
         "An option's value is wrong.",
@@ -248,7 +248,7 @@ def _as_config_error(
 
 
 def _unknown_key(key: str, options: Mapping[str, Option]) -> ConfigError:
-    """Names the valid keys of the same group, and the nearest one, if need be in another group."""
+    """Lists the valid keys of the same group, and names the nearest one, in another group if need be."""
     group, _, name = key.rpartition(".")
     prefix = f"{group}." if group else ""
     siblings = sorted({valid.removeprefix(prefix).partition(".")[0] for valid in options if valid.startswith(prefix)})

@@ -1,4 +1,4 @@
-"""The JSON files that say what a folder holds (`run.json`, `manifest.json`, …): how they are written and read."""
+"""Writes and reads the JSON files that say what a folder holds (`run.json`, `manifest.json`, …)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from smallcap.errors import RunError
 
 
 class Record(BaseModel):
-    """Base of these files' contents, and of what lies in them: frozen, and unknown fields are errors."""
+    """Base of everything that such a file holds: frozen, and unknown fields are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -20,8 +20,8 @@ class Record(BaseModel):
 class VersionedRecord(Record):
     """The whole content of a file.
 
-    A subclass gives `format_version` the type `Literal` of the one version that this release reads and writes, and that
-    version as its default.
+    A subclass declares `format_version` as a `Literal` of the only version that this release reads and writes, with
+    that version as the default.
     """
 
     format_version: int
@@ -42,13 +42,13 @@ def parse_record(kind: type[RecordT], data: bytes, where: str, error: type[RunEr
     """Parses and checks a file's content.
 
     Args:
-        kind: What it must be.
-        data: The content.
+        kind: Class of the record.
+        data: The file's content.
         where: The file's URI.
-        error: What to raise.
+        error: Class of the error to raise.
 
     Raises:
-        error: It is not JSON, has another format version, or lacks or mistypes a field.
+        error: It is not JSON, has another format version, or a field is missing or wrong.
     """
     name = where.rsplit("/", 1)[-1]
     try:
@@ -76,7 +76,7 @@ def parse_record(kind: type[RecordT], data: bytes, where: str, error: type[RunEr
 
 
 def load_record(kind: type[RecordT], uri: str, error: type[RunError]) -> RecordT | None:
-    """Loads and checks a file; None where there is none.
+    """Loads and checks a file; returns None if it does not exist.
 
     Raises:
         error: As `parse_record`.

@@ -1,7 +1,7 @@
-"""What s3fs lacks, or does slowly, on S3: listings as streams, ranged reads of one object, conditional writes.
+"""S3 operations that s3fs lacks or does slowly: streamed listings, ranged reads of one object, conditional writes.
 
-obstore does it with botocore's credentials, so that both clients see the same account. docs/log.md has what the two
-take for the same requests.
+obstore does them with botocore's credentials, so that both clients see the same account. docs/log.md compares their
+times for the same requests.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from smallcap.errors import StorageError
 if TYPE_CHECKING:
     from obstore.store import S3Credential, S3Store
 
-S3_RETRIES = 6  # with botocore's growing waits about half a minute; s3fs repeats some calls once more by itself
-_READ_ATTEMPTS = 5  # of one ranged read in a row, beside the client's own
+S3_RETRIES = 6  # with botocore's growing waits about half a minute; s3fs repeats some calls once more
+_READ_ATTEMPTS = 5  # in a row for one ranged read, besides the client's own
 _WRITER = "smallcap-writer"  # S3 metadata of an object that several processes may replace
-_CREDENTIALS_LIFETIME = timedelta(minutes=5)  # after which botocore is asked whether they are still good
+_CREDENTIALS_LIFETIME = timedelta(minutes=5)  # after which botocore is asked whether they are still valid
 
 
 def s3_endpoint() -> str | None:
-    """Returns the address of the S3 service where it is not Amazon's own."""
+    """Returns the address of the S3 service; None for Amazon's."""
     return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
 
 
@@ -38,10 +38,10 @@ def s3_store(bucket: str, endpoint: str | None, max_retries: int = 10, timeout_s
     """Opens a bucket with botocore's credentials and region, so that obstore and s3fs see the same account.
 
     Args:
-        bucket: Its name.
-        endpoint: `s3_endpoint()`.
+        bucket: The bucket's name.
+        endpoint: The service's address, as `s3_endpoint` returns it.
         max_retries: How often obstore itself repeats a request.
-        timeout_s: Most seconds of one request.
+        timeout_s: Seconds that one request may take.
 
     Raises:
         StorageError: There are no credentials.
@@ -62,8 +62,8 @@ def s3_store(bucket: str, endpoint: str | None, max_retries: int = 10, timeout_s
     def provide() -> S3Credential:
         frozen = credentials.get_frozen_credentials()  # botocore renews what expires
         ask_again = datetime.now(UTC) + _CREDENTIALS_LIFETIME
-        found = {"access_key_id": frozen.access_key, "secret_access_key": frozen.secret_key, "expires_at": ask_again}
-        return cast("S3Credential", found | ({"token": frozen.token} if frozen.token else {}))
+        fields = {"access_key_id": frozen.access_key, "secret_access_key": frozen.secret_key, "expires_at": ask_again}
+        return cast("S3Credential", fields | ({"token": frozen.token} if frozen.token else {}))
 
     return S3Store(
         bucket,
@@ -85,11 +85,11 @@ def open_bucket(uri: str) -> tuple[S3Store, str]:
 
 
 def walk_objects(root: str, list_all: Callable[[], Iterable[str]]) -> Iterator[str]:
-    """Yields the URIs of the objects below a prefix, or of the one object, sorted.
+    """Yields the URIs of the objects below a prefix, or of a single object, sorted.
 
     Args:
         root: A prefix, or an object.
-        list_all: Lists the same with all URIs in memory; called where there are keys such as a//b, which obstore
+        list_all: Lists the same objects with all URIs in memory; called if there are keys such as a//b, which obstore
             refuses.
     """
     import obstore
@@ -113,7 +113,7 @@ def walk_objects(root: str, list_all: Callable[[], Iterable[str]]) -> Iterator[s
 
 
 def read_object_tail(uri: str, length: int) -> bytes:
-    """Reads the last bytes of an object, or all where it has fewer, with one request."""
+    """Reads the last bytes of an object, or all of them if there are fewer, with one request."""
     import obstore
     from obstore.exceptions import BaseError
 
@@ -121,13 +121,13 @@ def read_object_tail(uri: str, length: int) -> bytes:
     try:
         return bytes(obstore.get(store, key, options={"range": {"suffix": length}}).bytes())
     except BaseError:
-        if obstore.head(store, key)["size"] == 0:  # has no range that S3 could serve
+        if obstore.head(store, key)["size"] == 0:  # S3 serves no range of an empty object
             return b""
         raise
 
 
 def update_object(uri: str, update: Callable[[bytes | None], bytes]) -> None:
-    """Replaces an object only while it is the one that was read; begins again where it no longer is.
+    """Replaces an object only if it is still the one that was read; starts again if it is not.
 
     A write whose answer was lost may have taken place, so each writer signs its object and looks for its signature
     before it writes again.
@@ -139,19 +139,19 @@ def update_object(uri: str, update: Callable[[bytes | None], bytes]) -> None:
     signature = uuid.uuid4().hex
     failures = 0
     while True:
-        found, e_tag = None, None
+        content, e_tag = None, None
         with suppress(FileNotFoundError):
             response = obstore.get(store, key)
             if response.attributes.get(_WRITER) == signature:
                 return
-            found, e_tag = bytes(response.bytes()), response.meta["e_tag"]
-        mode: Any = "create" if found is None else {"e_tag": e_tag}
+            content, e_tag = bytes(response.bytes()), response.meta["e_tag"]
+        mode: Any = "create" if content is None else {"e_tag": e_tag}
         try:
-            obstore.put(store, key, update(found), mode=mode, attributes={_WRITER: signature})
+            obstore.put(store, key, update(content), mode=mode, attributes={_WRITER: signature})
             return
         except (AlreadyExistsError, PreconditionError):
             continue
-        except GenericError:  # obstore repeats no conditional write whose connection broke
+        except GenericError:  # obstore does not repeat a conditional write whose connection broke
             failures += 1
             if failures > S3_RETRIES:
                 raise
@@ -165,7 +165,7 @@ def open_object(uri: str, buffer_bytes: int) -> IO[bytes]:
 
 
 class _ObjectFile(io.RawIOBase):
-    """An object of S3 as a file; it is the same object, by its ETag, in all reads."""
+    """An S3 object as a file; its ETag ensures that all reads see the same object."""
 
     def __init__(self, uri: str) -> None:
         import obstore
@@ -197,12 +197,12 @@ class _ObjectFile(io.RawIOBase):
         return self.read(max(self._size - self._position, 0)) or b""
 
     def readinto(self, buffer: Any) -> int:
-        wanted = memoryview(buffer).cast("B")
-        stop = min(self._position + len(wanted), self._size)
+        view = memoryview(buffer).cast("B")
+        stop = min(self._position + len(view), self._size)
         if stop <= self._position:
             return 0
         data = self._read_range(self._position, stop)
-        wanted[: len(data)] = data
+        view[: len(data)] = data
         self._position += len(data)
         return len(data)
 
@@ -219,10 +219,10 @@ class _ObjectFile(io.RawIOBase):
                 data = memoryview(obstore.get(self._store, self._key, options=options).bytes())
             except (FileNotFoundError, PermissionDeniedError, PreconditionError) as error:
                 raise StorageError(
-                    "An object has changed while it was read.",
+                    "The object changed while it was read.",
                     where=self._uri,
                     found=f"{type(error).__name__}: {error}",
-                    remedy="Run the same command again, when nobody writes to it.",
+                    remedy="Run the same command again when nobody writes to the object.",
                 ) from error
             except (BaseError, OSError) as error:
                 problem = error

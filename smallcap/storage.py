@@ -2,7 +2,7 @@
 
 Local paths, `s3://` (s3fs and, for some requests, `smallcap.s3`; the endpoint from AWS_ENDPOINT_URL) and any other
 fsspec URL look alike to the callers. The hot path of fetching many small objects is `smallcap.images.fetching`. This
-module knows nothing of images, indexes or schemas.
+module knows nothing about images, indexes or schemas.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from smallcap.s3 import S3_RETRIES, open_object, read_object_tail, s3_endpoint, 
 
 DEFAULT_CACHE_DIR = "~/.cache/smallcap"  # where a node keeps copies of remote files
 _CHUNK_BYTES = 8 << 20
-_SORTED_ENTRIES = 200_000  # a folder with more is listed in the order of its disk: names are not held in any number
+_SORTED_ENTRIES = 200_000  # a larger folder is listed in disk order, so that memory stays bounded
 
 
 def is_local(uri: str) -> bool:
@@ -44,9 +44,9 @@ def absolute(uri: str) -> str:
     return uri.rstrip("/")
 
 
-def join(uri: str, *parts: str) -> str:
+def join(uri: str, *components: str) -> str:
     """Joins path components to a URI with single slashes."""
-    return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
+    return "/".join([uri.rstrip("/"), *(component.strip("/") for component in components)])
 
 
 def suffix_of(uri: str) -> str:
@@ -56,7 +56,7 @@ def suffix_of(uri: str) -> str:
 
 
 def path_below(folder: str, uri: str) -> str:
-    """Returns a file's path below a folder, prefix or pattern; a file that is listed by itself has its name."""
+    """Returns a file's path below a folder, prefix or pattern; for a file that is listed alone, its name."""
     return uri.removeprefix(folder).lstrip("/") or uri.rpartition("/")[2]
 
 
@@ -71,7 +71,7 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     Raises:
         StorageError: The protocol is unknown, or its package is missing.
     """
-    # The endpoint is named, so that fsspec keeps no filesystem of another endpoint for it.
+    # With the endpoint named, fsspec does not reuse the filesystem of another endpoint.
     s3_options = {"endpoint_url": s3_endpoint(), "config_kwargs": {"retries": {"max_attempts": S3_RETRIES}}}
     try:
         # no cache of listings: other processes write to the same places
@@ -118,7 +118,7 @@ def is_folder(uri: str) -> bool:
 
 
 def size(uri: str) -> int | None:
-    """Returns a file's size in bytes; None where there is no such file."""
+    """Returns a file's size in bytes; None if it does not exist."""
     fs, path = filesystem(uri)
     with _translated(uri, "look at this path"):
         try:
@@ -128,15 +128,15 @@ def size(uri: str) -> int | None:
 
 
 def modified_at(uri: str) -> datetime:
-    """Returns when a file was last written, with its time zone."""
+    """Returns the time of a file's last change, with a time zone."""
     fs, path = filesystem(uri)
     with _translated(uri, "look at this path"):
-        found: datetime = fs.modified(path)
-    return found if found.tzinfo else found.replace(tzinfo=UTC)
+        modified: datetime = fs.modified(path)
+    return modified if modified.tzinfo else modified.replace(tzinfo=UTC)
 
 
 def list_folder(uri: str) -> list[str]:
-    """Lists the names directly in a folder or prefix as URIs, hidden ones included, sorted; empty where it is not."""
+    """Lists the entries of a folder or prefix as sorted URIs, hidden ones included; empty if it does not exist."""
     fs, root = filesystem(uri)
     with _translated(uri, "list this path"):
         try:
@@ -154,7 +154,7 @@ def list_files(uri: str, suffixes: Sequence[str] = ()) -> list[str]:
 def iter_files(uri: str, suffixes: Sequence[str] = ()) -> Iterator[str]:
     """Lists the files below a folder or prefix as a stream: memory does not grow with their number.
 
-    A file's own URI lists as itself. Hidden files (a component starting with `.` or `_`) are left out, as Hadoop's
+    A file's URI yields itself. Hidden files (a component starting with `.` or `_`) are left out, as Hadoop's
     readers do. Files are sorted, except in a local folder of more than 200,000 entries.
 
     Args:
@@ -164,25 +164,25 @@ def iter_files(uri: str, suffixes: Sequence[str] = ()) -> Iterator[str]:
     Raises:
         StorageError: Nothing exists at `uri`, or the service fails.
     """
-    root = fixed = absolute(uri)  # fixed: what of it every file's URI begins with
+    root = fixed = absolute(uri)  # fixed: what every file's URI begins with
     if is_glob(root):
         fixed = root[: min(root.index(mark) for mark in "*?[" if mark in root)].rpartition("/")[0]
-        found = _glob(root)
+        paths = _glob(root)
     elif is_local(root):
-        found = _walk_local(root)
+        paths = _walk_local(root)
     elif root.startswith("s3://"):
-        found = walk_objects(root, lambda: _find(root))
+        paths = walk_objects(root, lambda: _find(root))
     else:
-        found = _find(root)
+        paths = _find(root)
     endings = tuple(suffixes)
     any_file = False
     while True:
         with _translated(uri, "list this path"):  # not around the yield: a caller's errors are not the storage's
-            path = next(found, None)
+            path = next(paths, None)
         if path is None:
             break
         any_file = True
-        hidden = any(part.startswith((".", "_")) for part in path[len(fixed) :].split("/"))
+        hidden = any(component.startswith((".", "_")) for component in path[len(fixed) :].split("/"))
         if not hidden and (not endings or path.lower().endswith(endings)):
             yield path
     if not any_file and not exists(uri):
@@ -190,7 +190,7 @@ def iter_files(uri: str, suffixes: Sequence[str] = ()) -> Iterator[str]:
 
 
 def _walk_local(root: str) -> Iterator[str]:
-    """Yields the files below a folder; those of a folder that is not huge in the order of their whole paths."""
+    """Yields the files below a folder, in the order of their whole paths unless a folder is huge."""
     if os.path.isfile(root):
         yield root
         return
@@ -198,7 +198,7 @@ def _walk_local(root: str) -> Iterator[str]:
         return
     with os.scandir(root) as entries:
         first = list(islice(entries, _SORTED_ENTRIES))
-        # A folder sorts as its name and a slash: then walking in this order gives whole paths in order.
+        # A folder sorts as its name with a slash, so that the walk yields whole paths in order.
         first.sort(key=lambda entry: entry.name + "/" if entry.is_dir(follow_symlinks=False) else entry.name)
         for entry in chain(first, entries):
             if entry.is_dir(follow_symlinks=False):
@@ -227,11 +227,11 @@ def open_ranged(uri: str, buffer_bytes: int = 0) -> IO[bytes]:
 
     Args:
         uri: The file.
-        buffer_bytes: Read ahead so much at a time, for reading from front to back; 0 reads what is asked for.
+        buffer_bytes: Bytes to read ahead, for reading from front to back; 0 reads only what is asked for.
 
     Raises:
         StorageError: It is missing (caused by a `FileNotFoundError`), forbidden (`PermissionError`), or the service
-            fails; also from its `read`.
+            fails. Reading from the opened file raises the same.
     """
     with _translated(uri, "read this file"):
         if is_local(uri):
@@ -254,7 +254,7 @@ def read_bytes(uri: str) -> bytes:
 
 
 def read_tail(uri: str, length: int) -> bytes:
-    """Reads the last bytes of a file, or all where it has fewer; on S3 with one request.
+    """Reads the last bytes of a file, or all of them if there are fewer; on S3 with one request.
 
     Raises:
         StorageError: It is missing, forbidden, or the service fails.
@@ -268,7 +268,7 @@ def read_tail(uri: str, length: int) -> bytes:
 
 @contextmanager
 def _staged(uri: str) -> Iterator[Path]:
-    """Gives a path beside a local target, which takes the target's place unless writing it failed."""
+    """Gives a path next to a local target; what is written there replaces the target unless writing fails."""
     target = Path(absolute(uri))
     target.parent.mkdir(parents=True, exist_ok=True)
     staged = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
@@ -280,7 +280,7 @@ def _staged(uri: str) -> Iterator[Path]:
 
 
 def write_bytes(uri: str, data: bytes) -> None:
-    """Writes one whole file atomically: a reader sees the old content or the new one, never a part.
+    """Writes one whole file atomically: a reader sees the old content or the new one, never a fragment.
 
     Raises:
         StorageError: The target cannot be written.
@@ -299,13 +299,14 @@ def write_bytes(uri: str, data: bytes) -> None:
 def update_bytes(uri: str, update: Callable[[bytes | None], bytes]) -> None:
     """Replaces a small file by what `update` makes of its content, with no other writer in between.
 
-    On a local disk writers take turns by a lock file; on S3 the write is conditional on the object's ETag, and begins
-    again where another writer came first. Other stores have no such operation here: they are read just before the
-    write, and of two writers in the same instant the later one wins.
+    On a local disk a lock file makes writers take turns. On S3 the write is conditional on the object's ETag, and
+    starts again if another writer came first. For other stores there is no such operation here: the file is read just
+    before the write, and if two write in the same instant, the later one wins.
 
     Args:
         uri: The file.
-        update: Is given the present content, or `None` where there is no file; may raise to leave it as it is.
+        update: Turns the current content, or `None` if there is no file, into the new one; may raise to leave the file
+            as it is.
 
     Raises:
         StorageError: The target cannot be read or written.
@@ -336,7 +337,7 @@ def upload(local_path: str | Path, uri: str) -> None:
 
 
 def move_in(local_path: Path, uri: str) -> None:
-    """Like `upload`, for a temporary file that is not needed afterwards: on a local disk it may just be renamed."""
+    """Does the same as `upload` for a temporary file, which on a local disk it may just rename."""
     if not is_local(uri):
         upload(local_path, uri)
         return
@@ -353,7 +354,7 @@ def download(uri: str, local_path: str | Path) -> None:
 
 @contextmanager
 def local_file(uri: str) -> Iterator[Path]:
-    """Gives a local path with a file's content: its own when local, else a temporary download of the same name."""
+    """Gives a local path to a file: its own if it is local, else that of a temporary download of the same name."""
     if is_local(uri):
         yield Path(absolute(uri))
         return
@@ -364,7 +365,7 @@ def local_file(uri: str) -> Iterator[Path]:
 
 
 def remove(uri: str) -> None:
-    """Deletes a file, or a folder with all that is in it; nothing happens when there is none."""
+    """Deletes a file, or a folder with all that is in it; does nothing if it does not exist."""
     fs, path = filesystem(uri)
     with _translated(uri, "delete this path"):
         if fs.exists(path):

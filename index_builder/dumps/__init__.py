@@ -1,1 +1,1 @@
-"""Caption dumps: their files, the captions in them, and how these are cleaned and made unique."""
+"""Caption dumps: their files, and how their captions are read, cleaned and made unique."""

@@ -1,13 +1,13 @@
-"""From rows to unique captions: rows are dealt into hash buckets, and each bucket is deduplicated on its own.
+"""Turns rows into unique captions: rows are dealt into hash buckets, and each bucket is deduplicated separately.
 
-A bucket is a range of key prefixes, so that the buckets' captions, each sorted by key, are sorted as a whole: the same
-captions get the same ids whatever the dumps' files, the buckets and the scheduling. Memory is bounded by a chunk of
-rows when dealing and by one bucket when deduplicating. Rows come from caption dumps (`deal_dumps`) and from indexes
-(`stored.deal_shard`); those that have an embedding carry it with them.
+A bucket is a range of key prefixes and is sorted by key, so the captions of all buckets are sorted as a whole. The same
+captions therefore get the same ids, however the dumps are divided into files and the work into buckets and tasks.
+Dealing holds one chunk of rows in memory, deduplicating one bucket. Rows come from caption dumps (`deal_dumps`) and
+from indexes (`stored.deal_shard`); a row that has an embedding carries it.
 
-    WORK/rows/00003-0001.arrow      one record batch for each bucket, rows in their order
+    WORK/rows/00003-0001.arrow      one record batch for each bucket, with rows in their order
     WORK/unique/bucket-00007.arrow  new captions, sorted by key
-    WORK/grown/bucket-00007.arrow   captions of the index that is added to which gained a source or an image
+    WORK/grown/bucket-00007.arrow   captions that the index has already, and that gained a source or an image
     WORK/images/bucket-00007.npy    a hash for each (caption, image) pair
 """
 
@@ -33,10 +33,10 @@ from smallcap.captions.rows import CaptionColumns
 from smallcap.config import CleaningConfig
 from smallcap.index.caption_store import open_arrow
 
-BYTES_PER_BUCKET = 16 << 20  # of the inputs; about 200,000 captions without embeddings
+BYTES_PER_BUCKET = 16 << 20  # of input; about 200,000 captions without embeddings
 MAX_BUCKETS = 4096
-_CHUNK_BYTES = 256 << 20  # of rows that one dealing task holds in memory
-_ROW_OVERHEAD_BYTES = 400  # of a row as Python objects
+_CHUNK_BYTES = 256 << 20  # rows that one dealing task holds in memory
+_ROW_OVERHEAD_BYTES = 400  # what a row takes as Python objects, its text and vector not counted
 _CLEANED_AT_ONCE = 10_000
 _IMAGES_PER_COUNT = 20_000_000  # (caption, image) pairs that one counting task holds
 
@@ -79,7 +79,7 @@ class ChunkWriter:
                 self._write()
 
     def close(self) -> tuple[str, ...]:
-        """Writes what is held; returns all chunk files in order."""
+        """Writes the remaining rows; returns all chunk files in order."""
         if self._held:
             self._write()
         return tuple(self._chunks)
@@ -99,9 +99,9 @@ class DealTask:
 
     Attributes:
         work_uri: The build's work folder.
-        number: Of this task among all dealing tasks.
+        number: This task's number among all dealing tasks.
         dumps: The files, each with its position among the build's source files.
-        columns: What to read of them.
+        columns: Which columns to read.
         cleaning: Which rows to keep.
         buckets: Number of buckets.
     """
@@ -116,10 +116,10 @@ class DealTask:
 
 @dataclass(frozen=True)
 class Dealt:
-    """What a dealing task made: chunk files in the order of their rows, and counts."""
+    """The result of a dealing task: chunk files in the order of their rows, and counts."""
 
     chunks: tuple[str, ...]
-    rows: tuple[int, ...]  # of each dump file
+    rows: tuple[int, ...]  # in each dump file
     dropped: dict[str, int]
 
 
@@ -137,7 +137,7 @@ def plan_dealing(
     first_task: int,
     sources: Sequence[int],
 ) -> list[DealTask]:
-    """Groups neighbouring dump files so that many small ones share a task; order is kept."""
+    """Groups neighbouring dump files so that small ones share a task; keeps their order."""
     groups: list[list[tuple[DumpScan, int]]] = []
     for scan, source in zip(scans, sources, strict=True):
         if not groups or sum(other.bytes for other, _ in groups[-1]) + scan.bytes > BYTES_PER_BUCKET:
@@ -153,7 +153,7 @@ def deal_dumps(task: DealTask) -> Dealt:
     """Cleans the rows of a task's dump files and deals them into buckets.
 
     Raises:
-        SchemaError: A dump is not what its suffix says; see `captions.reader`.
+        SchemaError: A dump's content does not match its suffix; see `captions.reader`.
     """
     cleaner = Cleaner(task.cleaning)
     writer = ChunkWriter(task.work_uri, task.number, task.buckets)
@@ -170,7 +170,7 @@ def deal_dumps(task: DealTask) -> Dealt:
 
 @dataclass(frozen=True)
 class DedupeTask:
-    """A bucket to deduplicate, and all chunks in the order of their rows."""
+    """A bucket to deduplicate, with all chunks in the order of their rows."""
 
     work_uri: str
     bucket: int
@@ -182,14 +182,14 @@ class Deduped:
     """Counts of one bucket."""
 
     captions: int  # new ones
-    embedded: int  # of them with an embedding
-    grown: int  # captions of the index that is added to with a new source or image
+    embedded: int  # new captions that have an embedding
+    grown: int  # captions that the index has already, and that gained a source or an image
     duplicates: int
     image_pairs: int
 
 
 def dedupe_bucket(task: DedupeTask) -> Deduped:
-    """Writes a bucket's new captions, sorted by key, those that have grown, and its image hashes."""
+    """Writes a bucket's new captions, sorted by key, its grown captions, and its image hashes."""
     deduplicator = Deduplicator()
     for chunk in task.chunks:
         with open_arrow(chunk) as source:
@@ -229,7 +229,7 @@ def _image_hash(image_id: str) -> int:
 
 @dataclass(frozen=True)
 class CountTask:
-    """One of `shares` shares of the image hashes to count."""
+    """One share of the image hashes to count; `shares` is their number."""
 
     work_uri: str
     buckets: int
@@ -245,20 +245,20 @@ def plan_counting(work_uri: str, deduped: Sequence[Deduped]) -> list[CountTask]:
 
 def count_captions_per_image(task: CountTask) -> int:
     """Returns the largest number of unique captions that one image of this share has."""
-    found = []
+    share = []
     for bucket in range(task.buckets):
         hashes = np.load(io.BytesIO(storage.read_bytes(_bucket_uri(task.work_uri, "images", bucket))))
-        found.append(hashes[hashes % np.uint64(task.shares) == task.share])
-    _, counts = np.unique(np.concatenate(found), return_counts=True)
+        share.append(hashes[hashes % np.uint64(task.shares) == task.share])
+    _, counts = np.unique(np.concatenate(share), return_counts=True)
     return int(counts.max(initial=0))
 
 
 class UniqueCaptions:
-    """All unique captions of a build by global id, read from the bucket files; small and picklable itself.
+    """All unique captions of a build by global id, read from the bucket files; the object is small and picklable.
 
     Args:
         work_uri: The build's work folder.
-        counts: Captions of each bucket, in order.
+        counts: The number of captions in each bucket, in order.
     """
 
     def __init__(self, work_uri: str, counts: Sequence[int]) -> None:
@@ -283,21 +283,21 @@ class UniqueCaptions:
 
 @dataclass(frozen=True)
 class Grown:
-    """A caption of the index that is added to, with all its sources (positions) and images after the addition."""
+    """A caption that the index has already, with all its sources (positions) and images after the addition."""
 
     sources: list[int]
     image_ids: list[str]
 
 
 def read_grown(work_uri: str, deduped: Sequence[Deduped], first_id: int, stop_id: int) -> dict[int, Grown]:
-    """Returns by id the captions in [first_id, stop_id) that have grown."""
-    found: dict[int, Grown] = {}
+    """Returns the captions in [first_id, stop_id) that have grown, by id."""
+    grown: dict[int, Grown] = {}
     for bucket in [number for number, counts in enumerate(deduped) if counts.grown]:
         with open_arrow(_bucket_uri(work_uri, "grown", bucket)) as source:
             for row in pa.ipc.open_file(source).get_batch(0).to_pylist():
                 if first_id <= row["known_id"] < stop_id:
-                    found[row["known_id"]] = Grown(row["source"], row["image_id"] or [])
-    return found
+                    grown[row["known_id"]] = Grown(row["source"], row["image_id"] or [])
+    return grown
 
 
 def _bucket_uri(work_uri: str, kind: Literal["unique", "grown", "images"], bucket: int) -> str:
@@ -312,7 +312,7 @@ def _batch(schema: pa.Schema, rows: Iterable[tuple[object, ...]]) -> pa.RecordBa
 
 
 def _write_batches(uri: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
-    """Writes an Arrow file through a temporary local one, so that a reader of `uri` sees all of it or nothing."""
+    """Writes an Arrow file by way of a temporary local file, so that a reader of `uri` sees all of it or nothing."""
     with storage.scratch_folder() as folder:
         path = folder / "batches.arrow"
         with pa.ipc.new_file(str(path), schema) as writer:

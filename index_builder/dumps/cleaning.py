@@ -1,4 +1,4 @@
-"""Which captions enter the datastore: normal form, filters, duplicates. No Ray, and no storage but the blocklist's."""
+"""Decides which captions enter the datastore, and brings them to normal form; it reads no file but the blocklist."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from smallcap.config import CleaningConfig
 from smallcap.model.prompt import count_tokens, load_tokenizer
 
 RULES_VERSION = 1
-"""Part of a manifest's `filters`; raised when the same dump and options would clean to something else."""
+"""Recorded in a manifest's `filters`; raised when the same dump and options would give other captions."""
 
 KEY_BYTES = 16
 
 
 def caption_key(text: str) -> bytes:
-    """Returns blake2b-128 of the text after NFKC, case folding and collapsing of white space."""
+    """Returns the blake2b-128 of a text after NFKC and case folding, with white space collapsed."""
     folded = " ".join(normalise(text).split())
     return blake2b(folded.encode(), digest_size=KEY_BYTES).digest()
 
 
 def describe_filters(config: CleaningConfig) -> dict[str, Any]:
-    """Returns what an index's manifest keeps of the filters: the options and the sha256 of the blocklist's content.
+    """Returns what an index's manifest records of the filters: the options and the blocklist's sha256.
 
     Raises:
-        ConfigError: There is no such blocklist.
+        ConfigError: The blocklist does not exist.
         StorageError: The blocklist cannot be read.
     """
     digest = None if config.blocklist is None else sha256(read_blocklist(config.blocklist)).hexdigest()
@@ -53,8 +53,9 @@ _JUNK = (
 class Cleaner:
     """Applies the filters to rows of a dump.
 
-    A row is dropped for the first of these reasons that holds: the reader's `problem`, `empty`, `malformed` (half a
-    surrogate pair), `too_few_words`, `url`, `markup`, `repeated_characters`, `blocklisted`, `too_long`.
+    A row is dropped for the first of these reasons that applies: the `problem` that the reader found, `empty`,
+    `malformed` (half a surrogate pair), `too_few_words`, `url`, `markup`, `repeated_characters`, `blocklisted`,
+    `too_long`.
 
     Args:
         config: The filters; its tokenizer and blocklist are loaded here.
@@ -72,11 +73,11 @@ class Cleaner:
         self._blocklist = None if config.blocklist is None else load_blocklist(config.blocklist)
 
     def clean(self, rows: Iterable[CaptionRow], sources: tuple[int, ...] = ()) -> tuple[list[Row], Counter[str]]:
-        """Returns the rows that pass, in order and without superfluous white space, and those dropped by reason.
+        """Returns the rows that pass, in order and without superfluous white space, and the count dropped by reason.
 
         Args:
-            rows: As they stand in the dump.
-            sources: What the cleaned rows name as their sources.
+            rows: The dump's rows.
+            sources: The sources that cleaned rows name.
         """
         dropped: Counter[str] = Counter()
         candidates: list[tuple[str, str | None, bytes | None]] = []
@@ -102,7 +103,7 @@ class Cleaner:
             return "empty"
         try:
             f"{text}{image_id}".encode()
-        except UnicodeEncodeError:  # JSON can hold half a surrogate pair, which is no text
+        except UnicodeEncodeError:  # JSON can hold half a surrogate pair, which is not text
             return MALFORMED
         if text.count(" ") + 1 < self._config.min_words:
             return "too_few_words"
@@ -112,7 +113,7 @@ class Cleaner:
         return "blocklisted" if self._blocklist is not None and self._blocklist.matches(normalise(text)) else ""
 
     def _lengths(self, texts: Sequence[str]) -> list[int]:
-        """Returns each text's tokens, or its words where there is no tokenizer."""
+        """Returns each text's number of tokens, or of words where there is no tokenizer."""
         if self._tokenizer is None:
             return [text.count(" ") + 1 for text in texts]
         return count_tokens(self._tokenizer, texts)

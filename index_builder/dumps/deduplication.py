@@ -1,4 +1,4 @@
-"""Which rows are the same caption: the first one's text, everyone's sources and image ids. No storage, no Ray."""
+"""Joins rows that are the same caption: it keeps the first row's text, and the sources and image ids of all rows."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import NamedTuple
 
 
 class Row(NamedTuple):
-    """One cleaned row on its way to its caption.
+    """One cleaned row.
 
     Attributes:
         key: What duplicates have in common; see `cleaning.caption_key`.
         text: The caption.
-        sources: Positions, among the build's source files, of those that have it.
-        image_ids: The images that it was written for.
-        vector: Its embedding where that is known: float16 or float32 bytes.
-        known_id: Its id in the index that is added to, where it comes from there.
-        lends_vector: It only offers its vector to a caption of the same text, and is no caption itself.
+        sources: The source files that have the caption, as positions among the build's source files.
+        image_ids: The images that the caption was written for.
+        vector: The embedding where it is known: float16 or float32 bytes.
+        known_id: The caption's id in the index that is added to; None for rows from elsewhere.
+        lends_vector: Whether the row is not a caption, and only offers its vector to a caption with the same text.
     """
 
     key: bytes
@@ -39,7 +39,7 @@ class UniqueCaption:
     known_id: int | None
     sources: dict[int, None] = field(default_factory=dict)  # sets that keep their order
     image_ids: dict[str, None] = field(default_factory=dict)
-    has_grown: bool = False  # a known caption that other rows brought a source or an image
+    has_grown: bool = False  # whether it is a known caption that gained a source or an image from other rows
 
     def absorb(self, row: Row) -> None:
         """Takes over a row's sources and images, and its vector where the text is the same."""
@@ -50,7 +50,7 @@ class UniqueCaption:
         self.lend(row)
 
     def lend(self, row: Row) -> None:
-        """Takes a row's vector when it needs one; the key may be the same and the text, which is embedded, not."""
+        """Takes a row's vector where it has none and the texts are equal; rows with equal keys may have other texts."""
         if self.vector is None and row.text == self.text:
             self.vector = row.vector
 
@@ -58,11 +58,11 @@ class UniqueCaption:
 class Deduplicator:
     """Joins rows with equal keys.
 
-    Rows must come in the order of (source, row), those of the index that is added to before them, and lenders last; the
-    result is then the same however the work was scheduled.
+    Rows must come in this order: those of the index that is added to, then the others by (source, row), then lenders.
+    The result then does not depend on how the work was scheduled.
 
     Attributes:
-        duplicates: Rows that were no caption of their own.
+        duplicates: How many rows were joined with an earlier one.
     """
 
     def __init__(self) -> None:
@@ -91,6 +91,6 @@ class Deduplicator:
                 self.duplicates += 1
 
     def captions(self) -> Iterator[UniqueCaption]:
-        """Yields the captions in the order of their keys."""
+        """Yields the captions, sorted by key."""
         for key in sorted(self._unique):
             yield self._unique[key]

@@ -1,9 +1,9 @@
-"""Dumps whose embeddings lie in a file of their own, beside the captions': which files pair up, and their rows.
+"""Dumps that keep captions and embeddings in separate files: finds which files pair up, and reads their rows.
 
-clip-retrieval writes `text_emb/text_emb_0.npy` beside `metadata/metadata_0.parquet`; autofaiss and embedding-reader
-take `embeddings/*.npy` beside `metadata/*.parquet`; the SmallCap reference's datastore is `NAME`, a faiss index of unit
-vectors, beside `NAME_captions.json`, the list of its texts (RitaRamo/smallcap src/retrieve_caps.py). Row i of the one
-file belongs to row i of the other. A folder of images' embeddings (`img_emb`) is never taken for texts'.
+clip-retrieval writes `text_emb/text_emb_0.npy` and `metadata/metadata_0.parquet`; autofaiss and embedding-reader take
+`embeddings/*.npy` and `metadata/*.parquet`; the SmallCap reference's datastore is `NAME`, a faiss index of unit
+vectors, and `NAME_captions.json`, the list of its texts (RitaRamo/smallcap src/retrieve_caps.py). Row i of one file
+belongs to row i of the other. A folder of image embeddings (`img_emb`) is never mistaken for text embeddings.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ from smallcap.captions.rows import CaptionColumns, CaptionRow
 from smallcap.captions.vectors import ROWS_AT_ONCE, check_dim, unit_vectors
 from smallcap.errors import ConfigError, IndexIntegrityError, SchemaError
 
-_LAYOUTS = (  # of the embeddings and of the captions, below the folder
+_LAYOUTS = (  # paths of the embeddings and of the captions, below the folder
     (re.compile(r"text_emb/text_emb_\d+\.npy"), re.compile(r"metadata/metadata_\d+\.parquet")),
     (re.compile(r"embeddings/[^/]+\.npy"), re.compile(r"metadata/[^/]+\.parquet")),
 )
 _LAST_NUMBER = re.compile(r"(\d+)\D*$")
 _DATASTORE_CAPTIONS = "_captions.json"
-_FLAT_INNER_PRODUCT, _INNER_PRODUCT = b"IxFI", 0  # of faiss: an index's first bytes, a metric
-_HEADER = struct.Struct("<4xiq16xxiQ")  # d, ntotal, metric, numbers that follow
+_FLAT_INNER_PRODUCT, _INNER_PRODUCT = b"IxFI", 0  # faiss's code for the index, which comes first in the file; a metric
+_HEADER = struct.Struct("<4xiq16xxiQ")  # d, ntotal, metric, how many numbers follow
 
 
 def find_embeddings(folder: str, files: Sequence[str]) -> dict[str, str]:
-    """Finds the captions' files of a folder that have their embeddings in another.
+    """Finds a folder's caption files whose embeddings are in another file.
 
     Args:
         folder: URI of a folder or prefix.
         files: URIs of all files below it.
 
     Returns:
-        The embeddings' URI by the captions'.
+        The URI of the embeddings by the URI of the captions.
 
     Raises:
-        ConfigError: The folder is laid out for pairs, and a file of one half has no match in the other.
+        ConfigError: The folder is laid out for pairs, and a file has no match.
         StorageError: A file cannot be read.
     """
     inside = {file.removeprefix(f"{folder}/"): file for file in files if file.startswith(f"{folder}/")}
@@ -64,7 +64,7 @@ def find_embeddings(folder: str, files: Sequence[str]) -> dict[str, str]:
 
 
 def _pair_by_number(embeddings: Sequence[str], captions: Sequence[str], folder: str) -> list[tuple[str, str]]:
-    """Pairs the names of two subfolders by the last number in each, whatever zeros it starts with."""
+    """Pairs the names of two subfolders by the last number in each, leading zeros ignored."""
     halves: list[dict[int, list[str]]] = [{}, {}]
     for half, names in zip(halves, (embeddings, captions), strict=True):
         for name in names:
@@ -84,7 +84,7 @@ def _pair_by_number(embeddings: Sequence[str], captions: Sequence[str], folder: 
 
 
 def _holds_a_list(uri: str) -> bool:
-    """Says whether a JSON file is a list; COCO's captions, which may have the same name, are an object."""
+    """Returns whether a JSON file is a list; COCO's captions, which may have the same name, are an object."""
     with storage.open_ranged(uri) as file:
         return bool(file.read(64).lstrip().startswith(b"["))
 
@@ -96,20 +96,20 @@ def read_embedded_rows(
 
     Args:
         captions: A Parquet file, or a JSON list of texts.
-        captions_uri: What errors call it.
-        embeddings: Local copy of a .npy file beside Parquet, of a faiss index beside JSON.
-        embeddings_uri: What errors call it.
-        columns: The columns to read; an embedding column is not.
+        captions_uri: The captions' URI, for errors.
+        embeddings: Local copy of the embeddings: a .npy file for Parquet, a faiss index for JSON.
+        embeddings_uri: The embeddings' URI, for errors.
+        columns: The columns to read; an embedding column is ignored.
 
     Raises:
-        SchemaError: A file is not what it must be, or the two have not the same number of rows.
+        SchemaError: A file has the wrong content, or the files differ in their number of rows.
         IndexIntegrityError: The faiss index is damaged or of another kind.
     """
     if storage.suffix_of(captions_uri) == ".json":
         texts = load_json(captions, captions_uri)
         if not isinstance(texts, list):
-            found = type(texts).__name__
-            raise SchemaError("This JSON file is not a list of captions.", where=captions_uri, found=found)
+            kind = type(texts).__name__
+            raise SchemaError("This JSON file is not a list of captions.", where=captions_uri, found=kind)
         rows, count = list_rows(texts), len(texts)
         matrix = _open_flat_index(embeddings, embeddings_uri, columns.dim)
     else:
@@ -118,11 +118,11 @@ def read_embedded_rows(
         matrix = _open_npy(embeddings, embeddings_uri, columns.dim)
     if count != len(matrix):
         raise SchemaError(
-            "The dump has not one embedding for each caption.",
+            "The dump does not have one embedding for each caption.",
             where=embeddings_uri,
-            expected=f"{count} embeddings, as {captions_uri} has captions",
+            expected=f"{count} embeddings, one for each caption of {captions_uri}",
             found=str(len(matrix)),
-            remedy="Write both files again together; one of them may be of another run.",
+            remedy="Write both files again together; one of them may come from another run.",
         )
     return _joined(rows, matrix)
 
@@ -153,24 +153,24 @@ def _open_npy(path: Path, uri: str, dim: int | None) -> np.ndarray:
 def _open_flat_index(path: Path, uri: str, dim: int | None) -> np.ndarray:
     """Maps the vectors of a faiss `IndexFlatIP` into memory.
 
-    Not through faiss: it follows the paths that other kinds of index name, and crashes on some damaged headers, while
-    nothing vouches for this file. Source: facebookresearch/faiss impl/index_write.cpp `write_index_header`.
+    Nothing vouches for this file, so faiss does not read it: faiss follows paths that some kinds of index name, and
+    crashes on some damaged headers. Source: facebookresearch/faiss impl/index_write.cpp `write_index_header`.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
         header = file.read(_HEADER.size)
     if header[:4] != _FLAT_INNER_PRODUCT:
         raise IndexIntegrityError(
-            "The datastore's index is of a kind whose vectors cannot be taken over.",
+            "The vectors of this kind of faiss index cannot be imported.",
             where=uri,
             expected=f"a flat faiss index of inner products ({_FLAT_INNER_PRODUCT!r})",
             found=repr(header[:4]),
-            remedy="Give the file of the captions instead of its folder, to embed them anew.",
+            remedy="Give the file of captions instead of its folder, to embed them again.",
         )
     d, ntotal, metric, numbers = _HEADER.unpack(header.ljust(_HEADER.size, b"\0"))
     if metric != _INNER_PRODUCT or d < 1 or ntotal < 0 or (numbers, size) != (d * ntotal, _HEADER.size + 4 * numbers):
         raise IndexIntegrityError(
-            "The datastore's index is damaged, or not of inner products.",
+            "The datastore's index is damaged, or does not use inner products.",
             where=uri,
             expected=f"metric {_INNER_PRODUCT}, and {_HEADER.size} + 4 · ntotal · d bytes",
             found=f"metric {metric}, {size} bytes, ntotal {ntotal}, d {d}",

@@ -1,6 +1,6 @@
-"""Caption dumps: which files they are, their checksums, local copies to read.
+"""Finds the files of caption dumps, and opens local copies of them.
 
-`smallcap.captions` reads them, and `embedded` those that keep embeddings in a second file.
+`smallcap.captions` reads their rows; `embedded` reads dumps that keep embeddings in a second file.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from smallcap.errors import ConfigError
 
 @dataclass(frozen=True)
 class DumpFile:
-    """One file of a caption dump, with the file of its embeddings if it has one.
+    """One file of a caption dump.
 
     Attributes:
-        uri: Where it is.
-        name: What the caption store calls it: the shortest end of the path that tells it from the other files.
-        embeddings: Where the embeddings of the file's rows are, if they are in a file of their own.
+        uri: Where the file is.
+        name: The name in the caption store: the shortest end of the path that tells the file from the others.
+        embeddings: Where the file with the rows' embeddings is, if there is one.
     """
 
     uri: str
@@ -35,12 +35,12 @@ class DumpFile:
 
 @dataclass(frozen=True)
 class DumpScan:
-    """What is known of a dump's file before its captions are cleaned.
+    """What is known of a dump file before its captions are cleaned.
 
     Attributes:
         dump: The file.
-        bytes: Its size, that of its embeddings' file included.
-        sha256: Of its content. With embeddings, of the lines "SHA256-OF-CAPTIONS" and "SHA256-OF-EMBEDDINGS".
+        bytes: The size of the file and of its embeddings.
+        sha256: The sha256 of its content. With embeddings: of the lines "SHA256-OF-CAPTIONS", "SHA256-OF-EMBEDDINGS".
     """
 
     dump: DumpFile
@@ -49,15 +49,15 @@ class DumpScan:
 
 
 def find_dumps(uris: Sequence[str]) -> list[DumpFile]:
-    """Lists the dump files that files, folders, prefixes and globs name: in the order given, each sorted.
+    """Lists the dump files that files, folders, prefixes and globs name: in the given order, each sorted.
 
-    A folder that is laid out as `embedded` says gives its files of captions the embeddings beside them.
+    In a folder that is laid out as `embedded` says, caption files get the embeddings that belong to them.
 
     Raises:
-        ConfigError: A URI holds no file of a known format, or embeddings and captions that do not pair up.
+        ConfigError: A URI has no file in a known format, or its embeddings and captions do not pair up.
         StorageError: A URI does not exist or cannot be listed.
     """
-    found: dict[str, str | None] = {}
+    embeddings_of: dict[str, str | None] = {}
     for uri in uris:
         listed = storage.list_files(uri)
         files = [file for file in listed if storage.suffix_of(file) in CAPTION_SUFFIXES]
@@ -70,17 +70,19 @@ def find_dumps(uris: Sequence[str]) -> list[DumpFile]:
             )
         embeddings = find_embeddings(storage.absolute(uri), listed)
         for file in files:
-            found[file] = found.get(file) or embeddings.get(file)
-    names = short_names(list(found))
-    return [DumpFile(uri, name, embeddings) for (uri, embeddings), name in zip(found.items(), names, strict=True)]
+            embeddings_of[file] = embeddings_of.get(file) or embeddings.get(file)
+    names = short_names(list(embeddings_of))
+    return [
+        DumpFile(uri, name, embeddings) for (uri, embeddings), name in zip(embeddings_of.items(), names, strict=True)
+    ]
 
 
 def scan_dump(task: tuple[DumpFile, CaptionColumns]) -> DumpScan:
-    """Reads a dump's files once for their checksum, and the first row to see that it has the columns asked for.
+    """Computes a dump's checksum, and reads its first row to check that it has the requested columns.
 
     Raises:
-        SchemaError: It does not have them, or its embeddings have another length than the one asked for.
-        IndexIntegrityError: Its embeddings are in a faiss index that is damaged or of another kind.
+        SchemaError: A column is missing, or the embeddings have the wrong length.
+        IndexIntegrityError: The embeddings are in a faiss index that is damaged or of another kind.
     """
     dump, columns = task
     with _opened(dump, columns) as (paths, rows):
@@ -92,10 +94,10 @@ def scan_dump(task: tuple[DumpFile, CaptionColumns]) -> DumpScan:
 
 @contextmanager
 def open_dump(dump: DumpFile, columns: CaptionColumns) -> Iterator[Iterator[CaptionRow]]:
-    """Gives the rows of a dump in order, to be read before the context ends.
+    """Yields the iterator over a dump's rows, in order; it must be read before the context ends.
 
     Raises:
-        SchemaError, IndexIntegrityError: The dump is damaged, or of another form; also while the rows are read.
+        SchemaError, IndexIntegrityError: The dump is damaged or malformed; reading the rows may raise it as well.
     """
     with _opened(dump, columns) as (_, rows):
         yield rows
@@ -103,7 +105,7 @@ def open_dump(dump: DumpFile, columns: CaptionColumns) -> Iterator[Iterator[Capt
 
 @contextmanager
 def _opened(dump: DumpFile, columns: CaptionColumns) -> Iterator[tuple[list[Path], Iterator[CaptionRow]]]:
-    """Gives local paths of a dump's file and, if it has one, of its embeddings' file, and the rows."""
+    """Yields the rows, and local paths of the dump file and, if there is one, of the file with its embeddings."""
     with ExitStack() as stack:
         paths = [stack.enter_context(storage.local_file(uri)) for uri in (dump.uri, dump.embeddings) if uri is not None]
         file = stack.enter_context(paths[0].open("rb"))
@@ -114,7 +116,7 @@ def _opened(dump: DumpFile, columns: CaptionColumns) -> Iterator[tuple[list[Path
 
 
 def short_names(uris: Sequence[str]) -> list[str]:
-    """Cuts URIs to as many last components as tell them apart, so that equal content keeps its name when it moves."""
+    """Cuts URIs to the last components that tell them apart, so that files keep their names when they move."""
     paths = [uri.split("/") for uri in uris]
     for depth in range(1, max(map(len, paths))):
         names = ["/".join(path[-depth:]) for path in paths]

@@ -1,7 +1,7 @@
-"""What captions from the web are dropped for: addresses, markup, repeated characters, and the words of a blocklist.
+"""Filters that drop captions from the web: addresses, markup, repeated characters, and the words of a blocklist.
 
-Every filter is the same for all languages, and would rather miss junk than drop a caption that is none. They see one
-text at a time and know nothing of dumps, counts or the order they are asked in.
+Every filter is the same for all languages, and would rather miss junk than drop a good caption. Filters see one text at
+a time, and know nothing of dumps, counts or their order.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from html.entities import html5
 from smallcap import storage
 from smallcap.errors import ConfigError
 
-# A scheme, a host that starts with www., or a host of a common domain with a path. A bare host is not enough: a full
-# stop without its space makes "na praia.com um homem" of Portuguese, and "look.at" of English.
+# A scheme, a host that starts with www., or a host of a common domain with a path. A bare host is not enough: without
+# the space after a full stop, Portuguese has "na praia.com um homem" and English has "look.at".
 _URL = re.compile(
     r"(?:https?|ftp)://[^\s/]|(?<![\w@.-])www\.[\w-]+\.\w|(?<=[^\W_])\.(?:com|net|org)/\w",
     re.IGNORECASE,
 )
-_URL_MARKS = ("://", "www.", ".com/", ".net/", ".org/")  # what every match holds; these are found sooner
+_URL_MARKS = ("://", "www.", ".com/", ".net/", ".org/")  # every match holds one of these, which are found faster
 
 _HTML_TAGS = (
     "a|abbr|article|b|big|blockquote|body|br|button|center|code|dd|div|dl|dt|em|figcaption|figure|font|footer|form"
     "|h[1-6]|head|header|hr|html|i|iframe|img|input|label|li|link|meta|nav|object|ol|option|p|picture|pre|s|script|section"
     "|select|small|source|span|strike|strong|style|sub|sup|svg|table|tbody|td|textarea|th|thead|title|tr|tt|u|ul|video"
 )
-# A tag needs a name of HTML's, or an attribute with a value, or to be a closing one with a name: <unk>, <3, a<b and
-# "x < y and y > z" are no tags. The length limits keep a stray < from making the search quadratic.
+# A tag has a name that HTML knows, or an attribute with a value, or it is a closing tag with a name: <unk>, <3, a<b and
+# "x < y and y > z" are not tags. The length limits keep a stray < from making the search quadratic.
 _TAG = re.compile(
     rf"</?(?:{_HTML_TAGS})\s{{0,3}}/?>"
     r"|</[a-z][\w:.-]{0,40}\s?>"
@@ -40,7 +40,7 @@ _TAG = re.compile(
 )
 _ENTITY = re.compile(r"&(?:#\d{1,7};|#[xX][0-9a-fA-F]{1,6};|([A-Za-z][A-Za-z0-9]{1,31};))")  # the name is looked up
 _LINK = re.compile(
-    # [/url] and [url=…], not the [b] and [i] of a figure's parts; [text](target), not "[sic](laughs)"
+    # [/url] and [url=…], not the [b] and [i] that label a figure; [text](target), not "[sic](laughs)"
     r"\[/(?:b|i|u|s|url|img|quote|code|size|color|center|list|youtube)\]"
     r"|\[(?:url|img|quote|size|color|font|youtube)=[^\]\s][^\]]{0,500}\]|\[(?:url|img|quote)\]"
     r"|!?\[[^\[\]]{0,500}\]\((?:[a-z][a-z0-9+.-]{1,20}:|/|\.\.?/|\#|[\w.-]{1,100}[./])[^()\s]{1,500}\)",
@@ -54,13 +54,13 @@ _REPEAT = re.compile(rf"([^\s{_NOT_REPEATED}])\1{{7}}|([^{_NOT_REPEATED}]{{2,4}}
 
 
 def holds_url(text: str) -> bool:
-    """Says whether a text holds a web address: with a scheme, with `www.`, or a com, net or org host with a path."""
+    """Returns whether a text holds a web address: with a scheme, with `www.`, or a com, net or org host with a path."""
     lowered = text.lower()
     return any(mark in lowered for mark in _URL_MARKS) and _URL.search(text) is not None
 
 
 def holds_markup(text: str) -> bool:
-    """Says whether a text holds HTML or XML tags, character entities, BBCode or a markdown link."""
+    """Returns whether a text holds HTML or XML tags, character entities, BBCode or a markdown link."""
     if "<" in text and _TAG.search(text):
         return True
     if "&" in text and any(name == "" or name in html5 for name in _ENTITY.findall(text)):
@@ -69,25 +69,24 @@ def holds_markup(text: str) -> bool:
 
 
 def holds_repeats(text: str) -> bool:
-    """Says whether a character stands eight times in a row, or a group of two to four characters six times."""
+    """Returns whether a character occurs eight times in a row, or a group of two to four characters six times."""
     return _REPEAT.search(text) is not None
 
 
 def normalise(text: str) -> str:
-    """Returns a text after NFKC and case folding: what captions and blocklists are compared in."""
+    """Returns a text after NFKC and case folding, the form in which captions and blocklists are compared."""
     return unicodedata.normalize("NFKC", text).casefold()
 
 
 class Blocklist:
     """Words and phrases that no caption may hold.
 
-    A phrase is a sequence of words. A letter of a script that puts no spaces between words (Han, kana, Thai, Lao,
-    Khmer, Burmese, Tibetan) counts as a word of its own, so that phrases in these are found inside of longer text, and
-    "cat" is not found in "concatenate". A text of n words costs n look-ups and more only where a phrase may begin,
-    however long the list is.
+    A phrase is a sequence of words. In scripts that put no spaces between words (Han, kana, Thai, Lao, Khmer, Burmese,
+    Tibetan) every letter counts as a word, so that phrases are found inside longer text; "cat" is not found in
+    "concatenate". However long the list is, a text of n words costs n look-ups, and more only where a phrase may begin.
 
     Args:
-        phrases: Of at least one word each; spelled in any case and Unicode form.
+        phrases: Phrases of at least one word, in any case and Unicode form.
     """
 
     def __init__(self, phrases: Iterable[str]) -> None:
@@ -100,7 +99,7 @@ class Blocklist:
         self._lengths = {first: tuple(sorted(found)) for first, found in lengths.items()}
 
     def matches(self, normalised: str) -> bool:
-        """Says whether a text, normalised already, holds one of the phrases."""
+        """Returns whether a normalised text holds one of the phrases."""
         words = _words(normalised)
         lengths = self._lengths
         starts = [start for start, word in enumerate(words) if word in lengths]
@@ -115,7 +114,7 @@ def load_blocklist(uri: str) -> Blocklist:
     """Reads a blocklist: UTF-8, a word or phrase on each line; blank lines and lines starting with `#` are skipped.
 
     Raises:
-        ConfigError: There is no such file, it is not UTF-8, has no entries, or has one without letters or digits.
+        ConfigError: The file does not exist, is not UTF-8, has no entries, or has one without letters or digits.
         StorageError: The file cannot be read.
     """
     content = read_blocklist(uri)
@@ -133,7 +132,7 @@ def load_blocklist(uri: str) -> Blocklist:
     for number, entry in entries:
         if not _words(normalise(entry)):
             raise ConfigError(
-                "An entry of the blocklist holds no word.",
+                "An entry of the blocklist has no word.",
                 where=f"{uri}: line {number}",
                 expected="letters or digits",
                 found=repr(entry),
@@ -150,14 +149,14 @@ def load_blocklist(uri: str) -> Blocklist:
 
 
 def read_blocklist(uri: str) -> bytes:
-    """Returns the content of a blocklist's file.
+    """Returns the content of a blocklist.
 
     Raises:
-        ConfigError: There is no such file.
+        ConfigError: The file does not exist.
         StorageError: The file cannot be read.
     """
     if not storage.exists(uri):
-        raise ConfigError("There is no such blocklist.", where=uri, remedy="Check cleaning.blocklist.")
+        raise ConfigError("The blocklist does not exist.", where=uri, remedy="Check cleaning.blocklist.")
     return storage.read_bytes(uri)
 
 
@@ -174,13 +173,13 @@ _ASCII_WORD = re.compile(r"[a-z0-9_]+")
 
 
 def _words(normalised: str) -> list[str]:
-    """Splits a text into words; combining marks and joiners belong to what they follow, which `\\w` does not know."""
-    pattern = _ASCII_WORD if normalised.isascii() else _word_pattern()  # the same for ASCII, ten times as fast
+    """Splits a text into words; combining marks and joiners, which `\\w` does not match, belong to what they follow."""
+    pattern = _ASCII_WORD if normalised.isascii() else _word_pattern()  # the same words for ASCII, ten times as fast
     return pattern.findall(normalised)
 
 
 @lru_cache(maxsize=1)
 def _word_pattern() -> re.Pattern[str]:
     marks = (code for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code))[0] == "M")
-    joined = "".join(map(chr, [*marks, 0x200C, 0x200D]))  # Zero-width (non-)joiners stand inside of words
+    joined = "".join(map(chr, [*marks, 0x200C, 0x200D]))  # zero-width (non-)joiners occur inside words
     return re.compile(rf"[{_UNSPACED}][{joined}]*|(?:[^\W{_UNSPACED}]+[{joined}]*)+")

@@ -1,4 +1,4 @@
-"""What a build does with its retrieval encoder: embed captions, try it on a few first, embed calibration images."""
+"""Uses a build's retrieval encoder: to embed captions, to try it on a few first, and to embed calibration images."""
 
 from __future__ import annotations
 
@@ -7,58 +7,58 @@ from collections.abc import Sequence
 import numpy as np
 
 from index_builder.dumps.buckets import UniqueCaptions
-from index_builder.embedding.parts import EmbedParts, Probe, ProbeEncoder, VectorParts
+from index_builder.embedding.slices import EmbedSlices, Probe, ProbeEncoder, VectorSlices
 from index_builder.work.stage_runner import StageRunner
 from smallcap.errors import ConfigError
 from smallcap.index.manifest import EncoderIdentity
 
-_SAME_ENCODER = 0.98  # cosine of embeddings of one text that only precision and white space may tell apart
+_SAME_ENCODER = 0.98  # cosine of two embeddings of one text, which may differ by precision and white space
 
 
 class Encoding:
     """A build's encoder.
 
     Args:
-        encoder: Which one.
+        encoder: The encoder's identity.
         dtype: Precision of its weights.
-        runner: Runs the actors that load it.
+        runner: What runs the actors that load it.
     """
 
     def __init__(self, encoder: EncoderIdentity, dtype: str, runner: StageRunner) -> None:
         self.encoder, self.dtype, self._runner = encoder, dtype, runner
 
-    def embed(self, captions: UniqueCaptions, to_embed: int, work_uri: str) -> VectorParts:
-        """Embeds the captions that have no embedding, and gathers the others'; parts that are there are left alone.
+    def embed(self, captions: UniqueCaptions, to_embed: int, work_uri: str) -> VectorSlices:
+        """Embeds the captions that have no embedding, and gathers the other embeddings; keeps slices already written.
 
         Args:
             captions: The captions.
             to_embed: How many of them have no embedding.
             work_uri: The build's work folder.
         """
-        vectors = VectorParts(work_uri, len(captions), self.encoder.dim)
-        parts = vectors.missing()
-        if parts:
+        vectors = VectorSlices(work_uri, len(captions), self.encoder.dim)
+        missing = vectors.missing()
+        if missing:
             encoder = self.encoder if to_embed else None
             self._runner.run_actors(
                 "embed",
-                EmbedParts,
+                EmbedSlices,
                 lambda device: (encoder, device, self.dtype, captions, vectors),
-                parts,
-                [vectors.rows_of(part) for part in parts],
+                missing,
+                [vectors.rows_of(number) for number in missing],
             )
         return vectors
 
     def estimate_seconds(self, captions: UniqueCaptions, to_embed: int) -> float:
-        """Returns how long the embedding will take on this cluster, from a few captions in one actor."""
+        """Estimates how long embedding takes on this cluster, from a few captions in one actor."""
         if not to_embed:
             return 0.0
         return self._probe(captions).seconds_per_caption * to_embed / self._runner.plan_actors().num_actors
 
     def check_imported(self, captions: UniqueCaptions, dumps: Sequence[str]) -> None:
-        """Embeds some captions that brought an embedding, to see that it is this encoder's.
+        """Embeds a few captions with imported embeddings, to check that these were made by this encoder.
 
         Raises:
-            ConfigError: It is not.
+            ConfigError: They were not.
         """
         cosines = self._probe(captions).cosines
         typical = float(np.median(cosines)) if cosines else 1.0
@@ -66,9 +66,9 @@ class Encoding:
             raise ConfigError(
                 "The dump's embeddings are not this encoder's embeddings of its texts.",
                 where=", ".join(dumps),
-                expected=f"cosine 1 with what {self.encoder.spec} makes of the texts",
+                expected=f"cosine 1 with the embeddings that {self.encoder.spec} makes",
                 found=f"{typical:.3f}, the median of {len(cosines)}",
-                remedy="Name the --encoder that made them; --set trust_embeddings=true takes them as they are.",
+                remedy="Name the --encoder that made them; --set trust_embeddings=true accepts them as they are.",
             )
 
     def _probe(self, captions: UniqueCaptions) -> Probe:
@@ -78,14 +78,14 @@ class Encoding:
         return probe
 
     def image_queries(self, images: Sequence[str], count: int) -> np.ndarray:
-        """Embeds up to `count` of some images as calibration queries, [Q, dim] float32.
+        """Embeds up to `count` images as calibration queries, [Q, dim] float32.
 
         Args:
-            images: Files, folders, prefixes and lists of them.
-            count: How many at the most.
+            images: Image files, folders, prefixes, and lists of images.
+            count: The most images to embed.
 
         Raises:
-            ConfigError: There are too few that can be read.
+            ConfigError: Too few images can be read.
         """
         from index_builder.embedding.image_queries import LEAST_IMAGES, EmbedImages, plan_image_queries  # torch
 
@@ -95,12 +95,12 @@ class Encoding:
             lambda device: (self.encoder.spec, device, self.dtype),
             plan_image_queries(images, count),
         )
-        queries = np.concatenate([part.vectors for part in embedded])
+        queries = np.concatenate([batch.vectors for batch in embedded])
         if len(queries) < LEAST_IMAGES:
             raise ConfigError(
-                "Too few of the calibration images can be read.",
+                "Too few calibration images can be read.",
                 where=", ".join(images),
                 expected=f"at least {LEAST_IMAGES}",
-                found=f"{len(queries)} of {len(queries) + sum(part.failed for part in embedded)}",
+                found=f"{len(queries)} of {len(queries) + sum(batch.failed for batch in embedded)}",
             )
         return queries

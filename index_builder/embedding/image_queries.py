@@ -25,7 +25,7 @@ LEAST_IMAGES = 32
 
 @dataclass(frozen=True)
 class EmbeddedImages:
-    """Embeddings of the images that could be read, and how many could not."""
+    """Embeddings of the images that could be read, and the number of those that could not."""
 
     vectors: np.ndarray  # [n, dim] float32
     failed: int
@@ -45,7 +45,7 @@ class EmbedImages:
         self._device, self._dtype = torch.device(device), getattr(torch, dtype)
 
     def __call__(self, uris: Sequence[str]) -> EmbeddedImages:
-        """Embeds images; those that cannot be read are counted."""
+        """Embeds images, and counts those that cannot be read."""
         crops = []
         for uri, data in zip(uris, fetch_objects(uris).data, strict=True):
             try:
@@ -63,24 +63,24 @@ class EmbedImages:
 
 
 def plan_image_queries(sources: Sequence[str], count: int) -> list[list[str]]:
-    """Lists up to `count` of the images, evenly spaced over all, in work items.
+    """Lists up to `count` images, evenly spaced over all, in work items.
 
     Args:
         sources: Folders, prefixes, globs, image files, or lists of URIs.
-        count: The most to take; each image once, in the order of their ids.
+        count: The most images to take; each is taken once, in the order of ids.
 
     Raises:
-        ConfigError: There are too few, or there are images in tars or Parquet files.
+        ConfigError: There are too few images, or some are in tars or Parquet files.
         SchemaError: A list is damaged, or lacks the column of URIs.
         StorageError: A source does not exist.
     """
-    found = ImageSources(sources, InputConfig())
+    listed = ImageSources(sources, InputConfig())
     with storage.scratch_folder() as scratch:
-        tables = list(unique_images(sort_images(found.tables(), scratch), Duplicates()))
-    packed = [*found.tars, *found.parquet]
+        tables = list(unique_images(sort_images(listed.tables(), scratch), Duplicates()))
+    packed = [*listed.tars, *listed.parquet]
     if packed:
         raise ConfigError(
-            "Images in tars or Parquet files are not taken here.",
+            "Calibration images cannot be in tars or Parquet files.",
             where=packed[0],
             remedy="Give image files, or a list of URIs.",
         )
@@ -89,11 +89,11 @@ def plan_image_queries(sources: Sequence[str], count: int) -> list[list[str]]:
     images = pa.concat_tables(tables)
     if images.num_rows < LEAST_IMAGES:
         raise ConfigError(
-            "There are too few images to calibrate with.",
+            "There are too few calibration images.",
             where=", ".join(sources),
             expected=f"at least {LEAST_IMAGES}, better 2,000",
             found=str(images.num_rows),
-            remedy="Give more, or none: captions then stand in for them.",
+            remedy="Give more images, or none: captions then stand in for them.",
         )
     rows = np.unique(np.linspace(0, images.num_rows - 1, count).astype(np.int64))
     uris = images["image_uri"].take(rows).to_pylist()

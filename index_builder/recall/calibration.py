@@ -1,7 +1,7 @@
 """Chooses how a new version is searched so that it reaches its recall target, and reports the recall on other queries.
 
-Half of the queries choose, the other half report. The smallest nprobe is taken at which both halves reach the target at
-the lower end of their 95% interval.
+One half of the queries chooses, the other half reports. The choice is the smallest nprobe with which both halves reach
+the target at the lower end of their 95% interval.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from smallcap.index.manifest import IndexManifest
 from smallcap.index.ranking import NOTHING, Ranking, merge_rankings
 
 _K_FACTORS = (K_FACTOR, 4 * K_FACTOR, 16 * K_FACTOR)
-_CHEAP_NPROBE = 32  # up to here all are tried in one round: a round costs more than its searches
+_CHEAP_NPROBE = 32  # numbers of lists up to this one are tried in one round: a round costs more than its searches
 _TARGET_AT = 4  # neighbours in the paper's prompt
 
 Run = Callable[[str, Callable[[Any], Any], Sequence[Any]], list[Any]]
@@ -49,7 +49,7 @@ Run = Callable[[str, Callable[[Any], Any], Sequence[Any]], list[Any]]
 
 @dataclass(frozen=True)
 class Queries:
-    """What recall is measured with: [Q, dim] float32, and the id of the caption that each was made from, or -1."""
+    """Queries, [Q, dim] float32, and for each the id of the caption that it was made from, or -1."""
 
     vectors: np.ndarray
     origin_ids: np.ndarray
@@ -59,11 +59,11 @@ class Calibration:
     """Checks and calibrates one draft version.
 
     Args:
-        index: With the manifest so far.
-        embeddings: Of each shard.
-        config: Number of queries, and whether to accept a miss.
-        target: Of recall@4 at its lower bound.
-        run: Runs work items.
+        index: The index, with the draft as its manifest.
+        embeddings: Where each shard's exact vectors are.
+        config: The number of queries, and whether to accept a miss.
+        target: The least recall@4, at its lower bound.
+        run: What runs work items.
     """
 
     def __init__(
@@ -82,11 +82,11 @@ class Calibration:
         """Returns the draft with nprobe, k_factor and the measured recall.
 
         Args:
-            image_queries: [Q, dim] float32 embeddings of images like those to caption; None to imitate some.
+            image_queries: [Q, dim] float32 embeddings of images like those to caption; None to imitate images.
 
         Raises:
-            IndexIntegrityError: A file is not what was written.
-            RunError: No setting reaches the target, and that has not been accepted.
+            IndexIntegrityError: A file does not hold what was written.
+            RunError: No setting reaches the target, and the config does not accept that.
         """
         origin_ids, vectors = self._check()
         if image_queries is None:
@@ -110,9 +110,9 @@ class Calibration:
         )
 
     def _check(self) -> tuple[np.ndarray, np.ndarray]:
-        """Reads every shard back; returns ids [2 Q] of live captions, evenly drawn, and their vectors, float32."""
+        """Reads every shard back; returns evenly drawn ids [2 Q] of live captions and their vectors, float32."""
         draft = self._draft
-        ids = uniform_sample(draft.id_count, 2 * self._config.queries)  # some twice where there are fewer captions
+        ids = uniform_sample(draft.id_count, 2 * self._config.queries)  # repeats ids where there are fewer captions
         removed = self._index.removed_ids()
         live = ids[~np.isin(ids, removed)]
         if not live.size:
@@ -139,7 +139,7 @@ class Calibration:
         return self._run("calibrate", search_shard, tasks)
 
     def _choose_k_factor(self, queries: Queries) -> tuple[int, Measured | None]:
-        """Returns the least re-ranking with which the codec alone allows the target, and what it allows."""
+        """Returns the least re-ranking with which the codec allows the target, and what it reaches over all lists."""
         lossy = is_lossy(self._draft.index_key)
         if self._draft.nlist is None and not lossy:
             return 1, None
@@ -179,14 +179,14 @@ class Calibration:
             expected=f"recall@{_TARGET_AT} of at least {self._target} at the lower end of its 95% interval",
             found=f"{self._bound(measured, half):.4f} (mean {recall:.4f}){lists}",
             remedy="Give a finer --index-key (IVF,SQfp16 or Flat) or more queries, lower --recall-target, or "
-            "publish it as it is with --accept-recall; what is built already is kept for that.",
+            "publish the index as it is with --accept-recall. What has been built is kept for that.",
         )
 
 
 def _rounds(ladder: Sequence[int | None]) -> list[tuple[int | None, ...]]:
-    """Divides a ladder into what is searched at once: the cheap ones together, then one by one.
+    """Divides a ladder into rounds: the cheap steps together, the others one by one.
 
-    Each costs as much as all before it, so that trying one in vain would double what calibration takes.
+    Each step costs as much as all before it, so trying one in vain would double the time of calibration.
     """
     cheap = tuple(nprobe for nprobe in ladder if nprobe is None or nprobe <= _CHEAP_NPROBE)
     return [cheap, *((nprobe,) for nprobe in ladder[len(cheap) :])]

@@ -1,9 +1,9 @@
-"""Reads a new version back as its readers will, chooses how many lists they search, and measures recall.
+"""Reads a new version back as its readers will, and measures recall.
 
 Exact neighbours come from the embeddings by brute force, not from the index, whose codec may round and whose lists may
-hide them. Queries are what the index is for: images, whose embeddings lie far from all texts. They need several times
-the lists that caption-like queries need, so recall measured with captions would flatter; so would an imitated image
-that finds the caption it was made from.
+hide them. The queries are images, since the index is for them. Their embeddings lie far from all texts, so that they
+need several times the lists that caption-like queries need. Recall measured with captions would therefore flatter, as
+would an imitated image that finds the caption it was made from.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from math import sqrt
 
 import numpy as np
 
-from index_builder.embedding.parts import VectorParts
+from index_builder.embedding.slices import VectorSlices
 from index_builder.stored import StoredIndex
 from smallcap.errors import IndexIntegrityError
 from smallcap.index.manifest import RecallEntry
@@ -25,21 +25,21 @@ from smallcap.index.vector_shard import VectorShard
 RECALL_AT = (4, 10)
 IMAGE_QUERIES = "images"
 GAP_QUERIES = "captions with a modality gap"
-GAP_COSINE = 0.3  # of an image and a text that describes it, as CLIP embeds them
+GAP_COSINE = 0.3  # between an image and a text that describes it, as CLIP embeds them
 CEILING_QUERIES = 256
-_Z = 1.6449  # of the one-sided 95% interval
+_Z = 1.6449  # for the one-sided 95% interval
 _SEED = 20
-_SCORE_TOLERANCE = 1e-5  # of an exact score in float32 against a stored one
-_NORM_TOLERANCE = 1e-2  # of a vector with itself, through float16
+_SCORE_TOLERANCE = 1e-5  # between an exact score in float32 and a stored one
+_NORM_TOLERANCE = 1e-2  # of a vector's score with itself, after float16
 _ROWS_AT_ONCE = 16_384
-_OVER_FETCH = 4  # times, where captions have been removed
+_OVER_FETCH = 4  # times the candidates, where captions have been removed
 
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Where a shard's exact vectors are: from `first_row` on in `vectors`, or, for None, in the shard's own files."""
+    """Where a shard's exact vectors are: in `vectors` from `first_row` on; where that is None, in the shard's files."""
 
-    vectors: VectorParts | None
+    vectors: VectorSlices | None
     first_row: int = 0
 
 
@@ -50,8 +50,8 @@ class CheckTask:
     Attributes:
         index: The draft.
         shard: The shard's number.
-        rows: Rows of it that queries are made from, sorted.
-        embeddings: What it was filled with; in its own files where it is of an earlier version.
+        rows: The shard's rows that queries are made from, sorted.
+        embeddings: The vectors that it was filled with; a shard of an earlier version has them in its files.
     """
 
     index: StoredIndex
@@ -64,7 +64,7 @@ def check_shard(task: CheckTask) -> np.ndarray:
     """Reads one shard back and checks it; returns the vectors of the rows asked for, [Q, dim] float32.
 
     Raises:
-        IndexIntegrityError: What was stored is not what was written.
+        IndexIntegrityError: A file does not hold what was written.
     """
     task.index.captions(task.shard)
     shard = task.index.vectors(task.shard)
@@ -72,15 +72,15 @@ def check_shard(task: CheckTask) -> np.ndarray:
     source = task.embeddings
     if source.vectors is not None:
         vectors = source.vectors.take(source.first_row + rows)
-        found = shard.rank(vectors, (shard.entry.first_id + rows)[:, None])[:, 0]
-        wrong = np.flatnonzero(~(np.abs(found - (vectors**2).sum(axis=1)) < _NORM_TOLERANCE))
+        scores = shard.rank(vectors, (shard.entry.first_id + rows)[:, None])[:, 0]
+        wrong = np.flatnonzero(~(np.abs(scores - (vectors**2).sum(axis=1)) < _NORM_TOLERANCE))
         if wrong.size:
             raise IndexIntegrityError(
-                "A shard holds another vector than the one that was written.",
+                "A shard does not hold the vector that was written.",
                 where=f"{task.index.uri}: caption {shard.entry.first_id + rows[wrong[0]]}",
                 expected="score 1 with itself",
-                found=f"score {found[wrong[0]]:.6f}, and {wrong.size - 1} more of {len(rows)}",
-                remedy="This is a defect of the build; run it again and report it.",
+                found=f"score {scores[wrong[0]]:.6f}, and {wrong.size - 1} others of {len(rows)}",
+                remedy="This is a defect of the build. Report it, and run the build again.",
             )
         return vectors
     pieces = [np.zeros((0, shard.dim), np.float32)]
@@ -90,13 +90,13 @@ def check_shard(task: CheckTask) -> np.ndarray:
 
 
 def imitate_images(vectors: np.ndarray) -> np.ndarray:
-    """Moves caption embeddings as far from the captions as images are: cosine 0.3, in a random direction.
+    """Moves caption embeddings as far from the captions as images are: to cosine 0.3, in a random direction.
 
     Args:
         vectors: [Q, dim] float32 unit vectors.
 
     Returns:
-        [Q, dim] float32 unit vectors; the same for the same input.
+        [Q, dim] float32 unit vectors; the same input always gives the same vectors.
     """
     noise = np.random.default_rng(_SEED).standard_normal(vectors.shape).astype(np.float32)
     noise -= (noise * vectors).sum(axis=1, keepdims=True) * vectors
@@ -112,9 +112,9 @@ class SearchTask:
         index: The draft, with the k_factor to search with.
         shard: The shard's number.
         queries: [Q, dim] float32.
-        origin_ids: [Q] ids of the captions that queries were made from, -1 for others: no query finds that one.
+        origin_ids: [Q] ids of the captions that queries were made from, or -1; a query does not find its origin.
         nprobes: Numbers of lists to search; (None,) where there are no lists.
-        embeddings: Where exact neighbours are found.
+        embeddings: Where the vectors for exact search are.
         with_exact: Whether to search exactly as well.
     """
 
@@ -132,7 +132,7 @@ class Candidates:
     """One shard's answer at one nprobe."""
 
     approximate: Ranking
-    exact_scores: np.ndarray | None  # [Q, n] of the same candidates; None where the approximate ones are exact
+    exact_scores: np.ndarray | None  # [Q, n] of the same candidates; None where the approximate scores are exact
     search_s: float
 
 
@@ -152,12 +152,12 @@ def search_shard(task: SearchTask) -> ShardAnswer:
     """
     removed = task.index.removed_ids()
     manifest = task.index.manifest
-    count = manifest.k_factor * max(RECALL_AT) + 1  # one may be the query's own
+    count = manifest.k_factor * max(RECALL_AT) + 1  # one candidate may be the query's origin
     shard = task.index.vectors(task.shard)
     fetch = min(shard.entry.rows, count * (_OVER_FETCH if removed.size else 1))
     found = []
     for nprobe in task.nprobes:
-        shard.candidates(task.queries[:1], fetch, nprobe)  # once unmeasured: maps the pages, starts the threads
+        shard.candidates(task.queries[:1], fetch, nprobe)  # not measured: this maps the pages and starts the threads
         start = time.perf_counter()
         approximate = shard.candidates(task.queries, fetch, nprobe)
         scores = shard.rank(task.queries, approximate[1]) if manifest.k_factor > 1 else None
@@ -168,14 +168,14 @@ def search_shard(task: SearchTask) -> ShardAnswer:
 
 
 def _allowed(origin_ids: np.ndarray, removed: np.ndarray, candidates: Candidates) -> Candidates:
-    """Takes removed captions and the queries' own out of the running."""
+    """Takes removed captions and the queries' origins out of the running."""
     scores, ids = candidates.approximate
     left_out = np.isin(ids, removed) | (ids == origin_ids[:, None])
     return replace(candidates, approximate=(np.where(left_out, -np.inf, scores), ids))
 
 
 def _search_exactly(task: SearchTask, shard: VectorShard, removed: np.ndarray) -> Ranking:
-    """Searches a shard's embeddings by brute force, some rows at a time."""
+    """Searches a shard's embeddings by brute force, a block of rows at a time."""
     k = max(RECALL_AT)
     best: Ranking | None = None
     first_id = shard.entry.first_id
@@ -183,11 +183,11 @@ def _search_exactly(task: SearchTask, shard: VectorShard, removed: np.ndarray) -
         scores = task.queries @ vectors.T  # [Q, rows]
         ids = np.arange(first_id, first_id + len(vectors))
         scores[:, np.isin(ids, removed)] = -np.inf
-        here = np.flatnonzero((task.origin_ids >= first_id) & (task.origin_ids < first_id + len(vectors)))
-        scores[here, task.origin_ids[here] - first_id] = -np.inf
+        with_origin = np.flatnonzero((task.origin_ids >= first_id) & (task.origin_ids < first_id + len(vectors)))
+        scores[with_origin, task.origin_ids[with_origin] - first_id] = -np.inf
         found = _best_columns(scores, ids, k) if best is None else _better_columns(scores, ids, best[0][:, -1])
         best = merge_rankings([found] if best is None else [best, found], k)
-        if best[0].shape[1] < k:  # the first block is small: its worst does not bound the others
+        if best[0].shape[1] < k:  # the first block is small: its worst score does not bound the others
             best = padded(*best, k)
         first_id += len(vectors)
     assert best is not None  # no shard is empty
@@ -195,7 +195,7 @@ def _search_exactly(task: SearchTask, shard: VectorShard, removed: np.ndarray) -
 
 
 def _best_columns(scores: np.ndarray, ids: np.ndarray, k: int) -> Ranking:
-    """Returns each query's k best scores and their ids, in any order; scores: [Q, rows], ids: [rows]."""
+    """Returns each query's k best scores and their ids, unordered; scores: [Q, rows], ids: [rows]."""
     if len(ids) <= k:
         return scores, np.broadcast_to(ids, scores.shape)
     top = np.argpartition(-scores, k - 1, axis=1)[:, :k]
@@ -203,7 +203,7 @@ def _best_columns(scores: np.ndarray, ids: np.ndarray, k: int) -> Ranking:
 
 
 def _better_columns(scores: np.ndarray, ids: np.ndarray, bounds: np.ndarray) -> Ranking:
-    """Returns each query's scores above its bound and their ids; after the first blocks they are few."""
+    """Returns each query's scores above its bound and their ids; after the first blocks there are few."""
     queries, columns = np.nonzero(scores > bounds[:, None])
     counts = np.bincount(queries, minlength=len(scores))
     places = np.arange(len(queries)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -234,7 +234,7 @@ class Measured:
 
     nprobe: int | None
     k_factor: int
-    recall: dict[int, np.ndarray]  # by k, of each query
+    recall: dict[int, np.ndarray]  # by k; [Q], each query's recall
     queries_per_s: float
 
 
@@ -243,14 +243,14 @@ def measure(
 ) -> Measured:
     """Merges the shards' answers at one setting as a reader does, and compares them with the exact neighbours.
 
-    A neighbour counts as right even when only its score equals the last exact one's: equal vectors have no order.
+    A neighbour counts as right even when only its score equals that of the last exact one: equal vectors have no order.
 
     Args:
-        answers: Of every shard.
+        answers: The answers of all shards.
         exact: Exact neighbours over all shards, at least max(RECALL_AT).
-        setting: Position of the nprobe among the answers'.
-        nprobe: The nprobe.
-        k_factor: Candidates per neighbour that are ranked again.
+        setting: Position of the nprobe in each answer.
+        nprobe: The number of lists searched.
+        k_factor: How many candidates per neighbour are ranked again.
     """
     found = [answer.found[setting] for answer in answers]
     recall = {}
@@ -258,8 +258,8 @@ def measure(
         scores, ids = _top(found, k, k_factor)
         last = np.take_along_axis(exact[0], np.full((len(exact[0]), 1), min(k, exact[0].shape[1]) - 1), axis=1)
         right = (ids[:, :, None] == exact[1][:, None, :k]).any(axis=2) | (scores >= last - _SCORE_TOLERANCE)
-        there = np.isfinite(exact[0][:, :k]).sum(axis=1)  # fewer than k where there are fewer captions
-        recall[k] = (right & np.isfinite(scores)).sum(axis=1) / np.maximum(there, 1)
+        neighbours = np.isfinite(exact[0][:, :k]).sum(axis=1)  # fewer than k where there are fewer captions
+        recall[k] = (right & np.isfinite(scores)).sum(axis=1) / np.maximum(neighbours, 1)
     search_s = sum(candidates.search_s for candidates in found)
     return Measured(nprobe, k_factor, recall, len(exact[0]) / search_s)
 
@@ -280,7 +280,7 @@ def lower_bound(recalls: np.ndarray) -> float:
     """Returns the lower end of the one-sided 95% Wilson interval of a mean recall.
 
     Args:
-        recalls: [Q] of each query; their number is the sample's, as the neighbours of one query are not independent.
+        recalls: [Q], each query's recall. Queries are the sample: the neighbours of one query are not independent.
     """
     n, mean = len(recalls), float(recalls.mean())
     centre = mean + _Z**2 / (2 * n)

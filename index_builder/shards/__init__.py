@@ -1,1 +1,1 @@
-"""The trained template, and the shards that are filled copies of it."""
+"""The trained template, and shards, which are filled copies of it."""

@@ -1,6 +1,6 @@
 """Fills copies of the template and writes them, with their captions, to the index's files.
 
-Writing a shard again gives the same bytes under the same name, so a task that Ray repeats does no harm.
+Writing a shard again gives the same bytes under the same name, so repeating a task does no harm.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from index_builder.dumps.buckets import Deduped, UniqueCaptions, read_grown
-from index_builder.embedding.parts import VectorParts
+from index_builder.embedding.slices import VectorSlices
 from index_builder.stored import StoredIndex
 from smallcap import storage
 from smallcap.errors import ConfigError
@@ -26,8 +26,8 @@ from smallcap.index.manifest import FileEntry, ShardEntry
 from smallcap.index.node_cache import check_file
 from smallcap.index.vector_shard import CoarseQuantizer
 
-_MAX_TEXT_BYTES = 2**31 - 1  # of one Arrow string column
-_NEARLY_AS_GOOD = 8e-6  # a difference of scores that float32 may not tell
+_MAX_TEXT_BYTES = 2**31 - 1  # in one Arrow string column
+_NEARLY_AS_GOOD = 8e-6  # a difference of scores that float32 may not resolve
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,14 @@ class ShardTask:
 
     Attributes:
         index_uri: Where to write.
-        index_key: Of the template.
+        index_key: The template's key.
         template: The trained, empty index.
         first_id: Id of the first caption.
         first_row: Its row among the build's new captions.
         stop_row: One past the last row.
         captions: The new captions.
         vectors: Their embeddings.
-        source_names: Of the build's source files, by position.
+        source_names: Names of the build's source files, by position.
     """
 
     index_uri: str
@@ -53,7 +53,7 @@ class ShardTask:
     first_row: int
     stop_row: int
     captions: UniqueCaptions
-    vectors: VectorParts
+    vectors: VectorSlices
     source_names: tuple[str, ...]
 
 
@@ -88,7 +88,7 @@ def write_shard(task: ShardTask) -> WrittenShard:
 
 
 def _write_vectors(task: ShardTask, shard_path: Path, vectors_path: Path | None) -> None:
-    """Writes the filled index, and the vectors as float16 where its codec is coarser."""
+    """Writes the filled index, and, where its codec is coarser, the vectors as float16."""
     check_faiss()
     rows = task.stop_row - task.first_row
     exact = None
@@ -111,20 +111,20 @@ def _write_vectors(task: ShardTask, shard_path: Path, vectors_path: Path | None)
 def add_vectors(index: Any, vectors: np.ndarray, first_id: int) -> None:
     """Adds vectors to a copy of the template.
 
-    A vector's list does not depend on what else is in its batch (BLAS rounds by shape): where two centroids are nearly
-    as good, float64 decides. Several shards then hold what one would hold.
+    A vector's list must not depend on the rest of its batch (BLAS rounds by shape), so float64 decides where two
+    centroids are nearly as good. Several shards then hold what a single one would hold.
 
     Args:
-        index: A copy of the template. An inverted file gets global ids, others number their rows themselves.
+        index: A copy of the template. An inverted file gets global ids; other indexes number their rows.
         vectors: [n, dim] float32.
-        first_id: Global id of the first one.
+        first_id: Global id of the first vector.
     """
     inverted_file = inverted_file_of(index)
     if inverted_file is None:
         index.add(vectors)
         return
     ids = np.arange(first_id, first_id + len(vectors))
-    if inverted_file is not index:  # behind a transform, whose result is rounded by shape as well
+    if inverted_file is not index:  # it is behind a transform, whose result is rounded by shape as well
         index.add_with_ids(vectors, ids)
         return
     scores, lists = inverted_file.quantizer.search(vectors, min(2, inverted_file.nlist))
@@ -155,7 +155,7 @@ def _caption_batch(task: ShardTask) -> pa.RecordBatch:
 
 
 def _names(positions: pa.ListArray, names: tuple[str, ...]) -> pa.ListArray:
-    """Replaces lists of positions by lists of names."""
+    """Replaces lists of positions with lists of names."""
     flat = pa.array(names, pa.string()).take(positions.flatten())
     lengths = pc.list_value_length(positions).to_numpy(zero_copy_only=False)
     offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
@@ -174,7 +174,7 @@ class GrowTask:
 
 
 def grow_captions(task: GrowTask) -> ShardEntry:
-    """Writes the caption file again where a caption has grown; returns its entry, the old one where none has."""
+    """Rewrites a caption file where a caption has grown; returns the entry of the new file, or of the old one."""
     entry = task.index.manifest.captions[task.shard]
     grown = read_grown(task.work_uri, task.deduped, entry.first_id, entry.first_id + entry.rows)
     changes = {
@@ -188,12 +188,12 @@ def grow_captions(task: GrowTask) -> ShardEntry:
 
 
 def rewrite_captions(index: StoredIndex, shard: int, changes: Mapping[int, Mapping[str, list[str]]]) -> ShardEntry:
-    """Writes a caption file with other sources or images of some captions; the texts and ids stay.
+    """Rewrites a caption file in which captions get other sources or images; texts and ids stay.
 
     Args:
         index: The index that has the file.
-        shard: Its number.
-        changes: By caption id, the columns `source` and `image_id` that change.
+        shard: The shard's number.
+        changes: The new values of the columns `source` and `image_id` where they change, by caption id.
 
     Returns:
         The entry of the new file, or of the old one where there are no changes.

@@ -1,4 +1,4 @@
-"""Trains the template: the empty index, with its centroids and codec, that every shard is a filled copy of."""
+"""Trains the template: the empty index, with centroids and codec, of which every shard is a filled copy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import faiss
 import numpy as np
 
-from index_builder.embedding.parts import VectorParts
+from index_builder.embedding.slices import VectorSlices
 from index_builder.plan import IndexPlan
 from smallcap import storage
 from smallcap.errors import ConfigError
@@ -25,7 +25,7 @@ class TrainTask:
 
     index_uri: str
     plan: IndexPlan
-    vectors: VectorParts
+    vectors: VectorSlices
 
 
 def train_template(task: TrainTask) -> FileEntry:
@@ -34,7 +34,7 @@ def train_template(task: TrainTask) -> FileEntry:
     Raises:
         ConfigError: faiss refuses the key, or cannot train it on this sample.
     """
-    check_faiss()  # how it multiplies decides the last bits of the centroids
+    check_faiss()  # its way of multiplying decides the last bits of the centroids
     index = make_index(task.plan.index_key, task.plan.dim)
     try:
         if not index.is_trained:
@@ -53,10 +53,10 @@ def train_template(task: TrainTask) -> FileEntry:
 
 
 def make_index(index_key: str, dim: int) -> Any:
-    """Makes an untrained index of a key.
+    """Makes an untrained index for a key.
 
     Raises:
-        ConfigError: faiss does not know the key, or this release cannot serve it.
+        ConfigError: faiss does not know the key, or this release cannot serve such an index.
     """
     try:
         index = faiss.index_factory(dim, index_key, faiss.METRIC_INNER_PRODUCT)
@@ -69,38 +69,38 @@ def make_index(index_key: str, dim: int) -> Any:
         ) from error
     if not is_readable(index):
         raise ConfigError(
-            "An index of this key can be built, but not served.",
+            "An index with this key can be built, but not served.",
             where=f"index_key={index_key}",
             expected="Flat, SQ, PQ, HNSW or RaBitQ codes, with or without IVF and a transform before it",
             found=type(index).__name__,
-            remedy="Leave out IDMap and Refine: ids and re-ranking are the index's own here.",
+            remedy="Leave out IDMap and Refine: smallcap does ids and re-ranking itself.",
         )
     inverted = inverted_file_of(index)
     if isinstance(inverted, faiss.IndexIVFScalarQuantizer) and inverted.sq.qtype == faiss.ScalarQuantizer.QT_fp16:
-        inverted.by_residual = False  # a list then holds float16(vector), which can be taken out as it went in
+        inverted.by_residual = False  # a list then holds float16(vector), which can be read back unchanged
     if inverted is not None:
         inverted.cp.min_points_per_centroid = 1  # small samples are the user's choice; faiss would warn on stderr
-    for part in _parts_of(index):
-        if hasattr(part, "do_polysemous_training"):
-            part.do_polysemous_training = False  # it orders codes for a Hamming filter, which no search here uses
+    for nested in _nested_indexes(index):
+        if hasattr(nested, "do_polysemous_training"):
+            nested.do_polysemous_training = False  # it orders codes for a Hamming filter, which no search here uses
     return index
 
 
-def _parts_of(index: Any) -> Iterator[Any]:
-    """Yields an index and those that it puts its vectors into."""
+def _nested_indexes(index: Any) -> Iterator[Any]:
+    """Yields an index and those inside it that hold its vectors."""
     yield index
     for name in ("index", "storage"):
         inner = getattr(index, name, None)
         if isinstance(inner, faiss.Index):
-            yield from _parts_of(faiss.downcast_index(inner))
+            yield from _nested_indexes(faiss.downcast_index(inner))
 
 
 def uniform_sample(rows: int, count: int) -> np.ndarray:
-    """Draws `count` of the rows [0, rows), sorted: one at random from each of as many equal strata."""
+    """Draws `count` of the rows [0, rows), sorted: one at random from each of `count` equal strata."""
     strata = np.arange(count) + np.random.default_rng(_SEED).random(count)
     return np.minimum((strata * rows / max(count, 1)).astype(np.int64), rows - 1)
 
 
 def _first_line(error: Exception) -> str:
-    """Returns what faiss says, without its C++ source lines."""
+    """Returns faiss's message, without its C++ source lines."""
     return str(error).splitlines()[0].split(": Error: ")[-1][:300]

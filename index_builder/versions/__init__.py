@@ -1,1 +1,1 @@
-"""A published index's versions: a new one, removals, going back, and removing what none needs."""
+"""The versions of a published index: publishing one, removing captions, going back, and collecting garbage."""

@@ -1,7 +1,7 @@
-"""A published index's versions: which there are, going back to one, and removing what no version needs.
+"""Lists the versions of a published index, goes back to one, and removes what no version needs.
 
 A run pins the version it began with, and its actors may open it long after another has become current. A version is
-therefore removed only some time after it stopped being the current one, and a file only some time after it was written.
+therefore removed only some time after it stopped being current, and a file only some time after it was written.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class Version:
 
     manifest: IndexManifest
     is_current: bool
-    current_until: str | None  # ISO 8601; None for the current one, and one that never was
+    current_until: str | None  # ISO 8601; None for the current version, and for one that never was current
 
 
 def list_versions(index_uri: str) -> list[Version]:
-    """Returns all versions, the newest first.
+    """Returns all versions, newest first.
 
     Raises:
         ManifestError: There is no published index.
@@ -62,11 +62,11 @@ def use_version(index_uri: str, wanted: str) -> IndexManifest:
 
     Args:
         index_uri: The index.
-        wanted: Its id, the beginning of its id, or `previous`: the one that was current before.
+        wanted: The version's id, the beginning of its id, or `previous`: the version that was current before.
 
     Raises:
-        ConfigError: There is no such version, or several.
-        IndexIntegrityError: Its manifest is damaged.
+        ConfigError: No version or several versions match.
+        IndexIntegrityError: The version's manifest is damaged.
     """
     ids = [version.manifest.index_id for version in list_versions(index_uri)]
     if wanted == "previous":
@@ -75,7 +75,7 @@ def use_version(index_uri: str, wanted: str) -> IndexManifest:
         matches = [index_id for index_id in ids if index_id.startswith(wanted)]
     if len(matches) != 1:
         raise ConfigError(
-            "There is no such version." if not matches else "Several versions begin like this.",
+            "There is no such version." if not matches else "Several versions have ids that begin like this.",
             where=index_uri,
             expected=", ".join(ids),
             found=wanted,
@@ -85,7 +85,7 @@ def use_version(index_uri: str, wanted: str) -> IndexManifest:
     missing = [entry.file for entry in manifest.files if storage.size(storage.join(index_uri, entry.file)) is None]
     if missing:
         raise ManifestError(
-            "This version has lost files.", where=index_uri, found=", ".join(missing), remedy="Rebuild it."
+            "Files of this version are missing.", where=index_uri, expected=", ".join(missing), remedy="Rebuild it."
         )
     if manifest.index_id != load_pointer(index_uri).index_id:
         write_pointer(index_uri, manifest.index_id)
@@ -107,12 +107,12 @@ def collect_garbage(index_uri: str, grace: timedelta = DEFAULT_GRACE, keep: int 
 
     Args:
         index_uri: The index.
-        grace: A version stays this long after it was current last (or was made), a file after it was written.
-        keep: Former versions, the latest ones, that stay in any case, to go back to.
-        dry_run: Only say what would go.
+        grace: How long a version stays after it was last current (or was made), and a file after it was written.
+        keep: How many former versions stay in any case, latest first.
+        dry_run: Whether to remove nothing, and only return what would be removed.
 
     Returns:
-        What went.
+        What was removed.
     """
     versions = list_versions(index_uri)
     before = datetime.now(UTC) - grace
@@ -139,15 +139,15 @@ def collect_garbage(index_uri: str, grace: timedelta = DEFAULT_GRACE, keep: int 
 
 
 def _last_needed(version: Version) -> datetime:
-    """Returns when a version was made or was current last, whichever is later."""
+    """Returns when a version was made or was last current, whichever is later."""
     return datetime.fromisoformat(max(version.manifest.created_at, version.current_until or ""))
 
 
 def parse_grace(text: str) -> timedelta:
-    """Reads a duration such as `0s`, `90s`, `30m`, `12h` or `7d`.
+    """Parses a duration such as `0s`, `90s`, `30m`, `12h` or `7d`.
 
     Raises:
-        ConfigError: It is not one.
+        ConfigError: The text is not a duration.
     """
     units = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
     number, unit = text[:-1], text[-1:]

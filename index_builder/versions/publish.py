@@ -1,7 +1,7 @@
-"""Makes a finished version the current one: files first, then its manifest, the pointer last.
+"""Makes a finished version the current one: files first, then the manifest, then the pointer.
 
-Every file is at its final place before, under a name that is its content. On a local disk and on S3 the pointer is
-switched only if no other publisher has switched it since this build began.
+The files are already in their final place, under names that are their fingerprints. On a local disk and on S3, the
+pointer is switched only if no other publisher has switched it since this build began.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ def publish_version(index_uri: str, manifest: IndexManifest, seen: str | None) -
 
     Args:
         index_uri: The index.
-        manifest: With its id; all its files are in the index.
+        manifest: The manifest, with its id; all its files are in the index.
         seen: Id of the version that was current when the build began; None where there was none.
 
     Raises:
-        IndexIntegrityError: A file is not there (an index is never partial).
-        ConflictError: Another publisher came first; the version is there, and can be made current with `index use`.
+        IndexIntegrityError: A file is missing (an index is never partial).
+        ConflictError: Another publisher came first; `index use` can make the new version current.
     """
     for entry in manifest.files:
         found = storage.size(storage.join(index_uri, entry.file))
@@ -46,16 +46,16 @@ def publish_version(index_uri: str, manifest: IndexManifest, seen: str | None) -
                 where=storage.join(index_uri, entry.file),
                 expected=f"{entry.bytes} bytes",
                 found="no file" if found is None else f"{found} bytes",
-                remedy="Run the same command again; if `index gc` ran meanwhile, let it wait for builds to end.",
+                remedy="Run the same command again. If `index gc` ran in the meantime, run it after builds instead.",
             )
     storage.write_bytes(manifest_uri(index_uri, manifest.index_id), manifest.to_json().encode())
     try:
         switch_pointer(index_uri, manifest.index_id, seen)
     except ConflictError as error:
         raise ConflictError(
-            "Another build has published a version meanwhile; that one stays current.",
+            "Another build has published a version in the meantime; it stays current.",
             where=index_uri,
-            expected=f"version {seen} still current" if seen else "no version yet",
+            expected=f"version {seen} to be current" if seen else "no version yet",
             found=error.found,
             remedy=f"This build's version is published as {manifest.index_id}: smallcap index use {index_uri} "
             f"{manifest.index_id} makes it current. After --add or --remove, run the command again instead.",

@@ -1,7 +1,7 @@
-"""Takes captions out of an index without touching its vectors: tombstones, which readers skip.
+"""Removes captions from an index by tombstones, which readers skip; the vectors stay untouched.
 
-A caption goes when its last source or its last image goes, or by its text. What loses only some of its sources or
-images keeps the others, in a new caption file. The texts themselves leave the files when the index is compacted.
+A caption is removed by its text, or when its last source or its last image is removed. A caption that loses only some
+of its sources or images keeps the others, in a new caption file. Compacting the index removes texts from the files.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from smallcap import storage
 from smallcap.errors import ConfigError
 from smallcap.index.manifest import IndexManifest, RemovedEntry, ShardEntry, utc_now
 
-COMPACT_ABOVE = 0.1  # of the captions removed; from here on rebuilding pays
+COMPACT_ABOVE = 0.1  # share of removed captions above which rebuilding pays
 
 
 @dataclass(frozen=True)
 class Removal:
-    """What to take out: names of sources, image ids, and keys of texts."""
+    """What to remove: names of sources, image ids, and keys of texts."""
 
     sources: frozenset[str]
     image_ids: frozenset[str]
@@ -34,7 +34,7 @@ class Removal:
 
 @dataclass(frozen=True)
 class RemoveTask:
-    """One caption file to search for what is removed."""
+    """One caption file in which to find what is removed."""
 
     index: StoredIndex
     shard: int
@@ -43,19 +43,19 @@ class RemoveTask:
 
 @dataclass(frozen=True)
 class RemovedFromShard:
-    """What a shard has lost."""
+    """What was removed from a shard."""
 
-    ids: list[int]  # newly removed
-    captions: ShardEntry  # the caption file, a new one where captions have lost sources or images
-    changed: int  # captions that stay with fewer sources or images
+    ids: list[int]  # captions that are newly removed
+    captions: ShardEntry  # the caption file; a new one where captions have lost sources or images
+    changed: int  # how many captions stay with fewer sources or images
 
 
 def parse_removals(removals: Sequence[str], index: StoredIndex) -> Removal:
-    """Reads what `IndexConfig.remove` names.
+    """Parses what `IndexConfig.remove` names.
 
     Args:
         removals: `source=NAME`, `image=ID`, `text=CAPTION`, `image=@FILE`, `text=@FILE`.
-        index: The index that must have the sources.
+        index: The index, which must have the sources.
 
     Raises:
         ConfigError: A source is unknown, or a file is empty or not UTF-8.
@@ -90,14 +90,16 @@ def _lines(uri: str) -> list[str]:
     try:
         lines = [line.strip() for line in storage.read_bytes(uri).decode("utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
-        raise ConfigError("The file of what to remove is not UTF-8.", where=uri, found=str(error)) from error
+        raise ConfigError("The file that says what to remove is not UTF-8.", where=uri, found=str(error)) from error
     if not lines:
-        raise ConfigError("The file of what to remove is empty.", where=uri, expected="one image id or text per line")
+        raise ConfigError(
+            "The file that says what to remove is empty.", where=uri, expected="one image id or text per line"
+        )
     return lines
 
 
 def remove_from_shard(task: RemoveTask) -> RemovedFromShard:
-    """Finds the captions of one shard that go, and rewrites the caption file where others change.
+    """Finds the captions of one shard to remove, and rewrites the caption file where others change.
 
     Raises:
         IndexIntegrityError: The caption file is damaged.
@@ -119,7 +121,7 @@ def remove_from_shard(task: RemoveTask) -> RemovedFromShard:
 
 
 def _without(removal: Removal, sources: Iterable[str], image_ids: Iterable[str]) -> dict[str, list[str]] | None:
-    """Returns the columns that change, or None where no source or no image is left of those there were."""
+    """Returns the columns that change; None where the caption loses all its sources or all its images."""
     change = {}
     for name, values, removed in (
         ("source", list(sources), removal.sources),
@@ -134,7 +136,7 @@ def _without(removal: Removal, sources: Iterable[str], image_ids: Iterable[str])
 
 
 def write_removed(index_uri: str, ids: np.ndarray) -> RemovedEntry | None:
-    """Writes the tombstones, sorted int64 ids, to the index's files; None where there are none."""
+    """Writes the tombstones, sorted int64 ids, to the index's files; returns None where there are none."""
     if not ids.size:
         return None
     with storage.scratch_folder() as folder:
@@ -143,18 +145,18 @@ def write_removed(index_uri: str, ids: np.ndarray) -> RemovedEntry | None:
 
 
 def draft_removal(base: StoredIndex, removals: Sequence[str], runner: StageRunner) -> IndexManifest | None:
-    """Finds what goes, writes tombstones and changed caption files, and drafts the version without it.
+    """Drafts a version without the captions to remove; writes its tombstones and the caption files that change.
 
     Args:
         base: The version to remove from.
-        removals: As of `parse_removals`.
-        runner: Runs the search through the caption files.
+        removals: See `parse_removals`.
+        runner: What runs the search through the caption files.
 
     Returns:
         The draft, still to be calibrated; None where nothing changes.
 
     Raises:
-        ConfigError: As of `parse_removals`, or nothing would be left.
+        ConfigError: See `parse_removals`; or no caption would be left.
     """
     removal = parse_removals(removals, base)
     tasks = [RemoveTask(base, number, removal) for number in range(len(base.manifest.captions))]

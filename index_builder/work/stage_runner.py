@@ -1,4 +1,4 @@
-"""Runs a build's stages: their clock, their progress, and the record of what need not be done again."""
+"""Runs a build's stages: times them, tells their progress, and skips work items whose results are recorded."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 Progress = Callable[[str, int, int], None]
-"""Called with a stage's name, and how many of how many units of it are done."""
+"""Called with a stage's name, the number of its units that are done, and the number of all its units."""
 
 
 class StageRunner:
-    """One build's way of running work items.
+    """Runs the work items of one build.
 
     Args:
         tasks: Where they run.
-        compute: On what its actors run.
-        progress: Is told of every finished item.
+        compute: What actors run on.
+        progress: A function that is told of every finished item.
 
     Attributes:
-        seconds: Wall time of each stage, in their order.
+        seconds: Wall time of each stage, in the order of the stages.
     """
 
     def __init__(self, tasks: TaskRunner, compute: ComputeConfig, progress: Progress) -> None:
@@ -41,7 +41,7 @@ class StageRunner:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Times a stage; what is run in its block counts as this stage's."""
+        """Times a stage; everything that runs in the block counts as part of this stage."""
         start = time.perf_counter()
         outermost, self._in_stage = not self._in_stage, True
         try:
@@ -64,15 +64,15 @@ class StageRunner:
         items: Sequence[Any],
         memory_bytes: int | None = None,
     ) -> list[Result]:
-        """Like `run`, but only over items that have no recorded result yet.
+        """Does the same as `run`, but skips items that have a recorded result.
 
         Args:
             staging: Where results are recorded.
             stage: The stage's name.
-            kind: Of the results.
+            kind: The type of the results.
             function: See `TaskRunner`.
             items: The work.
-            memory_bytes: What one task needs, where that is much.
+            memory_bytes: How much memory one task needs, where that is much.
         """
         run = partial(self._tasks.run_tasks, memory_bytes=memory_bytes)
         return self._collect(stage, run_recorded(staging.results(stage, kind), function, items, run), len(items))
@@ -90,23 +90,23 @@ class StageRunner:
         Args:
             stage: The stage's name.
             actor: The actors' class.
-            arguments: Given the torch device, returns what each actor is built from.
+            arguments: A function of the torch device that returns the arguments of each actor.
             items: The work.
-            sizes: Of each item, in the units of the stage's progress; by default an item is one.
+            sizes: The size of each item, in the units of the stage's progress; by default 1.
         """
         plan = self.plan_actors()
         results = self._tasks.run_actors(actor, arguments(plan.device), items, plan)
         return self._collect(stage, results, len(items), sizes)
 
     def plan_actors(self) -> ActorPlan:
-        """Returns how many actors there is room for, and on what."""
+        """Returns how many actors there is room for, and which device they use."""
         return plan_actors(self._compute, self._tasks.node_resources())
 
     def check_memory(self, stage: str, needed_bytes: int) -> None:
-        """Checks that a node has what one of a stage's tasks will need.
+        """Checks that a node has the memory that one task of a stage needs.
 
         Raises:
-            ConfigError: None has.
+            ConfigError: No node has it.
         """
         largest = max((int(node.get("memory", 0)) for node in self._tasks.node_resources()), default=0)
         if largest and needed_bytes > largest:
@@ -115,19 +115,19 @@ class StageRunner:
                 where=stage,
                 expected=f"{needed_bytes / 1e9:.1f} GB",
                 found=f"{largest / 1e9:.1f} GB on the largest node",
-                remedy="Give more --shards, or an --index-key with fewer lists, or a larger node.",
+                remedy="Use more --shards, an --index-key with fewer lists, or a larger node.",
             )
 
     def _collect(
         self, stage: str, results: Iterable[tuple[int, Result]], items: int, sizes: Sequence[int] | None = None
     ) -> list[Result]:
-        """Gathers results in the order of their items, telling of each."""
+        """Gathers results in the order of their items, and tells the progress."""
         sizes = sizes or [1] * items
         done, total = 0, sum(sizes)
-        found: dict[int, Result] = {}
+        gathered: dict[int, Result] = {}
         with self.stage(stage):
             for position, result in results:
-                found[position] = result
+                gathered[position] = result
                 done += sizes[position]
                 self.progress(stage, done, total)
-        return [found[position] for position in range(items)]
+        return [gathered[position] for position in range(items)]

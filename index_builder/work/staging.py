@@ -1,13 +1,13 @@
-"""A build's own folder below the index: what it has finished, and who builds there.
+"""A build's staging folder below the index: what the build has finished, and who runs it.
 
     INDEX/.staging-<fingerprint>/
-      owner.json                     who builds here, and when it last showed signs of life
+      owner.json                     the process that builds here, and when it last showed signs of life
       work/                          intermediate files
       results/<stage>/000007.json    the result of a finished work item; written after its files
 
-The folder is named by a fingerprint, the hash of all that decides the outcome. A build that was killed or failed leaves
-it behind, and the same command goes on from there. Shards and captions are written to their final place at once: their
-names are their contents, and no reader knows them before a manifest does.
+The folder is named by the fingerprint of everything that decides the outcome. A build that was killed or failed leaves
+it behind, and the same command resumes from there. Shards and captions are written to their final place at once: their
+names are fingerprints of their contents, and no reader knows them before a manifest names them.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from smallcap.images.fetching import fetch_objects
 
 STAGING_PREFIX = ".staging-"
 ABANDONED_AFTER = timedelta(days=1)
-"""How long the folder of a dead build waits for the same command to go on with it."""
+"""How long the folder of a dead build waits for the same command to resume it."""
 
 _OWNER_FILE = "owner.json"
 _HEARTBEAT_S = 30.0
-_SILENCE_S = 600.0  # after which a build on another machine counts as dead
+_SILENCE_S = 600.0  # after this time without a sign of life, a build on another machine counts as dead
 _FINGERPRINT_DIGITS = 16
 
 _log = logging.getLogger(__name__)
@@ -48,15 +48,15 @@ Result = TypeVar("Result")
 
 
 class Staging:
-    """The folder of one build, from `with` to the end of its block; it outlasts a block that fails.
+    """The folder of one build, as a context manager; the folder outlasts a block that fails.
 
-    Entering takes over what a dead build of the same fingerprint has left, and removes what dead builds of others left
-    more than a day ago. A build is dead when its process is gone, or, on another machine, when it has not renewed its
-    owner file for ten minutes.
+    Entering takes over the folder of a dead build with the same fingerprint, and removes the folders of others that
+    died more than a day ago. A build is dead when its process is gone, or, on another machine, when it has not renewed
+    its owner file for ten minutes.
 
     Args:
         index_uri: The index.
-        fingerprint: Hash of all that decides the outcome.
+        fingerprint: The fingerprint of everything that decides the outcome.
     """
 
     def __init__(self, index_uri: str, fingerprint: str) -> None:
@@ -67,7 +67,7 @@ class Staging:
         self._heart = threading.Thread(target=self._beat, daemon=True)
 
     def __enter__(self) -> Staging:
-        """Raises `ConflictError` where the same build is running."""
+        """Claims the folder; raises `ConflictError` where the same build is running."""
         for uri in staging_folders(self._index_uri):
             if uri != self.uri and is_abandoned(uri, ABANDONED_AFTER):
                 _log.info("Removing %s, left by a build that no longer runs.", uri)
@@ -86,21 +86,21 @@ class Staging:
                 storage.remove(self.uri)
             else:
                 storage.write_bytes(storage.join(self.uri, _OWNER_FILE), _owner(pid=None))
-        except SmallCapError as failure:  # a later build removes it; the block's own error matters more
-            _log.warning("The staging folder %s stays behind: %s", self.uri, failure)
+        except SmallCapError as failure:  # a later build removes the folder; the block's error matters more
+            _log.warning("The staging folder %s could not be removed: %s", self.uri, failure)
 
     def results(self, stage: str, kind: type[Result]) -> Results[Result]:
-        """Returns the recorded results of a stage, each of this type."""
+        """Returns the recorded results of a stage, which are of type `kind`."""
         return Results(storage.join(self.uri, "results", stage), kind)
 
     def _claim(self) -> None:
         def claim(found: bytes | None) -> bytes:
             if found is not None and _is_alive(found):
                 raise ConflictError(
-                    "The same build is running already.",
+                    "The same build is already running.",
                     where=self.uri,
                     found=found.decode(errors="replace"),
-                    remedy="Wait for it, or stop it; a build on a machine that died is taken over after ten minutes.",
+                    remedy="Wait for it, or stop it. A build on a machine that died is taken over after ten minutes.",
                 )
             return _owner(os.getpid())
 
@@ -110,7 +110,7 @@ class Staging:
         while not self._stopped.wait(_HEARTBEAT_S):
             try:
                 storage.write_bytes(storage.join(self.uri, _OWNER_FILE), _owner(os.getpid()))
-            except StorageError as error:  # a longer outage fails the build's own writes
+            except StorageError as error:  # a longer outage makes the build's writes fail
                 _log.warning("Cannot renew %s: %s", self.uri, error)
 
 
@@ -146,12 +146,12 @@ def staging_folders(index_uri: str) -> list[str]:
 
 
 def is_abandoned(staging_uri: str, after: timedelta) -> bool:
-    """Says whether a staging folder's build is dead, and has been for so long."""
+    """Returns whether a staging folder's build has been dead for at least the given time."""
     try:
         owner = storage.read_bytes(storage.join(staging_uri, _OWNER_FILE))
     except StorageError as error:
         if isinstance(error.__cause__, FileNotFoundError):
-            return True  # the owner file is the first thing that a live build writes
+            return True  # a live build writes its owner file first
         raise
     if _is_alive(owner):
         return False
@@ -162,13 +162,13 @@ def is_abandoned(staging_uri: str, after: timedelta) -> bool:
 
 @dataclass(frozen=True)
 class Results(Generic[Result]):
-    """The results of a stage's work items, one small JSON file each: what makes an item finished."""
+    """The results of a stage's work items, one small JSON file each; an item is finished once its file exists."""
 
     uri: str
     kind: type[Result]
 
     def load(self) -> dict[int, Result]:
-        """Returns the results of the finished items by their position."""
+        """Returns the results of the finished items, by position."""
         if not storage.exists(self.uri):
             return {}
         files = storage.list_files(self.uri, (".json",))
@@ -191,7 +191,7 @@ def _position(file: str) -> int:
 
 
 Run = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[tuple[int, Any]]]
-"""Runs a function over items, as `TaskRunner.run_tasks` does: yields (position, result) in the order of finishing."""
+"""Runs a function over items and yields (position, result) in the order of finishing; see `TaskRunner.run_tasks`."""
 
 
 def run_recorded(

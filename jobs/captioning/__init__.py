@@ -1,1 +1,1 @@
-"""The captioning job's stages, its plan, its record and its display."""
+"""The captioning job's stages, plan, record and display."""

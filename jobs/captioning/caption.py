@@ -1,4 +1,4 @@
-"""The second stage, in actors: captions for the crops that `load_stage` cut."""
+"""The second stage, in actors: captions the crops that `jobs.captioning.load` cuts."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class CaptionerSpec:
     index_id: str | None
     retrieval_encoder: str | None
     monitor: MonitorClient
-    partitions: Partitions | None = None  # of an index that no actor holds by itself
+    partitions: Partitions | None = None  # of an index that no actor holds alone
 
 
 class CaptionImages(GuardedActor):
@@ -65,7 +65,7 @@ class CaptionImages(GuardedActor):
         spec.monitor.report(StageReport(stage="caption", start_s=start_s, worker=self._name))
 
     def process(self, batch: pa.Table) -> pa.Table:
-        """Maps a batch of `load_images` to rows of the newest schema and what the writer needs beside them."""
+        """Maps a batch of `load_images` to rows of the newest schema and the further columns that the writer needs."""
         started = time.perf_counter()
         good = np.flatnonzero(pc.equal(batch["status"], STATUS_OK).to_numpy()).tolist()
         pixels = pixels_of(batch, good)
@@ -114,7 +114,7 @@ def _split(
 
 
 def _count_cached_files(spec: CaptionerSpec) -> None:
-    """Tells the metrics how many of the index's files this node has already."""
+    """Tells the metrics how many index files this node has already."""
     index, cache_dir = spec.config.index, spec.config.retrieval.cache_dir
     if spec.index_id is None or index is None or spec.partitions is not None:
         return
@@ -144,7 +144,7 @@ def _load_captioner(spec: CaptionerSpec) -> Captioner:
 
 
 def pixels_of(batch: pa.Table, rows: Sequence[int]) -> list[Pixels]:
-    """Returns the crops of some rows of `load_images`, as views into the batch."""
+    """Returns the crops of the given rows of a batch of `load_images`, as views into the batch."""
     vision = _tensor(batch[VISION_PIXELS])
     retrieval = _tensor(batch[RETRIEVAL_PIXELS]) if RETRIEVAL_PIXELS in batch.column_names else None
     widths, heights = batch["width"].to_pylist(), batch["height"].to_pylist()
@@ -154,13 +154,13 @@ def pixels_of(batch: pa.Table, rows: Sequence[int]) -> list[Pixels]:
 
 
 def _tensor(column: pa.ChunkedArray) -> np.ndarray:
-    """Returns a tensor column as [B, S, S, 3], without a copy where it is in one piece."""
+    """Returns a tensor column as [B, S, S, 3]; copies only where it has several chunks."""
     chunks = [chunk.to_numpy_ndarray() for chunk in column.chunks]
     return chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
 
 
 def _caption_columns(result: CaptionResult) -> dict[str, Any]:
-    """Returns what captioning adds to a row."""
+    """Returns the columns that captioning adds to a row."""
     return {
         "width": result.width,
         "height": result.height,

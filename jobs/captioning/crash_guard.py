@@ -1,7 +1,7 @@
-"""Which images kill the process that decodes them: such an image becomes a row, and is not tried for ever.
+"""Finds images that kill the process that decodes them: such an image becomes an error row, and is not tried forever.
 
-`CrashGuard` is a plain class that remembers what was begun and never finished. Loading tasks ask it by way of a
-`CrashGuardClient`; where it is lost, they decode unguarded.
+`CrashGuard` is a plain class that remembers what was begun and never finished. Loading tasks ask it through a
+`CrashGuardClient`; if the guard is lost, they decode unguarded.
 """
 
 from __future__ import annotations
@@ -14,41 +14,41 @@ from jobs.cluster.side_actor import SideActor
 
 Result = TypeVar("Result")
 
-_BEGUN_IN_VAIN = 2  # deaths of the batch after which its images are tried one by one
+_BEGUN_IN_VAIN = 2  # how often a batch dies before its images are tried one by one
 
 
 class CrashGuard:
     """Remembers the images, by fragment and row, that were begun and never finished."""
 
     def __init__(self) -> None:
-        self._begun: Counter[tuple[int, int]] = Counter()  # times begun and not cleared
-        self._alone: set[tuple[int, int]] = set()  # of those, the ones begun by themselves
+        self._begun: Counter[tuple[int, int]] = Counter()  # how often each was begun and not cleared
+        self._alone: set[tuple[int, int]] = set()  # those that were begun alone the last time
         self._crashed: set[tuple[int, int]] = set()
 
     def begin(self, fragment: int, rows: Sequence[int]) -> list[int]:
         """Marks rows as begun; to be called before they are decoded.
 
         Returns:
-            Those that must be left out, for they have killed the processes that tried them: begun twice or more without
-            an end, and the last time alone. They are not marked, and no later `clear` acquits them: a batch that is
-            repeated for another reason must not die again.
+            The rows that must be left out because they killed the processes that tried them: they were begun at least
+            twice without an end, and the last time alone. They are not marked, and no later `clear` acquits them: a
+            batch that is repeated for another reason must not die again.
         """
         images = [(fragment, row) for row in rows]
         for image in images:
             if image in self._alone and self._begun[image] >= _BEGUN_IN_VAIN:
                 self._crashed.add(image)
                 self._forget(image)
-        rest = [image for image in images if image not in self._crashed]
-        self._begun.update(rest)
-        (self._alone.update if len(rest) == 1 else self._alone.difference_update)(rest)
+        begun = [image for image in images if image not in self._crashed]
+        self._begun.update(begun)
+        (self._alone.update if len(begun) == 1 else self._alone.difference_update)(begun)
         return [row for number, row in images if (number, row) in self._crashed]
 
     def is_suspicious(self, fragment: int, rows: Sequence[int]) -> bool:
-        """Says whether a batch was begun twice and never finished, so that its images must be tried one by one."""
+        """Returns whether a batch was begun twice and never finished, so that its images must be tried one by one."""
         return any(self._begun[fragment, row] >= _BEGUN_IN_VAIN for row in rows)
 
     def clear(self, fragment: int, rows: Sequence[int]) -> None:
-        """Forgets rows that were decoded, or failed as rows do."""
+        """Forgets rows that were decoded, or that failed without killing their process."""
         for row in rows:
             self._forget((fragment, row))
 
@@ -58,10 +58,10 @@ class CrashGuard:
 
 
 class CrashGuardClient:
-    """A loading task's way to the guard; picklable, and small.
+    """Lets a loading task call the guard; small and picklable.
 
     Args:
-        actor: A `CrashGuard`.
+        actor: The actor of a `CrashGuard`.
     """
 
     def __init__(self, actor: SideActor) -> None:
@@ -70,18 +70,18 @@ class CrashGuardClient:
     def run_guarded(
         self, fragment: int, rows: Sequence[int], work: Callable[[list[int]], list[Result]]
     ) -> list[Result | None]:
-        """Runs `work` on the rows that do not kill its process, one by one where one of them may.
+        """Runs `work` on rows, one by one where a row may kill the process, and without rows that have done so.
 
-        A process's calls reach the guard in their order. So when a row's `begin` is answered, its predecessor's
-        `clear`, for which nobody waits, has been counted.
+        The calls of one process reach the guard in their order. So when the `begin` of a row is answered, the `clear`
+        of the row before it, for which nobody waits, has been counted.
 
         Args:
             fragment: The rows' fragment.
-            rows: Of one batch.
-            work: Takes rows and returns a result for each.
+            rows: The rows of one batch.
+            work: A function that takes rows and returns a result for each.
 
         Returns:
-            A result for each row; None for those that were left out, which are `crashed`.
+            A result for each row; None for rows that were left out, which are `crashed`.
         """
         results: dict[int, Result] = {}
         suspicious = self._actor.ask("is_suspicious", fragment, list(rows))

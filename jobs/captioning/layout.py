@@ -1,6 +1,6 @@
-"""How a captioning run is laid out on its cluster: actors, batches, and what its tasks and actors are told.
+"""Lays a captioning run out on its cluster: actors, batches, and what its tasks and actors are told.
 
-Ray is imported when a cluster is asked for what it has, and not before.
+Ray is imported only when a cluster is asked for its resources.
 """
 
 from __future__ import annotations
@@ -26,39 +26,39 @@ if TYPE_CHECKING:
     from jobs.captioning.watch import RunWatch
 
 _BATCHES_PER_CALL = {"cpu": 1, "cuda": 4}  # on a GPU an actor prepares its next batch while it decodes one
-_ROWS_PER_PART = {"cpu": 5_000, "cuda": 50_000}  # some minutes of one actor's work, which is what a kill can cost
-_ROWS_PER_TAR = 2_000  # where a part's images are written too
+_ROWS_PER_PART = {"cpu": 5_000, "cuda": 50_000}  # a few minutes of an actor's work, which a kill can cost
+_ROWS_PER_TAR = 2_000  # where the images are written as well
 
 
 @dataclass(frozen=True)
 class CaptionLayout:
     """How a run is laid out on its cluster."""
 
-    nodes: tuple[dict[str, float], ...]  # what each has, as Ray counts it
+    nodes: tuple[dict[str, float], ...]  # each node's resources, as Ray counts them
     actors: ActorPlan
-    batch_size: int  # most images that go through the model together
+    batch_size: int  # the most images that go through the model together
     rows_per_part: int
     parts: PartOptions
 
     @property
     def images_per_call(self) -> int:
-        """How many images an actor is given at a time."""
+        """The number of images that an actor is given at a time."""
         return self.batch_size * _BATCHES_PER_CALL[self.actors.device]
 
     @property
     def images_per_block(self) -> int:
-        """How many loaded images a block holds at most; what waits for the actors is counted in blocks."""
+        """The most loaded images in a block; Ray counts in blocks what waits for the actors."""
         return max(FRAGMENT_ROWS, self.images_per_call)
 
     @property
     def load_tasks(self) -> int:
-        """How many loading tasks can run at once beside the actors."""
+        """The number of loading tasks that can run next to the actors."""
         cpus = sum(node.get("CPU", 0.0) for node in self.nodes) - self.actors.num_actors * self.actors.cpus_per_actor
         return max(1, int(cpus))
 
     @property
     def actors_on_device(self) -> int:
-        """How many actors share a GPU, or where there is none, the memory of a node."""
+        """The number of actors that share a GPU, or, without GPUs, the memory of a node."""
         if self.actors.device == "cuda":
             return max(1, int(1 / self.actors.gpus_per_actor))
         return -(-self.actors.num_actors // len(self.nodes))
@@ -83,7 +83,7 @@ def lay_out(config: CaptionConfig, record: RunRecord) -> CaptionLayout:
 
 
 def _cpu_dtype(record: RunRecord) -> str:
-    """Returns what `auto` means on CPU actors: what earlier attempts of the run took, else what a worker measures."""
+    """Returns what `auto` means on CPU: the precision of earlier attempts, or else the fastest, which is measured."""
     import ray
 
     earlier = [attempt.dtype for attempt in record.attempts if attempt.device == "cpu" and attempt.dtype]
@@ -105,7 +105,7 @@ def load_spec(
 
 
 def count_images(items: Sequence[WorkItem]) -> int | None:
-    """Returns how many images are to do; None where a tar has not said yet."""
+    """Returns how many images there are to do; None where a tar has not been counted."""
     if any(item.fragment.rows is None for item in items):
         return None
     return sum((item.fragment.rows or 0) if item.wanted is None else len(item.wanted) for item in items)

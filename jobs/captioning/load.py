@@ -1,7 +1,7 @@
-"""The first stage, in CPU tasks: read fragments of the input, fetch the images, cut the crops that the model needs.
+"""The first stage, in CPU tasks: reads fragments of the input, fetches the images, cuts the crops that the model needs.
 
-Only here does a `RowError` become a row's status, in `_error_columns`. Rows travel as Arrow tables, so that kept
-columns keep their types. It imports no torch.
+A `RowError` becomes the status of a row only here, in `_error_columns`. Rows travel as Arrow tables, so that kept
+columns keep their types. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from smallcap.output.schema import (
 )
 
 VISION_PIXELS, RETRIEVAL_PIXELS = "smallcap.vision_pixels", "smallcap.retrieval_pixels"
-# A block's files, its crops, and one large image being decoded. And it makes the task unlike an actor of one CPU, into
-# which Ray would otherwise fuse it.
+# For a block's files, its crops, and one large image being decoded. It also makes the task differ from an actor with
+# one CPU, into which Ray would otherwise fuse it.
 _LOAD_MEMORY_BYTES = 512 << 20
-_MOST_TASKS = 4_000  # the driver takes some milliseconds to offer one; with more fragments, a task takes several
+_MOST_TASKS = 4_000  # offering a task takes the driver milliseconds; with more fragments, a task takes several
 _CRASHED = RowError(
     ErrorCode.CRASHED,
-    "The process that decoded this image died, more than once.",
-    remedy="Look at the image by itself; --retry-failed tries it again.",
+    "The process that decoded this image died more than once.",
+    remedy="Look at the image alone; --retry-failed tries it again.",
 )
 
 
@@ -56,14 +56,14 @@ class LoadSpec:
     plan: CropPlan
     input: InputConfig
     kept_columns: pa.Schema
-    keep_bytes: bool  # of the image files, for tars of the output
+    keep_bytes: bool  # whether image files are kept, for the output's tars
     monitor: MonitorClient
     crash_guard: CrashGuardClient
 
 
 @dataclass
 class _Loaded:
-    """A batch's images, and what it took to get them."""
+    """A batch's images, and what loading them took."""
 
     images: list[Pixels | RowError]
     files: list[bytes | None]
@@ -76,13 +76,13 @@ class _Loaded:
 def start_loading(
     items: Sequence[Any], load: Callable[..., Iterator[pa.Table]], spec: LoadSpec, images_per_block: int
 ) -> ray.data.Dataset:
-    """Returns the first stage of a pipeline, which loads a few blocks ahead of the stage that takes its images.
+    """Returns the first stage of a pipeline, which loads a few blocks ahead of the next stage.
 
     Args:
-        items: What there is to do.
-        load: Takes a table whose column `item` has some of them pickled, and `spec`; yields tables.
-        spec: What is needed of the images.
-        images_per_block: The most that a block holds; what waits for the next stage is counted in blocks.
+        items: The work items.
+        load: A function of a table, whose column `item` has pickled work items, and of `spec`; it yields tables.
+        spec: What the loading tasks need to know.
+        images_per_block: The most images in a block; Ray counts in blocks what waits for the next stage.
     """
     inputs = ray.data.from_arrow(task_inputs(items))
     limit_blocks(inputs, spec.plan.image_bytes * images_per_block)
@@ -92,9 +92,9 @@ def start_loading(
 
 
 def task_inputs(items: Sequence[Any]) -> list[pa.Table]:
-    """Returns what each loading task is to do, one block for each, as the pickled items of its column `item`.
+    """Returns the input of the loading tasks: one block for each, with pickled work items in its column `item`.
 
-    Ray Data's `repartition` would make the same blocks, at some ten a second, and the first task starts after the last.
+    Ray Data's `repartition` would make the same blocks, but about ten a second, and no task starts before the last one.
     """
     together = -(-len(items) // _MOST_TASKS)
     pickled = [pickle.dumps(item) for item in items]
@@ -105,13 +105,13 @@ def load_images(batch: pa.Table, spec: LoadSpec) -> Iterator[pa.Table]:
     """Reads fragments of the input, fetches their images and cuts the crops that the model needs.
 
     Args:
-        batch: A column `item` of pickled `WorkItem`s.
-        spec: What is needed of them.
+        batch: A table with pickled `WorkItem`s in its column `item`.
+        spec: What the task needs to know.
 
     Yields:
         Tables of at most 256 images: `image_id`, `image_uri`, `width`, `height`, `status`, `error_code`,
-        `error_message`, the row's place in the input, the kept columns, [B, S, S, 3] uint8
-        `VISION_PIXELS`, and where they are wanted `RETRIEVAL_PIXELS` and `image_bytes`. A failed row's pixels are 0.
+        `error_message`, the row's place in the input, the kept columns, [B, S, S, 3] uint8 `VISION_PIXELS`, and, where
+        they are needed, `RETRIEVAL_PIXELS` and `image_bytes`. The pixels of failed rows are 0.
     """
     for pickled in batch["item"]:
         item: WorkItem = pickle.loads(pickled.as_py())  # noqa: S301 - this job's driver wrote it
@@ -142,14 +142,14 @@ def load_batch(number: int, images: InputBatch, spec: LoadSpec) -> pa.Table:
 
 
 def _load(number: int, images: InputBatch, spec: LoadSpec) -> _Loaded:
-    """Fetches and decodes a batch; an image that kills its process is found, and left out the next time."""
+    """Fetches and decodes a batch; the crash guard leaves out images that have killed their process."""
     started = time.perf_counter()
     loaded = _Loaded([], [])
     position_of = {row: position for position, row in enumerate(images.rows.tolist())}
 
     def load_rows(rows: list[int]) -> list[tuple[Pixels | RowError, bytes | None]]:
         done: list[tuple[Pixels | RowError, bytes | None]] = []
-        for start in range(0, len(rows), FETCH_CONCURRENCY):  # no more files in memory; their crops are small
+        for start in range(0, len(rows), FETCH_CONCURRENCY):  # bounds the files in memory; their crops are small
             positions = [position_of[row] for row in rows[start : start + FETCH_CONCURRENCY]]
             files = _files(images, positions, spec, loaded)
             for position, data in zip(positions, files, strict=True):
@@ -167,7 +167,7 @@ def _load(number: int, images: InputBatch, spec: LoadSpec) -> _Loaded:
 
 
 def _files(images: InputBatch, positions: Sequence[int], spec: LoadSpec, loaded: _Loaded) -> list[bytes | RowError]:
-    """Returns image files: those that the shard held, or else fetched ones."""
+    """Returns the image files: from the input's shard if it holds them, or else fetched."""
     if images.data is not None:
         return [images.data[position] for position in positions]
     started = time.perf_counter()
@@ -222,7 +222,7 @@ def _loaded_table(number: int, images: InputBatch, loaded: _Loaded, spec: LoadSp
 
 
 def _blank(plan: CropPlan) -> Pixels:
-    """Returns what stands in a failed row's place, so that a batch's pixels remain one array."""
+    """Returns the pixels of a failed row, so that the pixels of a batch remain one array."""
     vision = np.zeros((plan.vision.size_px, plan.vision.size_px, 3), np.uint8)
     size = plan.retrieval.size_px if plan.retrieval else 0
     return Pixels(vision, np.zeros((size, size, 3), np.uint8) if plan.retrieval else None, 0, 0, by_pillow=False)

@@ -1,7 +1,7 @@
-"""The captioning job's metrics, through Ray to Prometheus, where they are named `ray_smallcap_…`.
+"""The captioning job's metrics, which reach Prometheus through Ray as `ray_smallcap_…`.
 
-Every process has its own, made at its first report; Ray adds the node and the worker. docs/monitoring.md says how to
-see them, docs/grafana.json draws them.
+Every process makes its metric objects at its first report; Ray adds the node and the worker. docs/monitoring.md says
+how to see the metrics, docs/grafana.json draws them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from jobs.captioning.stage_report import StageReport
 
-# Name: kind, tags beside run_id, description. Ray's histograms want boundaries above 0.
+# Name: kind, tags besides run_id, description. Ray's histograms need boundaries above 0.
 METRICS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "smallcap_images_total": ("counter", ("stage",), "Images that a stage has finished."),
     "smallcap_errors_total": ("counter", ("code",), "Rows that were written as errors, by code."),
@@ -32,12 +32,12 @@ _BOUNDARIES = {
 
 
 def record_batch(run_id: str, report: StageReport, neighbour_scores: Sequence[float] = ()) -> None:
-    """Counts what a stage reports of one batch; without Ray nothing is counted.
+    """Counts what a stage reports about one batch; without Ray nothing is counted.
 
     Args:
-        run_id: What the metrics are tagged with.
+        run_id: The run's id, with which the metrics are tagged.
         report: The batch's figures.
-        neighbour_scores: Each image's best neighbour's.
+        neighbour_scores: The score of each image's best neighbour.
     """
     stage = {"stage": report.stage}
     _record("smallcap_images_total", run_id, report.images, stage)
@@ -60,7 +60,7 @@ def record_index_cache(run_id: str, hits: int, misses: int) -> None:
 
 
 def _record(name: str, run_id: str, value: float, tags: Mapping[str, str] = MappingProxyType({})) -> None:
-    """Counts or observes a value in this process's metric."""
+    """Counts or observes a value in this process."""
     import ray
 
     if not ray.is_initialized():
@@ -74,7 +74,7 @@ def _record(name: str, run_id: str, value: float, tags: Mapping[str, str] = Mapp
 
 @lru_cache(maxsize=1)
 def _process_metrics() -> dict[str, Any]:
-    """Makes the process's metric objects, once: two of one name would count the same things apart."""
+    """Makes the process's metric objects, once: two with one name would count separately."""
     from ray.util.metrics import Counter, Histogram
 
     return {

@@ -1,7 +1,7 @@
-"""The figures of a run while it goes on: stages report to a monitor beside the driver, and the display asks it.
+"""Keeps a run's figures while it goes on: stages report to a monitor on the driver's node, and the display asks it.
 
-`RunMonitor` is a plain class and counts. Tasks and actors hold a `MonitorClient`: a report never waits, and never
-fails when the monitor is gone, because no caption may depend on its being counted.
+`RunMonitor` is a plain class that counts. Tasks and actors hold a `MonitorClient`: a report never waits, and does not
+fail when the monitor is gone, because no caption may depend on being counted.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ class RunMonitor:
     """Sums what the stages report.
 
     Args:
-        images: To do in this attempt; None where tars leave it open.
-        fragments: To do in this attempt, for an estimate where `images` is None.
+        images: The number of images to do in this attempt; None where there are uncounted tars.
+        fragments: The number of fragments to do in this attempt, for an estimate where `images` is None.
     """
 
     def __init__(self, images: int | None, fragments: int | None = None) -> None:
@@ -54,11 +54,11 @@ class RunMonitor:
 
 
 class MonitorClient:
-    """A task's, an actor's or the driver's way to the monitor; picklable, and small.
+    """Lets a task, an actor or the driver call the monitor; small and picklable.
 
     Args:
-        actor: A `RunMonitor`.
-        run_id: What the metrics are tagged with.
+        actor: The actor of a `RunMonitor`.
+        run_id: The run's id, with which the metrics are tagged.
     """
 
     def __init__(self, actor: SideActor, run_id: str) -> None:
@@ -69,20 +69,20 @@ class MonitorClient:
 
         Args:
             report: The batch's figures.
-            neighbour_scores: Each image's best neighbour's, for the metrics' histogram.
+            neighbour_scores: The score of each image's best neighbour, for the metrics' histogram.
         """
         record_batch(self._run_id, report, neighbour_scores)
         self._actor.tell("report", report)
 
     def record_index_cache(self, hits: int, misses: int) -> None:
-        """Counts the files of an index that a node had, and those that it had to download, in the metrics alone."""
+        """Counts, in the metrics alone, the files of an index that a node had and those that it had to download."""
         record_index_cache(self._run_id, hits, misses)
 
     def snapshot(self, timeout_s: float = 3.0) -> Snapshot | None:
         """Returns the figures so far; None where the monitor does not answer in time.
 
-        A report that is on its way when the pipeline ends may come too late for the last snapshot: what was written is
-        counted from the parts.
+        A report that is on its way when the pipeline ends may miss the last snapshot; the parts, not the reports, say
+        what was written.
         """
         snapshot: Snapshot | None = self._actor.ask("snapshot", timeout_s=timeout_s)
         return snapshot

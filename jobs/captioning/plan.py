@@ -1,4 +1,4 @@
-"""`--dry-run`: what a captioning run will take, computed from the cluster, the work and a few captioned batches."""
+"""`--dry-run`: estimates what a captioning run will take, from the cluster, the work and a few captioned batches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jobs.captioning.layout import CaptionLayout, count_images, lay_out, load_sp
 from jobs.captioning.progress import describe_count, describe_duration
 from jobs.captioning.record import RunRecord
 from jobs.captioning.watch import watch_run
-from jobs.captioning.work import list_work, open_record, what_is_left
+from jobs.captioning.work import list_work, open_record, remaining_items
 from jobs.cluster.errors import unwrapped_errors
 from jobs.cluster.session import connect
 from smallcap import storage
@@ -44,34 +44,34 @@ class IndexFacts:
 
     index_id: str
     ntotal: int  # captions
-    bytes: int  # of its files: disk of every node's cache, and memory that the node's actors share
+    bytes: int  # of its files: on disk in every node's cache, and in memory that the node's actors share
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a few batches took."""
+    """Measurements of a few batches."""
 
-    images: int  # that were timed
+    images: int  # how many were timed
     load_s: float  # per image, in one CPU task
     caption_s: float  # per image, in one actor
-    start_s: float  # that the actor took to load, and to caption its first batch
-    actor_bytes: int  # the actor's own memory, the shared pages of the index not counted
-    gpu_bytes: int = 0  # the most that it took of its GPU
+    start_s: float  # the actor's time to load its models and to caption its first batch
+    actor_bytes: int  # the actor's private memory, without the shared pages of the index
+    gpu_bytes: int = 0  # the most GPU memory that the actor took
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What is known of a run before it starts, and what follows for its time, cost and bottleneck.
+    """What is known of a run before it starts, and the time, cost and bottleneck that follow from it.
 
-    Loading and captioning go on at the same time, so the slower one decides. The network is taken to serve all tasks as
-    it served the one that was measured.
+    Loading and captioning go on at the same time, so the slower one decides. The plan assumes that the network serves
+    all tasks as well as the one that was measured.
     """
 
-    images: int | None  # to do; None where tars have not said it yet
+    images: int | None  # to do; None where there are uncounted tars
     fragments: int  # to do
-    tars: int  # of those
-    done: int  # rows that are there
-    duplicates: int  # left out of the list
+    tars: int  # how many of the fragments are tars
+    done: int  # rows in the output
+    duplicates: int  # images left out of the list
     layout: CaptionLayout
     index: IndexFacts | None
     measured: Calibration
@@ -79,12 +79,12 @@ class RunPlan:
 
     @property
     def load_rate(self) -> float:
-        """Images/s of all loading tasks."""
+        """Images/s of all loading tasks together."""
         return self.layout.load_tasks / self.measured.load_s
 
     @property
     def caption_rate(self) -> float:
-        """Images/s of all actors that the run starts with."""
+        """Images/s of all actors with which the run starts."""
         return self.layout.actors.num_actors / self.measured.caption_s
 
     @property
@@ -99,22 +99,22 @@ class RunPlan:
 
     @property
     def cpus_to_feed(self) -> float:
-        """CPUs that loading needs to keep those actors busy."""
+        """The number of CPUs for loading that keeps these actors busy."""
         return self.caption_rate * self.measured.load_s
 
     @property
     def seconds(self) -> float | None:
-        """Of the whole run; None where the number of images is unknown."""
+        """Seconds that the whole run takes; None where the number of images is unknown."""
         return None if self.images is None else self.measured.start_s + self.images / self.rate
 
     @property
     def gpu_hours(self) -> float | None:
-        """Of the whole run, 0 on CPUs; None where the number of images is unknown."""
+        """GPU-hours of the whole run, 0 on CPUs; None where the number of images is unknown."""
         return None if self.seconds is None else self._gpus * self.seconds / 3600
 
     @property
     def gpu_hours_per_million(self) -> float:
-        """Of a million images, starting not counted."""
+        """GPU-hours of a million images, without the time to start."""
         return self._gpus * _MILLION / self.rate / 3600
 
     @property
@@ -122,13 +122,13 @@ class RunPlan:
         return self.layout.actors.num_actors * self.layout.actors.gpus_per_actor
 
     def cost(self, gpu_hours: float | None) -> float | None:
-        """Returns what GPU-hours cost, $; None without a price, or on CPUs."""
+        """Returns the cost of GPU-hours in $; None without a price, or on CPUs."""
         if self.gpu_hour_cost is None or gpu_hours is None or not self._gpus:
             return None
         return self.gpu_hour_cost * gpu_hours
 
     def lines(self) -> list[str]:
-        """Returns the plan for people."""
+        """Returns the plan as lines for people."""
         actors, measured = self.layout.actors, self.measured
         named = [
             ("Images", self._images()),
@@ -146,14 +146,14 @@ class RunPlan:
         ]
         if actors.max_actors > actors.num_actors:
             grown = actors.max_actors / measured.caption_s
-            needed = f"{self.cpus_to_feed / actors.num_actors:,.1f} CPUs for loading to each"
-            named.insert(6, ("Grown", f"{actors.max_actors} actors caption {grown:,.1f} images/s, with {needed}"))
+            needed = f"{self.cpus_to_feed / actors.num_actors:,.1f} CPUs for loading per actor"
+            named.insert(6, ("At most", f"{actors.max_actors} actors caption {grown:,.1f} images/s, with {needed}"))
         return [f"{name + ':':12} {text}" for name, text in named if text]
 
     def _images(self) -> str:
-        number = f"{self.images:,} to do" if self.images is not None else "a number that is known once tars are read,"
+        number = f"{self.images:,} to do" if self.images is not None else "unknown until tars are read,"
         tars = f", {self.tars:,} of them tars" if self.tars else ""
-        others = f"{self.done:,} done before, {self.duplicates:,} duplicates left out"
+        others = f"{self.done:,} done before, {describe_count(self.duplicates, 'duplicate')} left out"
         return f"{number} in {describe_count(self.fragments, 'fragment')}{tars}; {others}"
 
     def _cluster(self) -> str:
@@ -165,35 +165,36 @@ class RunPlan:
         plan, measured = self.layout.actors, self.measured
         size = f"{plan.num_actors}" + (f" to {plan.max_actors}" if plan.max_actors > plan.num_actors else "")
         on_gpu = plan.device == "cuda"
-        on = describe_count(*((plan.gpus_per_actor, "GPU") if on_gpu else (plan.cpus_per_actor, "CPU")))
-        gpu = f", {_gb(measured.gpu_bytes)} of the GPU" if measured.gpu_bytes else ""
+        device = describe_count(*((plan.gpus_per_actor, "GPU") if on_gpu else (plan.cpus_per_actor, "CPU")))
+        gpu = f" and {_gb(measured.gpu_bytes)} of GPU memory" if measured.gpu_bytes else ""
         return (
-            f"{size} with {on} each, {plan.dtype}, batches of {self.layout.batch_size}; "
-            f"{_gb(measured.actor_bytes)} of memory each{gpu}"
+            f"{size} with {device} each, {plan.dtype}, batches of {self.layout.batch_size}; "
+            f"{_gb(measured.actor_bytes)} of memory{gpu} each"
         )
 
     def _index(self) -> str:
         index = self.index
         if index is None:
-            return "none: captions without retrieval"
+            return "none; captions are made without retrieval"
         return f"{index.index_id}, {index.ntotal:,} captions, {_gb(index.bytes)} on every node, shared by its actors"
 
     def _throughput(self) -> str:
         if self.bottleneck == "load":
-            why = f"loading is the bottleneck, and {self.cpus_to_feed:,.1f} CPUs for it would keep the actors busy"
+            verdict = f"loading is the bottleneck; with {self.cpus_to_feed:,.1f} CPUs it would keep the actors busy"
         else:
-            why = "captioning is the bottleneck"
+            verdict = "captioning is the bottleneck"
         tasks = describe_count(self.layout.load_tasks, "task")
         actors = describe_count(self.layout.actors.num_actors, "actor")
         return (
-            f"{self.load_rate:,.1f} images/s loaded by {tasks}, {self.caption_rate:,.1f} captioned by {actors}: {why}"
+            f"{self.load_rate:,.1f} images/s loaded by {tasks}, {self.caption_rate:,.1f} captioned by {actors}: "
+            f"{verdict}"
         )
 
     def _time(self) -> str:
-        start = f"{describe_duration(self.measured.start_s)} for starting"
+        start = f"{describe_duration(self.measured.start_s)} to start"
         if self.seconds is None:
-            return f"{describe_duration(_MILLION / self.rate)} per million images, and {start}"
-        return f"{describe_duration(self.seconds)}, of which {start}"
+            return f"{describe_duration(_MILLION / self.rate)} per million images, plus {start}"
+        return f"{describe_duration(self.seconds)}, including {start}"
 
     def _cost(self) -> str:
         price = self.gpu_hour_cost
@@ -210,25 +211,25 @@ class RunPlan:
 
 
 def dry_run(config: CaptionConfig, address: str | None = None, gpu_hour_cost: float | None = None) -> RunPlan:
-    """Lists the input, captions a few batches of it, and says what the run will take; writes nothing to its output.
+    """Lists the input, captions a few batches, and estimates what the run will take; writes nothing to its output.
 
     Args:
-        config: The run's.
-        address: Of a Ray cluster; by default the one this process belongs to, or a new local one.
-        gpu_hour_cost: $ of one GPU for an hour.
+        config: The run's config.
+        address: Address of a Ray cluster; by default the one this process belongs to, or a new local one.
+        gpu_hour_cost: Cost of one GPU for an hour, in $.
 
     Raises:
-        ConfigError: The options are wrong, or the output holds a run with others.
+        ConfigError: The options are wrong, or the output holds a run with other options.
         RunError: Storage, index or checkpoint cannot be used.
     """
     record = open_record(config)
     with storage.scratch_folder() as scratch:
         if record.input is None:  # the run has not begun
             work = make_work_list(config.images, config.input, str(scratch), config.keep_columns)
-            items = list(work_left(work.fragments, Coverage([]), config.limit, _as_asked))
+            items = list(work_left(work.fragments, Coverage([]), config.limit, _assume_all))
         else:
             work = list_work(config, record)
-            items = what_is_left(config, work)
+            items = remaining_items(config, work)
         connect(address)  # before Ray Data is imported: it reads some of its settings then
 
         from jobs.captioning.caption import CaptionerSpec, CaptionImages
@@ -254,8 +255,8 @@ def dry_run(config: CaptionConfig, address: str | None = None, gpu_hour_cost: fl
     )
 
 
-def _as_asked(fragment: object, most: int) -> int:
-    """Stands for a count of a tar's images, which a plan does not read for it."""
+def _assume_all(fragment: object, most: int) -> int:
+    """Stands in for counting a tar's images: a plan does not read tars for that."""
     return most
 
 
@@ -269,7 +270,7 @@ def _index_facts(config: CaptionConfig, record: RunRecord) -> IndexFacts | None:
 def _sample(
     config: CaptionConfig, work: WorkList, items: Sequence[WorkItem], batch_size: int
 ) -> Iterator[tuple[int, InputBatch]]:
-    """Yields the first images to do, with their fragment's number, in batches of at most the run's size."""
+    """Yields the first images to do, with the number of their fragment, in batches no larger than the run's."""
     for item in items:
         for images in read_fragment(item.fragment, item.wanted, config.input, work.kept_columns):
             for start in range(0, len(images.rows), batch_size):
@@ -290,16 +291,16 @@ def calibrate(
     make_captioner: Callable[[], Callable[[Loaded], Any]],
     plan: ActorPlan,
 ) -> Calibration:
-    """Loads a few batches in a CPU task and captions them in an actor of the plan's resources; connect to Ray first.
+    """Loads a few batches in a CPU task and captions them in an actor with the plan's resources; connect to Ray first.
 
     Args:
-        load: Picklable; yields (images, batch) as the run's load tasks make them, of about the run's batch size. Only
-            the first four are taken. One batch is enough, but then its time includes what only the first one takes.
-        make_captioner: Picklable; loads the actor's captioner, which takes such batches.
+        load: A picklable function that yields (number of images, batch) as the run's loading tasks make them, of about
+            the run's batch size. Only the first four are taken. One is enough, but its time then includes warming up.
+        make_captioner: A picklable function that loads the actor's captioner, which takes such batches.
         plan: The run's actors.
 
     Raises:
-        SmallCapError: What loading or captioning raised, wrapped in Ray's own; see `unwrapped_errors`.
+        SmallCapError: Loading or captioning failed; Ray's error is around it, see `unwrapped_errors`.
     """
     import ray
 
@@ -314,7 +315,7 @@ def calibrate(
 
 
 def _time_loading(load: Callable[[], Iterable[tuple[int, Loaded]]]) -> tuple[list[tuple[int, Loaded]], float]:
-    """Returns some batches, and the seconds per image."""
+    """Returns a few batches, and the seconds per image."""
     batches, seconds = [], []
     started = time.perf_counter()
     for batch in islice(load(), _CALIBRATION_BATCHES):
@@ -325,7 +326,7 @@ def _time_loading(load: Callable[[], Iterable[tuple[int, Loaded]]]) -> tuple[lis
 
 
 def _per_image(seconds: list[float], batches: list[tuple[int, Any]]) -> tuple[int, float]:
-    """Returns how many images count, and the seconds of each: the first batch warms up, unless it is the only one."""
+    """Returns how many images count, and the seconds per image: the first batch warms up, unless it is the only one."""
     counted = slice(1, None) if len(batches) > 1 else slice(None)
     images = sum(images for images, _ in batches[counted])
     return images, sum(seconds[counted]) / max(1, images)
@@ -335,7 +336,7 @@ class _CalibratingActor:
     def measure(
         self, make_captioner: Callable[[], Callable[[Any], Any]], batches: list[tuple[int, Any]], load_s: float
     ) -> Calibration:
-        """Captions the batches by the clock."""
+        """Captions the batches and measures the time and memory."""
         begun = time.perf_counter()
         captioner = make_captioner()
         ends = [time.perf_counter()]

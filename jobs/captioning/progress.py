@@ -1,4 +1,4 @@
-"""What people see of a run: a live display while it goes on, and at its end where its time went."""
+"""Shows a run to people: a live display while it goes on, and at the end a table of where its time went."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from smallcap.machine.actor_plan import ActorPlan
 _POLL_S = 0.5  # at a terminal
 _LINE_EVERY_S = 30.0  # without one
 _RATE_OVER_S, _ETA_OVER_S = 10.0, 60.0
-_LEAST_CHANGES = 3  # that a rate is taken over, where batches last longer than the time above
+_LEAST_CHANGES = 3  # a rate spans at least these, where batches take longer than the times above
 _NAMES: dict[Stage, str] = {"load": "fetch and decode", "caption": "caption", "write": "write"}
 _PAST: dict[Stage, str] = {"load": "loaded", "caption": "captioned", "write": "written"}
-_BUSY, _HALF = 0.8, 0.5  # shares of the time
+_BUSY, _HALF = 0.8, 0.5  # fractions of the time
 
 
 class SnapshotSource(Protocol):
-    """What a display asks for figures: a `MonitorClient`."""
+    """Where a display gets its figures: a `MonitorClient`."""
 
     def snapshot(self) -> Snapshot | None:
-        """Returns the figures so far; None where nobody answers."""
+        """Returns the figures so far; None where there is no answer."""
 
 
 class RecentRates:
-    """Images/s of each stage over the latest seconds, from one snapshot to the next.
+    """Images/s of each stage over the last seconds, from one snapshot to the next.
 
-    A batch may take longer than those seconds: a rate then spans the latest few batches. It falls while none ends.
+    Where batches take longer than that, a rate spans the last few of them. It falls while none ends.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class RecentRates:
         self._now = 0.0
 
     def add(self, snapshot: Snapshot) -> None:
-        """Notes how far the stages are."""
+        """Adds a snapshot, later than those before."""
         self._now = snapshot.elapsed_s
         for stage, changes in self._changes.items():
             images = snapshot.of(stage).images
@@ -55,7 +55,7 @@ class RecentRates:
                 changes.popleft()
 
     def of(self, stage: Stage, over_s: float = _RATE_OVER_S) -> float | None:
-        """Returns a stage's images/s; None before its second batch has ended."""
+        """Returns the images/s of a stage; None before its second batch has ended."""
         changes = list(self._changes[stage])
         recent = [change for change in changes if change[0] >= self._now - over_s]
         if len(recent) < _LEAST_CHANGES:
@@ -67,20 +67,20 @@ class RecentRates:
 
 @contextmanager
 def show_progress(monitor: SnapshotSource, stream: TextIO | None = None) -> Iterator[None]:
-    """Shows a run's progress while the block runs: live at a terminal, else as a line every 30 s.
+    """Shows a run's progress while the block runs: live at a terminal, or else a line every 30 s.
 
     Args:
-        monitor: Where the figures are.
+        monitor: Where the figures come from.
         stream: Where they are shown; by default stderr.
     """
     stream = stream or sys.stderr
-    with beside(_draw_live if stream.isatty() else _print_lines, monitor, stream):
+    with run_in_thread(_draw_live if stream.isatty() else _print_lines, monitor, stream):
         yield
 
 
 @contextmanager
-def beside(show: Callable[..., None], *arguments: Any) -> Iterator[None]:
-    """Runs `show(*arguments, ended)` in a thread while the block runs; then sets the event `ended` and waits for it."""
+def run_in_thread(show: Callable[..., None], *arguments: Any) -> Iterator[None]:
+    """Runs `show(*arguments, ended)` in a thread while the block runs; then sets the event `ended`, and joins it."""
     ended = threading.Event()
     thread = threading.Thread(target=show, args=(*arguments, ended), name="progress", daemon=True)
     thread.start()
@@ -111,7 +111,7 @@ def _print_lines(monitor: SnapshotSource, stream: TextIO, ended: threading.Event
 
 
 def render(snapshot: Snapshot, rates: RecentRates) -> Group:
-    """Returns the live display of one moment."""
+    """Returns the live display at one moment."""
     table = Table(box=None, pad_edge=False, show_header=True, header_style="dim")
     for header, justify in (("", "left"), ("images", "right"), ("images/s", "right"), ("", "left")):
         table.add_column(header, justify=justify)  # type: ignore[arg-type]
@@ -128,7 +128,7 @@ def render(snapshot: Snapshot, rates: RecentRates) -> Group:
 
 
 def progress_line(snapshot: Snapshot, rates: RecentRates) -> str:
-    """Returns one line of a log."""
+    """Returns one line for a log."""
     done = []
     for stage, verb in _PAST.items():
         rate = rates.of(stage)
@@ -142,16 +142,16 @@ def _errors(snapshot: Snapshot) -> str:
 
 
 def _outlook(snapshot: Snapshot, rates: RecentRates) -> str:
-    """Says what remains and how long that takes, or why nobody can know yet."""
+    """Says how many images there are and how long the rest takes, or why that is not known yet."""
     expected = snapshot.expected_images
     captioned = snapshot.caption.images
     if not snapshot.actors and not captioned:
         return "starting actors"
     if expected is None:
-        return "how many images there are is known when a first tar has been read"
-    total = f"of {'' if snapshot.images is not None else 'about '}{expected:,} images"
+        return "the number of images is unknown until a tar has been read"
+    total = f"of {'' if snapshot.images is not None else 'about '}{describe_count(expected, 'image')}"
     if captioned >= expected:
-        return f"{total}: writing what is captioned"
+        return f"{total}: writing the last captions"
     rate = rates.of("caption", _ETA_OVER_S)
     if not rate:
         return f"{total}: waiting for the first captions" if not captioned else f"{total}: no time estimate yet"
@@ -175,49 +175,49 @@ def describe_duration(seconds: float) -> str:
 def find_bottleneck(
     snapshot: Snapshot, seconds: float, plan: ActorPlan, load_tasks: int, fast_decode: bool = False
 ) -> str:
-    """Names the stage that held the others up, in one line with advice.
+    """Names the stage that held up the others, in one line with advice.
 
     Args:
         snapshot: The run's figures at its end.
-        seconds: Of the attempt, by the clock.
+        seconds: Wall time of the attempt.
         plan: The pool of actors.
-        load_tasks: Tasks of fetching and decoding that could run at once.
+        load_tasks: The number of loading tasks that could run at once.
         fast_decode: Whether `input.decode` is `fast`.
     """
     begun_s = min(snapshot.first_caption_s or 0.0, seconds)
     if begun_s > _HALF * seconds:
         loading = f" ({snapshot.caption.start_s / snapshot.actors:.1f} s per actor)" if snapshot.actors else ""
         return (
-            f"starting took {describe_duration(begun_s)} of {describe_duration(seconds)}, models included{loading}: "
-            "it does not grow with the number of images"
+            f"starting and loading the models took {describe_duration(begun_s)} of {describe_duration(seconds)}"
+            f"{loading}: this does not grow with the number of images"
         )
     actors = _count_actors(snapshot, plan)
     busy = snapshot.caption.seconds / actors / max(seconds - begun_s, 1e-9)
     if busy > _BUSY:
-        remedy = "more GPUs, or a higher compute.max_actors" if plan.device == "cuda" else "GPUs, or more nodes"
-        return f"captioning is the bottleneck, its actors were busy {_share(busy)}: add {remedy}"
+        remedy = "add GPUs, or raise compute.max_actors" if plan.device == "cuda" else "add GPUs or nodes"
+        return f"captioning is the bottleneck, its actors were busy {_percent(busy)} of the time: {remedy}"
     load, write = snapshot.load, snapshot.write
-    idle = f"actors waited {_share(1 - busy)} of the time"
+    idle = f"actors waited {_percent(1 - busy)} of the time"
     if write.seconds > load.seconds:
-        return f"writing is the bottleneck, {idle}: use nearer storage, or larger rows_per_part"
+        return f"writing is the bottleneck, {idle}: use storage that is nearer, or raise output.rows_per_part"
     if load.seconds / max(load_tasks, 1) / seconds < _HALF:
         return f"no stage was at its limit, {idle}: longer runs keep the actors busier"
     if load.fetch_s > _HALF * load.seconds:
-        retries = f", {load.retries:,} requests were repeated" if load.retries else ""
-        return f"the network is the bottleneck, {idle}{retries}: run in the images' region, or on more nodes"
-    faster = "" if fast_decode else ", or --set input.decode=fast"
-    return f"decoding is the bottleneck, {idle}: give the cluster more CPUs{faster}"
+        retries = f", {describe_count(load.retries, 'request')} repeated" if load.retries else ""
+        return f"the network is the bottleneck, {idle}{retries}: run in the region of the images, or on more nodes"
+    faster = "" if fast_decode else ", or use --set input.decode=fast"
+    return f"decoding is the bottleneck, {idle}: add CPUs{faster}"
 
 
 def stage_table(
     snapshot: Snapshot, seconds: float, plan: ActorPlan, load_tasks: int, fast_decode: bool = False
 ) -> list[str]:
-    """Returns where an attempt's time went, stage by stage, and the bottleneck; see `find_bottleneck` for arguments."""
+    """Returns where an attempt's time went, by stage, and the bottleneck; see `find_bottleneck` for the arguments."""
     actors = _count_actors(snapshot, plan)
     load, caption, write = snapshot.load, snapshot.caption, snapshot.write
     images = max(caption.images, write.images)
-    fetching = f", {_share(load.fetch_s / load.seconds)} of it fetching" if load.seconds else ""
-    by_pillow = f", {load.by_pillow:,} whole by Pillow" if fast_decode else ""
+    fetching = f", {_percent(load.fetch_s / load.seconds)} of it fetching" if load.seconds else ""
+    by_pillow = f", {load.by_pillow:,} decoded in full by Pillow" if fast_decode else ""
     search = f", search: {' and '.join(sorted(caption.searched_by))}" if caption.searched_by else ""
     rows: list[tuple[Stage, int, str, str]] = [
         ("load", load_tasks, "task", fetching + by_pillow),
@@ -225,7 +225,8 @@ def stage_table(
         ("write", 0, "task", ""),
     ]
     lines = [
-        f"Captioned {images:,} images in {describe_duration(seconds)}, {images / max(seconds, 1e-9):,.1f} images/s:",
+        f"Captioned {describe_count(images, 'image')} in {describe_duration(seconds)}, "
+        f"{images / max(seconds, 1e-9):,.1f} images/s:",
         f"  {'':16}  {'images':>11}  {'busy s':>9}  {'images/s each':>13}",
     ]
     for stage, workers, noun, more in rows:
@@ -233,7 +234,7 @@ def stage_table(
         each = f"{sums.images / sums.seconds:,.1f}" if sums.seconds else "–"
         share = ""
         if workers:
-            busy = _share(sums.seconds / workers / max(seconds, 1e-9))
+            busy = _percent(sums.seconds / workers / max(seconds, 1e-9))
             share = f"  {describe_count(workers, noun)} busy {busy}{more}"
         lines.append(f"  {_NAMES[stage]:16}  {sums.images:>11,}  {sums.seconds:>9,.1f}  {each:>13}{share}")
     verdict = find_bottleneck(snapshot, seconds, plan, load_tasks, fast_decode)
@@ -241,9 +242,9 @@ def stage_table(
 
 
 def _count_actors(snapshot: Snapshot, plan: ActorPlan) -> int:
-    """Returns how many actors there were; one that was lost and replaced has reported under two names."""
+    """Returns how many actors there were; an actor that was lost and replaced has reported under two names."""
     return min(snapshot.actors or plan.num_actors, plan.max_actors)
 
 
-def _share(part: float) -> str:
-    return f"{min(max(part, 0.0), 1.0):.0%}"
+def _percent(fraction: float) -> str:
+    return f"{min(max(fraction, 0.0), 1.0):.0%}"

@@ -1,7 +1,6 @@
-"""A captioning run's own record, `run.json`: what is pinned for all of its attempts, and what each of them did.
+"""The record of a captioning run, `run.json`: what is pinned for all its attempts, and what each attempt did.
 
-Which images are done is not in it: that is read from the parts (`smallcap.output.coverage`), and nothing else is
-trusted.
+The record does not say which images are done: only the parts do (`smallcap.output.coverage`).
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from smallcap.output.schema import check_caption_schema
 from smallcap.records import Record, load_record
 
 RUN_FILE = "run.json"
-# What may differ between the attempts of one run: where it runs, how it fetches, and how much of its input it takes.
+# Options that may differ between the attempts of one run: where it runs, how it fetches, how much input it takes.
 _FREE = (
     *(f"compute.{name}" for name in ("device", "compile", "batch_size", "num_actors", "max_actors", "gpus_per_actor")),
     *(f"input.{name}" for name in ("fetch_timeout_s", "fetch_attempts")),
@@ -39,22 +38,22 @@ _FREE = (
 class Attempt(Record):
     """One start of the job, and what it did."""
 
-    token: str  # nobody else's; see check_attempt
+    token: str  # unique; see check_attempt
     started_at: str
     finished_at: str | None = None
-    images: int = 0  # that got their row
-    seconds: float | None = None  # wall clock of the pipeline, Ray's start and the models' loading included
+    images: int = 0  # how many got their row
+    seconds: float | None = None  # wall time of the pipeline, from starting Ray and loading the models
     decode_s: float | None = None  # fetching and decoding, summed over CPU tasks
-    fetch_s: float | None = None  # of these, fetching
+    fetch_s: float | None = None  # the share of fetching in decode_s
     fetch_retries: int | None = None  # requests that were repeated
-    repeated_ids: int = 0  # images of tars that were left out, since another one of the same tar has the id
-    caption_s: float | None = None  # summed over actors, loading excluded
+    repeated_ids: int = 0  # images left out because another image of the same tar has the id
+    caption_s: float | None = None  # summed over actors, without loading the models
     write_s: float | None = None  # summed over the tasks that write parts
-    actors: int | None = None  # most at a time
+    actors: int | None = None  # the most at a time
     device: str | None = None
     dtype: str | None = None
     decoded_by_pillow: int | None = None  # images that decode: fast left to Pillow
-    search_backends: tuple[str, ...] | None = None  # where the actors searched; several where they had unequal room
+    search_backends: tuple[str, ...] | None = None  # where actors searched; several where memory differed
 
 
 class ImageCounts(Record):
@@ -67,7 +66,7 @@ class ImageCounts(Record):
 
     @classmethod
     def of(cls, parts: Iterable[PartInfo]) -> ImageCounts:
-        """Sums what the parts say of themselves."""
+        """Sums the counts in the footers of parts."""
         ok, errors = 0, Counter[str]()
         for part in parts:
             ok += part.ok
@@ -77,12 +76,12 @@ class ImageCounts(Record):
 
 
 class Input(Record):
-    """The list of the run's images, as it was made."""
+    """The list of the run's images."""
 
     listed_at: str
-    images: int | None  # None where nobody knows how many there are in tars
+    images: int | None  # None where there are uncounted tars
     fragments: int
-    duplicates: int  # named again, and left out
+    duplicates: int  # images named more than once, left out
 
     @classmethod
     def of(cls, work: WorkList) -> Input:
@@ -99,17 +98,17 @@ class RunRecord(PinnedRecord):
     model_id: str
     input: Input | None = None
     images: ImageCounts = ImageCounts()
-    repeated_ids: int = 0  # images of tars and Parquet files that were left out, since another file has the id
-    limit: int | None = None  # of the attempt that made the run complete
+    repeated_ids: int = 0  # images of tars and Parquet files left out because another file has the id
+    limit: int | None = None  # the option of the attempt that completed the run
     attempts: tuple[Attempt, ...] = ()
 
     def is_done(self, limit: int | None) -> bool:
-        """Says whether the first `limit` images of the run's list, or all, have their rows already."""
+        """Returns whether the first `limit` images of the run's list, or all images, have their rows."""
         listed = self.status == "complete" and self.input is not None
         return listed and (self.limit is None or (limit is not None and limit <= self.limit))
 
     def count_repeated(self) -> int:
-        """Returns how many images were named again, in lists, within a tar, or in two files."""
+        """Returns how many images were named more than once, in lists, within a tar, or in two files."""
         listed = self.input.duplicates if self.input else 0
         return listed + self.repeated_ids + sum(attempt.repeated_ids for attempt in self.attempts)
 
@@ -117,13 +116,13 @@ class RunRecord(PinnedRecord):
         """Checks that a command continues this run.
 
         Raises:
-            ConfigError: Its config or its model differs, and mixing the two would make one output of two runs.
+            ConfigError: The config or the model differs, so that the output would mix two runs.
         """
         check_same_options(self, config, _FREE, (self.model_id, model_id), out)
 
 
 def load_run_record(out: str) -> RunRecord | None:
-    """Loads a run's record; None where no run has begun.
+    """Loads a run's record; returns None where no run has begun.
 
     Raises:
         SchemaError: `run.json` is malformed, or of an unknown format version.
@@ -132,7 +131,7 @@ def load_run_record(out: str) -> RunRecord | None:
 
 
 def load_run_config(out: str) -> dict[str, Any]:
-    """Returns a run's own config, dumped.
+    """Returns the config that a run has recorded.
 
     Raises:
         ConfigError: There is no run.
@@ -145,14 +144,14 @@ def load_run_config(out: str) -> dict[str, Any]:
 
 
 def write_run_record(out: str, record: RunRecord) -> None:
-    """Writes `run.json`, atomically."""
+    """Writes `run.json` atomically."""
     record.write(storage.join(out, RUN_FILE))
 
 
 def check_attempt(out: str, attempt: Attempt) -> None:
-    """Checks that an attempt is the run's newest, before anything of it is written.
+    """Checks that an attempt is the run's newest, before it writes anything.
 
-    What a killed driver's workers still write would be work for nothing, and of two drivers one must stop.
+    The workers of a killed driver would otherwise go on writing. Of two drivers, the earlier one must stop.
 
     Raises:
         ConflictError: A later attempt has begun.
@@ -160,19 +159,19 @@ def check_attempt(out: str, attempt: Attempt) -> None:
     record = load_run_record(out)
     if record is None or not record.attempts or record.attempts[-1].token != attempt.token:
         raise ConflictError(
-            "Another process has started this run again; this one stops.",
+            "Another process has started this run again, so this one stops.",
             where=out,
             expected=f"the attempt of {attempt.started_at}",
-            found=f"one of {record.attempts[-1].started_at}" if record and record.attempts else "no run.json",
-            remedy="Let the other one finish.",
+            found=f"the attempt of {record.attempts[-1].started_at}" if record and record.attempts else "no run.json",
+            remedy="Let the other process finish.",
         )
 
 
 @contextmanager
 def run_lock(out: str) -> Iterator[None]:
-    """Keeps a second driver of this machine out of the same output folder while the first one lives.
+    """Keeps a second driver on this machine out of the output folder while the first one runs.
 
-    An object store offers no such lock: there, `check_attempt` stops the earlier of two drivers.
+    An object store has no such lock: there, `check_attempt` stops the earlier of two drivers.
 
     Raises:
         ConfigError: Another driver holds the folder.
@@ -197,10 +196,10 @@ def run_lock(out: str) -> Iterator[None]:
 
 
 def read_parts(out: str, columns: list[str]) -> Iterator[tuple[str, pa.Table]]:
-    """Reads some columns of every part, one part at a time.
+    """Reads columns of every part, one part at a time.
 
     Raises:
-        SchemaError: A part is not Parquet, or not of this schema version.
+        SchemaError: A part is not Parquet, or has another schema version.
     """
     for uri in list_parts(out):
         with storage.open_ranged(uri) as file:

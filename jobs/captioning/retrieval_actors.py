@@ -1,7 +1,7 @@
-"""An index too large for one machine: actors that each hold a part of it, and the retriever that asks them all.
+"""Searches an index that is too large for one machine: each actor holds a partition, and the retriever asks them all.
 
-Each actor maps a contiguous share of the shards and of the caption files. `PartitionedRetriever` is the same search as
-on one machine, over a part that scatters each of its questions and gathers the answers; the results are the same.
+A partition is a contiguous share of the shards and of the caption files. `PartitionedRetriever` searches as on one
+machine, over a partition that scatters every query and gathers the answers; the results are the same.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from smallcap.index.retriever import NeighbourSearch
 
 @dataclass(frozen=True)
 class Partitions:
-    """The running actors of one index version; goes to whoever searches."""
+    """The running actors of one index version, for those that search it."""
 
     index_uri: str
     index_id: str
@@ -35,10 +35,10 @@ class Partitions:
 
 
 class _PartitionActor(GuardedActor):
-    """Holds one partition; is called with a method of `IndexPartition` and its arguments."""
+    """Holds one partition; a call takes a method of `IndexPartition` and its arguments."""
 
     def load(self, index_uri: str, index_id: str, cache_dir: str, partition: tuple[int, int]) -> None:
-        set_faiss_threads()  # the actor asks Ray for no CPU, and Ray would have it use one
+        set_faiss_threads()  # the actor asks Ray for no CPU, so Ray would let it use only one
         self._partition = LocalPartition.open(index_uri, load_manifest(index_uri, index_id), cache_dir, partition)
 
     def process(self, method: str, *arguments: Any) -> Any:
@@ -51,19 +51,19 @@ def run_partitions(index_uri: str, index_id: str, retrieval: RetrievalConfig) ->
 
     Args:
         index_uri: The index.
-        index_id: Its version.
-        retrieval: How many partitions, and where nodes keep copies of remote indexes.
+        index_id: The index's version.
+        retrieval: The number of partitions, and where nodes keep copies of remote indexes.
 
     Yields:
         The partitions, all of them open.
 
     Raises:
         ConfigError: The index has fewer shards than partitions.
-        IndexIntegrityError: Its files contradict its manifest.
+        IndexIntegrityError: The index's files contradict its manifest.
     """
     count = retrieval.partitions
-    share_of(load_manifest(index_uri, index_id).shards, (0, count))  # says so before anything is started
-    # No CPU of Ray's, lest the captioners find none left; a question that meets a dying actor is asked again.
+    share_of(load_manifest(index_uri, index_id).shards, (0, count))  # raises before any actor starts
+    # The actors ask for no CPU, since the captioners need them all. A query that a dying actor got is asked again.
     actor = ray.remote(num_cpus=0, scheduling_strategy="SPREAD", max_restarts=-1, max_task_retries=-1)(_PartitionActor)
     actors = [actor.remote(index_uri, index_id, retrieval.cache_dir, (number, count)) for number in range(count)]
     try:
@@ -82,17 +82,17 @@ class PartitionedRetriever(NeighbourSearch):
         """Connects to running partitions.
 
         Args:
-            partitions: Of `run_partitions`.
-            cache_dir: Where this node keeps the list of removed ids, where there is one.
+            partitions: The partitions that `run_partitions` yields.
+            cache_dir: Where this node keeps the list of removed ids, if there is one.
         """
         manifest = load_manifest(partitions.index_uri, partitions.index_id)
         removed = [manifest.removed] if manifest.removed else []
         folder = open_version_folder(partitions.index_uri, manifest, cache_dir, removed)
-        return cls(manifest, _ScatteredPart(manifest, partitions.actors), open_removed(manifest, folder))
+        return cls(manifest, _ScatteredPartition(manifest, partitions.actors), open_removed(manifest, folder))
 
 
-class _ScatteredPart:
-    """All of an index, by asking the partitions; an `IndexPartition`."""
+class _ScatteredPartition:
+    """An `IndexPartition` that is the whole index: it asks the actors."""
 
     backend = "partitions"
 
@@ -105,11 +105,11 @@ class _ScatteredPart:
         self._first_ids = np.array([share[0].first_id for share in shares])
 
     def candidates(self, queries: np.ndarray, count: int) -> Ranking:
-        """Returns the best [B, count] of all partitions' best."""
+        """Returns the best [B, count] over all partitions."""
         return merge_rankings(self._ask_all("candidates", queries, count), count)
 
     def rank(self, queries: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        """Scores ids [B, K] by the stored vectors of the partitions that have them."""
+        """Scores ids [B, K] by their stored vectors, in the partitions that have them."""
         return np.max(self._ask_all("rank", queries, ids), axis=0)
 
     def image_ids(self, caption_ids: np.ndarray) -> list[list[str]]:
@@ -121,21 +121,21 @@ class _ScatteredPart:
         return self._ask_owners("texts", caption_ids)
 
     def _ask_all(self, method: str, *arguments: Any) -> list[Any]:
-        arguments = tuple(map(ray.put, arguments))  # once, and not for every actor
+        arguments = tuple(map(ray.put, arguments))  # stored once, not for every actor
         return ray.get([actor.__call__.remote(method, *arguments) for actor in self._actors])
 
     def _ask_owners(self, method: str, caption_ids: np.ndarray) -> list[Any]:
         owner_of = np.searchsorted(self._first_ids, caption_ids, side="right") - 1
         owners = np.unique(owner_of).tolist()
-        positions = [np.flatnonzero(owner_of == owner) for owner in owners]
+        positions_of = [np.flatnonzero(owner_of == owner) for owner in owners]
         answers = ray.get(
             [
-                self._actors[owner].__call__.remote(method, caption_ids[places])
-                for owner, places in zip(owners, positions, strict=True)
+                self._actors[owner].__call__.remote(method, caption_ids[positions])
+                for owner, positions in zip(owners, positions_of, strict=True)
             ]
         )
         gathered: list[Any] = [None] * len(caption_ids)
-        for places, answer in zip(positions, answers, strict=True):
-            for place, found in zip(places.tolist(), answer, strict=True):
-                gathered[place] = found
+        for positions, answer in zip(positions_of, answers, strict=True):
+            for position, value in zip(positions.tolist(), answer, strict=True):
+                gathered[position] = value
         return gathered

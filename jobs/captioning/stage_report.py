@@ -1,4 +1,4 @@
-"""What the stages of a run report of their batches, and what a run has done so far."""
+"""What the stages of a run report about their batches, and the sums that say what the run has done so far."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ STAGES: tuple[Stage, ...] = ("load", "caption", "write")
 
 @dataclass(frozen=True)
 class StageReport:
-    """What a task or an actor did with one batch; sums over batches are the same class."""
+    """What a task or an actor did with one batch; sums over batches have the same class."""
 
     stage: Stage
     images: int = 0
-    seconds: float = 0.0  # busy, of the task or the actor, for these images
-    errors: Mapping[str, int] = field(default_factory=dict)  # by code; of `write` only, whose tasks count once
+    seconds: float = 0.0  # that the task or the actor was busy with these images
+    errors: Mapping[str, int] = field(default_factory=dict)  # by code; only from `write`, whose tasks count once
     retries: int = 0  # requests that fetching repeated
-    duplicates: int = 0  # images of a tar that were left out, since another one of it has the id
-    fetch_s: float = 0.0  # part of `seconds`
-    bytes: int = 0  # fetched, or written
+    duplicates: int = 0  # images left out because another image of the same tar has the id
+    fetch_s: float = 0.0  # the share of fetching in `seconds`
+    bytes: int = 0  # fetched
     start_s: float = 0.0  # that an actor took to load; a report without images says that it is ready
-    worker: str = ""  # the actor's name for itself, so that actors can be counted
+    worker: str = ""  # the actor's name, so that actors can be counted
     tokens: int = 0  # generated
     by_pillow: int = 0  # images that `decode: fast` left to Pillow
-    searched_by: frozenset[str] = frozenset()  # backends of the actors' searches
-    ended_fragments: int = 0  # of `load`: fragments whose last image is in this batch
+    searched_by: frozenset[str] = frozenset()  # backends with which the actors search
+    ended_fragments: int = 0  # from `load`: fragments whose last image is in this batch
     ended_images: int = 0  # all images of those fragments
 
     def plus(self, other: StageReport) -> StageReport:
@@ -46,16 +46,16 @@ _SUMMED = tuple(
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A run's attempt so far."""
+    """What an attempt has done so far."""
 
-    images: int | None  # to do in this attempt; None where the input has not said yet
+    images: int | None  # to do in this attempt; None where there are uncounted tars
     fragments: int | None  # to do in this attempt
     elapsed_s: float  # since the monitor was made
     load: StageReport
     caption: StageReport
     write: StageReport
-    actors: int  # that have ever been ready
-    first_caption_s: float | None  # from the start to the moment when the first batch began to be captioned
+    actors: int  # how many have ever been ready
+    first_caption_s: float | None  # from the start until the first batch was given to an actor
 
     def of(self, stage: Stage) -> StageReport:
         """Returns the sums of one stage."""
@@ -69,7 +69,7 @@ class Snapshot:
 
     @property
     def expected_images(self) -> int | None:
-        """Images of the attempt, counted or estimated from the fragments that have ended; None before one has."""
+        """The attempt's images, counted, or estimated from the fragments that have ended; None before one has."""
         if self.images is not None:
             return self.images
         if not self.load.ended_fragments or not self.fragments:

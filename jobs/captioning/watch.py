@@ -1,4 +1,4 @@
-"""The one small actor beside a run's driver: the monitor, which counts, and the crash guard, which decides rows."""
+"""Runs the one small actor on the driver's node: the monitor, which counts, and the crash guard, which decides rows."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from jobs.captioning.crash_guard import CrashGuard, CrashGuardClient
 from jobs.captioning.monitor import MonitorClient, RunMonitor
-from jobs.cluster.side_actor import run_beside
+from jobs.cluster.side_actor import run_side_actor
 
 
 @dataclass(frozen=True)
 class RunWatch:
-    """What a run's tasks and actors report to and ask."""
+    """How a run's tasks and actors reach the monitor and the crash guard."""
 
     monitor: MonitorClient
     crash_guard: CrashGuardClient
@@ -30,9 +30,9 @@ def watch_run(run_id: str, images: int | None, fragments: int | None) -> Iterato
     """Watches a run while the block runs.
 
     Args:
-        run_id: What the metrics are tagged with.
-        images: To do in this attempt; None where tars leave it open.
-        fragments: To do in this attempt.
+        run_id: The run's id, with which the metrics are tagged.
+        images: The number of images to do in this attempt; None where there are uncounted tars.
+        fragments: The number of fragments to do in this attempt.
     """
-    with run_beside(_WatchActor, images, fragments) as actor:
+    with run_side_actor(_WatchActor, images, fragments) as actor:
         yield RunWatch(MonitorClient(actor, run_id), CrashGuardClient(actor))

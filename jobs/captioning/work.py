@@ -1,4 +1,4 @@
-"""What a captioning run has to do and has done, without Ray: its record, its list of work, and what is left of that."""
+"""What a captioning run has to do and has done: its record, its list of work, and the remaining items; without Ray."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def open_record(config: CaptionConfig) -> RunRecord:
     """Continues the output folder's run, or begins one; pins the index's version for all attempts.
 
     Raises:
-        ConfigError: The folder holds a run with other options, or columns to keep have names that the output needs.
-        RunError: Index or checkpoint cannot be used.
+        ConfigError: The folder holds a run with other options, or a column to keep has a name that the output needs.
+        RunError: The index or the checkpoint cannot be used.
     """
     check_kept_columns(config.keep_columns)
     model_id = checkpoint_id(config.model)
@@ -43,7 +43,7 @@ def open_record(config: CaptionConfig) -> RunRecord:
         manifest.check_encoder(resolve_encoder_identity(encoder), config.index or "")
     if config.output.save_embeddings and encoder is None:
         raise ConfigError(
-            "There is no encoder whose embeddings could be saved.",
+            "There is no retrieval encoder whose embeddings could be saved.",
             where="output.save_embeddings",
             remedy="Give --index, or --set retrieval.encoder=SPEC.",
         )
@@ -51,10 +51,10 @@ def open_record(config: CaptionConfig) -> RunRecord:
 
 
 def list_work(config: CaptionConfig, record: RunRecord, relist: bool = False) -> WorkList:
-    """Loads the run's list of work; makes it where the run is new."""
+    """Loads the run's list of work, or makes it where the run is new."""
     work = load_work_list(config.out) if record.attempts else None
     if work is None:
-        storage.remove(storage.join(config.out, WORK_FOLDER))  # of a run that never began
+        storage.remove(storage.join(config.out, WORK_FOLDER))  # left by a run that never began
         work = make_work_list(config.images, config.input, config.out, config.keep_columns)
     elif relist:
         work = extend_work_list(config.images, config.input, config.out)
@@ -62,13 +62,13 @@ def list_work(config: CaptionConfig, record: RunRecord, relist: bool = False) ->
 
 
 def _read_parts(out: str, work: WorkList) -> list[NamedPart]:
-    """Returns the footers of all parts, after what two of them have has been taken out of one."""
+    """Returns the footers of all parts, after rows that two parts have were removed from one of them."""
     parts = list(read_part_infos(out))
     return list(read_part_infos(out)) if settle(out, parts, work.fragments) else parts
 
 
-def what_is_left(config: CaptionConfig, work: WorkList, retry_failed: bool = False) -> list[WorkItem]:
-    """Returns the rows of the list of work that have no row in the output; failed ones too, to try them again."""
+def remaining_items(config: CaptionConfig, work: WorkList, retry_failed: bool = False) -> list[WorkItem]:
+    """Returns the work items without a row in the output, and, for `retry_failed`, those that failed."""
     coverage = Coverage(_read_parts(config.out, work), retry_failed)
 
     def count(fragment: Fragment, most: int) -> int:
@@ -78,7 +78,7 @@ def what_is_left(config: CaptionConfig, work: WorkList, retry_failed: bool = Fal
 
 
 def finish_run(config: CaptionConfig, record: RunRecord, work: WorkList) -> RunRecord:
-    """Counts the output, when every image has its row, and says so in `run.json`."""
+    """Removes repeated ids and orphans from the finished output, counts it, and records that the run is complete."""
     parts = _read_parts(config.out, work)
     if any(fragment.kind != "uris" for fragment in work.fragments):
         drop_repeated_ids(config.out, parts)

@@ -1,4 +1,4 @@
-"""The last stage: rows become parts, sorted by id, atomically, under names that a repeated task overwrites."""
+"""The last stage: writes rows as parts, sorted by id, atomically, under names that a repeated task overwrites."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class PartSink(Datasink[None]):
 
     Args:
         out: The run's folder.
-        attempt: The one that writes.
-        number: Its number, from 1.
-        schema: Of the parts.
-        layout: How parts are written, and what beside them.
-        monitor: Is told what was written.
+        attempt: The attempt that writes.
+        number: The attempt's number, from 1.
+        schema: The schema of the parts.
+        layout: How parts are written, and what is written with them.
+        monitor: What is told of written rows.
     """
 
     def __init__(
@@ -72,8 +72,8 @@ def describe_part(table: pa.Table) -> PartInfo:
     """Returns which rows of which fragments a part holds, and how they fared.
 
     Args:
-        table: Its rows, with the columns that place them in the run's input. Rows whose id comes again are accounted
-            for, and not counted.
+        table: Its rows, with the columns that place them in the run's input. Rows with equal ids are all listed as
+            done, but only the first is counted.
     """
     fragments, rows = table[FRAGMENT].to_numpy(), table[FRAGMENT_ROW].to_numpy()
     failed = pc.equal(table["status"], STATUS_ERROR).to_numpy()
@@ -89,7 +89,7 @@ def describe_part(table: pa.Table) -> PartInfo:
 
 
 def _first_of_each_id(table: pa.Table) -> pa.BooleanArray:
-    """Says of each row whether no earlier one has its id: in tars an id may come again."""
+    """Returns for each row whether it is the first one with its id: in tars an id may come again."""
     _, first = np.unique(table["image_id"].to_numpy(), return_index=True)
     is_first = np.zeros(len(table), bool)
     is_first[first] = True

@@ -1,1 +1,1 @@
-"""What every job needs of Ray: a session, guarded tasks and actors, and errors that reach the driver as themselves."""
+"""What every job needs of Ray: a session, guarded actors, tasks, and errors that reach the driver unchanged."""

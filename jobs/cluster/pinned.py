@@ -1,4 +1,4 @@
-"""What the records of all jobs share: what is pinned for a run, and whether a command continues it."""
+"""What the records of all jobs share: what is pinned for a run, and the check that a command continues it."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _PACKAGES = ("smallcap", "torch", "transformers", "open_clip_torch", "pyarrow", 
 
 
 class PinnedRecord(VersionedRecord):
-    """What a run's first attempt settles for all of them."""
+    """What the first attempt of a run settles for all its attempts."""
 
     run_id: str
     status: Literal["running", "complete"] = "running"
     config: dict[str, Any]
     index_id: str | None
     retrieval_encoder: str | None
-    versions: dict[str, str]  # of Python and of the packages that decide a run's results
+    versions: dict[str, str]  # of Python and of the packages that decide the results
 
     @classmethod
     def new(cls, config: Config, index_id: str | None, retrieval_encoder: str | None, **pinned: Any) -> Self:
-        """Returns the record of a run that begins; `pinned` are the subclass's required fields."""
+        """Returns the record of a new run; `pinned` are the required fields of the subclass."""
         return cls(
             run_id=uuid.uuid4().hex[:12],
             config=config.model_dump(mode="json"),
@@ -44,16 +44,17 @@ def check_same_options(
     """Checks that a command continues a run.
 
     Args:
-        record: The run's.
-        config: The command's.
-        free: Dotted names of the options that may differ between the attempts of one run.
-        weights: What tells the run's model from others, and what tells the command's.
+        record: The run's record.
+        config: The command's config.
+        free: Dotted names of options that may differ between the attempts of one run.
+        weights: Fingerprints of the run's model and of the command's model.
         out: The run's folder.
 
     Raises:
-        ConfigError: Config or model differs.
+        ConfigError: The config or the model differs.
     """
-    with_defaults = type(config).model_validate(record.config).model_dump(mode="json")  # of options that came since
+    # A record lacks options that are newer than its run: they get their defaults.
+    with_defaults = type(config).model_validate(record.config).model_dump(mode="json")
     changes = config_difference(with_defaults, config.model_dump(mode="json"), free)
     if weights[0] != weights[1]:
         changes.append(f"model weights: {weights[0]} → {weights[1]}")
@@ -62,5 +63,5 @@ def check_same_options(
             "The output folder holds a run with other options.",
             where=out,
             found="; ".join(changes),
-            remedy="Start again with the run's own options, or give another --out.",
+            remedy="Start again with the options of that run, or give another --out.",
         )

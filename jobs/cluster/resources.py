@@ -1,4 +1,4 @@
-"""What the cluster's nodes have, and how many threads a task or an actor takes of its node's cores."""
+"""The resources of the cluster's nodes, and the threads that a task or an actor uses."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ import os
 
 
 def node_resources() -> list[dict[str, float]]:
-    """Returns what each living node of the connected cluster has, as Ray counts it."""
+    """Returns the resources of each living node of the connected cluster, as Ray counts them."""
     import ray
 
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def limit_torch_threads() -> None:
-    """Lowers torch's threads to the cores there are: Ray's CPUs may be more than the machine's."""
+    """Limits torch's threads to the machine's cores: Ray may count more CPUs than there are."""
     import torch
 
     torch.set_num_threads(min(torch.get_num_threads(), _cores()))
 
 
 def set_faiss_threads(cpus: int | None = None) -> None:
-    """Gives faiss as many threads as a task has CPUs, at most the cores there are; by default all of these.
+    """Gives faiss one thread for each CPU of a task, at most one for each core; by default one for each core.
 
-    Ray says so in OMP_NUM_THREADS, which a process that has run another task before does not read again.
+    Ray sets OMP_NUM_THREADS as well, but a process that has run another task does not read it again.
     """
     import faiss
 

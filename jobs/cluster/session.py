@@ -1,4 +1,4 @@
-"""Connects a job to Ray: a given cluster, the one this process runs in, or a local one."""
+"""Connects a job to Ray: to a given cluster, to the one this process runs in, or to a local one."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import ray.data
 
-_LOCAL_CPUS = 4  # logical; on smaller machines a pool of actors and the tasks that feed it must still fit
+_LOCAL_CPUS = 4  # at least; a pool of actors and the tasks that feed it must fit on small machines as well
 
 
 def connect(address: str | None = None) -> None:
     """Connects to a Ray cluster, once per process.
 
     Args:
-        address: As of `ray.init`; by default RAY_ADDRESS where it is set (as in `ray job submit`), else a local Ray is
-            started for this process.
+        address: An address for `ray.init`; by default RAY_ADDRESS where it is set (as in `ray job submit`), or else a
+            local Ray that starts for this process.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # An actor shares its cores with loading tasks: threads that spin while they wait would take the cores from both.
+    # An actor shares its cores with loading tasks: threads that spin while they wait would slow down both.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Ray's C++ side prints its own warnings about Ray Data's actors as errors to the driver's terminal.
+    # Ray's C++ side prints warnings about Ray Data's actors as errors to the driver's terminal.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    # Loading stops when what waits for the actors is a few times what they hold, and not when half of the object store
-    # is full: memory stays flat, and a kill costs little that was loaded.
+    # Loading pauses when the images that wait for the actors are a few times those that the actors hold, not only when
+    # half of the object store is full: memory stays flat, and a kill costs few loaded images.
     os.environ.setdefault("RAY_DATA_DOWNSTREAM_CAPACITY_OBJECT_STORE_BUDGET_UTIL_THRESHOLD", "0")
     import ray
     from ray.data import DataContext
@@ -41,7 +41,7 @@ def connect(address: str | None = None) -> None:
     context.print_on_execution_start = False
     context.raise_original_map_exception = True  # see `jobs.cluster.errors`
     logger = logging.getLogger("ray.data")
-    logger.setLevel(logging.CRITICAL)  # an exception of a task reaches the caller, who reports it
+    logger.setLevel(logging.CRITICAL)  # an exception of a task reaches the caller, which reports it
     if ray.is_initialized():
         return
     address = address or os.environ.get("RAY_ADDRESS")
@@ -55,7 +55,7 @@ def connect(address: str | None = None) -> None:
 
 @contextmanager
 def _quiet_start() -> Iterator[None]:
-    """Holds back what Ray's C++ side prints while it starts (that its log level was set), unless the start fails."""
+    """Hides what Ray's C++ side prints while it starts (that its log level was set), unless the start fails."""
     sys.stderr.flush()
     terminal = os.dup(2)
     with tempfile.TemporaryFile() as held_back:
@@ -72,9 +72,9 @@ def _quiet_start() -> Iterator[None]:
 
 
 def limit_blocks(dataset: ray.data.Dataset, most_bytes: int) -> None:
-    """Has Ray Data end a block of a dataset, and of what is made of it, when it holds so many bytes.
+    """Limits the size of blocks in a dataset, and in datasets made from it, to `most_bytes` and to Ray's limit.
 
-    Never above Ray's own limit. The process's other datasets keep theirs: each has a copy of the settings.
+    Other datasets of the process keep their limits: each has a copy of the settings.
     """
     from ray.data.context import DEFAULT_TARGET_MAX_BLOCK_SIZE
 
@@ -83,7 +83,7 @@ def limit_blocks(dataset: ray.data.Dataset, most_bytes: int) -> None:
 
 @contextmanager
 def stage_progress() -> Iterator[None]:
-    """Shows Ray Data's progress by stage to a person at a terminal; a log file does not fill with it."""
+    """Shows Ray Data's progress by stage at a terminal, and not in a log file."""
     from ray.data import DataContext
 
     context = DataContext.get_current()

@@ -1,4 +1,4 @@
-"""A small actor beside the driver that a job can do without: where it is lost, no call fails."""
+"""A small actor on the driver's node that a job can do without: if it is lost, no call fails."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 
 class SideActor:
-    """The way to it from the driver, a task or an actor; picklable, and small.
+    """Calls the actor from the driver, a task or another actor; small and picklable.
 
-    One process's calls arrive in their order.
+    The calls of one process arrive in their order.
 
     Args:
         actor: The handle of a Ray actor.
@@ -20,16 +20,16 @@ class SideActor:
         self._actor = actor
 
     def tell(self, method: str, *arguments: Any) -> None:
-        """Calls a method, and waits for nothing."""
+        """Calls a method without waiting for it."""
         import ray
 
         try:
             getattr(self._actor, method).remote(*arguments)
-        except ray.exceptions.RayError:  # it is gone
+        except ray.exceptions.RayError:  # the actor is gone
             return
 
     def ask(self, method: str, *arguments: Any, timeout_s: float | None = None) -> Any:
-        """Returns what a method answers; None where it does not answer in time."""
+        """Returns what a method returns; None where there is no answer in time."""
         import ray
 
         try:
@@ -39,7 +39,7 @@ class SideActor:
 
 
 @contextmanager
-def run_beside(actor_class: type, *arguments: Any) -> Iterator[SideActor]:
+def run_side_actor(actor_class: type, *arguments: Any) -> Iterator[SideActor]:
     """Runs an instance of a class on the driver's node while the block runs; it takes no CPU."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy

@@ -1,4 +1,4 @@
-"""Runs work items as Ray Data jobs; results come as they finish, and errors as themselves."""
+"""Runs work items as Ray Data jobs; yields results as they finish, and raises errors without Ray's wrappers."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ Result = TypeVar("Result")
 
 
 class RayRunner:
-    """The connected cluster as an `index_builder.work.task_runner.TaskRunner`, whose contract says what methods do."""
+    """The connected cluster as an `index_builder.work.task_runner.TaskRunner`, which documents the methods."""
 
     def node_resources(self) -> list[dict[str, float]]:
-        """Returns what each living node has."""
+        """Returns the resources of each living node."""
         return node_resources()
 
     def run_tasks(
         self, function: Callable[[Item], Result], items: Sequence[Item], memory_bytes: int | None = None
     ) -> Iterator[tuple[int, Result]]:
-        """Runs `function` on every item in Ray tasks; where these are fewer than the CPUs, they share them."""
+        """Runs `function` on every item in Ray tasks; where there are fewer tasks than CPUs, they share the CPUs."""
         memory = None if memory_bytes is None else min(memory_bytes, _largest_node("memory"))
         cpus = _cpus_per_task(len(items))
         yield from _results(
@@ -43,7 +43,7 @@ class RayRunner:
     def run_actors(
         self, actor: Callable[..., Any], arguments: tuple[Any, ...], items: Sequence[Any], plan: ActorPlan
     ) -> Iterator[tuple[int, Any]]:
-        """Like `run_tasks` with instances of `actor`, each built once from `arguments` in its own process."""
+        """Does the same with instances of `actor`, each made from `arguments` in a separate process."""
         size = min(plan.num_actors, len(items))
         pool = replace(plan, num_actors=size, max_actors=size)
         yield from _results(map_in_actors(_dataset(items), _ItemActor, (actor, arguments), 1, pool))
@@ -55,10 +55,10 @@ def map_in_actors(
     """Maps a dataset's Arrow tables in a pool of actors.
 
     Args:
-        dataset: What is mapped.
-        actor: Takes a table and returns one.
-        arguments: What each actor is made of.
-        rows: Most rows of a table.
+        dataset: The dataset.
+        actor: The actors' class; a call takes a table and returns one.
+        arguments: The arguments of each actor's constructor.
+        rows: The most rows in a table.
         plan: The pool.
     """
     import ray.data
@@ -75,7 +75,7 @@ def map_in_actors(
 
 
 def _cpus_per_task(tasks: int) -> int:
-    """Returns how many CPUs of one node each task can have; one of the cluster's is left to Ray Data."""
+    """Returns how many CPUs of one node each task can have; Ray Data keeps one CPU of the cluster."""
     cpus = sum(int(node.get("CPU", 0)) for node in node_resources())
     return max(1, min((cpus - 1) // max(1, tasks), _largest_node("CPU")))
 
@@ -86,7 +86,7 @@ def _largest_node(resource: str) -> int:
 
 
 def _dataset(items: Sequence[Any]) -> ray.data.Dataset:
-    import ray.data  # reads settings that `connect` makes
+    import ray.data  # reads settings that `connect` has made
 
     rows = [{"position": position, "item": pickle.dumps(item)} for position, item in enumerate(items)]
     return ray.data.from_items(rows, override_num_blocks=len(rows))
@@ -105,7 +105,7 @@ class _OnItems:
         self._function, self._cpus = function, cpus
 
     def __call__(self, row: pa.Table) -> pa.Table:
-        if self._cpus > 1 or "faiss" in sys.modules:  # else its import would be all that this does
+        if self._cpus > 1 or "faiss" in sys.modules:  # otherwise this would only import faiss
             set_faiss_threads(self._cpus)
         result = self._function(pickle.loads(row["item"][0].as_py()))  # noqa: S301 - this job's driver wrote it
         return pa.table({"position": row["position"], "result": pa.array([pickle.dumps(result)], pa.large_binary())})

@@ -1,1 +1,1 @@
-"""What people type and see: options, help, tables, and errors in our own words."""
+"""What people type and see: options, help, tables, and errors."""

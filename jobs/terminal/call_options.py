@@ -1,6 +1,6 @@
-"""What the commands take beside a job's config: how one call of a job is made, and what look-ups are told.
+"""The options of commands besides a job's config: those of one call of a job, and those of look-ups.
 
-None of it is recorded with a run. Nothing heavy is imported, so that help and wrong options are quick.
+They are not recorded with a run. Nothing heavy is imported here, so that help and usage errors come quickly.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ class RayCall(JobCall):
     dry_run: bool = False
     """Say what there is to do and what it takes; write nothing to the output."""
     address: str | None = None
-    """Address of a Ray cluster; by default the one that the job was submitted to, or else a new local one."""
+    """Address of a Ray cluster; by default the one to which the job was submitted, or a new local one."""
 
 
 class CaptionCall(RayCall):
     """One call of the captioning job."""
 
     gpu_hour_cost: float | None = Field(None, ge=0)
-    """With `--dry-run`: $ that a GPU costs in an hour."""
+    """With `--dry-run`: cost of a GPU for an hour, in $."""
     retry_failed: bool = False
-    """Try failed images again. The run's folder alone is enough: its own options hold."""
+    """Try failed images again. The run's folder is enough: the recorded options apply."""
     relist: bool = False
-    """List the input again, and take what is new."""
+    """List the input again, and add new images."""
 
 
 class EvaluateCall(JobCall):
-    """One call of the evaluation."""
+    """One call of the evaluation job."""
 
     as_json: AsJson = False
     """Print the result as JSON on the last line."""
@@ -54,7 +54,7 @@ class BenchCall(JobCall):
     """One call of the benchmark."""
 
     json_file: Annotated[str | None, Flag(("--json",))] = None
-    """File for the line of JSON."""
+    """File to which the line of JSON is written."""
 
 
 class DemoOptions(Config):
@@ -63,7 +63,7 @@ class DemoOptions(Config):
     out: str = "out/demo"
     """Folder for the demo's indexes and captions."""
     show: int = Field(6, ge=0)
-    """Images to show."""
+    """Number of images to show."""
     address: str | None = None
     """Address of a Ray cluster; by default a local one is started."""
 
@@ -78,9 +78,9 @@ class SearchOptions(Config):
     text: str | None = None
     """Text to search with."""
     k: Annotated[int, Flag(("-k", "--k"))] = Field(10, ge=1)
-    """Captions to find."""
+    """Number of captions to find."""
     encoder: str | None = None
-    """Retrieval encoder: `open_clip:MODEL/PRETRAINED` or `hf:ID-OR-PATH`; by default the one that the index names."""
+    """Retrieval encoder: `open_clip:MODEL/PRETRAINED` or `hf:ID-OR-PATH`; by default the index's encoder."""
     as_json: AsJson = False
     """Print JSON."""
 
@@ -91,7 +91,7 @@ class InspectOptions(Config):
     path: Annotated[str, POSITIONAL]
     """An index or a captioning run."""
     samples: int = Field(5, ge=0)
-    """Rows to show."""
+    """Number of rows to show."""
     as_json: AsJson = False
     """Print JSON."""
 
@@ -104,7 +104,7 @@ class IndexOptions(Config):
 
 
 class IndexListOptions(IndexOptions):
-    """A look at an index's versions."""
+    """A list of an index's versions."""
 
     as_json: AsJson = False
     """Print JSON."""
@@ -123,6 +123,6 @@ class IndexGcOptions(IndexListOptions):
     grace: str = "1d"
     """Keep what was needed or written within this time, such as 90s, 30m, 12h, 7d."""
     keep: int = Field(1, ge=0)
-    """Former versions to keep in any case."""
+    """Number of former versions to keep in any case."""
     dry_run: bool = False
-    """Only say what would go."""
+    """Say what would be removed; remove nothing."""

@@ -1,4 +1,4 @@
-"""Commands made from config classes: flags, help, and what is said when a flag is wrong."""
+"""Makes commands from config classes: their flags, their help, and errors for wrong flags."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EXIT_TOO_MANY_ERRORS = 3
 
 Run = Callable[..., int | None]
 Base = Callable[[dict[str, Any], Any], Mapping[str, Any] | None]
-_UsageError: Any = typer.BadParameter.__mro__[1]  # click's, or that of the copy which newer typers carry
+_UsageError: Any = typer.BadParameter.__mro__[1]  # click's, or the one in the copy of click that newer typers carry
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,11 @@ class Command:
     """One command.
 
     Args:
-        name: What is typed after `smallcap`.
-        run: Takes a config; a job's takes the options of its call as well. Returns the exit status, or `None` for 0.
-        example: A command line that shows what is usual.
-        base: Takes a job's flags, which it may change, and the call's options; returns a dumped config to start from.
+        name: The words after `smallcap`.
+        run: A function of a config, and, for jobs, of the options of the call; returns the exit status, or None for 0.
+        example: A typical command line.
+        base: A function of a job's flags, which it may change, and of the options of the call; returns the recorded
+            config to start from, or None.
     """
 
     name: str
@@ -42,16 +43,16 @@ class Command:
 
     @property
     def summary(self) -> str:
-        """What it does, in a line."""
+        """What the command does, in a line."""
         return (self.run.__doc__ or "").strip()
 
     @property
     def kinds(self) -> list[type[Config]]:
-        """The classes of its options: a job's config and its call's options, or those of a look-up."""
+        """The classes of its options: a job's config and the options of its call, or those of a look-up."""
         return [kind for name, kind in get_type_hints(self.run).items() if name != "return"]
 
     def options(self) -> list[Option]:
-        """All its options: arguments first, then what is required, and the groups of a job's config last."""
+        """All its options: arguments first, then required options, then others; groups of a job's config come last."""
         options = [
             option
             for kind in self.kinds
@@ -67,20 +68,20 @@ class Command:
             return f"{option.key.rpartition('.')[0]}: {' '.join((option.group.__doc__ or '').split())}"
         return "Options" if issubclass(self.kinds[0], option.group) else "This call"
 
-    def __call__(self, **given: Any) -> None:
-        """Runs it, or prints its help.
+    def __call__(self, **typed: Any) -> None:
+        """Runs the command, or prints its help.
 
         Args:
-            given: Its options by `_parameter_name`, as they were typed; `None` or an empty list where not given.
+            typed: The options as they were typed, by `_parameter_name`; None or an empty list for others.
         """
-        if given["help"]:
+        if typed["help"]:
             print_help(self)
             return
         flags = [
             {
-                option.key: [part for text in value for part in text.split(",")] if option.has_commas else value
+                option.key: [item for text in value for item in text.split(",")] if option.has_commas else value
                 for option in list_options(kind)
-                if (value := given[_parameter_name(option)]) not in (None, [])
+                if (value := typed[_parameter_name(option)]) not in (None, [])
             }
             for kind in self.kinds
         ]
@@ -94,10 +95,10 @@ class Command:
             raise typer.Exit(status)
 
     def add_to(self, app: typer.Typer) -> None:
-        """Adds it to a command line."""
+        """Adds the command to a command line."""
 
-        def call(**given: Any) -> None:
-            self(**given)
+        def call(**typed: Any) -> None:
+            self(**typed)
 
         types = {_parameter_name(option): _parameter_type(option) for option in self.options()}
         types["help"] = Annotated[bool | None, typer.Option("--help")]
@@ -115,7 +116,7 @@ def _parameter_name(option: Option) -> str:
 
 
 def _parameter_type(option: Option) -> Any:
-    """Returns the type of an option for typer, which hands over all values as they were typed."""
+    """Returns the type of an option for typer, which passes on all values as they were typed."""
     kind = list[str] | None if option.is_list else str | None
     if option.is_positional:
         return Annotated[kind, typer.Argument(metavar=option.names[0])]
@@ -146,15 +147,15 @@ def print_help(command: Command) -> None:
         table.add_column(min_width=width, no_wrap=True, style="cyan")
         table.add_column()
         for option in members:
-            said = Text(option.summary)
-            said.append(f"  [{'; '.join(facts)}]" if (facts := list_facts(option)) else "", style="dim")
-            table.add_row(show_usage(option), said)
+            description = Text(option.summary)
+            description.append(f"  [{'; '.join(facts)}]" if (facts := list_facts(option)) else "", style="dim")
+            table.add_row(show_usage(option), description)
         console.print(Text(f"\n{title}", style="bold"))
         console.print(table)
 
 
 def list_facts(option: Option) -> list[str]:
-    """Returns what is said of an option beside its docstring: whether it is required, its values, its default."""
+    """Returns what help shows besides an option's docstring: whether it is required, its values, its default."""
     if option.is_switch:
         name = option.names[-1].removeprefix("--")
         return [f"on by default, --no-{name} turns it off"] if option.default else []
@@ -169,7 +170,7 @@ def list_facts(option: Option) -> list[str]:
 
 
 def show_usage(option: Option) -> str:
-    """Returns an option as one types it, such as `-k, --k N`."""
+    """Returns an option as people type it, such as `-k, --k N`."""
     if option.is_positional:
         return option.names[0] + "..." * option.is_list
     if option.is_switch:
@@ -179,12 +180,12 @@ def show_usage(option: Option) -> str:
 
 
 def run_app(app: Callable[..., Any], arguments: Sequence[str] | None = None) -> None:
-    """Runs a command line and exits; smallcap's own errors, and wrong flags, are printed in our words."""
+    """Runs a command line and exits; prints smallcap's errors, and wrong flags, in smallcap's format."""
     try:
         sys.exit(app(arguments, prog_name="smallcap", standalone_mode=False) or 0)
     except _UsageError as error:
         message = error.format_message()
-        if message.startswith("Usage:"):  # of a command group that was given nothing
+        if message.startswith("Usage:"):  # a command group without a command
             print(message, file=sys.stderr)
         else:
             _print_error(_unknown_flag(error) if hasattr(error, "possibilities") else ConfigError(message))

@@ -1,4 +1,4 @@
-"""What people see in the terminal: results as tables."""
+"""Prints results as tables in the terminal."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from jobs.captioning.progress import describe_count
 from jobs.captioning.record import read_parts
 from smallcap.index.retriever import Neighbour
 from smallcap.output.schema import STATUS_OK
 
-if TYPE_CHECKING:  # it imports torch, which most commands do without
+if TYPE_CHECKING:  # it imports torch, which most commands do not need
     from smallcap.benchmark.stages import BenchmarkResult
 
 _SAMPLE_COLUMNS = ("image_id", "caption_id", "caption", "text", "clip_score", "status", "error_code")
@@ -30,7 +31,7 @@ def print_neighbours(neighbours: Sequence[Neighbour]) -> None:
 
 
 def print_samples(run: str, count: int) -> None:
-    """Prints some captioned images of a run with what was retrieved for them."""
+    """Prints up to `count` captioned images of a run, with the captions that were retrieved for them."""
     shown = 0
     for _, part in read_parts(run, ["image_id", "caption", "clip_score", "neighbours", "status"]):
         for row in part.to_pylist():
@@ -45,8 +46,8 @@ def print_samples(run: str, count: int) -> None:
 
 
 def print_swap(rows: Sequence[Mapping[str, str]]) -> None:
-    """Prints images with their captions by one datastore and by another, and a person's caption to compare with."""
-    table = _table("image", "training domains' datastore", "own datastore", "reference")
+    """Prints images with their captions before and after the datastore was swapped, and a reference caption."""
+    table = _table("image", "before the swap", "after the swap", "reference")
     for row in rows:
         table.add_row(
             Text(row["image"], style="cyan"),
@@ -71,7 +72,7 @@ def print_versions(versions: Sequence[Mapping[str, Any]]) -> None:
 
 
 def print_facts(facts: Mapping[str, Any]) -> None:
-    """Prints nested facts as an aligned list; `samples` come last, as a table."""
+    """Prints nested facts as an aligned list, with `samples` at the end as a table."""
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
@@ -90,10 +91,11 @@ def print_facts(facts: Mapping[str, Any]) -> None:
 
 
 def print_benchmark(result: BenchmarkResult) -> None:
-    """Prints the stages and the whole loop of `smallcap bench`."""
+    """Prints the figures of `smallcap bench`: stages, and the whole loop."""
     machine = result.machine
     out.print(
-        f"{machine['device']}, {machine['threads']} threads, {machine['dtype']}, torch {machine['torch']}, "
+        f"{machine['device']}, {describe_count(machine['threads'], 'thread')}, {machine['dtype']}, "
+        f"torch {machine['torch']}, "
         f"commit {machine['commit'] or '–'}: matrix products at {result.matrix_tflops:.3f} TFLOP/s",
         soft_wrap=True,
     )
@@ -105,9 +107,9 @@ def print_benchmark(result: BenchmarkResult) -> None:
         formats = zip((gflop, tflops, share), counted, strict=True)
         table.add_row(stage.stage, f"{stage.images_per_s:,.1f}", *(form.format(value) for form, value in formats))
     out.print(table)
-    of_length = f"captions of {result.mean_caption_tokens:.1f} tokens, prompts of {result.mean_prompt_tokens:.0f}"
+    lengths = f"captions of {result.mean_caption_tokens:.1f} tokens, prompts of {result.mean_prompt_tokens:.0f} tokens"
     out.print(
-        f"whole loop, {of_length}: {result.images_per_s:,.2f} images/s, {result.mfu:.0%} of the matrix rate",
+        f"whole loop, {lengths}: {result.images_per_s:,.2f} images/s, {result.mfu:.0%} of the matrix rate",
         soft_wrap=True,
     )
     out.print(

@@ -1,4 +1,4 @@
-"""An evaluation as tables in the terminal."""
+"""Prints an evaluation as a table in the terminal."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from jobs.captioning.progress import describe_count
 from jobs.terminal.console import out
 
-_AS_THEY_ARE = ("clip_score", "clip_cosine", "words", "tokens")  # all else is shown times 100, as papers do
+_UNSCALED = ("clip_score", "clip_cosine", "words", "tokens")  # other figures are shown times 100, as in papers
 _NAMES = {
     "cider": "CIDEr",
     "bleu_1": "BLEU-1",
@@ -31,16 +32,17 @@ _NAMES = {
 
 
 def print_evaluation(result: Mapping[str, Any]) -> None:
-    """Prints what `jobs.evaluate.run` returns: the figures with their intervals, what was left out, and warnings."""
+    """Prints the result of `jobs.evaluate.run`: figures with their intervals, what was left out, and warnings."""
     runs = result["runs"]
     for number, run in enumerate(runs, start=1):
         out.print(Text(f"{_label(number, len(runs))}: {run['run']}", style="cyan"), soft_wrap=True)
         out.print(Text(f"  {_counts(run, result)}"), soft_wrap=True)
     out.print()
     out.print(_figures(result))
-    out.print(f"{result['images']:,} images, {result['captions_per_image']:.1f} references each; {_method(result)}")
-    for metric, lack in result["unavailable"].items():
-        out.print(Text(f"{_NAMES[metric]} did not run. {lack}", style="yellow"), soft_wrap=True)
+    images = describe_count(result["images"], "image")
+    out.print(f"{images}, {result['captions_per_image']:.1f} references each; {_method(result)}")
+    for metric, reason in result["unavailable"].items():
+        out.print(Text(f"{_NAMES[metric]} did not run. {reason}", style="yellow"), soft_wrap=True)
     for warning in result["warnings"]:
         out.print(Text(warning, style="yellow"), soft_wrap=True)
 
@@ -77,21 +79,21 @@ def _range(percentiles: Mapping[str, float]) -> str:
 
 
 def _cell(name: str, figure: Mapping[str, float | None]) -> str:
-    value, low, high = (_shown(name, figure[part]) for part in ("value", "low", "high"))
+    value, low, high = (_shown(name, figure[bound]) for bound in ("value", "low", "high"))
     return value if figure["low"] is None else f"{value} [{low}, {high}]"
 
 
 def _difference(name: str, figure: Mapping[str, float | None]) -> Text:
-    """Shows a difference, in bold where its interval leaves out 0."""
+    """Returns a difference as text, in bold where its interval excludes 0."""
     low, high = figure["low"], figure["high"]
-    sure = low is not None and high is not None and (low > 0 or high < 0)
-    return Text(_cell(name, figure), style="bold" if sure else "")
+    is_significant = low is not None and high is not None and (low > 0 or high < 0)
+    return Text(_cell(name, figure), style="bold" if is_significant else "")
 
 
 def _shown(name: str, value: float | None) -> str:
     if value is None:
         return "–"
-    scaled, digits = (value, 3) if name in _AS_THEY_ARE else (100 * value, 1)
+    scaled, digits = (value, 3) if name in _UNSCALED else (100 * value, 1)
     return f"{round(scaled, digits) + 0.0:.{digits}f}"  # + 0.0 makes -0.0 a plain 0
 
 
@@ -100,24 +102,24 @@ def _label(number: int, runs: int) -> str:
 
 
 def _counts(run: Mapping[str, Any], result: Mapping[str, Any]) -> str:
-    """Says where the run's rows and the references' images went."""
+    """Says how many rows were evaluated, failed or lack references, and how many reference images lack a caption."""
     errors = ", ".join(f"{count:,} {code}" for code, count in run["errors"].items())
     examples = f" (such as {run['without_references_examples'][0]})" if run["without_references"] else ""
     evaluated = result["images"] + run["only_in_this_run"]
-    parts = [
-        f"{run['rows']:,} rows",
+    counts = [
+        describe_count(run["rows"], "row"),
         f"{sum(run['errors'].values()):,} failed" + (f" ({errors})" if errors else ""),
         f"{run['without_references']:,} without references{examples}",
-        f"{result['references']['images'] - evaluated:,} reference images without a caption",
+        f"{describe_count(result['references']['images'] - evaluated, 'reference image')} without a caption",
     ]
     if len(result["runs"]) > 1:
-        parts.append(f"{run['only_in_this_run']:,} that the other run lacks")
-    return "; ".join(parts)
+        counts.append(f"{run['only_in_this_run']:,} that the other run lacks")
+    return "; ".join(counts)
 
 
 def _method(result: Mapping[str, Any]) -> str:
     options = result["options"]
-    words = f"words by {result['tokenizer']}" if result["tokenizer"] else "no caption metric"
+    words = f"words by {result['tokenizer']}" if result["tokenizer"] else "no caption metrics"
     if not options["bootstrap"]:
         return f"{words}; no intervals."
     paired = ", paired" if len(result["runs"]) > 1 else ""

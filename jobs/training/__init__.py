@@ -1,1 +1,1 @@
-"""The training job's stages, its record and its loop."""
+"""The training job's stages, record and loop."""

@@ -1,4 +1,4 @@
-"""The second stage of training: what the index has for every image, its own captions left out, stored once."""
+"""The second stage of training: retrieves captions for every image, without the image's own, and stores them."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ class CandidateSpec:
 def store_candidates(
     config: TrainConfig, manifest: IndexManifest, features: StoreManifest, folders: tuple[str, str]
 ) -> None:
-    """Searches for all images that have no candidates yet; a cluster must be connected where any has none.
+    """Searches for all images that have no candidates yet; where there are any, a cluster must be connected.
 
     Args:
-        config: The run's.
-        manifest: The index's pinned version.
+        config: The run's config.
+        manifest: The pinned version of the index.
         features: The images.
-        folders: Of the features, and of the candidates.
+        folders: The folder of features and the folder of candidates.
 
     Raises:
         ConfigError: The folder holds candidates of other images, or of another index.
@@ -62,7 +62,7 @@ def store_candidates(
         return
     left = [part for part in features.parts if not storage.exists(storage.join(folders[1], part.split, part.name))]
     if left:
-        plan = plan_actors(config.compute.of_actors(), node_resources())
+        plan = plan_actors(config.compute.to_compute_config(), node_resources())
         assert config.index is not None  # TrainConfig has checked it
         cache_dir = config.retrieval.cache_dir
         spec = CandidateSpec(config.index, manifest.index_id, cache_dir, depth, plan.device, *folders)
@@ -80,28 +80,28 @@ class FindCandidates:
         self._retriever.use_device(spec.device)
 
     def __call__(self, part: PartEntry) -> int:
-        """Writes the part's candidates; returns how many images it has."""
+        """Writes the candidates of a part; returns how many images it has."""
         spec = self._spec
         rows = read_queries(storage.join(spec.features, part.split, part.name))
         if rows.embeddings is None:
             raise RunError("The stored features have no embeddings to search with.", where=spec.features)
-        found = self._retriever.search(rows.embeddings, spec.depth, rows.image_ids)
         candidates: list[list[dict[str, Any]]] = [
-            [asdict(neighbour) for neighbour in neighbours] for neighbours in found
+            [asdict(neighbour) for neighbour in neighbours]
+            for neighbours in self._retriever.search(rows.embeddings, spec.depth, rows.image_ids)
         ]
         write_part(storage.join(spec.out, part.split, part.name), candidate_table(rows.image_ids, candidates))
         return len(rows.image_ids)
 
 
 def count_leaks(features: StoreManifest, folders: tuple[str, str]) -> int:
-    """Returns how many training images were retrieved a caption with the text of one of their own.
+    """Returns how many training images have a candidate with the text of one of their own captions.
 
-    A few are chance: short captions are written more than once. Many mean that the ids of images and index do not
-    match, so that nothing was left out.
+    A few are chance: short captions are written more than once. Many mean that the image ids in the index do not match
+    those of the images, so that no captions were left out.
 
     Args:
         features: The images.
-        folders: Of the features, and of the candidates.
+        folders: The folder of features and the folder of candidates.
     """
     leaks = 0
     for part in features.parts_of("train"):

@@ -1,4 +1,4 @@
-"""Writes a finished run's model, `OUT/model`, in the reference's layout, and checks what was written."""
+"""Writes the model of a finished run, `OUT/model`, in the reference's layout, and checks it."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ MODEL_FOLDER = "model"
 
 
 def write_model(out: str, start: ModelStart, step: int, frozen: str) -> str:
-    """Joins the start's frozen weights with the trained ones of a checkpoint, and writes them with the tokenizer.
+    """Joins the frozen weights of the start with the trained weights of a checkpoint; writes them with the tokenizer.
 
     Args:
         out: The run's folder.
         start: The model before training.
-        step: Of the checkpoint.
-        frozen: Hash of all frozen weights before training.
+        step: The checkpoint's step.
+        frozen: Fingerprint of all frozen weights before training.
 
     Returns:
-        The hash of the frozen weights that were written, read back from the files.
+        The fingerprint of the frozen weights that were written, read back from the files.
 
     Raises:
-        CheckpointError: What was written has other frozen weights than the start.
+        CheckpointError: The frozen weights that were written differ from those of the start.
     """
     model = start.load()
     restore_trained_weights(model.decoder.cross_attention_parameters(), out, step)
@@ -36,9 +36,9 @@ def write_model(out: str, start: ModelStart, step: int, frozen: str) -> str:
         after = frozen_sha256(written, written.decoder)
         if after != frozen:
             raise CheckpointError(
-                "The model has other frozen weights than the one that was trained.", expected=frozen, found=after
+                "The written model has other frozen weights than the trained one.", expected=frozen, found=after
             )
-        # What makes a folder a checkpoint comes last.
+        # config.json comes last: it makes the folder a checkpoint.
         for file in sorted(folder.iterdir(), key=lambda path: path.name == "config.json"):
             storage.upload(file, storage.join(out, MODEL_FOLDER, file.name))
     return after

@@ -1,9 +1,9 @@
-"""The first stage of training: every image is fetched, decoded and encoded once, and what its encoders say is stored.
+"""The first stage of training: fetches, decodes and encodes every image once, and stores the results.
 
     fragments of the input → load (as captioning does, CPU tasks) → encode (actor pool) → write parts
 
-A fragment's batch of at most 256 images travels as one row and becomes one part, so that a run which goes on knows from
-the parts' names what is left. Features are computed in float32 and stored in float16.
+A batch of at most 256 images of a fragment travels as one row and becomes one part, so that a resumed run knows from
+the names of the parts what remains. Features are computed in float32 and stored in float16.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _ENCODED_TOGETHER = 64  # images
 
 
 def features_identity(start: ModelStart, inputs: TrainInputs, plan: CropPlan, vision_sha256: str) -> dict[str, Any]:
-    """Returns what stored features are computed from."""
+    """Returns everything that decides the stored features."""
     spec = start.retrieval_encoder
     retrieval = resolve_encoder_identity(spec) if spec else None
     return {
@@ -69,15 +69,15 @@ def features_identity(start: ModelStart, inputs: TrainInputs, plan: CropPlan, vi
 def store_features(
     config: TrainConfig, start: ModelStart, inputs: TrainInputs, plan: CropPlan, vision_sha256: str, folder: str
 ) -> StoreManifest:
-    """Computes the features of all images that have none yet; a cluster must be connected where any has.
+    """Computes the features of all images that have none yet; where there are any, a cluster must be connected.
 
     Args:
-        config: The run's.
-        start: The model.
+        config: The run's config.
+        start: The model before training.
         inputs: What there is to train on.
         plan: The crops that the encoders take.
-        vision_sha256: Of the vision encoder's weights.
-        folder: Of the features.
+        vision_sha256: Fingerprint of the vision encoder's weights.
+        folder: The folder of features.
 
     Raises:
         ConfigError: The folder holds features of other images or encoders.
@@ -97,7 +97,7 @@ def store_features(
 
 
 def _encode_all(config: TrainConfig, start: ModelStart, items: list[TrainItem], plan: CropPlan, folder: str) -> None:
-    actors = plan_actors(config.compute.of_actors(), node_resources())
+    actors = plan_actors(config.compute.to_compute_config(), node_resources())
     with unwrapped_errors(), stage_progress(), watch_run("features", None, len(items)) as watch:
         loading = LoadSpec(plan, config.data, pa.schema([]), False, watch.monitor, watch.crash_guard)
         loaded = start_loading(items, load_items, loading, FRAGMENT_ROWS)
@@ -111,8 +111,8 @@ def load_items(batch: pa.Table, spec: LoadSpec) -> Iterator[pa.Table]:
     """Reads fragments of the input and loads their images; see `jobs.captioning.load`.
 
     Args:
-        batch: A column `item` of pickled `TrainItem`s.
-        spec: What is needed of them.
+        batch: A table with pickled `TrainItem`s in its column `item`.
+        spec: What the task needs to know.
 
     Yields:
         One row for each batch of at most 256 images: `split`, the `name` of its part, `kept` (the names of the columns
@@ -145,7 +145,7 @@ class EncodeImages(GuardedActor):
         self._encoders = Captioner(start.load().to(device), start.load_tokenizer(), retrieval, options=options)
 
     def process(self, batch: pa.Table) -> pa.Table:
-        """Maps a row of `load_items` to one whose `images` are the rows of a part of features."""
+        """Maps a row of `load_items` to a row whose `images` are the features of a part."""
         row = batch.to_pylist()[0]
         images = pa.ipc.open_stream(batch["images"][0].as_buffer()).read_all()
         good = np.flatnonzero(pc.equal(images["status"], STATUS_OK).to_numpy()).tolist()
@@ -154,20 +154,20 @@ class EncodeImages(GuardedActor):
         return _as_row({"split": row["split"], "name": row["name"]}, table)
 
     def _encode(self, images: pa.Table, rows: list[int]) -> tuple[np.ndarray, np.ndarray | None]:
-        """Returns features [n, P, Hv] float16 and embeddings [n, dim] of some rows, or of none."""
-        parts = []
+        """Returns features [n, P, Hv] float16 and embeddings [n, dim] of the given rows, which may be none."""
+        encoded = []
         for start in range(0, max(1, len(rows)), _ENCODED_TOGETHER):
             pixels = pixels_of(images, rows[start : start + _ENCODED_TOGETHER] or [0])  # a failed row's pixels are 0
             hidden_states, class_tokens = self._encoders.encode(pixels)
-            parts.append((hidden_states.half().cpu().numpy(), self._encoders.embed(pixels, class_tokens)))
-        features = np.concatenate([features for features, _ in parts])[: len(rows)]
+            encoded.append((hidden_states.half().cpu().numpy(), self._encoders.embed(pixels, class_tokens)))
+        features = np.concatenate([features for features, _ in encoded])[: len(rows)]
         if self._encoders.retrieval_encoder is None:
             return features, None
-        return features, np.concatenate([embeddings for _, embeddings in parts])[: len(rows)]
+        return features, np.concatenate([embeddings for _, embeddings in encoded])[: len(rows)]
 
 
 def store_part(batch: pa.Table, folder: str) -> pa.Table:
-    """Writes a row of `EncodeImages` as a part."""
+    """Writes a row from `EncodeImages` as a part."""
     row = batch.select(["split", "name"]).to_pylist()[0]
     table = pa.ipc.open_stream(batch["images"][0].as_buffer()).read_all()
     write_part(storage.join(folder, row["split"], row["name"]), table)
@@ -175,7 +175,7 @@ def store_part(batch: pa.Table, folder: str) -> pa.Table:
 
 
 def _as_row(values: dict[str, Any], table: pa.Table) -> pa.Table:
-    """Returns one row with a whole table in it, so that Ray neither splits nor joins it."""
+    """Returns one row that holds a whole table, so that Ray neither splits nor joins it."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)

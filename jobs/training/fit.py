@@ -1,4 +1,4 @@
-"""Starts the training workers with Ray Train, and says how many there are, and on what."""
+"""Decides how many training workers there are and what they run on, and starts them with Ray Train."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from smallcap.errors import ConfigError
 from smallcap.machine.actor_plan import plan_actors
 from smallcap.training.config import TrainConfig
 
-_MAX_FAILURES = 3  # of workers, before the run fails; each goes on from the newest checkpoint
+_MAX_FAILURES = 3  # of workers, before the run fails; after each, training resumes from the newest checkpoint
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def check_installed() -> None:
     """Checks that Ray Train can be imported, before hours are spent on features; a cluster must be connected.
 
     Raises:
-        ConfigError: It cannot.
+        ConfigError: Ray Train cannot be imported.
     """
     try:
         import ray.train  # noqa: F401
@@ -48,11 +48,11 @@ def plan_training(config: TrainConfig, dtype: str | None) -> TrainPlan:
     """Lays training out on the cluster that this process is connected to.
 
     Args:
-        config: The run's.
-        dtype: Of an earlier attempt, which later ones keep.
+        config: The run's config.
+        dtype: The precision of an earlier attempt, which later ones keep.
     """
     nodes = node_resources()
-    device = plan_actors(config.compute.of_actors(), nodes).device
+    device = plan_actors(config.compute.to_compute_config(), nodes).device
     gpus, cpus = (int(sum(node.get(resource, 0) for node in nodes)) for resource in ("GPU", "CPU"))
     automatic = max(1, gpus) if device == "cuda" else 1
     workers = automatic if config.workers == "auto" else config.workers
@@ -64,7 +64,7 @@ def plan_training(config: TrainConfig, dtype: str | None) -> TrainPlan:
         raise ConfigError(
             "The cluster is too small for so many workers.",
             where="workers",
-            expected=f"at most {available}, its {'GPUs' if device == 'cuda' else 'CPUs'}",
+            expected=f"at most {available}, the number of its {'GPUs' if device == 'cuda' else 'CPUs'}",
             found=str(workers),
         )
     cpus_per_worker = 1 if device == "cuda" else max(1, min(largest_node, (cpus - 1) // workers))
@@ -72,13 +72,13 @@ def plan_training(config: TrainConfig, dtype: str | None) -> TrainPlan:
 
 
 def fit(spec: WorkerSpec, plan: TrainPlan, run_id: str) -> None:
-    """Trains to the end; a worker that dies is replaced, and all go on from the newest checkpoint.
+    """Trains to the end; a worker that dies is replaced, and all workers resume from the newest checkpoint.
 
     Raises:
-        RunError: What stopped a worker, where it is one of ours.
-        ray.train.TrainingFailedError: Workers died more often than is accepted.
+        RunError: A worker raised it.
+        ray.train.TrainingFailedError: Workers died too often.
     """
-    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # paths of the config are relative to where the job was started
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # paths in the config are relative to where the job was started
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
     from ray.train.torch import TorchTrainer
 
@@ -93,7 +93,7 @@ def fit(spec: WorkerSpec, plan: TrainPlan, run_id: str) -> None:
             ),
             run_config=RunConfig(
                 name=run_id,
-                storage_path=str(scratch),  # our checkpoints go to the run's own folder, on any storage
+                storage_path=str(scratch),  # smallcap writes its checkpoints to the run's folder, on any storage
                 failure_config=FailureConfig(max_failures=_MAX_FAILURES),
                 logging_config=LoggingConfig(log_level="ERROR"),
             ),
@@ -106,10 +106,10 @@ def fit(spec: WorkerSpec, plan: TrainPlan, run_id: str) -> None:
 
 @contextmanager
 def _kept_interrupt() -> Iterator[None]:
-    """Takes back the handler of Ctrl-C that Ray Train leaves behind."""
+    """Restores the handler of Ctrl-C, which Ray Train replaces."""
     before = signal.getsignal(signal.SIGINT)
     try:
         yield
     finally:
-        if threading.current_thread() is threading.main_thread():  # elsewhere it leaves none
+        if threading.current_thread() is threading.main_thread():  # in other threads Ray Train sets none
             signal.signal(signal.SIGINT, before)

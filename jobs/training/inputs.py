@@ -1,8 +1,8 @@
-"""What there is to train on: images and their captions from COCO, Karpathy, CSV, JSONL, Parquet and WebDataset sources.
+"""Lists what to train on: images and their captions from COCO, Karpathy, CSV, JSONL, Parquet and WebDataset sources.
 
-Sources that name their images become a stored list, one row for each image with all of its captions; tars and Parquet
-files with image bytes are read where they are. Both are cut into the fragments that captioning reads. The captions of
-lists are held in memory while they are grouped by image; images never are.
+Sources that name their images become a stored list with one row for each image and all its captions; tars and Parquet
+files with image bytes are read where they are. Both are cut into the fragments that captioning reads. While the
+captions of lists are grouped by image, they are in memory; images never are.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ _CAPTIONS = pa.field("captions", pa.list_(pa.string()))
 
 @dataclass(frozen=True)
 class TrainItem:
-    """Some images of a split that are read together.
+    """Images of a split that are read together.
 
     Attributes:
-        split: Theirs.
-        work: Which rows of which fragment.
-        kept: The columns that hold their captions.
+        split: The images' split.
+        work: The rows of a fragment.
+        kept: The columns that hold the captions.
     """
 
     split: Split
@@ -53,13 +53,14 @@ class TrainItem:
 
 @dataclass
 class TrainInputs:
-    """All that a run trains on.
+    """Everything that a run trains on.
 
     Attributes:
-        items: In their order.
-        sha256: Of ids, captions, and the names and sizes of tars and Parquet files.
-        malformed: Rows of lists that could not be read.
-        listed_images, listed_examples: To train on, of lists alone: what tars and Parquet files hold is not known yet.
+        items: The work items, in order.
+        sha256: Fingerprint of ids, captions, and the names and sizes of tars and Parquet files.
+        malformed: How many rows in lists could not be read.
+        listed_images, listed_examples: How many images and examples of the split train are in lists; what tars and
+            Parquet files hold is not known yet.
     """
 
     items: list[TrainItem] = field(default_factory=list)
@@ -69,16 +70,16 @@ class TrainInputs:
     listed_examples: int = 0
 
     def has(self, split: Split) -> bool:
-        """Says whether there is anything of a split."""
+        """Returns whether there are images of a split."""
         return any(item.split == split for item in self.items)
 
 
 def list_inputs(config: TrainConfig, folder: str) -> TrainInputs:
-    """Lists the images and captions of a run, and stores what is named by lists.
+    """Lists the images and captions of a run, and stores those that lists name.
 
     Args:
-        config: The run's.
-        folder: Where the stored lists go, as `_lists/SPLIT.parquet`.
+        config: The run's config.
+        folder: Where lists are stored, as `_lists/SPLIT.parquet`.
 
     Raises:
         ConfigError: There are no images with captions to train on.
@@ -114,11 +115,11 @@ class _Listing:
         self._inputs = TrainInputs()
 
     def add(self, source: str, wanted: Split) -> None:
-        """Adds a file, or the files of a folder: its tars, or where it has none its lists and Parquet files."""
+        """Adds a file, or the files of a folder: its tars, or, where it has none, its lists and Parquet files."""
         source = storage.absolute(source)
         files = storage.list_files(source, (*CAPTION_SUFFIXES, *TAR_SUFFIXES))
         tars = [file for file in files if file.lower().endswith(TAR_SUFFIXES)]
-        if tars:  # beside them, downloaders leave statistics as JSON and Parquet
+        if tars:  # downloaders leave statistics as JSON and Parquet next to them
             self._tars[wanted] |= {tar: without_tar_suffix(storage.path_below(source, tar)) for tar in tars}
             return
         parquet = [file for file in files if storage.suffix_of(file) == ".parquet"]
@@ -134,7 +135,7 @@ class _Listing:
             self._add_pairs(file, wanted)
 
     def _add_pairs(self, uri: str, wanted: Split) -> None:
-        """Takes a file's pairs; of a file with splits, validation is taken where no other validation is given."""
+        """Adds the pairs of a file; its validation split counts only where no other validation is given."""
         for pair in read_pairs(uri, self._config, wanted):
             if pair is None:
                 self._inputs.malformed += 1
@@ -152,13 +153,13 @@ class _Listing:
                 *self._parquet_fragments(split, digest),
             ]
             kept_of = {fragment.number: kept for fragment, kept in fragments}
-            left = work_left(
+            items = work_left(
                 [fragment for fragment, _ in fragments],
                 Coverage(()),
                 self._config.limit,
                 lambda fragment, most: count_images(fragment, most, self._input),
             )
-            self._inputs.items += [TrainItem(split, work, kept_of[work.fragment.number]) for work in left]
+            self._inputs.items += [TrainItem(split, work, kept_of[work.fragment.number]) for work in items]
         listed = list(self._images["train"].values())[: self._config.limit]
         self._inputs.listed_images = len(listed)
         self._inputs.listed_examples = sum(len(captions) for _, captions in listed)

@@ -1,6 +1,6 @@
-"""A run's loss curve, `train_log.jsonl`: one line for each step, without gaps and doubles whatever was interrupted.
+"""A run's loss curve, `train_log.jsonl`: one line for each step, without gaps or repeats after interruptions.
 
-Object stores have no appending, so that the file is written whole: with each checkpoint, and some seconds apart.
+Object stores cannot append, so the whole file is written: with each checkpoint, and every half minute.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from typing import Any
 from smallcap import storage
 
 LOG_FILE = "train_log.jsonl"
-FLUSH_S = 30.0  # between two writes, where no checkpoint comes before
+FLUSH_S = 30.0  # between two writes, where no checkpoint comes earlier
 
 
 class TrainLog:
-    """The lines of a run, held by the one worker that writes them.
+    """The lines of a run, held by the worker that writes them.
 
     Args:
         out: The run's folder.
-        steps: That the checkpoint has which the run goes on from; later lines are done again.
+        steps: The steps of the checkpoint from which the run resumes; later lines are dropped.
     """
 
     def __init__(self, out: str, steps: int) -> None:
@@ -29,7 +29,7 @@ class TrainLog:
         self._written_at = time.monotonic()
 
     def add(self, **values: Any) -> None:
-        """Adds a step's line."""
+        """Adds the line of a step."""
         self._lines.append(json.dumps(values))
         if time.monotonic() - self._written_at > FLUSH_S:
             self.flush()
@@ -41,6 +41,6 @@ class TrainLog:
 
 
 def read_log_lines(out: str) -> list[str]:
-    """Returns the lines of a run's log, oldest first; none where there is no log."""
+    """Returns the lines of a run's log, oldest first; an empty list where there is no log."""
     uri = storage.join(out, LOG_FILE)
     return storage.read_bytes(uri).decode().splitlines() if storage.exists(uri) else []

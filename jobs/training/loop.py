@@ -1,7 +1,7 @@
-"""What every training worker does: its share of each step, of the validation, and in one of them the checkpoints.
+"""Runs a training worker: it does its share of each step and of the validation; one worker writes the checkpoints.
 
 Workers are processes of Ray Train, joined by torch.distributed where there are several. Each reads the same stream of
-examples and takes its share; what depends on the share is dropout alone.
+examples and takes its share; only dropout depends on the share.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Entry = TypeVar("Entry")
-_KEPT_CHECKPOINTS = 2  # the newest, beside the best epoch's
+_KEPT_CHECKPOINTS = 2  # the newest, besides that of the best epoch
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def train_worker(config: Mapping[str, Any]) -> None:
     """Runs one worker to the end of the run; Ray Train calls it in every worker.
 
     Args:
-        config: `spec`, a `WorkerSpec`.
+        config: A mapping with a `WorkerSpec` under `spec`.
     """
     from ray.train.torch import get_device
 
@@ -85,56 +85,58 @@ class Worker:
         model = spec.start.load()
         self.texts = ExampleTexts(spec.config, model, spec.start.load_tokenizer())
         self.generation = model.generation_options(GenerationConfig())
-        self.decoder = model.decoder.to(device)  # the encoders' work is done
+        self.decoder = model.decoder.to(device)  # the encoders are no longer needed
         self.steps_per_epoch = spec.examples.batches_per_epoch
         total = self.steps_per_epoch * self.options.epochs
         self.trainer = CrossAttentionTrainer(self.decoder, self.options, total, spec.dtype)
         self.frozen = frozen_sha256(self.decoder, self.decoder)
-        self.at = TrainCheckpoint(step=0, epochs=(), frozen_sha256=self.frozen, sha256={})
-        found = find_train_checkpoint(spec.config.out)
-        if found is not None:
-            self._go_on_from(found)
-        self.log = TrainLog(spec.config.out, self.at.step)
-        self._saved: tuple[int, ...] = (self.at.step,)  # steps of the newest checkpoints
+        self.progress = TrainCheckpoint(step=0, epochs=(), frozen_sha256=self.frozen, sha256={})
+        newest = find_train_checkpoint(spec.config.out)
+        if newest is not None:
+            self._resume(newest)
+        self.log = TrainLog(spec.config.out, self.progress.step)
+        self._saved: tuple[int, ...] = (self.progress.step,)  # steps of the newest checkpoints
 
-    def _go_on_from(self, found: TrainCheckpoint) -> None:
+    def _resume(self, checkpoint: TrainCheckpoint) -> None:
         out = self.spec.config.out
-        if found.frozen_sha256 != self.frozen:
-            raise CheckpointError("The checkpoint belongs to other frozen weights.", where=f"{out}/{found.folder}")
+        if checkpoint.frozen_sha256 != self.frozen:
+            raise CheckpointError("The checkpoint belongs to other frozen weights.", where=f"{out}/{checkpoint.folder}")
         weights = self.decoder.cross_attention_parameters()
-        restore_trained_weights(weights, out, found.step, found.sha256[WEIGHTS_FILE])
-        self.trainer.load_state_dict(load_train_state(out, found))
-        self.at = found
+        restore_trained_weights(weights, out, checkpoint.step, checkpoint.sha256[WEIGHTS_FILE])
+        self.trainer.load_state_dict(load_train_state(out, checkpoint))
+        self.progress = checkpoint
 
     def run(self) -> None:
-        """Trains the epochs that are left."""
-        while len(self.at.epochs) < self.options.epochs:
+        """Trains the remaining epochs."""
+        while len(self.progress.epochs) < self.options.epochs:
             self._finish_epoch()
 
     def _finish_epoch(self) -> None:
-        """Takes the epoch's steps that are left, validates, and saves."""
-        epoch = len(self.at.epochs)
-        first = self.at.step - epoch * self.steps_per_epoch
+        """Takes the remaining steps of the epoch, validates, and saves."""
+        epoch = len(self.progress.epochs)
+        first = self.progress.step - epoch * self.steps_per_epoch
         every = self.spec.config.checkpoint_steps
         for place, batches in enumerate(self._prepared(epoch, first), start=first):
-            self._count(self.trainer.step(self.at.step, batches), epoch)
-            if every and self.at.step % every == 0 and place + 1 < self.steps_per_epoch:
+            self._count(self.trainer.step(self.progress.step, batches), epoch)
+            if every and self.progress.step % every == 0 and place + 1 < self.steps_per_epoch:
                 self._save()
-        loss = self.at.epoch_loss / self.at.epoch_tokens
-        result = EpochResult(epoch=epoch + 1, step=self.at.step, loss=loss, **self._validate())
-        epochs = (*self.at.epochs, result)
-        self.at = self.at.model_copy(update={"epochs": epochs, "epoch_loss": 0.0, "epoch_tokens": 0})
+        loss = self.progress.epoch_loss / self.progress.epoch_tokens
+        result = EpochResult(epoch=epoch + 1, step=self.progress.step, loss=loss, **self._validate())
+        epochs = (*self.progress.epochs, result)
+        self.progress = self.progress.model_copy(update={"epochs": epochs, "epoch_loss": 0.0, "epoch_tokens": 0})
         self._save()
 
     def _count(self, report: StepReport, epoch: int) -> None:
         if self.rank == 0:
-            self.log.add(step=self.at.step + 1, epoch=epoch + 1, loss=report.loss, tokens=report.tokens)
-        loss = self.at.epoch_loss + report.loss * report.tokens
-        tokens = self.at.epoch_tokens + report.tokens
-        self.at = self.at.model_copy(update={"step": self.at.step + 1, "epoch_loss": loss, "epoch_tokens": tokens})
+            self.log.add(step=self.progress.step + 1, epoch=epoch + 1, loss=report.loss, tokens=report.tokens)
+        loss = self.progress.epoch_loss + report.loss * report.tokens
+        tokens = self.progress.epoch_tokens + report.tokens
+        self.progress = self.progress.model_copy(
+            update={"step": self.progress.step + 1, "epoch_loss": loss, "epoch_tokens": tokens}
+        )
 
     def _prepared(self, epoch: int, first: int) -> Iterator[list[TokenBatch]]:
-        """Yields this worker's share of an epoch's steps; the next one is read and tokenised meanwhile."""
+        """Yields this worker's share of each step of an epoch; reads and tokenises the next one in the meantime."""
         shares = self.spec.examples.batches(epoch, first, self.rank, self.world_size)
 
         def prepare() -> list[TokenBatch] | None:
@@ -148,20 +150,20 @@ class Worker:
                 yield batches
 
     def _token_batches(self, examples: Sequence[Example], epoch: int) -> list[TokenBatch]:
-        """Cuts a worker's share of a step into as many batches as all workers make."""
+        """Cuts a worker's share of a step into batches; all workers make the same number."""
         count, mode = self.options.accumulate, self.spec.config.retrieval.mode
         shares = [examples[place::count] for place in range(count)]
         shares = [share for share in shares if share] if self.world_size == 1 else shares
         return [self.texts.token_batch(share, mode, (self.options.seed, epoch)) for share in shares]
 
     def _save(self) -> None:
-        """Writes a checkpoint, log and data first; the last one only if training has left the frozen weights alone."""
+        """Writes the log and a checkpoint; before the last checkpoint, checks that frozen weights have not changed."""
         if self.rank == 0:
-            if len(self.at.epochs) == self.options.epochs:
+            if len(self.progress.epochs) == self.options.epochs:
                 self._check_frozen()
             out, weights = self.spec.config.out, self.decoder.cross_attention_parameters()
             self.log.flush()
-            self.at = save_train_checkpoint(out, self.at, weights, self.trainer.state_dict())
+            self.progress = save_train_checkpoint(out, self.progress, weights, self.trainer.state_dict())
             remove_train_checkpoints(out, self._kept())
         if self.world_size > 1:
             dist.barrier()
@@ -172,13 +174,13 @@ class Worker:
             raise CheckpointError("Training has changed weights that are frozen.", expected=self.frozen, found=after)
 
     def _kept(self) -> set[int]:
-        """Returns the steps whose checkpoints stay: the newest ones', and the best epoch's."""
-        self._saved = (*self._saved, self.at.step)[-_KEPT_CHECKPOINTS:]
-        best = {choose_best(self.at.epochs)[0].step} if self.at.epochs else set()
+        """Returns the steps whose checkpoints stay: the newest, and that of the best epoch."""
+        self._saved = (*self._saved, self.progress.step)[-_KEPT_CHECKPOINTS:]
+        best = {choose_best(self.progress.epochs)[0].step} if self.progress.epochs else set()
         return {*self._saved, *best}
 
     def _validate(self) -> dict[str, float | None]:
-        """Returns loss and CIDEr of the validation images, over all workers; None of each where there is none."""
+        """Returns loss and CIDEr of the validation images, over all workers; None where they cannot be measured."""
         stream = self.spec.validation
         if not stream.examples:
             return {"validation_loss": None, "cider": None}
@@ -186,25 +188,25 @@ class Worker:
         references: dict[str, list[str]] = {}
 
         def batches() -> Iterator[TokenBatch]:
-            for some in self._validation_batches():
-                captions.update(self._caption([example for example in some if example.number == 0]))
-                for example in some:
+            for examples in self._validation_batches():
+                captions.update(self._caption([example for example in examples if example.number == 0]))
+                for example in examples:
                     references.setdefault(example.image_id, []).append(example.caption)
-                yield self.texts.token_batch(some, "top-k", (0,))
+                yield self.texts.token_batch(examples, "top-k", (0,))
 
         loss = self.trainer.evaluate(batches())
         cider = score_cider(_gathered(captions), _gathered(references))
         return {"validation_loss": loss.loss, "cider": cider}
 
     def _validation_batches(self) -> Iterator[Sequence[Example]]:
-        """Yields this worker's share of the validation examples; each worker has its own parts."""
+        """Yields this worker's share of the validation examples; each worker reads different parts."""
         stream, size = self.spec.validation, self.options.batch_size
         for part in stream.parts[self.rank :: self.world_size]:
             examples = read_examples(stream, part)
             yield from (examples[start : start + size] for start in range(0, len(examples), size))
 
     def _caption(self, examples: Sequence[Example]) -> dict[str, str]:
-        """Captions images with their nearest captions in the prompt."""
+        """Captions images, with the nearest captions in the prompt."""
         if not examples:
             return {}
         self.decoder.eval()
@@ -221,9 +223,9 @@ class ExampleTexts:
     """Turns examples into token ids.
 
     Args:
-        config: The run's.
-        model: Its config has the template and the special tokens.
-        tokenizer: The decoder's.
+        config: The run's config.
+        model: The model, whose config has the template and the special tokens.
+        tokenizer: The decoder's tokenizer.
     """
 
     def __init__(self, config: TrainConfig, model: SmallCapModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -237,7 +239,7 @@ class ExampleTexts:
         return build_prompts(self.tokenizer, self._model.template, retrieved, self._model.bos_token_id)
 
     def token_batch(self, examples: Sequence[Example], mode: RetrievalMode, seed: Sequence[int]) -> TokenBatch:
-        """Returns examples as the decoder takes them; of none a batch without labels.
+        """Returns examples as the decoder takes them; without examples, a batch without labels.
 
         Raises:
             ConfigError: A prompt and its caption do not fit the decoder's positions.
@@ -266,7 +268,7 @@ class ExampleTexts:
 
 
 def score_cider(captions: Mapping[str, str], references: Mapping[str, list[str]]) -> float | None:
-    """Returns the captions' CIDEr; None where pycocoevalcap is not installed."""
+    """Returns the CIDEr of captions; None where pycocoevalcap is not installed."""
     if find_spec("pycocoevalcap") is None:
         return None
     from smallcap.evaluation.caption_metrics import score_captions
@@ -274,10 +276,10 @@ def score_cider(captions: Mapping[str, str], references: Mapping[str, list[str]]
     return float(score_captions(captions, references, ("cider",))["cider"].mean)
 
 
-def _gathered(mine: dict[str, Entry]) -> dict[str, Entry]:
-    """Returns the entries of all workers, ordered by their keys."""
-    shares: list[Any] = [mine]
+def _gathered(entries: dict[str, Entry]) -> dict[str, Entry]:
+    """Returns the entries of all workers, sorted by key."""
+    shares: list[Any] = [entries]
     if dist.is_initialized() and dist.get_world_size() > 1:
         shares = [None] * dist.get_world_size()
-        dist.all_gather_object(shares, mine)
+        dist.all_gather_object(shares, entries)
     return dict(sorted((key, value) for share in shares for key, value in share.items()))

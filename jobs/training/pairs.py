@@ -1,4 +1,4 @@
-"""Images with their captions: one pair at a time from files of captions, or an image's own from the columns of a shard.
+"""Reads images with their captions: one pair at a time from caption files, or from the columns of shards.
 
 It opens no image.
 """
@@ -31,11 +31,11 @@ class Pair(NamedTuple):
 
 
 def caption_columns(config: TrainConfig, has_ids: bool = False) -> CaptionColumns:
-    """Returns where tables keep images and captions to train on.
+    """Returns the columns of tables that hold images and captions to train on.
 
     Args:
-        config: The run's.
-        has_ids: Whether the image's id may have a column of its own, beside that of its path.
+        config: The run's config.
+        has_ids: Whether image ids may have a column, besides that of image paths.
     """
     data = config.data
     return CaptionColumns(
@@ -52,12 +52,12 @@ def read_pairs(uri: str, config: TrainConfig, split: Split) -> Iterator[Pair | N
 
     Args:
         uri: COCO captions, Karpathy's splits, or a table.
-        config: The columns, and the folder of the images.
-        split: Of all images, where the file has no splits of its own.
+        config: The run's config: its columns, and the folder of images.
+        split: The split of all images, where the file names no splits.
 
     Raises:
         SchemaError: The file is damaged, or names no images.
-        StorageError: It cannot be read.
+        StorageError: The file cannot be read.
     """
     root = storage.absolute(config.images or uri.rpartition("/")[0])
     has_ids = storage.suffix_of(uri) == ".parquet"
@@ -91,18 +91,19 @@ def captions_of(table: pa.Table, json_field: str) -> list[list[str]]:
     """Returns each image's captions.
 
     Args:
-        table: Nothing but the columns that its source had for them: `txt` and `json` of a tar, or one of strings or of
+        table: The columns with captions, and no others: `txt` and `json` from a tar, or else one column of strings or
             lists of strings.
-        json_field: The field of a tar's JSON files that holds the caption, or a list; `txt` stands in for it.
+        json_field: The field of a tar's JSON files that holds a caption or a list of captions; where it is missing,
+            `txt` is taken.
     """
     if "json" in table.column_names:
-        found = [
+        values = [
             _json_field(text, json_field) or plain
             for text, plain in zip(table["json"].to_pylist(), table["txt"].to_pylist(), strict=True)
         ]
     else:
-        found = table[0].to_pylist()
-    lists = [[value] if isinstance(value, str) else value or [] for value in found]
+        values = table[0].to_pylist()
+    lists = [[value] if isinstance(value, str) else value or [] for value in values]
     return [[clean(text) for text in texts if isinstance(text, str) and text.strip()] for texts in lists]
 
 

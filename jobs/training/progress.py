@@ -1,4 +1,4 @@
-"""Tells people how far training is, from the log that its worker writes: a line when there is news."""
+"""Shows people how far training is, from the log that a worker writes: a line when there is news."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from jobs.captioning.progress import beside
+from jobs.captioning.progress import run_in_thread
 from jobs.training.log import FLUSH_S, read_log_lines
 from smallcap.errors import StorageError
 
@@ -19,9 +19,9 @@ def show_training(out: str, steps: int) -> Iterator[None]:
 
     Args:
         out: The run's folder.
-        steps: Of the whole run.
+        steps: The number of steps of the whole run.
     """
-    with beside(_watch, out, steps):
+    with run_in_thread(_watch, out, steps):
         yield
 
 
@@ -38,6 +38,6 @@ def _watch(out: str, steps: int, ended: threading.Event) -> None:
 
 
 def progress_line(line: str, steps: int) -> str:
-    """Returns a line of the log in words."""
+    """Returns a line of the log, in words."""
     values = json.loads(line)
     return f"step {values['step']:,} of {steps:,}, epoch {values['epoch']}: loss {values['loss']:.4f}"

@@ -1,6 +1,6 @@
-"""A training run's own record, `train.json`: what is pinned for all of its attempts, and what came of them.
+"""The record of a training run, `train.json`: what is pinned for all its attempts, and their results.
 
-How far the run is stands in its checkpoints (`smallcap.training.checkpoints`), and nowhere else.
+Only the checkpoints say how far the run is (`smallcap.training.checkpoints`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from smallcap.training.config import TrainConfig
 
 RECORD_FILE = "train.json"
 SelectedBy = Literal["cider", "validation_loss", "last"]
-# What may differ between the attempts of one run: where it runs, how it fetches, and where things are kept.
+# Options that may differ between the attempts of one run: where it runs, how it fetches, and where things are kept.
 _FREE = (
     *("out", "features", "workers", "compute", "checkpoint_steps", "images", "retrieval.cache_dir"),
     *(f"data.{name}" for name in ("fetch_timeout_s", "fetch_attempts")),
@@ -30,8 +30,8 @@ class TrainAttempt(Record):
     finished_at: str | None = None
     device: str
     workers: int
-    first_step: int  # that it did
-    seconds: float | None = None  # wall clock of the training loop, starts and validation included
+    first_step: int  # the first step of the attempt, from 0
+    seconds: float | None = None  # wall time of the training loop, with starting workers and validation
 
 
 class TrainData(Record):
@@ -41,7 +41,7 @@ class TrainData(Record):
     examples: int
     validation_images: int
     errors: dict[str, int]  # images without features, by code
-    malformed: int  # rows of lists that could not be read
+    malformed: int  # rows in lists that could not be read
     leaks: int | None = None  # images with a candidate that has the text of one of their own captions
 
 
@@ -54,7 +54,7 @@ class TrainRecord(PinnedRecord):
     data: TrainData | None = None
     trained_parameters: int | None = None
     steps: int | None = None
-    frozen_sha256: str | None = None  # of all weights but the cross-attention, before training
+    frozen_sha256: str | None = None  # of all weights except the cross-attention, before training
     frozen_sha256_after: str | None = None  # of the model that was written
     epochs: tuple[EpochResult, ...] = ()
     selected_by: SelectedBy | None = None
@@ -65,13 +65,13 @@ class TrainRecord(PinnedRecord):
         """Checks that a command continues this run.
 
         Raises:
-            ConfigError: Its config or the model that it starts from differs.
+            ConfigError: The config or the start differs.
         """
         check_same_options(self, config, _FREE, (self.start_id, start_id), config.out)
 
 
 def load_train_record(out: str) -> TrainRecord | None:
-    """Loads a run's record; None where no run has begun.
+    """Loads a run's record; returns None where no run has begun.
 
     Raises:
         SchemaError: `train.json` is malformed, or of an unknown format version.
@@ -80,12 +80,12 @@ def load_train_record(out: str) -> TrainRecord | None:
 
 
 def write_train_record(out: str, record: TrainRecord) -> None:
-    """Writes `train.json`, atomically."""
+    """Writes `train.json` atomically."""
     record.write(storage.join(out, RECORD_FILE))
 
 
 def choose_best(epochs: tuple[EpochResult, ...]) -> tuple[EpochResult, SelectedBy]:
-    """Returns the best epoch and what it was chosen by: CIDEr, and of equals and without it, validation loss."""
+    """Returns the best epoch and what chose it: CIDEr, then validation loss; without validation, the last epoch."""
     if any(epoch.validation_loss is None for epoch in epochs):
         return epochs[-1], "last"
     by_loss = sorted(epochs, key=lambda epoch: epoch.validation_loss or 0.0)

@@ -1,11 +1,11 @@
-"""The model that a training run starts from: a checkpoint, or published parts joined by new cross-attention."""
+"""The model that a training run starts from: a checkpoint, or a published encoder and decoder, newly joined."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from smallcap.model.assembly import join_frozen_parts, parts_id
+from smallcap.model.assembly import join_frozen_models, joined_model_id
 from smallcap.model.checkpoint import SmallCapModel, checkpoint_id, load_checkpoint, tokenizer_source
 from smallcap.model.prompt import load_tokenizer
 from smallcap.training.config import TrainConfig
@@ -16,22 +16,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelStart:
-    """Where the model comes from; every process that needs it loads it by itself, and gets the same weights."""
+    """Where the model comes from; every process that needs it loads it, and gets the same weights."""
 
     config: TrainConfig
     retrieval_encoder: str | None
 
     def load(self) -> SmallCapModel:
-        """Loads the model in float32 on the CPU, in eval mode; its config says what it is going to be trained for.
+        """Loads the model in float32 on the CPU, in eval mode; its config has the run's retrieval options.
 
         Raises:
-            CheckpointError: The checkpoint or a part cannot be loaded.
-            ConfigError: The parts do not fit.
+            CheckpointError: The checkpoint, the encoder or the decoder cannot be loaded.
+            ConfigError: The encoder and the decoder do not fit.
         """
         config, k, encoder = self.config, self.config.retrieval.k, self.retrieval_encoder or ""
         if config.model is None:
             assert config.vision_encoder is not None and config.decoder is not None  # TrainConfig has checked it
-            return join_frozen_parts(
+            return join_frozen_models(
                 config.vision_encoder,
                 config.decoder,
                 config.reduce_factor,
@@ -51,18 +51,20 @@ class ModelStart:
         """Loads the decoder's tokenizer.
 
         Raises:
-            CheckpointError: There is none.
+            CheckpointError: There is no tokenizer.
         """
         config = self.config
         return load_tokenizer(tokenizer_source(config.model) if config.model else config.decoder or "")
 
     def model_id(self) -> str:
-        """Returns names and weights' checksums, without loading anything.
+        """Returns the names of the start and the checksums of its weights, without loading anything.
 
         Raises:
-            CheckpointError: The checkpoint or a part cannot be found.
+            CheckpointError: The checkpoint, the encoder or the decoder cannot be found.
         """
         config = self.config
         return (
-            checkpoint_id(config.model) if config.model else parts_id(config.vision_encoder or "", config.decoder or "")
+            checkpoint_id(config.model)
+            if config.model
+            else joined_model_id(config.vision_encoder or "", config.decoder or "")
         )

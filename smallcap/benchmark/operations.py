@@ -1,8 +1,7 @@
-"""Counts the operations that captioning needs: a multiplication and an addition as two, each figure per image.
+"""Counts the operations that captioning one image needs; a multiplication and an addition are two.
 
-What is counted is what the algorithm needs: padded prompts, masked slots and whatever a machine does beside matrix
-products count for nothing, so that the share of the measured matrix rate is not flattered. Of CLIP's text encoder and
-of open_clip's models the count is torch's own.
+Only what the algorithm needs counts. Padded prompts, masked slots and all work besides matrix products do not, so that
+the share of the measured matrix rate is not flattered. torch counts CLIP's text encoder and open_clip's models.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from smallcap.model.checkpoint import SmallCapModel
 
 
 def vision_flops(model: SmallCapModel) -> float:
-    """Of the vision encoder."""
+    """Returns the operations of the vision encoder."""
     config = model.config.vision
     hidden, patch = config["hidden_size"], config["patch_size"]
     tokens = _encoder_tokens(model)
@@ -29,7 +28,7 @@ def vision_flops(model: SmallCapModel) -> float:
 
 
 def retrieval_flops(captioner: Captioner) -> float:
-    """Of the retrieval encoder: a projection where it shares the vision encoder's pass, else counted by torch."""
+    """Returns the operations of the retrieval encoder: a projection if it shares the vision encoder's pass."""
     encoder = captioner.retrieval_encoder
     assert encoder is not None
     if captioner.shares_encoder:
@@ -52,9 +51,9 @@ def _packed_linear_flops(x_shape: Sequence[int], weight_shape: Sequence[int], *_
 
 
 def prefill_flops(model: SmallCapModel, prompt_tokens: int) -> float:
-    """Of the image's cross-attention keys and values, the prompt, and the first token's logits.
+    """Returns the operations for the image's cross-attention keys and values, the prompt, and the first logits.
 
-    The last layer computes of the prompt its keys and values, and all else of its last token.
+    The last layer computes keys and values of the whole prompt, and the rest only for its last token.
     """
     config = model.config.decoder
     projected = 2.0 * _encoder_tokens(model) * config.encoder_hidden_size * 2 * config.cross_attention_size
@@ -66,7 +65,7 @@ def prefill_flops(model: SmallCapModel, prompt_tokens: int) -> float:
 
 
 def decode_flops(model: SmallCapModel, prompt_tokens: int, length: int, num_beams: int) -> float:
-    """Of all steps after the first token of a caption of `length` tokens."""
+    """Returns the operations of all steps after the first token of a caption of `length` tokens."""
     config = model.config.decoder
     total = 0.0
     for step in range(1, length):
@@ -76,7 +75,7 @@ def decode_flops(model: SmallCapModel, prompt_tokens: int, length: int, num_beam
 
 
 def _token_flops(model: SmallCapModel) -> float:
-    """Of one token in one layer, self-attention's scores excluded."""
+    """Returns the operations of one token in one layer, self-attention's scores excluded."""
     config = model.config.decoder
     hidden, cross = config.hidden_size, config.cross_attention_size
     weights = 4 * hidden**2 + 2 * hidden * cross + 2 * hidden * config.ffn_size

@@ -1,8 +1,8 @@
-"""Measures the captioner at real sizes with random weights: each stage by itself, and the whole loop.
+"""Measures the captioner at real sizes with random weights: each stage alone, and the whole loop.
 
-The parts are the ones that caption (`Captioner` and its steps, the engine, `Retriever` over an index on disk); only the
-weights, the captions in the index and, where none are given, the photographs are random
-(`smallcap.benchmark.random_parts`). Captions have realistic lengths, and then the full 25 tokens.
+It runs the code that captions (`Captioner` and its steps, the engine, `Retriever` over an index on disk). Only the
+weights, the captions in the index and, if none are given, the photographs are random
+(`smallcap.benchmark.random_content`). Generation is measured at realistic caption lengths and at the full 25 tokens.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from smallcap.benchmark.operations import decode_flops, prefill_flops, retrieval_flops, torch_flops, vision_flops
-from smallcap.benchmark.random_parts import (
+from smallcap.benchmark.random_content import (
     PlannedLengths,
     build_model,
     build_retrieval_encoder,
@@ -46,18 +46,18 @@ _MATRIX_SHAPE = {"cpu": (1024, 768, 3072), "cuda": (8192, 8192, 8192)}
 
 @dataclass(frozen=True)
 class StageResult:
-    """One stage on its own."""
+    """The speed of one stage alone."""
 
     stage: str
     images_per_s: float
-    gflop_per_image: float | None = None  # None where a stage has no matrix products
+    gflop_per_image: float | None = None  # None if a stage has no matrix products
     tflops: float | None = None  # achieved
     share: float | None = None  # of the measured matrix rate
 
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """All that was measured; the JSON of `smallcap bench` is made of it."""
+    """Everything that was measured; `smallcap bench` prints it as JSON."""
 
     images_per_s: float  # of the whole loop at realistic caption lengths, without fetching and decoding images
     images_per_s_full_length: float  # the same with every caption of 25 tokens
@@ -173,7 +173,7 @@ class _Benchmark:
         return [self._vary(plan.crop(photo)) for photo in photos]
 
     def _measure_encoders(self, pixels: list[Pixels]) -> tuple[Tensor, np.ndarray, float]:
-        """Measures all up to the prompt; returns hidden states, embeddings and the operations."""
+        """Measures everything up to the prompt; returns hidden states, embeddings and the operations."""
         captioner = self.captioner
         assert captioner.retriever is not None
         hidden_states, class_tokens = captioner.encode(pixels)
@@ -191,7 +191,7 @@ class _Benchmark:
     def _measure_generation(
         self, pixels: list[Pixels], hidden_states: Tensor, embeddings: np.ndarray
     ) -> tuple[float, float]:
-        """Measures all from the prompt on; returns the operations at realistic and at full length."""
+        """Measures everything from the prompt on; returns the operations at realistic and at full length."""
         captioner, model, prompts = self.captioner, self.captioner.model, self.prompts
         flops_of_prefill = statistics.mean(prefill_flops(model, len(prompt)) for prompt in prompts)
         self._measure(
@@ -221,7 +221,7 @@ class _Benchmark:
         return totals[0], totals[1]
 
     def _whole_loop(self, pixels: Sequence[Pixels], lengths: tuple[int, ...]) -> float:
-        """Returns the images per second of `caption_batches`, the best of some repeats."""
+        """Returns the images per second of `caption_batches`, the best of several repeats."""
         batches = max(1, self.options.images // self.options.batch_size)
         with self._planned(lengths):
             seconds = self._seconds(lambda: list(self.captioner.caption_batches([(pixels, None)] * batches)))
@@ -230,7 +230,7 @@ class _Benchmark:
     @contextmanager
     def _planned(self, lengths: tuple[int, ...]) -> Iterator[None]:
         before = self.captioner.generation
-        strategy = type("Planned", (PlannedLengths,), {"plan": lengths})
+        strategy = type("Planned", (PlannedLengths,), {"planned": lengths})
         self.captioner.generation = replace(before, strategy=strategy)
         yield
         self.captioner.generation = before
@@ -242,7 +242,7 @@ class _Benchmark:
         self.stages.append((name, self.options.batch_size / seconds, flops))
 
     def _seconds(self, call: Callable[[], object]) -> float:
-        """Returns the least time of some calls after one warm-up; the least, as other processes only add to it."""
+        """Returns the shortest time of several calls after a warm-up; other processes only add to it."""
         call()
         times = []
         for _ in range(self.options.repeats):
@@ -254,7 +254,7 @@ class _Benchmark:
         return min(times)
 
     def _vary(self, crop: Pixels) -> Pixels:
-        """Makes each image's pixels its own, so that each retrieves other captions."""
+        """Adds noise to an image's crop, so that each image retrieves other captions."""
         noise = self.rng.integers(0, 64, crop.vision.shape, dtype=np.uint8)
         return replace(crop, vision=crop.vision // 2 + noise)
 

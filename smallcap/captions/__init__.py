@@ -1,1 +1,1 @@
-"""Files of captions: one reader of COCO, Karpathy, CSV, TSV, JSONL and Parquet for dumps, references and training."""
+"""Captions files: one reader of COCO, Karpathy, CSV, TSV, JSONL and Parquet for dumps, references and training."""

@@ -1,4 +1,4 @@
-"""Captions in whole JSON files: COCO's annotations, Karpathy's splits, and lists of texts."""
+"""Reads captions from whole JSON files: COCO's annotations, Karpathy's splits, and lists of texts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from smallcap.errors import SchemaError
 
 
 def read_json(file: IO[bytes], uri: str, columns: CaptionColumns) -> Iterator[CaptionRow]:
-    """Reads COCO captions, Karpathy's splits or a list of texts, by its content; see `reader.read_captions`."""
+    """Reads COCO captions, Karpathy's splits or a list of texts; the content decides. See `reader.read_captions`."""
     content = load_json(file, uri)
     if isinstance(content, list) and content and isinstance(content[0], str):
         return list_rows(content)
@@ -35,7 +35,7 @@ def load_json(file: IO[bytes], uri: str) -> Any:
     """Returns the content of a JSON file.
 
     Raises:
-        SchemaError: It is not one.
+        SchemaError: The file is not JSON.
     """
     try:
         return json.loads(file.read())
@@ -49,7 +49,7 @@ def list_rows(texts: list[Any]) -> Iterator[CaptionRow]:
 
 
 def _coco_rows(images: list[Any], annotations: list[Any]) -> Iterator[CaptionRow]:
-    """Yields the rows of the annotations, joined with the images, and those of images that cannot be read."""
+    """Yields a row for each annotation, with its image's name, and one for each malformed entry."""
     names: dict[str, str] = {}
     for number, image in enumerate(images, start=1):
         entry = image if isinstance(image, dict) else {}

@@ -1,4 +1,4 @@
-"""Captions in Parquet files, with or without embeddings."""
+"""Reads captions from Parquet files, with or without embeddings."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ def open_parquet(file: IO[bytes], uri: str) -> pq.ParquetFile:
     """Opens a Parquet file for reading.
 
     Raises:
-        SchemaError: It is not one.
+        SchemaError: The file is not Parquet.
     """
     try:
         return pq.ParquetFile(file)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last of a column's name
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last for a column's name
         raise SchemaError("This is not a Parquet file.", where=uri, found=str(error)) from error
 
 
@@ -63,7 +63,7 @@ def _batches(parquet: pq.ParquetFile, uri: str, columns: list[str], rows: int) -
 
 
 def _texts(column: pa.Array, where: str, several: bool, remedy: str) -> list[list[str | None]]:
-    """Returns the captions of each row; one without any has None."""
+    """Returns the captions of each row; a row without captions has None."""
     if not (several and _is_list(column.type)):
         return [[text] for text in _strings(column, where, remedy)]
     texts = iter(_strings(column.flatten(), where, remedy))
@@ -97,9 +97,9 @@ def _vectors(column: pa.Array, where: str, dim: int | None) -> tuple[list[bytes 
         raise SchemaError(
             "The embedding column has the wrong type.",
             where=where,
-            expected="list<float>, list<double> or list<halffloat>, of any or of fixed size",
+            expected="list<float>, list<double> or list<halffloat>, with or without a fixed size",
             found=str(kind),
-            remedy="Name another column as the embedding's, or none.",
+            remedy="Name another column of embeddings, or none.",
         )
     present = column.is_valid().to_pylist()
     lengths = pc.unique(pc.list_value_length(column.drop_null())).to_pylist()
@@ -110,8 +110,8 @@ def _vectors(column: pa.Array, where: str, dim: int | None) -> tuple[list[bytes 
         return [None] * len(column), [""] * len(column), None
     numbers = column.flatten().to_numpy(zero_copy_only=False)  # a null number becomes NaN
     units = iter(unit_vectors(numbers.reshape(-1, dim)))
-    vectors = [next(units) if there else None for there in present]
-    problems = ["bad_embedding" if there and not vector else "" for there, vector in zip(present, vectors, strict=True)]
+    vectors = [next(units) if valid else None for valid in present]
+    problems = ["bad_embedding" if valid and not vector else "" for valid, vector in zip(present, vectors, strict=True)]
     return vectors, problems, dim
 
 

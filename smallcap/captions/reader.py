@@ -1,10 +1,10 @@
 """Reads captions from files of any known format, one row at a time.
 
-Nothing is lost silently. What cannot be read as a caption (too many or too few fields, no JSON object, a text that is
-not a string) comes out as a row with `problem` set, for the caller to count or to refuse. What makes the rest of the
-file doubtful (wrong encoding, a quote that never closes, a missing column) is an error that names the line.
+Nothing is lost silently. An entry that is not a caption (too many or too few fields, no JSON object, a text that is not
+a string) becomes a row with `problem` set, which the caller counts or refuses. What makes the rest of the file doubtful
+(wrong encoding, a quote that never closes, a missing column) is an error that names the line.
 
-A further format is a function like those in `FORMATS`; a further layout of JSON is a case of `json_files.read_json`.
+To add a format, add a function to `FORMATS`; to add a layout of JSON, add a case to `json_files.read_json`.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ FORMATS: dict[str, Callable[[IO[bytes], str, CaptionColumns], Iterator[CaptionRo
     ".json": read_json,
 }
 CAPTION_SUFFIXES = tuple(FORMATS)
-_BUFFER_BYTES = 1 << 20  # of text, which is read from front to back
+_BUFFER_BYTES = 1 << 20  # for text, which is read from front to back
 
 
 @contextmanager
 def open_captions(uri: str, columns: CaptionColumns) -> Iterator[Iterator[CaptionRow]]:
-    """Gives a file's rows in order, to be read before the context ends; see `read_captions` for what it raises.
+    """Gives a file's rows in order, to be read before the context ends; raises what `read_captions` raises.
 
     Raises:
         StorageError: The file is missing, or the service fails.
@@ -46,22 +46,22 @@ def open_captions(uri: str, columns: CaptionColumns) -> Iterator[Iterator[Captio
 
 
 def read_captions(file: IO[bytes], uri: str, columns: CaptionColumns) -> Iterator[CaptionRow]:
-    """Reads the rows of a file that is open, in order.
+    """Reads the rows of an open file in order.
 
     Args:
-        file: Opened for reading bytes.
-        uri: Its suffix names the format; errors call the file by it.
-        columns: Where a table keeps what is wanted.
+        file: The file, opened for reading bytes.
+        uri: The file's URI, for errors; its suffix names the format.
+        columns: The columns to read from a table.
 
     Raises:
-        ConfigError: The suffix is not that of a known format.
-        SchemaError: The file is not of its suffix's format, not UTF-8, or lacks the column of captions; or its
-            embeddings have the wrong length.
+        ConfigError: The suffix does not name a known format.
+        SchemaError: The file contradicts its suffix, is not UTF-8, or lacks the column of captions; or its embeddings
+            have the wrong length.
     """
     suffix = storage.suffix_of(uri)
     if suffix not in FORMATS:
         raise ConfigError(
-            "Captions files of this kind are unknown.",
+            "The format of this captions file is unknown.",
             where=uri,
             expected=f"a file ending in {', '.join(CAPTION_SUFFIXES)}",
             remedy="Convert the file to one of these.",

@@ -1,4 +1,4 @@
-"""What a file of captions gives: one row for each caption, whatever the format."""
+"""The rows that every captions file gives, one for each caption, and how they are made from its entries."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ _FOUND_CHARACTERS = 200
 
 
 class CaptionColumns(NamedTuple):
-    """Where tables keep what is read of them; COCO's and Karpathy's files have layouts of their own.
+    """The columns to read from tables; COCO's and Karpathy's files have fixed layouts.
 
     Attributes:
-        caption: Holds the captions; its plural stands in for it.
-        image_id: Names the image. This column and the ones below are ignored where a table has no such column.
-        image_path: Says where the image is, if that is not what names it.
-        embedding: Holds a Parquet file's embeddings.
-        dim: How many numbers an embedding has; by default as many as the first one.
-        several: Whether a row may hold a list of captions. Never beside embeddings, which belong to one caption.
-        tokens: Whether Karpathy's captions are their `tokens` (lower case, no punctuation), as far as they have these.
-        remedy: What errors advise where a column is missing or of a wrong type.
+        caption: The column of captions; its plural is accepted.
+        image_id: The column that names the image. It and the next two are ignored where a table lacks them.
+        image_path: The column of the image's path, where its name is not its path.
+        embedding: The column of embeddings in a Parquet file.
+        dim: The length of an embedding; by default that of the first one.
+        several: Whether a row may hold a list of captions. Ignored where rows have embeddings, one per caption.
+        tokens: Whether to read Karpathy's `tokens` (lower case, no punctuation) where a sentence has them.
+        remedy: The advice of errors about a column that is missing or has the wrong type.
     """
 
     caption: str
@@ -36,20 +36,20 @@ class CaptionColumns(NamedTuple):
 
 
 class CaptionRow(NamedTuple):
-    """One caption as it stands in its file, or what stands in place of one.
+    """One caption as its file has it, or an entry that is not a caption.
 
     Attributes:
         text: The caption; empty where there is none.
-        image_id: Names the image that it was written for: in COCO's and Karpathy's files by the file name.
-        line: Counted from 1, of a text file or of the list `entries`; of a table without lines the row.
-        problem: Why the row cannot be used: `malformed`, or `bad_embedding`.
-        vector: The embedding where the file has one: a unit vector as raw little-endian float16 or float32, told
-            apart by their length (2 or 4 bytes for each dimension).
-        image_path: Where the image is, if the file says so in another way than by `image_id`.
-        dataset_id: The number that COCO gave the image.
-        split: The split that Karpathy put the image in.
-        entries: The list within a JSON file that `line` counts in, such as `annotations`.
-        found: What there is where a caption should be.
+        image_id: The name of the caption's image; in COCO's and Karpathy's files the file name.
+        line: The line of a text file, the place in the list `entries`, or the row of a table; counted from 1.
+        problem: Why the row cannot be used: `malformed` or `bad_embedding`; else empty.
+        vector: The embedding, where the file has one: a unit vector as raw little-endian float16 or float32. Its length
+            tells which (2 or 4 bytes for each dimension).
+        image_path: The path of the image, where the file has one besides `image_id`.
+        dataset_id: The image's number in COCO.
+        split: The image's split in Karpathy's files.
+        entries: The list within a JSON file in which `line` counts, such as `annotations`.
+        found: The entry, where it has no caption.
     """
 
     text: str
@@ -65,19 +65,19 @@ class CaptionRow(NamedTuple):
 
     @property
     def place(self) -> str:
-        """Names the row for people."""
+        """The place of the row in its file, for messages."""
         return f"line {self.line}" if self.entries is None else f"{self.entries}[{self.line - 1}]"
 
 
 def json_row(text: Any, image_id: Any, line: int, entry: Any, **facts: Any) -> CaptionRow:
-    """Makes a row of JSON values; a missing text is an empty one, and an id may be a number.
+    """Makes a row from JSON values; a missing text becomes empty, and an id may be a number.
 
     Args:
-        text: Of the caption.
-        image_id: Of its image.
-        line: As in the row.
-        entry: What both come from, to be shown where it has no caption.
-        facts: Further fields of the row.
+        text: The caption.
+        image_id: The id of the image.
+        line: The row's `line`.
+        entry: The entry that holds both, which is shown where it has no caption.
+        facts: Other fields of the row.
     """
     if (text is None or isinstance(text, str)) and (image_id is None or isinstance(image_id, str | int)):
         name = None if image_id is None else str(image_id)
@@ -86,15 +86,15 @@ def json_row(text: Any, image_id: Any, line: int, entry: Any, **facts: Any) -> C
 
 
 def malformed_row(line: int, entry: Any, **facts: Any) -> CaptionRow:
-    """Makes the row of an entry that cannot be read; `facts` are what is known of it nevertheless."""
+    """Makes the row of an entry that cannot be read; `facts` are the fields that are known even so."""
     return CaptionRow("", None, line, MALFORMED, found=repr(entry)[:_FOUND_CHARACTERS], **facts)
 
 
 def find_column(names: Iterable[str], columns: CaptionColumns, uri: str) -> str:
-    """Returns the column of a table that holds captions: the wanted one, or its plural.
+    """Returns the name of a table's column of captions: the wanted name or its plural.
 
     Raises:
-        SchemaError: There is neither.
+        SchemaError: The table has neither column.
     """
     names = list(names)
     for name in (columns.caption, f"{columns.caption}s"):

@@ -1,4 +1,4 @@
-"""Captions in text files with a row on each line: CSV, TSV and JSONL."""
+"""Reads captions from text files with one row per line: CSV, TSV and JSONL."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def read_csv(file: IO[bytes], uri: str, columns: CaptionColumns, delimiter: str 
 
 
 def _csv_records(reader: Any, uri: str) -> Iterator[tuple[int, list[str] | None]]:
-    """Yields each record with the line it starts on; `None` for one that the CSV rules do not allow."""
+    """Yields each record with the line on which it starts; the record is None where it breaks the rules of CSV."""
     while True:
         line = reader.line_num + 1
         try:
@@ -43,7 +43,7 @@ def _csv_records(reader: Any, uri: str) -> Iterator[tuple[int, list[str] | None]
                     "A quoted field never ends.",
                     where=f"{uri}: line {line}",
                     found=str(error),
-                    remedy='Close the quote, or double it ("") where it belongs to the text.',
+                    remedy='Close the quote, or double it ("") if it belongs to the text.',
                 ) from error
             yield line, None
             continue
@@ -60,12 +60,12 @@ def _decoded_lines(file: IO[bytes], uri: str) -> Iterator[str]:
                 "The file is not UTF-8.",
                 where=f"{uri}: line {number}",
                 found=f"byte 0x{line[error.start]:02x} in column {error.start + 1}",
-                remedy="Convert it first, for example with iconv -f latin1 -t utf-8.",
+                remedy="Convert the file first, for example with iconv -f latin1 -t utf-8.",
             ) from error
 
 
 def read_jsonl(file: IO[bytes], uri: str, columns: CaptionColumns) -> Iterator[CaptionRow]:
-    """Reads an object on each line; see `reader.read_captions`."""
+    """Reads a JSON object from each line; see `reader.read_captions`."""
     caption = None
     for number, line in enumerate(_decoded_lines(file, uri), start=1):
         if not line.strip():

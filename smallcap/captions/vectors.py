@@ -1,4 +1,4 @@
-"""Embeddings that come with a dump: from rows of numbers to unit vectors as bytes. No files, no formats."""
+"""Turns the embeddings of a dump into unit vectors as bytes; knows nothing of files and formats."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import numpy as np
 from smallcap.errors import SchemaError
 
 ROWS_AT_ONCE = 1_000
-"""Rows whose vectors are read together; what a reader holds in memory is a few of these."""
+"""Rows whose vectors are read together; a reader holds a few times as many in memory."""
 
 _UNIT_TOLERANCE = 1e-3
-_FLOATS = {2: "<f2", 4: "<f4", 8: "<f4"}  # item size of what is read to the type that is kept
+_FLOATS = {2: "<f2", 4: "<f4", 8: "<f4"}  # from the size of a number that is read to the type that is kept
 
 
 def unit_vectors(matrix: np.ndarray) -> list[bytes | None]:
-    """Brings vectors to unit length, those that have it already to the bit excepted.
+    """Brings vectors to unit length; those that have it already stay as they are, bit by bit.
 
     Args:
-        matrix: [rows, dim] of float16, float32 or float64, in any byte order.
+        matrix: [rows, dim] float16, float32 or float64, in any byte order.
 
     Returns:
-        Each row as raw little-endian bytes, float16 where the matrix is, else float32; None for a vector that has no
-        direction: zero, or with a number that is not finite.
+        Each row as raw little-endian bytes, float16 where the matrix is, else float32. None for a vector without a
+        direction: one that is zero, or has a number that is not finite.
     """
     kept = np.dtype(_FLOATS[matrix.dtype.itemsize])
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
@@ -30,19 +30,19 @@ def unit_vectors(matrix: np.ndarray) -> list[bytes | None]:
         largest = np.abs(rows).max(axis=1, initial=0)
         scaled = rows / largest[:, None]  # the square of a large number would not be finite
         norms = np.sqrt(np.einsum("ij,ij->i", scaled, scaled))
-        good = np.isfinite(norms)
-        change = good & ~(np.abs(norms * largest - 1) <= _UNIT_TOLERANCE)
+        has_direction = np.isfinite(norms)
+        change = has_direction & ~(np.abs(norms * largest - 1) <= _UNIT_TOLERANCE)
         if change.any():
             stored = np.array(stored)  # it may be a view of a file
             stored[change] = scaled[change] / norms[change, None]
-    return [vector.tobytes() if fine else None for vector, fine in zip(stored, good.tolist(), strict=True)]
+    return [vector.tobytes() if valid else None for vector, valid in zip(stored, has_direction.tolist(), strict=True)]
 
 
 def check_dim(found: int, dim: int | None, where: str) -> None:
-    """Checks the length of a dump's vectors; any length above 0 will do where `dim` is None.
+    """Checks the length of a dump's vectors; any length above 0 passes where `dim` is None.
 
     Raises:
-        SchemaError: The length is another.
+        SchemaError: The length is wrong.
     """
     if found < 1 or (dim is not None and found != dim):
         raise SchemaError(

@@ -1,8 +1,8 @@
 """Beam search as tensor bookkeeping: scores in, next tokens and parent beams out; one beam decodes greedily.
 
 Its semantics are the reference implementation's: 2N candidates per image and step; a candidate that ends with eos is
-finished only if it ranks among the first N; an image is done once N hypotheses have finished (early stopping); what is
-unfinished at the last step competes as it stands.
+finished only if it ranks among the first N; an image is done once N hypotheses have finished (early stopping); at the
+last step, unfinished hypotheses compete as they stand.
 
 Source: transformers 4.21.1 `BeamSearchScorer`, as RitaRamo/smallcap calls it.
 """
@@ -73,7 +73,7 @@ class BeamSearch(DecodingStrategy):
     def _candidates(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the 2N best continuations per image, best first: scores, tokens, parents, each [B, 2N]."""
         num_candidates = 2 * self.num_beams
-        # Each beam's own 2N best hold the image's 2N best, and the normaliser shifts a beam's logits all alike.
+        # Each beam's 2N best include the image's 2N best, and the normaliser shifts all logits of a beam alike.
         offered = min(num_candidates, logits.shape[-1])
         values, tokens, normaliser = top_logits(self._without_repeats(logits), offered)
         scores = (values - normaliser + self.scores[:, :, None]).flatten(1)  # [B, N * 2N]

@@ -1,7 +1,7 @@
-"""Decoding steps recorded once per shape as CUDA graphs and replayed: one launch where there were thousands.
+"""Decoding steps recorded once per shape as CUDA graphs and replayed: one launch instead of thousands.
 
 A step is made of hundreds of small kernels, which a GPU finishes sooner than a CPU can launch them. What is recorded is
-the same Python code that runs on a CPU. A recording holds several steps, for one size of batch, one number of prompt
+the same Python code that runs on a CPU. A recording holds several steps, for one batch size, one number of prompt
 slots and one first step, since those decide the shapes and which slots are filled. Batches are filled up to a power of
 two with copies of their last image. All recordings share one storage for keys and values, as only one batch is decoded
 at a time.
@@ -28,7 +28,7 @@ Run = Callable[[], None]
 
 @dataclass(frozen=True)
 class _Shape:
-    """What the tensors' sizes follow from."""
+    """The numbers that decide the tensors' sizes."""
 
     options: GenerationOptions
     batch: int  # a power of two
@@ -37,10 +37,10 @@ class _Shape:
 
 
 class GraphStepper:
-    """Takes decoding states further by replaying recorded steps; for one model, and not thread-safe.
+    """Advances decoding states by replaying recorded steps; for one model, and not thread-safe.
 
     Args:
-        record: Makes a replay of a function that only changes tensors in place.
+        record: Records a function that only changes tensors in place, and returns its replay.
     """
 
     def __init__(self, record: Callable[[Run, Run], Run] | None = None) -> None:
@@ -50,14 +50,14 @@ class GraphStepper:
         self._storage: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def __call__(self, decoder: TextDecoder, state: DecodingState, steps: int) -> DecodingState:
-        """Takes a state `steps` further and returns it in the tensors of its shape's recording."""
+        """Advances a state by `steps` and returns it in the tensors that its shape's recordings use."""
         shape = _Shape(
             state.strategy.options,
             1 << (len(state.position) - 1).bit_length(),
             state.cache.keys.shape[3],
             state.cross_kv[0][0].shape[2],
         )
-        static = self._state_of(shape, state)
+        static = self._static_state(shape, state)
         if static is not state:
             static.load(state)
         key = (shape, static.strategy.step, steps)
@@ -68,7 +68,7 @@ class GraphStepper:
         static.cache.length += steps * static.cache.num_beams
         return static
 
-    def _state_of(self, shape: _Shape, state: DecodingState) -> DecodingState:
+    def _static_state(self, shape: _Shape, state: DecodingState) -> DecodingState:
         """Returns the state that the shape's recordings work on; the first one is made from `state`."""
         if shape not in self._states:
             last = len(state.position) - 1
@@ -82,7 +82,7 @@ class GraphStepper:
         """Returns a tensor of the same shape in the shared storage, zeroed."""
         stored = self._storage.get((name, tensor.dtype))
         if stored is None or stored.numel() < tensor.numel():
-            self._states.clear()  # they and their recordings point into the storage that is now too small
+            self._states.clear()  # they and their recordings use the storage that is now too small
             self._replays.clear()
             stored = self._storage[name, tensor.dtype] = torch.empty_like(tensor).flatten()
         return stored[: tensor.numel()].view(tensor.shape).zero_()
@@ -108,10 +108,10 @@ def record_cuda_graph(run: Run, undo: Run) -> Run:
 
     Args:
         run: Changes tensors in place, on the current device and without waiting for it.
-        undo: Takes a run back; the recording is preceded by runs that must leave no trace.
+        undo: Reverts a run; the recording is preceded by runs that must leave no trace.
 
     Returns:
-        What replays it.
+        A function that replays it.
     """
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())

@@ -1,9 +1,9 @@
 """Batched caption generation: prefill once per image, then one token per sequence and step.
 
 The engine sees encoder hidden states and token ids, never pixels or text. An image's cross-attention and prompt keys
-and values are computed once and shared by its beams. Prompts of like length are prefilled together, so that little of
-the arithmetic is padding. Finished images leave the batch, so that a few long captions do not keep the others' rows
-busy. On a GPU the steps are replayed as CUDA graphs (`smallcap.decoding.cuda_graphs`); on a CPU they run as they are.
+and values are computed once and shared by its beams. Prompts of similar length are prefilled together, so that little
+of the arithmetic is padding. Finished images leave the batch, so that a few long captions do not keep other rows busy.
+On a GPU the steps are replayed as CUDA graphs (`smallcap.decoding.cuda_graphs`); on a CPU they run as they are.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from smallcap.decoding.text_decoder import CrossAttentionKV, TextDecoder
 from smallcap.errors import ConfigError
 
 _COMPACT_AT = 1 / 8  # share of finished rows at which copying the others together pays
-_PREFILL_TOKENS = 1024  # of one group of like-sized prompts on a CPU: enough rows for its matrix units
+_PREFILL_TOKENS = 1024  # in a group of similar prompts on a CPU; enough rows for its matrix units
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class Generated:
 
 
 class DecodingState:
-    """A batch between two steps: everything that a step reads and writes.
+    """A batch between two steps: everything that a step reads or writes.
 
     Attributes:
-        images: Which image each row of the batch is. A batch may have more rows; those are nobody's.
+        images: The image of each row. A batch may have more rows, which belong to no image.
         cross_kv: Keys and values of the images, per layer.
         cache: Keys and values of the text so far.
         strategy: The sequences so far.
-        position: [B] int64, of the newest tokens, counted from 0 at the first real one.
+        position: [B] int64, positions of the newest tokens, counted from 0 at the first real one.
         tokens, parents: [B, N] int64, the newest tokens and the sequences they extend; set by `choose`.
     """
 
@@ -60,11 +60,11 @@ class DecodingState:
         self.position = position
 
     def choose(self, logits: Tensor) -> None:
-        """Takes the next tokens by [B, N or 1, V] logits."""
+        """Chooses the next tokens by [B, N or 1, V] logits."""
         self.tokens, self.parents = self.strategy.advance(logits)
 
     def step(self, decoder: TextDecoder) -> None:
-        """Feeds every sequence its newest token and takes the next one."""
+        """Feeds every sequence its newest token and chooses the next one."""
         visible = self.cache.open_step(self.parents)[:, None]
         mask = additive_mask(visible, self.cache.keys.dtype)  # [B, 1, N, T]
         positions = self.position[:, None].expand_as(self.tokens)
@@ -73,13 +73,13 @@ class DecodingState:
         self.choose(decoder.logits(hidden))
 
     def alias(self) -> DecodingState:
-        """Returns a state that has the same tensors, and may exchange them without this one noticing."""
+        """Returns a state with the same tensors; replacing them there does not change this state."""
         other = copy.copy(self)
         other.cache, other.strategy = copy.copy(self.cache), copy.copy(self.strategy)
         return other
 
     def take(self, rows: Sequence[int]) -> DecodingState:
-        """Returns a state of copies of some rows, in that order."""
+        """Returns a state with copies of the rows, in that order."""
         taken = self.alias()
         index = torch.tensor(rows, device=self.position.device)
         taken.images = [self.images[row] for row in rows if row < len(self.images)]
@@ -90,32 +90,32 @@ class DecodingState:
         return taken
 
     def load(self, other: DecodingState) -> None:
-        """Copies a state of as many rows or fewer into this one's tensors; what is left over repeats its last row."""
+        """Copies a state with at most as many rows into this one's tensors; surplus rows repeat its last row."""
         count = len(other.position)
         rows = torch.arange(len(self.position), device=self.position.device).clamp(max=count - 1)
-        for mine, given in zip(self.changed_by_steps(), other.changed_by_steps(), strict=True):
-            mine.copy_(given[rows])
+        for target, source in zip(self.changed_by_steps(), other.changed_by_steps(), strict=True):
+            target.copy_(source[rows])
         filled = other.cache.length
-        for mine, given in ((self.cache.keys, other.cache.keys), (self.cache.values, other.cache.values)):
-            mine[:, :count, :, :filled] = given[:, :, :, :filled]
-        for my_layer, given_layer in zip(self.cross_kv, other.cross_kv, strict=True):
-            for mine, given in zip(my_layer, given_layer, strict=True):
-                mine[:count] = given
+        for target, source in ((self.cache.keys, other.cache.keys), (self.cache.values, other.cache.values)):
+            target[:, :count, :, :filled] = source[:, :, :, :filled]
+        for target_layer, source_layer in zip(self.cross_kv, other.cross_kv, strict=True):
+            for target, source in zip(target_layer, source_layer, strict=True):
+                target[:count] = source
         self.images, self.cache.length, self.strategy.step = other.images, filled, other.strategy.step
 
     def changed_by_steps(self) -> list[Tensor]:
-        """Returns the tensors that a step changes, all but keys and values: those it writes behind earlier ones."""
+        """Returns the tensors that a step overwrites; keys and values are only appended."""
         strategy = self.strategy
         strategy_tensors = [getattr(strategy, name) for name in strategy.per_image]
         return [self.tokens, self.parents, self.position, self.cache.visible, *strategy_tensors]
 
 
-# Takes a state some steps further; the state that it returns may be another, whose tensors it owns.
+# Advances a state by some steps; may return another state, whose tensors it owns.
 Stepper = Callable[[TextDecoder, DecodingState, int], DecodingState]
 
 
 def step_eagerly(decoder: TextDecoder, state: DecodingState, steps: int) -> DecodingState:
-    """Takes a state further in place, one operation after the other."""
+    """Advances a state in place, one operation after another."""
     for _ in range(steps):
         state.step(decoder)
     return state
@@ -137,18 +137,18 @@ def generate(
     Args:
         decoder: The text decoder, in eval mode.
         encoder_hidden_states: [B, P, Hv], on the decoder's device and in its dtype.
-        prompts: B lists of token ids, of any lengths of at least 1.
+        prompts: B lists of token ids, at least one in each.
         options: Beams or sampling, lengths and special tokens.
-        keys: B int64 numbers that tell images apart when sampling; by default their places in the batch.
-        stepper: How steps are run.
-        steps_per_check: Steps between two looks at which images are finished; each look waits for the device.
-        prompt_multiple: Prompts are padded to a multiple of so many tokens, so that few shapes occur.
+        keys: B int64 numbers that tell images apart when sampling; by default their positions in the batch.
+        stepper: Runs the steps.
+        steps_per_check: Steps between two checks for finished images; each check waits for the device.
+        prompt_multiple: Prompts are padded to a multiple of this many tokens, so that few shapes occur.
 
     Returns:
         B lists of `options.num_captions` captions, best first; each is what a batch of that image alone would give.
 
     Raises:
-        ConfigError: A prompt is empty, does not fit the decoder's positions, or their number is not B.
+        ConfigError: A prompt is empty or does not fit the decoder's positions, or the number of prompts is not B.
     """
     _check_prompts(decoder, encoder_hidden_states, prompts, options)
     if not prompts:
@@ -156,7 +156,7 @@ def generate(
     state = prefill(decoder, encoder_hidden_states, prompts, options, keys, prompt_multiple)
     results: list[list[Generated]] = [[] for _ in prompts]
     while state.strategy.step < options.max_new_tokens:
-        done = state.strategy.done.tolist()[: len(state.images)]  # the one place where the host waits for the device
+        done = state.strategy.done.tolist()[: len(state.images)]  # the only place where the host waits for the device
         if sum(done) >= _COMPACT_AT * len(done):
             _collect(state, [row for row, is_done in enumerate(done) if is_done], results)
             live = [row for row, is_done in enumerate(done) if not is_done]
@@ -176,10 +176,10 @@ def prefill(
     keys: Sequence[int] | None = None,
     prompt_multiple: int = 1,
 ) -> DecodingState:
-    """Runs the prompts through the decoder and takes each sequence's first token; see `generate` for the arguments.
+    """Runs the prompts through the decoder and chooses each sequence's first token; see `generate` for the arguments.
 
     Returns:
-        The state of the batch, its images in the order of their prompts' lengths, longest first.
+        The state of the batch, its images ordered by prompt length, longest first.
     """
     device = encoder_hidden_states.device
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
@@ -221,7 +221,7 @@ def prefill(
 def _groups(prompts: Sequence[Sequence[int]], device: torch.device) -> list[slice]:
     """Cuts prompts, longest first, into groups that are prefilled together; one group on a GPU, which wants large ones.
 
-    A group's number of prompts decides its shape only, so a caption does not depend on it.
+    The number of prompts in a group only decides its shape, so captions do not depend on it.
     """
     if device.type != "cpu":
         return [slice(0, len(prompts))]
@@ -262,12 +262,12 @@ def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)
 
 
-def _collect(state: DecodingState, which: Sequence[int], results: list[list[Generated]]) -> None:
-    """Writes the best hypotheses of the batch's rows in `which` to their images' places in `results`."""
+def _collect(state: DecodingState, rows: Sequence[int], results: list[list[Generated]]) -> None:
+    """Stores the best hypotheses of some rows of the batch as the results of their images."""
     best = state.strategy.best()
-    chosen = torch.tensor(list(which), dtype=torch.int64, device=state.position.device)
+    chosen = torch.tensor(list(rows), dtype=torch.int64, device=state.position.device)
     columns = (x[chosen].tolist() for x in (best.token_ids, best.lengths, best.scores))
-    for row, token_ids, lengths, scores in zip(which, *columns, strict=True):
+    for row, token_ids, lengths, scores in zip(rows, *columns, strict=True):
         captions = zip(token_ids, lengths, scores, strict=True)
         results[state.images[row]] = [Generated(ids[:length], score) for ids, length, score in captions]
 

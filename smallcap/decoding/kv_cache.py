@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class KeyValueSlots(Protocol):
-    """What a decoder's self-attention asks of a cache."""
+    """What a decoder's self-attention needs from a cache."""
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Stores [B, H, new, D] keys and values of one layer; returns all that the new tokens may attend to."""
@@ -52,7 +52,7 @@ class KVCache:
         self.length = prompt_tokens
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores one layer's new slots behind the filled ones and returns all filled slots.
+        """Stores one layer's new slots after the filled ones and returns all filled slots.
 
         Args:
             layer: Index of the layer.
@@ -89,7 +89,7 @@ class KVCache:
         return self.visible[:, :, :end]
 
     def keep(self, rows: Tensor) -> None:
-        """Drops all images but `rows` ([kept] int64); the filled slots of those are copied together."""
+        """Drops all images but `rows` ([kept] int64); their filled slots are copied together."""
         capacity = self.keys.shape[3]
         kept_keys = self.keys.new_empty(self.keys.shape[0], len(rows), self.keys.shape[2], capacity, self.keys.shape[4])
         kept_values = torch.empty_like(kept_keys)
@@ -100,7 +100,7 @@ class KVCache:
 
 
 class PromptSlots:
-    """The part of a cache that the prompts of some of its images fill: their last `length` slots before S."""
+    """The slots of a cache that the prompts of some images fill: the last `length` of the S prompt slots."""
 
     def __init__(self, cache: KVCache, rows: slice, length: int) -> None:
         prompt_tokens = cache.length
@@ -115,4 +115,4 @@ class PromptSlots:
         return keys, values
 
     def advance(self, new_slots: int) -> None:
-        """Does nothing: a prompt is stored in one go."""
+        """Does nothing: a prompt is stored at once."""

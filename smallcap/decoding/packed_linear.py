@@ -1,8 +1,8 @@
-"""Linear layers whose weights are laid out once as the CPU's matrix kernels want them.
+"""Linear layers whose weights are laid out once as the CPU's matrix kernels expect them.
 
-torch lays a bfloat16 weight out anew at every call, which for the few rows of a decoding step takes up to 28% of the
-time (docs/benchmarks.md); what it does for `torch.compile` with freezing is done here without a compiler. The operators
-are torch's own but not documented, so a model is left as it is where they are missing.
+torch lays a bfloat16 weight out anew at every call. For the few rows of a decoding step, that takes up to 28% of the
+time (docs/benchmarks.md). `torch.compile` with freezing avoids it; this module does the same without a compiler. The
+operators are torch's own but undocumented, so a model stays as it is if they are missing.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ _FUSED = {"GELU": "gelu", "ReLU": "relu"}  # activations that the kernels comput
 
 
 class PackedLinear(nn.Module):
-    """A linear layer, and the activation behind it, for inference.
+    """A linear layer with the activation that follows it, for inference.
 
     Args:
         weight: [out, in] bfloat16.
         bias: [out] bfloat16.
-        activation: One of those that can be fused, or None.
+        activation: An activation that can be fused, or None.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, activation: nn.Module | None = None) -> None:
@@ -32,7 +32,7 @@ class PackedLinear(nn.Module):
         self._algorithm = activation.approximate if isinstance(activation, nn.GELU) else ""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] to [..., out]."""
+        """Maps [..., in] to [..., out]."""
         packed: Tensor = torch.ops.mkldnn._linear_pointwise(
             x, self._weight, self._bias, self._activation, [], self._algorithm
         )
@@ -40,9 +40,9 @@ class PackedLinear(nn.Module):
 
 
 def can_pack(model: nn.Module) -> bool:
-    """Returns whether a model's linear layers can be packed: bfloat16 weights, and a CPU and a torch that can do it.
+    """Says whether a model's linear layers can be packed: they are bfloat16, and the CPU and torch can do it.
 
-    Without AVX-512 the operators are there, and refuse bfloat16.
+    Without AVX-512 the operators exist but refuse bfloat16.
     """
     weight = next(model.parameters())
     operators = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
@@ -56,10 +56,10 @@ def can_pack(model: nn.Module) -> bool:
 
 
 def pack_linears(model: nn.Module) -> bool:
-    """Packs a model's linear layers in place where that can be done; it can then not be saved, moved or trained.
+    """Packs a model's linear layers in place if possible; the model can then not be saved, moved or trained.
 
     Returns:
-        Whether it was done.
+        Whether the layers were packed.
     """
     if not can_pack(model):
         return False
@@ -69,7 +69,7 @@ def pack_linears(model: nn.Module) -> bool:
             if type(layer) is not nn.Linear and not is_conv1d:  # subclasses belong to modules that use the weight
                 continue
             weight, bias = (cast("Tensor", parameter) for parameter in (layer.weight, layer.bias))
-            fused = _activation_behind(module, name)
+            fused = _activation_after(module, name)
             activation = getattr(module, fused) if fused else None
             setattr(module, name, PackedLinear(weight.T if is_conv1d else weight, bias, activation))
             if fused:
@@ -77,7 +77,7 @@ def pack_linears(model: nn.Module) -> bool:
     return True
 
 
-def _activation_behind(module: nn.Module, name: str) -> str | None:
+def _activation_after(module: nn.Module, name: str) -> str | None:
     """Returns the name of the activation that a block applies to its linear layer `name`, if it can be fused."""
     if name in ("c_fc", "fc1"):
         for attribute in ("activation", "activation_fn"):

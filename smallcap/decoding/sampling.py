@@ -1,8 +1,8 @@
 """Sampling with temperature and top-p, reproducible whatever images share the batch.
 
-The random number behind a token is a hash of the seed, the image's key, the caption's number and the step. It depends
-on no generator's state, so an image's captions do not change with its batch or its place in it; only a logit that
-differs in its last digits can move a token across a boundary.
+The random number behind a token is a hash of the seed, the image's key, the caption's number and the step. It does
+not depend on a generator's state, so an image's captions do not change with its batch or its place in it; only a logit
+that differs in its last digits can move a token across a boundary.
 
 Source: Holtzman et al. 2020 for top-p; Steele et al. 2014 for SplitMix64.
 """
@@ -21,7 +21,7 @@ class Sampling(DecodingStrategy):
     """Independent samples of N captions for each of B images.
 
     Attributes:
-        keys: [B] int64, what identifies each image to the random numbers.
+        keys: [B] int64, from which each image's random numbers follow.
     """
 
     per_image = ("tokens", "done", "keys", "_log_probs", "_lengths", "_ended")
@@ -71,7 +71,7 @@ class Sampling(DecodingStrategy):
 
 
 def draw(logits: Tensor, uniform: Tensor, options: SamplingOptions) -> Tensor:
-    """Draws a token of each row from the most likely ones that together have the probability `top_p`.
+    """Draws one token per row from the most likely ones that together have the probability `top_p`.
 
     Args:
         logits: [..., V] float32.
@@ -83,8 +83,8 @@ def draw(logits: Tensor, uniform: Tensor, options: SamplingOptions) -> Tensor:
     """
     probs, tokens = (logits / options.temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
     mass = probs.double().cumsum(-1)
-    before = mass - probs  # of the more likely tokens
-    kept = torch.where(before < options.top_p, mass, 0.0).amax(-1)
+    mass_before = mass - probs  # of the more likely tokens
+    kept = torch.where(mass_before < options.top_p, mass, 0.0).amax(-1)
     rank = torch.searchsorted(mass, (uniform * kept)[..., None], right=True)
     return tokens.gather(-1, rank.clamp(max=logits.shape[-1] - 1))[..., 0]
 

@@ -1,8 +1,8 @@
-"""What every way of choosing tokens has in common: its options, its interface to the engine, and exact fast top-k.
+"""What all ways of choosing tokens share: options, the interface to the engine, and a fast and exact top-k.
 
 A decoding strategy turns logits into the next tokens of N sequences per image and keeps what has been generated. The
-engine knows nothing of how it chooses; a strategy sees scores and token ids, never a model or text. All its state is
-tensors with one row per image, so that images can leave the batch and a step can be recorded as a CUDA graph.
+engine does not know how it chooses; a strategy sees scores and token ids, never a model or text. Its state is tensors
+with one row per image, so that images can leave the batch and a step can be recorded as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _CHUNK = 256  # logits; a chunk's maximum decides whether its members can be amo
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """Sampling instead of search; see `smallcap.decoding.sampling`."""
+    """How tokens are sampled; see `smallcap.decoding.sampling`."""
 
     temperature: float = 1.0
     top_p: float = 1.0  # share of the probability that is sampled from, the most likely tokens first
@@ -27,17 +27,17 @@ class SamplingOptions:
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """How to decode; see `smallcap.config.GenerationConfig` for the users' view of it."""
+    """How to decode; `smallcap.config.GenerationConfig` is the users' view of it."""
 
     num_beams: int
     max_new_tokens: int
     length_penalty: float
     eos_token_id: int
     pad_token_id: int
-    no_repeat_ngram_size: int = 0  # no caption says the same n tokens twice; 0 allows it
+    no_repeat_ngram_size: int = 0  # no caption repeats a sequence of n tokens; 0 allows it
     num_captions: int = 1  # returned per image, best first
     strategy: type[DecodingStrategy] | None = None  # None is beam search
-    sampling: SamplingOptions = SamplingOptions()  # where the strategy is sampling
+    sampling: SamplingOptions = SamplingOptions()  # for the strategy that samples
 
     @property
     def num_sequences(self) -> int:
@@ -58,7 +58,7 @@ class DecodingStrategy(ABC):
     """N growing sequences for each of B images.
 
     Attributes:
-        step: Tokens that each sequence has.
+        step: Number of tokens that each sequence has.
         tokens: [B, N, max_new_tokens] int64, of which the first `step` are generated.
         done: [B] bool, images whose result no longer changes.
         per_image: Names of the attributes that have one row per image.
@@ -67,11 +67,11 @@ class DecodingStrategy(ABC):
     per_image: tuple[str, ...] = ("tokens", "done")
 
     def __init__(self, options: GenerationOptions, keys: Tensor) -> None:
-        """Begins with the prompts.
+        """Starts with the prompts.
 
         Args:
             options: How to decode.
-            keys: [B] int64, numbers that tell the images apart wherever they are.
+            keys: [B] int64, numbers that tell the images apart in any batch.
         """
         self.options = options
         self.step = 0
@@ -97,7 +97,7 @@ class DecodingStrategy(ABC):
 
     @abstractmethod
     def best(self) -> Hypotheses:
-        """Returns the `num_captions` best captions of each image as things stand."""
+        """Returns the `num_captions` best captions of each image so far."""
 
     def keep(self, rows: Tensor) -> None:
         """Drops all images but `rows` ([kept] int64)."""
@@ -105,16 +105,16 @@ class DecodingStrategy(ABC):
             setattr(self, name, getattr(self, name)[rows])
 
     def _without_repeats(self, logits: Tensor) -> Tensor:
-        """Returns float32 logits with -inf for each token that would say n tokens of its own caption again."""
+        """Returns float32 logits with -inf for each token that would repeat n tokens of its caption."""
         logits = logits.float()
         n = self.options.no_repeat_ngram_size
         if n == 0 or self.step < n:
             return logits
-        said = self.tokens[:, :, : self.step].unfold(2, n, 1)  # [B, N, step - n + 1, n]
+        ngrams = self.tokens[:, :, : self.step].unfold(2, n, 1)  # [B, N, step - n + 1, n]
         latest = self.tokens[:, :, None, self.step - n + 1 : self.step]  # [B, N, 1, n - 1]
-        repeats = (said[..., :-1] == latest).all(-1)
+        repeats = (ngrams[..., :-1] == latest).all(-1)
         bans = torch.where(repeats, -torch.inf, torch.inf)
-        return logits.scatter_reduce(-1, said[..., -1], bans, "amin")
+        return logits.scatter_reduce(-1, ngrams[..., -1], bans, "amin")
 
 
 def top_logits(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,7 +124,7 @@ def top_logits(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
     Args:
         logits: [..., V] float32.
-        k: How many, at most V.
+        k: Number of logits to find, at most V.
 
     Returns:
         Values [..., k] in descending order, their indices [..., k] int64, and log(sum(exp(logits))) [..., 1].

@@ -1,7 +1,7 @@
 """The interface of a text decoder with reduced cross-attention, and the attention all decoders share.
 
-A decoder turns token ids into hidden states and hidden states into logits. It knows no beams: the engine lays an
-image's N beams along the S axis, where during prefill the prompt's tokens lie, so that one forward pass serves both.
+A decoder turns token ids into hidden states and hidden states into logits. It knows nothing about beams: the engine
+lays an image's N beams along the S axis, where the prompt's tokens lie during prefill; one forward pass serves both.
 Each decoder of the reference is one small module (`gpt2`, `opt`, `xglm`) with the reference's parameter names.
 """
 
@@ -24,7 +24,7 @@ CrossAttentionKV = list[tuple[Tensor, Tensor]]  # per layer: keys and values, ea
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """The sizes of a decoder, under one name each for every kind."""
+    """The sizes of a decoder, under the same names for every kind."""
 
     model_type: str
     vocab_size: int
@@ -55,17 +55,17 @@ class DecoderLayer(nn.Module, ABC):
 
     @abstractmethod
     def project_image(self, encoder_hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, P, Hv] to cross-attention's keys and values, each [B, H, P, D / reduce factor]."""
+        """Projects [B, P, Hv] to cross-attention's keys and values, each [B, H, P, D / reduce factor]."""
 
     @abstractmethod
     def forward(
         self, x: Tensor, mask: Tensor, cross_kv: tuple[Tensor, Tensor], layer: int, cache: KeyValueSlots | None
     ) -> Tensor:
-        """[B, S, E] and a mask [B, 1, Q, T] to [B, Q, E], of the last Q positions."""
+        """Maps [B, S, E] and a mask [B, 1, Q, T] to the last Q positions, [B, Q, E]."""
 
 
 class DecoderStack(nn.Module, ABC):
-    """Embeddings, layers and last norm of a decoder: all but its output layer."""
+    """Embeddings, layers and last norm of a decoder: everything except its output layer."""
 
     @property
     @abstractmethod
@@ -75,22 +75,22 @@ class DecoderStack(nn.Module, ABC):
     @property
     @abstractmethod
     def token_embedding(self) -> Tensor:
-        """[V, E]."""
+        """The input embedding, [V, E]."""
 
     @abstractmethod
     def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """[B, S] token ids and positions to [B, S, E]."""
+        """Maps [B, S] token ids and positions to [B, S, E]."""
 
     @abstractmethod
     def last_norm(self, x: Tensor) -> Tensor:
-        """[B, S, E] to [B, S, E]."""
+        """Maps [B, S, E] to [B, S, E]."""
 
 
 class TextDecoder(nn.Module, ABC):
     """A causal language model whose layers also attend to an image's encoder hidden states.
 
     Attributes:
-        trained_marker: What the names of the parameters that SmallCap trains contain; all others stay frozen.
+        trained_marker: Occurs in the names of the parameters that SmallCap trains; all others stay frozen.
     """
 
     trained_marker: str
@@ -103,7 +103,7 @@ class TextDecoder(nn.Module, ABC):
     @property
     @abstractmethod
     def stack(self) -> DecoderStack:
-        """All but the output layer, whose weights are the input embedding's."""
+        """Everything except the output layer, whose weights are the input embedding's."""
 
     def cross_attention_kv(self, encoder_hidden_states: Tensor) -> CrossAttentionKV:
         """Projects [B, P, Hv] encoder hidden states to every layer's cross-attention keys and values."""
@@ -122,7 +122,7 @@ class TextDecoder(nn.Module, ABC):
     ) -> Tensor:
         """Returns the last layer's normalised hidden states, [B, S, E]; stores keys and values if there is a cache.
 
-        With `last_only` it returns those of the last position, [B, 1, E], and the last layer computes no others.
+        With `last_only` it returns only those of the last position, [B, 1, E], and the last layer computes no others.
         """
         layers = self.stack.decoder_layers
         masks = [attention_mask] * len(layers)
@@ -137,7 +137,7 @@ class TextDecoder(nn.Module, ABC):
 
     @property
     def token_embedding(self) -> Tensor:
-        """The input embedding [V, E], which is the output embedding too."""
+        """The input embedding [V, E], which serves as the output embedding."""
         return self.stack.token_embedding
 
     def logits(self, hidden_states: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ class TextDecoder(nn.Module, ABC):
         return F.linear(hidden_states, self.token_embedding)
 
     def pack(self) -> None:
-        """Lays the weights out for this CPU, where that can be done; the decoder is then good for inference only."""
+        """Lays the weights out for this CPU if possible; the decoder can then only be used for inference."""
         if pack_linears(self):
             self._packed_head = PackedLinear(self.token_embedding, None)
 
@@ -159,7 +159,7 @@ class TextDecoder(nn.Module, ABC):
 def activation(name: str) -> Callable[[Tensor], Tensor]:
     """Returns an activation by its name in transformers.
 
-    Its `gelu_new` is written as seven operations; torch has the same function as one.
+    transformers computes `gelu_new` in seven operations; torch has the same function as one.
     """
     return nn.GELU("tanh") if name == "gelu_new" else cast("Callable[[Tensor], Tensor]", ACT2FN[name])
 
@@ -171,7 +171,7 @@ def split_heads(states: Tensor, num_heads: int) -> Tensor:
 
 
 def init_weights(decoder: nn.Module) -> None:
-    """The initialisation of GPT-2 and of fairseq, for what no checkpoint fills: new cross-attention before training."""
+    """Initialises weights as GPT-2 and fairseq do; only those of new cross-attention are not overwritten afterwards."""
     for module in decoder.modules():
         weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
         if isinstance(weight, nn.Parameter) and not isinstance(module, nn.LayerNorm):
@@ -186,7 +186,7 @@ def attend(
     values: Tensor,  # [B, H, T, D]
     mask: Tensor | None,  # added to the scores
     dropout: float = 0.0,
-    scale: float | None = None,  # of the scores; by default D ** -0.5
+    scale: float | None = None,  # factor of the scores; by default D ** -0.5
 ) -> Tensor:
     """Attends with queries to keys and values; returns the heads merged, [B, S, H * D]."""
     mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, dropout_p=dropout, scale=scale)

@@ -25,7 +25,7 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class Statistics:
-    """What a figure is computed from.
+    """The counts that a figure is computed from.
 
     Args:
         counts: [images, C] float64; one row for each image.
@@ -41,11 +41,11 @@ class Statistics:
         return float(self.figure(self.counts.sum(axis=0)))
 
 
-def mean_of(values: np.ndarray) -> Statistics:
+def mean_statistics(values: np.ndarray) -> Statistics:
     """Returns the statistics of a mean.
 
     Args:
-        values: [images]; NaN where an image has no value, and is left out of the mean.
+        values: [images]; an image without a value has NaN, and is left out of the mean.
     """
     known = ~np.isnan(values)
     return Statistics(np.stack([np.where(known, values, 0.0), known], axis=1).astype(np.float64), _ratio)
@@ -60,9 +60,9 @@ def resample(statistics: Mapping[NameT, Statistics], resamples: int, seed: int) 
     """Draws the images again, with replacement, and returns the figures of each draw.
 
     Args:
-        statistics: Of the same images in the same order, by name.
-        resamples: How many draws.
-        seed: Of the draws.
+        statistics: Statistics of the same images in the same order, by name.
+        resamples: Number of draws.
+        seed: Seed of the draws.
 
     Returns:
         [resamples] float64 for each name; entry i of all of them comes from the same draw.
@@ -74,8 +74,8 @@ def resample(statistics: Mapping[NameT, Statistics], resamples: int, seed: int) 
     for row in sums:
         row[:] = np.bincount(generator.integers(images, size=images), minlength=images) @ counts
     ends = np.cumsum([entry.counts.shape[1] for entry in statistics.values()])
-    parts = np.split(sums, ends[:-1], axis=1)
-    return {name: entry.figure(part) for (name, entry), part in zip(statistics.items(), parts, strict=True)}
+    split_sums = np.split(sums, ends[:-1], axis=1)
+    return {name: entry.figure(part) for (name, entry), part in zip(statistics.items(), split_sums, strict=True)}
 
 
 def interval(figures: np.ndarray, level: float = 0.95) -> Interval:

@@ -1,7 +1,7 @@
 """CIDEr, BLEU, ROUGE-L, METEOR and SPICE of captions against references: pycocoevalcap's figures, image by image.
 
-The first three need no Java. pycocoevalcap's code computes them; what is here keeps the n-grams of one image at a time
-and each image's share of a figure, from which `bootstrap` makes intervals. All count the words of `ptb_tokenizer`.
+The first three need no Java. pycocoevalcap's code computes them; this module holds the n-grams of one image at a time
+and keeps each image's share of a figure for `bootstrap`. All metrics count the words of `ptb_tokenizer`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from smallcap.errors import ConfigError
-from smallcap.evaluation.bootstrap import Statistics, mean_of
-from smallcap.evaluation.java_metrics import meteor_of, score_meteor, score_spice, what_metric_lacks
+from smallcap.evaluation.bootstrap import Statistics, mean_statistics
+from smallcap.evaluation.java_metrics import compute_meteor, score_meteor, score_spice, what_metric_lacks
 from smallcap.evaluation.java_tools import pycocoevalcap_folder
 from smallcap.evaluation.ptb_tokenizer import Tokenizer, tokenize_captions
 
@@ -24,18 +24,18 @@ JAVA_FREE_METRICS = ("cider", *BLEU_METRICS, "rouge_l")
 METRICS = (*JAVA_FREE_METRICS, "meteor", "spice")
 
 _MAX_NGRAM = 4
-_SMALL, _TINY = 1e-9, 1e-15  # of pycocoevalcap's BLEU, against divisions by zero
+_SMALL, _TINY = 1e-9, 1e-15  # in pycocoevalcap's BLEU, against divisions by zero
 
 
 @dataclass(frozen=True)
 class MetricScores:
-    """One metric of a set of captions.
+    """The scores of a set of captions by one metric.
 
     Args:
-        mean: The figure that papers report for the set. Of BLEU and METEOR it is computed from counts summed over the
-            set, and is not the mean of `per_image`.
-        per_image: Each image's own score.
-        tokenizer: What made words of the captions.
+        mean: The figure that papers report for the set. For BLEU and METEOR it is computed from counts summed over
+            the set, and is not the mean of `per_image`.
+        per_image: The score of each image.
+        tokenizer: Tokenizer that split the captions into words.
         statistics: What `mean` is computed from, one row for each image in the order of `per_image`.
     """
 
@@ -52,11 +52,11 @@ def score_captions(
 ) -> dict[str, MetricScores]:
     """Scores captions against their images' references, as pycocoevalcap does.
 
-    CIDEr weighs n-grams by how many of these images' references have them; with few images that says little.
+    CIDEr weighs n-grams by how many of these images have them in their references; with few images that says little.
 
     Args:
         candidates: A caption for each image.
-        references: At least one caption for each of these images; other images in it play no part.
+        references: At least one caption for each of these images; other images in it are ignored.
         metrics: Names in `METRICS`.
 
     Returns:
@@ -66,7 +66,7 @@ def score_captions(
         ConfigError: pycocoevalcap is not installed; a metric is unknown or cannot run here; an image has no references.
         RunError: A Java program fails.
     """
-    pycocoevalcap_folder()  # its absence is told before anything is computed
+    pycocoevalcap_folder()  # raises before anything is computed if it is missing
     _check_input(candidates, references, metrics)
     images = list(candidates)
     words, tokenizer = tokenize_captions([text for image in images for text in (candidates[image], *references[image])])
@@ -94,7 +94,7 @@ class _Captions:
 
     @functools.cached_property
     def bleu_counts(self) -> np.ndarray:
-        """What `bleu_of` takes, for all four orders: [images, 10]."""
+        """The counts that `compute_bleu` takes for order 4, [images, 10]."""
         from pycocoevalcap.bleu.bleu_scorer import cook_refs, cook_test
 
         counts = np.empty((len(self.candidates), 2 * _MAX_NGRAM + 2))
@@ -118,26 +118,26 @@ def _check_input(
         raise ConfigError(
             "Captions have no references.",
             expected="at least one reference for each image",
-            found=f"{len(lacking)} of {len(candidates)} images without, such as {lacking[0]}",
+            found=f"{len(lacking)} of {len(candidates)} images without references, such as {lacking[0]}",
         )
 
 
 def _score(metric: str, captions: _Captions) -> tuple[np.ndarray, Statistics]:
-    """Returns each image's score, [images], and the statistics of the set's."""
+    """Returns each image's score, [images], and the statistics of the set's score."""
     if metric in BLEU_METRICS:
         return _bleu(captions, BLEU_METRICS.index(metric) + 1)
     if metric == "meteor":
         statistics = score_meteor(captions.candidates, captions.references)
-        return meteor_of(statistics.counts), statistics
+        return compute_meteor(statistics.counts), statistics
     if metric == "spice":
         scores = score_spice(captions.candidates, captions.references)
     else:
         scores = {"cider": _cider, "rouge_l": _rouge_l}[metric](captions)
-    return scores, mean_of(scores)
+    return scores, mean_statistics(scores)
 
 
 class _Counted:
-    """A list whose entries are counted while it is iterated over, so that no image's n-grams outlive it."""
+    """A list whose entries are counted during iteration, so that only one image's n-grams are in memory."""
 
     def __init__(self, count: Callable[[Any], Any], entries: Sequence[Any]) -> None:
         self._count, self._entries = count, entries
@@ -170,11 +170,11 @@ def _rouge_l(captions: _Captions) -> np.ndarray:
 def _bleu(captions: _Captions, order: int) -> tuple[np.ndarray, Statistics]:
     counts = captions.bleu_counts
     columns = [*range(order), *range(_MAX_NGRAM, _MAX_NGRAM + order), -2, -1]
-    statistics = Statistics(counts[:, columns], bleu_of)
-    return bleu_of(statistics.counts), statistics
+    statistics = Statistics(counts[:, columns], compute_bleu)
+    return compute_bleu(statistics.counts), statistics
 
 
-def bleu_of(counts: np.ndarray) -> np.ndarray:
+def compute_bleu(counts: np.ndarray) -> np.ndarray:
     """Returns BLEU of n-gram counts.
 
     Args:

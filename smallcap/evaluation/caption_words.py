@@ -1,4 +1,4 @@
-"""What a caption's words tell without a scorer: what was copied or found by retrieval, how diverse captions are.
+"""Measures captions by their words, without a scorer: how much retrieval found, and how diverse captions are.
 
 Words are those of `tokenize_in_python`, on every machine: lower case, no punctuation.
 """
@@ -11,7 +11,7 @@ from itertools import pairwise
 
 from smallcap.evaluation.ptb_tokenizer import tokenize_in_python
 
-# Words that name nothing one could see: articles, pronouns, prepositions, conjunctions, auxiliaries.
+# Words that name nothing visible: articles, pronouns, prepositions, conjunctions, auxiliaries.
 _FUNCTION_WORDS_TEXT = """
     a an the this that these those some any each every both all another other others one ones
     i you he she it we they me him her us them his hers its our their theirs my your himself herself itself themselves
@@ -30,9 +30,9 @@ class Diversity:
     """How much captions differ from each other.
 
     Args:
-        distinct_1: Different words by all words.
-        distinct_2: Different pairs of neighbouring words by all such pairs.
-        vocabulary: Different words.
+        distinct_1: Number of different words over that of all words.
+        distinct_2: Number of different pairs of neighbouring words over that of all such pairs.
+        vocabulary: Number of different words.
 
     Source: Li et al., A Diversity-Promoting Objective Function for Neural Conversation Models (2016), section 5.
     """
@@ -43,24 +43,24 @@ class Diversity:
 
 
 def content_words(tokenized: Iterable[str]) -> set[str]:
-    """Returns the different words of tokenised captions that are no function words and have a letter or a digit."""
+    """Returns the different words of tokenised captions that are not function words and have a letter or a digit."""
     words = {word for caption in tokenized for word in caption.split()}
     return {word for word in words - _FUNCTION_WORDS if any(letter.isalnum() for letter in word)}
 
 
 def retrieval_recall(references: Sequence[str], retrieved: Sequence[str]) -> float:
-    """Returns the share of the references' content words that retrieved captions have; NaN where there are none.
+    """Returns the share of the references' content words that retrieved captions have; NaN if there are none.
 
     Args:
-        references: Tokenised.
-        retrieved: Tokenised.
+        references: Tokenised references.
+        retrieved: Tokenised captions.
     """
     wanted = content_words(references)
     return len(wanted & content_words(retrieved)) / len(wanted) if wanted else float("nan")
 
 
 def measure_diversity(captions: Iterable[str]) -> Diversity:
-    """Measures how much captions differ; 0 of everything where they have no words."""
+    """Measures how much captions differ; all figures are 0 if they have no words."""
     words: set[str] = set()
     pairs: set[tuple[str, str]] = set()
     word_count = pair_count = 0

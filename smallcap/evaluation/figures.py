@@ -1,7 +1,7 @@
 """The figures of one run, or of two on the same images, with confidence intervals.
 
-What is measured, and over which images, is here; scoring is `caption_metrics`', resampling `bootstrap`'s, reading the
-callers'.
+This module decides what is measured, and over which images. `caption_metrics` scores, `bootstrap` resamples, and the
+callers read.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from smallcap.errors import ConfigError
-from smallcap.evaluation.bootstrap import Statistics, interval, mean_of, resample
+from smallcap.evaluation.bootstrap import Statistics, interval, mean_statistics, resample
 from smallcap.evaluation.caption_metrics import BLEU_METRICS, METRICS, MetricScores, score_captions
 from smallcap.evaluation.caption_words import Diversity, measure_diversity
 from smallcap.evaluation.java_metrics import what_metric_lacks
@@ -20,7 +20,7 @@ from smallcap.evaluation.ptb_tokenizer import tokenize_in_python
 from smallcap.evaluation.references import References
 from smallcap.evaluation.run_captions import RunCaptions
 
-# Fewer images than this make CIDEr's weights arbitrary: they are logarithms of how many images have an n-gram.
+# Fewer images make CIDEr's weights arbitrary: these are logarithms of how many images have an n-gram.
 _FEW_IMAGES = 50
 _CLIP_SCORE_WEIGHT = 2.5  # Hessel et al., CLIPScore (2021), section 3
 _PERCENTILES = (5, 25, 50, 75, 95)
@@ -28,7 +28,7 @@ _PERCENTILES = (5, 25, 50, 75, 95)
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of a set of images with its 95% confidence interval; None where there is none."""
+    """A figure of a set of images with its 95% confidence interval; None if there is none."""
 
     value: float | None
     low: float | None = None
@@ -45,12 +45,12 @@ class Lengths:
 
 @dataclass(frozen=True)
 class RunFigures:
-    """What was measured of one run.
+    """The figures of one run.
 
     Args:
-        figures: By name, in the order they are shown.
-        diversity: Of its captions.
-        lengths: Of its captions.
+        figures: Figures by name, in the order of display.
+        diversity: Diversity of its captions.
+        lengths: Lengths of its captions.
     """
 
     figures: dict[str, Figure]
@@ -60,15 +60,15 @@ class RunFigures:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures of one run or two.
+    """The figures of one run or two.
 
     Args:
-        images: How many were evaluated: those with references that every run has captioned.
-        captions_per_image: References of these images, on average.
-        tokenizer: That made words of the captions for the caption metrics; None where none of them ran.
-        runs: In the order given.
+        images: Number of evaluated images: those with references that every run has captioned.
+        captions_per_image: Mean number of references per image.
+        tokenizer: Tokenizer of the caption metrics; None if none of them ran.
+        runs: Figures of each run, in the order given.
         differences: The second run's figures minus the first's, with paired intervals; empty for one run.
-        unavailable: Why a metric did not run, by metric.
+        unavailable: Reasons why metrics did not run, by metric.
         warnings: What a reader of the figures should know.
     """
 
@@ -92,12 +92,12 @@ def evaluate_runs(
     """Measures one run, or two on the images that both have.
 
     Args:
-        runs: One or two.
-        references: Of the images.
+        runs: One run or two.
+        references: References of the images.
         metrics: Names in `METRICS`; those that cannot run here are left out and named.
         resamples: Draws of the bootstrap; 0 gives no intervals.
-        seed: Of the draws.
-        datastore: All texts of the datastore, in batches; where given, captions in it are not novel.
+        seed: Seed of the draws.
+        datastore: All texts of the datastore, in batches; captions in it are not novel.
 
     Raises:
         ConfigError: There are no images to evaluate, or pycocoevalcap is not installed.
@@ -114,7 +114,7 @@ def evaluate_runs(
         )
     unavailable = {metric: lack for metric in metrics if (lack := what_metric_lacks(metric))}
     running = [metric for metric in metrics if metric not in unavailable]
-    stored = _found_in(datastore, runs, images)
+    stored = _stored_captions(datastore, runs, images)
     scored = [_score(run, references, images, running) for run in runs]
     statistics = [
         {name: entry.statistics for name, entry in scores.items()} | _run_statistics(run, images, stored)
@@ -125,7 +125,7 @@ def evaluate_runs(
         images=len(images),
         captions_per_image=float(np.mean([len(references.captions[image]) for image in images])),
         tokenizer=next((entry.tokenizer for scores in scored for entry in scores.values()), None),
-        runs=tuple(_run_figures(run, images, own) for run, own in zip(runs, figures, strict=True)),
+        runs=tuple(_run_figures(run, images, by_name) for run, by_name in zip(runs, figures, strict=True)),
         differences=differences,
         unavailable=unavailable,
         warnings=_warnings(len(images), running),
@@ -155,13 +155,13 @@ def _run_statistics(run: RunCaptions, images: Sequence[str], stored: set[str] | 
     if stored is not None:
         known = np.array([tokenize_in_python(run.captions[image]) in stored for image in images])
         values["novel"] = 1 - np.fmax(copied, known)  # without retrieval only the datastore counts
-    return {name: mean_of(column) for name, column in values.items()}
+    return {name: mean_statistics(column) for name, column in values.items()}
 
 
-def _found_in(
+def _stored_captions(
     datastore: Iterable[Sequence[str]] | None, runs: Sequence[RunCaptions], images: Sequence[str]
 ) -> set[str] | None:
-    """Returns which of the captions, as words, the datastore has; None where it was not given."""
+    """Returns the captions, as words, that the datastore holds; None if it was not given."""
     if datastore is None:
         return None
     wanted = {tokenize_in_python(run.captions[image]) for run in runs for image in images}
@@ -172,11 +172,12 @@ def _with_intervals(
     statistics: Sequence[Mapping[str, Statistics]], resamples: int, seed: int
 ) -> tuple[list[dict[str, Figure]], dict[str, Figure]]:
     """Returns each run's figures, and the second's minus the first's."""
-    named = {(run, name): entry for run, own in enumerate(statistics) for name, entry in own.items()}
+    named = {(run, name): entry for run, by_name in enumerate(statistics) for name, entry in by_name.items()}
     values = {key: entry.value for key, entry in named.items()}
     draws = resample(named, resamples, seed) if resamples else {}
     figures = [
-        {name: _figure(values[run, name], draws.get((run, name))) for name in own} for run, own in enumerate(statistics)
+        {name: _figure(values[run, name], draws.get((run, name))) for name in by_name}
+        for run, by_name in enumerate(statistics)
     ]
     if len(statistics) == 1:
         return figures, {}
@@ -208,12 +209,12 @@ def _warnings(images: int, metrics: Sequence[str]) -> tuple[str, ...]:
     if images >= _FEW_IMAGES or "cider" not in metrics:
         return ()
     return (
-        f"CIDEr weighs n-grams by how many of the {images} images' references have them; below {_FEW_IMAGES} images "
-        "its value says little.",
+        f"CIDEr weighs n-grams by how many images have them in their references. With fewer than {_FEW_IMAGES} images "
+        f"(here {images}) its value says little.",
     )
 
 
 def expand_metrics(names: Iterable[str]) -> list[str]:
-    """Returns the metrics of `METRICS` that names mean, in its order; `bleu` means all four orders."""
+    """Returns the metrics that names stand for, in the order of `METRICS`; `bleu` stands for all four orders."""
     wanted = {metric for name in names for metric in (BLEU_METRICS if name == "bleu" else (name,))}
     return [metric for metric in METRICS if metric in wanted]

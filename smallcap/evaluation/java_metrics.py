@@ -1,4 +1,4 @@
-"""METEOR and SPICE, the caption metrics whose only programs are in Java."""
+"""METEOR and SPICE, the caption metrics that exist only as Java programs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from smallcap.evaluation.java_tools import has_java, pycocoevalcap_folder, run_j
 # METEOR 1.5's parameters for English, and the weights of exact, stem, synonym and paraphrase matches.
 _ALPHA, _BETA, _GAMMA, _DELTA = 0.85, 0.2, 0.6, 0.75
 _MATCH_WEIGHTS = np.array([1.0, 0.6, 0.8, 0.6])
-_STATISTICS = 23  # numbers that the program says of a caption
+_STATISTICS = 23  # numbers that the program prints per caption
 _CORENLP = "stanford-corenlp-3.6.0"
 _GET_CORENLP = (
     'python -c "from pycocoevalcap.spice.get_stanford_models import get_stanford_models; get_stanford_models()"'
@@ -24,7 +24,7 @@ _GET_CORENLP = (
 
 
 def what_metric_lacks(metric: str) -> str:
-    """Says what keeps a metric from running here, with the remedy; empty where nothing does."""
+    """Says what a metric lacks to run here, with the remedy; empty if it can run."""
     if metric not in ("meteor", "spice"):
         return ""
     if not has_java():
@@ -39,8 +39,8 @@ def score_meteor(candidates: Sequence[str], references: Sequence[Sequence[str]])
     """Scores tokenised captions with METEOR.
 
     Args:
-        candidates: [images].
-        references: At least one for each image.
+        candidates: Captions, [images].
+        references: At least one reference for each image.
 
     Raises:
         RunError: The program fails.
@@ -53,20 +53,19 @@ def score_meteor(candidates: Sequence[str], references: Sequence[Sequence[str]])
     rows = [line.split() for line in run_java(options, "\n".join(lines) + "\n", "METEOR").splitlines()]
     if len(rows) != len(lines) or any(len(row) != _STATISTICS for row in rows):
         raise RunError(
-            "METEOR returned something else than statistics.",
+            "METEOR did not return statistics.",
             where=str(jar),
             expected=f"{len(lines)} lines of {_STATISTICS} numbers",
             found=f"{len(rows)} lines of {sorted({len(row) for row in rows})} numbers",
         )
-    return Statistics(_meteor_counts(np.array(rows, np.float64)), meteor_of)
+    return Statistics(_meteor_counts(np.array(rows, np.float64)), compute_meteor)
 
 
 def _meteor_counts(numbers: np.ndarray) -> np.ndarray:
     """Weighs the program's numbers, [images, 23], into [images, 7], whose sums give the figure of a set."""
     lengths, function_words = numbers[:, 0:2], numbers[:, 2:4]  # [images, caption or reference]
-    matches = numbers[:, 4:20].reshape(
-        -1, 4, 2, 2
-    )  # [images, kind of match, content or function, caption or reference]
+    # [images, kind of match, content or function, caption or reference]
+    matches = numbers[:, 4:20].reshape(-1, 4, 2, 2)
     word_weights = np.array([_DELTA, 1 - _DELTA])
     weighted_matches = np.einsum("imws,m,w->is", matches, _MATCH_WEIGHTS, word_weights)
     weighted_lengths = _DELTA * (lengths - function_words) + (1 - _DELTA) * function_words
@@ -75,12 +74,12 @@ def _meteor_counts(numbers: np.ndarray) -> np.ndarray:
     return np.concatenate([weighted_matches, weighted_lengths, matched_words, chunks[:, None]], axis=1)
 
 
-def meteor_of(counts: np.ndarray) -> np.ndarray:
+def compute_meteor(counts: np.ndarray) -> np.ndarray:
     """Returns METEOR of summed counts.
 
     Args:
         counts: [..., 7]: weighted matches of captions and of references, their weighted lengths, their matched words,
-            and the chunks in which these lie.
+            and the chunks that these form.
 
     Source: Denkowski and Lavie, Meteor Universal (2014), section 2; the class MeteorScorer of METEOR 1.5.
     """
@@ -95,11 +94,11 @@ def score_spice(candidates: Sequence[str], references: Sequence[Sequence[str]]) 
     """Scores tokenised captions with SPICE.
 
     Args:
-        candidates: [images].
-        references: At least one for each image.
+        candidates: Captions, [images].
+        references: At least one reference for each image.
 
     Returns:
-        [images] float64; NaN where SPICE gives none.
+        [images] float64; NaN if SPICE gives no score.
 
     Raises:
         RunError: The program fails.
@@ -117,6 +116,6 @@ def score_spice(candidates: Sequence[str], references: Sequence[Sequence[str]]) 
             "SPICE ended with an error.",
             where=str(pycocoevalcap_folder() / "spice"),
             found=str(error),
-            remedy="It was written for Java 8, takes up to 8 GB, and writes into its own folder. Or leave it out.",
+            remedy="Give it Java 8, 8 GB of memory and a writable folder, or leave SPICE out.",
         ) from error
     return np.array([entry["All"]["f"] for entry in scores], np.float64)

@@ -27,7 +27,7 @@ def pycocoevalcap_folder() -> Path:
 
 
 def has_java() -> bool:
-    """Says whether a Java program can run; a stub that only offers to install Java is none."""
+    """Says whether a Java program can run; a stub that only offers to install Java does not count."""
     java = shutil.which("java")
     return java is not None and _runs(java)
 
@@ -44,15 +44,15 @@ def run_java(options: Sequence[str], text: str, name: str) -> str:
     """Runs a Java program over a text.
 
     Args:
-        options: Of the command `java`.
+        options: Options of the command `java`.
         text: The program's input.
         name: What errors call the program.
 
     Returns:
-        What it printed.
+        The program's output.
 
     Raises:
-        RunError: It ended with an error.
+        RunError: The program ended with an error.
     """
     command = ["java", "-Dfile.encoding=UTF-8", *options]  # whatever the locale is
     done = subprocess.run(command, input=text.encode(), capture_output=True, check=False)

@@ -17,7 +17,7 @@ from smallcap.evaluation.java_tools import has_java, pycocoevalcap_folder, run_j
 
 Tokenizer = Literal["ptb-java", "ptb-python"]
 
-# What pycocoevalcap drops. Brackets are not among it: `-lowerCase` has turned them into -lrb- and -rrb- by then.
+# Tokens that pycocoevalcap drops. Brackets are not among them: `-lowerCase` has already made them -lrb- and -rrb-.
 PUNCTUATION = frozenset(
     ("''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";")
 )
@@ -29,7 +29,7 @@ _ABBREVIATIONS = (
     "mr|mrs|ms|dr|st|jr|sr|vs|etc|mt|ft|co|inc|ltd|corp|bros|ave|blvd|rd|prof|rev|gen|col|sgt|capt|lt|gov|sen|rep|hon"
     "|jan|feb|apr|aug|sept|oct|nov|dec|mo|ca|ph\\.d"
 )
-_CROSSES_SPACES = re.compile(r"<|\bno\.\s", re.IGNORECASE)  # the only rules that look beyond one
+_CROSSES_SPACES = re.compile(r"<|\bno\.\s", re.IGNORECASE)  # the only rules that look beyond a space
 _TOKEN = re.compile(
     rf"""
       (?:https?://|www\.)[^\s<>"]*[^\s<>"'.,;:!?)\]]           # URLs
@@ -72,7 +72,7 @@ def tokenize_in_java(captions: Sequence[str]) -> list[str]:
     """Tokenises captions with Stanford's PTBTokenizer, in one process for all of them.
 
     Raises:
-        RunError: The program fails, or returns another number of lines.
+        RunError: The program fails, or returns a wrong number of lines.
 
     Source: pycocoevalcap/tokenizer/ptbtokenizer.py, which writes its input into its own folder instead.
     """
@@ -85,7 +85,7 @@ def tokenize_in_java(captions: Sequence[str]) -> list[str]:
     tokenized = output.split("\n")[:-1]
     if len(tokenized) != len(captions):
         raise RunError(
-            "The PTB tokenizer returned another number of captions.",
+            "The PTB tokenizer returned a wrong number of captions.",
             where=str(jar),
             expected=str(len(captions)),
             found=str(len(tokenized)),
@@ -105,7 +105,7 @@ def tokenize_in_python(caption: str) -> str:
 
 @functools.lru_cache(maxsize=1 << 16)
 def _tokenize_chunk(chunk: str) -> str:
-    """Tokenises what stands between spaces; captions repeat most of it."""
+    """Tokenises the text between two spaces; captions repeat most of these texts."""
     return _without_punctuation([_BRACKETS.get(token, token).lower() for token in _TOKEN.findall(chunk)])
 
 

@@ -1,7 +1,7 @@
 """Reference captions by image, and which of these images a run's `image_id` means.
 
-Runs name images by path, key or an id of the user's; references name them by file name, number, or both. `find` tries
-exact names first and looser ones after; a name that means two images means none.
+Runs name images by path, by key or by the user's ids; references name them by file name, number, or both. `find` tries
+exact names first and looser ones later; a name that fits two images means neither.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class ReferenceImage:
 
     Args:
         name: File name, or the id where there is none; unique among the references.
-        captions: At least one.
-        image_id: The data set's id, where it has one beside the file name.
+        captions: At least one caption.
+        image_id: The data set's id, if there is one besides the file name.
     """
 
     name: str
@@ -36,8 +36,8 @@ class References:
     """The reference captions of a data set.
 
     Args:
-        images: With different names.
-        where: What errors call the file.
+        images: Images with different names.
+        where: Name of the file in errors.
 
     Raises:
         SchemaError: There are no images, or two with the same name.
@@ -59,10 +59,10 @@ class References:
         self._keyed = keyed
 
     def find(self, image_id: str) -> str | None:
-        """Returns the name of the image that a run's `image_id` means; None where none or several fit.
+        """Returns the name of the image that a run's `image_id` means; None if no image fits, or several do.
 
-        Tried in this order: the name or the id; the file's name without folders; that without its suffix; the number at
-        its end, where the references' own file names end with their ids, as COCO's do.
+        It tries in this order: the name or the id; the file name without folders; the file name without its suffix; the
+        number at its end, if the references' file names end with their ids, as COCO's do.
         """
         asked = (image_id, _file_name(image_id), _stem(image_id), _trailing_number(image_id))
         for known, key in zip(self._keyed, asked, strict=True):
@@ -103,13 +103,13 @@ def load_references(uri: str, columns: CaptionColumns, split: str | None = None)
 
     Args:
         uri: COCO captions, Karpathy's splits, or a table.
-        columns: Where a table keeps captions and images.
-        split: Of Karpathy's splits, the one to take, such as `test`; by default all.
+        columns: Columns of a table that hold captions and images.
+        split: One of Karpathy's splits, such as `test`; by default all.
 
     Raises:
         SchemaError: The file is damaged, a caption is malformed or empty or names no image, or there are none.
-        ConfigError: The file's suffix is unknown, or it does not have the split.
-        StorageError: It cannot be read.
+        ConfigError: The file's suffix is unknown, or the file does not have the split.
+        StorageError: The file cannot be read.
     """
     images: dict[tuple[str, str | None], list[str]] = {}
     splits: set[str] = set()
@@ -122,10 +122,10 @@ def load_references(uri: str, columns: CaptionColumns, split: str | None = None)
             image_id = _checked_image(row, uri, columns)
             if row.split is None and split is not None:
                 raise ConfigError(
-                    "These captions have no splits inside a file.",
+                    "These captions are not divided into splits.",
                     where=uri,
                     found=split,
-                    remedy="Leave --split out; another split is another file.",
+                    remedy="Leave --split out; each split has a file of its own.",
                 )
             images.setdefault((image_id, row.dataset_id), []).append(row.text)
     if split is not None and splits and not images:
@@ -135,7 +135,7 @@ def load_references(uri: str, columns: CaptionColumns, split: str | None = None)
 
 
 def _checked_image(row: CaptionRow, uri: str, columns: CaptionColumns) -> str:
-    """Returns what names a row's image, once it is sure that the row has both a caption and an image."""
+    """Returns the id of a row's image, after checking that the row has a caption and an image."""
     if row.problem or not row.text.strip():
         raise SchemaError(
             "A row of the references is malformed.",

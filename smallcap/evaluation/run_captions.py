@@ -1,7 +1,7 @@
-"""What an evaluation takes from a captioning run: the captions that have references, and a few numbers of each image.
+"""Collects from a captioning run what an evaluation needs: captions of images with references, and a few numbers.
 
-Rows are taken as they stream by; retrieved captions are looked at and forgotten. No row is lost silently: what failed
-and what no reference belongs to is counted.
+Rows stream by; retrieved captions are not kept. No row is lost silently: failed rows and images without references are
+counted.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class RunCaptions:
     """A run's captions of images that have references.
 
     Args:
-        captions: By the references' names of the images.
-        values: For each image its numbers in the order of `VALUES`; NaN where it has none.
-        rows: Of the run.
-        errors: Rows without a caption by error code.
-        unmatched: Captioned images without references.
-        examples: Ids of some of these.
+        captions: Captions by the image's name in the references.
+        values: Numbers of each image in the order of `VALUES`; NaN where there is none.
+        rows: Number of the run's rows.
+        errors: Number of rows without a caption, by error code.
+        unmatched: Number of captioned images without references.
+        examples: Ids of a few of these.
     """
 
     captions: dict[str, str] = field(default_factory=dict)
@@ -47,21 +47,21 @@ class RunCaptions:
     examples: list[str] = field(default_factory=list)
 
     def column(self, name: str, images: Iterable[str]) -> np.ndarray:
-        """Returns one of the `VALUES` of some images as float64, in their order."""
+        """Returns one of the `VALUES` for the images, in their order, as float64."""
         place = VALUES.index(name)
         return np.array([self.values[image][place] for image in images], np.float64)
 
 
 def collect_run(tables: Iterable[pa.Table], references: References, where: str) -> RunCaptions:
-    """Takes a run's captions, a table at a time.
+    """Collects a run's captions, one table at a time.
 
     Args:
-        tables: With `COLUMNS`.
-        references: Of the images.
-        where: What errors call the run.
+        tables: Tables with `COLUMNS`.
+        references: References of the images.
+        where: Name of the run in errors.
 
     Raises:
-        SchemaError: Two of the run's images mean one image of the references.
+        SchemaError: Two of the run's images match the same image of the references.
     """
     run = RunCaptions()
     ids: dict[str, str] = {}
@@ -77,7 +77,7 @@ def collect_run(tables: Iterable[pa.Table], references: References, where: str) 
             continue
         if image in ids:
             raise SchemaError(
-                "Two images of the run mean one image of the references.",
+                "Two images of the run match the same image of the references.",
                 where=f"{where}: {ids[image]} and {row['image_id']}",
                 found=f"{references.where}: {image}",
                 remedy="Give the images ids that are the references' file names or ids.",

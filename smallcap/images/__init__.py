@@ -1,1 +1,1 @@
-"""Images: where they are listed, how they are cut into work, fetched and decoded."""
+"""Images: how they are listed, cut into work, fetched and decoded."""

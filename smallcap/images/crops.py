@@ -1,6 +1,6 @@
-"""The crops that a model's encoders take of an image: which ones, and how they are cut from an image file.
+"""The crops of an image that a model's encoders take, and how they are cut from an image file.
 
-It imports no torch, so that the processes which only decode images start quickly and stay small.
+This module does not import torch, so that the processes which only decode images start quickly and stay small.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from smallcap.images.decode import (
 
 @dataclass(frozen=True)
 class Pixels:
-    """One image's crops, as the encoders take them: the product of a CPU task."""
+    """The crops of one image, as the encoders take them: the result of a CPU task."""
 
     vision: np.ndarray  # [S, S, 3] uint8
     retrieval: np.ndarray | None  # [S', S', 3] uint8; None where the retrieval encoder takes the same crop
     width: int  # px of the whole image
     height: int  # px of the whole image
-    by_pillow: bool = True  # False where a fast decoder did it
+    by_pillow: bool = True  # False where a faster decoder decoded it
 
     @property
     def content_key(self) -> int:
-        """An int64 that tells an image apart by its pixels, whatever it is called and wherever it lies."""
+        """An int64 that identifies an image by its pixels, whatever its name and place."""
         digest = hashlib.blake2b(self.vision.tobytes(), digest_size=8).digest()
         return int.from_bytes(digest, "little", signed=True)
 
 
 @dataclass(frozen=True)
 class CropPlan:
-    """Which crops the model needs of every image; small enough to send to every decoding task."""
+    """The crops that the model needs of every image; small enough to send to every decoding task."""
 
     vision: Preprocessing
     retrieval: Preprocessing | None  # None where there is no retrieval encoder, or it takes the same crop
@@ -49,12 +49,12 @@ class CropPlan:
 
     @classmethod
     def of(cls, vision: Preprocessing, retrieval: Preprocessing | None, decode: DecodeMode = "exact") -> CropPlan:
-        """Returns the plan for two encoders, of which the second may be missing or take the first one's crop."""
+        """Returns the plan for two encoders; the second may be missing, or take the same crop as the first."""
         return cls(vision, None if retrieval == vision else retrieval, decode)
 
     @property
     def image_bytes(self) -> int:
-        """What the crops of one image take."""
+        """The memory that the crops of one image take."""
         return sum(3 * crop.size_px**2 for crop in (self.vision, self.retrieval) if crop)
 
     def crop(self, data: bytes | Image.Image, max_pixels: int = MAX_IMAGE_PIXELS, where: str = "") -> Pixels:

@@ -1,7 +1,7 @@
-"""Images: from fetched bytes to the pixels an encoder takes, or to a row's error.
+"""Decodes fetched bytes to the pixels that an encoder takes, or to a row's error.
 
-Decoding and cropping give uint8 pixels, on CPU tasks that need no torch; the encoder normalises them on its own device.
-Resizing is Pillow's bicubic with CLIP's rounding, so that the pixels are those the encoders were trained on.
+Decoding and cropping give uint8 pixels, in CPU tasks that do not need torch; the encoder normalises them on its device.
+Resizing is Pillow's bicubic with CLIP's rounding, as in the training of the encoders.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from smallcap.errors import ErrorCode, RowError
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\x00", b"MM\x00*", b"\x00\x00\x01\x00")
 _WITHOUT_DECODER = (b"\xff\x0a", b"\x00\x00\x00\x0cJXL ", b"%PDF")
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
-# Pillow knows these by name, but would run Ghostscript on them or has no decoder of its own.
+# Pillow knows these by name, but would run Ghostscript on them, or has no decoder for them.
 _NEVER_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 _SNIFFED_BYTES = 2048  # an SVG's own tag comes after comments and a document type
 MAX_IMAGE_PIXELS = 100_000_000
@@ -29,7 +29,7 @@ _FIRST_TURNED = 5  # EXIF orientations from here on exchange width and height
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an encoder wants its images: resize the shorter side, crop the centre, normalise."""
+    """How images are prepared for an encoder: resize the shorter side, crop the centre, normalise."""
 
     size_px: int
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
@@ -38,11 +38,11 @@ class Preprocessing:
 
 
 def decode_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS, where: str = "") -> Image.Image:
-    """Decodes an image file to 8-bit RGB, upright, its first frame.
+    """Decodes the first frame of an image file to 8-bit RGB, upright.
 
     Args:
         data: The file's bytes.
-        max_pixels: Larger images are refused before their pixels are decoded.
+        max_pixels: The most pixels; larger images are refused before they are decoded.
         where: The image's URI, for messages.
 
     Raises:
@@ -53,23 +53,23 @@ def decode_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS, where: str = "
 
 @dataclass(frozen=True)
 class ScaledImage:
-    """An image that was decoded at a fraction of its size, or whole where that was not possible."""
+    """An image that was decoded at a fraction of its size, or at full size where that was not possible."""
 
     image: Image.Image  # RGB, upright
     width: int  # px of the whole image, upright
     height: int  # px of the whole image, upright
-    by_pillow: bool  # whether Pillow decoded it whole
+    by_pillow: bool  # whether Pillow decoded it, at full size
 
     @classmethod
     def whole(cls, image: Image.Image) -> ScaledImage:
-        """Returns an image that was decoded at its own size."""
+        """Wraps an image that Pillow decoded at full size."""
         return cls(image, image.width, image.height, by_pillow=True)
 
 
 def decode_scaled(data: bytes, least_px: int, max_pixels: int = MAX_IMAGE_PIXELS, where: str = "") -> ScaledImage:
-    """Decodes a JPEG file at the smallest of libjpeg's scales whose shorter side has `least_px`; others by Pillow.
+    """Decodes a JPEG file at the smallest scale of libjpeg whose shorter side has `least_px`; other files with Pillow.
 
-    Arguments and errors are those of `decode_image`; whatever simplejpeg refuses is Pillow's to decode or to explain.
+    Other arguments and errors are those of `decode_image`; Pillow decodes or explains what simplejpeg refuses.
     """
     image = _open(data, max_pixels, where)
     orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if image.format == "JPEG" else 1
@@ -110,26 +110,26 @@ def _load(image: Image.Image, where: str) -> Image.Image:
         return _to_rgb(ImageOps.exif_transpose(image))
     except MemoryError:
         raise
-    except Exception as error:  # a damaged file can raise nearly anything, by its format's plugin
+    except Exception as error:  # the plugin of a format can raise nearly anything for a damaged file
         raise RowError(ErrorCode.TRUNCATED, f"The image data ends early or is damaged: {error}", where=where) from error
 
 
 def _read_header(data: bytes, where: str) -> Image.Image:
-    # Pillow's own limit is a process-wide setting that only warns up to twice its value; ours is checked on the header.
+    # Pillow's limit is process-wide, and only warns up to twice its value; ours is checked against the header.
     Image.MAX_IMAGE_PIXELS = None
     try:
         image = Image.open(io.BytesIO(data))
     except UnidentifiedImageError:
         raise _unidentified(data, where) from None
-    except Exception as error:  # a damaged header can raise nearly anything, by its format's plugin
+    except Exception as error:  # the plugin of a format can raise nearly anything for a damaged header
         raise RowError(ErrorCode.TRUNCATED, f"The image's header is damaged: {error}", where=where) from error
     if image.format in _NEVER_DECODED:
-        raise RowError(ErrorCode.UNSUPPORTED, f"Images of the format {image.format} are not decoded.", where=where)
+        raise RowError(ErrorCode.UNSUPPORTED, f"Images in the format {image.format} are not decoded.", where=where)
     return image
 
 
 def _unidentified(data: bytes, where: str) -> RowError:
-    """Says what bytes are that Pillow does not take for an image."""
+    """Returns the error for bytes that Pillow does not take for an image."""
     head = data[:_SNIFFED_BYTES].lower()
     in_box, brand = data[4:8] == b"ftyp", data[8:12]
     is_svg = b"<svg" in head and b"<html" not in head
@@ -155,8 +155,8 @@ def crop_pixels(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
     """Resizes the shorter side to the encoder's size and crops the centre.
 
     Args:
-        image: RGB.
-        preprocessing: The encoder's.
+        image: The image, RGB.
+        preprocessing: The encoder's preprocessing.
 
     Returns:
         [S, S, 3] uint8.
@@ -167,7 +167,7 @@ def crop_pixels(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
         resized = (size, max(size, int(size * height / width)))
     else:
         resized = (max(size, int(size * width / height)), size)
-    if math.prod(resized) > MAX_IMAGE_PIXELS:  # one pixel wide and very long: cut what the crop would cut anyway
+    if math.prod(resized) > MAX_IMAGE_PIXELS:  # very long and narrow: cut off what the crop would cut off anyway
         image, resized = _middle_square(image), (size, size)
     if image.size != resized:
         image = image.resize(resized, Image.Resampling.BICUBIC)

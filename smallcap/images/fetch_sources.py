@@ -1,7 +1,7 @@
-"""One request for one object, whatever its place: a local disk, an object store, a web server, any fsspec filesystem.
+"""Makes one request for one object, from a local disk, an object store, a web server or any fsspec filesystem.
 
-Each client's many exceptions become one `FetchFailure` that says whether another attempt may help; what no object of a
-place could survive (no such bucket, refused credentials) is a `StorageError` at once. This module knows nothing of
+The many exceptions of each client become one `FetchFailure` that says whether another attempt may help. A failure of
+the whole place (no such bucket, refused credentials) is a `StorageError` at once. This module knows nothing of
 attempts, waiting and concurrency; `smallcap.images.fetching` does.
 """
 
@@ -36,7 +36,7 @@ _BUCKET = re.compile(r"[A-Za-z0-9$][A-Za-z0-9$._-]*")
 _WORTH_REPEATING = {408, 429, 500, 502, 503, 504}
 _SLOW_DOWN = {429, 503}
 _NO_BUCKET = {"NoSuchBucket", "ContainerNotFound"}
-# The services' own codes for "these credentials are wrong, whatever the object".
+# The services' codes for credentials that are wrong for every object.
 _CREDENTIALS_REFUSED = {
     *("AccountProblem", "ExpiredToken", "InvalidAccessKeyId", "InvalidClientTokenId", "InvalidSecurity"),
     *("InvalidToken", "NotSignedUp", "RequestExpired", "RequestTimeTooSkewed", "SignatureDoesNotMatch"),
@@ -52,10 +52,10 @@ _CREDENTIALS_OF = {
 
 
 @dataclass(eq=False)
-class FetchFailure(Exception):  # noqa: N818 - an outcome that is weighed, not an error that is shown
+class FetchFailure(Exception):  # noqa: N818 - an outcome to be weighed, not an error to be shown
     """One request for one object failed."""
 
-    code: ErrorCode  # what the row's error would be
+    code: ErrorCode  # the code of the row's error
     what: str  # one sentence for people
     repeat: bool = field(default=False, kw_only=True)  # whether another attempt may help
     retry_after_s: float | None = field(default=None, kw_only=True)  # how long the server asks to wait
@@ -64,15 +64,15 @@ class FetchFailure(Exception):  # noqa: N818 - an outcome that is weighed, not a
 
 
 def place_of(uri: str) -> str:
-    """Returns what answers for a URI: `local`, or scheme and bucket or host, as `s3://bucket`."""
+    """Returns the place of a URI: `local`, or its scheme and its bucket or host, such as `s3://bucket`."""
     if storage.is_local(uri):
         return LOCAL
-    scheme, _, rest = uri.partition("://")
-    return f"{scheme.lower()}://{re.split('[/?#]', rest, maxsplit=1)[0]}"
+    scheme, _, host_and_path = uri.partition("://")
+    return f"{scheme.lower()}://{re.split('[/?#]', host_and_path, maxsplit=1)[0]}"
 
 
 def is_web(place: str) -> bool:
-    """Says whether a place is a web server, one of many hosts that a list of images names."""
+    """Says whether a place is a web server, one of the many hosts in a list of images."""
     return place.split("://", 1)[0] in _WEB
 
 
@@ -80,10 +80,10 @@ class Sources:
     """Gets objects from everywhere; belongs to one asyncio loop.
 
     Args:
-        executor: Where blocking reads run.
-        open_session: Opens the session for the web, on first use.
-        timeout_s: Most seconds of one request to an object store.
-        max_bytes: Larger objects are `too_large`.
+        executor: The executor that runs blocking reads.
+        open_session: A function that opens the session for the web, on first use.
+        timeout_s: The time limit of one request to an object store.
+        max_bytes: The most bytes of an object; a larger one is `too_large`.
     """
 
     def __init__(
@@ -103,14 +103,14 @@ class Sources:
             await self._session.close()
 
     async def get(self, uri: str) -> bytes:
-        """Returns one object's bytes, after one request.
+        """Returns the bytes of one object, after one request.
 
         Raises:
-            FetchFailure: This object could not be got.
+            FetchFailure: The object could not be got.
             StorageError: No object of its place can be got.
         """
         if not uri.isprintable():
-            raise FetchFailure(ErrorCode.INVALID_URI, "The URI has line breaks or control characters in it.")
+            raise FetchFailure(ErrorCode.INVALID_URI, "The URI contains line breaks or control characters.")
         scheme = place_of(uri).partition("://")[0]
         if scheme in _WEB:
             return await self._get_from_web(uri)
@@ -129,10 +129,10 @@ class Sources:
         try:
             response = await store.get_async(key)
             _check_size(response.meta["size"], self._max_bytes)
-            return bytes(await response.bytes_async())  # fewer bytes than announced are an error of obstore's
+            return bytes(await response.bytes_async())  # obstore raises for fewer bytes than announced
         except FetchFailure:
             raise
-        except Exception as error:  # obstore says most by its text
+        except Exception as error:  # obstore tells most things only in the text
             raise _object_store_failure(error, f"{scheme}://{bucket}/{key}") from error
 
     async def _get_from_web(self, uri: str) -> bytes:
@@ -142,7 +142,7 @@ class Sources:
         if self._session is None:
             self._session = self._open_session()
         try:
-            # A signed URL must arrive as it is; only what HTTP could not carry is quoted.
+            # A signed URL must arrive unchanged; only what HTTP cannot carry is quoted.
             url = URL(uri, encoded=uri.isascii() and " " not in uri)
             async with self._session.get(url) as response:
                 _check_status(response.status, response.reason or "", response.headers.get("Retry-After"))
@@ -204,19 +204,19 @@ def _seconds(retry_after: str | None) -> float | None:
 def _read_local(uri: str, max_bytes: int) -> bytes:
     try:
         path = Path(storage.absolute(uri))
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):  # a pipe would never end
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe would never end
             raise FetchFailure(ErrorCode.NOT_FOUND, "This is a folder or a device, not a file.")
-        _check_size(found.st_size, max_bytes)
+        _check_size(status.st_size, max_bytes)
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise FetchFailure(ErrorCode.NOT_FOUND, "There is no such image.") from error
+        raise FetchFailure(ErrorCode.NOT_FOUND, "The image does not exist.") from error
     except PermissionError as error:
-        raise FetchFailure(ErrorCode.FORBIDDEN, "The image may not be read by this user.") from error
-    except OSError as error:  # a name too long is malformed; a network disk may come back
+        raise FetchFailure(ErrorCode.FORBIDDEN, "This user may not read the image.") from error
+    except OSError as error:  # a name that is too long is malformed; a network disk may come back
         if error.errno == errno.ENAMETOOLONG:
             raise FetchFailure(ErrorCode.INVALID_URI, f"This is not a path: {error.strerror}") from error
-        raise FetchFailure(ErrorCode.UNAVAILABLE, f"The disk fails: {_named(error)}", repeat=True) from error
+        raise FetchFailure(ErrorCode.UNAVAILABLE, f"The disk failed: {_named(error)}", repeat=True) from error
 
 
 def _read_by_fsspec(uri: str, max_bytes: int) -> bytes:
@@ -225,29 +225,29 @@ def _read_by_fsspec(uri: str, max_bytes: int) -> bytes:
     except StorageError as error:
         if isinstance(error.__cause__, ImportError):
             raise
-        raise FetchFailure(ErrorCode.INVALID_URI, f"Nothing here reads this kind of URI: {error.found}") from error
+        raise FetchFailure(ErrorCode.INVALID_URI, f"URIs of this kind cannot be read: {error.found}") from error
     try:
         _check_size(int(fs.size(path) or 0), max_bytes)
         return bytes(fs.cat_file(path))
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        raise FetchFailure(ErrorCode.NOT_FOUND, "There is no such image.") from error
+        raise FetchFailure(ErrorCode.NOT_FOUND, "The image does not exist.") from error
     except PermissionError as error:
-        raise FetchFailure(ErrorCode.FORBIDDEN, "The image may not be read with these credentials.") from error
+        raise FetchFailure(ErrorCode.FORBIDDEN, "These credentials may not read the image.") from error
     except FetchFailure:
         raise
-    except Exception as error:  # filesystems share no base class of errors
+    except Exception as error:  # the errors of filesystems have no common base class
         raise FetchFailure(ErrorCode.UNAVAILABLE, f"The service failed: {_named(error)}", repeat=True) from error
 
 
 @lru_cache
 def _object_store(scheme: str, bucket: str, endpoint: str | None, timeout_s: float) -> ObjectStore:
-    """Opens a bucket without retries of obstore's own: those would not be counted."""
+    """Opens a bucket without obstore's retries, which would not be counted."""
     if scheme == "s3":
         return s3_store(bucket, endpoint, max_retries=0, timeout_s=timeout_s)
     from obstore.exceptions import BaseError
     from obstore.store import AzureStore, GCSStore
 
-    # Without TLS only where someone has configured such an endpoint.
+    # HTTP without TLS is used only where someone has configured such an endpoint.
     client_options = {"timeout": timedelta(seconds=timeout_s), "allow_http": True}
     options: Any = {"client_options": client_options, "retry_config": {"max_retries": 0}}
     try:
@@ -260,15 +260,15 @@ def _object_store(scheme: str, bucket: str, endpoint: str | None, timeout_s: flo
 
 
 def _brief(error: Exception) -> str:
-    """Leaves out obstore's debugging text, which repeats its message."""
+    """Describes an error without obstore's debugging text, which repeats the message."""
     return f"{type(error).__name__}: {str(error).split(chr(10) + chr(10) + 'Debug source', 1)[0]}"
 
 
 def _object_store_failure(error: Exception, uri: str) -> FetchFailure:
-    """Says what an error of obstore's means for its object.
+    """Says what an obstore error means for its object.
 
-    obstore gives the service's answer as text only: `status code: 503 …: <Error><Code>SlowDown</Code>…`, or the kind of
-    the failed connection.
+    obstore gives the answer of the service only as text: `status code: 503 …: <Error><Code>SlowDown</Code>…`, or the
+    kind of the failed connection.
     """
     from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
 
@@ -279,7 +279,9 @@ def _object_store_failure(error: Exception, uri: str) -> FetchFailure:
         raise StorageError("The bucket does not exist.", where=uri, remedy="Check the bucket's name.") from error
     unreached = bool(re.search(r"kind: Connect\b|Error\(\s*Connect\b", text))
     refused = status is not None and status not in _WORTH_REPEATING and code != "RequestTimeout"
-    without_token = "token request" in text and (refused or unreached)  # neither a key file nor a metadata service
+    without_token = "token request" in text and (
+        refused or unreached
+    )  # there is neither a key file nor a metadata service
     if code in _CREDENTIALS_REFUSED or without_token or isinstance(error, UnauthenticatedError):
         raise StorageError(
             "The object store does not accept the credentials: they are missing, wrong or expired.",
@@ -292,10 +294,10 @@ def _object_store_failure(error: Exception, uri: str) -> FetchFailure:
             "The bucket is in another region.", where=uri, found=found, remedy="Set AWS_REGION to the bucket's region."
         ) from error
     if isinstance(error, FileNotFoundError):
-        return FetchFailure(ErrorCode.NOT_FOUND, "There is no such image.")
+        return FetchFailure(ErrorCode.NOT_FOUND, "The image does not exist.")
     if isinstance(error, PermissionDeniedError):
         answer = f" ({code})" if code else ""
-        return FetchFailure(ErrorCode.FORBIDDEN, f"The image may not be read with these credentials{answer}.")
+        return FetchFailure(ErrorCode.FORBIDDEN, f"These credentials may not read the image{answer}.")
     if re.search(r"kind: Timeout|timed out", text):
         return FetchFailure(ErrorCode.TIMEOUT, "The object store did not answer in time.", repeat=True)
     return FetchFailure(

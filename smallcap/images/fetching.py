@@ -1,7 +1,7 @@
-"""Fetches many small objects at once, and decides what a failure means: another attempt, a row's error, a run's end.
+"""Fetches many small objects at once; decides whether a failure means another attempt, a row's error or a run's end.
 
-Attempts are counted here and not left to the clients, so that a run can say how often its storage failed. How one
-object is got from its place is `smallcap.images.fetch_sources`' concern.
+Attempts are counted here instead of in the clients, so that a run can say how often its storage failed.
+`smallcap.images.fetch_sources` knows how one object is got from its place.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     import aiohttp
 
 FETCH_CONCURRENCY = 64
-_OUTAGE_OBJECTS = 16  # so many failed objects of one place, and not one answer, are no accident
-_LEAST_IN_FLIGHT = 4  # fewer requests would not relieve a service, and starve the run
+_OUTAGE_OBJECTS = 16  # this many failed objects of one place without a single answer are not an accident
+_MIN_IN_FLIGHT = 4  # fewer requests would not relieve a service, but would starve the run
 
 
 @dataclass(frozen=True)
@@ -30,42 +30,42 @@ class FetchOptions:
     """How objects are fetched."""
 
     concurrency: int = FETCH_CONCURRENCY
-    """Most requests in flight."""
+    """The most requests in flight."""
     timeout_s: float = 30.0
-    """Most seconds of one request, its body included."""
+    """The time limit of one request, its body included."""
     attempts: int = 6
-    """Requests for one object before it has failed."""
+    """Requests for one object before it counts as failed."""
     first_backoff_s: float = 0.5
-    """Longest wait before the second attempt; it doubles with each one. The wait is drawn between 0 and that."""
+    """The longest wait before the second attempt; it doubles with each one. The wait is drawn between 0 and that."""
     max_backoff_s: float = 30.0
-    """Longest wait, also where a server's Retry-After asks for more."""
+    """The longest wait, even where Retry-After asks for more."""
     max_bytes: int = 256 << 20
-    """Larger objects are `too_large`, and not downloaded."""
+    """The most bytes of an object; larger ones are `too_large`, and not downloaded."""
 
     @classmethod
     def of(cls, config: InputConfig) -> Self:
-        """Returns the options of a job."""
+        """Returns the options of a job's config."""
         return cls(timeout_s=config.fetch_timeout_s, attempts=config.fetch_attempts)
 
 
 @dataclass(frozen=True)
 class Fetched:
-    """What came of some URIs."""
+    """The results for a list of URIs."""
 
     data: list[bytes | RowError]
-    """In the order of the URIs: each one's bytes, or its error."""
+    """The bytes or the error of each URI, in their order."""
     retries: int
-    """Requests that had to be repeated."""
+    """The number of repeated requests."""
 
 
 def fetch_objects(uris: Sequence[str], options: FetchOptions = FetchOptions()) -> Fetched:
-    """Fetches many objects at once; a URI that is named twice is fetched once.
+    """Fetches many objects at once; a URI that occurs twice is fetched once.
 
     Requests are repeated after 408, 429, 500, 502, 503, 504, failed connections, time-outs and truncated bodies.
 
     Args:
         uris: Local paths, s3://, gs://, az://, http(s):// and other fsspec URIs in any mix.
-        options: Concurrency, time-out, attempts.
+        options: Limits on concurrency, time, attempts and size.
 
     Returns:
         Bytes or a `RowError` for each URI: `not_found`, `forbidden`, `too_large`, `invalid_uri`, `timeout` or
@@ -73,7 +73,7 @@ def fetch_objects(uris: Sequence[str], options: FetchOptions = FetchOptions()) -
 
     Raises:
         StorageError: A store fails as a whole: no such bucket, refused credentials, no connection, or 16 objects that
-            failed in every attempt while none had an answer. Web servers never raise it: their objects' rows fail.
+            failed in every attempt while none had an answer. Web servers never raise it: only their rows fail.
     """
     results, retries = asyncio.run(_fetch_all(list(dict.fromkeys(uris)), options))
     return Fetched([results[uri] for uri in uris], retries)
@@ -87,7 +87,7 @@ async def _fetch_all(uris: Sequence[str], options: FetchOptions) -> tuple[dict[s
         results = await asyncio.gather(*(fetching.fetch(uri) for uri in uris))
     finally:
         await sources.close()
-        executor.shutdown(wait=False, cancel_futures=True)  # a disk that hangs must not hold up the others' images
+        executor.shutdown(wait=False, cancel_futures=True)  # a disk that hangs must not hold up other images
     fetching.check_reached()
     return dict(zip(uris, results, strict=True)), fetching.retries
 
@@ -99,38 +99,38 @@ def _open_session(options: FetchOptions) -> aiohttp.ClientSession:
         connector=aiohttp.TCPConnector(limit=options.concurrency),
         cookie_jar=aiohttp.DummyCookieJar(),
         headers={"User-Agent": "smallcap", "Accept-Encoding": "identity"},  # images are compressed already
-        timeout=aiohttp.ClientTimeout(total=None),  # ours is around each attempt
+        timeout=aiohttp.ClientTimeout(total=None),  # each attempt has our own time limit
         trust_env=True,  # HTTPS_PROXY and NO_PROXY
     )
 
 
 class AdaptiveLimit:
-    """How many requests may be in flight: half as many after the service asked to slow down, then slowly more.
+    """A limit on the requests in flight, which halves when the service asks to slow down, and then grows slowly.
 
-    It halves once for all the requests that were in flight when the first of them was refused, and grows by one after
-    as many answers as it allows at once. Belongs to one asyncio loop.
+    It halves once for all the requests that were in flight when the first of them was refused. It grows by one when as
+    many answers have come as it allows at once. Belongs to one asyncio loop.
 
     Attributes:
-        limit: The present one.
+        limit: The current limit.
     """
 
     def __init__(self, most: int) -> None:
         self.limit = self._most = most
         self._free = asyncio.Semaphore(most)
-        self._owed = 0  # permits to withhold, because the limit has sunk
-        self._grown = 0.0  # part of the next permit
+        self._owed = 0  # permits to withhold, because the limit has dropped
+        self._grown = 0.0  # fraction of the next permit
         self._halvings = 0
 
     async def enter(self) -> int:
-        """Waits until one more request may begin; returns what `leave` is to be given."""
+        """Waits until one more request may begin; returns a value to pass to `leave`."""
         await self._free.acquire()
         return self._halvings
 
     def leave(self, entered: int, *, slow_down: bool) -> None:
-        """Ends a request; `slow_down` says whether the service refused it for there being too many."""
+        """Ends a request; `slow_down` says whether the service refused it because there were too many."""
         if slow_down:
-            if entered == self._halvings and self.limit > _LEAST_IN_FLIGHT:
-                lower = max(_LEAST_IN_FLIGHT, self.limit // 2)
+            if entered == self._halvings and self.limit > _MIN_IN_FLIGHT:
+                lower = max(_MIN_IN_FLIGHT, self.limit // 2)
                 self._owed += self.limit - lower
                 self.limit, self._halvings, self._grown = lower, self._halvings + 1, 0.0
         elif self.limit < self._most:
@@ -149,11 +149,11 @@ class AdaptiveLimit:
 
 @dataclass
 class _Place:
-    """What is known of a bucket or host in this call."""
+    """What this call knows about a bucket or host."""
 
     in_flight: AdaptiveLimit
-    answered: int = 0  # objects
-    failures: dict[str, FetchFailure] = field(default_factory=dict)  # of the objects that failed in every attempt
+    answered: int = 0  # objects with an answer
+    failures: dict[str, FetchFailure] = field(default_factory=dict)  # by URI, for objects that failed in every attempt
 
 
 class _Fetching:
@@ -161,12 +161,12 @@ class _Fetching:
 
     def __init__(self, sources: Sources, options: FetchOptions) -> None:
         self.sources, self.options = sources, options
-        self.free = asyncio.Semaphore(options.concurrency)  # over all places
+        self.free = asyncio.Semaphore(options.concurrency)  # for all places together
         self.places: dict[str, _Place] = {}
         self.retries = 0
 
     async def fetch(self, uri: str) -> bytes | RowError:
-        """Fetches one object, in several attempts where it must be.
+        """Fetches one object, in several attempts if need be.
 
         Raises:
             StorageError: Its place fails as a whole.
@@ -201,13 +201,13 @@ class _Fetching:
             slow_down = failure.slow_down
             raise
         except TimeoutError as error:
-            what = f"There was no whole answer within {self.options.timeout_s:g} s."
+            what = f"No complete answer came within {self.options.timeout_s:g} s."
             raise FetchFailure(ErrorCode.TIMEOUT, what, repeat=True) from error
         finally:
             place.in_flight.leave(entered, slow_down=slow_down)
 
     def _backoff(self, attempt: int, failure: FetchFailure) -> float:
-        """Returns seconds, drawn over the whole range so that the clients of a service do not come back together."""
+        """Returns a wait in seconds, drawn from the whole range so that clients do not come back together."""
         longest = min(self.options.max_backoff_s, self.options.first_backoff_s * 2 ** (attempt - 1))
         return max(random.uniform(0, longest), min(self.options.max_backoff_s, failure.retry_after_s or 0.0))
 
@@ -220,7 +220,7 @@ class _Fetching:
             raise _outage(name, place)
 
     def check_reached(self) -> None:
-        """Raises what fewer objects than an outage's still tell: nobody is at the other end.
+        """Checks that each object store could be reached, even by fewer objects than an outage takes.
 
         Raises:
             StorageError: No connection to an object store could be made, for any of its objects.
@@ -233,10 +233,10 @@ class _Fetching:
 
 def _outage(name: str, place: _Place) -> StorageError:
     uri, failure = next(iter(place.failures.items()))
-    nobody = all(failure.unreached for failure in place.failures.values())
+    unreached = all(failure.unreached for failure in place.failures.values())
     return StorageError(
-        "The storage service cannot be reached." if nobody else "The storage service fails after all attempts.",
+        "The storage service cannot be reached." if unreached else "The storage service failed in all attempts.",
         where=name,
-        found=f"{len(place.failures)} objects failed and none was fetched; {uri}: {failure.what}",
+        found=f"no object was fetched, and {len(place.failures)} failed; {uri}: {failure.what}",
         remedy="Check the endpoint (AWS_ENDPOINT_URL), the network and the service; then run the same command again.",
     )

@@ -1,7 +1,7 @@
-"""The units that a run's input is cut into, and the batches of images that are read from them.
+"""The fragments into which a run's input is cut, and the batches of images that are read from them.
 
-A fragment's images have an order that never changes, so that (fragment, row) names an image for the whole run. This
-module holds the types only; it reads nothing.
+The images of a fragment have an order that never changes, so that (fragment, row) names an image for the whole run.
+This module holds only the types; it reads nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pyarrow as pa
 from smallcap.errors import ErrorCode, RowError, StorageError
 from smallcap.images.row_ranges import RowRanges
 
-FRAGMENT_ROWS = 256  # images of a fragment of a stored list; also the most of a batch
+FRAGMENT_ROWS = 256  # images of a fragment of a stored list, and the most images of a batch
 FragmentKind = Literal["uris", "tar", "parquet"]
 
 FRAGMENT_COLUMNS = pa.schema(
@@ -32,15 +32,15 @@ FRAGMENT_COLUMNS = pa.schema(
 
 @dataclass(frozen=True)
 class Fragment:
-    """Some images of the input that are read together.
+    """Images of the input that are read together.
 
     Attributes:
-        number: Unique in the run, rising from 0.
+        number: The fragment's number, unique in the run, rising from 0.
         kind: `uris` of a stored list, a `tar`, or a row group of a `parquet` file with image bytes.
-        uri: Absolute: of the stored list's Parquet file, of the tar, or of the Parquet file.
-        row_group: Of that file; 0 for a tar.
-        rows: Images in it; None where that is known only when it has been read (tar).
-        id_prefix: What stands before a tar member's key, or before a Parquet row's number, in an image's id.
+        uri: The absolute URI of the file: a Parquet file of the stored list, a tar, or a Parquet file with images.
+        row_group: The row group of that file; 0 for a tar.
+        rows: The number of images; None where only reading can tell it (tar).
+        id_prefix: The start of the images' ids, before a tar member's key or a Parquet row's number.
     """
 
     number: int
@@ -55,8 +55,8 @@ class FragmentTable(Sequence[Fragment]):
     """All fragments of a run by their numbers, held as columns.
 
     Args:
-        table: `FRAGMENT_COLUMNS`, with absolute URIs.
-        first: The number of its first row.
+        table: Fragments as `FRAGMENT_COLUMNS`, with absolute URIs.
+        first: The number of the first fragment.
     """
 
     def __init__(self, table: pa.Table, first: int = 0) -> None:
@@ -71,11 +71,11 @@ class FragmentTable(Sequence[Fragment]):
     @overload
     def __getitem__(self, key: slice) -> FragmentTable: ...
     def __getitem__(self, key: int | slice) -> Fragment | FragmentTable:
-        """Returns the fragment at a place, or the fragments of a slice without steps; their numbers stay."""
+        """Returns the fragment at a place, or the fragments of a slice without a step; they keep their numbers."""
         if isinstance(key, slice):
             start, stop, step = key.indices(len(self))
             if step != 1:
-                raise ValueError("a slice of fragments has no steps")
+                raise ValueError("a slice of fragments cannot have a step")
             return FragmentTable(self._table.slice(start, max(stop - start, 0)), self._first + start)
         place = range(len(self))[key]
         values = {name: self._table[name][place].as_py() for name in FRAGMENT_COLUMNS.names}
@@ -87,12 +87,12 @@ class FragmentTable(Sequence[Fragment]):
 
     @property
     def rows(self) -> np.ndarray:
-        """The rows of each fragment, [len(self)] int64; -1 where they are unknown."""
+        """The number of rows of each fragment, [len(self)] int64; -1 where it is unknown."""
         return np.asarray(self._table["rows"].cast(pa.int64()).fill_null(-1).to_numpy())
 
     @property
     def images(self) -> int | None:
-        """The rows of all fragments; None while tars make it unknown."""
+        """The number of rows of all fragments; None while tars make it unknown."""
         rows = self.rows
         return None if (rows < 0).any() else int(rows.sum())
 
@@ -107,13 +107,13 @@ class InputBatch:
     """At most 256 images of one fragment.
 
     Attributes:
-        rows: [n] int32, the row of each within its fragment, rising.
-        image_ids: Of each.
-        image_uris: Of each; in a tar `URI-OF-TAR#MEMBER`, in a Parquet file `URI#row=N` with its row in the file.
-        data: The image files, or why one cannot be read; None where they are to be fetched by their URIs.
+        rows: [n] int32, the row of each image within the fragment, rising.
+        image_ids: The id of each image.
+        image_uris: The URI of each image; in a tar `URI-OF-TAR#MEMBER`, in a Parquet file `URI#row=N`.
+        data: The bytes or the error of each image; None where they are to be fetched by their URIs.
         kept: n rows of the kept columns; None where there are none.
         ends_fragment: Whether the fragment's last row is among these.
-        duplicates: Images of the fragment that were left out beside these, because their ids came before.
+        duplicates: The number of images that were left out next to these, because their ids came before.
     """
 
     rows: np.ndarray
@@ -125,7 +125,7 @@ class InputBatch:
     duplicates: int = 0
 
     def only(self, wanted: RowRanges | None) -> InputBatch | None:
-        """Returns the rows that are wanted (all of them for None); None where there are none."""
+        """Returns the wanted rows of the batch, all of them for None; None where there are none."""
         if wanted is None:
             return self
         places = np.flatnonzero(wanted.contains(self.rows))
@@ -148,10 +148,10 @@ def unreadable_file(error: StorageError, uri: str) -> RowError:
     """Returns the row's error for a tar or Parquet file that is missing or forbidden.
 
     Raises:
-        StorageError: The given one, where it is the service's fault.
+        StorageError: `error` itself, where the service is at fault.
     """
     if isinstance(error.__cause__, FileNotFoundError | IsADirectoryError):
-        return RowError(ErrorCode.NOT_FOUND, "There is no such file.", where=uri)
+        return RowError(ErrorCode.NOT_FOUND, "The file does not exist.", where=uri)
     if isinstance(error.__cause__, PermissionError):
-        return RowError(ErrorCode.FORBIDDEN, "The file may not be read with these credentials.", where=uri)
+        return RowError(ErrorCode.FORBIDDEN, "These credentials may not read the file.", where=uri)
     raise error

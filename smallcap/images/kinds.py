@@ -1,4 +1,4 @@
-"""Which files hold images, by the endings of their names."""
+"""The suffixes of the files that hold images."""
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 IMAGE_SUFFIXES = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
@@ -6,5 +6,5 @@ TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 
 
 def without_tar_suffix(name: str) -> str:
-    """Returns a tar's name without its ending."""
+    """Returns the name of a tar without its suffix."""
     return name[: -max(len(suffix) for suffix in TAR_SUFFIXES if name.lower().endswith(suffix))]

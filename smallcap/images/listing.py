@@ -1,7 +1,7 @@
-"""Lists a run's input and stores it as a listing of the run's list of work (`work_list`).
+"""Lists a run's input and stores it as a listing of the work list (`work_list`).
 
-Images and fragments are written first, the marker last: a listing without its marker does not exist and is written
-over. Listing images again adds a listing with what is new.
+Images and fragments are written first, the marker last. A listing without its marker does not count and is
+overwritten. Listing again adds a listing with the new images.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ from smallcap.images.work_list import (
     write_fragments,
 )
 
-FILE_ROWS = 1 << 16  # of one file of images: its 256 row groups keep the footer within one small read
+FILE_ROWS = 1 << 16  # in one file of images: its 256 row groups keep the footer within one small read
 
 
 def make_work_list(sources: Sequence[str], config: InputConfig, out: str, keep_columns: Sequence[str] = ()) -> WorkList:
-    """Lists all images and stores the list in `out`, in place of a listing that was not finished.
+    """Lists all images and stores the list in `out`; overwrites a listing that was not finished.
 
     Args:
         sources: Folders, prefixes, globs, images, tars, Parquet files with image bytes, or lists of URIs.
-        config: The columns of lists, and the ids of tars.
+        config: The input's config: the columns of lists, and the ids of tars.
         out: The run's output folder, without a finished listing.
         keep_columns: Columns that pass through to the output.
 
@@ -59,7 +59,7 @@ def make_work_list(sources: Sequence[str], config: InputConfig, out: str, keep_c
         SchemaError: A list is damaged, or lacks a column.
         StorageError: A source does not exist, or the service fails.
     """
-    assert not load_markers(out), "a finished listing is never written over"
+    assert not load_markers(out), "a finished listing is never overwritten"
     listing = _Listing(out, 0, ImageSources(sources, config, tuple(keep_columns)))
     listing.write()
     if not listing.fragments:
@@ -69,9 +69,9 @@ def make_work_list(sources: Sequence[str], config: InputConfig, out: str, keep_c
 
 
 def extend_work_list(sources: Sequence[str], config: InputConfig, out: str) -> WorkList:
-    """Lists again, and adds the images whose ids are not in the stored list, as new fragments.
+    """Lists again, and adds the images whose ids are not in the stored list as new fragments.
 
-    Tars and Parquet files with images are known by their URIs. Where nothing is new, nothing is written.
+    Tars and Parquet files with images are known by their URIs. Nothing is written where nothing is new.
 
     Raises:
         ConfigError: There is no stored list to extend, or columns to keep have other types than before.
@@ -103,7 +103,7 @@ def _loaded(out: str) -> WorkList:
 
 
 def no_images(sources: Sequence[str]) -> ConfigError:
-    """Returns the error of sources that hold nothing."""
+    """Returns the error for sources without images."""
     return ConfigError(
         "There are no images.",
         where=", ".join(sources),
@@ -117,10 +117,10 @@ class _Listing:
 
     Args:
         out: The run's output folder.
-        number: Of the listing.
-        sources: What to list.
-        known: Fragments of the listings before.
-        tar_ids: What they settled; None lets this one settle it.
+        number: The listing's number.
+        sources: The sources to list.
+        known: The fragments of earlier listings.
+        tar_ids: How earlier listings tell the images of tars apart; None lets this listing choose.
     """
 
     def __init__(
@@ -132,11 +132,11 @@ class _Listing:
         self.fragments: list[pa.Table] = []
 
     def write(self) -> None:
-        """Lists the sources and writes the images that have URIs."""
+        """Lists the sources and writes the images that have URIs of their own."""
         self._clear()
         with storage.scratch_folder() as scratch:
             try:
-                # Most folders and many lists are in order already: they need no copy in between.
+                # Most folders and many lists are in order already, and need no sorted copy.
                 self._write_images(checked_order(self._sources.tables()), scratch)
             except UnsortedError:
                 self._write_images(sort_images(self._sources.tables(), scratch), scratch)
@@ -144,7 +144,7 @@ class _Listing:
         self._add_parquet()
 
     def finish(self) -> None:
-        """Writes the fragments and then the marker, from which on the listing exists."""
+        """Writes the fragments and then the marker, which makes the listing valid."""
         fragments = pa.concat_tables(self.fragments)
         write_fragments(self._out, self._number, fragments)
         kept = self._sources.kept if self._sources.kept is not None else pa.schema([])
@@ -161,7 +161,7 @@ class _Listing:
         marker.write(work_uri(self._out, f"{listing_name(self._number)}.json"))
 
     def _clear(self) -> None:
-        """Removes what an unfinished listing of this number left."""
+        """Removes the files that an unfinished listing of this number left."""
         for uri in storage.list_folder(work_uri(self._out)):
             if uri.rsplit("/", 1)[-1].startswith(f"{listing_name(self._number)}-"):
                 storage.remove(uri)
@@ -172,7 +172,7 @@ class _Listing:
             tables = without_known(tables, _stored_ids(self._out, listing))
         for number, table in enumerate(_regrouped(unique_images(tables, self._duplicates))):
             file = f"{listing_name(self._number)}-images-{number:05d}.parquet"
-            # No statistics and dictionaries: a row group is read whole, and each would lengthen the footer 256 times.
+            # A row group is read whole, and statistics or dictionaries would lengthen the footer 256 times.
             pq.write_table(
                 table,
                 scratch / file,
@@ -218,7 +218,7 @@ class _Listing:
 
 
 def _regrouped(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
-    """Yields the rows in tables of one file's length, the last one excepted."""
+    """Yields the rows in tables with the length of a file; the last one may be shorter."""
     held: list[pa.Table] = []
     rows = 0
     for table in tables:

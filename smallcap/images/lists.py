@@ -1,6 +1,6 @@
-"""Reads lists of image URIs as a stream: Parquet, CSV, TSV, JSONL, JSON and text, in tables of some thousand rows.
+"""Reads lists of image URIs as a stream of tables, from Parquet, CSV, TSV, JSONL, JSON and text.
 
-It knows the file formats and which columns are asked for; what a URI leads to it never looks at.
+It knows the file formats and the columns asked for; it never opens a URI.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BATCH_ROWS = 65_536
 _BLOCK_BYTES = 16 << 20
 TEXT_COLUMN = "image_uri"  # the one column of a .txt list, and of a JSON array of strings
 
-# Each gives the list's column names, and then its rows as tables with the columns that are asked for.
+# A reader passes the list's column names to `_Choose`, and then yields tables with the columns that it returns.
 _Rows = Iterator[pa.Table]
 _Open = Callable[[], IO[bytes]]
 _Choose = Callable[[Sequence[str]], list[str]]
@@ -40,9 +40,9 @@ class ImageList:
     """One list of URIs.
 
     Attributes:
-        uri: Of the list, absolute.
-        config: The columns of its URIs and ids.
-        keep_columns: Further columns to read.
+        uri: The absolute URI of the list.
+        config: The input's config, which names the columns of URIs and ids.
+        keep_columns: Other columns to read.
     """
 
     uri: str
@@ -53,8 +53,8 @@ class ImageList:
         """Yields `image_id` and `image_uri` (string, absolute, never null) and the kept columns.
 
         Raises:
-            SchemaError: The list is damaged, lacks a column, or a row has no URI or id.
-            StorageError: It cannot be read.
+            SchemaError: The list is damaged or lacks a column, or a row has no URI or id.
+            StorageError: The list cannot be read.
         """
         suffix = storage.suffix_of(self.uri)
         first_row = 1
@@ -67,45 +67,48 @@ class ImageList:
                 try:
                     table = next(rows, None)
                 except (pa.ArrowException, UnicodeDecodeError, json.JSONDecodeError, OSError) as error:
-                    found = str(error)[:500]
-                    raise SchemaError("The list of images cannot be read.", where=self.uri, found=found) from error
+                    text = str(error)[:500]
+                    raise SchemaError("The list of images cannot be read.", where=self.uri, found=text) from error
                 if table is None:
                     return
                 yield self._images(table, first_row)
                 first_row += table.num_rows
 
-    def _columns_to_read(self, found: Sequence[str]) -> list[str]:
-        """Returns the needed columns of a list that has the columns `found`."""
-        image = self.config.image_column if self.config.image_column in found else None
-        if image is None and list(found) == [TEXT_COLUMN]:
+    def _columns_to_read(self, names: Sequence[str]) -> list[str]:
+        """Returns the needed columns of a list that has the columns `names`."""
+        image = self.config.image_column if self.config.image_column in names else None
+        if image is None and list(names) == [TEXT_COLUMN]:
             image = TEXT_COLUMN
         if image is None:
             raise SchemaError(
                 "The list of images lacks the column of URIs.",
                 where=self.uri,
                 expected=self.config.image_column,
-                found=", ".join(found),
+                found=", ".join(names),
                 remedy="Name the column: --set input.image_column=NAME.",
             )
-        check_kept_columns(self.keep_columns, found, self.uri)
-        ids = [self.config.id_column] if self.config.id_column in found else []
+        check_kept_columns(self.keep_columns, names, self.uri)
+        ids = [self.config.id_column] if self.config.id_column in names else []
         return list(dict.fromkeys([image, *ids, *self.keep_columns]))
 
     def _images(self, table: pa.Table, first_row: int) -> pa.Table:
         names = table.column_names
-        given = self._named(table, names[0], first_row)
-        ids = self._named(table, self.config.id_column, first_row) if self.config.id_column in names else given
+        uris = self._strings(table, names[0], first_row)
+        ids = self._strings(table, self.config.id_column, first_row) if self.config.id_column in names else uris
         kept = {name: plain(table[name]) for name in self.keep_columns}
-        return pa.table({"image_id": ids, "image_uri": self._absolute(given), **kept})
+        return pa.table({"image_id": ids, "image_uri": self._absolute(uris), **kept})
 
-    def _named(self, table: pa.Table, name: str, first_row: int) -> pa.ChunkedArray:
-        """Returns a column of URIs or ids as strings, and checks that each row has one."""
+    def _strings(self, table: pa.Table, name: str, first_row: int) -> pa.ChunkedArray:
+        """Returns a column of URIs or ids as strings; each row must have one."""
         what = "id" if name == self.config.id_column and name != table.column_names[0] else "URI"
         try:
             values = plain(table[name]).cast(pa.string())
         except pa.ArrowException as error:
             raise SchemaError(
-                f"The {what}s of the list are not strings.", where=self.uri, expected=name, found=str(table[name].type)
+                f"The list has {what}s that are not strings.",
+                where=self.uri,
+                expected=name,
+                found=str(table[name].type),
             ) from error
         missing = pc.fill_null(pc.equal(values, ""), True)
         row = pc.index(missing, True).as_py()
@@ -116,7 +119,7 @@ class ImageList:
         return values
 
     def _absolute(self, uris: pa.ChunkedArray) -> pa.ChunkedArray:
-        """Makes relative URIs absolute: they are relative to the list's folder."""
+        """Makes URIs absolute; relative ones start from the folder of the list."""
         is_absolute = pc.or_(pc.match_substring(uris, "://"), pc.starts_with(uris, "/"))
         if pc.all(is_absolute, min_count=0).as_py():
             return uris
@@ -125,25 +128,25 @@ class ImageList:
         return pc.if_else(is_absolute, uris, below)
 
 
-def check_kept_columns(keep_columns: Sequence[str], found: Sequence[str], where: str) -> None:
-    """Checks that a file has all columns to keep.
+def check_kept_columns(keep_columns: Sequence[str], names: Sequence[str], where: str) -> None:
+    """Checks that the column `names` of a file include all columns to keep.
 
     Raises:
-        SchemaError: It lacks one.
+        SchemaError: One is missing.
     """
-    missing = [name for name in keep_columns if name not in found]
+    missing = [name for name in keep_columns if name not in names]
     if missing:
         raise SchemaError(
             "A column to keep is missing.",
             where=where,
             expected=", ".join(missing),
-            found=", ".join(found) or "no columns",
+            found=", ".join(names) or "no columns",
             remedy="Check --keep-columns.",
         )
 
 
 def plain(values: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Decodes a dictionary column, so that all batches have one type; a column of nothing but nulls becomes strings."""
+    """Decodes a dictionary column, so that all batches have one type; a column of type null becomes strings."""
     if pa.types.is_dictionary(values.type):
         return values.cast(values.type.value_type)
     return values.cast(pa.string()) if pa.types.is_null(values.type) else values
@@ -159,7 +162,7 @@ def _read_parquet(open_file: _Open, choose: _Choose) -> _Rows:
 def _read_csv(open_file: _Open, choose: _Choose, delimiter: str = ",") -> _Rows:
     parse = pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
     columns = choose(pa.csv.open_csv(open_file(), parse_options=parse).schema.names)
-    # A CSV has no types: as strings, a row far down cannot contradict the rows at the top, and 007 stays 007.
+    # A CSV has no types. As strings, late rows cannot contradict the first ones, and 007 stays 007.
     convert = pa.csv.ConvertOptions(
         column_types=dict.fromkeys(columns, pa.string()),
         include_columns=columns,
@@ -174,9 +177,9 @@ def _read_csv(open_file: _Open, choose: _Choose, delimiter: str = ",") -> _Rows:
 
 def _read_jsonl(open_file: _Open, choose: _Choose) -> _Rows:
     options = pa.json.ReadOptions(block_size=_BLOCK_BYTES)
-    found = pa.json.open_json(open_file(), read_options=options).schema
-    columns = choose(found.names)
-    fields = [found.field(name) for name in columns]
+    schema = pa.json.open_json(open_file(), read_options=options).schema
+    columns = choose(schema.names)
+    fields = [schema.field(name) for name in columns]
     types = pa.schema([field.with_type(pa.string()) if field.type == pa.null() else field for field in fields])
     parse = pa.json.ParseOptions(explicit_schema=types, unexpected_field_behavior="ignore")
     for batch in pa.json.open_json(open_file(), read_options=options, parse_options=parse):
@@ -197,7 +200,7 @@ def _read_text(open_file: _Open, choose: _Choose) -> _Rows:
 
 
 def _read_json(open_file: _Open, choose: _Choose) -> _Rows:
-    """Reads an array of objects or of strings, of which only a block and a batch are held."""
+    """Reads an array of objects or of strings; holds only one block and one batch of it."""
     columns: list[str] = []
     schema: pa.Schema | None = None
     for items in _json_batches(_text(open_file)):

@@ -1,6 +1,6 @@
-"""Parquet files with image bytes: which column holds them, and the images of one row group as a stream.
+"""Finds the column of image bytes in Parquet files, and reads the images of one row group as a stream.
 
-The bytes are a binary column, or a struct of `bytes` and `path` as Hugging Face's datasets write it.
+The column is binary, or a struct of `bytes` and `path` as Hugging Face datasets have it.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ from smallcap.images.lists import plain
 from smallcap.images.row_ranges import RowRanges
 
 _BUFFER_BYTES = 8 << 20  # read ahead of each column: a row group of gigabytes is never held whole
-_FOOTERS = 32  # read at once
+_FOOTERS_AT_ONCE = 32
 _DAMAGED = (pa.ArrowException, OSError)
 
 
 @dataclass(frozen=True)
 class ParquetOutline:
-    """What a Parquet file's footer says; `problem` where it cannot be read."""
+    """The outline of a Parquet file from its footer; `problem` says why the footer cannot be read."""
 
     uri: str
     schema: pa.Schema
-    rows: tuple[int, ...]  # of each row group
+    rows: tuple[int, ...]  # number of rows of each row group
     problem: str = ""
 
 
 def read_outlines(uris: Sequence[str]) -> Iterator[ParquetOutline]:
-    """Reads the footers of many Parquet files, some at once, in the order of the URIs.
+    """Reads the footers of many Parquet files in the order of the URIs, several at once.
 
     Raises:
         StorageError: A file is missing, or the service fails.
     """
     if not uris:
         return
-    with ThreadPoolExecutor(min(_FOOTERS, len(uris))) as pool:
+    with ThreadPoolExecutor(min(_FOOTERS_AT_ONCE, len(uris))) as pool:
         yield from pool.map(_read_outline, uris)
 
 
@@ -61,10 +61,10 @@ def _read_outline(uri: str) -> ParquetOutline:
 
 
 def image_bytes_column(schema: pa.Schema, config: InputConfig, where: str) -> str | None:
-    """Returns the column that holds image files; None where it has none, and may be a list of URIs.
+    """Returns the column that holds image files; None where there is none: the file may be a list of URIs.
 
     Raises:
-        SchemaError: Several columns may be it.
+        SchemaError: Several columns may hold the images.
     """
     if config.image_column in schema.names:
         return config.image_column if _holds_bytes(schema.field(config.image_column).type) else None
@@ -91,14 +91,14 @@ def read_parquet(
 ) -> Iterator[InputBatch]:
     """Yields the images of one row group.
 
-    Where the file cannot be read, or not to its end, each row that is left becomes an error, so that the rows are as
-    many as were listed.
+    Where the file cannot be read to its end, each missing row becomes an error, so that there are as many rows as were
+    listed.
 
     Args:
         fragment: The row group.
         wanted: The rows to yield; None yields all.
-        config: The columns of images and ids.
-        kept_columns: Further columns to read.
+        config: The input's config, which names the columns of images and ids.
+        kept_columns: Other columns to read.
 
     Raises:
         SchemaError: The file no longer has a column of images.
@@ -150,11 +150,11 @@ def _row_group(
         uris = [f"{fragment.uri}#row={before + row}" for row in rows]
         data, paths = _contents(table[column].combine_chunks(), uris)
         numbered = [f"{fragment.id_prefix}{before + row}" for row in rows]
-        given = plain(table[ids[0]]).cast(pa.string()).to_pylist() if ids else paths
+        named = plain(table[ids[0]]).cast(pa.string()).to_pylist() if ids else paths
         kept = [plain(table[name]).cast(kept_columns.field(name).type) for name in kept_columns.names]
         yield InputBatch(
             rows=rows,
-            image_ids=[name or number for name, number in zip(given, numbered, strict=True)],
+            image_ids=[name or number for name, number in zip(named, numbered, strict=True)],
             image_uris=uris,
             data=data,
             kept=pa.table(kept, schema=kept_columns) if kept else None,
@@ -163,7 +163,7 @@ def _row_group(
 
 
 def _contents(images: pa.Array, uris: list[str]) -> tuple[list[bytes | RowError], list[str | None]]:
-    """Returns the image files of a column, and their paths where it has them."""
+    """Returns the image files of a column and their paths, where it has paths."""
     paths: list[str | None] = [None] * len(images)
     if pa.types.is_struct(images.type):
         if images.type.get_field_index("path") >= 0:

@@ -1,7 +1,7 @@
-"""Sets of row numbers, held as few ranges: which rows of a fragment are wanted, done or failed.
+"""Sets of row numbers, held as ranges: the rows of a fragment that are wanted, done or failed.
 
-A fragment's rows are mostly done in order, so that a set of thousands is a handful of ranges. It knows nothing of
-fragments or files.
+The rows of a fragment are mostly done in order, so that a set of thousands is a handful of ranges. This module knows
+nothing of fragments or files.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from smallcap.errors import SchemaError
 class RowRanges:
     """An immutable set of row numbers ≥ 0, as sorted, disjoint, half-open ranges that do not touch each other.
 
-    Two sets with the same rows have the same ranges, so that they compare and hash alike.
+    Sets with the same rows have the same ranges, so that they are equal and have the same hash.
     """
 
     __slots__ = ("_ranges",)
     _ranges: np.ndarray  # [n, 2] int64, read-only: first row, and the row after the last
 
     def __init__(self, ranges: np.ndarray | Sequence[Sequence[int]] = ()) -> None:
-        """Takes half-open ranges in any order; they may overlap.
+        """Makes the set of the rows in half-open ranges, which may overlap and come in any order.
 
         Args:
-            ranges: [n, 2] integers: first row, and the row after the last. Empty ranges are left out.
+            ranges: [n, 2] integers: first row, and the row after the last. Empty ranges are dropped.
         """
-        given = np.asarray(ranges, dtype=np.int64).reshape(-1, 2)
-        object.__setattr__(self, "_ranges", _merged(given[given[:, 0] < given[:, 1]]))
+        bounds = np.asarray(ranges, dtype=np.int64).reshape(-1, 2)
+        object.__setattr__(self, "_ranges", _merged(bounds[bounds[:, 0] < bounds[:, 1]]))
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError("RowRanges cannot be changed")
@@ -40,21 +40,21 @@ class RowRanges:
 
     @classmethod
     def of(cls, rows: np.ndarray) -> RowRanges:
-        """Returns the set of these row numbers, [n] integers in any order, named any number of times."""
+        """Returns the set of these row numbers, [n] integers in any order, which may repeat."""
         first = np.asarray(rows, dtype=np.int64).reshape(-1)
         return cls(np.stack([first, first + 1], axis=1))
 
     @classmethod
     def span(cls, first: int, stop: int) -> RowRanges:
-        """Returns the rows from `first` to before `stop`."""
+        """Returns the rows from `first` up to, but without, `stop`."""
         return cls([(first, stop)])
 
     @classmethod
     def from_json(cls, value: Any) -> RowRanges:
-        """Reads what `to_json` gave.
+        """Reads the value of `to_json`.
 
         Raises:
-            SchemaError: It is not a list of pairs of numbers.
+            SchemaError: The value is not a list of pairs of numbers.
         """
         try:
             ranges = np.asarray(value, dtype=np.int64)
@@ -94,7 +94,7 @@ class RowRanges:
         """Returns the rows that are not in `other`."""
         if not self or not other:
             return self
-        # Between two neighbouring bounds of either set, a row is in a set or not as the first of them is.
+        # Between two neighbouring bounds, every row is in the same sets as the first one.
         bounds = np.unique(np.concatenate([self._ranges, other._ranges]))
         first = bounds[:-1]
         kept = self.contains(first) & ~other.contains(first)
@@ -102,7 +102,7 @@ class RowRanges:
 
     def contains(self, rows: np.ndarray) -> np.ndarray:
         """Says for each of the rows, [n] integers, whether it is in the set: [n] bool."""
-        place = np.searchsorted(self._ranges[:, 0], rows, side="right") - 1  # of the last range that begins by then
+        place = np.searchsorted(self._ranges[:, 0], rows, side="right") - 1  # the last range that begins by then
         if not len(self._ranges):
             return np.zeros(len(rows), dtype=bool)
         return np.asarray((place >= 0) & (rows < self._ranges[place, 1]))
@@ -127,7 +127,7 @@ def _merged(ranges: np.ndarray) -> np.ndarray:
     """Sorts ranges, [n, 2], and joins those that overlap or touch."""
     ranges = ranges[np.argsort(ranges[:, 0], kind="stable")]
     if len(ranges) > 1:
-        reach = np.maximum.accumulate(ranges[:, 1])  # the furthest that this range or one before it goes
+        reach = np.maximum.accumulate(ranges[:, 1])  # the furthest end of this range and those before it
         begins = np.concatenate([[True], ranges[1:, 0] > reach[:-1]])
         ends = np.concatenate([begins[1:], [True]])
         ranges = np.stack([ranges[begins, 0], reach[ends]], axis=1)

@@ -1,7 +1,7 @@
-"""Puts listed images in the order of their ids, each id once, in memory that does not grow with their number.
+"""Sorts listed images by id, each id once, in memory that does not grow with their number.
 
-Sorted runs are spilled to a local folder as Arrow files and merged as a stream. This module knows nothing of sources
-and of how the list is stored: it takes and gives tables that begin with the columns `image_id` and `image_uri`.
+Sorted runs are spilled to a local folder as Arrow files and merged as a stream. This module knows nothing of sources,
+nor of how the list is stored: it takes and gives tables that begin with the columns `image_id` and `image_uri`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import pyarrow.compute as pc
 
 RUN_ROWS = 500_000  # images that are sorted in memory
 RUN_BYTES = 256 << 20  # or fewer, where kept columns are large
-BATCH_ROWS = 65_536  # of a spilled run, and of most tables that are yielded
+BATCH_ROWS = 65_536  # in a batch of a spilled run, and in most tables that are yielded
 EXAMPLES = 5
 _ORDER = [("image_id", "ascending"), ("image_uri", "ascending")]
 
 
 class UnsortedError(Exception):
-    """Images that were taken to be in order are not; caught where they are listed."""
+    """The images are not in the expected order; caught where they are listed."""
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,17 @@ class DuplicateExample:
 
 @dataclass
 class Duplicates:
-    """What was left out because its id had been named before."""
+    """The images that were left out because their ids came before."""
 
     count: int = 0
     examples: list[DuplicateExample] = field(default_factory=list)  # only those with different URIs, at most five
 
 
 def checked_order(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """Passes tables on that are in the order of id and URI already.
+    """Passes on tables that are in the order of id and URI.
 
     Raises:
-        UnsortedError: They are not.
+        UnsortedError: They are not in this order.
     """
     before: tuple[str, str] | None = None
     for table in tables:
@@ -63,28 +63,28 @@ def sort_images(tables: Iterable[pa.Table], scratch: Path) -> Iterator[pa.Table]
     """Yields all rows in the order of id and URI.
 
     Args:
-        tables: Of one schema, in any order.
-        scratch: An empty local folder, for about as many bytes as the tables have.
+        tables: Tables of one schema, in any order.
+        scratch: An empty local folder with room for about as many bytes as the tables have.
     """
     runs: list[Path] = []
     for table in _gathered(tables):
         if runs or table.num_rows >= RUN_ROWS or table.nbytes >= RUN_BYTES:
             runs.append(_spill(sort_table(table), scratch / f"run-{len(runs):05d}.arrow"))
         else:
-            yield from _slices(sort_table(table))  # the only one
+            yield from _slices(sort_table(table))  # the only run
     if runs:
         yield from _merge([_Run(path) for path in runs])
 
 
-def unique_images(tables: Iterable[pa.Table], found: Duplicates) -> Iterator[pa.Table]:
-    """Leaves out the rows whose id came before; of different URIs the first one stays.
+def unique_images(tables: Iterable[pa.Table], duplicates: Duplicates) -> Iterator[pa.Table]:
+    """Leaves out the rows whose id came before; the first of several URIs stays.
 
     Args:
-        tables: In the order of id and URI.
-        found: Counts what is left out.
+        tables: Tables in the order of id and URI.
+        duplicates: The object that counts the rows left out.
     """
-    before_id = before_uri = None  # of the row before
-    taken = ""  # the URI that its id stands for
+    before_id = before_uri = None  # id and URI of the row before
+    taken = ""  # the URI that this id stands for
     for table in tables:
         if not table.num_rows:
             continue
@@ -92,13 +92,13 @@ def unique_images(tables: Iterable[pa.Table], found: Duplicates) -> Iterator[pa.
         again = _equals_previous(ids, before_id)
         last_taken = uris[-1].as_py()
         if again.any():
-            found.count += int(again.sum())
-            first = np.maximum.accumulate(np.where(again, -1, np.arange(len(again))))  # row that begins each id
+            duplicates.count += int(again.sum())
+            first = np.maximum.accumulate(np.where(again, -1, np.arange(len(again))))  # the first row of each id
             for row in np.flatnonzero(again & ~_equals_previous(uris, before_uri)):
-                if len(found.examples) == EXAMPLES:
+                if len(duplicates.examples) == EXAMPLES:
                     break
                 known = taken if first[row] < 0 else uris[int(first[row])].as_py()
-                found.examples.append(DuplicateExample(ids[int(row)].as_py(), known, uris[int(row)].as_py()))
+                duplicates.examples.append(DuplicateExample(ids[int(row)].as_py(), known, uris[int(row)].as_py()))
             last_taken = taken if first[-1] < 0 else uris[int(first[-1])].as_py()
         before_id, before_uri, taken = ids[-1].as_py(), uris[-1].as_py(), last_taken
         if not again.all():
@@ -109,8 +109,8 @@ def without_known(tables: Iterable[pa.Table], known: Iterable[pa.Array]) -> Iter
     """Leaves out the rows whose id is known.
 
     Args:
-        tables: In the order of their ids.
-        known: Ids in order, in arrays of any length; only a few are held at a time.
+        tables: Tables in the order of their ids.
+        known: Known ids in order, in arrays of any length; only a few arrays are held at a time.
     """
     chunks = (chunk for chunk in known if len(chunk))
     chunk = next(chunks, None)
@@ -135,7 +135,7 @@ def sort_table(table: pa.Table) -> pa.Table:
     if not table.num_rows or _in_order(table):
         return table
     ids = table["image_id"].combine_chunks()
-    # One key sorts several times faster than two, and the second matters only where an id comes twice.
+    # One key sorts several times faster than two; the second matters only where an id repeats.
     order = pc.array_sort_indices(ids)
     if _equals_previous(ids.take(order), None).any():
         order = pc.sort_indices(table, sort_keys=_ORDER)
@@ -143,7 +143,7 @@ def sort_table(table: pa.Table) -> pa.Table:
 
 
 def _gathered(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """Joins tables to some of a run's size, the last one excepted."""
+    """Joins tables until they have the size of a run; the last one may be smaller."""
     held: list[pa.Table] = []
     rows = size = 0
     for table in tables:
@@ -163,12 +163,12 @@ def _spill(table: pa.Table, path: Path) -> Path:
 
 
 class _Run:
-    """A spilled run that is read from front to back; its pages are the kernel's to keep or drop."""
+    """A spilled run that is read from front to back; the kernel keeps or drops its pages."""
 
     def __init__(self, path: Path) -> None:
         self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
         self._next = 0
-        self.head: pa.Table | None = None  # what of the current batch has not been taken
+        self.head: pa.Table | None = None  # the rows of the current batch that have not been taken
         self._advance()
 
     def _advance(self) -> None:
@@ -182,7 +182,7 @@ class _Run:
         return _key(self.head, self.head.num_rows - 1)
 
     def take_until(self, key: tuple[str, str]) -> pa.Table:
-        """Takes the rows of the current batch up to `key`, which may be none."""
+        """Takes the rows of the current batch up to `key`, perhaps none."""
         assert self.head is not None
         head = self.head
         count = bisect_right(range(head.num_rows), key, key=lambda row: _key(head, row))
@@ -194,7 +194,7 @@ class _Run:
 
 
 def _merge(runs: list[_Run]) -> Iterator[pa.Table]:
-    """Merges runs: what is up to the least of their batches' last keys is all there, and is sorted and given."""
+    """Merges runs: all rows up to the least of their batches' last keys have been read, and are sorted and yielded."""
     while runs := [run for run in runs if run.head is not None]:
         key = min(run.last_key() for run in runs)
         yield sort_table(pa.concat_tables([run.take_until(key) for run in runs]))
@@ -217,7 +217,7 @@ def _in_order(table: pa.Table) -> bool:
 
 
 def _equals_previous(values: pa.Array, before: str | None) -> np.ndarray:
-    """Says for each value whether it equals the one before it; `before` is the one before the first."""
+    """Says for each value whether it equals the one before it; `before` comes before the first."""
     equal = np.zeros(len(values), dtype=bool)
     if len(values):
         equal[0] = before is not None and values[0].as_py() == before

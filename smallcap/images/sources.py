@@ -1,7 +1,7 @@
-"""Tells what each source of images is, and lists it as a stream: images by URI, tars, and Parquet files with images.
+"""Lists the sources of images as a stream: images by URI, tars, and Parquet files with images.
 
-It opens lists and Parquet footers, never an image. An id is the path below the source's folder, or the list's id
-column, or the URI where a list has none.
+It opens lists and Parquet footers, never an image. The id of an image is its path below the source's folder, or the
+list's id column, or its URI where the list has no such column.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ IMAGE_COLUMNS = pa.schema([pa.field("image_id", pa.string()), pa.field("image_ur
 
 @dataclass(frozen=True)
 class TarFile:
-    """One tar and its path below its source, without its ending."""
+    """One tar; `name` is its path below its source, without the suffix."""
 
     uri: str
     name: str
@@ -31,7 +31,7 @@ class TarFile:
 
 @dataclass(frozen=True)
 class ParquetImages:
-    """One Parquet file with image bytes, and its path below its source, without its ending."""
+    """One Parquet file with image bytes; `name` is its path below its source, without the suffix."""
 
     name: str
     outline: ParquetOutline
@@ -39,15 +39,15 @@ class ParquetImages:
 
 @dataclass
 class ImageSources:
-    """All sources of a run; what is found beside URIs is collected while `tables` is read to its end.
+    """All sources of a run; `kept`, `tars` and `parquet` are filled while `tables` is read to its end.
 
     Attributes:
         sources: Folders, prefixes, globs, images, tars, Parquet files, and lists of URIs.
-        config: Columns of lists and Parquet files.
+        config: The input's config, which names the columns of lists and Parquet files.
         keep_columns: Columns that pass through to the output.
-        kept: Their types, by the first source that has them.
-        tars: The tars found, each once.
-        parquet: The Parquet files with image bytes found, each once.
+        kept: The types of these columns, from the first source.
+        tars: The tars, by URI.
+        parquet: The Parquet files with image bytes, by URI.
     """
 
     sources: Sequence[str]
@@ -61,14 +61,14 @@ class ImageSources:
         """Yields `image_id`, `image_uri` and the kept columns of all images that have URIs of their own.
 
         Raises:
-            ConfigError: Sources differ in the types of the kept columns.
+            ConfigError: The types of the kept columns differ between sources.
             SchemaError: A list or Parquet file is damaged, or lacks a column.
             StorageError: A source does not exist, or the service fails.
         """
         self.tars, self.parquet = {}, {}
         for source in self.sources:
             for table in self._list(storage.absolute(source)):
-                self._agree(table.select(self.keep_columns).schema, source)
+                self._check_kept_types(table.select(self.keep_columns).schema, source)
                 yield table.select([*IMAGE_COLUMNS.names, *self.keep_columns])
 
     def _list(self, source: str) -> Iterator[pa.Table]:
@@ -84,17 +84,17 @@ class ImageSources:
                 yield from self._read_list(uri)
 
     def _list_files(self, source: str) -> Iterator[pa.Table]:
-        """Lists a folder, prefix, glob or file: images and tars, or where there are none of them, Parquet files."""
+        """Lists the images and tars of a folder, prefix, glob or file, or its Parquet files where it has neither."""
         wanted: tuple[str, ...] = (*IMAGE_SUFFIXES, *TAR_SUFFIXES, ".parquet")
         parquet: list[str] = []
-        any_other = False
+        has_images_or_tars = False
         uris: list[str] = []
         for uri in storage.iter_files(source, wanted):
             if uri.lower().endswith(".parquet"):
-                if not any_other:
+                if not has_images_or_tars:
                     parquet.append(uri)
                 continue
-            any_other, parquet = True, []
+            has_images_or_tars, parquet = True, []
             if uri.lower().endswith(IMAGE_SUFFIXES):
                 uris.append(uri)
             else:
@@ -113,18 +113,18 @@ class ImageSources:
             return pa.table({"image_id": ids, "image_uri": uris}, schema=IMAGE_COLUMNS)
         except UnicodeEncodeError as error:
             raise SchemaError(
-                "A file's name is not UTF-8.",
+                "The name of a file is not UTF-8.",
                 where=repr(error.object),
                 remedy="Rename the file, or move it out of the folder.",
             ) from error
 
     def _add_tar(self, source: str, uri: str) -> None:
         name = without_tar_suffix(storage.path_below(source, uri))
-        self._agree(pa.schema([pa.field(column, pa.string()) for column in self.keep_columns]), uri)
+        self._check_kept_types(pa.schema([pa.field(column, pa.string()) for column in self.keep_columns]), uri)
         self.tars.setdefault(uri, TarFile(uri, name))
 
     def _list_parquet(self, source: str, uris: list[str]) -> Iterator[pa.Table]:
-        """Takes Parquet files as images where they hold bytes, else as lists of URIs."""
+        """Treats Parquet files as images where they hold image bytes, else as lists of URIs."""
         for outline in read_outlines(uris):
             name = storage.path_below(source, outline.uri).removesuffix(".parquet")
             if outline.problem and len(uris) == 1:
@@ -136,24 +136,24 @@ class ImageSources:
             else:
                 check_kept_columns(self.keep_columns, outline.schema.names, outline.uri)
                 kept = pa.schema([_plain_field(outline.schema.field(column)) for column in self.keep_columns])
-                self._agree(kept, outline.uri)
+                self._check_kept_types(kept, outline.uri)
                 self.parquet.setdefault(outline.uri, ParquetImages(name, outline))
 
     def _read_list(self, uri: str) -> Iterator[pa.Table]:
         return ImageList(uri, self.config, self.keep_columns).tables()
 
-    def _agree(self, kept: pa.Schema, where: str) -> None:
+    def _check_kept_types(self, kept: pa.Schema, where: str) -> None:
         """Checks that the kept columns have the same types in all sources."""
         kept = pa.schema([pa.field(column.name, column.type) for column in kept])
         if self.kept is None:
             self.kept = kept
         elif not kept.equals(self.kept):
             raise ConfigError(
-                "The columns to keep have different types in the sources.",
+                "The columns to keep have different types in different sources.",
                 where=where,
                 expected=_describe(self.kept),
                 found=_describe(kept),
-                remedy="Give them one type (CSV and tars have strings), or caption in separate runs.",
+                remedy="Give each column one type (CSV and tars have strings), or caption in separate runs.",
             )
 
 

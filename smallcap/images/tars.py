@@ -1,7 +1,7 @@
-"""WebDataset tars: the images of one tar as a stream, and whether keys alone tell the images of many tars apart.
+"""Reads the images of a WebDataset tar as a stream, and tells whether keys alone identify the images of many tars.
 
-A sample is what has one key, the member's path up to the first dot of its base name; its members stand next to each
-other. The rest of a tar's conventions (splits, brace expansion, decoders) is not needed to caption its images.
+The members of a sample have the same key, the path up to the first dot of the base name, and follow each other. The
+other conventions of WebDataset (splits, brace expansion, decoders) are not needed to caption images.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from smallcap.images.row_ranges import RowRanges
 _BLOCK_BYTES = 16 << 20  # read ahead, and one request on S3
 _BATCH_BYTES = 64 << 20  # a batch ends with the image that reaches it
 _PEEK_BYTES = 16 << 10
-_PEEKS = 32  # at once
+_PEEKS_AT_ONCE = 32
 _DAMAGED = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError)  # OSError: gzip, bz2
 
 
@@ -47,9 +47,9 @@ class _Sample:
 
     key: str
     wanted: bool
-    member: str | None = None  # name of its image
+    member: str | None = None  # name of the image
     data: bytes = b""
-    texts: dict[str, str] = field(default_factory=dict)  # json and txt
+    texts: dict[str, str] = field(default_factory=dict)  # contents of json and txt, by extension
 
 
 @dataclass
@@ -59,14 +59,14 @@ class _Progress:
 
 
 def choose_tar_ids(uris: Sequence[str]) -> Literal["key", "tar/key"]:
-    """Says how the images of these tars are told apart: by their keys, or by their tars as well.
+    """Says how the images of these tars are told apart: by their keys alone, or by tar and key.
 
-    Whether all keys differ can be known only by reading all tars; but writers that number the images of each tar from
-    the same start are found by the first key of each.
+    Only reading all tars would tell whether all keys differ. But the first key of each tar tells whether the writer
+    numbered the images of each tar from the same start.
     """
     if len(uris) < 2:
         return "key"
-    with ThreadPoolExecutor(min(_PEEKS, len(uris))) as pool:
+    with ThreadPoolExecutor(min(_PEEKS_AT_ONCE, len(uris))) as pool:
         keys = [key for key in pool.map(_first_key, uris) if key is not None]
     return "key" if len(set(keys)) == len(keys) else "tar/key"
 
@@ -74,27 +74,31 @@ def choose_tar_ids(uris: Sequence[str]) -> Literal["key", "tar/key"]:
 def read_tar(fragment: Fragment, wanted: RowRanges | None, kept_columns: pa.Schema) -> Iterator[InputBatch]:
     """Streams through a tar and yields its images, a repeated key only once.
 
-    What cannot be read becomes one row after the images that could be, whose id is the tar's URI.
+    Where the tar cannot be read to its end, one row follows the images that were read; its id is the tar's URI.
 
     Args:
         fragment: The tar.
-        wanted: The rows to yield; nothing of others is kept. None yields all.
+        wanted: The rows to yield; other images are not held. None yields all.
         kept_columns: `json`, `txt`, or fields of the json; strings.
 
     Raises:
-        StorageError: The service fails; a tar that is missing or forbidden is a row.
+        StorageError: The service fails; a tar that is missing or forbidden gives an error row.
     """
     progress = _Progress()
     held: list[_Image] = []
     counted = 0
     for image in _images(fragment, wanted, kept_columns.names, progress):
-        size = sum(len(other.data) for other in held if isinstance(other.data, bytes))
-        if held and (len(held) == FRAGMENT_ROWS or size >= _BATCH_BYTES):
+        held_bytes = sum(len(other.data) for other in held if isinstance(other.data, bytes))
+        if held and (len(held) == FRAGMENT_ROWS or held_bytes >= _BATCH_BYTES):
             yield _batch(held, kept_columns, False, progress.duplicates - counted)
             held, counted = [], progress.duplicates
         held.append(image)
     if held:
         yield _batch(held, kept_columns, held[-1].row == progress.rows - 1, progress.duplicates - counted)
+
+
+def _counted(images: int) -> str:
+    return "1 image" if images == 1 else f"{images} images"
 
 
 def _batch(images: list[_Image], kept_columns: pa.Schema, ends: bool, duplicates: int) -> InputBatch:
@@ -113,7 +117,7 @@ def _batch(images: list[_Image], kept_columns: pa.Schema, ends: bool, duplicates
 def _images(
     fragment: Fragment, wanted: RowRanges | None, columns: Sequence[str], progress: _Progress
 ) -> Iterator[_Image]:
-    """Yields the wanted images, and at last the error where there is one; counts all rows."""
+    """Yields the wanted images, and then the error where there is one; counts all rows."""
     problem: RowError | None = None
     try:
         with (
@@ -125,10 +129,10 @@ def _images(
         problem = unreadable_file(error, fragment.uri)
     except _DAMAGED as error:
         code = ErrorCode.TRUNCATED if progress.rows else ErrorCode.NOT_AN_IMAGE
-        what = f"The tar is damaged or ends early after {progress.rows} images: {error or type(error).__name__}."
+        what = f"The tar is damaged or ends early after {_counted(progress.rows)}: {error or type(error).__name__}."
         problem = RowError(code, what, where=fragment.uri)
     if problem is None and not progress.rows:
-        problem = RowError(ErrorCode.EMPTY, "There are no images in this tar.", where=fragment.uri)
+        problem = RowError(ErrorCode.EMPTY, "The tar has no images.", where=fragment.uri)
     if problem is not None:
         if wanted is None or wanted.contains(np.array([progress.rows]))[0]:
             yield _Image(progress.rows, fragment.uri, fragment.uri, problem, {})
@@ -166,7 +170,7 @@ def _samples(
                 sample = _Sample(key, wanted=is_wanted and key not in keys)
             if extension in IMAGE_EXTENSIONS:
                 if sample.member is not None or key in keys:
-                    # Counted with the row before it, so that a tar that is read again counts it only once.
+                    # It counts with the row before it, so that it counts only once when a tar is read again.
                     before = progress.rows - (sample.member is None)
                     progress.duplicates += wanted is None or bool(wanted.contains(np.array([before]))[0])
                     continue
@@ -208,7 +212,7 @@ def _kept_value(name: str, texts: dict[str, str]) -> str | None:
 
 
 def _first_key(uri: str) -> str | None:
-    """Returns the key of a tar's first member with a small read; None where that fails: reading it will say why."""
+    """Returns the key of a tar's first member, after a small read; None where that fails: reading the tar tells why."""
     try:
         with storage.open_ranged(uri) as file:
             start = file.read(_PEEK_BYTES)
@@ -223,7 +227,7 @@ def _first_key(uri: str) -> str | None:
 
 
 class _StrictTarInfo(tarfile.TarInfo):
-    """Headers as tarfile reads them; but damage ends the tar with an error, where tarfile just stops."""
+    """A header that raises an error for a damaged tar, where tarfile just stops."""
 
     @classmethod
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> _StrictTarInfo:

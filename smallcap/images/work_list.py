@@ -1,8 +1,8 @@
-"""The stored list of a run's work below `OUT/_work`: what there is to caption, cut into fragments; how it is read.
+"""Reads the stored work list of a run in `OUT/_work`: all images to caption, cut into fragments.
 
-It is made of listings (`listing` writes them): Parquet files with the images that have URIs of their own, sorted by id;
-a table of all fragments; and a marker, without which a listing does not exist. The format is described in
-docs/formats.md. This module knows nothing of what is done already.
+It is made of listings, which `listing` writes. A listing has Parquet files with the images that have URIs of their own,
+sorted by id; a table of its fragments; and a marker, without which it does not count. docs/formats.md describes the
+format. This module knows nothing of what is done already.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ WORK_FOLDER = "_work"
 
 @dataclass(frozen=True)
 class WorkList:
-    """What a run has to caption.
+    """All that a run has to caption.
 
     Attributes:
-        listed_at: When the newest listing was made.
+        listed_at: The time of the newest listing.
         fragments: All fragments, by their numbers.
-        images: How many images there are; None while tars make it unknown.
-        duplicates: Images with URIs that were left out because their ids had been named before.
+        images: The number of images; None while tars make it unknown.
+        duplicates: The number of images with URIs that were left out because their ids came before.
         kept_columns: Columns that pass through to the output.
-        examples: At most five of the duplicates whose id stood for another URI.
-        sources: Of the newest listing.
+        examples: Duplicates whose id stood for another URI, at most five for each listing.
+        sources: The sources of the newest listing.
     """
 
     listed_at: str
@@ -55,7 +55,7 @@ class WorkList:
 
 
 class Marker(VersionedRecord):
-    """The content of a listing's marker; docs/formats.md tells the fields."""
+    """The content of a listing's marker; docs/formats.md explains the fields."""
 
     format_version: Literal[1] = 1
     sources: tuple[str, ...]
@@ -69,10 +69,10 @@ class Marker(VersionedRecord):
 
 
 def load_work_list(out: str) -> WorkList | None:
-    """Returns the stored list of a run; None where none was finished.
+    """Returns the stored list of a run; None where no listing was finished.
 
     Raises:
-        SchemaError: It is damaged, or of another format version.
+        SchemaError: The list is damaged, or has another format version.
     """
     markers = load_markers(out)
     if not markers:
@@ -96,10 +96,10 @@ def read_fragment(
     """Yields the images of a fragment in their order, at most 256 at a time.
 
     Args:
-        fragment: What to read.
-        wanted: The rows to yield; None yields all, and at least one: what cannot be read is an error row.
-        config: The columns of Parquet files with images.
-        kept_columns: Of the work list.
+        fragment: The fragment to read.
+        wanted: The rows to yield. None yields all, and at least one: a file that cannot be read gives an error row.
+        config: The input's config, which names the columns of Parquet files with images.
+        kept_columns: The kept columns of the work list.
 
     Raises:
         SchemaError: The stored list is damaged.
@@ -114,7 +114,7 @@ def read_fragment(
 
 
 def count_images(fragment: Fragment, most: int, config: InputConfig) -> int:
-    """Reads a fragment, whose length is known only so, until it has had `most` images; returns how many it had."""
+    """Counts the images of a fragment by reading it, and stops once there are `most` or more."""
     counted = 0
     for images in read_fragment(fragment, None, config, pa.schema([])):
         counted += len(images.rows)
@@ -144,7 +144,7 @@ def load_markers(out: str) -> list[Marker]:
     """Reads the markers of all finished listings, oldest first.
 
     Raises:
-        SchemaError: One is malformed, or of another format version.
+        SchemaError: A marker is malformed, or has another format version.
     """
     markers: list[Marker] = []
     names = {uri.rsplit("/", 1)[-1] for uri in storage.list_folder(work_uri(out))}
@@ -166,7 +166,7 @@ def read_fragments(out: str, listing: int) -> pa.Table:
 
 
 def write_fragments(out: str, listing: int, table: pa.Table) -> None:
-    """Writes the fragments of one listing; the stored list's own URIs become relative, so that the folder can move."""
+    """Writes the fragments of one listing; URIs of the stored list become relative, so that the folder can move."""
     relative = _with_stored_uris(table, pc.utf8_slice_codeunits(table["uri"], len(storage.absolute(out)) + 1))
     buffer = pa.BufferOutputStream()
     pq.write_table(relative, buffer, compression="zstd")
@@ -174,18 +174,18 @@ def write_fragments(out: str, listing: int, table: pa.Table) -> None:
 
 
 def _with_stored_uris(table: pa.Table, uris: pa.ChunkedArray) -> pa.Table:
-    """Takes these URIs for the fragments that lie in the stored list."""
+    """Replaces the URIs of the fragments that lie in the stored list."""
     is_stored = pc.equal(table["kind"], "uris")
     return table.set_column(1, FRAGMENT_COLUMNS.field("uri"), pc.if_else(is_stored, uris, table["uri"]))
 
 
 def work_uri(out: str, *names: str) -> str:
-    """Returns the absolute URI of the list's folder, or of something in it."""
+    """Returns the absolute URI of the list's folder, or of a file in it."""
     return storage.join(storage.absolute(out), WORK_FOLDER, *names)
 
 
 def listing_name(listing: int) -> str:
-    """Returns what the names of a listing's files begin with."""
+    """Returns the start of the names of a listing's files."""
     return f"listing-{listing:03d}"
 
 
@@ -194,5 +194,5 @@ def _damaged(uri: str, found: str) -> SchemaError:
         "The stored list of images cannot be read.",
         where=uri,
         found=found,
-        remedy="Restore it, or caption into another folder.",
+        remedy="Restore the file, or caption into another folder.",
     )

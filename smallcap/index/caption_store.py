@@ -1,6 +1,6 @@
 """The caption store: texts and their sources by global caption id, in memory-mapped Arrow files.
 
-One uncompressed record batch per shard file, so that a lookup touches only the pages of its rows and the processes of a
+Each file has one uncompressed record batch, so that a lookup touches only the pages of its rows, and the processes of a
 node share them. This module knows nothing of vectors, caches or checksums.
 """
 
@@ -24,7 +24,7 @@ CAPTION_STORE_COLUMNS = pa.schema(
         pa.field("caption_id", pa.int64(), nullable=False),
         pa.field("text", pa.string(), nullable=False),
         pa.field("source", pa.list_(pa.string()), nullable=False),  # every dump file that has this caption
-        pa.field("image_id", pa.list_(pa.string())),  # of every image that has this caption in any dump; null if none
+        pa.field("image_id", pa.list_(pa.string())),  # every image that has this caption in any dump; null if none
     ]
 )
 _TEXTS_AT_ONCE = 10_000
@@ -44,8 +44,8 @@ class CaptionStore:
     """Captions by global id over the caption files of one index version.
 
     Args:
-        files: Local path of each caption file, in the order of `shards`.
-        shards: Their manifest entries, contiguous.
+        files: The local path of each caption file, in the order of `shards`.
+        shards: The files' manifest entries, contiguous.
 
     Raises:
         IndexIntegrityError: A file's schema, row count or ids contradict its entry.
@@ -69,7 +69,7 @@ class CaptionStore:
         return texts
 
     def image_ids(self, caption_ids: np.ndarray) -> list[list[str]]:
-        """Returns for each id the images that have this caption; `caption_ids` is a flat int64 array."""
+        """Returns the images that have each caption; `caption_ids` is a flat int64 array."""
         image_ids: list[list[str]] = [[] for _ in caption_ids]
         for batch, positions, rows in self._located(caption_ids):
             for position, images in zip(positions, batch.column("image_id").take(rows).to_pylist(), strict=True):
@@ -77,20 +77,20 @@ class CaptionStore:
         return image_ids
 
     def rows(self, caption_ids: Sequence[int]) -> list[CaptionRow]:
-        """Returns whole rows, in the order of the ids asked for."""
+        """Returns whole rows, in the order of `caption_ids`."""
         ids = np.asarray(caption_ids, dtype=np.int64)
-        found: dict[int, CaptionRow] = {}
+        by_position: dict[int, CaptionRow] = {}
         for batch, positions, rows in self._located(ids):
             for position, row in zip(positions, batch.take(rows).to_pylist(), strict=True):
-                found[int(position)] = _caption_row(row)
-        return [found[position] for position in range(len(ids))]
+                by_position[int(position)] = _caption_row(row)
+        return [by_position[position] for position in range(len(ids))]
 
     def sample(self, count: int) -> list[CaptionRow]:
         """Returns up to `count` rows, evenly spaced over all ids."""
         return self.rows([self._ids[row] for row in _evenly_spaced(self._rows, count)])
 
     def _located(self, caption_ids: np.ndarray) -> Iterator[tuple[pa.RecordBatch, np.ndarray, pa.Array]]:
-        """Yields for each shard concerned its batch, the positions asked for, and the rows inside the batch."""
+        """Yields each shard's batch, the positions of its ids in `caption_ids`, and their rows in the batch."""
         if caption_ids.size and not (caption_ids.min() >= self._ids[0] and caption_ids.max() <= self._ids[-1]):
             raise IndexIntegrityError(
                 "A caption id is outside the caption store.",
@@ -98,9 +98,9 @@ class CaptionStore:
                 found=f"{caption_ids.min()} to {caption_ids.max()}",
                 remedy="Rebuild the index, or restore it from where it was published.",
             )
-        shard_of = np.searchsorted(self._first_ids, caption_ids, side="right") - 1
-        for shard in np.unique(shard_of):
-            positions = np.flatnonzero(shard_of == shard)
+        shards = np.searchsorted(self._first_ids, caption_ids, side="right") - 1
+        for shard in np.unique(shards):
+            positions = np.flatnonzero(shards == shard)
             yield self._batches[shard], positions, pa.array(caption_ids[positions] - self._first_ids[shard])
 
 
@@ -114,7 +114,7 @@ def open_caption_file(file: Path, shard: ShardEntry) -> pa.RecordBatch:
     """Memory-maps one caption file and checks its outline against its manifest entry.
 
     Raises:
-        IndexIntegrityError: Its schema, row count or ids contradict the entry.
+        IndexIntegrityError: The file's schema, row count or ids contradict the entry.
     """
     try:
         reader = pa.ipc.open_file(pa.memory_map(str(file)))
@@ -123,23 +123,23 @@ def open_caption_file(file: Path, shard: ShardEntry) -> pa.RecordBatch:
         raise IndexIntegrityError("A caption file cannot be read.", where=str(file), found=str(error)) from error
     if reader.schema != CAPTION_STORE_COLUMNS:
         raise IndexIntegrityError(
-            "A caption file lacks a column, or has others than a caption file has.",
+            "The columns of a caption file are wrong.",
             where=str(file),
             expected=", ".join(CAPTION_STORE_COLUMNS.names),
             found=", ".join(reader.schema.names),
         )
-    found = [batch.num_rows for batch in batches]
-    if found != [shard.rows]:
+    row_counts = [batch.num_rows for batch in batches]
+    if row_counts != [shard.rows]:
         raise IndexIntegrityError(
-            "A caption file does not have the rows that the manifest says.",
+            "The number of rows in a caption file contradicts the manifest.",
             where=str(file),
             expected=f"one batch of {shard.rows} rows",
-            found=f"batches of {found} rows",
+            found=f"batches of {row_counts} rows",
         )
     ids = batches[0].column("caption_id")
     if ids[0].as_py() != shard.first_id or ids[-1].as_py() != shard.first_id + shard.rows - 1:
         raise IndexIntegrityError(
-            "A caption file holds other ids than the manifest says.",
+            "The ids in a caption file contradict the manifest.",
             where=str(file),
             expected=f"{shard.first_id} to {shard.first_id + shard.rows - 1}",
             found=f"{ids[0]} to {ids[-1]}",
@@ -148,14 +148,14 @@ def open_caption_file(file: Path, shard: ShardEntry) -> pa.RecordBatch:
 
 
 def open_removed(manifest: IndexManifest, folder: str | Path) -> np.ndarray:
-    """Returns the sorted int64 ids that are no longer retrieved, memory-mapped where they are local; there may be none.
+    """Returns the sorted int64 ids that are no longer retrieved, perhaps none; a local file is memory-mapped.
 
     Args:
-        manifest: The version's.
-        folder: Below which its files lie: a path or a URI.
+        manifest: The version's manifest.
+        folder: The path or URI of the folder that holds the version's files.
 
     Raises:
-        IndexIntegrityError: The file is not what the manifest says.
+        IndexIntegrityError: The file contradicts the manifest.
     """
     if manifest.removed is None:
         return np.empty(0, np.int64)
@@ -169,7 +169,7 @@ def open_removed(manifest: IndexManifest, folder: str | Path) -> np.ndarray:
     sound = removed.shape == (manifest.removed.rows,) and removed.dtype == np.int64
     if not (sound and removed[0] >= 0 and removed[-1] < manifest.id_count and (np.diff(removed) > 0).all()):
         raise IndexIntegrityError(
-            "The removed ids are not what the manifest says.",
+            "The file of removed ids contradicts the manifest.",
             where=file,
             expected=f"{manifest.removed.rows} rising int64 ids below {manifest.id_count}",
             found=f"{removed.dtype} {removed.shape}",
@@ -180,7 +180,7 @@ def open_removed(manifest: IndexManifest, folder: str | Path) -> np.ndarray:
 def load_caption_sample(
     index_uri: str, count: int, index_id: str | None = None
 ) -> tuple[IndexManifest, list[CaptionRow]]:
-    """Reads a version's manifest and a few of its first shard's live captions, without fetching the index.
+    """Reads a version's manifest and a few live captions of its first shard, without fetching the index.
 
     Returns:
         The manifest, and up to `count` rows evenly spaced over the first caption file.
@@ -200,7 +200,7 @@ def load_caption_sample(
 
 
 def read_texts(index_uri: str, index_id: str | None = None) -> Iterator[list[str]]:
-    """Reads all live captions of a version, some ten thousand at a time, without fetching its vectors.
+    """Reads all live captions of a version, up to ten thousand at a time, without fetching its vectors.
 
     Raises:
         ManifestError: There is no such index or version.
@@ -217,7 +217,7 @@ def read_texts(index_uri: str, index_id: str | None = None) -> Iterator[list[str
 
 
 def open_arrow(uri: str) -> pa.NativeFile:
-    """Opens an Arrow file for random access: memory-mapped when local, ranged reads elsewhere."""
+    """Opens an Arrow file for random access: memory-mapped when it is local, else with ranged reads."""
     if storage.is_local(uri):
         return pa.memory_map(storage.absolute(uri))
     return pa.PythonFile(storage.open_ranged(uri), mode="r")

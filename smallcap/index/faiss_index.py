@@ -1,6 +1,6 @@
-"""What smallcap relies on of faiss: one working package, the kinds of index it reads, and how a file becomes an index.
+"""What smallcap needs from faiss: one working package, the kinds of index it reads, and how a file becomes an index.
 
-Only files whose sha256 has been checked, and which `node_cache` has found to hold no on-disk lists, may come here.
+It takes only files whose sha256 `node_cache` has checked, and in which it has found no on-disk lists.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import faiss
 
 from smallcap.errors import IndexIntegrityError, RunError
 
-# The keys whose shards keep float32 or float16 vectors. Every other one has coarser codes, or a search that cannot be
-# repeated exactly, and its candidates are ranked again from the `vectors` files.
+# The keys whose shards keep float32 or float16 vectors. Every other key has coarser codes, or a search that cannot be
+# repeated exactly; its candidates are ranked again from the `vectors` files.
 _LOSSLESS = re.compile(r"Flat|IVF\d+(_HNSW\d+)?,(Flat|SQfp16)")
 
-# What a readable file starts with. The list is of kinds whose readers open no other file, and that the tests search.
+# The first bytes of a readable file. faiss opens no other file for these kinds, and the tests search each of them.
 _FOURCC = {
     b"IxFI": "Flat",
     b"IxSQ": "SQ",
@@ -37,11 +37,11 @@ _FOURCC = {
     b"IxPT": "a transform before an index",
 }
 _FOURCC_OF_LOSSLESS = {"Flat": b"IxFI", "IVF,Flat": b"IwFl", "IVF,SQfp16": b"IwSq"}
-_NEEDED = ("IO_FLAG_MMAP_IFC", "read_index", "IndexFlatIP", "SearchParametersHNSW", "rev_swig_ptr")
+_NEEDED_NAMES = ("IO_FLAG_MMAP_IFC", "read_index", "IndexFlatIP", "SearchParametersHNSW", "rev_swig_ptr")
 
 
 def is_lossy(index_key: str) -> bool:
-    """Says whether an index of this key answers with candidates only, which `vectors` files rank again."""
+    """Says whether an index of this key gives only candidates, which are ranked again from `vectors` files."""
     return _LOSSLESS.fullmatch(index_key) is None
 
 
@@ -49,9 +49,9 @@ def check_faiss() -> None:
     """Checks that one working faiss is installed, and chooses BLAS for batches of every size.
 
     Raises:
-        RunError: faiss lacks what it must have; typically two of its packages overwrote each other.
+        RunError: faiss lacks a needed name, typically because two of its packages overwrote each other.
     """
-    missing = [name for name in _NEEDED if not hasattr(faiss, name)]
+    missing = [name for name in _NEEDED_NAMES if not hasattr(faiss, name)]
     if missing:
         raise RunError(
             "The installed faiss is broken or too old.",
@@ -59,7 +59,7 @@ def check_faiss() -> None:
             found=f"no {', '.join(missing)}",
             remedy="Uninstall every faiss package, then install exactly one of faiss-gpu and faiss-cpu, 1.15 or newer.",
         )
-    # By default BLAS is used from nq·d = 128000 on, which makes usual batches 10-20 times slower on few threads.
+    # By default faiss uses BLAS only from nq·d = 128000 on: usual batches would take 10-20 times longer on few threads.
     faiss.cvar.distance_compute_blas_threshold = 1
 
 
@@ -67,33 +67,33 @@ def read_index(file: Path, index_key: str) -> Any:
     """Memory-maps a faiss index of inner products.
 
     Args:
-        file: Local path; its sha256 has been checked.
-        index_key: What the manifest says it is.
+        file: The local path of a file whose sha256 has been checked.
+        index_key: The manifest's key.
 
     Returns:
-        The index, as its own class.
+        The index, as an object of its faiss class.
 
     Raises:
-        IndexIntegrityError: It is of another kind than the key says or than this release reads, or cannot be read.
+        IndexIntegrityError: Its kind contradicts the key, or this release does not read it, or the file is damaged.
     """
     with file.open("rb") as opened:
         fourcc = opened.read(4)
     family = re.sub(r"\d+(_HNSW\d+)?,", ",", index_key, count=1)
     expected = [_FOURCC_OF_LOSSLESS[family]] if not is_lossy(index_key) else list(_FOURCC)
     if fourcc not in expected:
-        raise _another_kind(file, index_key, f"{fourcc!r} ({_FOURCC.get(fourcc, 'unknown')})")
+        raise _wrong_kind(file, index_key, f"{fourcc!r} ({_FOURCC.get(fourcc, 'unknown')})")
     try:
         index: Any = faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC)
     except RuntimeError as error:
         raise IndexIntegrityError("faiss cannot read a shard.", where=str(file), found=str(error)) from error
     if family == "IVF,SQfp16" and index.sq.qtype != faiss.ScalarQuantizer.QT_fp16:
-        raise _another_kind(file, index_key, f"a scalar quantizer of type {index.sq.qtype}")
+        raise _wrong_kind(file, index_key, f"a scalar quantizer of type {index.sq.qtype}")
     return index
 
 
-def _another_kind(file: Path, index_key: str, found: str) -> IndexIntegrityError:
+def _wrong_kind(file: Path, index_key: str, found: str) -> IndexIntegrityError:
     return IndexIntegrityError(
-        "A shard is of another kind than the manifest's key, or of one that this release does not read.",
+        "The kind of a shard contradicts the manifest's key, or this release does not read it.",
         where=str(file),
         expected=index_key,
         found=found,
@@ -102,7 +102,7 @@ def _another_kind(file: Path, index_key: str, found: str) -> IndexIntegrityError
 
 
 def transforms_of(index: Any) -> list[Any]:
-    """Returns the transforms that an index applies to its vectors, first to last; most have none."""
+    """Returns the transforms that an index applies to its vectors, first to last; most indexes have none."""
     if not isinstance(index, faiss.IndexPreTransform):
         return []
     chain: Any = index.chain
@@ -122,5 +122,5 @@ def inverted_file_of(index: Any) -> Any | None:
 
 
 def is_readable(index: Any) -> bool:
-    """Says whether `read_index` will read what faiss writes of an index."""
+    """Says whether `read_index` can read an index after faiss has written it to a file."""
     return bytes(faiss.serialize_index(index)[:4]) in _FOURCC

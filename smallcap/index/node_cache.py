@@ -1,17 +1,17 @@
-"""A node's verified files of an index version: what a process must have before faiss may read a byte.
+"""Verifies the files of an index version on a node, and downloads them where needed, before faiss reads a byte.
 
 A local index is used in place. The files of a remote one are kept in the node's cache under the names that they have in
-the index, which their content gives them, so that versions and indexes share what they have in common and an addition
-costs only its new shards:
+the index. Those come from their content, so that versions and indexes share equal files, and an addition costs only its
+new shards:
 
     CACHE/files/…       the files
-    CACHE/verified/…    stamps: what was verified, and by its age when it was last used
+    CACHE/verified/…    stamps: what was verified, and by their age when it was last used
     CACHE/downloads/…   unfinished downloads
     CACHE/locks/…       one process at a time downloads, or verifies a local index
 
-Either way every file's sha256 is checked, and a stamp (checksum, size, inode, change time) spares the next process the
-reading as long as the file stays untouched. Files only arrive by rename: truncating a mapped file would kill the
-processes that map it, while replacing or deleting it does them no harm.
+Either way the sha256 of every file is checked. A stamp (checksum, size, inode, change time) spares the next process the
+reading as long as the file stays untouched. Files arrive only by rename: truncating a mapped file would kill the
+processes that map it, while replacing or deleting it does not harm them.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from smallcap.errors import IndexIntegrityError, StorageError
 from smallcap.index.manifest import FILES_FOLDER, FileEntry, IndexManifest
 
 _DOWNLOADS_AT_ONCE = 4
-_DOWNLOAD_ATTEMPTS = 2  # a second one, because the first may have met a damaged transfer
-_IN_USE_S = 300  # a file verified so recently may be about to be mapped, and is not deleted for room
+_DOWNLOAD_ATTEMPTS = 2  # the first transfer may have been damaged
+_IN_USE_S = 300  # a process may be about to map a file that was verified so recently; it is not deleted
 _CHUNK_BYTES = 8 << 20
 
 # The section of a faiss file that keeps its lists in another file, which faiss would open by the path written here:
-# "ilod", two numbers that faiss takes as they are, and the length of a vector, which it refuses from 2**40 on. Random
+# "ilod", two numbers that faiss takes unchecked, and the length of a vector, which it refuses from 2**40 on. Random
 # codes look like this once in 2**56 bytes.
 _ON_DISK_LISTS = re.compile(rb"ilod.{16}.{5}\0{3}", re.DOTALL)
 _SECTION_BYTES = 28
@@ -51,18 +51,18 @@ def open_version_folder(
     cache_dir: str = storage.DEFAULT_CACHE_DIR,
     entries: Sequence[FileEntry] | None = None,
 ) -> Path:
-    """Returns a local folder below which the version's files lie, each with the checksum of the manifest.
+    """Returns a local folder that holds the files of a version, verified by the manifest's checksums.
 
     Args:
         index_uri: The index's folder or prefix.
-        manifest: The version's.
-        cache_dir: The node's cache.
+        manifest: The version's manifest.
+        cache_dir: The node's cache folder.
         entries: The files that are needed; by default all of the version.
 
     Raises:
         IndexIntegrityError: A file differs from its checksum, after a second download where it is remote, or keeps
             its lists in another file.
-        StorageError: The cache folder cannot be written, has no room, or the store fails.
+        StorageError: The cache folder cannot be written or has no room, or the store fails.
     """
     cache = NodeCache(Path(cache_dir).expanduser())
     entries = manifest.files if entries is None else entries
@@ -80,7 +80,7 @@ def missing_files(
     cache_dir: str = storage.DEFAULT_CACHE_DIR,
     entries: Sequence[FileEntry] | None = None,
 ) -> list[FileEntry]:
-    """Returns which of the files `open_version_folder` would have to download to this node; none of a local index."""
+    """Returns the files that `open_version_folder` would have to download to this node; none for a local index."""
     if storage.is_local(index_uri):
         return []
     cache = NodeCache(Path(cache_dir).expanduser())
@@ -91,14 +91,14 @@ class NodeCache:
     """One node's cache folder, shared by its processes.
 
     Args:
-        root: The folder; it is made when it is needed.
+        root: The folder; it is made when needed.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
     def verify_in_place(self, folder: Path, entries: Sequence[FileEntry]) -> None:
-        """Verifies the files of a local index, unless this node did so before and they are untouched since."""
+        """Verifies the files of a local index, unless this node has done so and they are untouched since."""
         if all(self._is_verified(folder, entry) for entry in entries):
             return
         with self._locked(_digest(str(folder.resolve()))), ThreadPoolExecutor(_DOWNLOADS_AT_ONCE) as pool:
@@ -113,22 +113,22 @@ class NodeCache:
         """Downloads the files that the cache lacks or has damaged.
 
         Args:
-            index_uri: Where they are.
-            entries: What is needed.
-            keep: Files that are not deleted to make room.
+            index_uri: The index's folder or prefix.
+            entries: The files that are needed.
+            keep: Names of files that are not deleted to make room.
         """
         if all(self.has(entry) for entry in entries):
             return
         with self._locked("downloads"):
             downloads = self.root / "downloads"
-            shutil.rmtree(downloads, ignore_errors=True)  # of a process that died; the lock is ours
+            shutil.rmtree(downloads, ignore_errors=True)  # left by a process that died: we hold the lock
             downloads.mkdir(parents=True)
             missing = [entry for entry in entries if not self._is_whole(entry)]
             self._make_room(sum(entry.bytes for entry in missing), keep)
             with ThreadPoolExecutor(_DOWNLOADS_AT_ONCE) as pool:
                 for _ in pool.map(lambda entry: self._download(index_uri, entry), missing):
                     pass
-            for entry in entries:  # the first ones may have waited long for the last
+            for entry in entries:  # the first files may have waited long for the last
                 os.utime(self._stamp(self.root, entry.file))
 
     @contextmanager
@@ -143,7 +143,7 @@ class NodeCache:
                 "The index cache folder cannot be written.",
                 where=str(self.root),
                 found=str(error),
-                remedy="Give another one with --set retrieval.cache_dir=FOLDER.",
+                remedy="Give another folder with --set retrieval.cache_dir=FOLDER.",
             ) from error
         with file:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -155,12 +155,12 @@ class NodeCache:
         return self.root / "verified" / f"{_digest(str(folder.resolve() / file))}.json"
 
     def _is_verified(self, folder: Path, entry: FileEntry) -> bool:
-        """Says whether a file is as a stamp says; if so the stamp's age begins anew."""
+        """Says whether a file still matches its stamp, and if so renews the stamp's age."""
         stamp = self._stamp(folder, entry.file)
         try:
             verified = json.loads(stamp.read_text()) == _state(folder / entry.file, entry)
             if verified:
-                os.utime(stamp)  # and not the file, whose change time is in the stamp
+                os.utime(stamp)  # not the file, whose change time is in the stamp
         except (OSError, ValueError):
             return False
         return verified
@@ -179,7 +179,7 @@ class NodeCache:
     # --- downloading -----------------------------------------------------------------------------------------------
 
     def _is_whole(self, entry: FileEntry) -> bool:
-        """Says whether the cache has a file; a damaged copy is deleted, because the published one may be whole."""
+        """Says whether the cache has a whole file; a damaged copy is deleted, to be downloaded again."""
         path = self.root / entry.file
         if not path.exists():
             return False
@@ -210,7 +210,7 @@ class NodeCache:
         storage.write_bytes(str(self._stamp(self.root, entry.file)), json.dumps(_state(target, entry)).encode())
 
     def _make_room(self, needed: int, keep: set[str]) -> None:
-        """Deletes files of other versions, those first that were not used for longest, until `needed` bytes fit."""
+        """Deletes files of other versions, the least recently used ones first, until `needed` bytes fit."""
         free = _free_bytes(self.root)
         for last_used, path in self._deletable(keep) if free < needed else ():
             if free >= needed or time.time() - last_used < _IN_USE_S:
@@ -228,21 +228,21 @@ class NodeCache:
             )
 
     def _deletable(self, keep: set[str]) -> list[tuple[float, Path]]:
-        """Lists the cache's files but those to keep with the time of their last use, longest ago first."""
-        found = []
+        """Lists the time of last use and the path of each file outside `keep`, longest ago first."""
+        deletable = []
         for path in (self.root / FILES_FOLDER).glob("*"):
             name = f"{FILES_FOLDER}/{path.name}"
             if name not in keep:
                 stamp = self._stamp(self.root, name)
-                found.append(((stamp if stamp.exists() else path).stat().st_mtime, path))
-        return sorted(found)
+                deletable.append(((stamp if stamp.exists() else path).stat().st_mtime, path))
+        return sorted(deletable)
 
 
 def check_file(path: Path, entry: FileEntry) -> None:
-    """Checks a local file's size and sha256 against its manifest entry, and that it names no other file to faiss.
+    """Checks a local file's size and sha256 against its manifest entry, and that faiss will open no other file for it.
 
     Raises:
-        IndexIntegrityError: It does not pass.
+        IndexIntegrityError: A check fails.
     """
     size = path.stat().st_size
     if size != entry.bytes:
@@ -257,11 +257,11 @@ def check_file(path: Path, entry: FileEntry) -> None:
         raise _damaged(path, f"sha256 {entry.sha256}", f"sha256 {digest.hexdigest()}")
     if keeps_lists_elsewhere:
         raise IndexIntegrityError(
-            "A file of the index keeps its lists in another file, whose path it chooses itself.",
+            "A file of the index keeps its lists in another file.",
             where=str(path),
             expected="lists in the file itself",
             found="on-disk inverted lists (ilod)",
-            remedy="Read it where it was built, and write it with lists in memory; or rebuild the index.",
+            remedy="Load it where it was built and write it again with lists in memory, or rebuild the index.",
         )
 
 

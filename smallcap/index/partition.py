@@ -1,7 +1,7 @@
-"""What a search asks of an index, and the partition of an index that one process holds.
+"""The interface through which a search reads an index, and the partition of an index that one process holds.
 
 A partition is all shards, or a contiguous share of them where an index is too large for one machine. `retriever`
-searches a partition without knowing where it lies; `LocalPartition` is the one of this process, memory-mapped.
+searches a partition without knowing where it lies; `LocalPartition` is memory-mapped by this process.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ class IndexPartition(Protocol):
         """Whether the candidates' scores are approximate, and `rank` has better ones."""
 
     def candidates(self, queries: np.ndarray, count: int) -> Ranking:
-        """Returns [B, count] of the partition's best, tombstones included, filled up with (-inf, -1)."""
+        """Returns the partition's best [B, count], tombstones included, filled up with (-inf, -1)."""
 
     def rank(self, queries: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        """Scores ids [B, K] by their stored vectors; those that are -1 or another partition's score -inf."""
+        """Scores ids [B, K] by their stored vectors; -1 and ids of another partition score -inf."""
 
     def image_ids(self, caption_ids: np.ndarray) -> list[list[str]]:
-        """Returns for each id [n] the images that have this caption."""
+        """Returns the images that have the caption of each id [n]."""
 
     def texts(self, caption_ids: np.ndarray) -> list[str]:
         """Returns the text of each id [n]."""
@@ -57,9 +57,9 @@ class LocalPartition:
     """The shards and captions that this process has mapped.
 
     Args:
-        manifest: The index version's.
-        folder: Below which the files of its entries lie, verified.
-        partition: (i, n) takes the i-th of n contiguous shares.
+        manifest: The manifest of the index version.
+        folder: The folder that holds the version's files, verified.
+        partition: The share to map: (i, n) takes the i-th of n contiguous shares.
 
     Raises:
         ManifestError: The manifest contradicts itself.
@@ -89,9 +89,9 @@ class LocalPartition:
 
         Args:
             index_uri: The index's folder or prefix.
-            manifest: The version's.
+            manifest: The version's manifest.
             cache_dir: Where this node keeps copies of remote indexes and remembers what it has verified.
-            partition: (i, n) takes the i-th of n contiguous shares.
+            partition: The share to map: (i, n) takes the i-th of n contiguous shares.
 
         Raises:
             ManifestError: The manifest contradicts itself.
@@ -104,7 +104,7 @@ class LocalPartition:
         )
 
     def use_gpu(self, device: str) -> None:
-        """Puts the vectors on a GPU, in the best way that fits beside what is there; nothing happens where none fits.
+        """Puts the vectors on a GPU in the best way that fits; does nothing where they do not fit.
 
         Args:
             device: A CUDA device, on which the model is loaded already.
@@ -131,19 +131,19 @@ class LocalPartition:
         return not self._gpu.exact if self._gpu is not None else bool(self.manifest.vectors)
 
     def candidates(self, queries: np.ndarray, count: int) -> Ranking:
-        """Returns [B, count] of the partition's best, tombstones included, filled up with (-inf, -1)."""
-        found = self._gpu.candidates(queries, count) if self._gpu is not None else None
-        if found is not None:
-            return found
+        """Returns the partition's best [B, count], tombstones included, filled up with (-inf, -1)."""
+        gpu_ranking = self._gpu.candidates(queries, count) if self._gpu is not None else None
+        if gpu_ranking is not None:
+            return gpu_ranking
         nprobe = self.manifest.nprobe
-        assigned = self.shards[0].assign(queries, nprobe)  # the shards' lists have the same centroids
+        assigned = self.shards[0].assign(queries, nprobe)  # the lists of all shards have the same centroids
         best = self.shards[0].candidates(queries, count, nprobe, assigned)
         for shard in self.shards[1:]:
             best = merge_rankings([best, shard.candidates(queries, count, nprobe, assigned)], count)
         return best
 
     def rank(self, queries: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        """Scores ids [B, K] by their stored vectors; those that are -1 or another partition's score -inf."""
+        """Scores ids [B, K] by their stored vectors; -1 and ids of another partition score -inf."""
         scores = np.full(ids.shape, -np.inf, np.float32)
         for shard in self.shards:
             first_id = shard.entry.first_id
@@ -153,7 +153,7 @@ class LocalPartition:
         return scores
 
     def image_ids(self, caption_ids: np.ndarray) -> list[list[str]]:
-        """Returns for each id [n] the images that have this caption."""
+        """Returns the images that have the caption of each id [n]."""
         return self.captions.image_ids(caption_ids)
 
     def texts(self, caption_ids: np.ndarray) -> list[str]:
@@ -162,7 +162,7 @@ class LocalPartition:
 
 
 def share_of(entries: Sequence[ShardEntry], partition: tuple[int, int]) -> Sequence[ShardEntry]:
-    """Returns one partition's contiguous share of shards, about as many rows as every other's.
+    """Returns the contiguous shards of one partition; all partitions have about equally many rows.
 
     Raises:
         ConfigError: There are fewer shards than partitions.
@@ -170,7 +170,7 @@ def share_of(entries: Sequence[ShardEntry], partition: tuple[int, int]) -> Seque
     number, count = partition
     if count > len(entries):
         raise ConfigError(
-            "The index has fewer shards than partitions are asked for.",
+            "The index has fewer shards than the partitions asked for.",
             where="retrieval.partitions",
             expected=f"at most {len(entries)}",
             found=str(count),
@@ -179,7 +179,7 @@ def share_of(entries: Sequence[ShardEntry], partition: tuple[int, int]) -> Seque
     rows = np.array([entry.rows for entry in entries])
     middles = np.cumsum(rows) - rows / 2
     starts = np.searchsorted(middles, rows.sum() * np.arange(count) / count).tolist()
-    for place in range(1, count):  # none is empty, however uneven the shards are
+    for place in range(1, count):  # no share is empty, however uneven the shards are
         starts[place] = min(max(starts[place], starts[place - 1] + 1), len(entries) - (count - place))
     bounds = list(pairwise([*starts, len(entries)]))
     first, stop = bounds[number]
@@ -187,7 +187,7 @@ def share_of(entries: Sequence[ShardEntry], partition: tuple[int, int]) -> Seque
 
 
 def files_of(manifest: IndexManifest, partition: tuple[int, int] = (0, 1)) -> tuple[FileEntry, ...]:
-    """Returns the files that one partition reads: all but the template, of which every shard has a copy."""
+    """Returns the files that one partition reads: all except the template, which every shard repeats."""
     shards = share_of(manifest.shards, partition)
     first_ids = {entry.first_id for entry in shards}
     vectors = [entry for entry in manifest.vectors if entry.first_id in first_ids]
@@ -196,10 +196,10 @@ def files_of(manifest: IndexManifest, partition: tuple[int, int] = (0, 1)) -> tu
 
 
 def check_layout(manifest: IndexManifest) -> None:
-    """Checks that shards and captions cover the ids from 0 without gap or overlap, and `vectors` what they must.
+    """Checks that shards and captions cover the ids from 0 without gap or overlap, and that `vectors` fit the shards.
 
     Raises:
-        ManifestError: They do not.
+        ManifestError: A check fails.
     """
     for name, entries in (("shards", manifest.shards), ("captions", manifest.captions)):
         first_id = 0
@@ -218,16 +218,16 @@ def check_layout(manifest: IndexManifest) -> None:
                 expected=f"{manifest.id_count} captions",
                 found=str(first_id),
             )
-    wanted = _ranges(manifest.shards) if is_lossy(manifest.index_key) else []
-    if _ranges(manifest.vectors) != wanted:
+    id_ranges = _id_ranges(manifest.shards) if is_lossy(manifest.index_key) else []
+    if _id_ranges(manifest.vectors) != id_ranges:
         raise ManifestError(
-            "The manifest's files of vectors do not fit its shards.",
+            "The `vectors` files of the manifest do not fit its shards.",
             where=manifest.index_key,
-            expected=f"{len(wanted)} files, with the shards' ids",
+            expected=f"{len(id_ranges)} files, with the shards' ids",
             found=f"{len(manifest.vectors)} files",
             remedy="Rebuild the index.",
         )
 
 
-def _ranges(entries: Sequence[ShardEntry]) -> list[tuple[int, int]]:
+def _id_ranges(entries: Sequence[ShardEntry]) -> list[tuple[int, int]]:
     return [(entry.first_id, entry.rows) for entry in entries]

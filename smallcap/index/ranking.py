@@ -1,6 +1,6 @@
-"""Rankings of vectors by their inner product with queries: how they are scored exactly, ordered and merged.
+"""Scores vectors exactly by their inner product with queries, and orders and merges rankings of them.
 
-A ranking's order is (score descending, id ascending), whatever it was made from. This module knows nothing of faiss.
+Every ranking is ordered by (score descending, id ascending). This module knows nothing of faiss.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 Ranking = tuple[np.ndarray, np.ndarray]
-"""scores [B, k] float32, best first, and ids [B, k] int64; a place that nothing fills is (-inf, -1)."""
+"""Scores [B, k] float32, best first, and ids [B, k] int64; an empty place is (-inf, -1)."""
 
-NOTHING = -1  # stands for an id where there is none
+NOTHING = -1  # the id of an empty place
 _VALUES_AT_ONCE = 4 << 20  # float64 values of gathered vectors; bounds the memory of exact scoring
 _PLACES_AT_ONCE = 8 << 20  # candidates of all queries together; bounds the memory of a search that must fetch many
-_GROWTH = 4  # of what is fetched, for queries that it was not enough for
+_GROWTH = 4  # how many times more is fetched for queries that are not settled
 
 Attempted = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""Which of b queries are settled [b], and the scores and ids [settled, n] of those."""
+"""Which of b queries are settled [b], and the scores and ids [settled, n] of these queries."""
 Attempt = Callable[[np.ndarray, int], Attempted]
-"""Fetches so many candidates for some rows of the queries [b]."""
+"""Takes rows of the queries [b] and a number of candidates to fetch for each."""
 
 
 def best_of(scores: np.ndarray, ids: np.ndarray, k: int) -> Ranking:
@@ -41,37 +41,37 @@ def settle(queries: int, wanted: int, fetch: int, total: int, attempt: Attempt) 
     """Fetches more and more candidates until each query's best ones are certain.
 
     Args:
-        queries: How many there are.
-        wanted: Candidates of each.
-        fetch: How many to fetch at first.
-        total: How many there are to fetch; an attempt that does is to settle everything.
-        attempt: Fetches for some of the queries.
+        queries: The number of queries.
+        wanted: The number of candidates that each query wants.
+        fetch: The number of candidates to fetch at first.
+        total: The number of all candidates; an attempt that fetches them all must settle every query.
+        attempt: Fetches candidates for some of the queries.
 
     Returns:
-        [queries, wanted].
+        A ranking [queries, wanted].
     """
     scores = np.full((queries, wanted), -np.inf, np.float32)
     ids = np.full((queries, wanted), NOTHING, np.int64)
     pending = np.arange(queries if wanted else 0)
     while pending.size:
         fetch = min(fetch, total)
-        left = []
-        at_once = max(1, _PLACES_AT_ONCE // fetch)
-        for start in range(0, len(pending), at_once):
-            rows = pending[start : start + at_once]
-            settled, found_scores, found_ids = attempt(rows, fetch)
-            best_scores, best_ids = best_of(found_scores, found_ids, wanted)
+        unsettled = []
+        batch_queries = max(1, _PLACES_AT_ONCE // fetch)
+        for start in range(0, len(pending), batch_queries):
+            rows = pending[start : start + batch_queries]
+            settled, fetched_scores, fetched_ids = attempt(rows, fetch)
+            best_scores, best_ids = best_of(fetched_scores, fetched_ids, wanted)
             scores[rows[settled], : best_ids.shape[1]] = best_scores
             ids[rows[settled], : best_ids.shape[1]] = best_ids
-            left.append(rows[~settled])
-        pending = np.concatenate(left)
+            unsettled.append(rows[~settled])
+        pending = np.concatenate(unsettled)
         assert not (pending.size and fetch == total)
         fetch *= _GROWTH
     return scores, ids
 
 
 def padded(scores: np.ndarray, ids: np.ndarray, k: int) -> Ranking:
-    """Returns a ranking of exactly k columns: the first ones, then places that nothing fills."""
+    """Returns a ranking of exactly k columns: the first ones, then empty places."""
     missing = ((0, 0), (0, max(0, k - ids.shape[1])))
     return (
         np.pad(scores[:, :k], missing, constant_values=-np.inf),
@@ -80,21 +80,21 @@ def padded(scores: np.ndarray, ids: np.ndarray, k: int) -> Ranking:
 
 
 def exact_scores(queries: np.ndarray, rows: np.ndarray, vectors_of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """Computes inner products in float64 and rounds them to float32: the same for a pair in every batch.
+    """Computes inner products in float64 and rounds them to float32; a pair scores the same in every batch.
 
     Args:
         queries: [B, dim] float32.
-        rows: [B, K] rows of the vectors that each query meets; `NOTHING` scores -inf.
-        vectors_of: Returns the vectors [n, dim] of n rows.
+        rows: [B, K] rows of the vectors to score for each query; `NOTHING` scores -inf.
+        vectors_of: A function from n rows to their vectors [n, dim].
 
     Returns:
         [B, K] float32.
     """
     scores = np.full(rows.shape, -np.inf, np.float32)
-    query_of, column_of = np.nonzero(rows != NOTHING)
-    at_once = max(1, _VALUES_AT_ONCE // queries.shape[1])
-    for start in range(0, len(query_of), at_once):
-        query, column = query_of[start : start + at_once], column_of[start : start + at_once]
+    query_numbers, columns = np.nonzero(rows != NOTHING)
+    batch_pairs = max(1, _VALUES_AT_ONCE // queries.shape[1])
+    for start in range(0, len(query_numbers), batch_pairs):
+        query, column = query_numbers[start : start + batch_pairs], columns[start : start + batch_pairs]
         products = vectors_of(rows[query, column]).astype(np.float64)  # [n, dim]
         products *= queries[query]
         scores[query, column] = products.sum(axis=1)

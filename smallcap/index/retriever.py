@@ -1,9 +1,9 @@
-"""Nearest captions of query vectors over a published index; never imports Ray.
+"""Finds the nearest captions of query vectors in a published index; never imports Ray.
 
-Scores are inner products of unit vectors. A query's answer is a function of the query, its exclusion and the index:
-the first `k * k_factor` candidates that may be retrieved, in the order of their approximate scores, ranked again by
-their stored vectors where those are better, and cut to k. Neither the number of shards, nor where they lie, nor the
-other queries of the batch enter it; `vector_shard` says what faiss itself leaves of that.
+Scores are inner products of unit vectors. An answer depends only on the query, its exclusion and the index: the first
+`k * k_factor` candidates that may be retrieved, in the order of their approximate scores, ranked again by their stored
+vectors where those are better, and cut to k. The number of shards, their place and the other queries of the batch do
+not matter; `vector_shard` names the exceptions, which are faiss's.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class NeighbourSearch:
     """The nearest captions of image or text embeddings in one version of an index, wherever its shards lie.
 
     Args:
-        manifest: The version's.
-        partition: All of its vectors and captions.
-        removed: Sorted ids that are no longer retrieved.
+        manifest: The version's manifest.
+        partition: All vectors and captions of the version.
+        removed: The sorted ids that are no longer retrieved.
     """
 
     def __init__(self, manifest: IndexManifest, partition: IndexPartition, removed: np.ndarray) -> None:
@@ -64,19 +64,19 @@ class NeighbourSearch:
 
         Args:
             queries: [B, dim] float32 unit vectors of the index's encoder.
-            k: Neighbours of each; fewer come back only when the lists that a query searches hold fewer that are
-                allowed.
-            exclude_image_ids: For each query an image whose own captions are left out, or `None`.
+            k: The number of neighbours per query; fewer come back only when the lists that a query searches hold
+                fewer allowed ones.
+            exclude_image_ids: For each query, an image whose own captions are left out, or `None`.
 
         Raises:
-            RunError: The queries have another dimension, are not finite, or the exclusions another length.
+            RunError: The queries have the wrong dimension or are not finite, or the exclusions have the wrong length.
             IndexIntegrityError: The index returns ids that it does not have.
         """
         queries = self._check_queries(queries)
         excluded = [None] * len(queries) if exclude_image_ids is None else list(exclude_image_ids)
         if len(excluded) != len(queries):
             raise RunError(
-                "There must be one excluded image id, or None, for each query.",
+                "The number of excluded image ids is not the number of queries.",
                 expected=str(len(queries)),
                 found=str(len(excluded)),
             )
@@ -90,7 +90,11 @@ class NeighbourSearch:
 
     def _check_queries(self, queries: np.ndarray) -> np.ndarray:
         if queries.ndim != 2 or queries.shape[1] != self.dim:
-            raise RunError("Queries do not fit the index.", expected=f"[B, {self.dim}]", found=str(list(queries.shape)))
+            raise RunError(
+                "The dimension of the queries does not fit the index.",
+                expected=f"[B, {self.dim}]",
+                found=str(list(queries.shape)),
+            )
         if not np.isfinite(queries).all():
             raise RunError(
                 "A query vector has a value that is not finite.",
@@ -102,8 +106,8 @@ class NeighbourSearch:
     def _allowed_candidates(self, queries: np.ndarray, wanted: int, excluded: Sequence[str | None]) -> Ranking:
         """Returns each query's first candidates that may be retrieved: [B, wanted].
 
-        How many are fetched to find them depends on the query's own exclusion only, so that an index whose answer
-        depends on what it is asked for (HNSW) gives a query the same one in every batch.
+        The number fetched depends only on the query's own exclusion: an index whose answer depends on that number
+        (HNSW) thus gives a query the same answer in every batch.
         """
         total = self.manifest.id_count
         excludes = np.array([image is not None for image in excluded])
@@ -118,10 +122,10 @@ class NeighbourSearch:
             members = np.flatnonzero(group)
 
             def attempt(rows: np.ndarray, fetch: int, members: np.ndarray = members) -> Attempted:
-                near, found = self._partition.candidates(queries[members[rows]], fetch)
-                allowed = self._allowed(found, [excluded[row] for row in members[rows]])
-                settled = (allowed.sum(axis=1) >= wanted) | (found[:, -1] == NOTHING) | (fetch == total)
-                kept_scores, kept_ids = np.where(allowed, near, -np.inf), np.where(allowed, found, NOTHING)
+                near_scores, near_ids = self._partition.candidates(queries[members[rows]], fetch)
+                allowed = self._allowed(near_ids, [excluded[row] for row in members[rows]])
+                settled = (allowed.sum(axis=1) >= wanted) | (near_ids[:, -1] == NOTHING) | (fetch == total)
+                kept_scores, kept_ids = np.where(allowed, near_scores, -np.inf), np.where(allowed, near_ids, NOTHING)
                 return settled, kept_scores[settled], kept_ids[settled]
 
             scores[members], ids[members] = settle(len(members), wanted, fetch, total, attempt)
@@ -133,8 +137,8 @@ class NeighbourSearch:
         if len(self._removed):
             place = np.minimum(np.searchsorted(self._removed, ids), len(self._removed) - 1)
             allowed &= self._removed[place] != ids
-        concerned = allowed & np.array([image is not None for image in excluded])[:, None]
-        rows, columns = np.nonzero(concerned)
+        to_check = allowed & np.array([image is not None for image in excluded])[:, None]
+        rows, columns = np.nonzero(to_check)
         if len(rows):
             images = self._partition.image_ids(ids[rows, columns])
             allowed[rows, columns] = [
@@ -143,7 +147,7 @@ class NeighbourSearch:
         return allowed
 
     def _neighbours(self, scores: np.ndarray, ids: np.ndarray) -> list[list[Neighbour]]:
-        texts = iter(self._partition.texts(ids[ids != NOTHING]))  # in row order, as the loop below
+        texts = iter(self._partition.texts(ids[ids != NOTHING]))  # in row order, like the loop below
         return [
             [
                 Neighbour(caption_id, next(texts), score)
@@ -155,7 +159,7 @@ class NeighbourSearch:
 
 
 class Retriever(NeighbourSearch):
-    """The nearest captions in an index whose files are all on this node, memory-mapped: its processes share the pages.
+    """The nearest captions in an index whose files all lie on this node; its processes share the mapped pages.
 
     Use `open`.
 
@@ -181,7 +185,7 @@ class Retriever(NeighbourSearch):
 
         Args:
             index_uri: The index's folder or prefix.
-            encoder: Identity of the encoder that makes the queries; `None` only where nothing is searched.
+            encoder: The identity of the encoder that makes the queries; `None` only where nothing is searched.
             cache_dir: Where this node keeps copies of remote indexes and remembers what it has verified.
             index_id: A version other than the current one.
 
@@ -199,12 +203,12 @@ class Retriever(NeighbourSearch):
         """Moves the search to the model's GPU where that is wanted and fits; call it when the model is loaded.
 
         Args:
-            device: Where the model is.
-            search_device: `auto` takes a GPU that the model is on, and the CPU where the vectors do not fit beside
-                the model; `cuda` insists.
+            device: The model's device.
+            search_device: `auto` takes the model's GPU, or the CPU where the vectors do not fit next to the model;
+                `cuda` insists on the GPU.
 
         Raises:
-            ConfigError: `cuda` is asked for, and the model is not on a GPU or the vectors do not fit.
+            ConfigError: `cuda` is asked for, but the model is not on a GPU or the vectors do not fit.
         """
         if search_device != "cpu" and device.startswith("cuda"):
             self._local.use_gpu(device)
@@ -212,7 +216,7 @@ class Retriever(NeighbourSearch):
             raise ConfigError(
                 "The index cannot be searched on the GPU.",
                 where="retrieval.search_device",
-                expected="a GPU with room for the index beside the model",
+                expected="a GPU with room for the index next to the model",
                 found=f"the model is on {device}",
                 remedy="Give --set retrieval.search_device=auto.",
             )

@@ -1,11 +1,12 @@
-"""One memory-mapped shard of vectors: its candidates for a query, and its vectors themselves.
+"""One memory-mapped shard of vectors: its candidates for a query, and its vectors.
 
-An answer depends on the query and the shard alone, not on the batch: where faiss rounds by the shape of its operands
-(BLAS) the scores are computed again in float64, for the vectors of a Flat shard as for the centroids that an inverted
-file chooses its lists by. Those lists are chosen once for all shards, which are copies of one trained template.
+An answer depends only on the query and the shard, not on the batch. Where faiss rounds by the shape of its operands
+(BLAS), the scores are computed again in float64: those of the vectors of a Flat shard, and those of the centroids by
+which an inverted file chooses its lists. The lists are chosen once for all shards, which are copies of one trained
+template.
 
-Two kinds of index keep a dependence that is faiss's own: HNSW searches a graph, which each shard has of its own, and
-RaBitQ of several bits stops refining a code once it looks hopeless, so that what was asked for enters its scores.
+Two kinds of index are exceptions, by faiss's design. HNSW searches a graph, and each shard has its own. RaBitQ of
+several bits stops refining a code once it looks hopeless, so that its scores depend on how many candidates are fetched.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ from smallcap.index.faiss_index import check_faiss, inverted_file_of, is_flat, i
 from smallcap.index.manifest import ShardEntry
 from smallcap.index.ranking import NOTHING, Attempted, Ranking, best_of, exact_scores, padded, settle
 
-_SCORE_TOLERANCE = 2e-6  # most that BLAS in fp32 errs on unit vectors, with room; 9e-8 was seen at d=512
-_CANDIDATE_MARGIN = 4  # fetched beyond what is wanted, so that near ties at the cut are ranked by their exact scores
+_SCORE_TOLERANCE = 2e-6  # bound on the error of BLAS in fp32 on unit vectors; 9e-8 was seen at d=512
+_CANDIDATE_MARGIN = 4  # fetched beyond those wanted, so that near ties at the cut are ranked by their exact scores
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """Which lists of the inverted files B queries search."""
+    """The lists of the inverted files that B queries search."""
 
-    queries: np.ndarray  # [B, d'] float32, as the lists know them: after the index's transforms
+    queries: np.ndarray  # [B, d'] float32, after the index's transforms
     lists: np.ndarray  # [B, nprobe] int64, best first
-    scores: np.ndarray  # [B, nprobe] float32, of the lists' centroids
+    scores: np.ndarray  # [B, nprobe] float32, scores of the lists' centroids
 
     def take(self, rows: np.ndarray) -> Assignment:
         """Returns the assignment of some rows of the queries."""
@@ -44,8 +45,8 @@ class ExactFlat:
     """Exact search of a Flat index: BLAS proposes in float32, and float64 decides.
 
     Args:
-        index: The index; it must outlive this object, which looks into its memory.
-        where: Its file, for messages.
+        index: The index; it must outlive this object, which reads its memory.
+        where: The index's file, for messages.
     """
 
     def __init__(self, index: Any, where: str) -> None:
@@ -59,12 +60,12 @@ class ExactFlat:
         wanted = min(k, total)
 
         def attempt(rows: np.ndarray, fetch: int) -> Attempted:
-            near, found = self._index.search(queries[rows], fetch)
-            _check_bounds(found, 0, total, self._where)
-            settled = near[:, wanted - 1] - near[:, -1] > 2 * _SCORE_TOLERANCE
+            near_scores, near_rows = self._index.search(queries[rows], fetch)
+            _check_bounds(near_rows, 0, total, self._where)
+            settled = near_scores[:, wanted - 1] - near_scores[:, -1] > 2 * _SCORE_TOLERANCE
             settled |= fetch == total
-            found = found[settled]
-            return settled, exact_scores(queries[rows[settled]], found, self.vectors.__getitem__), found
+            near_rows = near_rows[settled]
+            return settled, exact_scores(queries[rows[settled]], near_rows, self.vectors.__getitem__), near_rows
 
         return settle(len(queries), wanted, wanted + _CANDIDATE_MARGIN, total, attempt)
 
@@ -73,8 +74,8 @@ class CoarseQuantizer:
     """Chooses the lists that queries search; the same for every shard of an index.
 
     Args:
-        index: An index with an inverted file: a shard's, or the template. It must outlive this object.
-        where: Its file, for messages.
+        index: An index with an inverted file: a shard or the template. It must outlive this object.
+        where: The index's file, for messages.
     """
 
     def __init__(self, index: Any, where: str = "") -> None:
@@ -89,16 +90,16 @@ class CoarseQuantizer:
 
         Args:
             queries: [B, dim] float32.
-            nprobe: Lists of each; None takes what the index was written with.
+            nprobe: The number of lists per query; None takes the index's own.
         """
         assert self._inverted_file is not None
-        for transform in self._transforms:  # one by one, because BLAS rounds by the number of its rows
+        for transform in self._transforms:  # one by one, because BLAS rounds by the number of rows
             rows = [transform.apply(query[None]) for query in queries]
             queries = np.concatenate([np.empty((0, transform.d_out), np.float32), *rows])
         nprobe = min(nprobe or self._inverted_file.nprobe, self._inverted_file.nlist)
         if self._flat is not None:
             scores, lists = self._flat.search(queries, nprobe)
-        else:  # a graph's search takes the queries one by one by itself
+        else:  # a graph search takes the queries one by one
             scores, lists = best_of(*self._quantizer.search(queries, nprobe), nprobe)
         return Assignment(queries, lists, scores)
 
@@ -112,18 +113,18 @@ class VectorShard:
     """One memory-mapped shard.
 
     Args:
-        file: Local path; its sha256 has been checked.
-        entry: Its manifest entry.
+        file: The local path of the shard; its sha256 has been checked.
+        entry: The shard's manifest entry.
         index_key: The manifest's key.
         dim: The manifest's dimension.
-        vectors_file: Local path of its `vectors` file, where it has one.
+        vectors_file: The local path of the shard's `vectors` file, where it has one.
 
     Attributes:
-        index: faiss's own object.
-        lossy: Whether its candidates' scores are approximate, and `rank` has better ones.
+        index: The faiss index.
+        lossy: Whether the candidates' scores are approximate, and `rank` has better ones.
 
     Raises:
-        IndexIntegrityError: The file's type, dimension, metric or row count contradict the manifest.
+        IndexIntegrityError: The file's type, dimension, metric or row count contradicts the manifest.
     """
 
     def __init__(
@@ -139,7 +140,7 @@ class VectorShard:
         expected = (dim, faiss.METRIC_INNER_PRODUCT, entry.rows)
         if found != expected:
             raise IndexIntegrityError(
-                "A shard's dimension, metric or number of vectors is not what the manifest says.",
+                "The dimension, metric or row count of a shard contradicts the manifest.",
                 where=str(file),
                 expected=str(expected),
                 found=str(found),
@@ -156,19 +157,19 @@ class VectorShard:
     def candidates(
         self, queries: np.ndarray, count: int, nprobe: int | None = None, assigned: Assignment | None = None
     ) -> Ranking:
-        """Returns each query's best vectors by the shard's own codes; of a Flat shard that is exact.
+        """Returns each query's best vectors by the shard's codes; for a Flat shard that is exact.
 
         Args:
             queries: [B, dim] float32.
-            count: Wanted of each; where fewer can be reached, the rest is filled with (-inf, -1).
-            nprobe: Lists to search; of HNSW the candidates to keep. None takes what the index was written with.
-            assigned: What `assign` chose for these queries, where it has been done already.
+            count: How many vectors each query wants; where fewer can be reached, (-inf, -1) fills the rest.
+            nprobe: The number of lists to search, or of candidates that HNSW keeps. None takes the index's own.
+            assigned: The result of `assign` for these queries, where it is known already.
 
         Returns:
             [B, count] scores and global ids, by (score descending, id ascending).
 
         Raises:
-            IndexIntegrityError: The search returns ids that are not the shard's.
+            IndexIntegrityError: The search returns ids outside the shard.
         """
         first_id = self.entry.first_id
         if self._flat is not None:
@@ -180,17 +181,17 @@ class VectorShard:
         wanted = min(count, total)
 
         def attempt(rows: np.ndarray, fetch: int) -> Attempted:
-            near, found = self._search(queries[rows], fetch, nprobe, chosen.take(rows) if chosen else None)
-            near[found == NOTHING] = -np.inf
-            _check_bounds(found[found != NOTHING], first_id, first_id + total, self.entry.file)
-            # Of vectors with equal scores faiss returns any: fetch until the last one is not as good as the cut.
-            settled = (near[:, wanted - 1] > near[:, -1]) | (found[:, -1] == NOTHING) | (fetch == total)
-            return settled, near[settled], found[settled]
+            scores, ids = self._search(queries[rows], fetch, nprobe, chosen.take(rows) if chosen else None)
+            scores[ids == NOTHING] = -np.inf
+            _check_bounds(ids[ids != NOTHING], first_id, first_id + total, self.entry.file)
+            # faiss returns any of the vectors with equal scores: fetch until the last is worse than the cut.
+            settled = (scores[:, wanted - 1] > scores[:, -1]) | (ids[:, -1] == NOTHING) | (fetch == total)
+            return settled, scores[settled], ids[settled]
 
         return padded(*settle(len(queries), wanted, wanted + _CANDIDATE_MARGIN, total, attempt), count)
 
     def _search(self, queries: np.ndarray, fetch: int, nprobe: int | None, assigned: Assignment | None) -> Ranking:
-        """Returns faiss's own answer, with global ids."""
+        """Returns faiss's answer, with global ids."""
         if assigned is not None:
             assert self._inverted_file is not None
             self._inverted_file.nprobe = assigned.lists.shape[1]  # search_preassigned takes no parameters
@@ -220,7 +221,7 @@ class VectorShard:
         """Returns the vectors of rows in the order of their ids.
 
         Returns:
-            [stop_row - first_row, dim], float32 of Flat and IVF,Flat, else float16.
+            [stop_row - first_row, dim], float32 for Flat and IVF,Flat, else float16.
 
         Raises:
             IndexIntegrityError: The shard's lists do not hold each of its ids once, or it is lossy and has no
@@ -238,7 +239,7 @@ class VectorShard:
             return self._vectors[rows]
         if self.lossy:
             raise IndexIntegrityError(
-                "A shard's codes are coarser than its vectors, and its file of vectors is missing.",
+                "A shard has lossy codes, and its `vectors` file is missing.",
                 where=self.entry.file,
                 remedy="Rebuild the index.",
             )
@@ -250,7 +251,7 @@ class VectorShard:
 
 
 class ListedVectors:
-    """The vectors that the inverted lists of a float32 or float16 codec hold, by row.
+    """Reads vectors by row from the inverted lists of a float32 or float16 codec.
 
     Raises:
         IndexIntegrityError: The lists do not hold each row once.
@@ -261,16 +262,16 @@ class ListedVectors:
         self._lists = inverted_file.invlists
         is_half = isinstance(inverted_file, faiss.IndexIVFScalarQuantizer)
         self.dtype: type[np.floating] = np.float16 if is_half else np.float32
-        self._list_of = np.full(entry.rows, NOTHING, np.int32)
+        self._list_number = np.full(entry.rows, NOTHING, np.int32)
         self._place_in_list = np.zeros(entry.rows, np.int32)
         for number in range(inverted_file.nlist):
             size = self._lists.list_size(number)
             if size:
                 rows = faiss.rev_swig_ptr(self._lists.get_ids(number), size) - entry.first_id
                 _check_bounds(rows, 0, entry.rows, entry.file)
-                self._list_of[rows] = number
+                self._list_number[rows] = number
                 self._place_in_list[rows] = np.arange(size)
-        if (self._list_of == NOTHING).any():  # ntotal has been checked: some other row is there twice
+        if (self._list_number == NOTHING).any():  # ntotal has been checked, so another row is there twice
             raise IndexIntegrityError(
                 "A shard's lists do not hold each of its vectors once.", where=entry.file, remedy="Rebuild the index."
             )
@@ -278,8 +279,8 @@ class ListedVectors:
     def take(self, rows: np.ndarray) -> np.ndarray:
         """Returns the vectors [n, dim] of n rows."""
         vectors = np.empty((len(rows), self._inverted_file.d), self.dtype)
-        order = np.argsort(self._list_of[rows], kind="stable")
-        numbers, starts = np.unique(self._list_of[rows[order]], return_index=True)
+        order = np.argsort(self._list_number[rows], kind="stable")
+        numbers, starts = np.unique(self._list_number[rows[order]], return_index=True)
         for number, positions in zip(numbers.tolist(), np.split(order, starts[1:]), strict=True) if len(rows) else ():
             vectors[positions] = self._decode(number, self._place_in_list[rows[positions]])
         return vectors
@@ -298,10 +299,10 @@ def _open_vectors(file: Path, rows: int, dim: int) -> np.ndarray:
     try:
         vectors = np.load(file, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
-        raise IndexIntegrityError("A file of vectors cannot be read.", where=str(file), found=str(error)) from error
+        raise IndexIntegrityError("A `vectors` file cannot be read.", where=str(file), found=str(error)) from error
     if vectors.shape != (rows, dim) or vectors.dtype != np.float16 or not vectors.flags.c_contiguous:
         raise IndexIntegrityError(
-            "A file of vectors is not what the manifest says.",
+            "A `vectors` file contradicts the manifest.",
             where=str(file),
             expected=f"float16 {(rows, dim)}",
             found=f"{vectors.dtype} {vectors.shape}",

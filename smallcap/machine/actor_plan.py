@@ -1,6 +1,6 @@
-"""How many model actors run on a cluster, and with what: the `auto` options of a job resolved for its nodes.
+"""How many model actors a cluster runs, and with what resources: a job's `auto` options resolved for its nodes.
 
-Plain arithmetic over the nodes' resources; it starts nothing and imports no Ray.
+This is plain arithmetic over the nodes' resources; it starts nothing and does not import Ray.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ class ActorPlan:
 
     device: str  # cpu or cuda
     dtype: str
-    num_actors: int  # that it starts with
-    cpus_per_actor: float  # Ray's logical CPUs; on CPU also the actor's threads, as far as the node has cores
+    num_actors: int  # at the start
+    cpus_per_actor: float  # Ray's logical CPUs; without a GPU also the actor's threads, up to the node's cores
     gpus_per_actor: float
-    max_actors: int  # that it may grow to, where the cluster grows
+    max_actors: int  # if the cluster grows
 
 
 def plan_actors(compute: ComputeConfig, nodes: Sequence[Mapping[str, float]]) -> ActorPlan:
@@ -34,8 +34,8 @@ def plan_actors(compute: ComputeConfig, nodes: Sequence[Mapping[str, float]]) ->
         nodes: Each node's `CPU` and `GPU`, as Ray counts them.
 
     Returns:
-        A pool that leaves at least one CPU of the cluster to the tasks that feed it: one that takes them all would wait
-        for its first batch for ever.
+        A pool that leaves at least one CPU of the cluster to the tasks that feed it. If it took all, it would wait
+        forever for its first batch.
 
     Raises:
         ConfigError: A GPU is asked for, no node has one, and the pool may not wait for the autoscaler to bring one.
@@ -46,21 +46,21 @@ def plan_actors(compute: ComputeConfig, nodes: Sequence[Mapping[str, float]]) ->
             "No node of the cluster has a GPU.",
             where="compute.device",
             expected="a GPU for cuda",
-            found=f"{len(nodes)} nodes with {cpus:g} CPUs",
-            remedy="Set compute.device to cpu or auto; where an autoscaler brings GPU nodes, set compute.max_actors.",
+            found=f"nodes: {len(nodes)}, CPUs: {cpus:g}",
+            remedy="Set compute.device to cpu or auto; if an autoscaler brings GPU nodes, set compute.max_actors.",
         )
     on_gpu = compute.device == "cuda" or (compute.device == "auto" and gpus > 0)
-    for_actors = max(1.0, cpus - 1)
-    automatic = max(1, int(gpus // compute.gpus_per_actor if on_gpu else for_actors // _MOST_CPUS_PER_ACTOR))
-    most = compute.max_actors or (automatic if compute.num_actors == "auto" else compute.num_actors)
-    num_actors = min(automatic, most) if compute.num_actors == "auto" else compute.num_actors
+    cpus_for_actors = max(1.0, cpus - 1)
+    automatic = max(1, int(gpus // compute.gpus_per_actor if on_gpu else cpus_for_actors // _MOST_CPUS_PER_ACTOR))
+    max_actors = compute.max_actors or (automatic if compute.num_actors == "auto" else compute.num_actors)
+    num_actors = min(automatic, max_actors) if compute.num_actors == "auto" else compute.num_actors
     largest_node = max(node.get("CPU", 0.0) for node in nodes)
-    share = min(for_actors / num_actors, largest_node, _MOST_CPUS_PER_ACTOR)  # above one, Ray takes whole CPUs
+    share = min(cpus_for_actors / num_actors, largest_node, _MOST_CPUS_PER_ACTOR)  # above one, Ray takes whole CPUs
     return ActorPlan(
         device="cuda" if on_gpu else "cpu",
         dtype=compute.dtype if compute.dtype != "auto" else ("bfloat16" if on_gpu else "float32"),
         num_actors=num_actors,
         cpus_per_actor=0.0 if on_gpu else (share if share < 1 else float(int(share))),
         gpus_per_actor=compute.gpus_per_actor if on_gpu else 0.0,
-        max_actors=most,
+        max_actors=max_actors,
     )

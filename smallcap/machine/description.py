@@ -1,4 +1,4 @@
-"""What measured figures hold for: the machine, its software, and the commit of the source."""
+"""Describes what figures were measured on: the machine, its software, and the commit of the source."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _PACKAGES = ("smallcap", "torch", "faiss-gpu", "faiss-cpu", "numpy", "pyarrow", 
 
 
 def describe_machine(threads: int, device: str = "cpu") -> dict[str, Any]:
-    """Returns processor or GPU, threads used, cores there, versions and commit."""
+    """Returns the processor or GPU, the threads used, the machine's cores, versions and the commit."""
     return {
         "device": _device_name(device),
         "threads": threads,
         "cores_there": os.cpu_count(),
         "python": platform.python_version(),
-        **{package: found for package in _PACKAGES if (found := _version(package))},
+        **{package: installed for package in _PACKAGES if (installed := _version(package))},
         "commit": source_commit(),
     }
 
@@ -43,7 +43,7 @@ def _version(package: str) -> str | None:
 
 
 def source_commit() -> str:
-    """Returns the repository's commit, `+` behind it where files differ; empty outside a repository."""
+    """Returns the repository's commit, with a `+` if files differ from it; empty outside a repository."""
     root = Path(__file__).parent
 
     def git(*arguments: str) -> str:

@@ -1,4 +1,4 @@
-"""Which precision a machine is fastest in: measured, because a data type that is supported may still be emulated."""
+"""Measures which precision is fastest on a machine, because a supported data type may still be emulated."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from functools import cache
 import torch
 
 _ROWS, _IN, _OUT = 512, 768, 3072  # a feed-forward layer of GPT-2 over some prompts
-_LEAST_GAIN = 1.3  # of bfloat16 over float32, for which its rounding is accepted
+_LEAST_GAIN = 1.3  # speed-up of bfloat16 over float32 that justifies its rounding
 _PROBE_ROWS = 16  # enough to see that a machine emulates bfloat16, which can be a hundred times slower than float32
-_EMULATED = 0.5  # at such a gain or less in the probe
+_EMULATED = 0.5  # speed-up in the probe that shows emulation, or less
 
 
 def matrix_rate(
@@ -19,7 +19,7 @@ def matrix_rate(
     """Measures how fast the device multiplies matrices: the best of many runs, as other processes only slow them.
 
     Args:
-        dtype: Of both matrices.
+        dtype: Data type of both matrices.
         device: A torch device.
         shape: (m, k, n) of an [m, k] by [k, n] product.
         seconds: How long to measure.
@@ -51,7 +51,7 @@ def fastest_cpu_dtype() -> str:
 
 
 def _gain(rows: int) -> float:
-    """Returns how much faster a product of so many rows is in bfloat16 than in float32."""
+    """Returns how much faster a product of this many rows is in bfloat16 than in float32."""
     shape = (rows, _IN, _OUT)
     return matrix_rate(torch.bfloat16, shape=shape) / matrix_rate(torch.float32, shape=shape)
 

@@ -1,4 +1,4 @@
-"""How much memory a process can still have, and how it treats what it has freed."""
+"""How much memory a process can still take, and whether it keeps what it has freed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def available_bytes(root: Path = Path("/")) -> int:
     """Returns the memory that this process could take now: what the machine has left, or less in a container.
 
     Args:
-        root: Where `proc` and `sys` are.
+        root: Folder that holds `proc` and `sys`.
     """
     left = [_machine_bytes(root)]
     for limit_file, used_file, stat_file, reclaimable in (
@@ -48,7 +48,7 @@ def available_bytes(root: Path = Path("/")) -> int:
 
 
 def private_bytes() -> int:
-    """Returns the memory that is this process's own: without pages of files, which its node's processes share."""
+    """Returns the bytes that only this process holds, without pages of files, which a node's processes share."""
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("RssAnon:"):

@@ -1,6 +1,6 @@
-"""A new SmallCap model from published parts: a CLIP vision tower, a language model, and new cross-attention.
+"""Makes a SmallCap model of a published CLIP vision tower, a published language model, and new cross-attention.
 
-Both parts are read as transformers saves them, from the hub or from folders; what follows is a model like any other.
+Both are read as transformers saves them, from the hub or from folders; the result is a model like any other.
 
 Source: RitaRamo/smallcap train.py `get_model_and_auxiliaries`.
 """
@@ -36,7 +36,7 @@ _VISION_MODELS: dict[str, type[PreTrainedModel]] = {"clip": CLIPModel, "clip_vis
 
 @dataclass(frozen=True)
 class LanguageModelKind:
-    """What transformers calls a language model, and the decoder that it becomes."""
+    """A language model's class in transformers, and the decoder that it becomes."""
 
     decoder: str  # a key of DECODER_KINDS
     model: type[PreTrainedModel]
@@ -49,7 +49,7 @@ LANGUAGE_MODELS = {
 }
 
 
-def join_frozen_parts(
+def join_frozen_models(
     vision_encoder: str,
     decoder: str,
     reduce_factor: int = 4,
@@ -62,21 +62,21 @@ def join_frozen_parts(
     """Joins a vision encoder and a language model; the cross-attention between them is new.
 
     Args:
-        vision_encoder: Folder or hub id of a CLIP of transformers, whole or its vision tower alone.
+        vision_encoder: Folder or hub id of a CLIP from transformers, or of its vision tower alone.
         decoder: Folder or hub id of a GPT-2, OPT or XGLM.
-        reduce_factor: By how much the cross-attention is narrower than the decoder's heads.
-        retrieval_encoder: Spec that the checkpoint names for its retrieval.
-        k: Captions that the model is to be prompted with; 0 makes one without retrieval.
-        eos_token: Of the decoder's vocabulary; ends a caption.
-        pad_token: Of the decoder's vocabulary; fills batches.
-        seed: Of the cross-attention's initial weights.
+        reduce_factor: Factor by which the cross-attention's heads are smaller than the decoder's.
+        retrieval_encoder: Spec of the retrieval encoder that the checkpoint names.
+        k: Retrieved captions per prompt; 0 makes a model without retrieval.
+        eos_token: Token of the decoder's vocabulary that ends a caption.
+        pad_token: Token of the decoder's vocabulary that fills batches.
+        seed: Seed of the cross-attention's initial weights.
 
     Returns:
         The model in float32 on the CPU, in eval mode, all parameters frozen.
 
     Raises:
-        CheckpointError: A part cannot be found, is of an unknown kind, or incomplete.
-        ConfigError: The parts or the reduce factor do not fit.
+        CheckpointError: A model cannot be found, is of an unknown kind, or is incomplete.
+        ConfigError: The models or the reduce factor do not fit together.
     """
     vision, vision_config = _load_vision(vision_encoder)
     language_model, kind = _load_language_model(decoder)
@@ -103,19 +103,19 @@ def join_frozen_parts(
         model = SmallCapModel(config)
     model.encoder.transformer.load_state_dict(vision.state_dict())
     _fill_decoder(model, language_model, decoder)
-    model.model_id = parts_id(vision_encoder, decoder)
+    model.model_id = joined_model_id(vision_encoder, decoder)
     return model.eval().requires_grad_(False)
 
 
-def parts_id(vision_encoder: str, decoder: str) -> str:
-    """Returns what tells two parts from others: names and the first digits of their weights' sha256.
+def joined_model_id(vision_encoder: str, decoder: str) -> str:
+    """Returns an id of two models joined: their names and the first digits of their weights' sha256.
 
     Raises:
         CheckpointError: One of them cannot be found.
     """
     names = []
-    for source, demo_part in ((vision_encoder, "clip"), (decoder, "smallcap")):
-        folder = resolve_folder(source, demo_part)
+    for source, demo_model in ((vision_encoder, "clip"), (decoder, "smallcap")):
+        folder = resolve_folder(source, demo_model)
         name = folder.name if Path(source).is_dir() else source
         names.append(f"{name}@{sha256_file(weights_file(folder))[:12]}")
     return " + ".join(names)
@@ -123,7 +123,7 @@ def parts_id(vision_encoder: str, decoder: str) -> str:
 
 def _load_vision(source: str) -> tuple[nn.Module, dict[str, Any]]:
     """Returns a CLIP's vision tower and its sizes."""
-    folder = resolve_folder(source, demo_part="clip")
+    folder = resolve_folder(source, demo_model="clip")
     loaded = _load(_VISION_MODELS[_model_type(folder, source, _VISION_MODELS)], folder, source)
     config = getattr(loaded.config, "vision_config", loaded.config)
     tower = cast("nn.Module", getattr(loaded, "vision_model", loaded))  # not nested in the newest transformers
@@ -131,39 +131,39 @@ def _load_vision(source: str) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def _load_language_model(source: str) -> tuple[PreTrainedModel, str]:
-    """Returns a language model of transformers, and the kind of decoder that it becomes."""
-    folder = resolve_folder(source, demo_part="smallcap")
+    """Returns a transformers language model, and the kind of decoder that it becomes."""
+    folder = resolve_folder(source, demo_model="smallcap")
     kind = LANGUAGE_MODELS[_model_type(folder, source, LANGUAGE_MODELS)]
     return _load(kind.model, folder, source), kind.decoder
 
 
 def _model_type(folder: Path, source: str, known: dict[str, Any]) -> str:
     try:
-        found = json.loads((folder / "config.json").read_bytes())["model_type"]
+        model_type = json.loads((folder / "config.json").read_bytes())["model_type"]
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
-            "This folder holds no model of transformers.",
+            "This folder does not hold a transformers model.",
             where=source,
             expected="config.json with a model_type",
             found=f"{type(error).__name__}: {error}",
         ) from error
-    if found not in known:
+    if model_type not in known:
         raise CheckpointError(
-            "The part is of a kind that cannot be used here.", where=source, expected=" or ".join(known), found=found
+            "A model of this kind cannot be used here.", where=source, expected=" or ".join(known), found=model_type
         )
-    return str(found)
+    return str(model_type)
 
 
 def _load(kind: type[PreTrainedModel], folder: Path, source: str) -> PreTrainedModel:
-    """Loads a model of transformers whole: it would make up weights that are missing."""
+    """Loads a transformers model and checks that no weights are missing, which transformers would make up."""
     weights_file(folder)
     try:
         model, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise CheckpointError("The part cannot be loaded.", where=source, found=str(error)) from error
+        raise CheckpointError("The model cannot be loaded.", where=source, found=str(error)) from error
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(
-            "The part's weights are incomplete.", where=source, found=f"{len(missing)} missing, as {missing[0]}"
+            "The model's weights are incomplete.", where=source, found=f"{len(missing)} missing, such as {missing[0]}"
         )
     return cast("PreTrainedModel", model)
 
@@ -175,7 +175,7 @@ def _check_sizes(decoder: DecoderConfig, vision_hidden_size: int) -> None:
             where=decoder.model_type,
             expected=f"hidden size {decoder.encoder_hidden_size}, which the reference fixes for OPT and XGLM",
             found=str(vision_hidden_size),
-            remedy="Take a ViT-B, or a GPT-2.",
+            remedy="Use a ViT-B, or a GPT-2.",
         )
     if decoder.head_dim % decoder.cross_attention_reduce_factor:
         raise ConfigError(
@@ -187,14 +187,14 @@ def _check_sizes(decoder: DecoderConfig, vision_hidden_size: int) -> None:
 
 
 def _fill_decoder(model: SmallCapModel, language_model: PreTrainedModel, source: str) -> None:
-    """Copies the language model's weights; all that is new must belong to the cross-attention."""
+    """Copies the language model's weights; all other weights must belong to the cross-attention."""
     tensors = language_model.state_dict()
     head = tensors.pop("lm_head.weight")
     outcome = model.decoder.load_state_dict(tensors, strict=False)
     new = [name for name in outcome.missing_keys if "cross" not in name and "encoder_attn" not in name]
     if new or outcome.unexpected_keys:
         raise CheckpointError(
-            "The language model has other weights than its config says.",
+            "The language model's weights do not match its config.",
             where=source,
             found=", ".join([*new, *outcome.unexpected_keys][:3]),
         )

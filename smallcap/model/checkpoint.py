@@ -1,4 +1,4 @@
-"""SmallCap checkpoints: loaded and saved in the reference's layout.
+"""Loads and saves SmallCap checkpoints in the reference's layout.
 
 A checkpoint is a folder with `config.json` (model type `smallcap`, an `encoder` and a `decoder` config) and its weights
 as `model.safetensors` or `pytorch_model.bin`, tensors named `encoder.*` and `decoder.*`, and usually the decoder's
@@ -58,7 +58,7 @@ DECODER_KINDS = {
     "this_xglm": DecoderKind(XGLM_FORMAT.parse, XGLMDecoder, XGLM_FORMAT.dump, "facebook/xglm-564M"),
 }
 
-# Written by transformers 4.21 and derived from the sizes: causal masks and position indices.
+# Causal masks and position indices, which transformers 4.21 stores although the sizes decide them.
 _DERIVED_TENSORS = (
     ".attn.bias",
     ".attn.masked_bias",
@@ -71,7 +71,7 @@ _DERIVED_TENSORS = (
 
 @dataclass(frozen=True)
 class SmallCapConfig:
-    """All that a checkpoint says beside its weights."""
+    """Everything that a checkpoint says besides its weights."""
 
     encoder: dict[str, Any]  # transformers' CLIP config: either the whole model's, or the vision tower's
     decoder: DecoderConfig
@@ -80,7 +80,7 @@ class SmallCapConfig:
     k: int = 4
     rag: bool = True
     retrieval_encoder: str = ""
-    bos_token_id: int | None = None  # what prompts start with; None for decoders that were trained without
+    bos_token_id: int | None = None  # prompts start with it; None for decoders that were trained without
     num_beams: int = 3
     max_new_tokens: int = 25
     length_penalty: float = 0.0
@@ -88,7 +88,7 @@ class SmallCapConfig:
 
     @property
     def vision(self) -> dict[str, Any]:
-        """The vision tower's part of the encoder config."""
+        """The vision tower's config."""
         vision: dict[str, Any] = self.encoder.get("vision_config") or self.encoder
         return vision
 
@@ -97,7 +97,7 @@ class SmallCapModel(nn.Module):
     """A frozen vision encoder and a frozen text decoder, joined by trained cross-attention.
 
     Attributes:
-        model_id: See `checkpoint_id`.
+        model_id: Name and checksum of the weights, see `checkpoint_id`.
     """
 
     def __init__(self, config: SmallCapConfig) -> None:
@@ -125,15 +125,15 @@ class SmallCapModel(nn.Module):
         return hidden_states
 
     def pack(self) -> None:
-        """Lays the weights out for this CPU, where that can be done; the model is then good for inference only."""
+        """Lays the weights out for this CPU if possible; the model can then only be used for inference."""
         pack_linears(self.encoder)
         self.decoder.pack()
 
     def generation_options(self, wanted: GenerationConfig) -> GenerationOptions:
-        """Returns how to decode: as `wanted`, and as the checkpoint says where that leaves something out.
+        """Returns how to decode: as `wanted` says, and as the checkpoint says for what `wanted` leaves out.
 
         Raises:
-            ConfigError: More captions are wanted than beams can give.
+            ConfigError: More captions are wanted than there are beams.
         """
         defaults = self.config
         num_beams = defaults.num_beams if wanted.num_beams is None else wanted.num_beams
@@ -168,12 +168,12 @@ class SmallCapModel(nn.Module):
 
         Args:
             encoder_hidden_states: [B, P, Hv].
-            prompts: B lists of token ids, of any lengths of at least 1.
-            options: By default the checkpoint's.
-            keys: B int64 numbers that tell images apart when sampling; by default their places in the batch.
+            prompts: B lists of token ids, at least one in each.
+            options: How to decode; by default as the checkpoint says.
+            keys: B int64 numbers that tell images apart when sampling; by default their positions in the batch.
 
         Returns:
-            For each image its captions, best first, without the prompts.
+            The captions of each image, best first, without the prompts.
         """
         options = options or self.generation_options(GenerationConfig())
         hidden_states = encoder_hidden_states.to(self.device, self.dtype)
@@ -197,9 +197,9 @@ def load_checkpoint(source: str, device: str = "cpu", dtype: str = "float32") ->
         The model in eval mode, all parameters frozen.
 
     Raises:
-        CheckpointError: It is missing, incomplete, of an unknown kind, or would need code to be executed.
+        CheckpointError: It is missing, incomplete or of an unknown kind, or loading it would execute code.
     """
-    folder = resolve_folder(source, demo_part="smallcap")
+    folder = resolve_folder(source, demo_model="smallcap")
     model = SmallCapModel(load_config(folder))
     path = weights_file(folder)
     load_weights(model, _read_tensors(path), str(path))
@@ -210,7 +210,7 @@ def load_checkpoint(source: str, device: str = "cpu", dtype: str = "float32") ->
 def checkpoint_id(source: str) -> str:
     """Returns a checkpoint's id: its name and the first digits of its weights' sha256; the weights are not loaded."""
     name = Path(source).name if Path(source).is_dir() else source
-    return f"{name}@{sha256_file(weights_file(resolve_folder(source, demo_part='smallcap')))[:12]}"
+    return f"{name}@{sha256_file(weights_file(resolve_folder(source, demo_model='smallcap')))[:12]}"
 
 
 def load_config(folder: Path) -> SmallCapConfig:
@@ -255,12 +255,12 @@ def load_config(folder: Path) -> SmallCapConfig:
 
 
 def load_crop_plan(model: str, retrieval_encoder: str | None, decode: DecodeMode = "exact") -> CropPlan:
-    """Returns the crops that a checkpoint and a retrieval encoder spec take, without loading the weights of either.
+    """Returns the crops that a checkpoint and a retrieval encoder need, without loading their weights.
 
     Raises:
         CheckpointError: One of them cannot be found.
     """
-    vision = vision_preprocessing(load_config(resolve_folder(model, demo_part="smallcap")).vision)
+    vision = vision_preprocessing(load_config(resolve_folder(model, demo_model="smallcap")).vision)
     return CropPlan.of(vision, load_preprocessing(retrieval_encoder) if retrieval_encoder else None, decode)
 
 
@@ -268,16 +268,16 @@ def load_weights(model: SmallCapModel, tensors: dict[str, Tensor], where: str) -
     """Fills a model with a checkpoint's tensors, named as in the reference's layout.
 
     Raises:
-        CheckpointError: Tensors are missing, unknown or of other shapes, or the output embedding is not tied.
+        CheckpointError: Tensors are missing or unknown or have wrong shapes, or the output embedding is not tied.
     """
-    given = {name: tensor for name, tensor in tensors.items() if not name.endswith(_DERIVED_TENSORS)}
-    head = given.pop("decoder.lm_head.weight", None)
+    stored = {name: tensor for name, tensor in tensors.items() if not name.endswith(_DERIVED_TENSORS)}
+    head = stored.pop("decoder.lm_head.weight", None)
     expected = _reference_names(model)
-    _check_fit(expected, given, where)
+    _check_fit(expected, stored, where)
     with torch.no_grad():
         for name, parameter in expected.items():
-            parameter.copy_(given[name])
-    embedding = next(tensor for name, tensor in given.items() if name.endswith(("wte.weight", "embed_tokens.weight")))
+            parameter.copy_(stored[name])
+    embedding = next(tensor for name, tensor in stored.items() if name.endswith(("wte.weight", "embed_tokens.weight")))
     if head is not None and not torch.equal(head, embedding):
         raise CheckpointError(
             "The output embedding differs from the input embedding.",
@@ -286,25 +286,29 @@ def load_weights(model: SmallCapModel, tensors: dict[str, Tensor], where: str) -
         )
 
 
-def _check_fit(expected: dict[str, Tensor], given: dict[str, Tensor], where: str) -> None:
-    missing = sorted(expected.keys() - given.keys())
-    unknown = sorted(given.keys() - expected.keys())
-    misfits = [n for n in sorted(expected.keys() & given.keys()) if expected[n].shape != given[n].shape]
-    found = [
-        f"{len(names)} {what}, as {names[0]}" for what, names in (("missing", missing), ("unknown", unknown)) if names
+def _check_fit(expected: dict[str, Tensor], stored: dict[str, Tensor], where: str) -> None:
+    missing = sorted(expected.keys() - stored.keys())
+    unknown = sorted(stored.keys() - expected.keys())
+    misfits = [n for n in sorted(expected.keys() & stored.keys()) if expected[n].shape != stored[n].shape]
+    problems = [
+        f"{len(names)} {what}, such as {names[0]}"
+        for what, names in (("missing", missing), ("unknown", unknown))
+        if names
     ]
-    found += [f"{name} of shape {tuple(given[name].shape)}, not {tuple(expected[name].shape)}" for name in misfits[:3]]
-    if found:
+    problems += [
+        f"{name} of shape {tuple(stored[name].shape)}, not {tuple(expected[name].shape)}" for name in misfits[:3]
+    ]
+    if problems:
         raise CheckpointError(
             "The checkpoint's tensors do not fit its config.",
             where=where,
             expected=f"{len(expected)} tensors",
-            found="; ".join(found),
+            found="; ".join(problems),
         )
 
 
 def save_checkpoint(model: SmallCapModel, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Writes a checkpoint that the reference and `load_checkpoint` can load; the tokenizer is the caller's to add."""
+    """Writes a checkpoint that the reference and `load_checkpoint` can load; the caller adds the tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     config, kind = model.config, DECODER_KINDS[model.config.decoder.model_type]
     bos = config.bos_token_id
@@ -335,8 +339,8 @@ def save_checkpoint(model: SmallCapModel, folder: Path, dtype: torch.dtype = tor
 
 
 def tokenizer_source(source: str) -> str:
-    """Returns where a checkpoint's tokenizer is: its own folder, or the hub tokenizer its decoder was trained with."""
-    folder = resolve_folder(source, demo_part="smallcap")
+    """Returns the source of a checkpoint's tokenizer: its folder, or the hub id that its decoder was trained with."""
+    folder = resolve_folder(source, demo_model="smallcap")
     if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer_config.json")):
         return str(folder)
     decoder = json.loads((folder / "config.json").read_bytes())["decoder"]
@@ -359,9 +363,9 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         return dict(tensors)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            "The weights file holds more than tensors, and is not unpickled.",
+            "The weights file holds more than tensors and is not unpickled.",
             where=str(path),
-            remedy="Convert it to safetensors where you trust it.",
+            remedy="If you trust it, convert it to safetensors.",
         ) from error
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
         raise CheckpointError("The weights file is damaged.", where=str(path), found=str(error)) from error

@@ -1,7 +1,7 @@
-"""The two roles of CLIP: a vision encoder that feeds cross-attention, a retrieval encoder that embeds for search.
+"""The two roles of CLIP: a vision encoder that feeds cross-attention, and a retrieval encoder that embeds for search.
 
 A retrieval encoder comes from transformers (`hf:ID-OR-PATH`) or from open_clip (`open_clip:MODEL/PRETRAINED-OR-PATH`,
-also `open_clip:hf-hub:ID` and `open_clip:local-dir:FOLDER`); `demo` is the demo's own. Its identity, the checksum of
+`open_clip:hf-hub:ID` or `open_clip:local-dir:FOLDER`); `demo` is the demo's encoder. Its identity, the checksum of
 its weights, ties an index to the only encoder whose queries it can answer, and is known before any model is loaded.
 """
 
@@ -40,16 +40,16 @@ def normalise_pixels(pixels: Tensor, preprocessing: Preprocessing, dtype: torch.
 
 
 def vision_preprocessing(config: dict[str, Any]) -> Preprocessing:
-    """Returns what transformers' CLIP wants its images to be, from its vision config."""
+    """Returns how a transformers CLIP wants its images prepared, from its vision config."""
     return Preprocessing(size_px=config.get("image_size", 224))
 
 
 class VisionEncoder(nn.Module):
-    """CLIP's vision transformer in the role that feeds cross-attention.
+    """CLIP's vision transformer, which feeds cross-attention.
 
     Attributes:
         transformer: The model of transformers; its state dict has the names of the reference's `encoder.*` tensors.
-        preprocessing: What its pixels must look like.
+        preprocessing: How its images must be prepared.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -92,15 +92,15 @@ class RetrievalEncoder(ABC):
 
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Embeds texts as a [N, dim] float32 array of unit vectors."""
-        parts = [np.zeros((0, self.dim), np.float32)]
+        embeddings = [np.zeros((0, self.dim), np.float32)]
         with torch.inference_mode():
             for start in range(0, len(texts), _TEXT_BATCH):
                 features = self._text_features(list(texts[start : start + _TEXT_BATCH]))
-                parts.append(F.normalize(features.float(), dim=-1).cpu().numpy())
-        return np.concatenate(parts)
+                embeddings.append(F.normalize(features.float(), dim=-1).cpu().numpy())
+        return np.concatenate(embeddings)
 
     def share_weights_with(self, vision_encoder: VisionEncoder) -> bool:
-        """Uses the vision encoder's weights for images when they are the same; `project` then replaces a second pass.
+        """Uses the vision encoder's weights for images if they are the same; `project` then replaces a second pass.
 
         Returns:
             Whether the weights are the same.
@@ -112,12 +112,12 @@ class RetrievalEncoder(ABC):
         raise NotImplementedError
 
     def pack(self) -> None:  # noqa: B027 - open_clip's attention reads its layers' weights itself, so they must stay
-        """Lays the weights out for this CPU, where that can be done; the encoder then embeds as before."""
+        """Lays the weights out for this CPU if possible; the encoder then embeds as before."""
 
     @property
     @abstractmethod
     def vision_tower(self) -> nn.Module:
-        """The part that sees images."""
+        """The module that sees images."""
 
     @abstractmethod
     def _image_features(self, pixel_values: Tensor) -> Tensor: ...
@@ -127,7 +127,7 @@ class RetrievalEncoder(ABC):
 
 
 class HFRetrievalEncoder(RetrievalEncoder):
-    """A `CLIPModel` folder of transformers."""
+    """A `CLIPModel` folder, as transformers saves it."""
 
     def __init__(self, model: CLIPModel, tokenizer: Any, identity: EncoderIdentity) -> None:
         self._model: Any = model.eval()
@@ -145,12 +145,11 @@ class HFRetrievalEncoder(RetrievalEncoder):
         return cls(model, tokenizer_kind.from_pretrained(folder), identity)
 
     def share_weights_with(self, vision_encoder: VisionEncoder) -> bool:
-        """Drops this model's own vision tower when its weights are the vision encoder's."""
-        mine = self._model.vision_model
-        other = vision_encoder.transformer
-        if not _same_tensors(mine.state_dict(), other.state_dict()):
+        """Drops this model's vision tower if the vision encoder has the same weights."""
+        shared_tower = vision_encoder.transformer
+        if not _same_tensors(self._model.vision_model.state_dict(), shared_tower.state_dict()):
             return False
-        self._model.vision_model = other
+        self._model.vision_model = shared_tower
         return True
 
     def project(self, class_token: Tensor) -> Tensor:
@@ -159,12 +158,12 @@ class HFRetrievalEncoder(RetrievalEncoder):
             return F.normalize(self._model.visual_projection(class_token).float(), dim=-1)
 
     def pack(self) -> None:
-        """Lays the weights out for this CPU, where that can be done; the encoder then embeds as before."""
+        """Lays the weights out for this CPU if possible; the encoder then embeds as before."""
         pack_linears(self._model)
 
     @property
     def vision_tower(self) -> nn.Module:
-        """The part that sees images."""
+        """The module that sees images."""
         return cast("nn.Module", self._model.vision_model)
 
     def _image_features(self, pixel_values: Tensor) -> Tensor:
@@ -186,14 +185,14 @@ class OpenCLIPRetrievalEncoder(RetrievalEncoder):
         self, model: Any, tokenizer: Any, identity: EncoderIdentity, preprocessing: Preprocessing, device: torch.device
     ) -> None:
         self._model, self._tokenizer = model.eval(), tokenizer
-        model.visual.to(memory_format=torch.channels_last)  # as the pixels come; convolutions want it on a GPU
+        model.visual.to(memory_format=torch.channels_last)  # the pixels' layout, which suits convolutions on a GPU
         super().__init__(identity, preprocessing, device)
 
     @classmethod
     def load(
         cls, name: str, pretrained: str | None, identity: EncoderIdentity, device: torch.device, dtype: torch.dtype
     ) -> Self:
-        """Loads an architecture with a pretrained tag's weights or a file's, or what `name` says without one."""
+        """Loads an architecture with the weights of a pretrained tag or a file; without either, what `name` says."""
         import open_clip
 
         model = open_clip.create_model(
@@ -208,7 +207,7 @@ class OpenCLIPRetrievalEncoder(RetrievalEncoder):
 
     @property
     def vision_tower(self) -> nn.Module:
-        """The part that sees images."""
+        """The module that sees images."""
         return cast("nn.Module", self._model.visual)
 
     def _image_features(self, pixel_values: Tensor) -> Tensor:
@@ -227,7 +226,7 @@ def resolve_encoder_identity(spec: str) -> EncoderIdentity:
     """
     backend, name, pretrained = _parse_spec(spec)
     if backend == "hf":
-        folder = resolve_folder(name, demo_part="clip")
+        folder = resolve_folder(name, demo_model="clip")
         weights, dim = weights_file(folder), _read_json(folder / "config.json").get("projection_dim", 512)
     else:
         dim = _open_clip_config(name)["embed_dim"]
@@ -236,7 +235,7 @@ def resolve_encoder_identity(spec: str) -> EncoderIdentity:
 
 
 def load_preprocessing(spec: str) -> Preprocessing:
-    """Returns what a retrieval encoder wants its images to be, without loading its model.
+    """Returns how a retrieval encoder wants its images prepared, without loading its model.
 
     Raises:
         ConfigError: The spec has no known form.
@@ -245,7 +244,7 @@ def load_preprocessing(spec: str) -> Preprocessing:
     backend, name, pretrained = _parse_spec(spec)
     if backend == "open_clip":
         return open_clip_preprocessing(name, pretrained)
-    return vision_preprocessing(_read_json(resolve_folder(name, demo_part="clip") / "config.json")["vision_config"])
+    return vision_preprocessing(_read_json(resolve_folder(name, demo_model="clip") / "config.json")["vision_config"])
 
 
 def load_retrieval_encoder(spec: str, device: str = "cpu", dtype: str = "float32") -> RetrievalEncoder:
@@ -258,14 +257,14 @@ def load_retrieval_encoder(spec: str, device: str = "cpu", dtype: str = "float32
 
     Raises:
         ConfigError: The spec has no known form.
-        CheckpointError: What it names cannot be found or is no CLIP model.
+        CheckpointError: What it names cannot be found or is not a CLIP model.
     """
     identity = resolve_encoder_identity(spec)
     backend, name, pretrained = _parse_spec(spec)
     torch_device, torch_dtype = torch.device(device), getattr(torch, dtype)
     try:
         if backend == "hf":
-            return HFRetrievalEncoder.load(resolve_folder(name, demo_part="clip"), identity, torch_device, torch_dtype)
+            return HFRetrievalEncoder.load(resolve_folder(name, demo_model="clip"), identity, torch_device, torch_dtype)
         return OpenCLIPRetrievalEncoder.load(name, pretrained, identity, torch_device, torch_dtype)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise CheckpointError("The retrieval encoder cannot be loaded.", where=spec, found=str(error)) from error
@@ -285,7 +284,7 @@ def _parse_spec(spec: str) -> tuple[Literal["hf", "open_clip"], str, str | None]
         if slash and pretrained:
             return "open_clip", model, pretrained
     raise ConfigError(
-        "This is no retrieval encoder spec.",
+        "This is not a retrieval encoder spec.",
         where=spec,
         expected="demo, hf:ID-OR-PATH, or open_clip:MODEL/PRETRAINED-OR-PATH",
         remedy="For the paper's encoder write open_clip:RN50x64/openai.",
@@ -301,7 +300,7 @@ def _open_clip_tag(name: str, pretrained: str | None) -> dict[str, Any]:
 
 def _open_clip_folder(name: str) -> Path:
     """Returns the folder of a `hf-hub:` or `local-dir:` name."""
-    return resolve_folder(name.partition(":")[2], demo_part="clip")
+    return resolve_folder(name.partition(":")[2], demo_model="clip")
 
 
 def _open_clip_config(name: str) -> dict[str, Any]:
@@ -318,17 +317,17 @@ def _open_clip_config(name: str) -> dict[str, Any]:
 
 
 def open_clip_preprocessing(name: str, pretrained: str | None = None) -> Preprocessing:
-    """Returns what an open_clip architecture, and its pretrained tag, want images to be."""
-    given = _open_clip_tag(name, pretrained)
+    """Returns how an open_clip architecture with a pretrained tag wants images prepared."""
+    values = _open_clip_tag(name, pretrained)
     if ":" in name:
-        given = _read_json(_open_clip_folder(name) / "open_clip_config.json").get("preprocess_cfg", {})
+        values = _read_json(_open_clip_folder(name) / "open_clip_config.json").get("preprocess_cfg", {})
     size = _open_clip_config(name)["vision_cfg"].get("image_size", 224)
     default = Preprocessing(size if isinstance(size, int) else size[0], crop_rounding="nearest")
-    return replace(default, mean=tuple(given.get("mean") or default.mean), std=tuple(given.get("std") or default.std))
+    return replace(default, mean=tuple(values.get("mean") or default.mean), std=tuple(values.get("std") or default.std))
 
 
 def _open_clip_weights(name: str, pretrained: str | None, spec: str) -> Path:
-    """Returns the weights file of an open_clip model, downloaded if need be."""
+    """Returns the weights file of an open_clip model, downloaded if necessary."""
     import open_clip
     from open_clip.pretrained import download_pretrained
 
@@ -346,7 +345,7 @@ def _open_clip_weights(name: str, pretrained: str | None, spec: str) -> Path:
         )
     try:
         return Path(download_pretrained(tag))
-    except Exception as error:  # huggingface_hub, urllib and open_clip raise without a common base
+    except Exception as error:  # those of huggingface_hub, urllib and open_clip have no common base
         raise CheckpointError(
             "open_clip's pretrained weights cannot be downloaded.",
             where=spec,
@@ -363,7 +362,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _same_tensors(mine: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return mine.keys() == other.keys() and all(
-        mine[name].shape == other[name].shape and torch.equal(mine[name], other[name]) for name in mine
+def _same_tensors(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(
+        first[name].shape == second[name].shape and torch.equal(first[name], second[name]) for name in first
     )

@@ -1,4 +1,4 @@
-"""A decoder's config file: the same sizes as in every `DecoderConfig`, under the names of its kind."""
+"""Reads and writes a decoder's config, whose keys depend on the kind of decoder."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _COMMON = {name: name for name in ("model_type", "vocab_size", "encoder_hidden_s
 
 @dataclass(frozen=True)
 class ConfigFormat:
-    """What one kind of decoder calls the fields of a `DecoderConfig`, as the reference and transformers write them."""
+    """How one kind of decoder writes the fields of a `DecoderConfig`, in the reference and in transformers."""
 
-    names: Mapping[str, str]  # field to key, beside the ones that all kinds call alike
-    defaults: Mapping[str, Any]  # by key, of what a config may leave out
-    fixed: Mapping[str, Any]  # by field, of what the reference writes into its code, whatever the config says
-    extra: Mapping[str, Any] = field(default_factory=dict)  # by key, what the reference reads beside the fields
+    names: Mapping[str, str]  # field to key, without the keys that all kinds share
+    defaults: Mapping[str, Any]  # by key, for what a config may leave out
+    fixed: Mapping[str, Any]  # by field, what the reference fixes in its code, whatever the config says
+    extra: Mapping[str, Any] = field(default_factory=dict)  # by key, what the reference reads besides the fields
 
     def parse(self, values: Mapping[str, Any]) -> DecoderConfig:
         """Reads a config.
@@ -26,9 +26,9 @@ class ConfigFormat:
         Raises:
             KeyError: A key is missing.
         """
-        given = {"cross_attention_reduce_factor": 1, **self.defaults, **values}
+        known = {"cross_attention_reduce_factor": 1, **self.defaults, **values}
         names = {name: key for name, key in (_COMMON | dict(self.names)).items() if name not in self.fixed}
-        return DecoderConfig(**{name: given[key] for name, key in names.items()}, **self.fixed)
+        return DecoderConfig(**{name: known[key] for name, key in names.items()}, **self.fixed)
 
     def dump(self, config: DecoderConfig) -> dict[str, Any]:
         """Returns the config that the reference loads; the inverse of `parse`."""

@@ -1,6 +1,6 @@
-"""From a model's name to local files: `demo`, a folder, or a Hugging Face id; and the tokenizer of GPT-2.
+"""Finds the local files of a model (`demo`, a folder, or a Hugging Face id) and of GPT-2's tokenizer.
 
-It downloads what a hub id names and nothing else; it never loads or runs what it finds.
+It downloads only what a hub id names, and never loads or runs what it finds.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def demo_folder() -> Path:
     """Returns the folder of the demo's model, images and captions.
 
     Raises:
-        CheckpointError: This installation has none.
+        CheckpointError: This installation has no demo files.
     """
     package = Path(__file__).parents[1]
     for folder in (package / "_demo", package.parent / "demo"):  # a wheel's copy, or the source checkout
@@ -39,25 +39,25 @@ def tokenizer_folder(source: str) -> Path:
         source: `demo`, `gpt2`, a folder, or a Hugging Face id.
 
     Raises:
-        CheckpointError: There is no such folder, and no such hub id can be reached.
+        CheckpointError: There is no such folder, or the hub id cannot be reached.
     """
     if source == GPT2:
         return Path(__file__).parents[1] / "gpt2_tokenizer"
-    return resolve_folder(source, demo_part="smallcap")
+    return resolve_folder(source, demo_model="smallcap")
 
 
-def resolve_folder(source: str, demo_part: str) -> Path:
-    """Returns the local folder of a model, after downloading it where `source` is a hub id.
+def resolve_folder(source: str, demo_model: str) -> Path:
+    """Returns the local folder of a model; downloads it if `source` is a hub id.
 
     Args:
         source: `demo`, a folder, or a Hugging Face id such as `openai/clip-vit-base-patch32`.
-        demo_part: The folder below `demo/model/` that `demo` stands for.
+        demo_model: Name of the folder in `demo/model/` that `demo` stands for.
 
     Raises:
-        CheckpointError: There is no such folder, and no such hub id can be reached.
+        CheckpointError: There is no such folder, or the hub id cannot be reached.
     """
     if source == DEMO:
-        return demo_folder() / "model" / demo_part
+        return demo_folder() / "model" / demo_model
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
@@ -89,7 +89,10 @@ def weights_file(folder: Path) -> Path:
     for name in names:
         if (folder / name).is_file():
             return folder / name
-    found = sorted(path.name for path in folder.iterdir())
+    present = sorted(path.name for path in folder.iterdir())
     raise CheckpointError(
-        "The model folder has no weights file.", where=str(folder), expected=" or ".join(names), found=", ".join(found)
+        "The model folder has no weights file.",
+        where=str(folder),
+        expected=" or ".join(names),
+        found=", ".join(present),
     )

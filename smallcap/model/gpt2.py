@@ -76,12 +76,12 @@ class Conv1D(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_size))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] to [..., out]."""
+        """Maps [..., in] to [..., out]."""
         return F.linear(x, self.weight.T, self.bias)
 
 
 class SelfAttention(nn.Module):
-    """Causal multi-head attention; its causality is the mask's business."""
+    """Causal multi-head attention; the mask makes it causal."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class SelfAttention(nn.Module):
         self.c_proj = Conv1D(config.hidden_size, config.hidden_size)
 
     def forward(self, hidden_states: Tensor, mask: Tensor, layer: int, cache: KeyValueSlots | None) -> Tensor:
-        """[B, S, E] and a mask [B, 1, Q, T] to [B, Q, E], of the last Q positions."""
+        """Maps [B, S, E] and a mask [B, 1, Q, T] to the last Q positions, [B, Q, E]."""
         queries, keys, values = (split_heads(x, self.num_heads) for x in self.c_attn(hidden_states).chunk(3, dim=-1))
         if cache is not None:
             keys, values = cache.append(layer, keys, values)  # [B, H, T, D]
@@ -110,12 +110,12 @@ class CrossAttention(nn.Module):
         self.c_proj = Conv1D(config.hidden_size, config.cross_attention_size)
 
     def project(self, encoder_hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, P, Hv] to keys and values, each [B, H, P, D / reduce factor]."""
+        """Projects [B, P, Hv] to keys and values, each [B, H, P, D / reduce factor]."""
         keys, values = self.c_attn(encoder_hidden_states).chunk(2, dim=-1)
         return split_heads(keys, self.num_heads), split_heads(values, self.num_heads)
 
     def forward(self, hidden_states: Tensor, cross_kv: tuple[Tensor, Tensor]) -> Tensor:
-        """[B, S, E] to [B, S, E]."""
+        """Maps [B, S, E] to [B, S, E]."""
         queries = split_heads(self.q_attn(hidden_states), self.num_heads)
         mixed = attend(queries, *cross_kv, None, self.dropout if self.training else 0.0)
         return self.c_proj(mixed)
@@ -131,7 +131,7 @@ class FeedForward(nn.Module):
         self.activation = activation(config.activation)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """[B, S, E] to [B, S, E]."""
+        """Maps [B, S, E] to [B, S, E]."""
         return self.c_proj(self.activation(self.c_fc(hidden_states)))
 
 
@@ -149,20 +149,20 @@ class Block(DecoderLayer):
         self.dropout = nn.Dropout(config.dropout)
 
     def project_image(self, encoder_hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, P, Hv] to cross-attention's keys and values, each [B, H, P, D / reduce factor]."""
+        """Projects [B, P, Hv] to cross-attention's keys and values, each [B, H, P, D / reduce factor]."""
         return self.crossattention.project(encoder_hidden_states)
 
     def forward(
         self, x: Tensor, mask: Tensor, cross_kv: tuple[Tensor, Tensor], layer: int, cache: KeyValueSlots | None
     ) -> Tensor:
-        """[B, S, E] and a mask [B, 1, Q, T] to [B, Q, E], of the last Q positions."""
+        """Maps [B, S, E] and a mask [B, 1, Q, T] to the last Q positions, [B, Q, E]."""
         x = x[:, -mask.shape[2] :] + self.dropout(self.attn(self.ln_1(x), mask, layer, cache))
         x = x + self.dropout(self.crossattention(self.ln_cross_attn(x), cross_kv))
         return x + self.dropout(self.mlp(self.ln_2(x)))
 
 
 class Transformer(DecoderStack):
-    """Embeddings, blocks and the last layer norm: all of GPT-2 but its output layer."""
+    """Embeddings, blocks and the last layer norm: all of GPT-2 except its output layer."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -179,15 +179,15 @@ class Transformer(DecoderStack):
 
     @property
     def token_embedding(self) -> Tensor:
-        """[V, E]."""
+        """The input embedding, [V, E]."""
         return self.wte.weight
 
     def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """[B, S] token ids and positions to [B, S, E]."""
+        """Maps [B, S] token ids and positions to [B, S, E]."""
         return self.drop(self.wte(input_ids) + self.wpe(position_ids))
 
     def last_norm(self, x: Tensor) -> Tensor:
-        """[B, S, E] to [B, S, E]."""
+        """Maps [B, S, E] to [B, S, E]."""
         return self.ln_f(x)
 
 
@@ -203,5 +203,5 @@ class GPT2Decoder(TextDecoder):
 
     @property
     def stack(self) -> DecoderStack:
-        """All but the output layer."""
+        """Everything except the output layer."""
         return self.transformer

@@ -1,6 +1,6 @@
 """OPT with SmallCap's reduced cross-attention, in the parameter names of the reference's `this_opt` checkpoints.
 
-Its layers serve XGLM as well (`xglm`), which differs in its embeddings, its activation and where its last norm lies.
+XGLM (`xglm`) has the same layers; it differs in its embeddings, its activation and the place of its last norm.
 
 Source: Zhang et al. 2022 for the language model; RitaRamo/smallcap src/opt.py for the cross-attention, whose scores are
 scaled by the head size before reduction.
@@ -87,11 +87,11 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(size, config.hidden_size)
 
     def project(self, source: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, P, source] to keys and values, each [B, H, P, size / H]."""
+        """Projects [B, P, source] to keys and values, each [B, H, P, size / H]."""
         return split_heads(self.k_proj(source), self.num_heads), split_heads(self.v_proj(source), self.num_heads)
 
     def forward(self, hidden_states: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        """[B, S, E] to [B, S, E]."""
+        """Maps [B, S, E] to [B, S, E]."""
         queries = split_heads(self.q_proj(hidden_states), self.num_heads)
         dropout = self.dropout if self.training else 0.0
         return self.out_proj(attend(queries, keys, values, mask, dropout, self.scale))
@@ -113,13 +113,13 @@ class OPTLayer(DecoderLayer):
         self.dropout = nn.Dropout(config.dropout)
 
     def project_image(self, encoder_hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, P, Hv] to cross-attention's keys and values, each [B, H, P, D / reduce factor]."""
+        """Projects [B, P, Hv] to cross-attention's keys and values, each [B, H, P, D / reduce factor]."""
         return self.encoder_attn.project(encoder_hidden_states)
 
     def forward(
         self, x: Tensor, mask: Tensor, cross_kv: tuple[Tensor, Tensor], layer: int, cache: KeyValueSlots | None
     ) -> Tensor:
-        """[B, S, E] and a mask [B, 1, Q, T] to [B, Q, E], of the last Q positions."""
+        """Maps [B, S, E] and a mask [B, 1, Q, T] to the last Q positions, [B, Q, E]."""
         normed = self.self_attn_layer_norm(x)
         keys, values = self.self_attn.project(normed)
         if cache is not None:
@@ -145,7 +145,7 @@ class FairseqStack(DecoderStack):
 
     @property
     def token_embedding(self) -> Tensor:
-        """[V, E]."""
+        """The input embedding, [V, E]."""
         return self.embed_tokens.weight
 
 
@@ -158,18 +158,18 @@ class OPTStack(FairseqStack):
         self.final_layer_norm = nn.LayerNorm(config.hidden_size)
 
     def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """[B, S] token ids and positions to [B, S, E]."""
+        """Maps [B, S] token ids and positions to [B, S, E]."""
         return self.embed_tokens(input_ids) + self.embed_positions(position_ids + POSITION_OFFSET)
 
     def last_norm(self, x: Tensor) -> Tensor:
-        """[B, S, E] to [B, S, E]."""
+        """Maps [B, S, E] to [B, S, E]."""
         return self.final_layer_norm(x)
 
 
 class OPTDecoder(TextDecoder):
     """OPT with cross-attention."""
 
-    trained_marker = "encoder_attn"  # with the cross-attention's norm, unlike GPT-2's: it shares the name
+    trained_marker = "encoder_attn"  # occurs in the name of the cross-attention's norm as well, unlike GPT-2's
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__(config)
@@ -178,5 +178,5 @@ class OPTDecoder(TextDecoder):
 
     @property
     def stack(self) -> DecoderStack:
-        """All but the output layer."""
+        """Everything except the output layer."""
         return cast("DecoderStack", self.model["decoder"])

@@ -72,11 +72,11 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
 
 
 def count_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[int]:
-    """Returns the number of tokens of each text, without special tokens; quicker than making lists of their ids."""
+    """Returns the number of tokens of each text, without special tokens; faster than listing their ids."""
     if not tokenizer.is_fast:
         return [len(ids) for ids in encode_texts(tokenizer, texts)]
     backend = tokenizer.backend_tokenizer
-    backend.no_truncation()  # what a tokenizer.json may ask for
+    backend.no_truncation()  # a tokenizer.json may ask for it
     backend.no_padding()
     return [len(encoding) for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
@@ -92,8 +92,8 @@ def build_prompts(
     Args:
         tokenizer: The decoder's tokenizer.
         template: The words around the captions.
-        retrieved: For each image its retrieved captions, nearest first; empty for a prompt without retrieval.
-        bos_token_id: What prompts start with, for a decoder that was trained so (OPT).
+        retrieved: Retrieved captions of each image, nearest first; empty for a prompt without retrieval.
+        bos_token_id: Token that prompts start with, for a decoder that was trained with one (OPT).
     """
     prompts = encode_texts(tokenizer, [template.fill(captions) for captions in retrieved])
     return prompts if bos_token_id is None else [[bos_token_id, *prompt] for prompt in prompts]
@@ -115,10 +115,10 @@ def build_training_example(
     Args:
         prompt_ids: Token ids of the prompt.
         caption_ids: Token ids of the caption, cut to `max_caption_tokens`.
-        eos_token_id: What the caption ends with.
-        pad_token_id: Fills the input on the right.
-        max_caption_tokens: Longest caption, its eos not counted.
-        length: Pads both lists to this length.
+        eos_token_id: Token that ends the caption.
+        pad_token_id: Token that fills the input on the right.
+        max_caption_tokens: The most tokens of a caption, its eos not counted.
+        length: Length that both lists are padded to; by default they are not padded.
 
     Returns:
         Input ids and labels of equal length; ignored positions are labelled -100.

@@ -43,11 +43,11 @@ class XGLMStack(FairseqStack):
         self.layer_norm = nn.LayerNorm(config.hidden_size)
 
     def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """[B, S] token ids and positions to [B, S, E]."""
+        """Maps [B, S] token ids and positions to [B, S, E]."""
         return self.embed_tokens(input_ids) * self.embed_scale + self.positions[position_ids + POSITION_OFFSET]
 
     def last_norm(self, x: Tensor) -> Tensor:
-        """[B, S, E] to [B, S, E]."""
+        """Maps [B, S, E] to [B, S, E]."""
         return self.layer_norm(x)
 
 
@@ -61,7 +61,7 @@ def sinusoids(count: int, size: int) -> Tensor:
 class XGLMDecoder(TextDecoder):
     """XGLM with cross-attention."""
 
-    trained_marker = "encoder_attn"  # with the cross-attention's norm, unlike GPT-2's: it shares the name
+    trained_marker = "encoder_attn"  # occurs in the name of the cross-attention's norm as well, unlike GPT-2's
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__(config)
@@ -70,5 +70,5 @@ class XGLMDecoder(TextDecoder):
 
     @property
     def stack(self) -> DecoderStack:
-        """All but the output layer."""
+        """Everything except the output layer."""
         return self.model

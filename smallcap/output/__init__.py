@@ -1,1 +1,1 @@
-"""What a captioning run writes: its columns, its parts, and which rows of the input they hold."""
+"""The output of a captioning run: its columns, its parts, and which rows of the input they hold."""

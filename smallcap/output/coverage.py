@@ -1,8 +1,8 @@
-"""Which rows of a run's input its parts hold, and which are left, as ranges of rows by fragment: ids are never held.
+"""Tells which rows of a run's input its parts hold and which are left, by ranges of rows instead of ids.
 
-A part says in its footer which rows of which fragments it accounts for. Two parts may account for the same row: a
-worker of a killed driver can outlive it and write after the next attempt has begun, and a repeated failure has two rows
-until its attempt ends. `settle` takes what is superfluous out again.
+The footer of a part says which rows of which fragments it accounts for. Two parts may account for the same row: a
+worker can outlive its killed driver and write after the next attempt has begun, and a repeated failure has two rows
+until its attempt ends. `settle` removes the superfluous rows.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from smallcap.images.row_ranges import RowRanges
 from smallcap.output.part_files import PartInfo, drop_rows
 from smallcap.output.schema import STATUS_ERROR
 
-_MOST_ROWS = np.iinfo(np.int32).max  # of a fragment that has not been read to its end
+_MAX_ROWS = np.iinfo(np.int32).max  # assumed for a fragment that has not been read to its end
 _HASHES_AT_ONCE = 1 << 24  # 8 bytes each
 
-NamedPart = tuple[str, PartInfo]  # its name within the output, and what its footer says
+NamedPart = tuple[str, PartInfo]  # the part's name within the output, and what its footer says
 
 
 @dataclass(frozen=True)
 class WorkItem:
-    """One fragment's rows that have no row in the output yet."""
+    """The rows of one fragment that have no row in the output yet."""
 
     fragment: Fragment
-    wanted: RowRanges | None  # None: all of it
+    wanted: RowRanges | None  # None: all rows
 
 
 class Coverage:
-    """The rows of each fragment that some part accounts for.
+    """The rows of each fragment for which parts account.
 
     Args:
         parts: All parts of the run.
@@ -48,26 +48,26 @@ class Coverage:
 
     def __init__(self, parts: Iterable[NamedPart], retry_failed: bool = False) -> None:
         self._done: dict[int, RowRanges] = {}
-        self._rows_of: dict[int, int] = {}  # of fragments whose end is known from a part
+        self._row_counts: dict[int, int] = {}  # for fragments whose end is known from a part
         self.images = 0
         for _, info in parts:
             for fragment, rows in info.rows.items():
                 done = rows.subtract(info.failed[fragment]) if retry_failed and fragment in info.failed else rows
                 self._done[fragment] = self._done[fragment].union(done) if fragment in self._done else done
                 if fragment in info.ends and done.stop == rows.stop:  # else the last row is tried again
-                    self._rows_of[fragment] = rows.stop
+                    self._row_counts[fragment] = rows.stop
         self.images = sum(map(len, self._done.values()))
 
     def rows_of(self, fragment: Fragment) -> int | None:
-        """Returns how many rows a fragment has, where that is known."""
-        return self._rows_of.get(fragment.number) if fragment.rows is None else fragment.rows
+        """Returns how many rows a fragment has; None where that is unknown."""
+        return self._row_counts.get(fragment.number) if fragment.rows is None else fragment.rows
 
     def left(self, fragment: Fragment, asked: int | None = None) -> WorkItem | None:
-        """Returns what is to be done of a fragment, of its first `asked` rows where that is given; None for nothing."""
+        """Returns the rows still to do among the first `asked` ones of a fragment, by default all; None for none."""
         done, known = self._done.get(fragment.number), self.rows_of(fragment)
-        stop = min(_MOST_ROWS if known is None else known, _MOST_ROWS if asked is None else asked)
+        stop = min(_MAX_ROWS if known is None else known, _MAX_ROWS if asked is None else asked)
         if done is None:
-            return WorkItem(fragment, None if stop in (known, _MOST_ROWS) else RowRanges.span(0, stop))
+            return WorkItem(fragment, None if stop in (known, _MAX_ROWS) else RowRanges.span(0, stop))
         left = RowRanges.span(0, stop).subtract(done)
         return WorkItem(fragment, left) if left else None
 
@@ -75,13 +75,13 @@ class Coverage:
 def work_left(
     fragments: Iterable[Fragment], coverage: Coverage, limit: int | None, count_images: Callable[[Fragment, int], int]
 ) -> Iterator[WorkItem]:
-    """Yields what is left of the first `limit` images.
+    """Yields the work that is left among the first `limit` images.
 
     Args:
-        fragments: The run's, in their order.
-        coverage: What is done.
-        limit: Of images; None for all.
-        count_images: Counts a fragment's images, up to a number, where nobody knows how many there are.
+        fragments: The run's fragments, in their order.
+        coverage: The rows that are done.
+        limit: The number of images; None for all.
+        count_images: A function that counts a fragment's images, up to a number, where the count is unknown.
     """
     room = limit
     for fragment in fragments:
@@ -98,21 +98,21 @@ def work_left(
 
 
 def count_rows(table: pa.Table) -> dict[str, Any]:
-    """Returns `ok` and `errors` of a `PartInfo`, for rows with `status` and `error_code`."""
+    """Counts a part's rows by `status` and `error_code`, as the `ok` and `errors` of its `PartInfo`."""
     counted = table.filter(_failed(table))["error_code"].value_counts().to_pylist()
     errors = {entry["values"]: entry["counts"] for entry in counted}
     return {"ok": len(table) - sum(errors.values()), "errors": errors}
 
 
 def settle(out: str, parts: Sequence[NamedPart], fragments: Sequence[Fragment]) -> int:
-    """Takes rows that two parts have out of one of them; returns how many it took.
+    """Removes rows that two parts have from one of them; returns how many it removed.
 
-    A caption is kept before an error; of two captions the older, of two errors the newer.
+    A caption is kept rather than an error, the older of two captions, and the newer of two errors.
 
     Args:
         out: The run's folder.
-        parts: Its parts, oldest first.
-        fragments: The run's.
+        parts: The run's parts, oldest first.
+        fragments: The run's fragments.
     """
     dropped = 0
     for position, losing in _losing_rows([info for _, info in parts]).items():
@@ -120,7 +120,7 @@ def settle(out: str, parts: Sequence[NamedPart], fragments: Sequence[Fragment]) 
         table = _read(out, name)
         superseded = _superseded(out, parts, position, losing, table)
         for number in losing:
-            superseded = pc.or_(superseded, _stands_for_rest(fragments[number], table))
+            superseded = pc.or_(superseded, _ends_unread_shard(fragments[number], table))
         rows = _subtract(info.rows, losing)
         info = replace(
             info,
@@ -137,7 +137,7 @@ def settle(out: str, parts: Sequence[NamedPart], fragments: Sequence[Fragment]) 
 def _superseded(
     out: str, parts: Sequence[NamedPart], position: int, losing: Mapping[int, RowRanges], table: pa.Table
 ) -> pa.ChunkedArray:
-    """Says of each row of a part whether another part keeps that image, by the rule of `settle`."""
+    """Says for each row of a part whether another part keeps its image, by the rule of `settle`."""
     ids, failed = table["image_id"], _failed(table)
     superseded = pc.and_(failed, False)
     for other, (name, info) in enumerate(parts):
@@ -145,7 +145,7 @@ def _superseded(
             continue
         theirs = _read(out, name)
         captioned = pc.is_in(ids, value_set=theirs.filter(pc.invert(_failed(theirs)))["image_id"])
-        if other > position:  # an older caption stays, and of two errors the newer
+        if other > position:  # the older of two captions stays, and the newer of two errors
             captioned = pc.and_(captioned, failed)
             also_failed = pc.is_in(ids, value_set=theirs.filter(_failed(theirs))["image_id"])
             captioned = pc.or_(captioned, pc.and_(failed, also_failed))
@@ -153,17 +153,17 @@ def _superseded(
     return superseded
 
 
-def _stands_for_rest(fragment: Fragment, table: pa.Table) -> pa.ChunkedArray:
-    """Says of each row of a part whether it is the error of a shard that could not be read to its end.
+def _ends_unread_shard(fragment: Fragment, table: pa.Table) -> pa.ChunkedArray:
+    """Says for each row of a part whether it is the error of a shard that could not be read to its end.
 
-    Its id is the shard's, and that of the image which is read in its place the next time another one.
+    Such a row has the shard's id; the image that is read instead the next time has its own.
     """
     ids = table["image_id"]
     if fragment.kind == "tar":
         return pc.equal(ids, fragment.uri)
     if fragment.kind == "parquet":
         return pc.starts_with(ids, f"{fragment.uri}#row_group={fragment.row_group},")
-    return pc.is_null(ids)  # none: a list names all of its images
+    return pc.is_null(ids)  # no row: a list names all its images
 
 
 def _read(out: str, name: str) -> pa.Table:
@@ -177,14 +177,14 @@ def _failed(table: pa.Table) -> pa.ChunkedArray:
 
 
 def _drop(out: str, name: str, table: pa.Table, drop: pa.ChunkedArray, info: PartInfo) -> int:
-    """Takes rows out of a part, and has its footer count those that are left; returns how many it took."""
+    """Removes rows from a part and lets its footer count those left; returns how many it removed."""
     left = table.filter(pc.invert(drop))
     drop_rows(out, name, table.filter(drop)["image_id"].combine_chunks(), replace(info, **count_rows(left)))
     return len(table) - len(left)
 
 
 def _losing_rows(infos: Sequence[PartInfo]) -> dict[int, dict[int, RowRanges]]:
-    """Returns by position of the part, then by fragment, the rows that another part keeps."""
+    """Returns the rows that another part keeps, by the position of the part and then by fragment."""
     losing: dict[int, dict[int, RowRanges]] = {}
     kept: dict[int, RowRanges] = {}
 
@@ -214,16 +214,16 @@ def _subtract(rows: Mapping[int, RowRanges], less: Mapping[int, RowRanges]) -> d
 
 
 def drop_repeated_ids(out: str, parts: Sequence[NamedPart]) -> None:
-    """Takes all rows but the first of an id out of the parts; they stay accounted for.
+    """Removes every row of an id except the first from the parts; the footers still account for them.
 
-    Ids of lists are unique by their listing, and no part has one twice. Those of tars and of Parquet files with image
-    bytes are known only when they have been read. They are compared by 64-bit hashes, in several passes when there are
-    many, and then by themselves.
+    The ids of lists are unique by their listing. Those of tars and of Parquet files with image bytes are known only
+    when these have been read. They are compared by 64-bit hashes, in several passes when there are many, and then in
+    full. No part has an id twice.
     """
     total = sum(info.ok + sum(info.errors.values()) for _, info in parts)
     passes = -(-total // _HASHES_AT_ONCE)
-    found = [_repeated_hashes(out, parts, number, passes) for number in range(passes)]
-    repeated = np.concatenate([np.empty(0, np.uint64), *found])
+    by_pass = [_repeated_hashes(out, parts, number, passes) for number in range(passes)]
+    repeated = np.concatenate([np.empty(0, np.uint64), *by_pass])
     seen: set[str] = set()
     for name, info in parts if len(repeated) else ():
         table = _read(out, name)

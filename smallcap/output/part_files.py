@@ -1,8 +1,8 @@
-"""The files of a captioning run's output: parts, what their footers say is done, and their sidecars.
+"""Writes and reads the output files of a captioning run: parts, their footers, and their sidecars.
 
-A part's footer says which rows of which fragments of the work list it holds, so that a run which goes on reads footers
-and no ids. Sidecars (`_embeddings/`, `webdataset/`) have their part's name and are written before it: what has no part
-does not exist. It knows columns and metadata from `schema`, and nothing of how fragments are read.
+The footer of a part says which rows of which fragments of the work list it holds, so that a run which goes on reads
+footers instead of ids. Sidecars (`_embeddings/`, `webdataset/`) have the name of their part and are written before it:
+a sidecar without a part does not count. This module knows nothing of how fragments are read.
 """
 
 from __future__ import annotations
@@ -38,25 +38,25 @@ _INFO_KEY = b"smallcap.part"
 _MAGIC = b"PAR1"
 _FOOTER_READ_BYTES = 64 << 10  # most footers are smaller, and a store answers as quickly as for a byte
 _FOOTER_THREADS = 32
-_ROWS_AS_OBJECTS = 256  # of a tar, held at once; images are taken one by one
+_ROWS_AS_OBJECTS = 256  # of a tar, held together; images are taken one by one
 # Where dictionaries make files smaller, by measurement (docs/log.md); ids, captions and texts are mostly distinct.
 _DICTIONARY_COLUMNS = ("width", "height", "caption_tokens", "status", "error_code")
-_FEW_VALUES = 10  # rows per value from which on a kept column gets a dictionary
+_FEW_VALUES = 10  # rows per distinct value from which a kept column gets a dictionary
 _ZSTD_LEVEL = 6
 
 
 @dataclass(frozen=True)
 class PartInfo:
-    """What a part holds, as its footer says."""
+    """What the footer of a part says about its rows."""
 
-    rows: dict[int, RowRanges] = field(default_factory=dict)  # by fragment, the rows held, errors included
-    failed: dict[int, RowRanges] = field(default_factory=dict)  # those of them with status `error`
-    ends: tuple[int, ...] = ()  # fragments whose last row is among them
+    rows: dict[int, RowRanges] = field(default_factory=dict)  # rows held, errors included, by fragment
+    failed: dict[int, RowRanges] = field(default_factory=dict)  # rows among them with status `error`
+    ends: tuple[int, ...] = ()  # fragments whose last row is held
     ok: int = 0  # rows with a caption
     errors: dict[str, int] = field(default_factory=dict)  # rows without one, by error code
 
     def to_json(self) -> str:
-        """Returns the text of the footer's metadata."""
+        """Returns the text for the footer's metadata."""
         values = {
             "rows": {str(fragment): ranges.to_json() for fragment, ranges in sorted(self.rows.items())},
             "failed": {str(fragment): ranges.to_json() for fragment, ranges in sorted(self.failed.items())},
@@ -68,10 +68,10 @@ class PartInfo:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> PartInfo:
-        """Reads what `to_json` gave.
+        """Reads the text of `to_json`.
 
         Raises:
-            SchemaError: It is something else.
+            SchemaError: The text is malformed.
         """
         try:
             values = json.loads(text)
@@ -83,7 +83,9 @@ class PartInfo:
                 {str(code): int(count) for code, count in values["errors"].items()},
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise SchemaError("What a part says of its rows cannot be read.", found=repr(text)[:200]) from error
+            raise SchemaError(
+                "The footer of a part does not say which rows it holds.", found=repr(text)[:200]
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class PartOptions:
 
 
 def list_parts(out: str) -> list[str]:
-    """Lists the URIs of a run's parts, oldest attempt first; none where there is no such folder."""
+    """Lists the URIs of a run's parts, oldest attempt first; empty where the folder does not exist."""
     return [uri for uri in storage.list_folder(out) if _name(uri).startswith("part-") and uri.endswith(".parquet")]
 
 
@@ -107,12 +109,12 @@ def write_part(
 
     Args:
         out: The output folder.
-        name: `part-AAA-TTTTTT.parquet`.
-        table: At least the schema's columns, in any order of rows. With `options.embeddings` also `embedding`, lists
-            of float16 of one length, and with `options.webdataset` also `image_bytes`; both may be null for errors.
-        info: What the footer says of these rows.
-        schema: Of `schema.caption_schema`, with the run's metadata.
-        options: How to write it.
+        name: The part's name, `part-AAA-TTTTTT.parquet`.
+        table: Rows in any order, with at least the schema's columns. `options.embeddings` needs `embedding`, lists of
+            float16 of one length; `options.webdataset` needs `image_bytes`. Both may be null for errors.
+        info: What the footer says about these rows.
+        schema: The part's columns with the run's metadata, from `schema.caption_schema`.
+        options: How to write the part.
     """
     options = options or PartOptions()
     order = pc.sort_indices(table["image_id"])
@@ -128,13 +130,13 @@ def write_part(
 
 
 def read_part_infos(out: str) -> Iterator[tuple[str, PartInfo]]:
-    """Reads all parts' footers, many at once, and nothing else of them.
+    """Reads the footers of all parts, many at once, and no rows.
 
     Yields:
-        Each part's name within `out`, oldest attempt first, and what it holds.
+        Each part's name within `out`, oldest attempt first, and its info.
 
     Raises:
-        SchemaError: A part is not Parquet, not of this schema version, or does not say which rows it holds.
+        SchemaError: A part is not Parquet, has another schema version, or does not say which rows it holds.
     """
     parts = list_parts(out)
     with ThreadPoolExecutor(max_workers=_FOOTER_THREADS) as pool:
@@ -142,16 +144,15 @@ def read_part_infos(out: str) -> Iterator[tuple[str, PartInfo]]:
 
 
 def drop_rows(out: str, name: str, image_ids: pa.Array, info: PartInfo) -> None:
-    """Rewrites a part and its sidecars without some images' rows; removes them when no row is left.
+    """Rewrites a part and its sidecars without the rows of some images; removes a file that has no rows left.
 
-    The part comes last, as in `write_part`: whoever is stopped in between finds the rows still in it, and drops them
-    again.
+    The part comes last, as in `write_part`: after an interruption it still has the rows, and they can be dropped again.
 
     Args:
         out: The output folder.
         name: The part's name within it.
-        image_ids: Strings; ids that it does not have do not matter.
-        info: What the footer says of the rows that are left.
+        image_ids: The ids of the images, strings; ids that the part lacks are ignored.
+        info: What the footer says about the rows that are left.
 
     Raises:
         SchemaError: The part or a sidecar is damaged.
@@ -167,14 +168,14 @@ def drop_rows(out: str, name: str, image_ids: pa.Array, info: PartInfo) -> None:
 
 
 def remove_orphans(out: str) -> list[str]:
-    """Deletes sidecars that have no part, and returns their URIs: a writer was stopped before it came to the part.
+    """Deletes the sidecars that an interrupted writer left without a part, and returns their URIs.
 
-    Only for when no other process writes parts, whose sidecars are orphans for a moment.
+    Call it only while no other process writes parts: their sidecars are orphans for a moment.
     """
     folders = (EMBEDDINGS_FOLDER, WEBDATASET_FOLDER)
     wanted = {_sidecar(out, folder, _name(part)) for part in list_parts(out) for folder in folders}
-    found = [uri for folder in folders for uri in storage.list_folder(storage.join(out, folder))]
-    orphans = [uri for uri in found if uri not in wanted and _name(uri).startswith("part-")]
+    sidecars = [uri for folder in folders for uri in storage.list_folder(storage.join(out, folder))]
+    orphans = [uri for uri in sidecars if uri not in wanted and _name(uri).startswith("part-")]
     for uri in orphans:
         storage.remove(uri)
     return orphans
@@ -193,7 +194,7 @@ def _with_info(rows: pa.Table, info: PartInfo) -> pa.Table:
 
 
 def _embeddings(table: pa.Table, order: pa.Array) -> pa.Table:
-    """Returns `image_id` and `embedding` of the rows that have one, in this order."""
+    """Returns `image_id` and `embedding` of the rows that have an embedding, in this order."""
     column = table[EMBEDDING_COLUMN].combine_chunks()
     order = order.filter(column.is_valid().take(order))
     lists = column.take(order)
@@ -233,7 +234,7 @@ def _write_parquet(uri: str, table: pa.Table, rows_per_row_group: int) -> None:
 
 
 def _dictionary_columns(table: pa.Table) -> list[str]:
-    """Returns the columns whose values repeat; among those kept from the input, strings with few values."""
+    """Returns the columns whose values repeat; a column kept from the input must be of strings with few values."""
     few = [
         name
         for name, column in zip(table.column_names, table.columns, strict=True)
@@ -245,7 +246,7 @@ def _dictionary_columns(table: pa.Table) -> list[str]:
 
 
 def _write_tar(uri: str, write: Callable[[Path], int]) -> None:
-    """Has a tar written and puts it in its place; one without samples is removed from there."""
+    """Writes a tar and moves it to its URI; a tar without samples is removed from there."""
     with storage.scratch_folder() as folder:
         path = folder / _name(uri)
         if write(path):
@@ -281,7 +282,7 @@ def _read_info(uri: str) -> PartInfo:
 
 
 def _read_footer(uri: str) -> bytes:
-    """Returns the end of a Parquet file with its whole footer, and perhaps more; what is too short for one, whole."""
+    """Returns the end of a Parquet file with its whole footer, and perhaps more."""
     tail = storage.read_tail(uri, _FOOTER_READ_BYTES)
     needed = int.from_bytes(tail[-8:-4], "little") + 8  # the footer's length and the magic word end the file
     if tail.endswith(_MAGIC) and needed > len(tail):
@@ -290,10 +291,10 @@ def _read_footer(uri: str) -> bytes:
 
 
 def damaged_part(uri: str, error: Exception) -> SchemaError:
-    """Returns the error of a part that cannot be read."""
+    """Returns the error for a part that cannot be read."""
     return SchemaError(
         "A part cannot be read as Parquet.",
         where=uri,
         found=str(error),
-        remedy="smallcap writes parts whole; delete this one, and start the run again to redo its images.",
+        remedy="Delete the part, and start the run again to redo its images.",
     )

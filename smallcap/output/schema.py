@@ -1,9 +1,8 @@
-"""The columns of a captioning run's Parquet parts: their metadata, and the reader's check.
+"""The columns and the metadata of the parts of a captioning run, and their check by readers.
 
-Columns kept from the input follow the fixed ones; a part names them in its metadata, and its footer says what it holds
-(`part_files`).
+Columns kept from the input follow the fixed ones; a part names them in its metadata.
 
-The authority is docs/formats.md. A change here raises `SCHEMA_VERSION`, keeps reading version 1, and gets a CHANGELOG
+docs/formats.md is the authority. A change here raises `SCHEMA_VERSION`, keeps reading version 1, and gets a CHANGELOG
 heading.
 """
 
@@ -46,7 +45,7 @@ CAPTION_COLUMNS = pa.schema(
         pa.field("caption_logprob", pa.float32()),  # natural log, summed over the caption's tokens
         pa.field("caption_tokens", pa.int16()),  # generated tokens, the eos included
         pa.field("clip_score", pa.float32()),  # cosine of image and generated caption
-        pa.field("alternatives", pa.list_(ALTERNATIVE_TYPE)),  # the image's further captions, best first
+        pa.field("alternatives", pa.list_(ALTERNATIVE_TYPE)),  # the image's other captions, best first
         pa.field("neighbours", pa.list_(NEIGHBOUR_TYPE)),
         pa.field("status", pa.string(), nullable=False),
         pa.field("error_code", pa.string()),
@@ -54,10 +53,10 @@ CAPTION_COLUMNS = pa.schema(
     ]
 )
 
-# What rows have beside the schema's columns on their way to a part. These two go to the part's sidecars.
+# Columns of rows on their way to a part, besides those of the schema. These two go to the part's sidecars.
 EMBEDDING_COLUMN = "embedding"
 IMAGE_BYTES_COLUMN = "image_bytes"
-# These place a row in the run's input, for the part's footer.
+# These three name a row's place in the run's input, for the part's footer.
 FRAGMENT, FRAGMENT_ROW, ENDS_FRAGMENT = "smallcap.fragment", "smallcap.fragment_row", "smallcap.ends_fragment"
 # `logprob` is what a tar's JSON files call `caption_logprob`.
 _TAKEN_NAMES = (*CAPTION_COLUMNS.names, EMBEDDING_COLUMN, IMAGE_BYTES_COLUMN, "logprob")
@@ -68,18 +67,18 @@ _KEPT_KEY = b"smallcap.kept_columns"
 
 
 def caption_schema(run_id: str, model_id: str, index_id: str, kept_columns: pa.Schema | None = None) -> pa.Schema:
-    """Returns a part's columns with the file metadata that every part carries.
+    """Returns the columns of a run's parts, with their file metadata.
 
     Args:
-        run_id: Of the run.
-        model_id: Of the run's model.
-        index_id: Of the index version that the run retrieves from.
+        run_id: The run's id.
+        model_id: The id of the run's model.
+        index_id: The id of the index version from which the run retrieves.
         kept_columns: Columns of the input that pass through to the output.
 
     Raises:
-        ConfigError: Kept columns have names that smallcap's own columns have.
+        ConfigError: The name of a kept column is taken, or occurs twice.
     """
-    kept = [pa.field(field.name, field.type) for field in kept_columns or ()]  # without flags of the input's own
+    kept = [pa.field(field.name, field.type) for field in kept_columns or ()]  # without the input's flags
     kept_names = [field.name for field in kept]
     check_kept_columns(kept_names)
     metadata = {
@@ -96,14 +95,14 @@ def check_kept_columns(names: Sequence[str]) -> None:
     """Checks the names of columns that are to pass through from the input to the output.
 
     Raises:
-        ConfigError: One is a name of the output's own columns, or is given twice.
+        ConfigError: A name is taken by the output, or occurs twice.
     """
     taken = {
         name for name in names if name in _TAKEN_NAMES or name.startswith(_RESERVED_PREFIX) or names.count(name) > 1
     }
     if taken:
         raise ConfigError(
-            "Columns to keep have names that the output needs, or one of them is named twice.",
+            "The output needs the name of a column to keep, or the name is given twice.",
             where="keep_columns",
             expected=f"each name once, and none of {', '.join(_TAKEN_NAMES)} or {_RESERVED_PREFIX}…",
             found=", ".join(sorted(taken)),
@@ -112,21 +111,21 @@ def check_kept_columns(names: Sequence[str]) -> None:
 
 
 def kept_columns(schema: pa.Schema) -> list[str]:
-    """Returns the names of the columns that a part took from the input.
+    """Returns the names of the columns that a part keeps from the input.
 
     Raises:
         SchemaError: The metadata that names them is missing or damaged.
     """
-    found = (schema.metadata or {}).get(_KEPT_KEY, b"")
+    text = (schema.metadata or {}).get(_KEPT_KEY, b"")
     try:
-        names = json.loads(found)
+        names = json.loads(text)
     except ValueError:
         names = None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise SchemaError(
             "A part's list of kept columns is damaged.",
             expected="file metadata smallcap.kept_columns, a JSON list of names",
-            found=repr(found),
+            found=repr(text),
         )
     return names
 
@@ -135,7 +134,7 @@ def check_caption_schema(schema: pa.Schema, where: str) -> None:
     """Checks that a Parquet part can be read as a caption part.
 
     Raises:
-        SchemaError: It was not written by smallcap, or is of another schema version, or its columns differ.
+        SchemaError: smallcap did not write it, it has another schema version, or its columns differ.
     """
     version = (schema.metadata or {}).get(_VERSION_KEY)
     if version is None:
@@ -144,7 +143,7 @@ def check_caption_schema(schema: pa.Schema, where: str) -> None:
             where=where,
             expected="file metadata smallcap.schema_version",
             found="none",
-            remedy="Give the run its own empty output folder.",
+            remedy="Give the run an empty output folder.",
         )
     if version != str(SCHEMA_VERSION).encode():
         raise SchemaError(
@@ -152,13 +151,13 @@ def check_caption_schema(schema: pa.Schema, where: str) -> None:
             where=where,
             expected=str(SCHEMA_VERSION),
             found=version.decode(),
-            remedy="Read it with the smallcap release that wrote it, or a newer one.",
+            remedy="Read it with the smallcap release that wrote it, or with a newer one.",
         )
     names = [*CAPTION_COLUMNS.names, *kept_columns(schema)]
     fixed = pa.schema(list(schema)[: len(CAPTION_COLUMNS)])
     if not fixed.equals(CAPTION_COLUMNS, check_metadata=False) or schema.names != names:
         raise SchemaError(
-            "This part's columns are not those of its schema version.",
+            "The columns of this part contradict its schema version.",
             where=where,
             expected=", ".join(names),
             found=", ".join(schema.names),

@@ -1,6 +1,6 @@
-"""WebDataset tars of captioned images: `KEY.jpg`, `KEY.txt` and `KEY.json` for each, as trainers read them.
+"""Writes WebDataset tars of captioned images: `KEY.jpg`, `KEY.txt` and `KEY.json` for each, as trainers read them.
 
-It knows tars, keys and image signatures, and nothing of runs or parts. The same samples give the same bytes.
+It knows tars, keys and image signatures, but nothing of runs or parts. The same samples give the same bytes.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class Sample:
     image_id: str
     data: bytes  # the image file as it was fetched
     caption: str
-    record: dict[str, Any]  # the values of its JSON file besides the id and the caption
+    record: dict[str, Any]  # the other values of its JSON file, besides id and caption
 
 
 def image_extension(data: bytes) -> str:
-    """Returns the usual extension of an image format by the signature of its bytes; `bin` where it is unknown."""
+    """Returns the usual extension of an image file by the signature of its bytes; `bin` where it is unknown."""
     for signature, extension in _EXTENSIONS.items():
         if data.startswith(signature):
             return extension
@@ -55,15 +55,15 @@ def image_extension(data: bytes) -> str:
 def sample_key(image_id: str, taken: Collection[str]) -> str:
     """Returns an image's key: its id as a relative path whose last component has no dot.
 
-    WebDataset ends a key at the first dot of its last component. A scheme, a leading slash and the image's extension
-    are left off; other dots there become `_`, as do empty and relative components and control characters.
+    WebDataset ends a key at the first dot of its last component. A scheme, a leading slash and the extension of an
+    image are removed; other dots there become `_`, as do empty and relative components and control characters.
 
     Args:
-        image_id: Of the image.
-        taken: The tar's keys so far; where two ids have the same key, the later one gets `-2`, `-3`, ….
+        image_id: The image's id.
+        taken: The keys of the tar so far; where two ids have the same key, the later one gets `-2`, `-3`, ….
     """
     path = _CONTROL.sub("_", _IMAGE_EXTENSION.sub("", _SCHEME.sub("", image_id))).lstrip("/")
-    *folders, base = ["_" if part in ("", ".", "..") else part for part in path.split("/")]
+    *folders, base = ["_" if name in ("", ".", "..") else name for name in path.split("/")]
     key = "/".join([*folders, base.replace(".", "_")])
     number, unique = 1, key
     while unique in taken:
@@ -73,7 +73,7 @@ def sample_key(image_id: str, taken: Collection[str]) -> str:
 
 
 def write_samples(path: Path, samples: Iterable[Sample]) -> int:
-    """Writes a tar with the samples in their order; returns how many there were."""
+    """Writes the samples to a tar in their order; returns how many there are."""
     taken: set[str] = set()
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
         for sample in samples:
@@ -112,14 +112,14 @@ def drop_samples(source: Path, target: Path, image_ids: Collection[str]) -> int:
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    info = tarfile.TarInfo(name)  # its date is 0, its owner 0 without a name
+    info = tarfile.TarInfo(name)  # its date and owner are 0, and the owner has no name
     info.size = len(data)
     tar.addfile(info, io.BytesIO(data))
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     file = tar.extractfile(member)
-    assert file is not None, "write_samples writes nothing but files"
+    assert file is not None, "write_samples writes only files"
     return file.read()
 
 
@@ -129,7 +129,7 @@ def _key(name: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Returns a value as JSON has it: bytes as base64, what is not finite as null, dates and decimals as text."""
+    """Returns a value as JSON can hold it: bytes as base64, inf and nan as null, dates and decimals as text."""
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):

@@ -1,10 +1,10 @@
-"""Checkpoints of a training run: the trained weights, the optimiser, and how far the run is; on any storage.
+"""Checkpoints of a training run: the trained weights, the optimiser, and the run's progress; on any storage.
 
     OUT/checkpoints/step-000001200/trained.safetensors    the cross-attention, named as in the decoder
     OUT/checkpoints/step-000001200/state.pt               optimiser and scaler
     OUT/checkpoints/step-000001200/checkpoint.json        written last: a folder without it does not exist
 
-There is no state of random numbers: all of them are functions of the seed, the step and the worker.
+No state of random numbers is stored: they are functions of the seed, the step and the worker.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ MARKER, WEIGHTS_FILE, STATE_FILE = "checkpoint.json", "trained.safetensors", "st
 
 
 class EpochResult(Record):
-    """What validation said after an epoch."""
+    """The losses and the score of an epoch."""
 
     epoch: int  # counted from 1
     step: int  # steps done at its end
     loss: float  # nats per token, mean over the epoch's tokens, with dropout
-    validation_loss: float | None = None  # nats per token, without
+    validation_loss: float | None = None  # nats per token, without dropout
     cider: float | None = None  # 1.0 is what papers print as 100
 
 
@@ -42,20 +42,20 @@ class TrainCheckpoint(VersionedRecord):
 
     format_version: Literal[1] = 1
     step: int  # steps done
-    epochs: tuple[EpochResult, ...]  # that have ended
+    epochs: tuple[EpochResult, ...]  # the finished ones
     epoch_loss: float = 0.0  # nats, summed over the tokens of the epoch that has begun
     epoch_tokens: int = 0
     frozen_sha256: str  # of the decoder's other weights in the process that trained
-    sha256: dict[str, str]  # of the files
+    sha256: dict[str, str]  # of each file, by name
 
     @property
     def folder(self) -> str:
-        """The name of its folder."""
+        """The name of the checkpoint's folder."""
         return folder_name(self.step)
 
 
 def folder_name(step: int) -> str:
-    """Returns the folder of the checkpoint after so many steps."""
+    """Returns the name of the folder for the checkpoint after `step` steps."""
     return f"step-{step:09d}"
 
 
@@ -89,20 +89,20 @@ def find_train_checkpoint(out: str) -> TrainCheckpoint | None:
 
 
 def load_trained_weights(out: str, step: int, sha256: str | None = None) -> dict[str, Tensor]:
-    """Reads the trained weights of the checkpoint after so many steps.
+    """Reads the trained weights of the checkpoint after `step` steps.
 
     Raises:
-        CheckpointError: They are not what the marker says.
+        CheckpointError: The file's checksum is not `sha256`.
     """
     return load(_read(storage.join(out, FOLDER, folder_name(step), WEIGHTS_FILE), sha256))
 
 
 @torch.no_grad()
 def restore_trained_weights(weights: Mapping[str, Tensor], out: str, step: int, sha256: str | None = None) -> None:
-    """Copies the trained weights of the checkpoint after so many steps into these of the same names.
+    """Copies the trained weights of the checkpoint after `step` steps into `weights`, by name.
 
     Raises:
-        CheckpointError: They are not what the marker says.
+        CheckpointError: The file's checksum is not `sha256`.
     """
     trained = load_trained_weights(out, step, sha256)
     for name, weight in weights.items():
@@ -113,7 +113,7 @@ def load_train_state(out: str, checkpoint: TrainCheckpoint) -> dict[str, Any]:
     """Reads the state of optimiser and scaler.
 
     Raises:
-        CheckpointError: It is not what the marker says.
+        CheckpointError: The file does not match its marker.
     """
     uri = storage.join(out, FOLDER, checkpoint.folder, STATE_FILE)
     data = _read(uri, checkpoint.sha256[STATE_FILE])
@@ -125,7 +125,7 @@ def load_train_state(out: str, checkpoint: TrainCheckpoint) -> dict[str, Any]:
 
 
 def remove_train_checkpoints(out: str, kept: Collection[int]) -> None:
-    """Deletes the checkpoints after other numbers of steps than these, their markers first."""
+    """Deletes all checkpoints except those after `kept` steps, their markers first."""
     names = {folder_name(step) for step in kept}
     for folder in storage.list_folder(storage.join(out, FOLDER)):
         if folder.rsplit("/", 1)[-1] not in names:
@@ -138,10 +138,10 @@ def _read(uri: str, sha256: str | None) -> bytes:
     found = hashlib.sha256(data).hexdigest()
     if sha256 is not None and found != sha256:
         raise CheckpointError(
-            "A checkpoint's file is not what its marker says.",
+            "A checkpoint's file does not match its marker.",
             where=uri,
             expected=sha256,
             found=found,
-            remedy="Delete the checkpoint's folder; the run goes on from the one before.",
+            remedy="Delete the checkpoint's folder; the run continues from the previous one.",
         )
     return data

@@ -53,7 +53,7 @@ class OptimizerConfig(Config):
     batch_size: int = Field(64, ge=1)
     """Examples of a step, over all workers and accumulated batches."""
     accumulate: int = Field(1, ge=1)
-    """Batches that a step's examples are cut into, which saves memory."""
+    """Batches that the examples of a step are split into, to save memory."""
     max_caption_tokens: int = Field(25, ge=1)
     """Longer captions are cut to this number of tokens."""
     seed: int = 0
@@ -66,12 +66,12 @@ class TrainComputeConfig(Config):
     """Where images are encoded, and where training runs."""
 
     device: Device = "auto"
-    """Device of encoding and training. `auto` takes GPUs if Ray has any, else CPUs."""
+    """Device for encoding and training. `auto` takes GPUs if Ray has any, else CPUs."""
     num_actors: AutoCount = "auto"
     """Actors that encode and search. `auto` is one per GPU, or one per four CPU cores."""
 
-    def of_actors(self) -> ComputeConfig:
-        """Returns the same as the options of a pool of actors, which compute in float32."""
+    def to_compute_config(self) -> ComputeConfig:
+        """Returns the options of a pool of actors, which compute in float32."""
         return ComputeConfig(device=self.device, num_actors=self.num_actors, dtype="float32")
 
 
@@ -84,9 +84,9 @@ class TrainConfig(Config):
     """Images with captions to choose the best epoch by; by default the `val` split of Karpathy's JSON among the
     sources."""
     images: str | None = None
-    """Folder or prefix that the images' paths are relative to; by default the source file's own."""
+    """Folder or prefix that the images' paths are relative to; by default the source file's folder."""
     index: str | None = None
-    """Published index that prompts are made from. Only `-k 0` does without one."""
+    """Published index that prompts are made from; needed unless `-k` is 0."""
     out: Required
     """Output folder or prefix. The trained model is written to OUT/model."""
     model: str | None = None
@@ -96,7 +96,7 @@ class TrainConfig(Config):
     decoder: str | None = None
     """Language model: a folder or a hub id such as gpt2, facebook/opt-125m, facebook/xglm-564M."""
     reduce_factor: int = Field(4, ge=1)
-    """A new cross-attention has heads smaller by this factor: 1, 2, 4, 8 or 16."""
+    """Factor by which the heads of a new cross-attention are smaller: 1, 2, 4, 8 or 16."""
     eos_token: str = "."
     """Token that ends a new model's captions."""
     pad_token: str = "!"
@@ -106,13 +106,13 @@ class TrainConfig(Config):
     features: str | None = None
     """Folder of stored features, to share between runs of the same images and encoders; by default OUT/features."""
     limit: int | None = Field(None, ge=1)
-    """Only the first N images, of the sources and of the validation each."""
+    """Use only the first N images of the sources, and the first N for validation."""
     dtype: Dtype = "auto"
     """Precision of the forward pass; weights are float32. `auto` is bfloat16 on a GPU, float32 on a CPU."""
     workers: AutoCount = "auto"
     """Training processes. `auto` is one per GPU of the cluster, or one on CPUs."""
     checkpoint_steps: int | None = Field(None, ge=1)
-    """Steps between checkpoints. Each epoch's end has one in any case."""
+    """Steps between checkpoints. The end of each epoch always has one."""
     data: TrainDataConfig = TrainDataConfig()
     retrieval: TrainRetrievalConfig = TrainRetrievalConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -1,8 +1,8 @@
-"""Training examples in a shuffled order that depends on seed and epoch only, streamed from stored features.
+"""Training examples in a shuffled order that depends only on seed and epoch, streamed from stored features.
 
-An example is an image and one of its captions. Some parts at a time are held, and their examples shuffled together; the
-order of the parts is shuffled as well. Every worker goes through the same order and takes its share of each batch, so
-that the examples of a step do not depend on how many workers there are, nor on where an epoch was interrupted.
+An example is an image and one of its captions. A few parts at a time are held, and their examples shuffled together;
+the order of the parts is shuffled as well. Every worker follows the same order and takes its share of each batch, so
+that the examples of a step depend neither on the number of workers nor on where an epoch was interrupted.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Example:
 
     image_id: str
     caption: str
-    number: int  # of the caption among the image's
+    number: int  # of the caption within its image
     candidates: list[str]  # nearest first
     features: np.ndarray  # [P, Hv] float16
 
@@ -37,15 +37,15 @@ class Example:
 
 @dataclass(frozen=True)
 class ExampleStream:
-    """The examples of some parts.
+    """The examples of several parts.
 
     Attributes:
         features: The folder of stored features.
         candidates: The folder of candidates; None without retrieval.
-        parts: Of one split.
-        batch_size: Examples of one step, of all workers.
-        parts_together: That are held and shuffled together.
-        seed: Of the order.
+        parts: The parts of one split.
+        batch_size: Examples of one step, over all workers.
+        parts_together: Number of parts that are held and shuffled together.
+        seed: Seed of the order.
     """
 
     features: str
@@ -57,29 +57,29 @@ class ExampleStream:
 
     @property
     def examples(self) -> int:
-        """How many there are."""
+        """The number of examples."""
         return sum(part.examples for part in self.parts)
 
     @property
     def batches_per_epoch(self) -> int:
-        """How many batches; the last one may be smaller."""
+        """The number of batches; the last one may be smaller."""
         return -(-self.examples // self.batch_size)
 
     def batches(self, epoch: int, first: int = 0, rank: int = 0, world_size: int = 1) -> Iterator[list[Example]]:
         """Yields one worker's share of each batch of an epoch; it may be empty in the last one.
 
         Args:
-            epoch: Counted from 0.
-            first: The batch to begin with; what is before it is not read, as far as whole windows go.
-            rank: Of the worker.
-            world_size: How many workers there are.
+            epoch: The epoch, counted from 0.
+            first: The batch to start with; whole windows before it are not read.
+            rank: The worker's rank.
+            world_size: The number of workers.
         """
         examples = self._shuffled(epoch, first * self.batch_size)
         for _ in range(first, self.batches_per_epoch):
             yield list(islice(examples, self.batch_size))[rank::world_size]
 
     def _shuffled(self, epoch: int, skipped: int) -> Iterator[Example]:
-        """Yields all examples of an epoch but the first `skipped`."""
+        """Yields all examples of an epoch except the first `skipped`."""
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.parts)).tolist()
         windows = [order[start : start + self.parts_together] for start in range(0, len(order), self.parts_together)]
         for number, window in enumerate(windows):

@@ -1,8 +1,8 @@
-"""Stored features: what training reads in an image's place, and the captions that were retrieved for it.
+"""Stored features, which training reads instead of images, and the captions that were retrieved for each image.
 
 A folder of features holds Parquet parts of at most 256 images for each split, and `features.json`, which says what they
-were computed from and, once all are there, lists them. A folder of candidates holds a part of the same name and rows
-for each. A part is written whole, and a manifest last. The formats are described in docs/formats.md.
+were computed from and, once all are there, lists them. A folder of candidates holds a part with the same name and
+rows for each. Parts are written whole, and a manifest last. The formats are described in docs/formats.md.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class PartEntry(Record):
     split: Split
     name: str
     images: int  # with features
-    examples: int  # their captions
+    examples: int  # captions of these images
     errors: dict[str, int] = Field(default_factory=dict)  # images without features, by code
 
 
@@ -68,8 +68,8 @@ class FeatureRows:
     """The images of one part that have features.
 
     Attributes:
-        image_ids: Of each.
-        captions: Of each, in their order.
+        image_ids: The id of each image.
+        captions: The captions of each image, in order.
         features: [n, P, Hv] float16, the vision encoder's hidden states.
     """
 
@@ -83,9 +83,9 @@ class QueryRows:
     """The same images as queries to an index.
 
     Attributes:
-        image_ids: Of each.
-        captions: Of each, in their order.
-        embeddings: [n, dim] float32, the retrieval encoder's unit vectors; None where there was no such encoder.
+        image_ids: The id of each image.
+        captions: The captions of each image, in order.
+        embeddings: [n, dim] float32, the retrieval encoder's unit vectors; None if there was no such encoder.
     """
 
     image_ids: list[str]
@@ -94,15 +94,15 @@ class QueryRows:
 
 
 def open_store(uri: str, identity: Mapping[str, Any]) -> StoreManifest:
-    """Continues a folder of features or candidates, or begins one.
+    """Continues a folder of features or candidates, or starts one.
 
     Args:
-        uri: Of `features.json` or `candidates.json`.
+        uri: URI of `features.json` or `candidates.json`.
         identity: What the parts are computed from.
 
     Raises:
         ConfigError: The folder's parts were computed from something else.
-        SchemaError: The manifest is malformed, or of another format version.
+        SchemaError: The manifest is malformed, or has another format version.
     """
     manifest = load_record(StoreManifest, uri, SchemaError)
     if manifest is None:
@@ -111,7 +111,7 @@ def open_store(uri: str, identity: Mapping[str, Any]) -> StoreManifest:
         return manifest
     if changes := config_difference(manifest.identity, identity):
         raise ConfigError(
-            "What is stored here was computed from something else.",
+            "The stored parts were computed from something else.",
             where=uri,
             found="; ".join(changes),
             remedy="Give another --out, or another folder with --set features=FOLDER.",
@@ -120,20 +120,20 @@ def open_store(uri: str, identity: Mapping[str, Any]) -> StoreManifest:
 
 
 def part_name(fragment: int, batch: int, is_last: bool) -> str:
-    """Returns the name of the part with a fragment's batch; the last one's says so."""
+    """Returns the name of the part for a fragment's batch; the name says which batch is the last."""
     return f"part-{fragment:06d}-{batch:05d}{_LAST if is_last else ''}.parquet"
 
 
 def finished_fragments(folder: str, split: Split) -> set[int]:
-    """Returns the fragments whose parts are all there."""
+    """Returns the fragments whose parts are all stored."""
     batches: dict[int, list[tuple[int, bool]]] = {}
     for name in _part_names(folder, split):
         fragment, batch = name.removesuffix(".parquet").removesuffix(_LAST).split("-")[1:]
         batches.setdefault(int(fragment), []).append((int(batch), name.endswith(f"{_LAST}.parquet")))
     return {
         fragment
-        for fragment, found in batches.items()
-        if sorted(batch for batch, _ in found) == list(range(len(found))) and max(found)[1]
+        for fragment, stored in batches.items()
+        if sorted(batch for batch, _ in stored) == list(range(len(stored))) and max(stored)[1]
     }
 
 
@@ -143,7 +143,7 @@ def _part_names(folder: str, split: Split) -> list[str]:
 
 
 def list_parts(folder: str) -> tuple[PartEntry, ...]:
-    """Reads what the parts of a folder of features hold, in the order of their names."""
+    """Describes the parts in a folder of features, in the order of their names."""
     return tuple(_describe(folder, split, name) for split in SPLITS for name in _part_names(folder, split))
 
 
@@ -167,8 +167,8 @@ def feature_table(
 
     Args:
         rows: `image_id`, `image_uri`, `status`, `error_code` and `error_message` of n images.
-        captions: Of each.
-        features: [m, P, Hv] float16, of the m images with status `ok`, in their order.
+        captions: The captions of each image.
+        features: [m, P, Hv] float16, for the m images with status `ok`, in order.
         embeddings: [m, dim] float32, or None.
     """
     good = pc.equal(rows["status"], STATUS_OK).to_numpy()
@@ -199,7 +199,7 @@ def read_features(uri: str) -> FeatureRows:
     """Reads the images of a part that have features.
 
     Raises:
-        SchemaError: It is not such a part.
+        SchemaError: The file is not such a part.
     """
     table = _read(uri)
     shape = json.loads((table.schema.metadata or {}).get(_SHAPE_KEY, b"{}"))
@@ -217,10 +217,10 @@ def read_features(uri: str) -> FeatureRows:
 
 
 def read_queries(uri: str) -> QueryRows:
-    """Reads all but the features of the images of a part that have them.
+    """Reads the images of a part that have features, without the features.
 
     Raises:
-        SchemaError: It is not such a part.
+        SchemaError: The file is not such a part.
     """
     table = _read(uri, ["image_id", "captions", "status", "embedding"])
     table = table.filter(pc.equal(table["status"], STATUS_OK)).combine_chunks()
@@ -240,7 +240,7 @@ def read_candidates(uri: str) -> list[list[str]]:
     """Reads the texts of a part's candidates, nearest first, for each image that has features.
 
     Raises:
-        SchemaError: It is not such a part.
+        SchemaError: The file is not such a part.
     """
     lists = _read(uri, ["candidates"])["candidates"].combine_chunks()
     texts = pc.struct_field(lists.flatten(), "text").to_pylist()
@@ -249,7 +249,7 @@ def read_candidates(uri: str) -> list[list[str]]:
 
 
 def _read(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """Reads a part, or those of some columns that it has."""
+    """Reads a part, or those of `columns` that it has."""
     try:
         with storage.open_ranged(uri) as file:
             parquet = pq.ParquetFile(file, pre_buffer=True)
@@ -260,5 +260,5 @@ def _read(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
             "A part of stored features cannot be read.",
             where=uri,
             found=str(error),
-            remedy="Delete it and the manifest beside its folder, and start the run again.",
+            remedy="Delete it and the manifest next to its folder, and start the run again.",
         ) from error

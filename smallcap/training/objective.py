@@ -1,7 +1,7 @@
 """SmallCap's training objective, cross-entropy on the caption's tokens, and the optimiser's step on cross-attention.
 
-It runs in one process or in several of torch.distributed, which may be of unequal shares: a step's gradient is that of
-the mean over all labelled tokens of all workers, whatever the number of workers and accumulated batches.
+It runs in one process, or in several of torch.distributed with unequal shares. A step's gradient is that of the mean
+over the labelled tokens of all workers, whatever the number of workers and accumulated batches.
 
 Source: Ramos et al. 2023, section 3.3; RitaRamo/smallcap train.py and src/utils.py.
 """
@@ -71,7 +71,7 @@ def caption_loss(
     Args:
         decoder: The text decoder; in train mode its dropout is active.
         encoder_hidden_states: [B, P, Hv], in the decoder's dtype.
-        input_ids: [B, S] int64, padded on the right: what is padded follows all that is labelled.
+        input_ids: [B, S] int64, padded on the right, so that padding follows all labels.
         labels: [B, S] int64, -100 where nothing is learnt; not shifted.
         reduction: `mean` over the labelled positions, or their `sum`.
 
@@ -89,7 +89,7 @@ def caption_loss(
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Some examples as the decoder takes them."""
+    """A batch of examples as the decoder takes them."""
 
     encoder_hidden_states: Tensor  # [B, P, Hv] float16 or float32
     input_ids: Tensor  # [B, S] int64
@@ -97,13 +97,13 @@ class TokenBatch:
 
     @property
     def labelled(self) -> int:
-        """How many tokens are learnt from it."""
+        """The number of labelled tokens."""
         return int((self.labels != IGNORED_LABEL).sum())
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a step, or an evaluation, found over all workers."""
+    """The result of a step, or of an evaluation, over all workers."""
 
     loss: float  # nats per labelled token
     tokens: int  # labelled
@@ -122,13 +122,13 @@ class SummedLoss(nn.Module):
 
 
 class CrossAttentionTrainer:
-    """The trained weights, their optimiser, and one step of it.
+    """The trained weights and their optimiser.
 
     Args:
-        decoder: On its device, in float32.
-        options: Of the optimiser.
-        total_steps: At which a linear schedule ends.
-        dtype: Of the forward pass: `float32`, `bfloat16` or `float16`.
+        decoder: The decoder, on its device and in float32.
+        options: Options of the optimiser.
+        total_steps: Step at which a linear schedule ends.
+        dtype: Precision of the forward pass: `float32`, `bfloat16` or `float16`.
     """
 
     def __init__(self, decoder: TextDecoder, options: OptimizerConfig, total_steps: int, dtype: str) -> None:
@@ -145,13 +145,13 @@ class CrossAttentionTrainer:
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self._dtype == torch.float16)
 
     def step(self, number: int, batches: Sequence[TokenBatch]) -> StepReport:
-        """Trains on one worker's share of a step's examples; all workers must call it with as many batches.
+        """Trains on one worker's share of a step's examples; all workers must pass the same number of batches.
 
-        Dropout is a function of the seed, the step and the worker, so that a run which goes on needs no other state.
+        Dropout is a function of the seed, the step and the worker, so that a resumed run needs no other state.
 
         Args:
-            number: Of the step, from 0.
-            batches: At least one; a batch without labels is a worker's that has nothing left to do.
+            number: The step, counted from 0.
+            batches: At least one; a worker with nothing left to do passes one without labels.
         """
         self.decoder.train()
         torch.manual_seed(_mix(self.options.seed, number, self._rank))
@@ -162,7 +162,7 @@ class CrossAttentionTrainer:
         for place, batch in enumerate(batches):
             with self._synchronised(place == len(batches) - 1):
                 with self._autocast():
-                    loss = self._loss(*self._moved(batch))
+                    loss = self._loss(*self._to_device(batch))
                 # DistributedDataParallel takes the workers' mean, where the sum is meant.
                 self._scaler.scale(loss * (self._world_size / tokens)).backward()
             summed += loss.item()
@@ -175,23 +175,23 @@ class CrossAttentionTrainer:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[TokenBatch]) -> StepReport:
-        """Returns the loss without dropout over all workers' batches, of which there may be none."""
+        """Returns the loss without dropout over all workers' batches; there may be none."""
         self.decoder.eval()
         summed, tokens = 0.0, 0
         loss = SummedLoss(self.decoder)
         for batch in batches:
             with self._autocast():
-                summed += loss(*self._moved(batch)).item()
+                summed += loss(*self._to_device(batch)).item()
             tokens += batch.labelled
         all_tokens = int(self._sum(tokens))
         return StepReport(self._sum(summed) / all_tokens if all_tokens else math.nan, all_tokens)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns all that a run which goes on needs beside the trained weights."""
+        """Returns what a resumed run needs besides the trained weights."""
         return {"optimizer": self._optimizer.state_dict(), "scaler": self._scaler.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over what `state_dict` gave."""
+        """Restores what `state_dict` returned."""
         self._optimizer.load_state_dict(dict(state["optimizer"]))
         self._scaler.load_state_dict(state["scaler"])
 
@@ -203,7 +203,7 @@ class CrossAttentionTrainer:
         wrapped = isinstance(self._loss, DistributedDataParallel) and not is_last
         return self._loss.no_sync() if wrapped else nullcontext()  # type: ignore[operator]
 
-    def _moved(self, batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
+    def _to_device(self, batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
         hidden_states, input_ids, labels = batch.encoder_hidden_states, batch.input_ids, batch.labels
         return hidden_states.to(self.device), input_ids.to(self.device), labels.to(self.device)
 

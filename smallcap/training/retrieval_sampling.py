@@ -1,4 +1,4 @@
-"""Which of an image's retrieved captions a training prompt holds: the nearest, or some drawn from the nearest many.
+"""Chooses the retrieved captions that a training prompt holds: the nearest, or a draw from the nearest 50.
 
 A model that is always prompted with the nearest captions learns to copy what they share; one that sees drawn ones
 learns to look at the image where they mislead.
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-if TYPE_CHECKING:  # the command line imports this module, and starts quickly
+if TYPE_CHECKING:  # the command line imports this module, and must start quickly
     import numpy as np
 
 Caption = TypeVar("Caption")
@@ -27,14 +27,14 @@ def candidates_needed(mode: RetrievalMode, k: int) -> int:
 def choose_retrieved(
     candidates: Sequence[Caption], k: int, mode: RetrievalMode, rng: np.random.Generator
 ) -> list[Caption]:
-    """Returns the k captions for one prompt, nearest first; all candidates where there are no more than k.
+    """Returns the k captions for one prompt, nearest first; all candidates if there are at most k.
 
     Args:
         candidates: Nearest first.
-        k: How many to choose.
+        k: Number of captions to choose.
         mode: `top-k` takes the nearest k; `sample-k` draws k uniformly without replacement from the nearest 50;
             `c-sample-k` takes the nearest one and draws k - 1 of the others.
-        rng: What is drawn is a function of its state.
+        rng: Its state decides the draw.
     """
     pool = candidates[: candidates_needed(mode, k)]
     if mode == "top-k" or len(pool) <= k or k == 0:

@@ -159,7 +159,7 @@ def test_a_failure_before_the_marker_leaves_the_old_version_and_what_was_done(
     assert Retriever.open(str(index), cache_dir=str(tmp_path / "cache")).index_id == before
 
     with monkeypatch.context() as patch:
-        patch.setattr(encoding_module, "EmbedParts", fail)  # what was done is not done again
+        patch.setattr(encoding_module, "EmbedSlices", fail)  # what was done is not done again
         for name in ("deal_dumps", "dedupe_bucket"):
             patch.setattr(gathering_module, name, fail)
         if step != "shard":
@@ -230,7 +230,7 @@ def test_real_captions(tmp_path: Path, shared_data: Path, tiny_clip: Path) -> No
 
 
 def test_unit_vectors_are_required() -> None:
-    from index_builder.embedding.parts import _check_unit
+    from index_builder.embedding.slices import _check_unit
 
-    with pytest.raises(RunError, match=r"no unit vectors(.|\n)*caption 11(.|\n)*nan"):
+    with pytest.raises(RunError, match=r"not unit vectors(.|\n)*caption 11(.|\n)*nan"):
         _check_unit(np.array([[1, 0], [np.nan, 0]], np.float32), 10)

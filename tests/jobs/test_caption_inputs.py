@@ -47,7 +47,7 @@ def test_tars_are_read_with_their_keys_and_json(s3: str, index: str, tiny_smallc
     summary = caption.run(config)
     assert summary.new_images == 24
     assert (summary.images.total, summary.record.repeated_ids) == (22, 2)
-    assert "2 images were named again" in caption.describe(summary)
+    assert "captioned once: 2 images" in caption.describe(summary)
     rows = read_rows(out)
     numbers = range(22)
     assert list(rows.image_id) == [f"{number:09d}" for number in numbers]
@@ -126,7 +126,7 @@ def test_a_list_keeps_its_columns_types_and_what_it_names_again_is_captioned_onc
     summary = caption.run(config_for(listing, index, tiny_smallcap, out, "keep_columns=[rating,tags]"))
     assert summary.record.input is not None
     assert summary.record.input.duplicates == 2
-    assert "2 images were named again" in caption.describe(summary)
+    assert "captioned once: 2 images" in caption.describe(summary)
     written = pa.concat_tables(pq.read_table(part) for part in list_parts(out)).sort_by("image_id")
     assert written.select(["rating", "tags"]).equals(table.select(["rating", "tags"]))
     with pytest.raises(ConfigError, match="keep_columns"):

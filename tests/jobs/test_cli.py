@@ -66,8 +66,8 @@ def test_search_by_image_finds_what_captioning_retrieves(index: str, photo: str,
 def test_caption_and_inspect(index: str, photo: str, tiny_smallcap: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     printed = invoke("caption", photo, "--index", index, "--model", str(tiny_smallcap), "--out", out, "-k", "2")
-    assert "Captioned 1 images" in printed
-    assert "1 rows: 1 ok, 0 errors" in printed
+    assert "Captioned 1 image in" in printed
+    assert "1 row: 1 ok, 0 errors" in printed
     run = json.loads(invoke("inspect", out, "--json").splitlines()[-1])
     assert (run["kind"], run["status"], run["images"]["ok"]) == ("run", "complete", 1)
     assert run["samples"][0]["image_id"] == "photo.jpg"
@@ -87,8 +87,8 @@ def test_an_index_is_added_to_removed_from_and_gone_back_in(index: str, tmp_path
     (tmp_path / "more.csv").write_text("image,caption\nx.jpg,a grey whale\nx.jpg,3 dogs\n")
     dump = str(tmp_path / "more.csv")
     dry = invoke("build-index", dump, "--add", "--out", mine, "--dry-run")
-    assert "1 new captions of 2 rows; dropped: 1 duplicate" in dry
-    assert "1 captions to embed" in dry
+    assert "1 new caption of 2 rows; dropped: 1 duplicate" in dry
+    assert "1 caption to embed" in dry
     assert "11 captions (1 new, 1 of them embedded now)" in invoke("build-index", dump, "--add", "--out", mine)
     assert "a grey whale" in invoke("search", "--index", mine, "--text", "a grey whale", "-k", "1")
     removed = invoke("build-index", "--remove", "text=A Grey Whale", "--remove", "image=0.jpg", "--out", mine)

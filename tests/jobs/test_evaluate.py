@@ -122,7 +122,7 @@ def test_the_command_prints_a_table_and_json_last(tmp_path: Path, two_runs: list
     table = "\n".join(printed[:-1])
     assert "B − A" in table
     assert "1 failed (1 not_an_image)" in table
-    assert "below 50 images its value says little" in " ".join(table.split())
+    assert "fewer than 50 images (here 8) its value says little" in " ".join(table.split())
 
 
 def test_the_module_does_the_same(tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def _broken(name: str, content: str, message: str, kind: type[SmallCapError] = S
         _broken("refs.csv", "image,text\na.jpg,x", "no column of captions"),
         _broken("refs.csv", "file,caption\na.jpg,x", "names no image"),
         _broken("refs.csv", "image,caption\nother.jpg,x", "images named other.jpg", ConfigError),
-        _broken("refs.txt", "x", "of this kind are unknown", ConfigError),
+        _broken("refs.txt", "x", "format of this captions file is unknown", ConfigError),
     ],
 )
 def test_broken_references_are_named(
@@ -194,7 +194,7 @@ def test_broken_references_are_named(
 
 def test_a_split_of_a_table_is_refused(tmp_path: Path) -> None:
     (tmp_path / "refs.csv").write_text("image,caption\na.jpg,x")
-    with pytest.raises(ConfigError, match="no splits"):
+    with pytest.raises(ConfigError, match="not divided into splits"):
         evaluate([RUN], str(tmp_path / "refs.csv"), split="test")
 
 

@@ -87,8 +87,8 @@ def test_features_of_other_images_are_refused(
 def test_the_command_says_what_there_is_to_do(source: Path, index: str, tiny_smallcap: Path, tmp_path: Path) -> None:
     arguments = ["train", str(source), "--index", index, "--model", str(tiny_smallcap), "--out", str(tmp_path / "out")]
     printed = CliRunner().invoke(app, [*arguments, "--dry-run", "--batch-size", "10"], catch_exceptions=False).output
-    assert "Training images of lists: 26, with 50 captions" in printed
-    assert "Steps of lists: 5 in each of 10 epochs" in printed
+    assert "Training images in lists: 26, with 50 captions" in printed
+    assert "Steps per epoch for lists: 5, in 10 epochs" in printed
     assert "4,256 parameters to train, reduce factor 2" in printed
     assert not (tmp_path / "out").exists()
 

@@ -12,7 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from smallcap.batch_size import VisionTower, image_memory, largest_batch, largest_batch_here
-from smallcap.benchmark.random_parts import build_model
+from smallcap.benchmark.random_content import build_model
 from smallcap.captioner import Captioner
 from smallcap.config import GenerationConfig
 from smallcap.decoding.engine import prefill
@@ -116,7 +116,7 @@ def test_a_towers_sizes_are_read_off_it(name: str, expected: tuple[int, int, int
 
     with torch.device("meta"):
         tower = open_clip.create_model(name, load_weights=False, device="meta").visual
-    assert dataclasses.astuple(VisionTower.of(tower, 224)) == expected
+    assert dataclasses.astuple(VisionTower.from_module(tower, 224)) == expected
 
 
 @pytest.mark.slow
@@ -124,7 +124,7 @@ def test_a_resnets_peak_is_of_the_counted_size() -> None:
     import open_clip
 
     tower = open_clip.create_model("RN50").visual.eval()
-    counted = VisionTower.of(tower, 224).values * 4
+    counted = VisionTower.from_module(tower, 224).values * 4
 
     @torch.inference_mode()
     def encode(count: int) -> None:

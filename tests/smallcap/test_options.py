@@ -98,7 +98,7 @@ def test_later_sources_win(tmp_path: Path) -> None:
         ("model=''", "model"),
         ("k.b=3", "There is no such option."),
         ("model.name=x", "not a group"),
-        ("retrieval.k", "--set group.name=value"),
+        ("retrieval.k", "--set a.b=c"),
         ("retrieval.k=[", "--set retrieval.k=["),
         ("generation.temperature=2", "generation\n  expected: --temperature and --top-p need --do-sample"),
     ],

@@ -73,5 +73,5 @@ def test_described_filters_change_with_the_blocklists_content(tmp_path: Path) ->
     assert described[0]["drop"] == describe_filters(config.model_copy(update={"drop": ("markup", "urls")}))["drop"]
     assert describe_filters(CleaningConfig())["blocklist_sha256"] is None
     path.unlink()
-    with pytest.raises(ConfigError, match="no such blocklist"):
+    with pytest.raises(ConfigError, match="blocklist does not exist"):
         describe_filters(config)

@@ -183,7 +183,7 @@ def archive() -> bytes:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (unit_rows(3), r"not one embedding for each caption(.|\n)*2 embeddings(.|\n)*found: 3"),
+        (unit_rows(3), r"not have one embedding for each caption(.|\n)*2 embeddings(.|\n)*found: 3"),
         (unit_rows(2, dim=5), r"wrong length(.|\n)*4 numbers(.|\n)*found: 5"),
         (np.zeros(2), r"wrong shape or type(.|\n)*found: \[2\] of float64"),
         (np.zeros((2, 4, 1)), "wrong shape or type"),
@@ -213,10 +213,10 @@ def test_npy_files_that_cannot_be_used(tmp_path: Path, content: np.ndarray | byt
 @pytest.mark.parametrize(
     ("index", "captions", "error", "message"),
     [
-        (None, ["a"], SchemaError, r"not one embedding for each caption(.|\n)*1 embeddings(.|\n)*found: 2"),
-        (None, ["a", "b", "c"], SchemaError, "not one embedding for each caption"),
-        (faiss.IndexFlatL2(4), ["a", "b"], IndexIntegrityError, r"cannot be taken over(.|\n)*IxF2"),
-        (faiss.IndexHNSWFlat(4, 2), ["a", "b"], IndexIntegrityError, r"cannot be taken over(.|\n)*IHNf"),
+        (None, ["a"], SchemaError, r"not have one embedding for each caption(.|\n)*1 embeddings(.|\n)*found: 2"),
+        (None, ["a", "b", "c"], SchemaError, "not have one embedding for each caption"),
+        (faiss.IndexFlatL2(4), ["a", "b"], IndexIntegrityError, r"cannot be imported(.|\n)*IxF2"),
+        (faiss.IndexHNSWFlat(4, 2), ["a", "b"], IndexIntegrityError, r"cannot be imported(.|\n)*IHNf"),
         (faiss.IndexFlatIP(5), ["a", "b"], SchemaError, r"wrong length(.|\n)*4 numbers(.|\n)*found: 5"),
     ],
 )

@@ -156,11 +156,11 @@ def test_blocklist_of_han_is_a_search_for_substrings(phrases: list[str], text: s
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "no such blocklist"),
+        (None, "blocklist does not exist"),
         (b"", "is empty"),
         (b"# only\n\n", "is empty"),
         (b"cat\ncaf\xe9\n", r"not UTF-8(.|\n)*line 2(.|\n)*0xe9"),
-        (b"cat\n!!!\n", r"holds no word(.|\n)*line 2"),
+        (b"cat\n!!!\n", r"has no word(.|\n)*line 2"),
     ],
 )
 def test_blocklists_that_cannot_be_used(tmp_path: Path, content: bytes | None, message: str) -> None:

@@ -23,7 +23,7 @@ def test_sources_that_cannot_be_calibrated_with(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     (tmp_path / "packed" / "00000.tar").write_bytes(b"")
     (tmp_path / "few" / "a.jpg").write_bytes(b"x")
-    for name, message in (("empty", "There are no images"), ("packed", "tars"), ("few", "too few images")):
+    for name, message in (("empty", "There are no images"), ("packed", "tars"), ("few", "too few calibration images")):
         with pytest.raises(ConfigError, match=message):
             plan_image_queries([f"{tmp_path}/{name}"], 100)
     with pytest.raises(StorageError, match="does not exist"):

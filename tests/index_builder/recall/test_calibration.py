@@ -131,7 +131,7 @@ class TestCalibration:
         recall = RecallConfig(calibration_images=(str(images),), target=0.8)
         manifest = build(tmp_path, tiny_clip, dump, index_key="IVF8,Flat", recall=recall).manifest
         assert (manifest.recall_queries, manifest.recall[0].queries) == ("images", 20)
-        with pytest.raises(ConfigError, match=r"too few images(.|\n)*found: 1"):
+        with pytest.raises(ConfigError, match=r"too few calibration images(.|\n)*found: 1"):
             few = RecallConfig(calibration_images=(str(images / "0.png"),))
             build(tmp_path, tiny_clip, dump, index_key="IVF4,Flat", recall=few)
 
@@ -141,7 +141,7 @@ class TestCalibration:
         add = sharding_module.add_vectors
         monkeypatch.setattr(sharding_module, "add_vectors", lambda index, vectors, first: add(index, -vectors, first))
         dump = write_embedded_dump(tmp_path, 300)
-        with pytest.raises(IndexIntegrityError, match="another vector than the one that was written"):
+        with pytest.raises(IndexIntegrityError, match="does not hold the vector that was written"):
             build(tmp_path, tiny_clip, dump, index_key="IVF4,SQfp16")
 
 
@@ -182,7 +182,7 @@ class TestKeys:
     def test_keys_that_cannot_be_built_fail_before_anything_is_embedded(
         self, tmp_path: Path, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch, key: str, message: str
     ) -> None:
-        monkeypatch.setattr(encoding_module, "EmbedParts", None)
+        monkeypatch.setattr(encoding_module, "EmbedSlices", None)
         with pytest.raises(ConfigError, match=message):
             build(tmp_path, tiny_clip, write_embedded_dump(tmp_path, 300), index_key=key)
 

@@ -127,7 +127,7 @@ def test_adding_needs_an_index_of_the_same_encoder_and_key(tmp_path: Path, other
     build(rows_of(0, 10))
     with pytest.raises(IndexIntegrityError, match="another retrieval encoder"):
         build(rows_of(10, 20), "more.csv", add=True, encoder=f"hf:{other_clip}")
-    with pytest.raises(ConfigError, match="the index's own key"):
+    with pytest.raises(ConfigError, match="the key of that index"):
         build(rows_of(10, 20), "more.csv", add=True, index_key="SQ8")
 
 
@@ -326,7 +326,7 @@ def test_of_two_publishers_the_second_is_told(
 
     with monkeypatch.context() as patch:
         patch.setattr(build_module, "publish_version", publish_late)
-        with pytest.raises(ConflictError, match=r"published a version meanwhile(.|\n)*index use"):
+        with pytest.raises(ConflictError, match=r"published a version in the meantime(.|\n)*index use"):
             build(rows_of(20, 40), "second.csv", add=True, out=anywhere)
     winner = load_manifest(anywhere)
     assert (winner.ntotal, winner.parents) == (30, (first,))
@@ -359,5 +359,5 @@ def test_the_same_build_does_not_run_twice_at_once(
         build(rows_of(0, 20), out=anywhere)
 
     monkeypatch.setattr(build_module, "publish_version", build_again)
-    with pytest.raises(ConflictError, match=r"running already(.|\n)*ten minutes"):
+    with pytest.raises(ConflictError, match=r"already running(.|\n)*ten minutes"):
         build(rows_of(0, 20), out=anywhere)

@@ -47,7 +47,7 @@ def test_the_folder_outlasts_a_block_that_fails(tmp_path: Path) -> None:
 @pytest.mark.parametrize("host", [socket.gethostname(), "far"])
 def test_a_live_owner_is_respected(tmp_path: Path, host: str) -> None:
     owner(tmp_path / f".staging-{PLAN[:16]}", host=host, pid=os.getpid(), alive_at=time.time())
-    with pytest.raises(ConflictError, match="running already"), Staging(str(tmp_path), PLAN):
+    with pytest.raises(ConflictError, match="already running"), Staging(str(tmp_path), PLAN):
         pass
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.captioning.crash_guard import CrashGuard, CrashGuardClient
-from jobs.cluster.side_actor import SideActor, run_beside
+from jobs.cluster.side_actor import SideActor, run_side_actor
 
 
 class LocalActor(SideActor):
@@ -86,7 +86,7 @@ def test_an_image_that_kills_its_task_costs_four_attempts_and_no_other_image() -
             os._exit(1)
         return [f"image {row}" for row in rows]
 
-    with run_beside(CrashGuard) as actor:
+    with run_side_actor(CrashGuard) as actor:
         client = CrashGuardClient(actor)
         task = ray.remote(max_retries=-1)(lambda: client.run_guarded(2, list(range(8)), decode))
         expected = [None if row == 5 else f"image {row}" for row in range(8)]

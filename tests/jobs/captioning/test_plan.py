@@ -66,15 +66,15 @@ def test_tars_leave_the_number_open_but_not_the_rate() -> None:
     plan = replace(GPU, images=None, fragments=20, tars=20)
     assert (plan.seconds, plan.gpu_hours, plan.cost(plan.gpu_hours)) == (None, None, None)
     text = "\n".join(plan.lines())
-    assert "a number that is known once tars are read, in 20 fragments, 20 of them tars" in text
+    assert "unknown until tars are read, in 20 fragments, 20 of them tars" in text
     assert "16 min 40 s per million images" in text
     assert "0.28 GPU-hours per million images; $0.56 per million images" in text
 
 
 def test_a_pool_that_may_grow_says_what_it_then_does() -> None:
     plan = replace(GPU, layout=replace(ON_GPU, actors=replace(ON_GPU.actors, max_actors=8)))
-    (line,) = (line for line in plan.lines() if line.startswith("Grown"))
-    assert "8 actors caption 8,000.0 images/s, with 4.0 CPUs for loading to each" in line
+    (line,) = (line for line in plan.lines() if line.startswith("At most"))
+    assert "8 actors caption 8,000.0 images/s, with 4.0 CPUs for loading per actor" in line
 
 
 def test_people_read_what_is_known() -> None:
@@ -82,8 +82,8 @@ def test_people_read_what_is_known() -> None:
     assert "1,000,000 to do in 3,907 fragments; 0 done before, 12 duplicates left out" in text
     assert "2 nodes, 16 CPUs, 1 GPU\n" in text
     assert "2,000,000 captions, 2.1 GB on every node, shared by its actors" in text
-    assert "2.0 GB of memory each, 5.0 GB of the GPU" in text
-    assert "captions without retrieval" in "\n".join(replace(GPU, index=None).lines())
+    assert "2.0 GB of memory and 5.0 GB of GPU memory each" in text
+    assert "captions are made without retrieval" in "\n".join(replace(GPU, index=None).lines())
 
 
 CLOCK = 0.0

@@ -111,13 +111,13 @@ def test_the_outlook_says_what_is_not_known_yet() -> None:
     assert progress_line(NOTHING, rates).endswith("starting actors")
     assert progress_line(at(9, 0), rates).endswith("of 1,000 images: waiting for the first captions")
     of_tars = at(9, 5, images=None)
-    assert progress_line(of_tars, rates).endswith("known when a first tar has been read")
+    assert progress_line(of_tars, rates).endswith("unknown until a tar has been read")
     ended = StageReport("load", 300, ended_fragments=1, ended_images=250)
     for second in range(10, 14):
         rates.add(at(second, 10 * second, images=None, load=ended))
     line = progress_line(at(13, 130, images=None, load=ended), rates)
     assert line.endswith("of about 1,000 images: about 1 min 27 s left")
-    assert progress_line(FULL, rates).endswith("writing what is captioned")
+    assert progress_line(FULL, rates).endswith("writing the last captions")
     assert "errors: 30 truncated, 2 empty;" in progress_line(FULL, rates)
 
 
@@ -155,7 +155,7 @@ def test_an_error_of_the_run_passes_and_ends_the_display() -> None:
     ("changes", "bottleneck", "advice"),
     [
         ({}, "captioning is the bottleneck", "compute.max_actors"),
-        ({"first_caption_s": 60.0}, "starting took", "5.0 s per actor"),
+        ({"first_caption_s": 60.0}, "starting and loading", "5.0 s per actor"),
         ({"caption": 100.0, "load": (380.0, 50.0)}, "decoding is the bottleneck", "--set input.decode=fast"),
         ({"caption": 100.0, "load": (380.0, 300.0)}, "the network is the bottleneck", "region"),
         ({"caption": 100.0, "load": (60.0, 50.0)}, "no stage was at its limit", "longer runs"),
@@ -182,7 +182,7 @@ def test_the_table_at_the_end() -> None:
     lines = stage_table(FULL, 100.0, PLAN, load_tasks=4, fast_decode=True)
     assert lines[0] == "Captioned 1,000 images in 1 min 40 s, 10.0 images/s:"
     text = "\n".join(lines)
-    assert "16.7  4 tasks busy 15%, 17% of it fetching, 3 whole by Pillow" in text
+    assert "16.7  4 tasks busy 15%, 17% of it fetching, 3 decoded in full by Pillow" in text
     assert "2.9  4 actors busy 85% (cuda, bfloat16, search: cuda)" in text
     assert "Captioning is the bottleneck" in lines[-1]
     assert all(len(line) < 140 for line in lines)

@@ -69,7 +69,7 @@ def test_a_run_is_done_as_far_as_it_was_asked(finished: int | None, asked: int |
 
 def test_a_damaged_part_is_named_with_its_remedy(tmp_path: Path) -> None:
     (tmp_path / "part-000-000000.parquet").write_bytes(b"PAR1 and nothing more")
-    with pytest.raises(SchemaError, match="delete this one"):
+    with pytest.raises(SchemaError, match="Delete the part"):
         list(read_parts(str(tmp_path), ["image_id"]))
 
 

@@ -65,7 +65,7 @@ def test_an_interrupted_run_has_the_curve_of_an_undisturbed_one(spec: WorkerSpec
     assert first.tolist() == second.tolist()
     weights, others = (load_trained_weights(spec.config.out, STEPS) for spec in specs)
     assert all(torch.equal(weight, others[name]) for name, weight in weights.items())
-    assert find_train_checkpoint(specs[1].config.out).epochs == straight.at.epochs
+    assert find_train_checkpoint(specs[1].config.out).epochs == straight.progress.epochs
 
 
 def test_a_finished_worker_does_nothing(spec: WorkerSpec) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from smallcap.benchmark.operations import decode_flops, prefill_flops, torch_flops, vision_flops
-from smallcap.benchmark.random_parts import GPT2_124M, PlannedLengths, build_model, random_captions, realistic_lengths
+from smallcap.benchmark.random_content import GPT2_124M, PlannedLengths, build_model, random_captions, realistic_lengths
 from smallcap.benchmark.stages import run_benchmark
 from smallcap.config import BenchmarkOptions, GenerationConfig
 from smallcap.decoding.beam_search import BeamSearch
@@ -29,7 +29,7 @@ def test_counted_operations_are_torchs(model: SmallCapModel) -> None:
     options = replace(model.generation_options(GenerationConfig()), max_new_tokens=8)
     counted_prefill = torch_flops(lambda: prefill(model.decoder, hidden_states, prompts, options)) / 2
     assert counted_prefill == pytest.approx(prefill_flops(model, 60), rel=0.03)
-    planned = replace(options, strategy=type("Eight", (PlannedLengths,), {"plan": (8,)}))
+    planned = replace(options, strategy=type("Eight", (PlannedLengths,), {"planned": (8,)}))
     counted_whole = torch_flops(lambda: generate(model.decoder, hidden_states, prompts, planned)) / 2
     assert counted_whole - counted_prefill == pytest.approx(decode_flops(model, 60, 8, 3), rel=0.03)
 
@@ -45,7 +45,7 @@ def test_planned_lengths_are_kept_and_stand_for_real_captions(model: SmallCapMod
     lengths = realistic_lengths(12)
     assert 9 < sum(realistic_lengths(1000)) / 1000 < 13
     options = replace(
-        model.generation_options(GenerationConfig()), strategy=type("Planned", (PlannedLengths,), {"plan": lengths})
+        model.generation_options(GenerationConfig()), strategy=type("Planned", (PlannedLengths,), {"planned": lengths})
     )
     generated = model.generate(torch.randn(12, 50, 768), [[7] * 20] * 12, options)
     assert tuple(len(best.token_ids) for (best,) in generated) == lengths

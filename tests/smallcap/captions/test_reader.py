@@ -77,7 +77,7 @@ def test_remote_files_and_unknown_kinds(tmp_path: Path, s3: str) -> None:
         with open_captions(f"{s3}/{name}", COLUMNS) as rows:
             assert list(rows) == read(tmp_path / name)
     storage.write_bytes(f"{s3}/d.txt", b"a")
-    with pytest.raises(ConfigError, match="of this kind are unknown"), open_captions(f"{s3}/d.txt", COLUMNS):
+    with pytest.raises(ConfigError, match="captions file is unknown"), open_captions(f"{s3}/d.txt", COLUMNS):
         pass
     with pytest.raises(StorageError, match="does not exist"), open_captions(f"{s3}/none.csv", COLUMNS):
         pass

@@ -158,21 +158,24 @@ def test_low_precision_runs(case: Case) -> None:
 
 
 def test_packed_weights_give_the_same_logits(case: Case) -> None:
-    """Within bfloat16's rounding: a fused activation is rounded once less."""
+    """Packing errs no more than bfloat16 does without it; both are measured against float32."""
     plain, packed = load_decoder(case.name).bfloat16(), load_decoder(case.name).bfloat16()
     packed.pack()
     if can_pack(plain):
         assert any(isinstance(module, PackedLinear) for module in packed.modules())
         assert not any(isinstance(module, torch.nn.Linear) for module in packed.modules())
     ids = torch.tensor([case.prompts[0]])
-    mask = torch.zeros(1, 1, ids.shape[1], ids.shape[1]).bfloat16()
     logits = []
-    for decoder in (plain, packed):
-        cross_kv = decoder.cross_attention_kv(case.hidden_states[:1].bfloat16())
+    for decoder in (case.decoder, plain, packed):
+        dtype = next(decoder.parameters()).dtype
+        mask = torch.zeros(1, 1, ids.shape[1], ids.shape[1], dtype=dtype)
         with torch.inference_mode():
+            cross_kv = decoder.cross_attention_kv(case.hidden_states[:1].to(dtype))
             hidden = decoder(ids, torch.arange(ids.shape[1])[None], mask, cross_kv)
             logits.append(decoder.logits(hidden).float())
-    assert (logits[0] - logits[1]).abs().max() < 0.05 * logits[0].abs().max()  # 0.037 on a CPU with AMX
+    exact, *rounded = logits
+    plain_error, packed_error = ((values - exact).square().mean().sqrt() for values in rounded)
+    assert packed_error <= 2**0.5 * plain_error  # twice the variance: as if every value were rounded once more
 
 
 def test_no_prompts_give_nothing_and_those_that_do_not_fit_are_refused() -> None:

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from smallcap.evaluation.bootstrap import Statistics, interval, mean_of, resample
+from smallcap.evaluation.bootstrap import Statistics, interval, mean_statistics, resample
 
 
 def test_95_percent_intervals_hold_the_true_mean_about_95_times_in_100() -> None:
     generator = np.random.default_rng(0)
     held = 0
     for trial in range(300):
-        statistics = mean_of(generator.exponential(size=100))  # of mean 1, and far from normal
+        statistics = mean_statistics(generator.exponential(size=100))  # of mean 1, and far from normal
         low, high = interval(resample({"mean": statistics}, 400, seed=trial)["mean"])
         held += low <= 1 <= high
     assert 0.90 <= held / 300 <= 0.98
@@ -26,21 +26,21 @@ def test_a_figure_of_sums_is_resampled_as_a_whole() -> None:
 
 
 def test_images_without_a_value_are_left_out_of_a_mean() -> None:
-    statistics = mean_of(np.array([1.0, np.nan, 3.0]))
+    statistics = mean_statistics(np.array([1.0, np.nan, 3.0]))
     assert statistics.value == 2
-    assert np.isnan(mean_of(np.array([np.nan])).value)
-    nothing = resample({"none": mean_of(np.array([np.nan]))}, 10, seed=0)["none"]
+    assert np.isnan(mean_statistics(np.array([np.nan])).value)
+    nothing = resample({"none": mean_statistics(np.array([np.nan]))}, 10, seed=0)["none"]
     assert np.isnan(interval(nothing)).all()
 
 
 def test_draws_are_shared_so_that_differences_are_paired() -> None:
     values = np.random.default_rng(0).normal(size=200)
-    draws = resample({"a": mean_of(values), "b": mean_of(values + 0.1)}, 200, seed=0)
+    draws = resample({"a": mean_statistics(values), "b": mean_statistics(values + 0.1)}, 200, seed=0)
     assert draws["b"] - draws["a"] == pytest.approx(np.full(200, 0.1))
 
 
 def test_the_seed_decides_the_draws() -> None:
-    statistics = {"mean": mean_of(np.arange(20.0))}
+    statistics = {"mean": mean_statistics(np.arange(20.0))}
     first, same, other = (resample(statistics, 50, seed)["mean"] for seed in (3, 3, 4))
     assert np.array_equal(first, same)
     assert not np.array_equal(first, other)

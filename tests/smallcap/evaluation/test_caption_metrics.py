@@ -14,7 +14,7 @@ from smallcap.evaluation.caption_metrics import (
     JAVA_FREE_METRICS,
     METRICS,
     MetricScores,
-    bleu_of,
+    compute_bleu,
     score_captions,
 )
 from smallcap.evaluation.java_metrics import what_metric_lacks
@@ -74,7 +74,7 @@ def test_corpus_bleu_by_hand() -> None:
     assert scores["bleu_2"].mean == pytest.approx(math.sqrt(4 / 6 * 2 / 4))
     assert scores["bleu_1"].per_image["b"] == pytest.approx(1)
     assert scores["bleu_1"].mean != pytest.approx(np.mean(list(scores["bleu_1"].per_image.values())))
-    short = bleu_of(np.array([2.0, 2.0, 2.0, 4.0]))  # all of 2 words right, where the reference has 4
+    short = compute_bleu(np.array([2.0, 2.0, 2.0, 4.0]))  # all of 2 words right, where the reference has 4
     assert short == pytest.approx(math.exp(1 - 4 / 2))
 
 
@@ -111,7 +111,7 @@ def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
     ("candidates", "references", "metrics", "message"),
     [
         ({}, {}, ["cider"], "no captions to score"),
-        ({"a": "x"}, {"a": []}, ["cider"], "1 of 1 images without, such as a"),
+        ({"a": "x"}, {"a": []}, ["cider"], "1 of 1 images without references, such as a"),
         ({"a": "x"}, {"a": ["x"]}, ["accuracy"], "expected: cider, bleu_1"),
     ],
 )

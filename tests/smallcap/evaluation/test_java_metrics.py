@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from smallcap.evaluation.java_metrics import meteor_of, score_meteor, what_metric_lacks
+from smallcap.evaluation.java_metrics import compute_meteor, score_meteor, what_metric_lacks
 from smallcap.evaluation.java_tools import has_java, pycocoevalcap_folder
 
 needs_java = pytest.mark.skipif(not has_java(), reason="no Java runs here")
@@ -33,7 +33,7 @@ def test_meteor_is_pycocoevalcaps_for_each_image_and_for_the_set() -> None:
         dict(enumerate(references)), {image: [text] for image, text in enumerate(candidates)}
     )
     assert statistics.value == pytest.approx(mean, abs=1e-12)
-    assert meteor_of(statistics.counts) == pytest.approx(per_image, abs=1e-12)
+    assert compute_meteor(statistics.counts) == pytest.approx(per_image, abs=1e-12)
     assert per_image[:2] == [0, 1]
 
 

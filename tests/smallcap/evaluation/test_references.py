@@ -123,7 +123,7 @@ def test_a_row_without_an_image_and_a_split_where_there_are_none_are_refused(tmp
     assert error.value.where == f"{tmp_path}/refs.csv: line 3"
     with pytest.raises(SchemaError, match="no reference captions"):
         References([], "refs.csv")
-    with pytest.raises(ConfigError, match="no splits inside a file"):
+    with pytest.raises(ConfigError, match="not divided into splits"):
         load(tmp_path, COCO, split="test")
 
 

@@ -318,7 +318,7 @@ class TestTheRunsEnd:
         uris = list(written(s3, 40, size=1))
         fault_proxy.plan(**plan)
         began = time.monotonic()
-        with pytest.raises(StorageError, match="fails after all attempts") as raised:
+        with pytest.raises(StorageError, match="failed in all attempts") as raised:
             fetch_objects(uris, IMPATIENT)
         assert time.monotonic() - began < 10
         assert s3 in str(raised.value)

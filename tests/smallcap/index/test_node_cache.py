@@ -298,7 +298,7 @@ class TestOnDiskLists:
         manifest = publish_index(uri, unit_vectors(300, 16), ["t"] * 300, index_key=key, nprobe=4)
         entry = FileEntry.adopt(self.write(tmp_path, key), Path(uri), "shard")
         shard = manifest.shards[0].model_copy(update=entry.model_dump())
-        with pytest.raises(IndexIntegrityError, match=r"chooses itself(.|\n)*ilod"):
+        with pytest.raises(IndexIntegrityError, match=r"in another file(.|\n)*ilod"):
             open_version_folder(uri, manifest.model_copy(update={"shards": (shard,)}), cache)
 
     def test_wherever_they_are(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -171,11 +171,11 @@ class TestQueries:
         assert retriever.search(np.zeros((0, 8), np.float32), 3) == []
 
     def test_unusable_queries(self, retriever: Retriever) -> None:
-        with pytest.raises(RunError, match=r"do not fit(.|\n)*\[B, 8\](.|\n)*\[2, 9\]"):
+        with pytest.raises(RunError, match=r"does not fit(.|\n)*\[B, 8\](.|\n)*\[2, 9\]"):
             retriever.search(unit_vectors(2, 9), 1)
         with pytest.raises(RunError, match=r"not finite(.|\n)*\[1\]"):
             retriever.search(np.array([[1.0] * 8, [np.nan] * 8], np.float32), 1)
-        with pytest.raises(RunError, match="one excluded image id"):
+        with pytest.raises(RunError, match="number of excluded image ids"):
             retriever.search(unit_vectors(2, 8), 1, ["a"])
 
 
@@ -226,7 +226,7 @@ class TestOpen:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"vectors": ()}, "files of vectors do not fit"),
+            ({"vectors": ()}, "`vectors` files of the manifest do not fit"),
             ({"shards": "gap"}, "contiguous ids"),
             ({"captions": "short"}, "one caption for each vector"),
         ],

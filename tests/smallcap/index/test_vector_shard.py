@@ -149,12 +149,12 @@ class TestVectors:
         write_shard(tmp_path, train_quickly("SQ8", vectors), "SQ8", vectors)
         shard = open_shard(tmp_path / "0.faiss", "SQ8", 500)
         assert shard.candidates(vectors[:2], 3)[1][:, 0].tolist() == [0, 1]
-        with pytest.raises(IndexIntegrityError, match="file of vectors is missing"):
+        with pytest.raises(IndexIntegrityError, match="`vectors` file is missing"):
             shard.stored_vectors(0, 3)
         half = np.float16
         for wrong in (np.zeros((500, DIM)), np.zeros((499, DIM), half), np.zeros((DIM, 500), half).T):
             np.save(tmp_path / "wrong.npy", wrong)
-            with pytest.raises(IndexIntegrityError, match="not what the manifest says"):
+            with pytest.raises(IndexIntegrityError, match="contradicts the manifest"):
                 open_shard(tmp_path / "0.faiss", "SQ8", 500, vectors_file=tmp_path / "wrong.npy")
 
     def test_a_list_that_holds_an_id_twice(self, tmp_path: Path) -> None:
@@ -170,14 +170,14 @@ class TestUnreadable:
     @pytest.mark.parametrize(
         ("claimed", "written", "message"),
         [
-            ("Flat", "IVF2,Flat", "another kind"),
-            ("Flat", "Flat-l2", "another kind"),
+            ("Flat", "IVF2,Flat", "kind of a shard"),
+            ("Flat", "Flat-l2", "kind of a shard"),
             ("Flat", "Flat-dim", "dimension, metric"),
             ("Flat", "Flat-rows", "dimension, metric"),
-            ("IVF2,Flat", "IVF2,SQfp16", "another kind"),
+            ("IVF2,Flat", "IVF2,SQfp16", "kind of a shard"),
             ("IVF2,Flat", "IVF2,Flat-l2", "dimension, metric"),
             ("IVF2,Flat", "IVF2,Flat-cut", "faiss cannot read"),
-            ("IVF2,SQfp16", "IVF2,SQ8", "another kind"),
+            ("IVF2,SQfp16", "IVF2,SQ8", "kind of a shard"),
             ("SQ8", "LSQ2x4", "does not read"),
             ("PQ4x4,Refine(Flat)", "PQ4x4,Refine(Flat)", "does not read"),
         ],

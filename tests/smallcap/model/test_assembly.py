@@ -21,7 +21,7 @@ from transformers import (
 
 from smallcap.decoding.engine import additive_mask
 from smallcap.errors import CheckpointError, ConfigError
-from smallcap.model.assembly import join_frozen_parts, parts_id
+from smallcap.model.assembly import join_frozen_models, joined_model_id
 from smallcap.model.checkpoint import load_checkpoint, save_checkpoint
 
 VOCABULARY = 260
@@ -71,7 +71,7 @@ def load_language_model(folder: Path) -> PreTrainedModel:
 
 
 def test_without_cross_attention_it_is_the_language_model(decoder: Path, vision: Path, tmp_path: Path) -> None:
-    model = join_frozen_parts(str(vision), str(decoder), 2, retrieval_encoder="hf:clip", k=3)
+    model = join_frozen_models(str(vision), str(decoder), 2, retrieval_encoder="hf:clip", k=3)
     assert model.config.decoder.cross_attention_reduce_factor == 2
     assert (model.config.k, model.config.retrieval_encoder) == (3, "hf:clip")
     vocabulary = json.loads((decoder / "tokenizer.json").read_text())["model"]["vocab"]
@@ -91,7 +91,7 @@ def test_without_cross_attention_it_is_the_language_model(decoder: Path, vision:
 
 
 def test_new_weights_depend_on_the_seed_alone(decoder: Path, vision: Path) -> None:
-    first, again, other = (join_frozen_parts(str(vision), str(decoder), seed=seed).decoder for seed in (1, 1, 2))
+    first, again, other = (join_frozen_models(str(vision), str(decoder), seed=seed).decoder for seed in (1, 1, 2))
     trained = first.cross_attention_parameters()
     assert all(torch.equal(weight, again.get_parameter(name)) for name, weight in trained.items())
     projections = [name for name, weight in trained.items() if weight.dim() == 2]
@@ -103,32 +103,32 @@ def test_new_weights_depend_on_the_seed_alone(decoder: Path, vision: Path) -> No
 def test_of_a_whole_clip_the_vision_tower_is_taken(decoder: Path, tiny_clip: Path) -> None:
     from transformers import CLIPModel
 
-    model = join_frozen_parts(str(tiny_clip), str(decoder))
+    model = join_frozen_models(str(tiny_clip), str(decoder))
     expected = CLIPModel.from_pretrained(tiny_clip).vision_model.state_dict()
     assert all(torch.equal(weight, expected[name]) for name, weight in model.encoder.transformer.state_dict().items())
-    assert parts_id(str(tiny_clip), str(decoder)) == model.model_id
+    assert joined_model_id(str(tiny_clip), str(decoder)) == model.model_id
 
 
 @pytest.mark.parametrize("decoder", ["gpt2"], indirect=True)
 def test_what_cannot_be_joined_is_refused(decoder: Path, vision: Path, tiny_clip: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="of a kind that cannot be used here"):
-        join_frozen_parts(str(decoder), str(decoder))
-    with pytest.raises(CheckpointError, match="holds no model of transformers"):
-        join_frozen_parts(str(tmp_path), str(decoder))
+    with pytest.raises(CheckpointError, match="of this kind cannot be used here"):
+        join_frozen_models(str(decoder), str(decoder))
+    with pytest.raises(CheckpointError, match="does not hold a transformers model"):
+        join_frozen_models(str(tmp_path), str(decoder))
     with pytest.raises(CheckpointError, match="no weights file"):
         (decoder / "model.safetensors").rename(decoder / "elsewhere.safetensors")
-        join_frozen_parts(str(vision), str(decoder))
+        join_frozen_models(str(vision), str(decoder))
     (decoder / "elsewhere.safetensors").rename(decoder / "model.safetensors")
     with pytest.raises(ConfigError, match="reduce factor does not divide"):
-        join_frozen_parts(str(vision), str(decoder), reduce_factor=3)
+        join_frozen_models(str(vision), str(decoder), reduce_factor=3)
     with pytest.raises(ConfigError, match="no such token"):
-        join_frozen_parts(str(vision), str(decoder), eos_token="<end>")
+        join_frozen_models(str(vision), str(decoder), eos_token="<end>")
 
 
 @pytest.mark.parametrize("decoder", ["opt", "xglm"], indirect=True)
 def test_a_narrow_vision_tower_fits_no_opt(decoder: Path, tiny_clip: Path) -> None:
     with pytest.raises(ConfigError, match="does not fit this kind of decoder"):
-        join_frozen_parts(str(tiny_clip), str(decoder))
+        join_frozen_models(str(tiny_clip), str(decoder))
 
 
 @pytest.mark.parametrize("decoder", ["gpt2"], indirect=True)
@@ -139,4 +139,4 @@ def test_missing_weights_are_not_made_up(decoder: Path, vision: Path) -> None:
     del tensors[next(name for name in tensors if name.endswith("h.1.mlp.c_fc.weight"))]
     save_file(tensors, decoder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="incomplete"):
-        join_frozen_parts(str(vision), str(decoder))
+        join_frozen_models(str(vision), str(decoder))

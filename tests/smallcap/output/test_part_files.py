@@ -168,9 +168,9 @@ def _remove(uri: str) -> None:
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"PAR1 and nothing more", b"x" * 100_000 + b"PAR1"])
 def test_a_damaged_part_is_named_with_its_remedy(anywhere: str, content: bytes) -> None:
     storage.write_bytes(storage.join(anywhere, NAME), content)
-    with pytest.raises(SchemaError, match=f"(?s){NAME}.*delete this one"):
+    with pytest.raises(SchemaError, match=f"(?s){NAME}.*Delete the part"):
         list(read_part_infos(anywhere))
-    with pytest.raises(SchemaError, match=f"(?s){NAME}.*delete this one"):
+    with pytest.raises(SchemaError, match=f"(?s){NAME}.*Delete the part"):
         drop_rows(anywhere, NAME, pa.array(["a"]), PartInfo())
 
 
@@ -178,7 +178,7 @@ def test_a_damaged_part_is_named_with_its_remedy(anywhere: str, content: bytes) 
 def test_nonsense_of_a_parts_rows_is_refused(tmp_path: Path, said: bytes) -> None:
     rows = pa.Table.from_pylist([{"image_id": "a", "status": "ok"}], schema=SCHEMA)
     pq.write_table(rows.replace_schema_metadata({**SCHEMA.metadata, b"smallcap.part": said}), tmp_path / NAME)
-    with pytest.raises(SchemaError, match=f"(?s){NAME}.*delete this one"):
+    with pytest.raises(SchemaError, match=f"(?s){NAME}.*Delete the part"):
         list(read_part_infos(str(tmp_path)))
 
 

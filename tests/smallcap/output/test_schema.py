@@ -57,9 +57,9 @@ def part_schema(kept: bytes) -> pa.Schema:
     [
         (CAPTION_COLUMNS, "not a part of a captioning run"),
         (CAPTION_COLUMNS.with_metadata({b"smallcap.schema_version": b"2"}), "unknown schema version"),
-        (part_schema(kept=b"[]").remove(8), "columns are not those"),
-        (part_schema(kept=b'["split"]'), "columns are not those"),
-        (part_schema(kept=b"[]").append(pa.field("split", pa.string())), "columns are not those"),
+        (part_schema(kept=b"[]").remove(8), "columns of this part contradict"),
+        (part_schema(kept=b'["split"]'), "columns of this part contradict"),
+        (part_schema(kept=b"[]").append(pa.field("split", pa.string())), "columns of this part contradict"),
         (part_schema(kept=b"split"), "list of kept columns is damaged"),
         (CAPTION_COLUMNS.with_metadata({b"smallcap.schema_version": b"1"}), "list of kept columns is damaged"),
     ],

@@ -51,7 +51,7 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     checkpoint = save(str(tmp_path), 1)
     state = tmp_path / FOLDER / checkpoint.folder / STATE_FILE
     state.write_bytes(state.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match="not what its marker says"):
+    with pytest.raises(CheckpointError, match="does not match its marker"):
         load_train_state(str(tmp_path), checkpoint)
     (state.parent / MARKER).write_text("{}")
     with pytest.raises(CheckpointError, match=r"checkpoint\.json is malformed"):

@@ -1,7 +1,7 @@
-"""Embeds the unique captions in actors, in parts of fixed id ranges; what has an embedding already keeps it.
+"""Embeds the unique captions in actors, in slices of fixed id ranges; captions that have an embedding keep it.
 
-A part is the same captions in the same batches whatever the number of actors and shards, so that fp32 rounding, which
-depends on a batch's composition, is the same as well.
+Whatever the number of actors and shards, a slice has the same captions in the same batches. Float32 rounding depends on
+the composition of a batch, so it is the same as well.
 """
 
 from __future__ import annotations
@@ -22,35 +22,35 @@ from smallcap.index.manifest import EncoderIdentity
 if TYPE_CHECKING:
     from smallcap.model.clip_encoder import RetrievalEncoder
 
-PART_ROWS = 8192
+SLICE_ROWS = 8192
 _UNIT_TOLERANCE = 1e-3
 _PROBED_ROWS = 512
 
 
-class EmbedParts:
-    """Embeds parts and writes them; one instance per actor.
+class EmbedSlices:
+    """Embeds slices of the captions and writes them; one instance per actor.
 
     Args:
-        encoder: The retrieval encoder; None where every caption has its embedding.
+        encoder: The retrieval encoder; None where every caption has an embedding.
         device: Torch device.
         dtype: Precision of the encoder's weights; vectors are float32.
-        captions: What to embed.
-        vectors: Where to write.
+        captions: The captions.
+        vectors: Where the embeddings are written.
 
     Raises:
-        CheckpointError: The encoder cannot be loaded, or has other weights than the build began with.
+        CheckpointError: The encoder cannot be loaded, or its weights differ from those that the build began with.
     """
 
     def __init__(
-        self, encoder: EncoderIdentity | None, device: str, dtype: str, captions: UniqueCaptions, vectors: VectorParts
+        self, encoder: EncoderIdentity | None, device: str, dtype: str, captions: UniqueCaptions, vectors: VectorSlices
     ) -> None:
         self._encoder = None if encoder is None else _load_encoder(encoder, device, dtype)
         self._captions, self._vectors = captions, vectors
 
-    def __call__(self, part: int) -> int:
-        """Embeds one part; returns its number of captions."""
-        first_row = part * PART_ROWS
-        captions = self._captions.read(first_row, first_row + self._vectors.rows_of(part))
+    def __call__(self, number: int) -> int:
+        """Embeds a slice, given by its number; returns how many captions it has."""
+        first_row = number * SLICE_ROWS
+        captions = self._captions.read(first_row, first_row + self._vectors.rows_of(number))
         texts, known = captions["text"].to_pylist(), captions["vector"].to_pylist()
         missing = [row for row, vector in enumerate(known) if vector is None]
         vectors = np.empty((len(texts), self._vectors.dim), np.float32)
@@ -61,34 +61,34 @@ class EmbedParts:
             if vector is not None:
                 vectors[row] = _decode(vector, self._vectors.dim)
         _check_unit(vectors, first_row)
-        self._vectors.write(part, vectors)
+        self._vectors.write(number, vectors)
         return len(texts)
 
 
 class ProbeEncoder:
-    """Tries an encoder on a few captions, before all are embedded; the arguments are those of `EmbedParts`."""
+    """Tries an encoder on a few captions before all are embedded; see `EmbedSlices` for the arguments."""
 
     def __init__(self, encoder: EncoderIdentity, device: str, dtype: str, captions: UniqueCaptions) -> None:
         self._encoder, self._captions = _load_encoder(encoder, device, dtype), captions
 
     def __call__(self, first_row: int) -> Probe:
-        """Embeds captions from a row on twice, and compares those that brought an embedding with it."""
+        """Embeds a few captions from `first_row` on, twice, and compares the results with imported embeddings."""
         captions = self._captions.read(first_row, min(first_row + _PROBED_ROWS, len(self._captions)))
         texts, known = captions["text"].to_pylist(), captions["vector"].to_pylist()
         self._encoder.encode_texts(texts)  # once unmeasured
         start = time.perf_counter()
         vectors = self._encoder.encode_texts(texts)
         seconds = (time.perf_counter() - start) / len(texts)
-        brought = [(row, _decode(vector, self._encoder.dim)) for row, vector in enumerate(known) if vector is not None]
-        return Probe(seconds, [float(vectors[row] @ vector) for row, vector in brought])
+        imported = [(row, _decode(vector, self._encoder.dim)) for row, vector in enumerate(known) if vector is not None]
+        return Probe(seconds, [float(vectors[row] @ vector) for row, vector in imported])
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What `ProbeEncoder` found."""
+    """The result of `ProbeEncoder`."""
 
     seconds_per_caption: float
-    cosines: list[float]  # of the embeddings that captions brought with the encoder's own
+    cosines: list[float]  # between imported embeddings and the encoder's
 
 
 def _load_encoder(expected: EncoderIdentity, device: str, dtype: str) -> RetrievalEncoder:
@@ -99,7 +99,7 @@ def _load_encoder(expected: EncoderIdentity, device: str, dtype: str) -> Retriev
     encoder = load_retrieval_encoder(expected.spec, device=device, dtype=dtype)
     if encoder.identity.weights_sha256 != expected.weights_sha256:
         raise CheckpointError(
-            "The retrieval encoder has other weights here.",
+            "The retrieval encoder has different weights here.",
             where=expected.spec,
             expected=f"weights {expected.weights_sha256[:12]}",
             found=f"weights {encoder.identity.weights_sha256[:12]}",
@@ -109,28 +109,28 @@ def _load_encoder(expected: EncoderIdentity, device: str, dtype: str) -> Retriev
 
 
 def _decode(vector: bytes, dim: int) -> np.ndarray:
-    """Returns a vector that a row carried: float16 or float32, as its length tells."""
+    """Returns the vector that a row carries: float16 or float32, as its length tells."""
     return np.frombuffer(vector, np.float16 if len(vector) == 2 * dim else np.float32).astype(np.float32)
 
 
 def _check_unit(vectors: np.ndarray, first_id: int) -> None:
-    wrong = np.flatnonzero(~(np.abs(np.linalg.norm(vectors, axis=1) - 1) < _UNIT_TOLERANCE))  # also NaN
+    wrong = np.flatnonzero(~(np.abs(np.linalg.norm(vectors, axis=1) - 1) < _UNIT_TOLERANCE))  # true for NaN
     if wrong.size:
         raise RunError(
-            "There are embeddings that are no unit vectors.",
+            "Some embeddings are not unit vectors.",
             where=f"caption {first_id + wrong[0]}",
             expected="norm 1",
-            found=f"norm {np.linalg.norm(vectors[wrong[0]])}, and {wrong.size - 1} more of {len(vectors)}",
+            found=f"norm {np.linalg.norm(vectors[wrong[0]])}, and {wrong.size - 1} others of {len(vectors)}",
             remedy="Check the encoder's weights, or use compute.dtype=float32.",
         )
 
 
-class VectorParts:
-    """The embeddings of a build's new captions, in part files of PART_ROWS rows.
+class VectorSlices:
+    """The embeddings of a build's new captions, in one file for each slice of SLICE_ROWS rows.
 
     Args:
         work_uri: The build's work folder.
-        rows: Captions.
+        rows: The number of captions.
         dim: Length of a vector.
     """
 
@@ -142,42 +142,42 @@ class VectorParts:
 
     @property
     def count(self) -> int:
-        """Number of parts."""
-        return -(-self._rows // PART_ROWS)
+        """Number of slices."""
+        return -(-self._rows // SLICE_ROWS)
 
-    def rows_of(self, part: int) -> int:
-        """Returns the number of rows of a part."""
-        return min(PART_ROWS, self._rows - part * PART_ROWS)
+    def rows_of(self, number: int) -> int:
+        """Returns the number of rows in a slice."""
+        return min(SLICE_ROWS, self._rows - number * SLICE_ROWS)
 
     def missing(self) -> list[int]:
-        """Returns the parts that have not been written; an interrupted build has left the others."""
-        there = set(storage.list_files(self._folder)) if storage.exists(self._folder) else set()
-        return [part for part in range(self.count) if self._uri(part) not in there]
+        """Returns the numbers of the slices that an interrupted build has not written yet."""
+        written = set(storage.list_files(self._folder)) if storage.exists(self._folder) else set()
+        return [number for number in range(self.count) if self._uri(number) not in written]
 
-    def write(self, part: int, vectors: np.ndarray) -> None:
-        """Writes one part; vectors: [rows, dim] float32."""
+    def write(self, number: int, vectors: np.ndarray) -> None:
+        """Writes one slice; vectors: [rows, dim] float32."""
         buffer = io.BytesIO()
         np.save(buffer, np.ascontiguousarray(vectors, dtype=np.float32))
-        storage.write_bytes(self._uri(part), buffer.getvalue())
+        storage.write_bytes(self._uri(number), buffer.getvalue())
 
     def read(self, first_row: int, stop_row: int) -> Iterator[np.ndarray]:
-        """Yields the vectors of rows [first_row, stop_row) in order, at most a part at a time."""
-        for part in range(first_row // PART_ROWS, -(-stop_row // PART_ROWS)):
-            start = part * PART_ROWS
-            yield self._load(part)[max(first_row - start, 0) : stop_row - start]
+        """Yields the vectors of rows [first_row, stop_row) in order, at most a slice at a time."""
+        for number in range(first_row // SLICE_ROWS, -(-stop_row // SLICE_ROWS)):
+            start = number * SLICE_ROWS
+            yield self._load(number)[max(first_row - start, 0) : stop_row - start]
 
     def take(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Returns the vectors of some rows, which must be sorted, as [len(rows), dim] float32."""
+        """Returns the vectors of the given rows, which must be sorted, as [len(rows), dim] float32."""
         wanted = np.asarray(rows, dtype=np.int64)
         pieces = [np.zeros((0, self.dim), np.float32)]
-        parts = wanted // PART_ROWS
-        for part in np.unique(parts):
-            pieces.append(self._load(part)[wanted[parts == part] - part * PART_ROWS])
+        slices = wanted // SLICE_ROWS
+        for number in np.unique(slices):
+            pieces.append(self._load(number)[wanted[slices == number] - number * SLICE_ROWS])
         return np.concatenate(pieces)
 
-    def _load(self, part: int) -> np.ndarray:
-        vectors: np.ndarray = np.load(io.BytesIO(storage.read_bytes(self._uri(part))), allow_pickle=False)
+    def _load(self, number: int) -> np.ndarray:
+        vectors: np.ndarray = np.load(io.BytesIO(storage.read_bytes(self._uri(number))), allow_pickle=False)
         return vectors
 
-    def _uri(self, part: int) -> str:
-        return storage.join(self._folder, f"part-{part:05d}.npy")
+    def _uri(self, number: int) -> str:
+        return storage.join(self._folder, f"part-{number:05d}.npy")

@@ -1,6 +1,6 @@
-"""Parts of a captioner at the published sizes with random content: weights, captions, an index, a photograph.
+"""Random content for a captioner of the published sizes: weights, captions, an index, a photograph.
 
-Random weights do not end captions, so a beam search is used whose captions end where a list of lengths says.
+Random weights do not end captions, so a beam search ends them at given lengths.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ GPT2_124M = DecoderConfig(
     dropout=0.0,
 )
 _PHOTO_PX = (640, 480)
-_WORDS = 20_000  # of the synthetic captions
+_WORDS = 20_000  # in the vocabulary of the random captions
 _CAPTION_WORDS = (10, 18)  # shortest and longest; with k=4 a prompt has about 66 tokens, as with real captions
 _MEAN_LENGTH, _LENGTH_SPREAD = 11.0, 2.0  # tokens of a caption, eos included
 _EOS_TOKEN_ID, _PAD_TOKEN_ID = 13, 0
@@ -79,7 +79,7 @@ def build_clip(model: SmallCapModel) -> CLIPModel:
 
 
 def build_retrieval_encoder(name: str, model: SmallCapModel) -> RetrievalEncoder:
-    """Returns a random retrieval encoder: `shared` has the vision encoder's weights, others are open_clip's.
+    """Returns a random retrieval encoder: `shared` has the vision encoder's weights, other names are open_clip's.
 
     Raises:
         ConfigError: open_clip has no such architecture.
@@ -100,15 +100,15 @@ def build_retrieval_encoder(name: str, model: SmallCapModel) -> RetrievalEncoder
 
 
 class PlannedLengths(BeamSearch):
-    """A beam search whose captions end after as many tokens as planned, whatever the logits say."""
+    """A beam search whose captions end at planned lengths, whatever the logits say."""
 
     per_image: tuple[str, ...] = (*BeamSearch.per_image, "lengths")
-    plan: tuple[int, ...] = ()
+    planned: tuple[int, ...] = ()
 
     def __init__(self, options: GenerationOptions, keys: Tensor) -> None:
         super().__init__(options, keys)
-        plan = torch.tensor(self.plan, device=keys.device)
-        self.lengths = plan[keys % len(plan)]
+        planned = torch.tensor(self.planned, device=keys.device)
+        self.lengths = planned[keys % len(planned)]
 
     def advance(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Makes eos impossible before an image's last step, and certain at it."""
@@ -133,7 +133,7 @@ def random_captions(count: int) -> list[str]:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Returns a tokenizer with GPT-2's vocabulary size, to which words and punctuation are tokens."""
+    """Returns a tokenizer with GPT-2's vocabulary size, whose tokens are words and punctuation."""
     words = ["!", "Similar", "images", "show", "This", "image", "shows", "w", "x", "y", "z", "?", ",", "."]
     words += [f"w{i}" for i in range(_WORDS)]
     words += [f"unused{i}" for i in range(GPT2_124M.vocab_size - len(words))]
@@ -143,7 +143,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def write_random_index(folder: Path, rows: int, identity: EncoderIdentity) -> Retriever:
-    """Writes a version with one Flat shard of random vectors and captions, and opens it."""
+    """Writes an index version with one Flat shard of random vectors and captions, and opens it."""
     dim, texts = identity.dim, random_captions(rows)
     vectors = np.random.default_rng(0).standard_normal((rows, dim), dtype=np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
