@@ -93,16 +93,6 @@ def test_a_build_from_dump_to_search(tmp_path: Path, dump: Path, tiny_clip: Path
     assert len(others) == 36
 
 
-def test_shard_count_changes_no_answer(tmp_path: Path, dump: Path, tiny_clip: Path) -> None:
-    queries = load_retrieval_encoder(f"hf:{tiny_clip}").encode_texts([f"some {colour} thing" for colour in COLOURS])
-    answers = []
-    for shards in (1, 3):
-        report = build_index(config(dump, tmp_path / str(shards), tiny_clip, shards=shards))
-        retriever = Retriever.open(report.index_uri, cache_dir=str(tmp_path / "cache"))
-        answers.append(retriever.search(queries, 7, ["image3-0.jpg"] * len(queries)))
-    assert answers[0] == answers[1]
-
-
 @pytest.mark.ray
 def test_builds_repeat_byte_for_byte_on_every_schedule(tmp_path: Path, dump: Path, tiny_clip: Path) -> None:
     options = {"shards": 3, "index_key": "IVF4,SQ8", "recall": {"target": 0.1}}

@@ -7,12 +7,12 @@ import pytest
 from index_builder.dumps.files import find_dumps, scan_dump
 from smallcap.captions.rows import CaptionColumns
 from smallcap.errors import ConfigError, SchemaError, StorageError
+from tests.input_files import write_files
 
 
 def test_folders_globs_and_files_in_the_order_given_and_once(tmp_path: Path) -> None:
-    for name in ("b/2.csv", "b/1.jsonl", "b/readme.txt", "b/_SUCCESS.csv", "a/2.csv"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("caption\n")
+    names = ("b/2.csv", "b/1.jsonl", "b/readme.txt", "b/_SUCCESS.csv", "a/2.csv")
+    write_files(tmp_path, *names, content=b"caption\n")
     found = find_dumps([f"{tmp_path}/b", f"{tmp_path}/a/*.csv", f"{tmp_path}/b/2.csv"])
     assert [dump.uri for dump in found] == [f"{tmp_path}/{name}" for name in ("b/1.jsonl", "b/2.csv", "a/2.csv")]
     assert [dump.name for dump in found] == ["b/1.jsonl", "b/2.csv", "a/2.csv"]

@@ -279,9 +279,8 @@ class TestFaults:
         assert "2 attempts" in str(failed[0])
 
     def test_one_forbidden_object_is_a_row(self, s3: str, fault_proxy: Any) -> None:
-        uris = list(written(s3, 3))
         fault_proxy.plan(rates={"error": 1.0}, match="/1.bin", error_status=403, error_code="AccessDenied")
-        fetched = fetch_objects(uris, QUICK)
+        fetched = fetch_objects(list(written(s3, 3)), QUICK)
         assert code_of(fetched.data[1]) == ErrorCode.FORBIDDEN
         assert "AccessDenied" in str(fetched.data[1])
         assert fetched.retries == 0
@@ -309,10 +308,6 @@ def test_requests_in_flight_halve_once_per_refused_round_and_grow_again() -> Non
 
 
 class TestTheRunsEnd:
-    def test_a_missing_bucket(self, s3_server: str) -> None:
-        with pytest.raises(StorageError, match="bucket does not exist"):
-            fetch_objects(["s3://no-such-bucket-at-all/a.jpg"])
-
     @pytest.mark.parametrize("plan", [{"outage": True}, {"rates": {"slow_down": 1.0}}, {"rates": {"slow": 1.0}}])
     def test_an_outage_in_bounded_time(self, s3: str, fault_proxy: Any, plan: dict[str, Any]) -> None:
         uris = list(written(s3, 40, size=1))
@@ -329,22 +324,30 @@ class TestTheRunsEnd:
         with pytest.raises(StorageError, match="cannot be reached"):
             fetch_objects([f"{s3}/a.jpg"], QUICK)
 
-    def test_a_few_failed_objects_are_no_outage(self, s3: str, fault_proxy: Any) -> None:
+    def test_a_few_failed_objects_are_no_outage_and_a_missing_bucket_ends_the_run(
+        self, s3: str, fault_proxy: Any
+    ) -> None:
         fault_proxy.plan(outage=True)
         fetched = fetch_objects([f"{s3}/{number}" for number in range(15)], QUICK)
         assert {code_of(data) for data in fetched.data} == {ErrorCode.UNAVAILABLE}
+        fault_proxy.plan()
+        with pytest.raises(StorageError, match="bucket does not exist"):
+            fetch_objects(["s3://no-such-bucket-at-all/a.jpg"])
 
     @pytest.mark.parametrize(
         ("status", "code"),
         [(403, "SignatureDoesNotMatch"), (400, "ExpiredToken"), (400, "InvalidToken"), (403, "RequestTimeTooSkewed")],
     )
-    def test_refused_credentials(self, s3: str, fault_proxy: Any, status: int, code: str) -> None:
+    def test_refused_credentials_and_another_region(self, s3: str, fault_proxy: Any, status: int, code: str) -> None:
         fault_proxy.plan(rates={"error": 1.0}, error_status=status, error_code=code)
         with pytest.raises(StorageError, match="does not accept the credentials") as raised:
             fetch_objects([f"{s3}/a.jpg"], QUICK)
         assert code in str(raised.value)
         assert "AWS_ACCESS_KEY_ID" in str(raised.value)
         assert fault_proxy.done()["requests"] == 1
+        fault_proxy.plan(rates={"error": 1.0}, error_status=301, error_code="PermanentRedirect")
+        with pytest.raises(StorageError, match="AWS_REGION"):
+            fetch_objects([f"{s3}/a.jpg"], QUICK)
 
     def test_an_unknown_access_key(self, s3: str, s3_server: str) -> None:
         """Refused by the S3 server itself."""
@@ -355,11 +358,6 @@ class TestTheRunsEnd:
                 fetch_objects(uris)
         finally:
             check_keys(s3_server, "inf")
-
-    def test_another_region(self, s3: str, fault_proxy: Any) -> None:
-        fault_proxy.plan(rates={"error": 1.0}, error_status=301, error_code="PermanentRedirect")
-        with pytest.raises(StorageError, match="AWS_REGION"):
-            fetch_objects([f"{s3}/a.jpg"], QUICK)
 
     def test_no_credentials(self, s3_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
         s3_store.cache_clear()

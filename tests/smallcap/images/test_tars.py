@@ -13,7 +13,7 @@ from smallcap.images import tars as tar_shards
 from smallcap.images.fragments import Fragment, InputBatch
 from smallcap.images.row_ranges import RowRanges
 from smallcap.images.tars import choose_tar_ids, read_tar
-from tests.tar_files import make_tar
+from tests.input_files import make_tar
 
 TEXTS = pa.schema([("json", pa.string()), ("txt", pa.string()), ("width", pa.string()), ("url", pa.string())])
 NOTHING = pa.schema([])

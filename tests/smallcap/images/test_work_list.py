@@ -15,7 +15,7 @@ from smallcap.images import sorting as sorted_images
 from smallcap.images.listing import extend_work_list, make_work_list
 from smallcap.images.row_ranges import RowRanges
 from smallcap.images.work_list import WorkList, load_work_list, read_fragment
-from tests.tar_files import make_tar
+from tests.input_files import make_tar, write_files
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "work_list_v1"
 
@@ -96,25 +96,15 @@ def test_what_is_in_order_is_not_spilled(tmp_path: Path, monkeypatch: pytest.Mon
         raise AssertionError("it was sorted again")
 
     monkeypatch.setattr(listing, "sort_images", refuse)
-    for name in ("a/1.jpg", "a.jpg", "a-b/2.jpg", "b.jpg", "a/b/3.jpg"):
-        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "photos" / name).write_bytes(b"x")
-    assert list(read(make(tmp_path / "out", tmp_path / "photos"))) == [
-        "a-b/2.jpg",
-        "a.jpg",
-        "a/1.jpg",
-        "a/b/3.jpg",
-        "b.jpg",
-    ]
+    photos = write_files(tmp_path / "photos", "a/1.jpg", "a.jpg", "a-b/2.jpg", "b.jpg", "a/b/3.jpg")
+    names = ["a-b/2.jpg", "a.jpg", "a/1.jpg", "a/b/3.jpg", "b.jpg"]
+    assert list(read(make(tmp_path / "out", photos))) == names
 
 
 def test_a_huge_folder_is_listed_unsorted_and_then_sorted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("smallcap.storage._SORTED_ENTRIES", 3)
-    (tmp_path / "photos").mkdir()
     names = [f"{n:02d}.jpg" for n in range(20)]
-    for name in names:
-        (tmp_path / "photos" / name).write_bytes(b"x")
-    assert list(read(make(tmp_path / "out", tmp_path / "photos"))) == names
+    assert list(read(make(tmp_path / "out", write_files(tmp_path / "photos", *names)))) == names
 
 
 def test_duplicates_are_named_once_and_reported(tmp_path: Path) -> None:
@@ -150,9 +140,8 @@ def test_tars_parquet_and_uris_together(tmp_path: Path, s3: str) -> None:
 
 @pytest.mark.parametrize(("chosen", "ids"), [("key", ["a"]), ("tar/key", ["0/a"]), ("auto", ["a"])])
 def test_ids_of_tars_as_the_config_says(tmp_path: Path, chosen: str, ids: list[str]) -> None:
-    (tmp_path / "tars").mkdir()
-    (tmp_path / "tars/0.tar").write_bytes(sample_tar("a"))
-    assert list(read(make(tmp_path / "out", tmp_path / "tars", tar_ids=chosen))) == ids
+    tars = write_files(tmp_path / "tars", "0.tar", content=sample_tar("a"))
+    assert list(read(make(tmp_path / "out", tars, tar_ids=chosen))) == ids
 
 
 @pytest.mark.parametrize(
@@ -165,12 +154,8 @@ def test_ids_of_tars_as_the_config_says(tmp_path: Path, chosen: str, ids: list[s
 def test_the_first_tars_settle_their_ids(
     tmp_path: Path, first: list[str], more: list[str], prefixes: list[str], ids: list[str]
 ) -> None:
-    (tmp_path / "in").mkdir()
-    for name in first:
-        (tmp_path / "in" / name).write_bytes(sample_tar("a"))
-    make(tmp_path / "out", tmp_path / "in")
-    for name in more:
-        (tmp_path / "in" / name).write_bytes(sample_tar("a"))
+    make(tmp_path / "out", write_files(tmp_path / "in", *first, content=sample_tar("a")))
+    write_files(tmp_path / "in", *more, content=sample_tar("a"))
     work = extend_work_list([str(tmp_path / "in")], InputConfig(), str(tmp_path / "out"))
     assert [fragment.id_prefix for fragment in work.fragments] == prefixes
     assert list(read(work)) == ids

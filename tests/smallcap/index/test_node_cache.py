@@ -19,7 +19,7 @@ import pytest
 from smallcap import storage
 from smallcap.errors import IndexIntegrityError, StorageError
 from smallcap.index import node_cache as index_cache
-from smallcap.index.manifest import FileEntry
+from smallcap.index.manifest import FileEntry, IndexManifest
 from smallcap.index.node_cache import check_file, missing_files, open_version_folder
 from smallcap.index.partition import files_of
 from smallcap.index.retriever import Retriever
@@ -29,6 +29,17 @@ from tests.index_files import PublishIndex, unit_vectors
 def files_in(cache: str) -> set[str]:
     """The cached files' names, as manifests have them."""
     return {f"files/{path.name}" for path in Path(cache, "files").glob("*")}
+
+
+def needed(manifest: IndexManifest) -> set[str]:
+    """The files that a search opens; the template is not needed."""
+    return {entry.file for entry in manifest.files} - {manifest.template.file}
+
+
+@pytest.fixture
+def small(s3: str, publish_index: PublishIndex) -> IndexManifest:
+    """An index of 20 captions in the bucket."""
+    return publish_index(f"{s3}/index", unit_vectors(20), ["t"] * 20)
 
 
 @pytest.fixture
@@ -93,7 +104,7 @@ class TestDownloads:
         assert sorted(count for count, _ in found) == [0, 0, 6]
         expected = np.argsort(-(unit_vectors(3, seed=2) @ vectors.T), axis=1)[:, :4].tolist()
         assert all(neighbours == expected for _, neighbours in found)
-        assert files_in(cache) == {entry.file for entry in manifest.files} - {manifest.template.file}
+        assert files_in(cache) == needed(manifest)
         assert list(Path(cache, "downloads").iterdir()) == []
 
     def test_a_process_killed_in_the_middle_leaves_nothing_that_harms(
@@ -113,9 +124,7 @@ class TestDownloads:
         whole = files_in(cache)
         Retriever.open(uri, cache_dir=cache)
         assert list(Path(cache, "downloads").iterdir()) == []
-        assert {uri.removeprefix(f"{s3}/index/") for uri in asked} == {
-            entry.file for entry in manifest.files
-        } - whole - {manifest.template.file}
+        assert {uri.removeprefix(f"{s3}/index/") for uri in asked} == needed(manifest) - whole
 
     def test_versions_and_indexes_share_files(
         self, s3: str, cache: str, publish_index: PublishIndex, asked: list[str]
@@ -137,37 +146,31 @@ class TestDownloads:
         Retriever.open(f"{s3}/other", cache_dir=cache)
         assert asked == []
 
-    def test_a_damaged_copy_is_fetched_again(
-        self, s3: str, cache: str, publish_index: PublishIndex, asked: list[str]
-    ) -> None:
-        manifest = publish_index(f"{s3}/index", unit_vectors(20), ["t"] * 20)
+    def test_a_damaged_copy_is_fetched_again(self, s3: str, cache: str, small: IndexManifest, asked: list[str]) -> None:
         mapped = Retriever.open(f"{s3}/index", cache_dir=cache)
-        copy = Path(cache, manifest.shards[0].file)
+        copy = Path(cache, small.shards[0].file)
         data = copy.read_bytes()
         copy.unlink()  # the file that is mapped stays as it is
         copy.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
         asked.clear()
         again = Retriever.open(f"{s3}/index", cache_dir=cache)
         assert len(asked) == 1
-        check_file(copy, manifest.shards[0])
+        check_file(copy, small.shards[0])
         assert again.search(unit_vectors(1), 3) == mapped.search(unit_vectors(1), 3)
 
     def test_a_damaged_object_is_an_error_after_a_second_try(
-        self, s3: str, cache: str, publish_index: PublishIndex, asked: list[str]
+        self, s3: str, cache: str, small: IndexManifest, asked: list[str]
     ) -> None:
-        manifest = publish_index(f"{s3}/index", unit_vectors(20), ["t"] * 20)
-        damaged = storage.join(f"{s3}/index", manifest.shards[0].file)
+        damaged = storage.join(f"{s3}/index", small.shards[0].file)
         storage.write_bytes(damaged, storage.read_bytes(damaged)[:-1] + b"\0")
         with pytest.raises(IndexIntegrityError, match=r"damaged(.|\n)*sha256"):
             Retriever.open(f"{s3}/index", cache_dir=cache)
         assert asked.count(damaged) == 2
-        assert manifest.shards[0].file not in files_in(cache)
+        assert small.shards[0].file not in files_in(cache)
         assert list(Path(cache, "downloads").iterdir()) == []
 
-    def test_a_transfer_damaged_once(
-        self, s3: str, cache: str, publish_index: PublishIndex, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        publish_index(f"{s3}/index", unit_vectors(20), ["t"] * 20)
+    @pytest.mark.usefixtures("small")
+    def test_a_transfer_damaged_once(self, s3: str, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
         asked: Counter[str] = Counter()
         lock = threading.Lock()
         download = storage.download
@@ -245,11 +248,8 @@ class TestRoom:
             os.utime(stamp, (time.time() - 3600 * used[name],) * 2)
 
         def cached() -> set[str]:
-            """Which of the indexes are whole; the template is not needed."""
-            present = files_in(cache)
-            return {
-                name for name, manifest in manifests.items() if present >= {entry.file for entry in manifest.files[1:]}
-            }
+            """Which of the indexes are whole."""
+            return {name for name, manifest in manifests.items() if files_in(cache) >= needed(manifest)}
 
         new = publish_index(f"{s3}/new", unit_vectors(500, seed=9), ["new"] * 500)
         size = sum(Path(cache, name).stat().st_size for name in files_in(cache))

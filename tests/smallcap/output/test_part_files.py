@@ -62,12 +62,16 @@ def write(out: str, name: str = NAME, rows: list[dict[str, Any]] | None = None) 
     write_part(out, name, table_of(ROWS if rows is None else rows), INFO, SCHEMA, SIDECARS)
 
 
+def read_table(*names: str) -> pa.Table:
+    return pq.read_table(io.BytesIO(storage.read_bytes(storage.join(*names))))
+
+
 def tar_names(uri: str) -> list[str]:
     with storage.open_ranged(uri) as file, tarfile.open(fileobj=file) as tar:
         return tar.getnames()
 
 
-def test_a_part_is_read_as_it_was_written(anywhere: str) -> None:
+def test_a_part_and_its_sidecars_are_read_as_they_were_written(anywhere: str) -> None:
     write(anywhere)
     data = storage.read_bytes(storage.join(anywhere, NAME))
     table = pq.read_table(io.BytesIO(data))
@@ -81,11 +85,8 @@ def test_a_part_is_read_as_it_was_written(anywhere: str) -> None:
     assert metadata.row_group(0).column(0).has_offset_index
     assert metadata.row_group(0).sorting_columns[0].column_index == 0
     assert list(read_part_infos(anywhere)) == [(NAME, INFO)]
-
-
-def test_sidecars_have_their_parts_names_and_only_captioned_images(anywhere: str) -> None:
-    write(anywhere)
-    embeddings = pq.read_table(io.BytesIO(storage.read_bytes(storage.join(anywhere, "_embeddings", NAME))))
+    # The sidecars have the part's name, and only captioned images.
+    embeddings = read_table(anywhere, "_embeddings", NAME)
     assert embeddings["embedding"].type == pa.list_(pa.float16(), DIM)
     assert embeddings.schema.metadata[b"smallcap.model_id"] == b"model"
     assert embeddings["image_id"].to_pylist() == ["a.jpg", "b.jpg", "d.jpg", "e.jpg"]
@@ -97,17 +98,8 @@ def test_sidecars_have_their_parts_names_and_only_captioned_images(anywhere: str
         contents = {name: opened.extractfile(name).read() for name in ("a.jpg", "a.txt", "a.json")}  # type: ignore[union-attr]
     assert contents["a.jpg"] == JPEG
     assert contents["a.txt"] == b"a photo of a.jpg"
-    assert json.loads(contents["a.json"]) == {
-        "image_id": "a.jpg",
-        "image_uri": "s3://images/a.jpg",
-        "width": 4,
-        "height": 3,
-        "caption": "a photo of a.jpg",
-        "logprob": -1.5,
-        "neighbours": [{"caption_id": 7, "text": "a red car", "score": 0.5}],
-        "split": "train",
-        "score": 0.5,
-    }
+    names = ("image_id", "image_uri", "width", "height", "caption", "neighbours", "split", "score")
+    assert json.loads(contents["a.json"]) == {name: ROWS[3][name] for name in names} | {"logprob": -1.5}
 
 
 def test_lists_without_a_fixed_size_columns_in_pieces_and_errors_alone_are_taken(tmp_path: Path) -> None:
@@ -134,11 +126,11 @@ def test_dropped_rows_leave_the_part_and_its_sidecars(anywhere: str) -> None:
     write(anywhere, "part-001-000000.parquet")
     left = PartInfo({3: RowRanges([(0, 1)])}, {}, (), 1, {})
     drop_rows(anywhere, NAME, pa.array(["a.jpg", "b.jpg", "c.jpg", "nobody"]), left)
-    table = pq.read_table(io.BytesIO(storage.read_bytes(storage.join(anywhere, NAME))))
+    table = read_table(anywhere, NAME)
     check_caption_schema(table.schema, NAME)
     assert table.schema.metadata[b"smallcap.run_id"] == b"run"
     assert table["image_id"].to_pylist() == ["d.jpg", "e.jpg"]
-    embeddings = pq.read_table(io.BytesIO(storage.read_bytes(storage.join(anywhere, "_embeddings", NAME))))
+    embeddings = read_table(anywhere, "_embeddings", NAME)
     assert embeddings["image_id"].to_pylist() == ["d.jpg", "e.jpg"]
     assert tar_names(storage.join(anywhere, "webdataset", "part-000-000000.tar"))[::3] == ["d.jpg", "e.jpg"]
     assert dict(read_part_infos(anywhere)) == {NAME: left, "part-001-000000.parquet": INFO}
@@ -206,10 +198,8 @@ def test_sidecars_without_a_part_are_removed(anywhere: str) -> None:
     write(anywhere, "part-000-000001.parquet")
     storage.remove(storage.join(anywhere, "part-000-000001.parquet"))
     orphans = remove_orphans(anywhere)
-    assert orphans == [
-        storage.join(anywhere, "_embeddings", "part-000-000001.parquet"),
-        storage.join(anywhere, "webdataset", "part-000-000001.tar"),
-    ]
+    names = ("_embeddings/part-000-000001.parquet", "webdataset/part-000-000001.tar")
+    assert orphans == [storage.join(anywhere, name) for name in names]
     assert not any(storage.exists(uri) for uri in orphans)
     assert storage.exists(storage.join(anywhere, "_embeddings", NAME))
     assert remove_orphans(anywhere) == []
@@ -283,8 +273,7 @@ def test_pandas_reads_parts_and_embeddings(whole_output: Path) -> None:
     embeddings = pd.read_parquet(whole_output / "_embeddings")  # a folder of nothing else can be given as it is
     assert embeddings["image_id"].tolist() == CAPTIONED
     matrix = np.stack(embeddings["embedding"].tolist())
-    assert matrix.dtype == np.float16
-    assert matrix.shape == (6, DIM)
+    assert (matrix.dtype, matrix.shape) == (np.float16, (6, DIM))
     np.testing.assert_array_equal(matrix[0], embedding_of("a.jpg"))
     with pytest.raises(pa.ArrowInvalid):  # run.json and the tars are no Parquet: docs/formats.md names the glob
         pd.read_parquet(whole_output)

@@ -1,7 +1,8 @@
-"""Tars as tests need them."""
+"""Files as a run's images come in."""
 
 import io
 import tarfile
+from pathlib import Path
 
 
 def make_tar(*members: tuple[str, bytes]) -> bytes:
@@ -13,3 +14,11 @@ def make_tar(*members: tuple[str, bytes]) -> bytes:
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     return data.getvalue()
+
+
+def write_files(folder: Path, *names: str, content: bytes = b"x") -> Path:
+    """Writes files of one content, with the folders that their names need; returns the folder."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
