@@ -1,7 +1,5 @@
 """The counted memory against what torch really allocates on a CPU."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path

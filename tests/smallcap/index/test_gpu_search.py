@@ -1,7 +1,5 @@
 """Search on a GPU: its blocks run here on CPU tensors; what only a GPU can run is marked `gpu`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

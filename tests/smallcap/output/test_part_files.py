@@ -1,7 +1,5 @@
 """Parts and their sidecars, read back by this library and by the readers that people have."""
 
-from __future__ import annotations
-
 import io
 import json
 import tarfile
