@@ -165,6 +165,12 @@ def s3(s3_server: str, request: pytest.FixtureRequest) -> str:
     return f"s3://{name}"
 
 
+@pytest.fixture(params=["local", "s3"])
+def anywhere(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A folder that does not exist yet, on the local disk and in a bucket."""
+    return f"{tmp_path if request.param == 'local' else request.getfixturevalue('s3')}/anywhere"
+
+
 @pytest.fixture(scope="session")
 def ray_session(s3_server: str) -> Iterator[None]:
     """One local Ray with four logical CPUs for the whole test session."""

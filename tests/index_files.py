@@ -7,8 +7,10 @@ from collections.abc import Callable
 import numpy as np
 
 from smallcap.index.manifest import IndexManifest
+from smallcap.index.retriever import Retriever
 
 PublishIndex = Callable[..., IndexManifest]  # of the fixture `publish_index`
+OpenIndex = Callable[..., Retriever]  # of the fixture `open_index`
 
 
 def unit_vectors(rows: int, dim: int = 32, seed: int = 0) -> np.ndarray:

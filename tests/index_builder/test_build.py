@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -93,16 +91,6 @@ def test_a_build_from_dump_to_search(tmp_path: Path, dump: Path, tiny_clip: Path
     assert len(others) == 36
 
 
-def test_shard_count_changes_no_answer(tmp_path: Path, dump: Path, tiny_clip: Path) -> None:
-    queries = load_retrieval_encoder(f"hf:{tiny_clip}").encode_texts([f"some {colour} thing" for colour in COLOURS])
-    answers = []
-    for shards in (1, 3):
-        report = build_index(config(dump, tmp_path / str(shards), tiny_clip, shards=shards))
-        retriever = Retriever.open(report.index_uri, cache_dir=str(tmp_path / "cache"))
-        answers.append(retriever.search(queries, 7, ["image3-0.jpg"] * len(queries)))
-    assert answers[0] == answers[1]
-
-
 @pytest.mark.ray
 def test_builds_repeat_byte_for_byte_on_every_schedule(tmp_path: Path, dump: Path, tiny_clip: Path) -> None:
     options = {"shards": 3, "index_key": "IVF4,SQ8", "recall": {"target": 0.1}}
@@ -131,7 +119,15 @@ def test_the_same_dumps_and_options_are_a_no_op(tmp_path: Path, dump: Path, tiny
     assert len(list((tmp_path / "index" / "versions").iterdir())) == 3
 
 
-@pytest.mark.parametrize("step", ["shard", "calibrate", "publish", "pointer"])
+STEPS = {
+    "shard": (build_module, "write_shard"),
+    "calibrate": (build_module.Calibration, "run"),
+    "publish": (build_module, "publish_version"),
+    "pointer": (publish_module, "switch_pointer"),
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
 def test_a_failure_before_the_marker_leaves_the_old_version_and_what_was_done(
     tmp_path: Path, dump: Path, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
@@ -145,14 +141,7 @@ def test_a_failure_before_the_marker_leaves_the_old_version_and_what_was_done(
         raise RunError("stopped here")
 
     with monkeypatch.context() as patch:
-        if step == "shard":
-            patch.setattr(build_module, "write_shard", fail)
-        elif step == "calibrate":
-            patch.setattr(build_module.Calibration, "run", fail)
-        elif step == "publish":
-            patch.setattr(build_module, "publish_version", fail)
-        else:
-            patch.setattr(publish_module, "switch_pointer", fail)
+        patch.setattr(*STEPS[step], fail)
         with pytest.raises(RunError, match="stopped here"):
             build_index(changed)
     assert Retriever.open(str(index), cache_dir=str(tmp_path / "cache")).index_id == before

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import faiss
 import numpy as np
 import pytest
@@ -39,14 +37,11 @@ def test_a_memory_budget_makes_it_coarser_or_says_what_is_needed() -> None:
         plan_index(1_000_000, 512, "auto", "auto", 0.4e9)
 
 
-def test_lists_are_filled_in_and_may_not_outnumber_the_captions() -> None:
+def test_lists_are_filled_in_chosen_anew_and_may_not_outnumber_the_captions() -> None:
     assert plan_index(40_000, 512, "IVF,SQ8", 3).index_key == "IVF1024,SQ8"
     assert plan_index(40_000, 512, "IVF100,PQ8", 3).index_key == "IVF100,PQ8"
     with pytest.raises(ConfigError, match=r"fewer captions than lists(.|\n)*at least 100(.|\n)*found: 99"):
         plan_index(99, 512, "IVF100,PQ8", 3)
-
-
-def test_the_number_of_lists_is_chosen_anew_where_it_was_chosen() -> None:
     assert with_open_nlist("IVF4096,SQfp16") == "IVF,SQfp16"
     assert with_open_nlist("IVF32768_HNSW32,SQ8") == "IVF,SQ8"
     for key in ("Flat", "IVF100,PQ8", "HNSW32", "OPQ4,IVF8,PQ4"):
@@ -87,9 +82,8 @@ def test_samples_are_sorted_spread_and_inside(rows: int, count: int) -> None:
 
 @pytest.mark.parametrize("key", ["PQ8", "IVF4,PQ8", "OPQ8,IVF4,PQ8", "HNSW8_PQ8"])
 def test_no_product_quantizer_orders_its_codes(key: str) -> None:
-    index, names = make_index(key, 32), []
+    index = make_index(key, 32)
     for wrapped in ("index", "storage"):
         while isinstance(getattr(index, wrapped, None), faiss.Index):
             index = faiss.downcast_index(getattr(index, wrapped))
-            names.append(wrapped)
     assert index.do_polysemous_training is False

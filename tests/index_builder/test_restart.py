@@ -1,7 +1,5 @@
 """What is killed, at whatever moment, is followed by the index that an undisturbed build makes."""
 
-from __future__ import annotations
-
 import signal
 import sys
 from collections.abc import Callable

@@ -96,13 +96,18 @@ def test_compiled_encoders_give_the_same_captions(tiny_smallcap: Path) -> None:
     assert [result.caption for result in compiled.caption(images)] == expected
 
 
-def test_without_retrieval_no_index_is_needed(tiny_smallcap: Path) -> None:
-    (result,) = Captioner.from_pretrained(str(tiny_smallcap), k=0).caption([jpeg(0)])
+def test_options_are_fields_and_keywords_and_without_retrieval_no_index_is_needed(tiny_smallcap: Path) -> None:
+    options = CaptionerOptions(k=0, num_beams=2, dtype="float32")
+    captioner = Captioner.from_pretrained(str(tiny_smallcap), options=options, num_beams=1)
+    assert (captioner.k, captioner.generation.num_beams, captioner.model.dtype) == (0, 1, torch.float32)
+    (result,) = captioner.caption([jpeg(0)])
     assert result.caption is not None
     assert result.neighbours == ()
     assert result.clip_score is None
     with pytest.raises(ConfigError, match="Retrieval needs an index"):
         Captioner.from_pretrained(str(tiny_smallcap))
+    with pytest.raises(ConfigError, match="Did you mean num_beams"):
+        Captioner.from_pretrained(str(tiny_smallcap), num_beam=1)
 
 
 def test_batches_that_are_prepared_beside_each_other_are_those_alone(captioner: Captioner) -> None:
@@ -113,19 +118,10 @@ def test_batches_that_are_prepared_beside_each_other_are_those_alone(captioner: 
     assert list(captioner.caption_batches(batches)) == [captioner.caption_batch(*batch) for batch in batches]
 
 
-def test_options_are_fields_and_keywords(tiny_smallcap: Path) -> None:
-    options = CaptionerOptions(k=0, num_beams=2, dtype="float32")
-    captioner = Captioner.from_pretrained(str(tiny_smallcap), options=options, num_beams=1)
-    assert (captioner.k, captioner.generation.num_beams, captioner.model.dtype) == (0, 1, torch.float32)
-    with pytest.raises(ConfigError, match="Did you mean num_beams"):
-        Captioner.from_pretrained(str(tiny_smallcap), num_beam=1)
-
-
 def test_a_length_penalty_does_not_change_what_logprob_means(index: str, tiny_smallcap: Path) -> None:
-    greedy, normed = (
-        Captioner.from_pretrained(
-            str(tiny_smallcap), index, num_beams=1, length_penalty=penalty, dtype="float32"
-        ).caption([jpeg(1)])[0]
+    options = CaptionerOptions(num_beams=1, dtype="float32")
+    (greedy,), (normed,) = (
+        Captioner.from_pretrained(str(tiny_smallcap), index, options, length_penalty=penalty).caption([jpeg(1)])
         for penalty in (0.0, 1.0)
     )
     assert normed.caption == greedy.caption

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field, ValidationError
 
-from smallcap.config import AutoCount, CaptionConfig, IndexConfig
+from smallcap.config import AutoCount, CaptionConfig
 from smallcap.errors import ConfigError
 from smallcap.options import POSITIONAL, Config, Flag, config_difference, list_options, load_config
 
@@ -39,17 +39,8 @@ OPTIONS = {option.key: option for option in list_options(Job)}
 
 
 def test_options_of_groups_come_after_the_jobs_own() -> None:
-    assert list(OPTIONS) == [
-        "inputs",
-        "columns",
-        "kinds",
-        "uris",
-        "batch_size",
-        "add",
-        "group.k",
-        "group.share",
-        "group.exact",
-    ]
+    groups = ["group.k", "group.share", "group.exact"]
+    assert list(OPTIONS) == ["inputs", "columns", "kinds", "uris", "batch_size", "add", *groups]
 
 
 @pytest.mark.parametrize(
@@ -73,21 +64,14 @@ def test_an_option_knows_its_kind_and_its_docstring() -> None:
     assert [key for key, option in OPTIONS.items() if option.is_required] == ["inputs"]
     assert [key for key, option in OPTIONS.items() if option.is_switch] == ["add", "group.exact"]
     assert [key for key, option in OPTIONS.items() if option.is_list] == ["inputs", "columns", "kinds", "uris"]
+    assert [key for key, option in OPTIONS.items() if option.has_commas] == ["columns", "kinds"]
     assert (OPTIONS["group.k"].summary, OPTIONS["group.k"].group) == ("How many there are.", Group)
 
 
-def test_flags_of_words_take_commas_and_those_of_uris_do_not() -> None:
-    assert [key for key, option in OPTIONS.items() if option.has_commas] == ["columns", "kinds"]
-
-
-def test_what_is_not_given_is_left_to_the_checkpoint() -> None:
-    config = load_config(CaptionConfig, flags=REQUIRED)
-    assert config.retrieval.k is None
-    generation = config.generation
-    assert (generation.num_beams, generation.max_new_tokens, generation.length_penalty) == (None, None, None)
-
-
 def test_later_sources_win(tmp_path: Path) -> None:
+    unset = load_config(CaptionConfig, flags=REQUIRED)  # is left to the checkpoint
+    assert unset.retrieval.k is None
+    assert (unset.generation.num_beams, unset.generation.max_new_tokens, unset.generation.length_penalty) == (None,) * 3
     file = tmp_path / "run.yaml"
     file.write_text("model: folder\nretrieval: {k: 1}\ngeneration: {num_beams: 1, max_new_tokens: 7}\n")
     flags = REQUIRED | {"retrieval.k": "2", "generation.num_beams": "2", "limit": None}
@@ -138,9 +122,6 @@ def test_all_missing_options_are_named_as_flags() -> None:
         load_config(CaptionConfig)
     with pytest.raises(ConfigError, match=r"An option is missing\.\n  remedy: Give --out\."):
         load_config(CaptionConfig, flags={**REQUIRED, "out": None})
-
-
-def test_retrieval_needs_an_index_and_no_retrieval_does_not() -> None:
     without = {**REQUIRED, "index": None}
     with pytest.raises(ConfigError, match="give --index"):
         load_config(CaptionConfig, flags=without)
@@ -155,14 +136,11 @@ def test_a_config_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) 
         load_config(CaptionConfig, str(file), REQUIRED)
 
 
-def test_configs_are_frozen() -> None:
-    config = load_config(IndexConfig, flags={"dumps": ["a.csv"], "out": "o", "encoder": "demo"})
+def test_configs_are_frozen_and_differences_are_named() -> None:
+    config = load_config(CaptionConfig, flags=REQUIRED)
     with pytest.raises(ValidationError):
         config.out = "elsewhere"
-
-
-def test_differences_are_named() -> None:
-    one = load_config(CaptionConfig, flags=REQUIRED).model_dump(mode="json")
+    one = config.model_dump(mode="json")
     two = load_config(CaptionConfig, flags=REQUIRED, sets=["retrieval.k=2"]).model_dump(mode="json")
     assert config_difference(one, two) == ["retrieval.k: null → 2"]
     assert config_difference(one, one) == []

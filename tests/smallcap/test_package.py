@@ -1,15 +1,13 @@
-import subprocess
-import sys
-
 import pytest
 
 import smallcap
+from tests.python_process import run_python
 
 
 def test_importing_smallcap_is_light() -> None:
     heavy = "torch ray transformers faiss open_clip pyarrow"
     code = f"import sys, smallcap; print([name for name in '{heavy}'.split() if name in sys.modules])"
-    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+    assert run_python(code) == "[]\n"
 
 
 @pytest.mark.parametrize("name", smallcap.__all__)

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -60,8 +58,8 @@ def test_ids_and_contents_do_not_depend_on_buckets_and_chunks(
         {
             "key": key,
             "text": text,
-            "source": list(dict.fromkeys(sources)),
-            "image_id": list(dict.fromkeys(images)),
+            "source": [*dict.fromkeys(sources)],
+            "image_id": [*dict.fromkeys(images)],
             "vector": None,
         }
         for key, (text, sources, images) in sorted(expected.items())

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from index_builder.dumps.cleaning import caption_key
 from index_builder.dumps.deduplication import Deduplicator, Row, UniqueCaption
 

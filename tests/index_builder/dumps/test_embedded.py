@@ -1,9 +1,8 @@
-from __future__ import annotations
-
+import io
 import json
 import tracemalloc
-from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -17,13 +16,12 @@ from index_builder.dumps.files import DumpFile, find_dumps, open_dump, scan_dump
 from smallcap import storage
 from smallcap.captions.rows import CaptionColumns, CaptionRow
 from smallcap.errors import ConfigError, IndexIntegrityError, SchemaError
+from tests.index_files import unit_vectors
 
 COLUMNS = CaptionColumns("caption", "image_path")
 
 
-def unit_rows(rows: int, dim: int = 4, seed: int = 0) -> np.ndarray:
-    vectors = np.random.default_rng(seed).normal(size=(rows, dim))
-    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+unit_rows = partial(unit_vectors, dim=4)
 
 
 def write_pair(folder: Path, number: str, vectors: np.ndarray, embeddings: str = "text_emb/text_emb_") -> None:
@@ -81,7 +79,7 @@ def test_embeddings_beside_metadata(tmp_path: Path) -> None:
     assert companions(tmp_path) == {"metadata/all.parquet": "embeddings/all.npy", "more.csv": None}
 
 
-def test_the_references_datastore(tmp_path: Path) -> None:
+def test_the_references_datastore_whole_without_embeddings_and_empty(tmp_path: Path) -> None:
     vectors = unit_rows(3)
     write_datastore(tmp_path, vectors, ["a dog", 5, "a cat"])
     [dump] = find_dumps([str(tmp_path)])
@@ -91,17 +89,10 @@ def test_the_references_datastore(tmp_path: Path) -> None:
         ("", None, 2, "malformed", vectors[1].tobytes()),
         ("a cat", None, 3, "", vectors[2].tobytes()),
     ]
-
-
-def test_the_datastores_captions_alone_have_no_embeddings(tmp_path: Path) -> None:
-    write_datastore(tmp_path, unit_rows(2), ["a dog", "a cat"])
-    [dump] = find_dumps([f"{tmp_path}/coco_index_captions.json"])
-    assert [row[:5] for row in rows_of(dump)] == [("a dog", None, 1, "", None), ("a cat", None, 2, "", None)]
-
-
-def test_an_empty_datastore(tmp_path: Path) -> None:
-    write_datastore(tmp_path, unit_rows(0), [])
-    [dump] = find_dumps([str(tmp_path)])
+    [alone] = find_dumps([f"{tmp_path}/coco_index_captions.json"])
+    assert [row[:5] for row in rows_of(alone)] == [(*row[:4], None) for row in rows_of(dump)]
+    write_datastore(tmp_path / "empty", unit_rows(0), [])
+    [dump] = find_dumps([f"{tmp_path}/empty"])
     assert rows_of(dump) == []
 
 
@@ -137,13 +128,10 @@ def test_a_missing_half_is_named(tmp_path: Path, missing: str) -> None:
     other = "metadata/metadata_1.parquet" if missing.startswith("text") else "text_emb/text_emb_1.npy"
     with pytest.raises(ConfigError, match=rf"do not pair up(.|\n)*found: {other}"):
         find_dumps([str(tmp_path)])
-
-
-def test_two_files_of_one_number_do_not_pair_up(tmp_path: Path) -> None:
     write_pair(tmp_path, "1", unit_rows(2))
     np.save(tmp_path / "text_emb" / "text_emb_01.npy", unit_rows(2))
     with pytest.raises(ConfigError, match="do not pair up"):
-        find_dumps([str(tmp_path)])
+        find_dumps([str(tmp_path)])  # two files have one number
 
 
 def test_checksum_covers_both_files(tmp_path: Path) -> None:
@@ -184,42 +172,40 @@ def test_vectors_without_direction_are_counted_and_others_normalised(tmp_path: P
     assert rows[4].vector == np.array([1, 0], "<f4").tobytes()
 
 
-def save_object_array(path: Path) -> None:
-    np.save(path, np.array([[1, "a"]], object), allow_pickle=True)
-
-
-def save_archive(path: Path) -> None:
-    with path.open("wb") as file:
-        np.savez(file, unit_rows(2))
+def archive() -> bytes:
+    file = io.BytesIO()
+    np.savez(file, unit_rows(2))
+    return file.getvalue()
 
 
 @pytest.mark.parametrize(
-    ("save", "message"),
+    ("content", "message"),
     [
-        (
-            lambda path: np.save(path, unit_rows(3)),
-            r"not have one embedding for each caption(.|\n)*2 embeddings(.|\n)*found: 3",
-        ),
-        (lambda path: np.save(path, unit_rows(2, dim=5)), r"wrong length(.|\n)*4 numbers(.|\n)*found: 5"),
-        (lambda path: np.save(path, np.zeros(2)), r"wrong shape or type(.|\n)*found: \[2\] of float64"),
-        (lambda path: np.save(path, np.zeros((2, 4, 1))), "wrong shape or type"),
-        (lambda path: np.save(path, np.zeros((2, 4), int)), r"wrong shape or type(.|\n)*int64"),
-        (lambda path: np.save(path, np.zeros((2, 4), complex)), "wrong shape or type"),
-        (lambda path: np.save(path, np.zeros((2, 0), np.float32)), "wrong length"),
-        (save_object_array, r"not a \.npy file of numbers"),
-        (save_archive, r"not a \.npy file of numbers"),
-        (lambda path: path.write_bytes(b""), r"not a \.npy file of numbers"),
-        (lambda path: path.write_bytes(b"garbage" * 100), r"not a \.npy file of numbers"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-1]), r"not a \.npy file of numbers"),
+        (unit_rows(3), r"not have one embedding for each caption(.|\n)*2 embeddings(.|\n)*found: 3"),
+        (unit_rows(2, dim=5), r"wrong length(.|\n)*4 numbers(.|\n)*found: 5"),
+        (np.zeros(2), r"wrong shape or type(.|\n)*found: \[2\] of float64"),
+        (np.zeros((2, 4, 1)), "wrong shape or type"),
+        (np.zeros((2, 4), int), r"wrong shape or type(.|\n)*int64"),
+        (np.zeros((2, 4), complex), "wrong shape or type"),
+        (np.zeros((2, 0), np.float32), "wrong length"),
+        (np.array([[1, "a"]], object), r"not a \.npy file of numbers"),
+        (archive(), r"not a \.npy file of numbers"),
+        (b"", r"not a \.npy file of numbers"),
+        (b"garbage" * 100, r"not a \.npy file of numbers"),
+        (None, r"not a \.npy file of numbers"),  # the last byte is missing
     ],
 )
-def test_npy_files_that_cannot_be_used(tmp_path: Path, save: Callable[[Path], None], message: str) -> None:
+def test_npy_files_that_cannot_be_used(tmp_path: Path, content: np.ndarray | bytes | None, message: str) -> None:
     write_pair(tmp_path, "0", unit_rows(2))
     [dump] = find_dumps([str(tmp_path)])
-    save(tmp_path / "text_emb" / "text_emb_0.npy")
+    path = tmp_path / "text_emb" / "text_emb_0.npy"
+    if isinstance(content, np.ndarray):
+        np.save(path, content)
+    else:
+        path.write_bytes(path.read_bytes()[:-1] if content is None else content)
     with pytest.raises(SchemaError, match=message) as raised:
         scan_dump((dump, COLUMNS._replace(dim=4)))
-    assert raised.value.where == f"{tmp_path}/text_emb/text_emb_0.npy"
+    assert raised.value.where == str(path)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -7,20 +5,16 @@ import pytest
 from index_builder.dumps.files import find_dumps, scan_dump
 from smallcap.captions.rows import CaptionColumns
 from smallcap.errors import ConfigError, SchemaError, StorageError
+from tests.input_files import write_files
 
 
 def test_folders_globs_and_files_in_the_order_given_and_once(tmp_path: Path) -> None:
-    for name in ("b/2.csv", "b/1.jsonl", "b/readme.txt", "b/_SUCCESS.csv", "a/2.csv"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("caption\n")
+    names = ("b/2.csv", "b/1.jsonl", "b/readme.txt", "b/_SUCCESS.csv", "a/2.csv")
+    write_files(tmp_path, *names, content=b"caption\n")
     found = find_dumps([f"{tmp_path}/b", f"{tmp_path}/a/*.csv", f"{tmp_path}/b/2.csv"])
     assert [dump.uri for dump in found] == [f"{tmp_path}/{name}" for name in ("b/1.jsonl", "b/2.csv", "a/2.csv")]
     assert [dump.name for dump in found] == ["b/1.jsonl", "b/2.csv", "a/2.csv"]
-
-
-def test_a_single_file_is_called_by_its_name(tmp_path: Path) -> None:
-    (tmp_path / "captions.csv").write_text("caption\na\n")
-    assert [dump.name for dump in find_dumps([str(tmp_path)])] == ["captions.csv"]
+    assert [dump.name for dump in find_dumps([f"{tmp_path}/a"])] == ["2.csv"]  # a single file
 
 
 def test_nothing_to_read(tmp_path: Path) -> None:
@@ -37,5 +31,4 @@ def test_scan_checks_the_columns(tmp_path: Path) -> None:
     with pytest.raises(SchemaError, match="no column of captions"):
         scan_dump((dump, CaptionColumns("caption")))
     scan = scan_dump((dump, CaptionColumns("text")))
-    assert scan.bytes == 7
-    assert len(scan.sha256) == 64
+    assert (scan.bytes, len(scan.sha256)) == (7, 64)

@@ -1,6 +1,5 @@
-from __future__ import annotations
-
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import faiss
@@ -22,6 +21,7 @@ from smallcap.errors import ConfigError, IndexIntegrityError, RunError, SchemaEr
 from smallcap.index.manifest import load_pointer
 from smallcap.index.retriever import Retriever
 from smallcap.model.clip_encoder import load_retrieval_encoder
+from tests.index_files import unit_vectors
 
 DIM = 16
 
@@ -43,22 +43,25 @@ def write_embedded_dump(folder: Path, rows: int, seed: int = 0) -> Path:
     return path
 
 
-def build(tmp_path: Path, clip: Path, dump: Path, **options: object) -> BuildReport:
+BuildEmbedded = Callable[..., BuildReport]
+
+
+@pytest.fixture
+def build(tmp_path: Path, tiny_clip: Path) -> BuildEmbedded:
+    """A function that builds an index of a dump with embeddings."""
     given: dict[str, object] = {
-        "dumps": (str(dump),),
         "out": str(tmp_path / "index"),
-        "encoder": f"hf:{clip}",
+        "encoder": f"hf:{tiny_clip}",
         "embedding_column": "embedding",
         "trust_embeddings": True,
         "cleaning": CleaningConfig(tokenizer=None),
     }
-    return build_index(IndexConfig.model_validate(given | options))
+    return lambda dump, **options: build_index(IndexConfig.model_validate(given | {"dumps": (str(dump),)} | options))
 
 
 class TestMeasures:
     def test_imitated_images_lie_at_the_gap(self) -> None:
-        vectors = np.random.default_rng(0).standard_normal((50, 64)).astype(np.float32)
-        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        vectors = unit_vectors(50, 64)
         queries = imitate_images(vectors)
         assert np.allclose((queries * vectors).sum(axis=1), 0.3, atol=1e-5)
         assert np.allclose(np.linalg.norm(queries, axis=1), 1, atol=1e-5)
@@ -76,12 +79,12 @@ class TestMeasures:
 
 
 class TestCalibration:
-    def test_nprobe_rises_with_the_target(self, tmp_path: Path, tiny_clip: Path) -> None:
+    def test_nprobe_rises_with_the_target(self, tmp_path: Path, build: BuildEmbedded) -> None:
         dump = write_embedded_dump(tmp_path, 4000)
         nprobes = []
         for target in (0.5, 0.9, 0.99):
             recall = RecallConfig(target=target, queries=512)
-            manifest = build(tmp_path, tiny_clip, dump, index_key="IVF64,SQfp16", shards=3, recall=recall).manifest
+            manifest = build(dump, index_key="IVF64,SQfp16", shards=3, recall=recall).manifest
             at_4, at_10 = manifest.recall
             assert (at_4.k, at_10.k, at_4.queries, manifest.recall_target) == (4, 10, 512, target)
             assert at_4.recall >= (at_4.recall_low or 0) >= target
@@ -95,32 +98,30 @@ class TestCalibration:
         assert len(list((tmp_path / "index" / "files").iterdir())) == 7  # the versions differ in how they are searched
 
     def test_a_missed_target_is_told_and_can_be_accepted(
-        self, tmp_path: Path, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch
+        self, tmp_path: Path, build: BuildEmbedded, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(calibration_module, "_K_FACTORS", (1,))
         dump = write_embedded_dump(tmp_path, 1000)
         options = {"index_key": "PQ2", "recall": RecallConfig(queries=128)}
         with pytest.raises(RunError, match=r"misses its recall target(.|\n)*index_key=PQ2(.|\n)*--accept-recall"):
-            build(tmp_path, tiny_clip, dump, **options)
+            build(dump, **options)
         assert not (tmp_path / "index" / "current.json").exists()
         monkeypatch.setattr(build_module, "write_shard", None)  # what is built already is kept
-        manifest = build(
-            tmp_path, tiny_clip, dump, **(options | {"recall": RecallConfig(queries=128, accept=True)})
-        ).manifest
+        manifest = build(dump, **(options | {"recall": RecallConfig(queries=128, accept=True)})).manifest
         assert manifest.recall[0].recall < 0.9
         assert (manifest.recall_target, manifest.nprobe) == (0.99, None)
 
-    def test_a_coarse_codec_is_ranked_again_from_more_candidates(self, tmp_path: Path, tiny_clip: Path) -> None:
+    def test_a_coarse_codec_is_ranked_again_from_more_candidates(self, tmp_path: Path, build: BuildEmbedded) -> None:
         dump = write_embedded_dump(tmp_path, 2000)
         recall = RecallConfig(queries=128, target=0.9)
-        fine = build(tmp_path, tiny_clip, dump, index_key="IVF16,SQ8", recall=recall).manifest
-        coarse = build(tmp_path, tiny_clip, dump, index_key="IVF16,PQ8x4", recall=recall).manifest
+        fine = build(dump, index_key="IVF16,SQ8", recall=recall).manifest
+        coarse = build(dump, index_key="IVF16,PQ8x4", recall=recall).manifest
         assert (fine.k_factor, fine.codec) == (4, "SQ8")
         assert coarse.k_factor > 4
         assert len(coarse.vectors) == len(coarse.shards)
         assert (coarse.recall[0].recall_low or 0) >= 0.9
 
-    def test_given_images_are_the_queries(self, tmp_path: Path, tiny_clip: Path) -> None:
+    def test_given_images_are_the_queries(self, tmp_path: Path, build: BuildEmbedded) -> None:
         images = tmp_path / "images"
         images.mkdir()
         rng = np.random.default_rng(0)
@@ -129,32 +130,32 @@ class TestCalibration:
         (images / "broken.png").write_bytes(b"no image")
         dump = write_embedded_dump(tmp_path, 500)
         recall = RecallConfig(calibration_images=(str(images),), target=0.8)
-        manifest = build(tmp_path, tiny_clip, dump, index_key="IVF8,Flat", recall=recall).manifest
+        manifest = build(dump, index_key="IVF8,Flat", recall=recall).manifest
         assert (manifest.recall_queries, manifest.recall[0].queries) == ("images", 20)
         with pytest.raises(ConfigError, match=r"too few calibration images(.|\n)*found: 1"):
             few = RecallConfig(calibration_images=(str(images / "0.png"),))
-            build(tmp_path, tiny_clip, dump, index_key="IVF4,Flat", recall=few)
+            build(dump, index_key="IVF4,Flat", recall=few)
 
     def test_a_shard_that_is_not_what_was_written(
-        self, tmp_path: Path, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch
+        self, tmp_path: Path, build: BuildEmbedded, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         add = sharding_module.add_vectors
         monkeypatch.setattr(sharding_module, "add_vectors", lambda index, vectors, first: add(index, -vectors, first))
         dump = write_embedded_dump(tmp_path, 300)
         with pytest.raises(IndexIntegrityError, match="does not hold the vector that was written"):
-            build(tmp_path, tiny_clip, dump, index_key="IVF4,SQfp16")
+            build(dump, index_key="IVF4,SQfp16")
 
 
 class TestKeys:
     @pytest.mark.parametrize("key", ["Flat", "IVF16,SQfp16", "IVF,SQ8", "IVF16,Flat", "SQ8", "HNSW16", "OPQ4,IVF8,PQ4"])
     def test_builds_repeat_byte_for_byte_and_shards_change_no_answer(
-        self, tmp_path: Path, tiny_clip: Path, key: str
+        self, tmp_path: Path, build: BuildEmbedded, key: str
     ) -> None:
         dump = write_embedded_dump(tmp_path, 1500)
         options = {"index_key": key, "recall": RecallConfig(queries=64, target=0.3)}
-        one = build(tmp_path, tiny_clip, dump, **options, shards=1)
-        many = build(tmp_path, tiny_clip, dump, **options, shards=5, out=str(tmp_path / "many"))
-        again = build(tmp_path, tiny_clip, dump, **options, shards=5, out=str(tmp_path / "again"))
+        one = build(dump, **options, shards=1)
+        many = build(dump, **options, shards=5, out=str(tmp_path / "many"))
+        again = build(dump, **options, shards=5, out=str(tmp_path / "again"))
         files = [
             {path.name: path.read_bytes() for path in Path(f"{tmp_path}/{name}/files").iterdir()}
             for name in ("many", "again")
@@ -163,13 +164,11 @@ class TestKeys:
         assert many.manifest.index_id == again.manifest.index_id
         if key == "HNSW16":  # every shard has a graph of its own
             return
-        queries = np.random.default_rng(1).standard_normal((50, DIM)).astype(np.float32)
-        queries /= np.linalg.norm(queries, axis=1, keepdims=True)
         assert one.manifest.nprobe == many.manifest.nprobe
         answers = []
         for report in (one, many):
             retriever = Retriever.open(report.index_uri, cache_dir=str(tmp_path / "cache"))
-            answers.append(retriever.search(queries, 7))
+            answers.append(retriever.search(unit_vectors(50, DIM, seed=1), 7))
         assert answers[0] == answers[1]
 
     @pytest.mark.parametrize(
@@ -182,36 +181,34 @@ class TestKeys:
         ],
     )
     def test_keys_that_cannot_be_built_fail_before_anything_is_embedded(
-        self, tmp_path: Path, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch, key: str, message: str
+        self, tmp_path: Path, build: BuildEmbedded, monkeypatch: pytest.MonkeyPatch, key: str, message: str
     ) -> None:
         monkeypatch.setattr(encoding_module, "EmbedSlices", None)
         with pytest.raises(ConfigError, match=message):
-            build(tmp_path, tiny_clip, write_embedded_dump(tmp_path, 300), index_key=key)
+            build(write_embedded_dump(tmp_path, 300), index_key=key)
 
 
 class TestImports:
-    def test_embeddings_of_another_encoder_are_noticed(self, tmp_path: Path, tiny_clip: Path) -> None:
+    def test_embeddings_of_another_encoder_are_noticed(self, tmp_path: Path, build: BuildEmbedded) -> None:
         dump = write_embedded_dump(tmp_path, 100)
         with pytest.raises(ConfigError, match=r"not this encoder's(.|\n)*trust_embeddings"):
-            build(tmp_path, tiny_clip, dump, trust_embeddings=False)
-        assert build(tmp_path, tiny_clip, dump).embedded == 0
+            build(dump, trust_embeddings=False)
+        assert build(dump).embedded == 0
 
-    def test_an_encoders_own_embeddings_are_taken(self, tmp_path: Path, tiny_clip: Path) -> None:
-        texts = [f"a {colour} thing number {number}" for colour in ("red", "blue") for number in range(40)]
-        vectors = load_retrieval_encoder(f"hf:{tiny_clip}").encode_texts(texts).astype(np.float16)
-        table = pa.table({"caption": texts, "embedding": pa.array(list(vectors), pa.list_(pa.float16()))})
-        pq.write_table(table, tmp_path / "dump.parquet")
-        report = build(tmp_path, tiny_clip, tmp_path / "dump.parquet", trust_embeddings=False)
-        assert (report.new_captions, report.embedded) == (80, 0)
-        assert report.manifest.embedding_dtype == "imported"
-
-    @pytest.mark.parametrize("layout", ["clip-retrieval", "reference"])
-    def test_folders_with_embeddings(self, tmp_path: Path, tiny_clip: Path, layout: str) -> None:
+    @pytest.mark.parametrize("layout", ["parquet", "clip-retrieval", "reference"])
+    def test_an_encoders_own_embeddings_are_taken(
+        self, tmp_path: Path, tiny_clip: Path, build: BuildEmbedded, layout: str
+    ) -> None:
         folder = tmp_path / "datastore"
         texts = [f"a {colour} thing number {number}" for colour in ("red", "blue") for number in range(40)]
         encoder = load_retrieval_encoder(f"hf:{tiny_clip}")
         vectors = encoder.encode_texts(texts)
-        if layout == "reference":
+        column = None
+        if layout == "parquet":
+            folder, column = tmp_path / "dump.parquet", "embedding"
+            embeddings = pa.array(list(vectors.astype(np.float16)), pa.list_(pa.float16()))
+            pq.write_table(pa.table({"caption": texts, "embedding": embeddings}), folder)
+        elif layout == "reference":
             folder.mkdir()
             index = faiss.IndexFlatIP(DIM)
             index.add(vectors)
@@ -222,19 +219,20 @@ class TestImports:
             (folder / "metadata").mkdir()
             np.save(folder / "text_emb" / "text_emb_0.npy", vectors.astype(np.float16))
             pq.write_table(pa.table({"caption": texts}), folder / "metadata" / "metadata_0.parquet")
-        report = build(tmp_path, tiny_clip, folder, trust_embeddings=False, embedding_column=None)
+        report = build(folder, trust_embeddings=False, embedding_column=column)
         assert (report.new_captions, report.embedded) == (80, 0)
+        assert report.manifest.embedding_dtype == "imported"
         retriever = Retriever.open(report.index_uri, encoder=encoder.identity, cache_dir=str(tmp_path / "cache"))
         found = retriever.search(vectors[::7], 1)
         assert [best.score for [best] in found] == pytest.approx([1.0] * len(found), abs=1e-3)
         if layout == "reference":  # float32 comes through whole
             assert [best.text for [best] in found] == texts[::7]
 
-    def test_embeddings_of_another_length(self, tmp_path: Path, tiny_clip: Path) -> None:
+    def test_embeddings_of_another_length(self, tmp_path: Path, build: BuildEmbedded) -> None:
         table = pa.table({"caption": ["a"], "embedding": pa.array([[1.0, 0.0]], pa.list_(pa.float32()))})
         pq.write_table(table, tmp_path / "dump.parquet")
         with pytest.raises(SchemaError):
-            build(tmp_path, tiny_clip, tmp_path / "dump.parquet")
+            build(tmp_path / "dump.parquet")
 
 
 def test_a_dry_run_counts_and_leaves_nothing(tmp_path: Path, tiny_clip: Path) -> None:

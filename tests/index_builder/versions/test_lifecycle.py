@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import os
 import shutil
 import time
@@ -30,12 +28,6 @@ GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "index_v1_flat" / "ind
 Build = Callable[..., BuildReport]
 
 
-@pytest.fixture(params=["local", "s3"])
-def anywhere(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Where an index goes: on the local disk, and in a bucket."""
-    return f"{tmp_path}/index" if request.param == "local" else f"{request.getfixturevalue('s3')}/index"
-
-
 @pytest.fixture
 def build(tmp_path: Path, tiny_clip: Path) -> Build:
     """Builds `tmp_path/index` from rows of (image, text), written to a dump of the given name."""
@@ -63,11 +55,15 @@ def open_index(report: BuildReport, tmp_path: Path) -> Retriever:
     return Retriever.open(report.index_uri, cache_dir=str(tmp_path / "cache"))
 
 
-def nearest(retriever: Retriever, tiny_clip: Path, texts: Sequence[str], k: int = 5) -> list[list[tuple[str, float]]]:
+def queries_of(tiny_clip: Path, *texts: str) -> np.ndarray:
+    return load_retrieval_encoder(f"hf:{tiny_clip}").encode_texts(texts)
+
+
+def nearest(retriever: Retriever, queries: np.ndarray, k: int = 5) -> list[list[tuple[str, float]]]:
     """The neighbours' texts and scores; equal scores in the order of the texts, as ids differ between indexes."""
-    found = retriever.search(load_retrieval_encoder(f"hf:{tiny_clip}").encode_texts(texts), k)
     return [
-        [(n.text, round(n.score, 3)) for n in sorted(row, key=lambda n: (-round(n.score, 3), n.text))] for row in found
+        [(n.text, round(n.score, 3)) for n in sorted(row, key=lambda n: (-round(n.score, 3), n.text))]
+        for row in retriever.search(queries, k)
     ]
 
 
@@ -80,7 +76,8 @@ KEYS = ("Flat", "IVF4,SQfp16", "IVF4,SQ8", "SQ8")
 
 @pytest.mark.parametrize("key", KEYS)
 def test_adding_equals_building_at_once(tmp_path: Path, tiny_clip: Path, build: Build, key: str) -> None:
-    rows, queries = rows_of(0, 300), [text for _, text in rows_of(0, 300)[::23]]
+    rows = rows_of(0, 300)
+    queries = queries_of(tiny_clip, *(text for _, text in rows[::23]))
     options = {"index_key": key, "recall": {"target": 0.5}}
     first = build(rows[:200], shards=2, **options)
     more = [*rows[200:], ("other-image", rows[5][1].upper()), ("image0", rows[0][1]), ("image9", rows[250][1])]
@@ -107,14 +104,10 @@ def test_adding_equals_building_at_once(tmp_path: Path, tiny_clip: Path, build: 
     both = open_index(at_once, tmp_path)
     assert captions_of(both) == captions
     if key == "Flat":
-        assert nearest(retriever, tiny_clip, queries) == nearest(both, tiny_clip, queries)
+        assert nearest(retriever, queries) == nearest(both, queries)
     # The caption that the second dump gave another image is left out for that image, too.
-    excluded = retriever.search(retriever_queries(tiny_clip, [rows[5][1]]), 300, ["other-image"])[0]
+    excluded = retriever.search(queries_of(tiny_clip, rows[5][1]), 300, ["other-image"])[0]
     assert rows[5][1] not in {neighbour.text for neighbour in excluded}
-
-
-def retriever_queries(tiny_clip: Path, texts: Sequence[str]) -> np.ndarray:
-    return load_retrieval_encoder(f"hf:{tiny_clip}").encode_texts(texts)
 
 
 def test_adding_what_is_there_changes_nothing(tmp_path: Path, build: Build) -> None:
@@ -152,7 +145,7 @@ def test_removing_by_source_image_and_text(tmp_path: Path, tiny_clip: Path, buil
     assert report.manifest.dropped["removed"] == 4
     assert report.manifest.removed is not None and report.manifest.removed.rows == 4
     retriever = open_index(report, tmp_path)
-    everything = {n.text for n in retriever.search(retriever_queries(tiny_clip, [rows[0][1]]), 120)[0]}
+    everything = {n.text for n in retriever.search(queries_of(tiny_clip, rows[0][1]), 120)[0]}
     assert everything.isdisjoint(gone)
     if key in ("Flat", "SQ8"):  # no lists to miss any
         assert len(everything) == 116
@@ -184,10 +177,11 @@ def test_removing_by_source_image_and_text(tmp_path: Path, tiny_clip: Path, buil
 
 def test_a_removed_caption_can_come_back(tmp_path: Path, tiny_clip: Path, build: Build) -> None:
     build(rows_of(0, 40))
-    build(remove=(f"text={rows_of(7, 8)[0][1]}",), encoder=None)
+    [(_, text)] = rows_of(7, 8)
+    build(remove=(f"text={text}",), encoder=None)
     report = build(rows_of(7, 8), "again.csv", add=True)
     assert (report.new_captions, report.manifest.ntotal, report.manifest.id_count) == (1, 40, 41)
-    [[best]] = open_index(report, tmp_path).search(retriever_queries(tiny_clip, [rows_of(7, 8)[0][1]]), 1)
+    [[best]] = open_index(report, tmp_path).search(queries_of(tiny_clip, text), 1)
     assert best.caption_id == 40
 
 
@@ -204,16 +198,14 @@ def test_what_cannot_be_removed(tmp_path: Path, build: Build) -> None:
         build(remove=("sources=none.csv",))
 
 
-def test_a_union_of_indexes_embeds_nothing(tmp_path: Path, tiny_clip: Path, build: Build) -> None:
+def test_a_union_of_indexes_embeds_only_for_another_encoder(
+    tmp_path: Path, tiny_clip: Path, other_clip: Path, build: Build
+) -> None:
     build(rows_of(0, 60), out=str(tmp_path / "a"))
     (tmp_path / "elsewhere").mkdir()
-    build(
-        [("x", rows_of(3, 4)[0][1]), *rows_of(60, 100)],
-        "elsewhere/first.csv",
-        out=str(tmp_path / "b"),
-        index_key="SQ8",
-        recall={"target": 0.2},
-    )
+    options = {"index_key": "SQ8", "recall": {"target": 0.2}}
+    more = [("x", rows_of(3, 4)[0][1]), *rows_of(60, 100)]
+    build(more, "elsewhere/first.csv", out=str(tmp_path / "b"), **options)
     indexes = (str(tmp_path / "a"), str(tmp_path / "b"))
     union = build(from_indexes=indexes, encoder=None, index_key="Flat")
     assert (union.new_captions, union.embedded) == (100, 0)
@@ -222,19 +214,12 @@ def test_a_union_of_indexes_embeds_nothing(tmp_path: Path, tiny_clip: Path, buil
     captions = captions_of(open_index(union, tmp_path))
     assert captions[rows_of(3, 4)[0][1]] == (("first.csv", "first.csv#2"), ("image1", "x"))
     at_once = build(rows_of(0, 100), "all.csv", out=str(tmp_path / "once"))
-    queries = [text for _, text in rows_of(0, 100)[::9]]
-    close = zip(
-        nearest(open_index(union, tmp_path), tiny_clip, queries, 5),
-        nearest(open_index(at_once, tmp_path), tiny_clip, queries, 1),
-        strict=True,
-    )
+    queries = queries_of(tiny_clip, *(text for _, text in rows_of(0, 100)[::9]))
+    found, expected = nearest(open_index(union, tmp_path), queries), nearest(open_index(at_once, tmp_path), queries, 1)
+    close = zip(found, expected, strict=True)
     assert all(best in {text for text, _ in mine} for mine, [(best, _)] in close)  # float16 mixes up near ties
-
-
-def test_a_union_embeds_what_another_encoder_made(tmp_path: Path, other_clip: Path, build: Build) -> None:
-    build(rows_of(0, 30), out=str(tmp_path / "a"))
     other = build(from_indexes=(str(tmp_path / "a"),), encoder=f"hf:{other_clip}")
-    assert (other.new_captions, other.embedded) == (30, 30)
+    assert (other.new_captions, other.embedded) == (60, 60)
 
 
 def test_embeddings_are_lent(tmp_path: Path, build: Build) -> None:

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import json
 import math
 from contextlib import suppress
@@ -36,20 +34,17 @@ def test_csv_with_quotes_commas_newlines_bom_and_crlf(tmp_path: Path) -> None:
         CaptionRow("two\r\nlines", "b.jpg", 3),
         CaptionRow("café", "c.jpg", 6),
     ]
+    assert rows_of(tmp_path / "d.tsv", b"caption\timage\na dog, here\tx\n") == [CaptionRow("a dog, here", "x", 2)]
+    no_image = [CaptionRow("a", None, 2)]
+    assert rows_of(tmp_path / "d.csv", b"caption\na\n") == no_image
+    assert rows_of(tmp_path / "d.csv", b"caption,image\na,b\n", CaptionColumns("caption")) == no_image
 
 
-def test_csv_rows_with_a_wrong_number_of_fields_are_malformed(tmp_path: Path) -> None:
+def test_csv_rows_and_quotes_that_are_malformed(tmp_path: Path) -> None:
     rows = rows_of(tmp_path / "d.csv", b'image,caption\na,one, two\nb\nc,"x"y\nd,fine\n')
     assert [(row.line, row.problem) for row in rows] == [(2, "malformed"), (3, "malformed"), (4, "malformed"), (5, "")]
-
-
-def test_csv_quote_that_never_ends_names_its_line(tmp_path: Path) -> None:
     with pytest.raises(SchemaError, match=r"never ends(.|\n)*line 3"):
         rows_of(tmp_path / "d.csv", b'image,caption\na,fine\nb,"no end\nc,swallowed\n')
-
-
-def test_tsv(tmp_path: Path) -> None:
-    assert rows_of(tmp_path / "d.tsv", b"caption\timage\na dog, here\tx\n") == [CaptionRow("a dog, here", "x", 2)]
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
@@ -165,11 +160,7 @@ def test_parquet_without_the_embedding_column_or_without_any_embedding(tmp_path:
     [
         (pa.array(["a"]), None, r"wrong type(.|\n)*d.parquet: embedding(.|\n)*found: string"),
         (pa.array([[1, 2]]), None, r"wrong type(.|\n)*found: list<.*int64>"),
-        (
-            pa.array([[1.0, 2.0], [1.0]]),
-            None,
-            r"wrong length(.|\n)*parquet: embedding(.|\n)*2 numbers(.|\n)*found: 1",
-        ),
+        (pa.array([[1.0, 2.0], [1.0]]), None, r"wrong length(.|\n)*parquet: embedding(.|\n)*2 numbers(.|\n)*found: 1"),
         (pa.array([[1.0, 2.0]]), 3, r"wrong length(.|\n)*3 numbers(.|\n)*found: 2"),
         (pa.array([[1.0, 2.0], []]), None, r"wrong length(.|\n)*found: 0"),
         (pa.array([[]], pa.list_(pa.float32())), None, r"wrong length(.|\n)*at least one"),
@@ -200,16 +191,16 @@ def test_damaged_parquet_is_an_error_and_no_fault(tmp_path: Path) -> None:
             rows_of(tmp_path / "d.parquet", bytes(damaged), EMBEDDED)
 
 
-def test_parquet_text_that_is_not_utf8(tmp_path: Path) -> None:
-    text = pa.array([b"caf\xe9"]).view(pa.string())
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (pa.array([b"caf\xe9"]).view(pa.string()), r"not UTF-8(.|\n)*d.parquet: caption(.|\n)*0xe9"),
+        (pa.array([[1.0]]), r"wrong type(.|\n)*double"),
+    ],
+)
+def test_parquet_text_that_cannot_be_read(tmp_path: Path, text: pa.Array, message: str) -> None:
     pq.write_table(pa.table({"caption": text}), tmp_path / "d.parquet")
-    with pytest.raises(SchemaError, match=r"not UTF-8(.|\n)*d.parquet: caption(.|\n)*0xe9"):
-        read(tmp_path / "d.parquet")
-
-
-def test_parquet_text_of_a_wrong_type(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"caption": [[1.0]]}), tmp_path / "d.parquet")
-    with pytest.raises(SchemaError, match=r"wrong type(.|\n)*double"):
+    with pytest.raises(SchemaError, match=message):
         read(tmp_path / "d.parquet")
 
 
@@ -225,6 +216,12 @@ def test_coco_joins_file_names(tmp_path: Path) -> None:
         ],
     }
     rows = rows_of(tmp_path / "d.json", json.dumps(content).encode())
+    strings = rows_of(tmp_path / "e.json", json.dumps(["a", 5, None]).encode())
+    assert [(row.place, row.text, row.problem) for row in strings] == [
+        ("[0]", "a", ""),
+        ("[1]", "", "malformed"),
+        ("[2]", "", ""),
+    ]
     assert [(row.place, row.text, row.image_id, row.dataset_id, row.problem) for row in rows] == [
         ("images[1]", "", None, None, "malformed"),
         ("annotations[0]", "a", "one.jpg", "1", ""),
@@ -253,15 +250,6 @@ def test_karpathy_sentences(tmp_path: Path) -> None:
     assert [row.text for row in tokens] == ["a", "b", "c", "", ""]
 
 
-def test_json_list_of_strings(tmp_path: Path) -> None:
-    rows = rows_of(tmp_path / "d.json", json.dumps(["a", 5, None]).encode())
-    assert [(row.place, row.text, row.problem) for row in rows] == [
-        ("[0]", "a", ""),
-        ("[1]", "", "malformed"),
-        ("[2]", "", ""),
-    ]
-
-
 @pytest.mark.parametrize(
     ("name", "content"),
     [("d.csv", b"image,text\na,b\n"), ("d.csv", b""), ("d.jsonl", b'{"text": "a"}\n'), ("d.parquet", None)],
@@ -281,8 +269,3 @@ def test_missing_text_column_names_found_columns_and_remedy(tmp_path: Path, name
 def test_files_that_are_not_what_their_suffix_says(tmp_path: Path, name: str, content: bytes) -> None:
     with pytest.raises(SchemaError):
         rows_of(tmp_path / name, content)
-
-
-def test_dumps_without_an_image_column_have_no_ids(tmp_path: Path) -> None:
-    assert rows_of(tmp_path / "d.csv", b"caption\na\n") == [CaptionRow("a", None, 2)]
-    assert rows_of(tmp_path / "e.csv", b"caption,image\na,b\n", CaptionColumns("caption")) == [CaptionRow("a", None, 2)]

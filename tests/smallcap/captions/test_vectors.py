@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -39,9 +37,6 @@ def test_unit_vectors_are_left_to_the_bit() -> None:
     assert raw[2] != matrix[2].tobytes()
     half = matrix.astype(">f2")
     assert unit_vectors(half)[0] == half[0].astype("<f2").tobytes()
-
-
-def test_no_rows() -> None:
     assert unit_vectors(np.empty((0, 4), np.float32)) == []
 
 

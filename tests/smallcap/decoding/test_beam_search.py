@@ -70,16 +70,12 @@ def test_equals_the_readable_search(num_beams: int, length_penalty: float) -> No
     steps, vocab = 6, 12
     tables = (2 * torch.randn(40, steps, vocab, vocab, generator=generator)).log_softmax(-1)
     found = tensor_search(tables, num_beams, steps, length_penalty)
+    if (num_beams, length_penalty) == (3, 0.0):
+        assert {len(beam.tokens) for beam in found} >= {1, 2, 6}  # all lengths occur
     for row, table in enumerate(tables):
         expected = reference_search(table, num_beams, steps, length_penalty)
         assert found[row].tokens == expected.tokens
         assert found[row].score == pytest.approx(expected.score, abs=1e-4)
-
-
-def test_all_lengths_occur_in_that_comparison() -> None:
-    generator = torch.Generator().manual_seed(3)
-    tables = (2 * torch.randn(40, 6, 12, 12, generator=generator)).log_softmax(-1)
-    assert {len(beam.tokens) for beam in tensor_search(tables, 3, 6, 0.0)} >= {1, 2, 6}
 
 
 def test_a_done_image_no_longer_changes() -> None:

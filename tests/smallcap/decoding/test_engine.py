@@ -1,9 +1,7 @@
 """The engine against the reference implementation, and any batch against a batch of one."""
 
-import json
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,19 +9,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 
 from smallcap.config import GenerationConfig
 from smallcap.decoding.engine import Generated, additive_mask, causal_mask, generate, pad_prompts
 from smallcap.decoding.kv_cache import KVCache, PromptSlots
 from smallcap.decoding.packed_linear import PackedLinear, can_pack
 from smallcap.decoding.strategy import GenerationOptions
-from smallcap.decoding.text_decoder import TextDecoder
 from smallcap.errors import ConfigError
-from smallcap.model.checkpoint import DECODER_KINDS, SmallCapModel, load_checkpoint
+from smallcap.model.checkpoint import SmallCapModel, load_checkpoint
+from tests.oracles import ORACLE, ORACLES, expected_of, hidden_states_of, load_decoder
 
-ORACLE = Path(__file__).parents[2] / "golden" / "oracle"
-ORACLES = ["gpt2_r4", "gpt2_r1", "opt_r4", "xglm_r2"]
 BEAMS = {"greedy": 1, "beam3": 3, "beam5": 5}
 
 
@@ -31,13 +26,12 @@ class Case:
     """One oracle checkpoint with its inputs and the reference's outputs."""
 
     def __init__(self, name: str) -> None:
-        folder = ORACLE / name
         self.name = name
-        self.decoder = load_decoder(folder)
-        self.expected: dict[str, Any] = json.loads((folder / "expected.json").read_text())
-        self.arrays = np.load(folder / "expected.npz")
+        self.decoder = load_decoder(name)
+        self.expected = expected_of(name)
+        self.arrays = np.load(ORACLE / name / "expected.npz")
         self.prompts: list[list[int]] = self.expected["prompts"]
-        self.hidden_states = torch.tensor(self.arrays["encoder_last_hidden_state"])
+        self.hidden_states = hidden_states_of(name)
 
     def generate(self, rows: Sequence[int], num_beams: int, **options: Any) -> list[Generated]:
         """Captions some of the oracle's images in one batch."""
@@ -47,21 +41,9 @@ class Case:
         return [best for best, *_ in generate(self.decoder, self.hidden_states[list(rows)], prompts, options)]
 
 
-def load_decoder(folder: Path) -> TextDecoder:
-    """Loads an oracle's decoder; of OPT's and XGLM's checkpoints nothing else is kept here."""
-    if not (folder / "decoder.safetensors").exists():
-        return load_checkpoint(str(folder)).decoder
-    values = json.loads((folder / "config.json").read_text())["decoder"]
-    kind = DECODER_KINDS[values["model_type"]]
-    decoder = kind.build(kind.parse_config(values))
-    tensors = load_file(folder / "decoder.safetensors")
-    decoder.load_state_dict({name.removeprefix("decoder."): tensor for name, tensor in tensors.items()})
-    return decoder.eval().requires_grad_(False)
-
-
 @pytest.fixture(scope="module", params=ORACLES)
 def case(request: pytest.FixtureRequest) -> Case:
-    return Case(request.param)
+    return cached_case(request.param)
 
 
 @pytest.mark.parametrize("name", ["gpt2_r4", "gpt2_r1"])
@@ -109,18 +91,14 @@ def test_the_last_position_alone_is_that_of_all(case: Case) -> None:
 
 
 @pytest.mark.parametrize("name", BEAMS)
-def test_token_ids_are_the_references_alone(case: Case, name: str) -> None:
+def test_token_ids_are_the_references_alone_and_in_one_batch(case: Case, name: str) -> None:
+    together = case.generate(range(len(case.prompts)), BEAMS[name])
+    assert [caption.token_ids for caption in together] == [expected[name] for expected in case.expected["cases"]]
     for row, expected in enumerate(case.expected["cases"]):
         (generated,) = case.generate([row], BEAMS[name])
         assert generated.token_ids == expected[name]
         if f"{name}_score" in expected:
             assert generated.score == pytest.approx(expected[f"{name}_score"], rel=3e-4, abs=1e-3)
-
-
-@pytest.mark.parametrize("name", BEAMS)
-def test_token_ids_are_the_references_in_one_batch(case: Case, name: str) -> None:
-    generated = case.generate(range(len(case.prompts)), BEAMS[name])
-    assert [caption.token_ids for caption in generated] == [expected[name] for expected in case.expected["cases"]]
 
 
 @settings(max_examples=20, deadline=None)
@@ -173,7 +151,7 @@ def test_a_batch_is_its_images_alone(
 
 
 def test_low_precision_runs(case: Case) -> None:
-    decoder = load_decoder(ORACLE / case.name).bfloat16()
+    decoder = load_decoder(case.name).bfloat16()
     options = GenerationOptions(3, 25, 0.0, 13, 0)
     generated = [best for (best,) in generate(decoder, case.hidden_states.bfloat16(), case.prompts, options)]
     assert all(1 <= len(caption.token_ids) <= 25 and np.isfinite(caption.score) for caption in generated)
@@ -181,7 +159,7 @@ def test_low_precision_runs(case: Case) -> None:
 
 def test_packed_weights_give_the_same_logits(case: Case) -> None:
     """Packing errs no more than bfloat16 does without it; both are measured against float32."""
-    plain, packed = load_decoder(ORACLE / case.name).bfloat16(), load_decoder(ORACLE / case.name).bfloat16()
+    plain, packed = load_decoder(case.name).bfloat16(), load_decoder(case.name).bfloat16()
     packed.pack()
     if can_pack(plain):
         assert any(isinstance(module, PackedLinear) for module in packed.modules())
@@ -200,12 +178,9 @@ def test_packed_weights_give_the_same_logits(case: Case) -> None:
     assert packed_error <= 2**0.5 * plain_error  # twice the variance: as if every value were rounded once more
 
 
-def test_an_empty_batch_gives_nothing() -> None:
-    assert load_model().generate(torch.zeros(0, 17, 64), []) == []
-
-
-def test_prompts_that_do_not_fit_are_refused() -> None:
+def test_no_prompts_give_nothing_and_those_that_do_not_fit_are_refused() -> None:
     model, hidden_states = load_model(), torch.zeros(1, 17, 64)
+    assert model.generate(hidden_states[:0], []) == []
     with pytest.raises(ConfigError, match="one prompt per image"):
         model.generate(hidden_states, [[1], [2]])
     with pytest.raises(ConfigError, match="empty"):

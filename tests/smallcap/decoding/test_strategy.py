@@ -2,7 +2,6 @@
 
 import itertools
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,13 +17,12 @@ from smallcap.decoding.sampling import draw, split_mix
 from smallcap.decoding.strategy import GenerationOptions, SamplingOptions, top_logits
 from smallcap.errors import ConfigError
 from smallcap.model.checkpoint import SmallCapModel, load_checkpoint
-
-ORACLE = Path(__file__).parents[2] / "golden" / "oracle" / "gpt2_r4"
+from tests.oracles import ORACLE
 
 
 @pytest.fixture(scope="module")
 def model() -> SmallCapModel:
-    return load_checkpoint(str(ORACLE))
+    return load_checkpoint(str(ORACLE / "gpt2_r4"))
 
 
 def inputs(count: int, seed: int = 0) -> tuple[torch.Tensor, list[list[int]]]:
@@ -64,19 +62,16 @@ def test_no_ngram_is_said_twice(model: SmallCapModel, size: int) -> None:
     assert repeats(bound) == 0
 
 
-def test_the_best_captions_are_the_beams_own(model: SmallCapModel) -> None:
+def test_the_best_captions_are_the_beams_own_and_no_more_than_beams(model: SmallCapModel) -> None:
     hidden_states, prompts = inputs(5)
-    best_only = model.generate(hidden_states, prompts, model.generation_options(GenerationConfig(num_beams=4)))
-    several = model.generate(
-        hidden_states, prompts, model.generation_options(GenerationConfig(num_beams=4, num_captions=3))
+    best_only, several = (
+        model.generate(hidden_states, prompts, model.generation_options(GenerationConfig(num_beams=4, num_captions=n)))
+        for n in (1, 3)
     )
     for (best,), captions in zip(best_only, several, strict=True):
         assert captions[0] == best
         assert len({tuple(caption.token_ids) for caption in captions}) == 3
         assert [c.score for c in captions] == sorted((c.score for c in captions), reverse=True)
-
-
-def test_more_captions_than_beams_are_refused(model: SmallCapModel) -> None:
     with pytest.raises(ConfigError, match="more captions per image than beams"):
         model.generation_options(GenerationConfig(num_beams=2, num_captions=3))
     assert model.generation_options(GenerationConfig(num_beams=2, num_captions=3, do_sample=True)).num_sequences == 3
@@ -87,7 +82,7 @@ def test_more_captions_than_beams_are_refused(model: SmallCapModel) -> None:
 @settings(max_examples=6, deadline=None)
 @given(order=st.permutations(range(6)), cut=st.integers(1, 5), seed=st.integers(0, 3))
 def test_samples_do_not_depend_on_the_batch(order: list[int], cut: int, seed: int) -> None:
-    model = load_checkpoint(str(ORACLE))
+    model = load_checkpoint(str(ORACLE / "gpt2_r4"))
     hidden_states, prompts = inputs(6)
     options = model.generation_options(
         GenerationConfig(do_sample=True, temperature=1.2, top_p=0.9, num_captions=3, seed=seed, max_new_tokens=12)
@@ -162,15 +157,14 @@ def test_recorded_steps_give_the_same_captions(model: SmallCapModel, wanted: Gen
     stepper = GraphStepper(record)
     for count, seed in ((5, 0), (11, 1), (3, 2), (5, 0)):  # the larger batch makes the storage grow
         hidden_states, prompts = inputs(count, seed)
-        expected = generate(model.decoder, hidden_states, prompts, options)
-        found = generate(
-            model.decoder, hidden_states, prompts, options, stepper=stepper, steps_per_check=4, prompt_multiple=32
-        )
+        given = (model.decoder, hidden_states, prompts, options)
+        expected = generate(*given)
+        found = generate(*given, stepper=stepper, steps_per_check=4, prompt_multiple=32)
         for a, b in zip(found, expected, strict=True):
             assert [caption.token_ids for caption in a] == [caption.token_ids for caption in b]
             assert np.allclose([caption.score for caption in a], [caption.score for caption in b], atol=1e-3)
     made = next(recordings)
-    generate(model.decoder, hidden_states, prompts, options, stepper=stepper, steps_per_check=4, prompt_multiple=32)
+    generate(*given, stepper=stepper, steps_per_check=4, prompt_multiple=32)
     assert next(recordings) == made + 1, "a shape that was seen before must not be recorded again"
 
 

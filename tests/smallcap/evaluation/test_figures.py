@@ -38,16 +38,8 @@ def test_a_run_has_every_figure_with_an_interval() -> None:
     refs = references(60)
     evaluation = evaluate_runs([run_of(shuffled(refs), clip_cosine=-0.2)], refs, METRICS, resamples=200)
     figures = evaluation.runs[0].figures
-    assert list(figures) == [
-        *METRICS,
-        "clip_score",
-        "clip_cosine",
-        "retrieval_recall",
-        "copied",
-        "novel",
-        "words",
-        "tokens",
-    ]
+    others = ["clip_score", "clip_cosine", "retrieval_recall", "copied", "novel", "words", "tokens"]
+    assert list(figures) == [*METRICS, *others]
     expected = score_captions(shuffled(refs), refs.captions, METRICS)
     for name, scores in expected.items():
         figure = figures[name]
@@ -70,13 +62,8 @@ def test_two_runs_are_compared_on_the_images_that_both_have() -> None:
     assert cider.value == pytest.approx(both[1] - both[0])
     assert cider.low is not None and cider.low > 0  # surely better
     assert evaluation.differences["words"].value == 0
-
-
-def test_equal_runs_differ_by_nothing_for_sure() -> None:
-    refs = references(20)
-    evaluation = evaluate_runs([run_of(shuffled(refs))] * 2, refs, METRICS, resamples=50)
-    cider = evaluation.differences["cider"]
-    assert (cider.value, cider.low, cider.high) == (0, 0, 0)
+    equal = evaluate_runs([run_of(bad)] * 2, refs, METRICS, resamples=50).differences["cider"]
+    assert (equal.value, equal.low, equal.high) == (0, 0, 0)  # for sure
 
 
 def test_the_datastore_says_what_is_novel() -> None:

@@ -1,36 +1,22 @@
 """Whether Java runs, in real processes that have none, a stub, or no pycocoevalcap."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from smallcap.errors import RunError
 from smallcap.evaluation.java_tools import has_java, run_java
+from tests.python_process import run_python
 
-ROOT = Path(__file__).parents[3]
-
-
-def run_python(script: str, **environment: str) -> str:
-    given = os.environ | {"PYTHONPATH": str(ROOT)} | environment
-    return subprocess.run([sys.executable, "-c", script], env=given, check=True, capture_output=True, text=True).stdout
+_HAS_JAVA = "from smallcap.evaluation.java_tools import has_java; print(has_java())"
 
 
-def test_without_java_on_the_path_there_is_none(tmp_path: Path) -> None:
-    assert (
-        run_python("from smallcap.evaluation.java_tools import has_java; print(has_java())", PATH=str(tmp_path))
-        == "False\n"
-    )
-
-
-def test_a_java_that_does_not_start_is_none(tmp_path: Path) -> None:
+def test_a_java_that_is_not_there_or_does_not_start_is_none(tmp_path: Path) -> None:
+    assert run_python(_HAS_JAVA, PATH=str(tmp_path)) == "False\n"
     stub = tmp_path / "java"
     stub.write_text("#!/bin/sh\necho 'No Java runtime present, requesting install.' >&2\nexit 1\n")
     stub.chmod(0o755)
-    script = "from smallcap.evaluation.java_tools import has_java; print(has_java())"
-    assert run_python(script, PATH=f"{tmp_path}:/bin:/usr/bin") == "False\n"
+    assert run_python(_HAS_JAVA, PATH=f"{tmp_path}:/bin:/usr/bin") == "False\n"
 
 
 _WITHOUT_PYCOCOEVALCAP = """

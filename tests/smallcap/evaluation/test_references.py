@@ -27,6 +27,10 @@ COCO = {
         {"image_id": 5, "caption": "of an image that is not listed"},
     ],
 }
+TWICE = {
+    "images": [{"id": 1, "file_name": "a.jpg"}, {"id": 2, "file_name": "a.jpg"}],
+    "annotations": [{"image_id": 1, "caption": "x"}, {"image_id": 2, "caption": "y"}],
+}
 KARPATHY = {
     "images": [
         {"filename": "COCO_val2014_1.jpg", "cocoid": 1, "split": "test", "sentences": [{"raw": "one"}, {"raw": "uno"}]},
@@ -74,13 +78,9 @@ def test_coco_captions_are_grouped_by_image(coco: References) -> None:
     assert captions["COCO_val2014_000000000042.jpg"] == ("a bus", "a red bus")
     assert "uncaptioned.png" not in captions
     assert captions["5"] == ("of an image that is not listed",)
-
-
-def test_a_name_that_means_two_images_means_none() -> None:
     references = References([ReferenceImage("a/1.jpg", ("x",)), ReferenceImage("b/1.jpg", ("y",))], "refs.csv")
-    assert references.find("a/1.jpg") == "a/1.jpg"
-    assert references.find("1.jpg") is None
-    assert references.find("c/1.png") is None
+    found = {name: references.find(name) for name in ("a/1.jpg", "1.jpg", "c/1.png")}
+    assert found == {"a/1.jpg": "a/1.jpg", "1.jpg": None, "c/1.png": None}  # a name that means two images means none
 
 
 def test_karpathys_splits_are_taken_whole_or_one_by_one(tmp_path: Path) -> None:
@@ -106,14 +106,7 @@ def test_karpathys_splits_are_taken_whole_or_one_by_one(tmp_path: Path) -> None:
         ({"images": [{"id": None}], "annotations": []}, "refs.json: images[0]", "None"),
         ({"images": [{"sentences": [{"raw": "x"}]}]}, "refs.json: images[0].sentences[0]", ""),
         ({"images": [{"filename": "a.jpg", "sentences": [{}]}]}, "refs.json: images[0].sentences[0]", "{}"),
-        (
-            {
-                "images": [{"id": 1, "file_name": "a.jpg"}, {"id": 2, "file_name": "a.jpg"}],
-                "annotations": [{"image_id": 1, "caption": "x"}, {"image_id": 2, "caption": "y"}],
-            },
-            "refs.json",
-            "a.jpg",
-        ),
+        (TWICE, "refs.json", "a.jpg"),
     ],
 )
 def test_broken_references_are_named(tmp_path: Path, content: Any, where: str, found: str) -> None:
@@ -123,18 +116,15 @@ def test_broken_references_are_named(tmp_path: Path, content: Any, where: str, f
     assert found in error.value.found
 
 
-def test_a_split_of_captions_without_splits_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="not divided into splits"):
-        load(tmp_path, COCO, split="test")
-
-
-def test_a_row_without_an_image_is_refused(tmp_path: Path) -> None:
+def test_a_row_without_an_image_and_a_split_where_there_are_none_are_refused(tmp_path: Path) -> None:
     (tmp_path / "refs.csv").write_text("image,caption\na,x\n,y\n")
     with pytest.raises(SchemaError, match="names no image") as error:
         load_references(f"{tmp_path}/refs.csv", COLUMNS)
     assert error.value.where == f"{tmp_path}/refs.csv: line 3"
     with pytest.raises(SchemaError, match="no reference captions"):
         References([], "refs.csv")
+    with pytest.raises(ConfigError, match="not divided into splits"):
+        load(tmp_path, COCO, split="test")
 
 
 def test_what_is_malformed_in_another_split_is_no_concern(tmp_path: Path) -> None:

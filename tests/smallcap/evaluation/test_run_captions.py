@@ -21,34 +21,22 @@ def rows(*given: dict[str, Any]) -> list[pa.Table]:
     return [pa.Table.from_pylist([empty | row], schema) for row in given]
 
 
-def neighbours(*texts: str) -> list[dict[str, Any]]:
-    return [{"caption_id": number, "text": text, "score": 0.5} for number, text in enumerate(texts)]
-
-
 def test_rows_are_captions_errors_or_without_references() -> None:
-    run = collect_run(
-        rows(
-            {
-                "image_id": "x/a.jpg",
-                "caption": "A dog.",
-                "neighbours": neighbours("a dog", "wet sand"),
-                "clip_score": 0.25,
-            },
-            {"image_id": "b.jpg", "status": "error", "error_code": "truncated"},
-            {"image_id": "z.jpg", "caption": "a bus"},
-        ),
-        REFERENCES,
-        "run",
+    near = [{"caption_id": number, "text": text, "score": 0.5} for number, text in enumerate(["a dog", "wet sand"])]
+    given = rows(
+        {"image_id": "x/a.jpg", "caption": "A dog.", "neighbours": near, "clip_score": 0.25},
+        {"image_id": "b.jpg", "status": "error", "error_code": "truncated"},
+        {"image_id": "z.jpg", "caption": "a bus"},
     )
+    run = collect_run(given, REFERENCES, "run")
     assert run.captions == {"a.jpg": "A dog."}
     assert (run.rows, run.errors, run.unmatched, run.examples) == (3, {"truncated": 1}, 1, ["z.jpg"])
     assert run.values == {"a.jpg": pytest.approx((0.25, 1, 1, 2, math.nan), nan_ok=True)}  # "a dog" was copied
 
 
 def test_a_run_without_retrieval_has_no_figures_of_it() -> None:
-    run = collect_run(
-        rows({"image_id": "a.jpg", "caption": "a dog", "neighbours": [], "caption_tokens": 4}), REFERENCES, ""
-    )
+    given = rows({"image_id": "a.jpg", "caption": "a dog", "neighbours": [], "caption_tokens": 4})
+    run = collect_run(given, REFERENCES, "")
     assert run.values["a.jpg"] == pytest.approx((math.nan, math.nan, math.nan, 2, 4), nan_ok=True)
     assert run.column("tokens", ["a.jpg"]).tolist() == [4]
 

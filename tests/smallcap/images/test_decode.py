@@ -19,10 +19,14 @@ def test_a_bad_image_is_a_row_error_with_its_code(name: str) -> None:
         assert "s3://bucket/bad.jpg" in str(caught.value)
 
 
-def test_cmyk_becomes_rgb() -> None:
+def test_every_mode_becomes_rgb() -> None:
     image = decode_image(encode(gradient(64, 64).convert("CMYK"), "JPEG", quality=95))
     assert image.mode == "RGB"
     assert np.abs(np.asarray(image, int) - np.asarray(gradient(64, 64), int)).mean() < 12
+    assert decode_image(encode(gradient(40, 40).quantize(16), "PNG", transparency=0)).mode == "RGB"
+    assert decode_image(encode(gradient(40, 40).convert("LA"), "PNG")).mode == "RGB"
+    no_numbers = decode_image(encode(Image.fromarray(np.full((8, 8), np.nan, np.float32)), "TIFF"))
+    assert no_numbers.getpixel((4, 4)) == (0, 0, 0)
 
 
 def test_sixteen_bit_png_is_scaled_not_clipped() -> None:
@@ -37,11 +41,6 @@ def test_an_animation_gives_its_first_frame(kind: str) -> None:
     red, blue = Image.new("RGB", (32, 32), (255, 0, 0)), Image.new("RGB", (32, 32), (0, 0, 255))
     image = decode_image(encode(red, kind, save_all=True, append_images=[blue]))
     assert np.abs(np.subtract(image.getpixel((16, 16)), (255, 0, 0))).max() < 3
-
-
-def test_values_that_are_no_numbers_are_black() -> None:
-    image = decode_image(encode(Image.fromarray(np.full((8, 8), np.nan, np.float32)), "TIFF"))
-    assert image.getpixel((4, 4)) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("orientation", [3, 6, 8])
@@ -79,12 +78,6 @@ def test_what_only_pillow_decodes_is_left_to_it() -> None:
         assert np.array_equal(np.asarray(scaled.image), np.asarray(decode_image(data)))
 
 
-def test_a_palette_with_transparency_and_a_grey_image_are_rgb() -> None:
-    palette = gradient(40, 40).quantize(16)
-    assert decode_image(encode(palette, "PNG", transparency=0)).mode == "RGB"
-    assert decode_image(encode(gradient(40, 40).convert("LA"), "PNG")).mode == "RGB"
-
-
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (3, 50_000), (224, 224), (225, 224), (640, 427)])
 def test_every_size_is_cropped_to_the_encoders(size: tuple[int, int]) -> None:
     pixels = crop_pixels(Image.new("RGB", size, (10, 20, 30)), Preprocessing(224))
@@ -93,22 +86,16 @@ def test_every_size_is_cropped_to_the_encoders(size: tuple[int, int]) -> None:
     assert (pixels == (10, 20, 30)).all()
 
 
-@pytest.mark.parametrize("size", [(150, 200), (201, 150), (640, 427), (427, 640), (224, 224), (500, 333)])
-def test_crops_are_those_of_transformers_clip(size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("size", [(150, 200), (201, 150), (640, 427), (427, 640), (224, 224), (500, 333), (337, 229)])
+def test_crops_are_those_of_transformers_clip_and_of_open_clip(size: tuple[int, int]) -> None:
+    from open_clip.transform import image_transform
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     image = gradient(*size)
     theirs = CLIPImageProcessorPil(do_normalize=False, do_rescale=False)(image, return_tensors="np")["pixel_values"][0]
     assert np.array_equal(crop_pixels(image, Preprocessing(224)), theirs.transpose(1, 2, 0).astype(np.uint8))
-
-
-@pytest.mark.parametrize("size", [(150, 200), (201, 150), (640, 427), (427, 640), (500, 333), (337, 229)])
-def test_crops_are_those_of_open_clip(size: tuple[int, int]) -> None:
-    from open_clip.transform import image_transform
-
-    image = gradient(*size)
-    theirs = image_transform(224, is_train=False, mean=(0, 0, 0), std=(1, 1, 1))(image)  # [3, S, S], 0 to 1
-    expected = (theirs.numpy().transpose(1, 2, 0) * 255).round().astype(np.uint8)
+    scaled = image_transform(224, is_train=False, mean=(0, 0, 0), std=(1, 1, 1))(image)  # [3, S, S], 0 to 1
+    expected = (scaled.numpy().transpose(1, 2, 0) * 255).round().astype(np.uint8)
     assert np.array_equal(crop_pixels(image, Preprocessing(224, crop_rounding="nearest")), expected)
 
 

@@ -21,6 +21,7 @@ from smallcap.images.fetching import AdaptiveLimit, FetchOptions, fetch_objects
 from smallcap.s3 import s3_store
 
 QUICK = FetchOptions(attempts=4, first_backoff_s=0.01, max_backoff_s=0.05)
+SIGNED = "/a%2Fb%7e.jpg?X-Amz-Credential=K%2F2026%2Fus-east-1&X-Amz-Signature=ab%2Bcd%3D%3D&x=a+b"
 AZURE = "devstoreaccount1"  # what the emulator's account is called
 IMPATIENT = FetchOptions(attempts=2, timeout_s=0.5, first_backoff_s=0.01)
 
@@ -54,12 +55,10 @@ class Web(BaseHTTPRequestHandler):
         elif word == "busy-once":
             first = self.asked[self.path] == 1
             self.answer(429 if first else 200, b"image", {"Retry-After": "1"} if first else {})
-        elif self.path.endswith("missing"):
-            self.answer(404, b"<Error><Code>NoSuchKey</Code></Error>")
-        elif "nowhere" in self.path:
-            self.answer(
-                404, b"<Error><Code>%b</Code></Error>" % (b"ContainerNotFound" if word in AZURE else b"NoSuchBucket")
-            )
+        elif "nowhere" in self.path or self.path.endswith("missing"):
+            bucket = b"ContainerNotFound" if word in AZURE else b"NoSuchBucket"
+            code = bucket if "nowhere" in self.path else b"NoSuchKey"
+            self.answer(404, b"<Error><Code>%b</Code></Error>" % code)
         elif word == "moved":
             self.answer(302, b"", {"Location": "/image"})
         elif word == "slow":
@@ -119,27 +118,22 @@ class TestPlaces:
         assert [code_of(fetched.data[place]) for place in (20, 22)] == [ErrorCode.NOT_FOUND] * 2
         assert missing in str(fetched.data[20])
         assert fetched.retries == 0
+        assert fetch_objects([]).data == []
 
     @pytest.mark.parametrize("scheme", ["gs", "az"])
     def test_google_and_azure_are_asked_by_obstore(
         self, web: str, scheme: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        for name, value in (
-            ("GOOGLE_BASE_URL", web),
-            ("GOOGLE_SKIP_SIGNATURE", "true"),
-            ("AZURE_STORAGE_USE_EMULATOR", "true"),
-            ("AZURITE_BLOB_STORAGE_URL", web),
-        ):
-            monkeypatch.setenv(name, value)
+        for name in ("GOOGLE_BASE_URL", "AZURITE_BLOB_STORAGE_URL"):
+            monkeypatch.setenv(name, web)
+        for name in ("GOOGLE_SKIP_SIGNATURE", "AZURE_STORAGE_USE_EMULATOR"):
+            monkeypatch.setenv(name, "true")
         bucket = uuid.uuid4().hex  # an open bucket is kept
         fetched = fetch_objects([f"{scheme}://{bucket}/a/b.jpg", f"{scheme}://{bucket}/missing"], QUICK)
         assert isinstance(fetched.data[0], bytes)
         assert code_of(fetched.data[1]) == ErrorCode.NOT_FOUND
         with pytest.raises(StorageError, match="bucket does not exist"):
             fetch_objects([f"{scheme}://nowhere{bucket}/a.jpg"], QUICK)
-
-    def test_nothing_comes_of_nothing(self) -> None:
-        assert fetch_objects([]).data == []
 
     def test_all_places_go_in_one_call(self, s3: str, web: str, tmp_path: Path) -> None:
         uris = [storage.join(place, "x") for place in (s3, str(tmp_path), "memory://mixed")]
@@ -171,7 +165,7 @@ class TestPlaces:
             "s3://No Bucket/a",
             "gopher://host/a",
             "http://",
-            "a\nb.jpg",
+            "a\nb",
             "x" * 300,
         ],
     )
@@ -198,9 +192,16 @@ class TestPlaces:
 
 
 class TestWeb:
-    def test_signed_urls_arrive_unchanged(self, web: str) -> None:
-        query = "/a%2Fb%7e.jpg?X-Amz-Credential=K%2F2026%2Fus-east-1&X-Amz-Signature=ab%2Bcd%3D%3D&x=a+b"
-        assert fetch_objects([web + query]).data == [query.encode()]
+    @pytest.mark.parametrize(
+        ("asked", "answer"),
+        [
+            (SIGNED, SIGNED),  # unchanged
+            ("/ü b.jpg", "/%C3%BC%20b.jpg"),  # what HTTP cannot carry is quoted
+            ("/moved", "/image"),  # redirects are followed
+        ],
+    )
+    def test_what_is_asked_for(self, web: str, asked: str, answer: str) -> None:
+        assert fetch_objects([web + asked]).data == [answer.encode()]
 
     def test_s3_accepts_a_presigned_url(self, s3: str) -> None:
         import s3fs
@@ -208,12 +209,6 @@ class TestWeb:
         storage.write_bytes(f"{s3}/a b+c.jpg", b"image")
         url = s3fs.S3FileSystem(endpoint_url=os.environ["AWS_ENDPOINT_URL"]).sign(f"{s3}/a b+c.jpg")
         assert fetch_objects([url]).data == [b"image"]
-
-    def test_what_http_cannot_carry_is_quoted(self, web: str) -> None:
-        assert fetch_objects([f"{web}/ü b.jpg"]).data == [b"/%C3%BC%20b.jpg"]
-
-    def test_redirects_are_followed(self, web: str) -> None:
-        assert fetch_objects([f"{web}/moved"]).data == [b"/image"]
 
     @pytest.mark.parametrize(
         ("path", "code", "requests"),
@@ -234,12 +229,11 @@ class TestWeb:
         assert code_of(fetched.data[0]) == code
         assert (fetched.retries, Web.asked[f"/{path}"]) == (requests - 1, requests)
 
-    def test_a_slow_server_is_a_timeout(self, web: str) -> None:
-        fetched = fetch_objects([f"{web}/slow"], IMPATIENT)
-        assert code_of(fetched.data[0]) == ErrorCode.TIMEOUT
-        assert "0.5 s" in str(fetched.data[0])
-
-    def test_retry_after_is_waited_for(self, web: str) -> None:
+    def test_a_slow_server_is_a_timeout_and_retry_after_is_waited_for(self, web: str) -> None:
+        late = fetch_objects([f"{web}/slow"], IMPATIENT).data[0]
+        assert code_of(late) == ErrorCode.TIMEOUT
+        assert "0.5 s" in str(late)
+        Web.asked_at.clear()
         fetched = fetch_objects([f"{web}/busy-once"], FetchOptions(first_backoff_s=0.01))
         assert (fetched.data, fetched.retries) == ([b"image"], 1)
         assert Web.asked_at[1] - Web.asked_at[0] >= 1
@@ -285,9 +279,8 @@ class TestFaults:
         assert "2 attempts" in str(failed[0])
 
     def test_one_forbidden_object_is_a_row(self, s3: str, fault_proxy: Any) -> None:
-        uris = list(written(s3, 3))
         fault_proxy.plan(rates={"error": 1.0}, match="/1.bin", error_status=403, error_code="AccessDenied")
-        fetched = fetch_objects(uris, QUICK)
+        fetched = fetch_objects(list(written(s3, 3)), QUICK)
         assert code_of(fetched.data[1]) == ErrorCode.FORBIDDEN
         assert "AccessDenied" in str(fetched.data[1])
         assert fetched.retries == 0
@@ -315,10 +308,6 @@ def test_requests_in_flight_halve_once_per_refused_round_and_grow_again() -> Non
 
 
 class TestTheRunsEnd:
-    def test_a_missing_bucket(self, s3_server: str) -> None:
-        with pytest.raises(StorageError, match="bucket does not exist"):
-            fetch_objects(["s3://no-such-bucket-at-all/a.jpg"])
-
     @pytest.mark.parametrize("plan", [{"outage": True}, {"rates": {"slow_down": 1.0}}, {"rates": {"slow": 1.0}}])
     def test_an_outage_in_bounded_time(self, s3: str, fault_proxy: Any, plan: dict[str, Any]) -> None:
         uris = list(written(s3, 40, size=1))
@@ -335,22 +324,30 @@ class TestTheRunsEnd:
         with pytest.raises(StorageError, match="cannot be reached"):
             fetch_objects([f"{s3}/a.jpg"], QUICK)
 
-    def test_a_few_failed_objects_are_no_outage(self, s3: str, fault_proxy: Any) -> None:
+    def test_a_few_failed_objects_are_no_outage_and_a_missing_bucket_ends_the_run(
+        self, s3: str, fault_proxy: Any
+    ) -> None:
         fault_proxy.plan(outage=True)
         fetched = fetch_objects([f"{s3}/{number}" for number in range(15)], QUICK)
         assert {code_of(data) for data in fetched.data} == {ErrorCode.UNAVAILABLE}
+        fault_proxy.plan()
+        with pytest.raises(StorageError, match="bucket does not exist"):
+            fetch_objects(["s3://no-such-bucket-at-all/a.jpg"])
 
     @pytest.mark.parametrize(
         ("status", "code"),
         [(403, "SignatureDoesNotMatch"), (400, "ExpiredToken"), (400, "InvalidToken"), (403, "RequestTimeTooSkewed")],
     )
-    def test_refused_credentials(self, s3: str, fault_proxy: Any, status: int, code: str) -> None:
+    def test_refused_credentials_and_another_region(self, s3: str, fault_proxy: Any, status: int, code: str) -> None:
         fault_proxy.plan(rates={"error": 1.0}, error_status=status, error_code=code)
         with pytest.raises(StorageError, match="does not accept the credentials") as raised:
             fetch_objects([f"{s3}/a.jpg"], QUICK)
         assert code in str(raised.value)
         assert "AWS_ACCESS_KEY_ID" in str(raised.value)
         assert fault_proxy.done()["requests"] == 1
+        fault_proxy.plan(rates={"error": 1.0}, error_status=301, error_code="PermanentRedirect")
+        with pytest.raises(StorageError, match="AWS_REGION"):
+            fetch_objects([f"{s3}/a.jpg"], QUICK)
 
     def test_an_unknown_access_key(self, s3: str, s3_server: str) -> None:
         """Refused by the S3 server itself."""
@@ -361,11 +358,6 @@ class TestTheRunsEnd:
                 fetch_objects(uris)
         finally:
             check_keys(s3_server, "inf")
-
-    def test_another_region(self, s3: str, fault_proxy: Any) -> None:
-        fault_proxy.plan(rates={"error": 1.0}, error_status=301, error_code="PermanentRedirect")
-        with pytest.raises(StorageError, match="AWS_REGION"):
-            fetch_objects([f"{s3}/a.jpg"], QUICK)
 
     def test_no_credentials(self, s3_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
         s3_store.cache_clear()

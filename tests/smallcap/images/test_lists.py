@@ -91,16 +91,15 @@ def test_a_damaged_list_is_named(tmp_path: Path, name: str, content: bytes) -> N
     assert name in str(damaged.value)
 
 
-def test_text_and_json_arrays_of_strings_need_no_column(tmp_path: Path) -> None:
+def test_text_and_json_arrays_of_strings_need_no_column_and_long_ones_are_read_in_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "list.txt").write_text("s3://b/b.jpg\r\n\n  \na b.jpg\n")
     (tmp_path / "list.json").write_text('["s3://b/b.jpg", "a b.jpg"]')
     for name in ("list.txt", "list.json"):
         rows = read(tmp_path / name, image_column="url")
         assert [row["image_uri"] for row in rows] == ["s3://b/b.jpg", f"{tmp_path}/a b.jpg"]
         assert [row["image_id"] for row in rows] == ["s3://b/b.jpg", "a b.jpg"]
-
-
-def test_a_long_json_array_is_read_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_lists, "_BLOCK_BYTES", 16)
     monkeypatch.setattr(image_lists, "BATCH_ROWS", 3)
     write(tmp_path / "list.json", [{"image_uri": f"s3://b/{n}.jpg", "text": '],"{'} for n in range(10)])
@@ -114,5 +113,4 @@ def test_kept_types_are_the_files_own(tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("image_uri,width,label\n1.jpg,1,\n2.jpg,,a\n")
     found = next(ImageList(f"{tmp_path}/list.parquet", InputConfig(), ("width", "label")).tables())
     assert [found.field(name).type for name in ("width", "label")] == [pa.int16(), pa.string()]
-    assert read(tmp_path / "list.csv", ("width",))[1]["width"] is None
-    assert read(tmp_path / "list.csv", ("width",))[0]["width"] == "1"
+    assert [row["width"] for row in read(tmp_path / "list.csv", ("width",))] == ["1", None]

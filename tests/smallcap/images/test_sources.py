@@ -1,6 +1,4 @@
-import io
 import os
-import tarfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,14 +9,7 @@ from smallcap import storage
 from smallcap.config import InputConfig
 from smallcap.errors import ConfigError, SchemaError, StorageError
 from smallcap.images.sources import ImageSources
-
-
-def make_tar(*names: str) -> bytes:
-    data = io.BytesIO()
-    with tarfile.open(fileobj=data, mode="w") as tar:
-        for name in names:
-            tar.addfile(tarfile.TarInfo(name), io.BytesIO())
-    return data.getvalue()
+from tests.input_files import make_tar, write_files
 
 
 def listed(*sources: Path | str, keep: tuple[str, ...] = ()) -> tuple[dict[str, str], ImageSources]:
@@ -28,17 +19,15 @@ def listed(*sources: Path | str, keep: tuple[str, ...] = ()) -> tuple[dict[str, 
 
 
 def test_images_are_called_by_their_path_below_the_source(tmp_path: Path) -> None:
-    for name in ("b.jpg", "a.PNG", "sub/c.webp", "notes.txt", ".hidden.jpg"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(b"x")
-    assert listed(tmp_path)[0] == {name: f"{tmp_path}/{name}" for name in ("a.PNG", "b.jpg", "sub/c.webp")}
-    assert list(listed(tmp_path)[0]) == ["a.PNG", "b.jpg", "sub/c.webp"]
+    write_files(tmp_path, "b.jpg", "a.PNG", "sub/c.webp", "notes.txt", ".hidden.jpg")
+    names = ("a.PNG", "b.jpg", "sub/c.webp")
+    assert list(listed(tmp_path)[0].items()) == [(name, f"{tmp_path}/{name}") for name in names]
     assert listed(tmp_path / "b.jpg")[0] == {"b.jpg": f"{tmp_path}/b.jpg"}
 
 
 def test_a_folder_of_img2dataset_gives_its_tars_only(tmp_path: Path) -> None:
     for number in range(2):
-        (tmp_path / f"{number:05d}.tar").write_bytes(make_tar("a.jpg"))
+        (tmp_path / f"{number:05d}.tar").write_bytes(make_tar(("a.jpg", b"")))
         pq.write_table(pa.table({"url": ["x"]}), tmp_path / f"{number:05d}.parquet")
         (tmp_path / f"{number:05d}_stats.json").write_text("{}")
     images, found = listed(tmp_path)
@@ -50,9 +39,7 @@ def test_a_folder_of_img2dataset_gives_its_tars_only(tmp_path: Path) -> None:
 
 
 def test_images_and_tars_in_one_folder(tmp_path: Path) -> None:
-    (tmp_path / "sub").mkdir()
-    for name in ("a.jpg", "sub/b.PNG", "sub/c.tar.gz", "d.tgz", "list.parquet", "_work.jpg", "sub/.e.tar"):
-        (tmp_path / name).write_bytes(b"x")
+    write_files(tmp_path, "a.jpg", "sub/b.PNG", "sub/c.tar.gz", "d.tgz", "list.parquet", "_work.jpg", "sub/.e.tar")
     images, found = listed(tmp_path)
     assert set(images) == {"a.jpg", "sub/b.PNG"}
     assert {tar.name for tar in found.tars.values()} == {"sub/c", "d"}
@@ -96,17 +83,14 @@ def test_a_prefix_on_s3(s3: str) -> None:
 def test_kept_columns_must_agree(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("image_uri,width\ns3://b/a.jpg,3\n")
     pq.write_table(pa.table({"image_uri": ["s3://b/b.jpg"], "width": [3]}), tmp_path / "b.parquet")
-    (tmp_path / "c.tar").write_bytes(make_tar("a.jpg"))
-    assert listed(tmp_path / "a.csv", tmp_path / "c.tar", keep=("width",))[1].kept == pa.schema(
-        [("width", pa.string())]
-    )
+    (tmp_path / "c.tar").write_bytes(make_tar(("a.jpg", b"")))
+    _, found = listed(tmp_path / "a.csv", tmp_path / "c.tar", keep=("width",))
+    assert found.kept == pa.schema([("width", pa.string())])
     with pytest.raises(ConfigError, match="different types") as differ:
         listed(tmp_path / "a.csv", tmp_path / "b.parquet", keep=("width",))
     assert "width: int64" in str(differ.value)
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos/a.jpg").write_bytes(b"x")
     with pytest.raises(SchemaError, match="column to keep is missing"):
-        listed(tmp_path / "photos", keep=("width",))
+        listed(write_files(tmp_path / "photos", "a.jpg"), keep=("width",))
 
 
 def test_a_name_that_is_not_utf8_is_an_error(tmp_path: Path) -> None:

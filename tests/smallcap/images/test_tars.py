@@ -1,5 +1,4 @@
 import gzip
-import io
 import json
 import tarfile
 from pathlib import Path
@@ -14,19 +13,10 @@ from smallcap.images import tars as tar_shards
 from smallcap.images.fragments import Fragment, InputBatch
 from smallcap.images.row_ranges import RowRanges
 from smallcap.images.tars import choose_tar_ids, read_tar
+from tests.input_files import make_tar
 
 TEXTS = pa.schema([("json", pa.string()), ("txt", pa.string()), ("width", pa.string()), ("url", pa.string())])
 NOTHING = pa.schema([])
-
-
-def make_tar(members: list[tuple[str, bytes]], mode: str = "w") -> bytes:
-    data = io.BytesIO()
-    with tarfile.open(fileobj=data, mode=mode) as tar:  # type: ignore[call-overload]
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return data.getvalue()
 
 
 def sample(key: str, **fields: object) -> list[tuple[str, bytes]]:
@@ -51,11 +41,11 @@ def images(batches: list[InputBatch]) -> dict[str, object]:
 @pytest.fixture
 def shard(tmp_path: Path) -> Path:
     members = [*sample("000", width=3, url="u"), *sample("sub.d/001", width=None, tags=["a"]), *sample("002")]
-    (tmp_path / "00000.tar").write_bytes(make_tar(members))
+    (tmp_path / "00000.tar").write_bytes(make_tar(*members))
     return tmp_path / "00000.tar"
 
 
-def test_images_by_their_keys(shard: Path) -> None:
+def test_images_by_their_keys_all_or_those_wanted(shard: Path) -> None:
     (batch,) = read(shard)
     assert batch.image_ids == ["000", "sub.d/001", "002"]
     assert batch.image_uris == [f"{shard}#{name}.jpg" for name in batch.image_ids]
@@ -64,9 +54,14 @@ def test_images_by_their_keys(shard: Path) -> None:
     assert batch.rows.dtype == np.int32
     assert batch.kept is None
     assert batch.ends_fragment
+    (batch,) = read(shard, RowRanges.span(1, 2), TEXTS)
+    assert (batch.image_ids, batch.rows.tolist(), batch.ends_fragment) == (["sub.d/001"], [1], False)
+    (batch,) = read(shard, RowRanges.of(np.array([0, 2])))
+    assert (batch.image_ids, batch.rows.tolist(), batch.ends_fragment) == (["000", "002"], [0, 2], True)
+    assert read(shard, RowRanges.span(7, 9)) == []
 
 
-def test_kept_texts_and_fields_of_the_json(shard: Path) -> None:
+def test_kept_texts_and_fields_of_the_json(shard: Path, tmp_path: Path) -> None:
     (batch,) = read(shard, kept=TEXTS)
     assert batch.kept is not None
     assert batch.kept.schema == TEXTS
@@ -76,26 +71,15 @@ def test_kept_texts_and_fields_of_the_json(shard: Path) -> None:
     (batch,) = read(shard, kept=pa.schema([("tags", pa.string())]))
     assert batch.kept is not None
     assert batch.kept["tags"].to_pylist() == [None, '["a"]', None]
-
-
-def test_a_json_that_is_none_keeps_its_text(tmp_path: Path) -> None:
-    (tmp_path / "a.tar").write_bytes(make_tar([("0.json", b"{oh"), ("0.png", b"x")]))  # before its image, too
+    (tmp_path / "a.tar").write_bytes(make_tar(("0.json", b"{oh"), ("0.png", b"x")))  # before its image, too
     (batch,) = read(tmp_path / "a.tar", kept=TEXTS)
     assert batch.kept is not None
     assert batch.kept.to_pylist() == [{"json": "{oh", "txt": None, "width": None, "url": None}]
 
 
-def test_only_wanted_rows_are_given(shard: Path) -> None:
-    (batch,) = read(shard, RowRanges.span(1, 2), TEXTS)
-    assert (batch.image_ids, batch.rows.tolist(), batch.ends_fragment) == (["sub.d/001"], [1], False)
-    (batch,) = read(shard, RowRanges.of(np.array([0, 2])))
-    assert (batch.image_ids, batch.rows.tolist(), batch.ends_fragment) == (["000", "002"], [0, 2], True)
-    assert read(shard, RowRanges.span(7, 9)) == []
-
-
 def test_a_repeated_key_is_read_once_and_counted(tmp_path: Path) -> None:
     members = [*sample("a"), ("a.png", b"second"), *sample("b"), *sample("a"), *sample("c")]
-    (tmp_path / "a.tar").write_bytes(make_tar(members))
+    (tmp_path / "a.tar").write_bytes(make_tar(*members))
     (batch,) = read(tmp_path / "a.tar")
     assert images([batch]) == {key: f"image {key}".encode() for key in "abc"}
     assert batch.duplicates == 2
@@ -105,34 +89,22 @@ def test_a_repeated_key_is_read_once_and_counted(tmp_path: Path) -> None:
 
 
 def test_what_is_no_image_is_passed_over(tmp_path: Path) -> None:
-    data = io.BytesIO()
-    with tarfile.open(fileobj=data, mode="w") as tar:
-        folder = tarfile.TarInfo("dir.jpg")
-        folder.type = tarfile.DIRTYPE
-        link = tarfile.TarInfo("link.jpg")
-        link.type, link.linkname = tarfile.SYMTYPE, "x"
-        tar.addfile(folder)
-        tar.addfile(link)
-    members = [
-        ("./a.JPG", b"x"),
-        ("._b.jpg", b"mac"),
-        ("c.mask.png", b"m"),
-        ("d", b"d"),
-        ("e.cls", b"1"),
-        ("é" * 120 + ".webp", b"long"),
-    ]
-    (tmp_path / "a.tar").write_bytes(data.getvalue()[:1024] + make_tar(members))
+    folder, link = tarfile.TarInfo("dir.jpg"), tarfile.TarInfo("link.jpg")
+    folder.type, link.type, link.linkname = tarfile.DIRTYPE, tarfile.SYMTYPE, "x"
+    members = [("./a.JPG", b"x"), ("._b.jpg", b"mac"), ("c.mask.png", b"m"), ("d", b"d"), ("e.cls", b"1")]
+    members.append(("é" * 120 + ".webp", b"long"))
+    (tmp_path / "a.tar").write_bytes(folder.tobuf() + link.tobuf() + make_tar(*members))
     assert images(read(tmp_path / "a.tar")) == {"a": b"x", "é" * 120: b"long"}
 
 
 @pytest.mark.parametrize("name", ["a.tar.gz", "a.tgz", "a.tar"])
 def test_compressed_tars(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_bytes(gzip.compress(make_tar(sample("a"))))
+    (tmp_path / name).write_bytes(gzip.compress(make_tar(*sample("a"))))
     assert images(read(tmp_path / name)) == {"a": b"image a"}
 
 
 def test_batches_end_at_256_images_or_by_their_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a.tar").write_bytes(make_tar([(f"{n:04d}.jpg", b"xx") for n in range(512)]))
+    (tmp_path / "a.tar").write_bytes(make_tar(*((f"{n:04d}.jpg", b"xx") for n in range(512))))
     batches = read(tmp_path / "a.tar")
     assert [(len(batch.rows), batch.ends_fragment) for batch in batches] == [(256, False), (256, True)]
     assert batches[1].rows.tolist() == list(range(256, 512))
@@ -140,7 +112,7 @@ def test_batches_end_at_256_images_or_by_their_bytes(tmp_path: Path, monkeypatch
     assert {len(batch.rows) for batch in read(tmp_path / "a.tar")} == {100, 12}
 
 
-WHOLE = make_tar([member for key in "abc" for member in sample(key)])
+WHOLE = make_tar(*(member for key in "abc" for member in sample(key)))
 
 
 @pytest.mark.parametrize(
@@ -148,8 +120,8 @@ WHOLE = make_tar([member for key in "abc" for member in sample(key)])
     [
         (b"", {"U": ErrorCode.NOT_AN_IMAGE}),
         (b"this is no tar at all" * 100, {"U": ErrorCode.NOT_AN_IMAGE}),
-        (make_tar([]), {"U": ErrorCode.EMPTY}),
-        (make_tar([("a.txt", b"x")]), {"U": ErrorCode.EMPTY}),
+        (make_tar(), {"U": ErrorCode.EMPTY}),
+        (make_tar(("a.txt", b"x")), {"U": ErrorCode.EMPTY}),
         (WHOLE[:512], {"U": ErrorCode.NOT_AN_IMAGE}),
         (WHOLE[: 512 + 4], {"U": ErrorCode.NOT_AN_IMAGE}),  # in the first image
         (WHOLE[:1024], {"a": b"image a", "U": ErrorCode.TRUNCATED}),  # after it
@@ -184,7 +156,7 @@ def test_a_missing_tar_is_a_row(tmp_path: Path, s3: str) -> None:
 
 
 def test_tars_on_s3_are_read_in_blocks(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    storage.write_bytes(f"{s3}/a.tar", make_tar([(f"{n}.jpg", bytes([n]) * 3000) for n in range(40)]))
+    storage.write_bytes(f"{s3}/a.tar", make_tar(*((f"{n}.jpg", bytes([n]) * 3000) for n in range(40))))
     monkeypatch.setattr(tar_shards, "_BLOCK_BYTES", 10_000)
     assert images(read(f"{s3}/a.tar")) == {str(n): bytes([n]) * 3000 for n in range(40)}
 
@@ -214,8 +186,8 @@ def test_a_failing_service_stops_the_run(s3: str, monkeypatch: pytest.MonkeyPatc
 
 def test_tars_that_begin_alike_need_their_names(tmp_path: Path) -> None:
     for name, key in (("0.tar", "000"), ("1.tar", "100"), ("2.tar", "000")):
-        (tmp_path / name).write_bytes(make_tar(sample(key)))
-    (tmp_path / "3.tar.gz").write_bytes(gzip.compress(make_tar(sample("100"))))
+        (tmp_path / name).write_bytes(make_tar(*sample(key)))
+    (tmp_path / "3.tar.gz").write_bytes(gzip.compress(make_tar(*sample("100"))))
     (tmp_path / "bad.tar").write_bytes(b"x")
     uris = {name: f"{tmp_path}/{name}" for name in ("0.tar", "1.tar", "2.tar", "3.tar.gz", "bad.tar", "none.tar")}
     assert choose_tar_ids([uris["0.tar"], uris["1.tar"], uris["bad.tar"], uris["none.tar"]]) == "key"

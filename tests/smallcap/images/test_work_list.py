@@ -1,7 +1,5 @@
-import io
 import json
 import shutil
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -17,19 +15,14 @@ from smallcap.images import sorting as sorted_images
 from smallcap.images.listing import extend_work_list, make_work_list
 from smallcap.images.row_ranges import RowRanges
 from smallcap.images.work_list import WorkList, load_work_list, read_fragment
+from tests.input_files import make_tar, write_files
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "work_list_v1"
 
 
-def make_tar(*keys: str) -> bytes:
-    data = io.BytesIO()
-    with tarfile.open(fileobj=data, mode="w") as tar:
-        for key in keys:
-            for name, content in ((f"{key}.jpg", b"image"), (f"{key}.json", b'{"alt": "of %s"}' % key.encode())):
-                info = tarfile.TarInfo(name)
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-    return data.getvalue()
+def sample_tar(*keys: str) -> bytes:
+    """A tar of images."""
+    return make_tar(*((f"{key}.jpg", b"image") for key in keys))
 
 
 def make(out: Path | str, *sources: Path | str, keep: tuple[str, ...] = (), **options: object) -> WorkList:
@@ -77,6 +70,10 @@ def test_a_list_is_cut_into_fragments_of_256(tmp_path: Path) -> None:
     assert batch.kept.to_pydict() == {"alt": ["of 0513", "of 0514"]}
     assert batch.data is None
     assert not list(read_fragment(work.fragments[2], RowRanges.span(88, 99), InputConfig(), work.kept_columns))
+    assert work.fragments[-1] == work.fragments[2]
+    assert [fragment.number for fragment in work.fragments[1:3]] == [1, 2]
+    with pytest.raises(IndexError):
+        work.fragments[3]
 
 
 def test_many_images_in_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,25 +96,15 @@ def test_what_is_in_order_is_not_spilled(tmp_path: Path, monkeypatch: pytest.Mon
         raise AssertionError("it was sorted again")
 
     monkeypatch.setattr(listing, "sort_images", refuse)
-    for name in ("a/1.jpg", "a.jpg", "a-b/2.jpg", "b.jpg", "a/b/3.jpg"):
-        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "photos" / name).write_bytes(b"x")
-    assert list(read(make(tmp_path / "out", tmp_path / "photos"))) == [
-        "a-b/2.jpg",
-        "a.jpg",
-        "a/1.jpg",
-        "a/b/3.jpg",
-        "b.jpg",
-    ]
+    photos = write_files(tmp_path / "photos", "a/1.jpg", "a.jpg", "a-b/2.jpg", "b.jpg", "a/b/3.jpg")
+    names = ["a-b/2.jpg", "a.jpg", "a/1.jpg", "a/b/3.jpg", "b.jpg"]
+    assert list(read(make(tmp_path / "out", photos))) == names
 
 
 def test_a_huge_folder_is_listed_unsorted_and_then_sorted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("smallcap.storage._SORTED_ENTRIES", 3)
-    (tmp_path / "photos").mkdir()
     names = [f"{n:02d}.jpg" for n in range(20)]
-    for name in names:
-        (tmp_path / "photos" / name).write_bytes(b"x")
-    assert list(read(make(tmp_path / "out", tmp_path / "photos"))) == names
+    assert list(read(make(tmp_path / "out", write_files(tmp_path / "photos", *names)))) == names
 
 
 def test_duplicates_are_named_once_and_reported(tmp_path: Path) -> None:
@@ -133,7 +120,7 @@ def test_duplicates_are_named_once_and_reported(tmp_path: Path) -> None:
 
 def test_tars_parquet_and_uris_together(tmp_path: Path, s3: str) -> None:
     for name in ("0.tar", "1.tar"):
-        storage.write_bytes(f"{s3}/tars/{name}", make_tar("000", "001"))
+        storage.write_bytes(f"{s3}/tars/{name}", sample_tar("000", "001"))
     pq.write_table(pa.table({"image": [b"1"] * 5, "alt": ["x"] * 5}), tmp_path / "hf.parquet", row_group_size=3)
     work = make(
         f"{s3}/out", f"{s3}/tars", write_list(tmp_path / "l.csv", ["b", "a"]), tmp_path / "hf.parquet", keep=("alt",)
@@ -153,43 +140,40 @@ def test_tars_parquet_and_uris_together(tmp_path: Path, s3: str) -> None:
 
 @pytest.mark.parametrize(("chosen", "ids"), [("key", ["a"]), ("tar/key", ["0/a"]), ("auto", ["a"])])
 def test_ids_of_tars_as_the_config_says(tmp_path: Path, chosen: str, ids: list[str]) -> None:
-    (tmp_path / "tars").mkdir()
-    (tmp_path / "tars/0.tar").write_bytes(make_tar("a"))
-    assert list(read(make(tmp_path / "out", tmp_path / "tars", tar_ids=chosen))) == ids
+    tars = write_files(tmp_path / "tars", "0.tar", content=sample_tar("a"))
+    assert list(read(make(tmp_path / "out", tars, tar_ids=chosen))) == ids
 
 
-def test_ids_of_tars_stay_as_they_were(tmp_path: Path) -> None:
-    (tmp_path / "tars").mkdir()
-    (tmp_path / "tars/0.tar").write_bytes(make_tar("a"))
-    make(tmp_path / "out", tmp_path / "tars")
-    (tmp_path / "tars/1.tar").write_bytes(make_tar("a"))
-    work = extend_work_list([str(tmp_path / "tars")], InputConfig(), str(tmp_path / "out"))
-    assert [fragment.id_prefix for fragment in work.fragments] == ["", ""]
-
-
-def test_the_first_tars_settle_their_ids(tmp_path: Path) -> None:
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in/a.jpg").write_bytes(b"x")
-    make(tmp_path / "out", tmp_path / "in")
-    for name in ("0.tar", "1.tar"):
-        (tmp_path / "in" / name).write_bytes(make_tar("a"))
+@pytest.mark.parametrize(
+    ("first", "more", "prefixes", "ids"),
+    [
+        (["0.tar"], ["1.tar"], ["", ""], ["a"]),  # as they were
+        (["a.jpg"], ["0.tar", "1.tar"], ["", "0/", "1/"], ["a.jpg", "0/a", "1/a"]),
+    ],
+)
+def test_the_first_tars_settle_their_ids(
+    tmp_path: Path, first: list[str], more: list[str], prefixes: list[str], ids: list[str]
+) -> None:
+    make(tmp_path / "out", write_files(tmp_path / "in", *first, content=sample_tar("a")))
+    write_files(tmp_path / "in", *more, content=sample_tar("a"))
     work = extend_work_list([str(tmp_path / "in")], InputConfig(), str(tmp_path / "out"))
-    assert list(read(work)) == ["a.jpg", "0/a", "1/a"]
+    assert [fragment.id_prefix for fragment in work.fragments] == prefixes
+    assert list(read(work)) == ids
 
 
 def test_a_relist_adds_what_is_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listing, "FILE_ROWS", 256)
     folder, out = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
-    (folder / "0.tar").write_bytes(make_tar("t0"))
-    (folder / "1.tar").write_bytes(make_tar("t1"))
+    (folder / "0.tar").write_bytes(sample_tar("t0"))
+    (folder / "1.tar").write_bytes(sample_tar("t1"))
     names = [f"{n:04d}" for n in range(0, 1200, 2)]
     sources = [str(folder), str(write_list(tmp_path / "l.csv", names))]
     first = make(out, *sources, keep=("alt",))
     assert len(extend_work_list(sources, InputConfig(), str(out)).fragments) == len(first.fragments) == 5
     assert "listing-001.json" not in names_in(out)
 
-    (folder / "2.tar").write_bytes(make_tar("t2"))
+    (folder / "2.tar").write_bytes(sample_tar("t2"))
     write_list(tmp_path / "l.csv", [*[f"{n:04d}" for n in range(1200)], "0001"])
     second = extend_work_list(sources, InputConfig(), str(out))
     assert [(f.kind, f.rows) for f in second.fragments][5:] == [
@@ -218,22 +202,17 @@ def test_a_relist_needs_a_list_and_the_same_types(tmp_path: Path) -> None:
         extend_work_list([str(tmp_path / "l.parquet")], InputConfig(), str(tmp_path / "out"))
 
 
-def test_a_listing_without_its_marker_does_not_exist(tmp_path: Path) -> None:
+def test_a_listing_can_be_moved_and_without_its_marker_does_not_exist(tmp_path: Path) -> None:
     out = tmp_path / "out"
     make(out, write_list(tmp_path / "l.csv", ["a", "b"]))
+    moved = load_work_list(shutil.copytree(out, f"{tmp_path}/moved"))
+    assert moved is not None
+    assert list(read(moved)) == ["a", "b"]  # wherever the folder is
     (out / "_work/listing-000.json").unlink()
     (out / "_work/listing-000-images-00007.parquet").write_bytes(b"left by a longer list")
     assert load_work_list(str(out)) is None
     assert list(read(make(out, write_list(tmp_path / "l.csv", ["c"])))) == ["c"]
     assert "listing-000-images-00007.parquet" not in names_in(out)
-
-
-def test_the_output_folder_can_be_moved(tmp_path: Path) -> None:
-    make(tmp_path / "out", write_list(tmp_path / "l.csv", ["a", "b"]))
-    shutil.move(tmp_path / "out", tmp_path / "moved")
-    work = load_work_list(str(tmp_path / "moved"))
-    assert work is not None
-    assert list(read(work)) == ["a", "b"]
 
 
 def test_nothing_to_caption_is_an_error(tmp_path: Path) -> None:
@@ -269,14 +248,6 @@ def test_a_damaged_parquet_file_among_others_is_a_row(tmp_path: Path) -> None:
     assert batch.data is not None
     assert isinstance(batch.data[0], RowError)
     assert batch.data[0].code == ErrorCode.TRUNCATED
-
-
-def test_fragments_are_held_as_columns(tmp_path: Path) -> None:
-    fragments = make(tmp_path / "out", write_list(tmp_path / "l.csv", [f"{n:04d}" for n in range(1000)])).fragments
-    assert fragments[-1] == fragments[3]
-    assert [fragment.number for fragment in fragments[1:3]] == [1, 2]
-    with pytest.raises(IndexError):
-        fragments[4]
 
 
 def test_golden_format_1(tmp_path: Path) -> None:

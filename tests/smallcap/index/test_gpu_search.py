@@ -1,9 +1,6 @@
 """Search on a GPU: its blocks run here on CPU tensors; what only a GPU can run is marked `gpu`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +11,7 @@ from smallcap.errors import ConfigError
 from smallcap.index import gpu_search
 from smallcap.index.gpu_search import ExactBlocks, merged_index, open_gpu_search
 from smallcap.index.retriever import Retriever
-from tests.index_files import PublishIndex, unit_vectors
+from tests.index_files import OpenIndex, unit_vectors
 
 DIM = 32
 ROWS = 700
@@ -34,17 +31,12 @@ def queries(vectors: np.ndarray) -> np.ndarray:
 
 
 @pytest.fixture
-def open_index(tmp_path: Path, publish_index: PublishIndex, vectors: np.ndarray) -> Callable[..., Retriever]:
-    """A function that publishes an index of `vectors` and opens it."""
-
-    def open_one(index_key: str = "Flat", shards: int = 3, **settings: Any) -> Retriever:
-        uri = f"{tmp_path}/{index_key}-{shards}"
-        texts = [f"t{number}" for number in range(ROWS)]
-        images = [[f"img{number // 2}"] for number in range(ROWS)]
-        publish_index(uri, vectors, texts, images, shards, index_key=index_key, **settings)
-        return Retriever.open(uri, cache_dir=f"{tmp_path}/cache")
-
-    return open_one
+def open_keyed(open_index: OpenIndex, vectors: np.ndarray) -> OpenIndex:
+    """A function that publishes an index of `vectors` with a key and opens it."""
+    images = [[f"img{number // 2}"] for number in range(ROWS)]
+    return lambda index_key="Flat", shards=3, **settings: open_index(
+        vectors, images, shards, index_key=index_key, **settings
+    )
 
 
 @pytest.fixture
@@ -62,9 +54,9 @@ class TestExactBlocks:
     @pytest.mark.parametrize("k", [1, 4, 130])
     @pytest.mark.parametrize("removed", [(), (*range(300, 400), 7, 8)])
     def test_flat_answers_are_the_cpus_bit_by_bit(
-        self, open_index: Callable[..., Retriever], queries: np.ndarray, k: int, removed: tuple[int, ...]
+        self, open_keyed: OpenIndex, queries: np.ndarray, k: int, removed: tuple[int, ...]
     ) -> None:
-        retriever = open_index(removed=removed)
+        retriever = open_keyed(removed=removed)
         exclude = [None if row % 2 else f"img{row}" for row in range(len(queries))]
         expected = retriever.search(queries, k, exclude)
         retriever.use_device("cuda")
@@ -75,9 +67,9 @@ class TestExactBlocks:
 
     @pytest.mark.parametrize("key", ["IVF8,Flat", "IVF8,SQfp16", "IVF8,SQ8", "SQ8", "HNSW16"])
     def test_of_other_keys_they_are_exact_by_the_stored_vectors(
-        self, open_index: Callable[..., Retriever], queries: np.ndarray, key: str
+        self, open_keyed: OpenIndex, queries: np.ndarray, key: str
     ) -> None:
-        retriever = open_index(key, nprobe=1, k_factor=2)
+        retriever = open_keyed(key, nprobe=1, k_factor=2)
         stored = np.concatenate([s.stored_vectors(0, s.entry.rows) for s in retriever._local.shards])
         retriever.use_device("cuda")
         found = retriever.search(queries, 10)
@@ -87,8 +79,8 @@ class TestExactBlocks:
             assert [n.caption_id for n in neighbours] == expected
             assert [n.score for n in neighbours] == scores[row, expected].tolist()
 
-    def test_more_than_there_are(self, open_index: Callable[..., Retriever], queries: np.ndarray) -> None:
-        retriever = open_index(removed=range(10, ROWS))
+    def test_more_than_there_are(self, open_keyed: OpenIndex, queries: np.ndarray) -> None:
+        retriever = open_keyed(removed=range(10, ROWS))
         retriever.use_device("cuda")
         assert all(sorted(n.caption_id for n in of_one) == list(range(10)) for of_one in retriever.search(queries, 99))
 
@@ -102,24 +94,21 @@ class TestChoice:
         local = retriever._local
         return open_gpu_search(local.shards, local.manifest.nprobe, torch.device(device), local.rank)
 
-    def test_exact_where_there_is_room(self, open_index: Callable[..., Retriever], room: Callable[[int], None]) -> None:
-        room(4 << 30)
-        assert self.open(open_index("IVF8,SQ8", nprobe=2, k_factor=2)).backend == "gpu-exact"
-
     @pytest.mark.parametrize(
         ("key", "nprobe", "gpus", "opens"),
         [
             ("IVF8,Flat", 2, 1, True),
             ("IVF8,Flat", 2, 0, False),
             ("IVF8,Flat", 4096, 1, False),
+            ("IVF8,SQ8", 2, 1, True),
             ("IVF8,RaBitQ", 2, 1, False),
             ("SQ8", None, 1, False),
             ("Flat", None, 1, False),
         ],
     )
-    def test_else_faiss_where_it_can(
+    def test_exact_where_there_is_room_else_faiss_where_it_can(
         self,
-        open_index: Callable[..., Retriever],
+        open_keyed: OpenIndex,
         room: Callable[[int], None],
         monkeypatch: pytest.MonkeyPatch,
         key: str,
@@ -127,18 +116,21 @@ class TestChoice:
         gpus: int,
         opens: bool,
     ) -> None:
+        retriever = open_keyed(key, nprobe=nprobe)
+        room(4 << 30)
+        assert self.open(retriever).backend == "gpu-exact"
         room(1200 << 20)
         monkeypatch.setattr(gpu_search, "_SCORES_AT_ONCE", 1 << 30)
         monkeypatch.setattr(gpu_search.faiss, "get_num_gpus", lambda: gpus)
         made: list[int] = []
         monkeypatch.setattr(gpu_search, "FaissGpu", lambda *arguments: made.append(arguments[1]) or "made")
-        assert self.open(open_index(key, nprobe=nprobe)) == ("made" if opens else None)
+        assert self.open(retriever) == ("made" if opens else None)
         assert made == ([nprobe] if opens else [])
 
     def test_faiss_that_fails_and_no_room_leave_the_cpu(
-        self, open_index: Callable[..., Retriever], room: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+        self, open_keyed: OpenIndex, room: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        retriever = open_index("IVF8,Flat", nprobe=2)
+        retriever = open_keyed("IVF8,Flat", nprobe=2)
         monkeypatch.setattr(gpu_search, "_SCORES_AT_ONCE", 1 << 30)
         monkeypatch.setattr(gpu_search.faiss, "get_num_gpus", lambda: 1)
 
@@ -153,8 +145,8 @@ class TestChoice:
         with pytest.raises(ConfigError, match="cannot be searched on the GPU"):
             retriever.use_device("cuda:0", "cuda")
 
-    def test_a_model_on_the_cpu_is_searched_for_there(self, open_index: Callable[..., Retriever]) -> None:
-        retriever = open_index()
+    def test_a_model_on_the_cpu_is_searched_for_there(self, open_keyed: OpenIndex) -> None:
+        retriever = open_keyed()
         retriever.use_device("cpu")
         retriever.use_device("cuda", "cpu")
         assert retriever.search_backend == "cpu"
@@ -163,9 +155,9 @@ class TestChoice:
 
 
 @pytest.mark.parametrize("key", ["IVF8,Flat", "IVF8,SQfp16", "IVF8,SQ8", "IVF8,PQ4x4", "OPQ4,IVF8,PQ4x4"])
-def test_shards_are_merged_for_faiss(open_index: Callable[..., Retriever], queries: np.ndarray, key: str) -> None:
-    [whole] = open_index(key, shards=1, nprobe=8, k_factor=1)._local.shards
-    merged = merged_index(open_index(key, shards=3, nprobe=8, k_factor=1)._local.shards)
+def test_shards_are_merged_for_faiss(open_keyed: OpenIndex, queries: np.ndarray, key: str) -> None:
+    [whole] = open_keyed(key, shards=1, nprobe=8, k_factor=1)._local.shards
+    merged = merged_index(open_keyed(key, shards=3, nprobe=8, k_factor=1)._local.shards)
     assert merged.ntotal == ROWS
     expected, found = whole.index.search(queries, ROWS), merged.search(queries, ROWS)
     np.testing.assert_array_equal(np.sort(found[0]), np.sort(expected[0]))
@@ -174,20 +166,18 @@ def test_shards_are_merged_for_faiss(open_index: Callable[..., Retriever], queri
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 class TestOnGpu:
-    def test_exact_blocks(self, open_index: Callable[..., Retriever], queries: np.ndarray) -> None:
-        retriever = open_index()
+    def test_exact_blocks(self, open_keyed: OpenIndex, queries: np.ndarray) -> None:
+        retriever = open_keyed()
         expected = retriever.search(queries, 10)
         retriever.use_device("cuda", "cuda")
         assert retriever.search_backend == "gpu-exact"
         assert retriever.search(queries, 10) == expected
 
     @pytest.mark.parametrize("key", ["IVF8,Flat", "IVF8,SQfp16", "IVF8,SQ8", "IVF8,PQ8"])
-    def test_faiss(
-        self, open_index: Callable[..., Retriever], queries: np.ndarray, key: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_faiss(self, open_keyed: OpenIndex, queries: np.ndarray, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(gpu_search, "MEMORY_SHARE", 0.05)
         monkeypatch.setattr(gpu_search, "_SCORES_AT_ONCE", 1 << 40)
-        retriever = open_index(key, nprobe=4, k_factor=4)
+        retriever = open_keyed(key, nprobe=4, k_factor=4)
         expected = retriever.search(queries, 10)
         retriever.use_device("cuda", "cuda")
         assert retriever.search_backend == "faiss-gpu"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import shutil
 import signal
 import threading
 import time
@@ -20,7 +19,7 @@ import pytest
 from smallcap import storage
 from smallcap.errors import IndexIntegrityError, StorageError
 from smallcap.index import node_cache as index_cache
-from smallcap.index.manifest import FileEntry
+from smallcap.index.manifest import FileEntry, IndexManifest
 from smallcap.index.node_cache import check_file, missing_files, open_version_folder
 from smallcap.index.partition import files_of
 from smallcap.index.retriever import Retriever
@@ -32,9 +31,15 @@ def files_in(cache: str) -> set[str]:
     return {f"files/{path.name}" for path in Path(cache, "files").glob("*")}
 
 
+def needed(manifest: IndexManifest) -> set[str]:
+    """The files that a search opens; the template is not needed."""
+    return {entry.file for entry in manifest.files} - {manifest.template.file}
+
+
 @pytest.fixture
-def cache(tmp_path: Path) -> str:
-    return str(tmp_path / "cache")
+def small(s3: str, publish_index: PublishIndex) -> IndexManifest:
+    """An index of 20 captions in the bucket."""
+    return publish_index(f"{s3}/index", unit_vectors(20), ["t"] * 20)
 
 
 @pytest.fixture
@@ -99,7 +104,7 @@ class TestDownloads:
         assert sorted(count for count, _ in found) == [0, 0, 6]
         expected = np.argsort(-(unit_vectors(3, seed=2) @ vectors.T), axis=1)[:, :4].tolist()
         assert all(neighbours == expected for _, neighbours in found)
-        assert files_in(cache) == {entry.file for entry in manifest.files} - {manifest.template.file}
+        assert files_in(cache) == needed(manifest)
         assert list(Path(cache, "downloads").iterdir()) == []
 
     def test_a_process_killed_in_the_middle_leaves_nothing_that_harms(
@@ -119,9 +124,7 @@ class TestDownloads:
         whole = files_in(cache)
         Retriever.open(uri, cache_dir=cache)
         assert list(Path(cache, "downloads").iterdir()) == []
-        assert {uri.removeprefix(f"{s3}/index/") for uri in asked} == {
-            entry.file for entry in manifest.files
-        } - whole - {manifest.template.file}
+        assert {uri.removeprefix(f"{s3}/index/") for uri in asked} == needed(manifest) - whole
 
     def test_versions_and_indexes_share_files(
         self, s3: str, cache: str, publish_index: PublishIndex, asked: list[str]
@@ -143,39 +146,31 @@ class TestDownloads:
         Retriever.open(f"{s3}/other", cache_dir=cache)
         assert asked == []
 
-    def test_a_damaged_copy_is_fetched_again(
-        self, s3: str, cache: str, publish_index: PublishIndex, asked: list[str]
-    ) -> None:
-        manifest = publish_index(f"{s3}/index", unit_vectors(20), ["t"] * 20)
+    def test_a_damaged_copy_is_fetched_again(self, s3: str, cache: str, small: IndexManifest, asked: list[str]) -> None:
         mapped = Retriever.open(f"{s3}/index", cache_dir=cache)
-        copy = Path(cache, manifest.shards[0].file)
-        data = bytearray(copy.read_bytes())
-        data[-1] ^= 1
-        copy.unlink()
-        copy.write_bytes(data)
+        copy = Path(cache, small.shards[0].file)
+        data = copy.read_bytes()
+        copy.unlink()  # the file that is mapped stays as it is
+        copy.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
         asked.clear()
-        query = unit_vectors(1)
         again = Retriever.open(f"{s3}/index", cache_dir=cache)
         assert len(asked) == 1
-        check_file(copy, manifest.shards[0])
-        assert again.search(query, 3) == mapped.search(query, 3)
+        check_file(copy, small.shards[0])
+        assert again.search(unit_vectors(1), 3) == mapped.search(unit_vectors(1), 3)
 
     def test_a_damaged_object_is_an_error_after_a_second_try(
-        self, s3: str, cache: str, publish_index: PublishIndex, asked: list[str]
+        self, s3: str, cache: str, small: IndexManifest, asked: list[str]
     ) -> None:
-        manifest = publish_index(f"{s3}/index", unit_vectors(20), ["t"] * 20)
-        damaged = storage.join(f"{s3}/index", manifest.shards[0].file)
+        damaged = storage.join(f"{s3}/index", small.shards[0].file)
         storage.write_bytes(damaged, storage.read_bytes(damaged)[:-1] + b"\0")
         with pytest.raises(IndexIntegrityError, match=r"damaged(.|\n)*sha256"):
             Retriever.open(f"{s3}/index", cache_dir=cache)
         assert asked.count(damaged) == 2
-        assert manifest.shards[0].file not in files_in(cache)
+        assert small.shards[0].file not in files_in(cache)
         assert list(Path(cache, "downloads").iterdir()) == []
 
-    def test_a_transfer_damaged_once(
-        self, s3: str, cache: str, publish_index: PublishIndex, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        publish_index(f"{s3}/index", unit_vectors(20), ["t"] * 20)
+    @pytest.mark.usefixtures("small")
+    def test_a_transfer_damaged_once(self, s3: str, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
         asked: Counter[str] = Counter()
         lock = threading.Lock()
         download = storage.download
@@ -205,8 +200,11 @@ class TestStamps:
     ) -> None:
         uri = f"{request.getfixturevalue('s3')}/index" if remote else f"{tmp_path}/index"
         manifest = publish_index(uri, unit_vectors(20), ["t"] * 20, shards=2)
+        open_version_folder(uri, manifest, cache, manifest.shards[:1])
+        assert checked == [manifest.shards[0].file]  # only what is asked for
         root = open_version_folder(uri, manifest, cache)
         assert root == (Path(cache) if remote else tmp_path / "index")
+        assert missing_files(uri, manifest, cache) == []
         assert sorted(checked) == sorted(entry.file for entry in manifest.files)
         checked.clear()
         open_version_folder(uri, manifest, cache)
@@ -214,13 +212,6 @@ class TestStamps:
         os.utime(root / manifest.shards[1].file)
         open_version_folder(uri, manifest, cache)
         assert checked == [manifest.shards[1].file]
-
-    def test_only_what_is_asked_for_is_read(
-        self, tmp_path: Path, cache: str, publish_index: PublishIndex, checked: list[str]
-    ) -> None:
-        manifest = publish_index(f"{tmp_path}/index", unit_vectors(20), ["t"] * 20, shards=2)
-        open_version_folder(f"{tmp_path}/index", manifest, cache, manifest.shards[:1])
-        assert checked == [manifest.shards[0].file]
 
     def test_a_cache_folder_that_cannot_be_written(self, tmp_path: Path, publish_index: PublishIndex) -> None:
         manifest = publish_index(f"{tmp_path}/index", unit_vectors(20), ["t"] * 20)
@@ -257,11 +248,8 @@ class TestRoom:
             os.utime(stamp, (time.time() - 3600 * used[name],) * 2)
 
         def cached() -> set[str]:
-            """Which of the indexes are whole; the template is not needed."""
-            present = files_in(cache)
-            return {
-                name for name, manifest in manifests.items() if present >= {entry.file for entry in manifest.files[1:]}
-            }
+            """Which of the indexes are whole."""
+            return {name for name, manifest in manifests.items() if files_in(cache) >= needed(manifest)}
 
         new = publish_index(f"{s3}/new", unit_vectors(500, seed=9), ["new"] * 500)
         size = sum(Path(cache, name).stat().st_size for name in files_in(cache))
@@ -321,23 +309,6 @@ class TestOnDiskLists:
             path.write_bytes(b"i" * before + section + b"o" * 40)
             with pytest.raises(IndexIntegrityError, match="ilod"):
                 check_file(path, FileEntry.describe(path, "shard"))
-
-    def test_codes_that_begin_like_one_pass(self, tmp_path: Path) -> None:
-        path = tmp_path / "x.faiss"
-        path.write_bytes(b"ilod" + bytes(range(1, 60)) + b"ilod" + b"\xff" * 24 + b"ilod")
-        check_file(path, FileEntry.describe(path, "shard"))
-        path.write_bytes(b"ilod" * 10_000)
-        check_file(path, FileEntry.describe(path, "shard"))
-
-
-def test_a_local_index_has_nothing_to_download(tmp_path: Path, cache: str, publish_index: PublishIndex) -> None:
-    uri = str(tmp_path / "index")
-    assert missing_files(uri, publish_index(uri, unit_vectors(20), ["t"] * 20), cache) == []
-
-
-def test_a_missing_file(tmp_path: Path, cache: str, publish_index: PublishIndex) -> None:
-    manifest = publish_index(f"{tmp_path}/index", unit_vectors(20), ["t"] * 20)
-    Path(tmp_path, "index", manifest.captions[0].file).unlink()
-    with pytest.raises(IndexIntegrityError, match="missing"):
-        open_version_folder(f"{tmp_path}/index", manifest, cache)
-    shutil.rmtree(cache)
+        for codes in (b"ilod" + bytes(range(1, 60)) + b"ilod" + b"\xff" * 24 + b"ilod", b"ilod" * 10_000):
+            path.write_bytes(codes)  # which only begin like such a section
+            check_file(path, FileEntry.describe(path, "shard"))

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -55,6 +53,14 @@ def test_which_keys_need_vectors(key: str, lossy: bool) -> None:
     assert is_lossy(key) == lossy
 
 
+def assert_best(found: list[tuple[np.ndarray, np.ndarray]], scores: np.ndarray, ids: np.ndarray) -> None:
+    """Compares the best of what the shards found."""
+    all_scores, all_ids = (np.concatenate(columns, axis=1) for columns in zip(*found, strict=True))
+    order = np.lexsort((all_ids, -all_scores), axis=-1)[:, : ids.shape[1]]
+    np.testing.assert_array_equal(np.take_along_axis(all_ids, order, 1), ids)
+    np.testing.assert_array_equal(np.take_along_axis(all_scores, order, 1), scores)
+
+
 @pytest.mark.parametrize("key", [*LOSSLESS[1:], *OF_CODES])
 def test_several_shards_are_one_index_bit_by_bit(tmp_path: Path, key: str) -> None:
     """Lists chosen once, by this library, give the scores that faiss gives over everything in one index."""
@@ -68,11 +74,7 @@ def test_several_shards_are_one_index_bit_by_bit(tmp_path: Path, key: str) -> No
     shards = [
         write_shard(tmp_path / "parts", trained, key, vectors[first:stop], first) for first, stop in pairwise(bounds)
     ]
-    found = [shard.candidates(queries, 30, 5, assigned) for shard in shards]
-    scores, ids = (np.concatenate(columns, axis=1) for columns in zip(*found, strict=True))
-    order = np.lexsort((ids, -scores), axis=-1)[:, :30]
-    np.testing.assert_array_equal(np.take_along_axis(ids, order, 1), expected[1])
-    np.testing.assert_array_equal(np.take_along_axis(scores, order, 1), expected[0])
+    assert_best([shard.candidates(queries, 30, 5, assigned) for shard in shards], *expected)
 
 
 def test_the_answer_is_that_of_faisss_own_sharding(tmp_path: Path) -> None:
@@ -85,11 +87,7 @@ def test_the_answer_is_that_of_faisss_own_sharding(tmp_path: Path) -> None:
         shard.index.nprobe = 5
         together.add_shard(shard.index)
     expected_scores, expected_ids = together.search(queries, 10)
-    found = [shard.candidates(queries, 10, 5) for shard in shards]
-    scores, ids = (np.concatenate(columns, axis=1) for columns in zip(*found, strict=True))
-    order = np.lexsort((ids, -scores), axis=-1)[:, :10]
-    np.testing.assert_array_equal(np.take_along_axis(ids, order, 1), expected_ids)
-    np.testing.assert_array_equal(np.take_along_axis(scores, order, 1), expected_scores)
+    assert_best([shard.candidates(queries, 10, 5) for shard in shards], expected_scores, expected_ids)
 
 
 class TestAssignment:
@@ -104,6 +102,9 @@ class TestAssignment:
         np.testing.assert_array_equal(assigned.lists, expected)
         np.testing.assert_array_equal(assigned.scores, np.take_along_axis(scores, expected, 1))
         assert assign(train_quickly("Flat", vectors), queries, 6) is None
+        everything = assign(trained, queries, 999)
+        assert everything is not None
+        assert everything.lists.shape == (40, 16)
 
     @pytest.mark.parametrize("key", ["IVF16,Flat", "IVF16_HNSW8,Flat", "OPQ8,IVF16,PQ8"])
     def test_the_batch_does_not_enter_it(self, key: str) -> None:
@@ -117,18 +118,14 @@ class TestAssignment:
             for name in ("queries", "lists", "scores"):
                 np.testing.assert_array_equal(getattr(alone, name)[0], getattr(together, name)[row])
 
-    def test_more_lists_than_there_are(self) -> None:
-        trained = train_quickly("IVF16,Flat", unit_vectors(3000))
-        assigned = assign(trained, unit_vectors(3), 999)
-        assert assigned is not None
-        assert assigned.lists.shape == (3, 16)
-
 
 class TestVectors:
     @pytest.mark.parametrize("by_residual", [True, False])
     @pytest.mark.parametrize("key", [*LOSSLESS, "IVF16,SQ8", "HNSW8"])
-    def test_they_come_in_the_order_of_their_ids(self, tmp_path: Path, key: str, by_residual: bool) -> None:
-        vectors = unit_vectors(500)
+    def test_they_come_in_the_order_of_their_ids_and_score_them(
+        self, tmp_path: Path, key: str, by_residual: bool
+    ) -> None:
+        vectors, queries = unit_vectors(500), unit_vectors(3, seed=1)
         trained = train_quickly(key, vectors)
         if key == "IVF16,SQfp16":
             trained.by_residual = by_residual
@@ -140,36 +137,23 @@ class TestVectors:
             assert stored.dtype == (np.float32 if exact else np.float16)
             assert stored.shape == (stop - first, DIM)
             np.testing.assert_allclose(stored, vectors[first:stop], atol=0 if exact else 6e-4)
-
-    @pytest.mark.parametrize("key", [*LOSSLESS, "IVF16,SQ8"])
-    def test_they_score_ids(self, tmp_path: Path, key: str) -> None:
-        vectors, queries = unit_vectors(500), unit_vectors(3, seed=1)
-        shard = write_shard(tmp_path, train_quickly(key, vectors), key, vectors, 1000)
         ids = np.array([[1000, 1499, -1], [1007, 1007, 1008], [-1, -1, -1]])
-        scores = shard.rank(queries, ids)
-        stored = shard.stored_vectors(0, 500).astype(np.float64)
-        expected = np.where(
-            ids < 0, -np.inf, (queries[:, None].astype(np.float64) * stored[(ids - 1000).clip(0)]).sum(axis=2)
-        )
-        np.testing.assert_array_equal(scores, expected.astype(np.float32))
+        everything = shard.stored_vectors(0, 500).astype(np.float64)
+        scores = (queries[:, None].astype(np.float64) * everything[(ids - 1000).clip(0)]).sum(axis=2)
+        np.testing.assert_array_equal(shard.rank(queries, ids), np.where(ids < 0, -np.inf, scores).astype(np.float32))
 
-    def test_a_lossy_shard_without_them(self, tmp_path: Path) -> None:
+    def test_a_lossy_shard_needs_a_file_of_its_own(self, tmp_path: Path) -> None:
         vectors = unit_vectors(500)
         write_shard(tmp_path, train_quickly("SQ8", vectors), "SQ8", vectors)
         shard = open_shard(tmp_path / "0.faiss", "SQ8", 500)
         assert shard.candidates(vectors[:2], 3)[1][:, 0].tolist() == [0, 1]
         with pytest.raises(IndexIntegrityError, match="`vectors` file is missing"):
             shard.stored_vectors(0, 3)
-
-    @pytest.mark.parametrize(
-        "wrong", [np.zeros((500, DIM)), np.zeros((499, DIM), np.float16), np.zeros((DIM, 500), np.float16).T]
-    )
-    def test_a_file_of_other_vectors(self, tmp_path: Path, wrong: np.ndarray) -> None:
-        vectors = unit_vectors(500)
-        write_shard(tmp_path, train_quickly("SQ8", vectors), "SQ8", vectors)
-        np.save(tmp_path / "wrong.npy", wrong)
-        with pytest.raises(IndexIntegrityError, match="contradicts the manifest"):
-            open_shard(tmp_path / "0.faiss", "SQ8", 500, vectors_file=tmp_path / "wrong.npy")
+        half = np.float16
+        for wrong in (np.zeros((500, DIM)), np.zeros((499, DIM), half), np.zeros((DIM, 500), half).T):
+            np.save(tmp_path / "wrong.npy", wrong)
+            with pytest.raises(IndexIntegrityError, match="contradicts the manifest"):
+                open_shard(tmp_path / "0.faiss", "SQ8", 500, vectors_file=tmp_path / "wrong.npy")
 
     def test_a_list_that_holds_an_id_twice(self, tmp_path: Path) -> None:
         vectors = unit_vectors(500)
@@ -190,6 +174,7 @@ class TestUnreadable:
             ("Flat", "Flat-rows", "dimension, metric"),
             ("IVF2,Flat", "IVF2,SQfp16", "kind of a shard"),
             ("IVF2,Flat", "IVF2,Flat-l2", "dimension, metric"),
+            ("IVF2,Flat", "IVF2,Flat-cut", "faiss cannot read"),
             ("IVF2,SQfp16", "IVF2,SQ8", "kind of a shard"),
             ("SQ8", "LSQ2x4", "does not read"),
             ("PQ4x4,Refine(Flat)", "PQ4x4,Refine(Flat)", "does not read"),
@@ -206,16 +191,10 @@ class TestUnreadable:
         index.train(vectors)
         index.add(vectors)
         faiss.write_index(index, str(tmp_path / "x.faiss"))
+        if fault == "cut":
+            (tmp_path / "x.faiss").write_bytes((tmp_path / "x.faiss").read_bytes()[:-99])
         with pytest.raises(IndexIntegrityError, match=message):
             open_shard(tmp_path / "x.faiss", claimed, 100)
-
-    def test_a_truncated_file(self, tmp_path: Path) -> None:
-        index = train_quickly("IVF2,Flat", unit_vectors(100))
-        index.add(unit_vectors(100))
-        faiss.write_index(index, str(tmp_path / "x.faiss"))
-        (tmp_path / "x.faiss").write_bytes((tmp_path / "x.faiss").read_bytes()[:-99])
-        with pytest.raises(IndexIntegrityError, match="faiss cannot read"):
-            open_shard(tmp_path / "x.faiss", "IVF2,Flat", 100)
 
     def test_ids_outside_the_shard(self, tmp_path: Path) -> None:
         vectors = unit_vectors(100)

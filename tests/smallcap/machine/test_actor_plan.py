@@ -8,18 +8,12 @@ from smallcap.errors import ConfigError
 from smallcap.machine.actor_plan import plan_actors
 
 
-def test_a_gpu_is_used_where_there_is_one() -> None:
+def test_a_gpu_is_used_where_there_is_one_and_can_be_shared_and_left_alone() -> None:
     plan = plan_actors(ComputeConfig(), [{"CPU": 8}, {"CPU": 16, "GPU": 4}])
     assert (plan.device, plan.dtype, plan.num_actors, plan.gpus_per_actor) == ("cuda", "bfloat16", 4, 1)
     assert plan.cpus_per_actor == 0  # a reserved CPU would be one less for decoding
-
-
-def test_a_gpu_can_be_shared_and_left_alone() -> None:
     assert plan_actors(ComputeConfig(gpus_per_actor=0.5), [{"CPU": 8, "GPU": 2}]).num_actors == 4
     assert plan_actors(ComputeConfig(device="cpu"), [{"CPU": 8, "GPU": 2}]).gpus_per_actor == 0
-
-
-def test_a_missing_gpu_is_an_error() -> None:
     with pytest.raises(ConfigError, match="No node of the cluster has a GPU"):
         plan_actors(ComputeConfig(device="cuda"), [{"CPU": 8}])
 

@@ -13,7 +13,6 @@ from transformers import (
     GPT2LMHeadModel,
     OPTConfig,
     OPTForCausalLM,
-    PreTrainedModel,
     PreTrainedTokenizerFast,
     XGLMConfig,
     XGLMForCausalLM,
@@ -27,23 +26,23 @@ from smallcap.model.checkpoint import load_checkpoint, save_checkpoint
 VOCABULARY = 260
 
 
-def language_model(kind: str) -> PreTrainedModel:
-    if kind == "gpt2":
-        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
-        return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, **sizes, bos_token_id=0, eos_token_id=0))
-    if kind == "opt":
-        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 64}
-        config = OPTConfig(vocab_size=VOCABULARY, **sizes, word_embed_proj_dim=32, max_position_embeddings=64)
-        return OPTForCausalLM(config)
-    sizes = {"d_model": 32, "num_layers": 2, "attention_heads": 2, "ffn_dim": 64}
-    return XGLMForCausalLM(XGLMConfig(vocab_size=VOCABULARY, **sizes, max_position_embeddings=64))
+WIDE = {"vocab_size": VOCABULARY, "max_position_embeddings": 64}
+OPT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 64, "word_embed_proj_dim": 32}
+XGLM = {"d_model": 32, "num_layers": 2, "attention_heads": 2, "ffn_dim": 64}
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "bos_token_id": 0, "eos_token_id": 0}
+KINDS = {
+    "gpt2": (GPT2LMHeadModel, GPT2Config(vocab_size=VOCABULARY, **GPT2)),
+    "opt": (OPTForCausalLM, OPTConfig(**WIDE, **OPT)),
+    "xglm": (XGLMForCausalLM, XGLMConfig(**WIDE, **XGLM)),
+}
 
 
-@pytest.fixture(params=["gpt2", "opt", "xglm"])
+@pytest.fixture(params=KINDS)
 def decoder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A language model's folder, with a byte-level tokenizer."""
     torch.manual_seed(0)
-    model = language_model(request.param).eval()
+    kind, config = KINDS[request.param]
+    model = kind(config).eval()
     for parameter in model.parameters():  # the usual initialisation would say the same of every text
         torch.nn.init.normal_(parameter, std=0.2)
     folder = tmp_path / request.param
@@ -65,11 +64,6 @@ def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def load_language_model(folder: Path) -> PreTrainedModel:
-    kinds = {"gpt2": GPT2LMHeadModel, "opt": OPTForCausalLM, "xglm": XGLMForCausalLM}
-    return kinds[folder.name].from_pretrained(folder).eval()
-
-
 def test_without_cross_attention_it_is_the_language_model(decoder: Path, vision: Path, tmp_path: Path) -> None:
     model = join_frozen_models(str(vision), str(decoder), 2, retrieval_encoder="hf:clip", k=3)
     assert model.config.decoder.cross_attention_reduce_factor == 2
@@ -87,7 +81,8 @@ def test_without_cross_attention_it_is_the_language_model(decoder: Path, vision:
     mask = additive_mask(torch.ones(1, 1, 5, 5, dtype=torch.bool).tril(), torch.float32)
     cross_kv = silent.cross_attention_kv(torch.randn(1, 5, 768))
     logits = silent.logits(silent(ids, torch.arange(5)[None], mask, cross_kv))
-    torch.testing.assert_close(logits, load_language_model(decoder)(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    language_model = KINDS[decoder.name][0].from_pretrained(decoder).eval()
+    torch.testing.assert_close(logits, language_model(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_new_weights_depend_on_the_seed_alone(decoder: Path, vision: Path) -> None:

@@ -9,8 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from smallcap.errors import CheckpointError
 from smallcap.model.checkpoint import checkpoint_id, load_checkpoint, load_config, save_checkpoint, tokenizer_source
-
-ORACLE = Path(__file__).parents[2] / "golden" / "oracle"
+from tests.oracles import ORACLE
 
 
 @pytest.fixture
@@ -33,6 +32,9 @@ def test_what_is_saved_loads_as_the_same_model(tmp_path: Path) -> None:
     for (name, saved), (other_name, loaded) in zip(model.named_parameters(), again.named_parameters(), strict=True):
         assert name == other_name
         assert torch.equal(saved, loaded)
+    save_checkpoint(model, tmp_path / "half", torch.float16)
+    assert load_file(tmp_path / "half/model.safetensors")["decoder.transformer.wte.weight"].dtype == torch.float16
+    assert load_checkpoint(str(tmp_path / "half")).dtype == torch.float32
 
 
 def test_the_saved_layout_is_the_references(tmp_path: Path) -> None:
@@ -72,12 +74,6 @@ def test_decoding_defaults_travel_with_the_checkpoint(folder: Path) -> None:
     assert (config.num_beams, config.max_new_tokens, config.length_penalty) == (2, 5, 0.0)
     assert config.template.without_retrieval == "Here is "
     assert config.template.with_retrieval.startswith("Similar images show")
-
-
-def test_half_precision_is_loaded_as_asked(tmp_path: Path) -> None:
-    save_checkpoint(load_checkpoint(str(ORACLE / "gpt2_r4")), tmp_path, torch.float16)
-    assert load_file(tmp_path / "model.safetensors")["decoder.transformer.wte.weight"].dtype == torch.float16
-    assert load_checkpoint(str(tmp_path)).dtype == torch.float32
 
 
 def test_the_id_is_that_of_the_weights(folder: Path) -> None:
@@ -138,15 +134,16 @@ def test_damaged_and_absent_weights_are_named(folder: Path) -> None:
         load_checkpoint(str(folder))
 
 
-@pytest.mark.parametrize("source", ["no/such/folder", "./nowhere", "/nowhere/at/all"])
-def test_an_absent_folder_is_named(source: str) -> None:
-    with pytest.raises(CheckpointError, match="no such model folder"):
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        *((folder, "no such model folder") for folder in ("no/such/folder", "./nowhere", "/nowhere/at/all")),
+        ("Yova/SmallCap7M-that-is-not-cached-here", "nor reachable"),
+    ],
+)
+def test_an_absent_folder_and_an_unreachable_hub_id_are_named(source: str, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
         load_checkpoint(source)
-
-
-def test_an_unreachable_hub_id_says_so() -> None:
-    with pytest.raises(CheckpointError, match="nor reachable"):
-        load_checkpoint("Yova/SmallCap7M-that-is-not-cached-here")
 
 
 def test_a_checkpoint_without_tokenizer_uses_its_decoders(folder: Path) -> None:

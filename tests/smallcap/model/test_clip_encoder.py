@@ -37,14 +37,17 @@ def tiny_open_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"open_clip:local-dir:{folder}"
 
 
-@pytest.fixture(scope="module")
-def specs(tiny_clip: Path, tiny_open_clip: str) -> dict[str, str]:
-    return {"hf": f"hf:{tiny_clip}", "open_clip": tiny_open_clip}
+@pytest.fixture(scope="module", params=["hf", "open_clip"])
+def spec(request: pytest.FixtureRequest, tiny_clip: Path, tiny_open_clip: str) -> str:
+    return f"hf:{tiny_clip}" if request.param == "hf" else tiny_open_clip
 
 
-@pytest.mark.parametrize("backend", ["hf", "open_clip"])
-def test_embeddings_are_unit_vectors_independent_of_the_batch(specs: dict[str, str], backend: str) -> None:
-    encoder = load_retrieval_encoder(specs[backend])
+def test_embeddings_are_unit_vectors_independent_of_the_batch_and_identity_needs_no_model(spec: str) -> None:
+    encoder = load_retrieval_encoder(spec)
+    assert resolve_encoder_identity(spec) == encoder.identity
+    assert load_preprocessing(spec) == encoder.preprocessing
+    assert encoder.identity.dim == (16 if spec.startswith("hf:") else 24)
+    assert np.isfinite(encoder.encode_texts(["word " * 500])).all()  # cut to the context
     together = encoder.encode_texts(TEXTS)
     assert together.shape == (3, encoder.dim)
     assert together.dtype == np.float32
@@ -58,9 +61,8 @@ def test_embeddings_are_unit_vectors_independent_of_the_batch(specs: dict[str, s
     assert torch.allclose(images.norm(dim=1), torch.ones(2), atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["hf", "open_clip"])
-def test_a_packed_encoder_in_bfloat16_embeds_as_in_float32(specs: dict[str, str], backend: str) -> None:
-    exact, packed = (load_retrieval_encoder(specs[backend], dtype=dtype) for dtype in ("float32", "bfloat16"))
+def test_a_packed_encoder_in_bfloat16_embeds_as_in_float32(spec: str) -> None:
+    exact, packed = (load_retrieval_encoder(spec, dtype=dtype) for dtype in ("float32", "bfloat16"))
     packed.pack()
     texts = ["a dog on a road", "two cats"]
     assert np.abs(exact.encode_texts(texts) - packed.encode_texts(texts)).max() < 0.05
@@ -69,24 +71,10 @@ def test_a_packed_encoder_in_bfloat16_embeds_as_in_float32(specs: dict[str, str]
     assert (exact.encode_images(pixels) - packed.encode_images(pixels.bfloat16())).abs().max() < 0.05
 
 
-@pytest.mark.parametrize("backend", ["hf", "open_clip"])
-def test_a_long_text_is_cut_to_the_context(specs: dict[str, str], backend: str) -> None:
-    encoder = load_retrieval_encoder(specs[backend])
-    assert np.isfinite(encoder.encode_texts(["word " * 500])).all()
-
-
-@pytest.mark.parametrize("backend", ["hf", "open_clip"])
-def test_identity_and_preprocessing_are_known_without_the_model(specs: dict[str, str], backend: str) -> None:
-    encoder = load_retrieval_encoder(specs[backend])
-    assert resolve_encoder_identity(specs[backend]) == encoder.identity
-    assert load_preprocessing(specs[backend]) == encoder.preprocessing
-    assert encoder.identity.dim == {"hf": 16, "open_clip": 24}[backend]
-
-
-def test_open_clips_own_preprocessing_is_used(specs: dict[str, str]) -> None:
+def test_open_clips_own_preprocessing_is_used(tiny_open_clip: str) -> None:
     import open_clip
 
-    preprocessing = load_preprocessing(specs["open_clip"])
+    preprocessing = load_preprocessing(tiny_open_clip)
     assert preprocessing == Preprocessing(48, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), crop_rounding="nearest")
     published = load_preprocessing("open_clip:RN50x64/openai")
     assert published.size_px == 448

@@ -35,11 +35,8 @@ def test_prompts_and_labels_are_the_references(tokenizer: Any, case: dict[str, A
     assert labels == case["train_labels"]
 
 
-def test_without_retrieval_the_short_prompt_is_used(tokenizer: Any) -> None:
+def test_the_short_prompt_and_special_tokens_have_the_references_ids(tokenizer: Any) -> None:
     assert build_prompts(tokenizer, PromptTemplate(), [[]]) == [ORACLE["no_retrieval_prompt_ids"]]
-
-
-def test_special_tokens_have_the_references_ids(tokenizer: Any) -> None:
     assert encode_texts(tokenizer, [ORACLE["pad_token"], ORACLE["eos_token"]]) == [[0], [13]]
 
 
@@ -51,21 +48,16 @@ def test_special_tokens_have_the_references_ids(tokenizer: Any) -> None:
         ("a dog says hi!", "a dog says hi!"),
         ("<|endoftext|>a cat on a mat.", "a cat on a mat"),
         (".", ""),
+        # the reference splits the decoded text at "This image shows ", which a retrieved caption can hold
+        ("a sign that reads This image shows a cat.", "a sign that reads This image shows a cat"),
     ],
 )
 def test_a_caption_ends_at_eos_and_has_no_special_tokens(tokenizer: Any, generated: str, caption: str) -> None:
-    special = {"<|endoftext|>": [50256]}
     ids = [i for piece in generated.split("<|endoftext|>") if piece for i in encode_texts(tokenizer, [piece])[0]]
     if generated.startswith("<|"):
-        ids = special["<|endoftext|>"] + ids
+        ids = [50256, *ids]
     tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"})
     assert decode_caption(tokenizer, ids, eos_token_id=13) == caption
-
-
-def test_a_retrieved_caption_with_the_prompts_words_changes_nothing(tokenizer: Any) -> None:
-    # the reference splits the decoded text at "This image shows ", which a retrieved caption can hold
-    ids = encode_texts(tokenizer, ["a sign that reads This image shows a cat."])[0]
-    assert decode_caption(tokenizer, ids, eos_token_id=13) == "a sign that reads This image shows a cat"
 
 
 def test_long_captions_are_cut_for_training() -> None:

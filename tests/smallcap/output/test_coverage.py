@@ -20,17 +20,16 @@ LIST = [Fragment(number, "uris", "list.parquet", number, 4) for number in range(
 TAR = Fragment(3, "tar", "a.tar", 0, None)
 
 
-def info(
-    rows: dict[int, list[int]], failed: dict[int, list[int]] | None = None, ends: tuple[int, ...] = ()
-) -> PartInfo:
+Rows = dict[int, list[int]]
+
+
+def info(rows: Rows, failed: Rows | None = None, ends: tuple[int, ...] = ()) -> PartInfo:
     ranges, errors = (
-        {number: RowRanges.of(np.array(row_numbers)) for number, row_numbers in given.items()}
-        for given in (rows, failed or {})
+        {number: RowRanges.of(np.array(numbers)) for number, numbers in given.items()} for given in (rows, failed or {})
     )
     failures = sum(map(len, errors.values()))
-    return PartInfo(
-        ranges, errors, ends, sum(map(len, ranges.values())) - failures, {"empty": failures} if failures else {}
-    )
+    ok = sum(map(len, ranges.values())) - failures
+    return PartInfo(ranges, errors, ends, ok, {"empty": failures} if failures else {})
 
 
 def named(*infos: PartInfo) -> list[tuple[str, PartInfo]]:
@@ -50,11 +49,8 @@ def _first_nine(rows: RowRanges) -> list[int]:
     return [row for row in range(16) if rows.contains(np.array([row]))[0]][:9]
 
 
-def test_nothing_is_done_at_first() -> None:
-    assert left([]) == {0: None, 1: None, 2: None, 3: None}
-
-
 def test_what_parts_hold_is_not_left() -> None:
+    assert left([]) == {0: None, 1: None, 2: None, 3: None}
     parts = named(info({0: [0, 1, 2, 3], 1: [0, 3]}), info({1: [1]}))
     assert left(parts) == {1: [2], 2: None, 3: None}
 
@@ -73,14 +69,9 @@ def test_failed_rows_are_left_where_they_are_tried_again() -> None:
     assert left(parts, retry_failed=True) == {1: [2], 3: [0, 1, 2, 3, 4, 5, 6, 7, 8]}
 
 
-@pytest.mark.parametrize(
-    ("limit", "expected"), [(3, {0: [0, 1, 2]}), (4, {0: None}), (13, {0: None, 1: None, 2: None, 3: [0]})]
-)
-def test_a_limit_counts_from_the_front(limit: int, expected: dict[int, list[int] | None]) -> None:
-    assert left([], limit) == expected
-
-
-def test_a_limit_counts_what_is_done() -> None:
+def test_a_limit_counts_from_the_front_and_what_is_done() -> None:
+    limits = {3: {0: [0, 1, 2]}, 4: {0: None}, 13: {0: None, 1: None, 2: None, 3: [0]}}
+    assert {limit: left([], limit) for limit in limits} == limits
     assert left(named(info({0: [0, 1, 2, 3], 1: [0]})), limit=6) == {1: [1]}
 
 
@@ -103,18 +94,13 @@ def write(
     out: Path, name: str, fragment: int, rows: dict[int, str], ends: bool = False, ids: dict[int, str] | None = None
 ) -> None:
     """Writes a part of one fragment; `rows` are its rows and their captions, "" for an error."""
-    table = pa.Table.from_pylist(
-        [
-            {
-                "image_id": (ids or {}).get(row, f"{fragment}-{row}"),
-                "caption": text or None,
-                "status": "ok" if text else "error",
-                "error_code": None if text else "empty",
-            }
-            for row, text in rows.items()
-        ],
-        schema=CAPTION_COLUMNS,
-    )
+    captioned, broken = {"status": "ok", "error_code": None}, {"status": "error", "error_code": "empty"}
+    written = [
+        {"image_id": (ids or {}).get(row, f"{fragment}-{row}"), "caption": text or None}
+        | (captioned if text else broken)
+        for row, text in rows.items()
+    ]
+    table = pa.Table.from_pylist(written, schema=CAPTION_COLUMNS)
     failed = [row for row, text in rows.items() if not text]
     described = info({fragment: list(rows)}, {fragment: failed} if failed else {}, (fragment,) if ends else ())
     write_part(str(out), name, table, described, SCHEMA, PartOptions(rows_per_row_group=10))

@@ -2,12 +2,7 @@ import pyarrow as pa
 import pytest
 
 from smallcap.errors import ConfigError, SchemaError
-from smallcap.output.schema import (
-    CAPTION_COLUMNS,
-    caption_schema,
-    check_caption_schema,
-    kept_columns,
-)
+from smallcap.output.schema import CAPTION_COLUMNS, caption_schema, check_caption_schema, kept_columns
 
 # Written out once more, so that a change of the code cannot change both: this is the promise of schema version 1.
 COLUMNS = {
@@ -27,22 +22,13 @@ COLUMNS = {
 }
 
 
-def test_parts_have_these_columns() -> None:
+def test_parts_have_these_columns_and_the_ids_of_their_run() -> None:
     schema = caption_schema("run", "model", "index")
     assert {field.name: str(field.type) for field in schema} == COLUMNS
     assert [field.name for field in schema if not field.nullable] == ["image_id", "status"]
     check_caption_schema(schema, "part.parquet")
-
-
-def test_parts_carry_the_ids_of_their_run() -> None:
-    schema = caption_schema("run", "model", "index")
-    assert schema.metadata == {
-        b"smallcap.schema_version": b"1",
-        b"smallcap.run_id": b"run",
-        b"smallcap.model_id": b"model",
-        b"smallcap.index_id": b"index",
-        b"smallcap.kept_columns": b"[]",
-    }
+    ids = {"schema_version": b"1", "run_id": b"run", "model_id": b"model", "index_id": b"index", "kept_columns": b"[]"}
+    assert schema.metadata == {f"smallcap.{name}".encode(): value for name, value in ids.items()}
 
 
 def test_kept_columns_follow_the_fixed_ones_without_the_inputs_flags() -> None:

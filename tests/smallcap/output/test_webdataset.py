@@ -70,21 +70,13 @@ def test_the_same_samples_give_the_same_bytes(tmp_path: Path) -> None:
 def test_values_that_json_has_not_are_written_as_it_has_them(tmp_path: Path) -> None:
     import datetime
 
-    given = {
-        "nan": float("nan"),
-        "bytes": b"\x00\x01",
-        "date": datetime.date(2026, 1, 2),
-        "deep": [{"x": float("inf")}],
-    }
+    date = datetime.date(2026, 1, 2)
+    given = {"nan": float("nan"), "bytes": b"\x00\x01", "date": date, "deep": [{"x": float("inf")}]}
     write_samples(tmp_path / "t.tar", [sample("a.jpg", **given)])
     with tarfile.open(tmp_path / "t.tar") as tar:
         record = json.load(tar.extractfile("a.json"))  # type: ignore[arg-type]
-    assert {name: record[name] for name in given} == {
-        "nan": None,
-        "bytes": "AAE=",
-        "date": "2026-01-02",
-        "deep": [{"x": None}],
-    }
+    expected = {"nan": None, "bytes": "AAE=", "date": "2026-01-02", "deep": [{"x": None}]}
+    assert {name: record[name] for name in given} == expected
 
 
 def test_samples_are_dropped_by_id_and_the_others_keep_their_keys(tmp_path: Path) -> None:
@@ -94,9 +86,6 @@ def test_samples_are_dropped_by_id_and_the_others_keep_their_keys(tmp_path: Path
         assert tar.getnames() == ["x/a-2.png", "x/a-2.txt", "x/a-2.json", "b.jpg", "b.txt", "b.json"]
         assert tar.extractfile("x/a-2.png").read() == PNG  # type: ignore[union-attr]
     assert drop_samples(tmp_path / "left.tar", tmp_path / "none.tar", {"x/a.png", "b.jpg"}) == 0
-
-
-def test_a_damaged_tar_is_named(tmp_path: Path) -> None:
     (tmp_path / "bad.tar").write_bytes(b"no tar")
     with pytest.raises(SchemaError, match="Delete it and the part"):
         drop_samples(tmp_path / "bad.tar", tmp_path / "left.tar", set())

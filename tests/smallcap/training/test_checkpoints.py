@@ -20,35 +20,30 @@ from smallcap.training.checkpoints import (
 )
 
 
-@pytest.fixture(params=["local", "s3"])
-def out(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return str(tmp_path) if request.param == "local" else str(request.getfixturevalue("s3"))
-
-
-def save(out: str, step: int) -> TrainCheckpoint:
+def save(anywhere: str, step: int) -> TrainCheckpoint:
     epochs = (EpochResult(epoch=1, step=4, loss=1.5, validation_loss=1.25, cider=0.5),)
     checkpoint = TrainCheckpoint(step=step, epochs=epochs, frozen_sha256="0" * 64, sha256={})
     state = {"optimizer": {"state": {0: {"step": torch.tensor(4.0)}}}, "scaler": {}}
-    return save_train_checkpoint(out, checkpoint, {"weight": torch.full((2, 3), float(step))}, state)
+    return save_train_checkpoint(anywhere, checkpoint, {"weight": torch.full((2, 3), float(step))}, state)
 
 
-def test_the_newest_finished_one_is_found_and_read(out: str) -> None:
-    assert find_train_checkpoint(out) is None
-    save(out, 9)
-    newest = save(out, 10)
-    half = save(out, 11)
-    storage.remove(storage.join(out, FOLDER, half.folder, MARKER))  # as if it had been interrupted
-    found = find_train_checkpoint(out)
+def test_the_newest_finished_one_is_found_and_read(anywhere: str) -> None:
+    assert find_train_checkpoint(anywhere) is None
+    save(anywhere, 9)
+    newest = save(anywhere, 10)
+    half = save(anywhere, 11)
+    storage.remove(storage.join(anywhere, FOLDER, half.folder, MARKER))  # as if it had been interrupted
+    found = find_train_checkpoint(anywhere)
     assert found == newest
-    assert load_trained_weights(out, 10, found.sha256[WEIGHTS_FILE])["weight"][0, 0] == 10
-    assert load_train_state(out, found)["optimizer"]["state"][0]["step"] == 4
+    assert load_trained_weights(anywhere, 10, found.sha256[WEIGHTS_FILE])["weight"][0, 0] == 10
+    assert load_train_state(anywhere, found)["optimizer"]["state"][0]["step"] == 4
 
 
-def test_what_is_not_kept_is_removed(out: str) -> None:
+def test_what_is_not_kept_is_removed(anywhere: str) -> None:
     for step in (1, 2, 3, 4):
-        save(out, step)
-    remove_train_checkpoints(out, {2, 4})
-    left = {uri.rsplit("/", 1)[-1] for uri in storage.list_folder(storage.join(out, FOLDER))}
+        save(anywhere, step)
+    remove_train_checkpoints(anywhere, {2, 4})
+    left = {uri.rsplit("/", 1)[-1] for uri in storage.list_folder(storage.join(anywhere, FOLDER))}
     assert left == {"step-000000002", "step-000000004"}
 
 

@@ -21,17 +21,12 @@ def names(stream: ExampleStream, epoch: int = 0, first: int = 0, rank: int = 0, 
     return [[(example.image_id, example.number) for example in batch] for batch in batches]
 
 
-def test_an_epoch_has_every_example_once(stream: ExampleStream) -> None:
+def test_an_epoch_has_every_example_once_in_an_order_of_its_own(stream: ExampleStream) -> None:
     batches = names(stream)
     assert [len(batch) for batch in batches] == [5, 5, 5, 5, 4]
     assert stream.batches_per_epoch == 5
-    everything = {(f"{part}-{image}", number) for part in range(3) for image in range(4) for number in range(2)}
-    seen = list(chain(*batches))
-    assert len(seen) == 24
-    assert set(seen) == everything
-
-
-def test_the_order_depends_on_seed_and_epoch_alone(stream: ExampleStream) -> None:
+    everything = [(f"{part}-{image}", number) for part in range(3) for image in range(4) for number in range(2)]
+    assert sorted(chain(*batches)) == everything
     assert names(stream, 1) == names(stream, 1)
     assert names(stream, 0) != names(stream, 1)
     assert list(chain(*names(stream))) != sorted(chain(*names(stream)))
@@ -65,8 +60,5 @@ def test_drawn_captions_depend_on_example_and_epoch(stream: ExampleStream) -> No
     assert first != other
     assert len({tuple(example.retrieved(4, "sample-k", (0, 0))) for example in examples}) > 20
     assert examples[0].retrieved(2, "top-k", (0, 0)) == ["near 0", "near 1"]
-
-
-def test_without_candidates_prompts_have_none(stream: ExampleStream) -> None:
     plain = ExampleStream(stream.features, None, stream.parts, 5, 2, seed=0)
     assert next(plain.batches(0))[0].candidates == []
