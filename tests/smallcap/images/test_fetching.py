@@ -279,8 +279,9 @@ class TestFaults:
         assert "2 attempts" in str(failed[0])
 
     def test_one_forbidden_object_is_a_row(self, s3: str, fault_proxy: Any) -> None:
+        uris = list(written(s3, 3))
         fault_proxy.plan(rates={"error": 1.0}, match="/1.bin", error_status=403, error_code="AccessDenied")
-        fetched = fetch_objects(list(written(s3, 3)), QUICK)
+        fetched = fetch_objects(uris, QUICK)
         assert code_of(fetched.data[1]) == ErrorCode.FORBIDDEN
         assert "AccessDenied" in str(fetched.data[1])
         assert fetched.retries == 0
