@@ -1,6 +1,6 @@
 """Reads the stored work list of a run in `OUT/_work`: all images to caption, cut into fragments.
 
-It is made of listings, which `listing` writes. A listing has Parquet files with the images that have URIs of their own,
+It is made of listings, which `listing` writes. A listing has Parquet files with the images that have URIs,
 sorted by id; a table of its fragments; and a marker, without which it does not count. docs/formats.md describes the
 format. This module knows nothing of what is done already.
 """

@@ -1,4 +1,4 @@
-"""A golden run and golden indexes of format version 1, opened for ever."""
+"""A golden run and golden indexes of format version 1, opened forever."""
 
 from pathlib import Path
 
