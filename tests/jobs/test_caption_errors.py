@@ -1,4 +1,4 @@
-"""Failed images are rows that can be tried again; what is not the fault of an image stops a run; two drivers do not mix."""
+"""Failed images are rows that can be tried again; what no image causes stops a run; two drivers do not mix."""
 
 import json
 import shutil
