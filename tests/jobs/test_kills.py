@@ -190,6 +190,8 @@ def test_a_killed_process_of_ray(
     # Tasks share what the actor leaves of the CPUs: in the middle the worker that is there may be one that writes.
     slow_writes = hold or (victim == "worker" and moment == "middle")
     environment = held_parts(held, out) if slow_writes else {}
+    if victim == "actor":  # loading paces it, so that it still has work when the moment comes
+        environment["OPENING_TAKES"] = "0.05"
     job = start(command_for(images, index, tiny_smallcap, out), **environment)
     if hold:
         job.until(held.exists)
