@@ -7,11 +7,11 @@ import sys
 from index_builder.build import Build, BuildPlan, BuildReport
 from index_builder.plan import plan_index, with_open_nlist
 from index_builder.versions.removal import COMPACT_ABOVE
-from jobs.captioning.progress import describe_count
 from jobs.cluster.session import connect
 from jobs.cluster.tasks import RayRunner
 from smallcap.config import IndexConfig
 from smallcap.index.manifest import IndexManifest
+from smallcap.phrasing import describe_count, describe_gb
 
 _RETRAIN_ABOVE = 2.0  # times the number of captions that the template was trained for
 
@@ -74,8 +74,8 @@ def describe_plan(plan: BuildPlan) -> str:
             f"  {describe_count(plan.new_captions, 'new caption')} of {describe_count(plan.rows, 'row')}; "
             f"dropped: {_counts(plan.dropped)}",
             f"  {index.index_key} in {shards}{training}",
-            f"  memory: training {_gb(index.training_bytes if index.training_rows else 0)}, "
-            f"writing a shard {_gb(index.shard_bytes)}, serving {_gb(index.serving_bytes)} mapped",
+            f"  memory: training {describe_gb(index.training_bytes if index.training_rows else 0)}, "
+            f"writing a shard {describe_gb(index.shard_bytes)}, serving {describe_gb(index.serving_bytes)} mapped",
             f"  {describe_count(plan.to_embed, 'caption')} to embed, about {plan.embed_s:,.0f} s on this cluster",
         ]
     )
@@ -113,10 +113,6 @@ def _recall(manifest: IndexManifest) -> str:
 
 def _counts(dropped: dict[str, int]) -> str:
     return ", ".join(f"{count:,} {reason}" for reason, count in dropped.items() if count) or "none"
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.1f} GB"
 
 
 def _print_progress(stage: str, done: int, total: int) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from jobs.captioning.layout import count_images, lay_out, load_spec
-from jobs.captioning.progress import describe_count, show_progress, stage_table
+from jobs.captioning.progress import show_progress, stage_table
 from jobs.captioning.record import (
     Attempt,
     ImageCounts,
@@ -36,6 +36,7 @@ from smallcap.images.work_list import WorkList
 from smallcap.index.manifest import utc_now
 from smallcap.output.coverage import WorkItem
 from smallcap.output.schema import caption_schema
+from smallcap.phrasing import describe_count
 
 if TYPE_CHECKING:
     from jobs.captioning.retrieval_actors import Partitions

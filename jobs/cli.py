@@ -141,9 +141,10 @@ def _run_to_retry(flags: dict[str, Any], call: CaptionCall) -> Mapping[str, Any]
     if "images" in flags:
         return None
 
-    from jobs.captioning.record import load_run_config
+    from jobs.captioning.record import load_existing_run
 
-    return load_run_config(flags.get("out", ""))
+    out = flags.get("out", "")
+    return load_existing_run(out).config | {"out": out}
 
 
 @_command(

@@ -13,11 +13,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from jobs.captioning.record import RUN_FILE, RunRecord, load_run_record, read_parts
+from jobs.captioning.record import RunRecord, load_existing_run, read_parts
 from smallcap import storage
 from smallcap.captions.rows import CaptionColumns
 from smallcap.config import EvaluateConfig
-from smallcap.errors import ConfigError
 from smallcap.evaluation.figures import evaluate_runs, expand_metrics
 from smallcap.evaluation.references import load_references
 from smallcap.evaluation.run_captions import COLUMNS, RunCaptions, collect_run
@@ -34,7 +33,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     """
     columns = CaptionColumns(config.text_column, config.image_id_column)
     references = load_references(config.references, columns, config.split)
-    records = [_load_record(path) for path in config.runs]
+    records = [load_existing_run(path) for path in config.runs]
     runs = [collect_run(_tables(path), references, path) for path in config.runs]
     datastore = read_texts(config.index) if config.index is not None else None
     metrics = expand_metrics(config.metrics)
@@ -53,13 +52,6 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     if config.out is not None:
         storage.write_bytes(config.out, (json.dumps(result, indent=2) + "\n").encode())
     return result
-
-
-def _load_record(path: str) -> RunRecord:
-    record = load_run_record(path)
-    if record is None:
-        raise ConfigError("There is no run in this folder.", where=path, expected=f"a folder with {RUN_FILE}")
-    return record
 
 
 def _tables(path: str) -> Iterator[pa.Table]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from index_builder.versions.lifecycle import Garbage, collect_garbage, list_versions, parse_grace
-from jobs.captioning.progress import describe_count
+from smallcap.phrasing import describe_count
 
 
 def list_index(index: str) -> list[dict[str, Any]]:

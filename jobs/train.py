@@ -12,7 +12,6 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from jobs.captioning.progress import describe_count
 from jobs.captioning.record import run_lock
 from jobs.cluster.session import connect
 from jobs.training.export import write_model
@@ -33,6 +32,7 @@ from smallcap.images.crops import CropPlan
 from smallcap.index.manifest import load_manifest, utc_now
 from smallcap.model.checkpoint import SmallCapModel
 from smallcap.model.clip_encoder import load_preprocessing, resolve_encoder_identity
+from smallcap.phrasing import describe_count
 from smallcap.training.checkpoints import find_train_checkpoint
 from smallcap.training.config import TrainConfig
 from smallcap.training.example_stream import ExampleStream

@@ -226,8 +226,8 @@ def _as_config_error(
     """
     options = {option.key: option for option in list_options(kind)}
     problems = [(problem["type"], [str(step) for step in problem["loc"]], problem) for problem in error.errors()]
-    for _, path, _ in (problem for problem in problems if problem[0] == "extra_forbidden"):
-        return _unknown_key(".".join(path), options)
+    if unknown := next((path for fault, path, _ in problems if fault == "extra_forbidden"), None):
+        return _unknown_key(".".join(unknown), options)
     if missing := [options[".".join(path)].names[-1] for fault, path, _ in problems if fault == "missing"]:
         *first, last = missing
         what = "Options are missing." if first else "An option is missing."

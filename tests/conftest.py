@@ -21,7 +21,7 @@ import time
 import urllib.request
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -46,6 +46,7 @@ from smallcap.index.manifest import (
     manifest_uri,
     write_pointer,
 )
+from tests.index_files import PublishIndex
 from tests.job_processes import JobProcess, StartJob
 
 settings.register_profile("without deadline", deadline=None)  # a busy machine is not a failure
@@ -223,9 +224,6 @@ def start_job() -> Iterator[StartJob]:
     yield start
     for job in jobs:
         job.kill_all()
-
-
-PublishIndex = Callable[..., IndexManifest]
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from jobs.captioning.layout import CaptionLayout, count_images, lay_out, load_spec
-from jobs.captioning.progress import describe_count, describe_duration
 from jobs.captioning.record import RunRecord
 from jobs.captioning.watch import watch_run
 from jobs.captioning.work import list_work, open_record, remaining_items
@@ -26,6 +25,7 @@ from smallcap.index.manifest import load_manifest
 from smallcap.machine.actor_plan import ActorPlan
 from smallcap.machine.process_memory import private_bytes
 from smallcap.output.coverage import Coverage, WorkItem, work_left
+from smallcap.phrasing import describe_count, describe_duration, describe_gb
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -166,17 +166,18 @@ class RunPlan:
         size = f"{plan.num_actors}" + (f" to {plan.max_actors}" if plan.max_actors > plan.num_actors else "")
         on_gpu = plan.device == "cuda"
         device = describe_count(*((plan.gpus_per_actor, "GPU") if on_gpu else (plan.cpus_per_actor, "CPU")))
-        gpu = f" and {_gb(measured.gpu_bytes)} of GPU memory" if measured.gpu_bytes else ""
+        gpu = f" and {describe_gb(measured.gpu_bytes)} of GPU memory" if measured.gpu_bytes else ""
         return (
             f"{size} with {device} each, {plan.dtype}, batches of {self.layout.batch_size}; "
-            f"{_gb(measured.actor_bytes)} of memory{gpu} each"
+            f"{describe_gb(measured.actor_bytes)} of memory{gpu} each"
         )
 
     def _index(self) -> str:
         index = self.index
         if index is None:
             return "none; captions are made without retrieval"
-        return f"{index.index_id}, {index.ntotal:,} captions, {_gb(index.bytes)} on every node, shared by its actors"
+        size = describe_gb(index.bytes)
+        return f"{index.index_id}, {index.ntotal:,} captions, {size} on every node, shared by its actors"
 
     def _throughput(self) -> str:
         if self.bottleneck == "load":
@@ -351,7 +352,3 @@ def _gpu_bytes() -> int:
     import torch
 
     return torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
-
-
-def _gb(count: int) -> str:
-    return f"{count / 1e9:,.1f} GB"

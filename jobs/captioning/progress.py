@@ -17,6 +17,7 @@ from rich.text import Text
 
 from jobs.captioning.stage_report import STAGES, Snapshot, Stage
 from smallcap.machine.actor_plan import ActorPlan
+from smallcap.phrasing import describe_count, describe_duration
 
 _POLL_S = 0.5  # at a terminal
 _LINE_EVERY_S = 30.0  # without one
@@ -156,20 +157,6 @@ def _outlook(snapshot: Snapshot, rates: RecentRates) -> str:
     if not rate:
         return f"{total}: waiting for the first captions" if not captioned else f"{total}: no time estimate yet"
     return f"{total}: about {describe_duration((expected - captioned) / rate)} left"
-
-
-def describe_count(count: float, noun: str) -> str:
-    """Returns a number with its noun: `1 node`, `2,000 nodes`."""
-    number = f"{count:,}" if isinstance(count, int) else f"{count:g}"
-    return f"{number} {noun}" if count == 1 else f"{number} {noun}s"
-
-
-def describe_duration(seconds: float) -> str:
-    """Returns a duration in its two largest units: `45 s`, `12 min 30 s`, `3 h 20 min`, `2 d 4 h`."""
-    whole = max(0, round(seconds))
-    units = [(whole // 86400, "d"), (whole // 3600 % 24, "h"), (whole // 60 % 60, "min"), (whole % 60, "s")]
-    first = next((place for place, (count, _) in enumerate(units) if count), len(units) - 1)
-    return " ".join(f"{count} {unit}" for count, unit in units[first : first + 2] if count) or "0 s"
 
 
 def find_bottleneck(

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -130,17 +130,17 @@ def load_run_record(out: str) -> RunRecord | None:
     return load_record(RunRecord, storage.join(out, RUN_FILE), SchemaError)
 
 
-def load_run_config(out: str) -> dict[str, Any]:
-    """Returns the config that a run has recorded.
+def load_existing_run(out: str) -> RunRecord:
+    """Loads the record of a run that must be there.
 
     Raises:
-        ConfigError: There is no run.
-        SchemaError: `run.json` is malformed.
+        ConfigError: There is no run, or no folder is named.
+        SchemaError: `run.json` is malformed, or of an unknown format version.
     """
     record = load_run_record(out) if out else None
     if record is None:
         raise ConfigError("There is no run in this folder.", where=out or "--out", expected=f"a folder with {RUN_FILE}")
-    return record.config | {"out": out}
+    return record
 
 
 def write_run_record(out: str, record: RunRecord) -> None:

@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jobs.captioning.progress import describe_count
 from jobs.captioning.record import read_parts
 from smallcap.index.retriever import Neighbour
 from smallcap.output.schema import STATUS_OK
+from smallcap.phrasing import describe_count
 
 if TYPE_CHECKING:  # it imports torch, which most commands do not need
     from smallcap.benchmark.stages import BenchmarkResult

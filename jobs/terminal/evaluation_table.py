@@ -8,8 +8,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from jobs.captioning.progress import describe_count
 from jobs.terminal.console import out
+from smallcap.phrasing import describe_count
 
 _UNSCALED = ("clip_score", "clip_cosine", "words", "tokens")  # other figures are shown times 100, as in papers
 _NAMES = {

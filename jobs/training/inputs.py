@@ -106,8 +106,6 @@ class _Listing:
 
     def __init__(self, config: TrainConfig, folder: str) -> None:
         self._config, self._folder = config, folder
-        data = config.data
-        self._input = data
         self._images: dict[Split, dict[str, tuple[str, list[str]]]] = {split: {} for split in SPLITS}
         self._tars: dict[Split, dict[str, str]] = {split: {} for split in SPLITS}
         self._parquet: dict[Split, dict[str, tuple[str, ParquetOutline]]] = {split: {} for split in SPLITS}
@@ -126,7 +124,7 @@ class _Listing:
         for outline in read_outlines(parquet):
             if outline.problem:
                 raise SchemaError("The Parquet file cannot be read.", where=outline.uri, found=outline.problem)
-            if image_bytes_column(outline.schema, self._input, outline.uri) is None:
+            if image_bytes_column(outline.schema, self._config.data, outline.uri) is None:
                 self._add_pairs(outline.uri, wanted)
             else:
                 name = storage.path_below(source, outline.uri).removesuffix(".parquet")
@@ -157,7 +155,7 @@ class _Listing:
                 [fragment for fragment, _ in fragments],
                 Coverage(()),
                 self._config.limit,
-                lambda fragment, most: count_images(fragment, most, self._input),
+                lambda fragment, most: count_images(fragment, most, self._config.data),
             )
             self._inputs.items += [TrainItem(split, work, kept_of[work.fragment.number]) for work in items]
         listed = list(self._images["train"].values())[: self._config.limit]

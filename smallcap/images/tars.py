@@ -24,6 +24,7 @@ from smallcap.errors import ErrorCode, RowError, StorageError
 from smallcap.images.fragments import FRAGMENT_ROWS, Fragment, InputBatch, unreadable_file
 from smallcap.images.kinds import IMAGE_EXTENSIONS
 from smallcap.images.row_ranges import RowRanges
+from smallcap.phrasing import describe_count
 
 _BLOCK_BYTES = 16 << 20  # read ahead, and one request on S3
 _BATCH_BYTES = 64 << 20  # a batch ends with the image that reaches it
@@ -97,10 +98,6 @@ def read_tar(fragment: Fragment, wanted: RowRanges | None, kept_columns: pa.Sche
         yield _batch(held, kept_columns, held[-1].row == progress.rows - 1, progress.duplicates - counted)
 
 
-def _counted(images: int) -> str:
-    return "1 image" if images == 1 else f"{images} images"
-
-
 def _batch(images: list[_Image], kept_columns: pa.Schema, ends: bool, duplicates: int) -> InputBatch:
     kept = pa.Table.from_pylist([image.kept for image in images], schema=kept_columns) if len(kept_columns) else None
     return InputBatch(
@@ -129,7 +126,8 @@ def _images(
         problem = unreadable_file(error, fragment.uri)
     except _DAMAGED as error:
         code = ErrorCode.TRUNCATED if progress.rows else ErrorCode.NOT_AN_IMAGE
-        what = f"The tar is damaged or ends early after {_counted(progress.rows)}: {error or type(error).__name__}."
+        images = describe_count(progress.rows, "image")
+        what = f"The tar is damaged or ends early after {images}: {error or type(error).__name__}."
         problem = RowError(code, what, where=fragment.uri)
     if problem is None and not progress.rows:
         problem = RowError(ErrorCode.EMPTY, "The tar has no images.", where=fragment.uri)

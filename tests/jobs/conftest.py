@@ -40,9 +40,3 @@ def finished_run(index: str, tiny_smallcap: Path, tmp_path_factory: pytest.TempP
     with in_process_ray():
         caption.run(config)
     return config
-
-
-@pytest.fixture(params=["local", "s3"])
-def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A place of either kind."""
-    return str(tmp_path) if request.param == "local" else str(request.getfixturevalue("s3"))

@@ -15,26 +15,17 @@ from smallcap.captioner import Captioner
 from smallcap.errors import ConfigError
 from smallcap.output.part_files import list_parts
 from tests.caption_runs import config_for, jpeg, read_rows, write_images
-
-
-def tar_of(members: dict[str, bytes]) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for name, data in members.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(data)
-            tar.addfile(entry, io.BytesIO(data))
-    return buffer.getvalue()
+from tests.input_files import make_tar
 
 
 def write_tar(uri: str, first: int, count: int) -> None:
     """Writes a shard as img2dataset lays it out."""
-    members: dict[str, bytes] = {}
+    members: list[tuple[str, bytes]] = []
     for number in range(first, first + count):
         key = f"{number:09d}"
         about = {"key": key, "url": f"https://host/{number}.jpg", "status": "success", "similarity": number / 10}
-        members |= {f"{key}.jpg": jpeg(number), f"{key}.txt": b"alt", f"{key}.json": json.dumps(about).encode()}
-    storage.write_bytes(uri, tar_of(members))
+        members += [(f"{key}.jpg", jpeg(number)), (f"{key}.txt", b"alt"), (f"{key}.json", json.dumps(about).encode())]
+    storage.write_bytes(uri, make_tar(*members))
 
 
 def test_tars_are_read_with_their_keys_and_json(s3: str, index: str, tiny_smallcap: Path) -> None:

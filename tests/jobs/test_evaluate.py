@@ -68,10 +68,10 @@ def two_runs(tmp_path: Path) -> list[str]:
     return [RUN, other]
 
 
-def test_a_run_is_evaluated_from_any_storage(folder: str) -> None:
-    stored = copy_run(RUN, storage.join(folder, "run"))
-    out = storage.join(folder, "evaluation.json")
-    result = evaluate([stored], write_coco(folder), out=out)
+def test_a_run_is_evaluated_from_any_storage(anywhere: str) -> None:
+    stored = copy_run(RUN, storage.join(anywhere, "run"))
+    out = storage.join(anywhere, "evaluation.json")
+    result = evaluate([stored], write_coco(anywhere), out=out)
     assert json.loads(storage.read_bytes(out)) == result
     assert (result["images"], result["references"]["images"], result["captions_per_image"]) == (2, 3, 2)
     measured = result["runs"][0]

@@ -10,8 +10,6 @@ from rich.console import Console
 from jobs.captioning import progress
 from jobs.captioning.progress import (
     RecentRates,
-    describe_count,
-    describe_duration,
     find_bottleneck,
     progress_line,
     render,
@@ -68,22 +66,6 @@ class Terminal(io.StringIO):
 
 def at(elapsed_s: float, captioned: int, **changes: object) -> Snapshot:
     return replace(NOTHING, elapsed_s=elapsed_s, actors=1, caption=StageReport("caption", captioned), **changes)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0, "0 s"), (44.6, "45 s"), (60, "1 min"), (750, "12 min 30 s"), (3600, "1 h"), (12000, "3 h 20 min"),
-        (187200, "2 d 4 h"),
-    ],
-)  # fmt: skip
-def test_durations_are_short(seconds: float, text: str) -> None:
-    assert describe_duration(seconds) == text
-
-
-def test_counts_agree_with_their_nouns() -> None:
-    counts = [describe_count(1, "node"), describe_count(2_000_000, "node"), describe_count(0.5, "GPU")]
-    assert counts == ["1 node", "2,000,000 nodes", "0.5 GPUs"]
 
 
 def test_a_rate_is_of_the_latest_seconds_and_needs_two_batches() -> None:

@@ -19,9 +19,9 @@ from smallcap.config import RetrievalConfig
 from smallcap.errors import ConfigError, IndexIntegrityError
 from smallcap.index.manifest import IndexManifest
 from smallcap.index.retriever import Retriever
+from tests.index_files import PublishIndex, unit_vectors
 
-PublishIndex = Callable[..., IndexManifest]
-ROWS = 400
+ROWS, DIM = 400, 16
 KEYS: dict[str, dict[str, Any]] = {
     "Flat": {},
     "IVF8,Flat": {"nprobe": 3},
@@ -34,15 +34,10 @@ KEYS: dict[str, dict[str, Any]] = {
 }
 
 
-def unit_vectors(rows: int, seed: int = 0) -> np.ndarray:
-    vectors = np.random.default_rng(seed).standard_normal((rows, 16)).astype(np.float32)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-
-
 @pytest.fixture
 def publish(publish_index: PublishIndex) -> Callable[..., IndexManifest]:
     def publish_one(uri: str, index_key: str = "Flat", shards: int = 7, **settings: Any) -> IndexManifest:
-        vectors = unit_vectors(ROWS)
+        vectors = unit_vectors(ROWS, DIM)
         vectors[100:130] = vectors[7]
         texts = [f"text {number}" for number in range(ROWS)]
         images = [[f"img{number // 3}"] for number in range(ROWS)]
@@ -58,7 +53,7 @@ def test_the_answers_are_those_of_one_machine(
 ) -> None:
     uri, cache = f"{tmp_path}/index", f"{tmp_path}/cache"
     manifest = publish(uri, key, **KEYS[key])
-    queries = np.concatenate([unit_vectors(10, seed=1), unit_vectors(10)])
+    queries = np.concatenate([unit_vectors(10, DIM, seed=1), unit_vectors(10, DIM)])
     exclude = [None if row % 3 == 0 else f"img{row // 3}" for row in range(20)]
     alone = Retriever.open(uri, cache_dir=cache)
     with run_partitions(uri, manifest.index_id, RetrievalConfig(cache_dir=cache, partitions=count)) as partitions:
@@ -75,8 +70,8 @@ def test_a_partition_downloads_its_own_files(s3: str, tmp_path: Path, publish: C
     manifest = publish(f"{s3}/index", "IVF8,SQ8", shards=3, nprobe=8, k_factor=2)
     retrieval = RetrievalConfig(cache_dir=f"{tmp_path}/cache", partitions=2)
     with run_partitions(f"{s3}/index", manifest.index_id, retrieval) as partitions:
-        found = PartitionedRetriever.open(partitions, f"{tmp_path}/other-node").search(unit_vectors(3), 4)
-    assert found == Retriever.open(f"{s3}/index", cache_dir=f"{tmp_path}/cache").search(unit_vectors(3), 4)
+        found = PartitionedRetriever.open(partitions, f"{tmp_path}/other-node").search(unit_vectors(3, DIM), 4)
+    assert found == Retriever.open(f"{s3}/index", cache_dir=f"{tmp_path}/cache").search(unit_vectors(3, DIM), 4)
     assert manifest.removed is not None
     assert [path.name for path in Path(tmp_path, "other-node", "files").iterdir()] == [Path(manifest.removed.file).name]
 
@@ -85,13 +80,13 @@ def test_a_partition_downloads_its_own_files(s3: str, tmp_path: Path, publish: C
 def test_an_actor_that_dies_is_started_again(tmp_path: Path, publish: Callable[..., IndexManifest]) -> None:
     uri, cache = f"{tmp_path}/index", f"{tmp_path}/cache"
     manifest = publish(uri, "IVF8,SQ8", nprobe=3, k_factor=2)
-    expected = Retriever.open(uri, cache_dir=cache).search(unit_vectors(5), 3)
+    expected = Retriever.open(uri, cache_dir=cache).search(unit_vectors(5, DIM), 3)
     with run_partitions(uri, manifest.index_id, RetrievalConfig(cache_dir=cache, partitions=2)) as partitions:
         together = PartitionedRetriever.open(partitions, cache)
-        assert together.search(unit_vectors(5), 3) == expected
+        assert together.search(unit_vectors(5, DIM), 3) == expected
         for actor in partitions.actors:
             os.kill(ray.get(actor.__ray_call__.remote(lambda _: os.getpid())), signal.SIGKILL)
-            assert together.search(unit_vectors(5), 3) == expected
+            assert together.search(unit_vectors(5, DIM), 3) == expected
 
 
 @pytest.mark.ray

@@ -16,14 +16,10 @@ from smallcap.training.feature_store import (
     read_candidates,
     write_part,
 )
+from tests.index_files import unit_vectors
 
 IMAGES = 6
 NAME = part_name(0, 0, is_last=True)
-
-
-def unit_vectors(count: int) -> np.ndarray:
-    vectors = np.random.default_rng(0).standard_normal((count, 16)).astype(np.float32)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
 def write_features(folder: Path, embeddings: np.ndarray, image_ids: list[str]) -> StoreManifest:
@@ -48,7 +44,7 @@ def two_captions_each(
     folder: Path, publish_index: Callable, owner: str
 ) -> tuple[np.ndarray, IndexManifest, StoreManifest]:
     """Images whose two captions are the nearest of all to them: their vectors, an index, and stored features."""
-    images = unit_vectors(IMAGES)
+    images = unit_vectors(IMAGES, 16)
     texts = [f"caption {number}" for number in range(2 * IMAGES)]
     owners = [[owner.format(number // 2)] for number in range(2 * IMAGES)]
     manifest = publish_index(str(folder / "index"), np.repeat(images, 2, axis=0), texts, owners)

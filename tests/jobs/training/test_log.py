@@ -1,16 +1,8 @@
 import json
-from pathlib import Path
-
-import pytest
 
 from jobs.training.log import TrainLog, read_log_lines
 from jobs.training.progress import progress_line
 from smallcap import storage
-
-
-@pytest.fixture(params=["local", "s3"])
-def out(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return str(tmp_path) if request.param == "local" else str(request.getfixturevalue("s3"))
 
 
 def add_steps(log: TrainLog, first: int, last: int, loss: float) -> None:
@@ -19,14 +11,14 @@ def add_steps(log: TrainLog, first: int, last: int, loss: float) -> None:
     log.flush()
 
 
-def test_steps_that_are_done_again_stand_once(out: str) -> None:
-    assert read_log_lines(out) == []
-    add_steps(TrainLog(out, 0), 1, 7, loss=1.0)
-    add_steps(TrainLog(out, 4), 5, 6, loss=2.0)
-    lines = [json.loads(line) for line in read_log_lines(out)]
+def test_steps_that_are_done_again_stand_once(anywhere: str) -> None:
+    assert read_log_lines(anywhere) == []
+    add_steps(TrainLog(anywhere, 0), 1, 7, loss=1.0)
+    add_steps(TrainLog(anywhere, 4), 5, 6, loss=2.0)
+    lines = [json.loads(line) for line in read_log_lines(anywhere)]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert [line["loss"] for line in lines] == [1.0] * 4 + [2.0] * 2
-    assert len(storage.list_folder(out)) == 1
+    assert len(storage.list_folder(anywhere)) == 1
 
 
 def test_a_line_in_words() -> None:
