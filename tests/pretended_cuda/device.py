@@ -25,11 +25,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.pretended_cuda.graphs import CaptureError, Recording
-from tests.pretended_cuda.rules import CUDA, Rules, aten, signature_of, transfers_of
+from tests.pretended_cuda.rules import CUDA, aten, leaves, mapped, rule_of, signature_of, transfers_of
 from tests.pretended_cuda.streams import Memory, Order, Stream
 
 _ROOT = Path(__file__).parents[2]
@@ -132,7 +131,6 @@ class PretendedCuda:
         self.default_stream = Stream(self, self.order.default)
         self.capture_stream = Stream(self, self.order.take_queue(0))
         self.is_pretended = True
-        self._rules = Rules()
         self._local = threading.local()
         self._capturing: dict[int, str] = {}  # threads, and what their captures forbid
         self._pinned: dict[int, Tensor] = {}
@@ -235,61 +233,62 @@ class PretendedCuda:
             RuntimeError: It mixes devices.
             CaptureError: It waits or uploads inside a capture.
         """
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        given = leaves([*args, *kwargs.values()])
+        used = [value for value in given if isinstance(value, OnCuda)]
         target = kwargs.get("device")
-        if not any(isinstance(tensor, OnCuda) for tensor in tensors) and (target is None or target.type != "cuda"):
+        if not used and (target is None or target.type != "cuda"):
             pins = kwargs.get("pin_memory")
             result = func(*args, **kwargs | ({"pin_memory": False} if pins else {}))
             return self.pin(result) if pins else result
-        signature = signature_of(func)
-        if signature.is_composite:
+        if signature_of(func).is_composite:
             with _Operations(self):
                 return func.decompose(*args, **kwargs)
-        rule = self._rules.of(func, args, kwargs)
+        rule = rule_of(func, args, kwargs, given)
         for kind in (*transfers_of(func, args, kwargs), *(["value"] if rule.waits else [])):
             self.note(kind)
             if kind in WAITS:
                 self.order.wait_on_host(self.current_stream().queue.known())
-        return self._compute(func, args, kwargs, rule.on_cuda)
+        return self._compute(func, args, kwargs, used, rule.on_cuda)
 
-    def _compute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], on_cuda: bool) -> Any:
-        signature = signature_of(func)
-        used = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, OnCuda)]
-        written = [(leaf.memory, leaf.inner) for leaf in signature.written(args, kwargs) if isinstance(leaf, OnCuda)]
-        memories = [tensor.memory for tensor in used]
-        recording: Recording | None = getattr(self._local, "recording", None)
-        if recording is not None and not signature.is_view:
-            recording.before(memories, written)
-        inner_args = tree_map(_inner, args)
-        inner_kwargs = {name: tree_map(_inner, value) for name, value in kwargs.items() if name != "pin_memory"}
+    def _compute(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], used: list[OnCuda], on_cuda: bool
+    ) -> Any:
+        inner_args = [mapped(_inner, value) for value in args]
+        inner_kwargs = {name: mapped(_inner, value) for name, value in kwargs.items() if name != "pin_memory"}
         if inner_kwargs.get("device") is not None:
             inner_kwargs["device"] = torch.device("cpu")
+        signature = signature_of(func)
+        if signature.is_view:
+            memory = used[0].memory
+            return mapped(lambda value: OnCuda(value, memory), func(*inner_args, **inner_kwargs))
+
+        queue = self.current_stream().queue
+        memories = [tensor.memory for tensor in used]
+        written = [tensor for tensor in signature.written(args, kwargs) if isinstance(tensor, OnCuda)]
+        recording: Recording | None = getattr(self._local, "recording", None)
+        if recording is not None:
+            recording.before(memories, [(tensor.memory, tensor.inner) for tensor in written])
         compute = _ON_CPU.get(func, func)
         result = compute(*inner_args, **inner_kwargs)
-        if func is aten._to_copy.default and not on_cuda and kwargs.get("non_blocking"):
-            self.pin(result)
-
-        outer = {id(tensor.inner): tensor for tensor in used}
         made: list[tuple[Memory, Tensor]] = []
 
         def wrapped(value: Any) -> Any:
             if not isinstance(value, Tensor) or not on_cuda:
                 return value
-            if id(value) in outer:
-                return outer[id(value)]
-            if signature.is_view:
-                return OnCuda(value, used[0].memory)
-            memory = Memory(self.order, value.untyped_storage().nbytes(), self.current_stream().queue)
+            for tensor in written:
+                if tensor.inner is value:
+                    return tensor
+            memory = Memory(self.order, value.untyped_storage().nbytes(), queue)
             made.append((memory, value))
             return OnCuda(value, memory)
 
-        results = tree_map(wrapped, result)
+        results = mapped(wrapped, result)
         if recording is not None:
-            if not signature.is_view:
-                recording.add(lambda: compute(*inner_args, **inner_kwargs), result, made)
-        elif not signature.is_view:
-            new = [memory for memory, _ in (*written, *made)]
-            self.order.launch(self.current_stream().queue, memories, new)
+            recording.add(lambda: compute(*inner_args, **inner_kwargs), result, made)
+        else:
+            self.order.launch(queue, memories, [*(tensor.memory for tensor in written), *(memory for memory, _ in made)])
+        if func is aten._to_copy.default and not on_cuda and kwargs.get("non_blocking"):
+            self.pin(result)
         return results
 
 

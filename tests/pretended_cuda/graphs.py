@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_leaves
 
+from tests.pretended_cuda.rules import leaves
 from tests.pretended_cuda.streams import Memory, Stream
 
 _SPOILT = 255  # every byte: floats are NaN, integers -1
@@ -60,13 +60,13 @@ class Recording:
 
     def add(self, compute: Callable[[], Any], result: Any, made: list[tuple[Memory, Tensor]]) -> None:
         """Adds an operation that has run."""
-        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        outputs = [leaf for leaf in leaves([result]) if isinstance(leaf, Tensor)]
         for memory, tensor in made:
             self.made.add(memory)
             self._storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
 
         def again() -> None:
-            for output, new in zip(outputs, tree_leaves(compute()), strict=True):
+            for output, new in zip(outputs, leaves([compute()]), strict=True):
                 if new is not output:  # it is where the operation overwrites an argument
                     output.copy_(new)
 

@@ -7,7 +7,7 @@ and where the result's shape or value can only be known by looking at the data.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -16,13 +16,27 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
 CUDA = torch.device("cuda", 0)
 
 # A composite operation falls into simpler ones, except where the CPU has a kernel for the whole.
 _WHOLE = (aten.linear.default, aten.matmul.default)
+
+
+def leaves(values: Iterable[Any]) -> list[Any]:
+    """Returns values and the members of lists among them; operations nest no deeper."""
+    found: list[Any] = []
+    for value in values:
+        found.extend(value) if isinstance(value, (list, tuple)) else found.append(value)
+    return found
+
+
+def mapped(function: Callable[[Any], Any], value: Any) -> Any:
+    """Returns what a function makes of a value, or of the members of a list."""
+    if isinstance(value, (list, tuple)):
+        return type(value)([function(item) for item in value])
+    return function(value)
 
 
 @dataclass(frozen=True)
@@ -41,11 +55,10 @@ class Signature:
     is_view: bool
     writes: tuple[tuple[int, str], ...]  # places and names of the arguments that it overwrites
 
-    def written(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
-        """Yields the tensors that a call overwrites."""
-        for place, name in self.writes:
-            value = args[place] if place < len(args) else kwargs.get(name)
-            yield from (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+    def written(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """Returns the tensors that a call overwrites."""
+        given = [args[place] if place < len(args) else kwargs.get(name) for place, name in self.writes]
+        return leaves(given) if given else given
 
 
 @cache
@@ -72,31 +85,31 @@ def _described(value: Any) -> Any:
     return value if isinstance(value, torch.device) else type(value)
 
 
-class Rules:
-    """The rules that have been asked for; each is asked of FakeTensor once."""
+_known: dict[Any, Rule] = {}  # each is asked of FakeTensor once in a process
 
-    def __init__(self) -> None:
-        self._known: dict[Any, Rule] = {}
 
-    def of(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rule:
-        """Returns the rule for a call.
+def rule_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Any]) -> Rule:
+    """Returns the rule for a call with these arguments, which `given` lists as leaves.
 
-        Raises:
-            RuntimeError: The call mixes devices as CUDA does not allow.
-        """
-        key = (func, *map(_described, tree_leaves((args, kwargs))))
-        if key not in self._known:
-            self._known[key] = _ask(func, args, kwargs)
-        return self._known[key]
+    Raises:
+        RuntimeError: The call mixes devices as CUDA does not allow.
+    """
+    key = (func, *[_described(value) for value in given])
+    if key not in _known:
+        _known[key] = _ask(func, args, kwargs)
+    return _known[key]
 
 
 def _ask(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rule:
     with torch.inference_mode(False), torch.no_grad(), _disable_current_modes(), FakeTensorMode():
         try:
-            results = func(*tree_map(_faked, args), **tree_map(_faked, kwargs))
+            results = func(
+                *(mapped(_faked, value) for value in args),
+                **{name: mapped(_faked, value) for name, value in kwargs.items()},
+            )
         except (DynamicOutputShapeException, DataDependentOutputException):
             return Rule(on_cuda=True, waits=True)
-    return Rule(any(leaf.is_cuda for leaf in tree_leaves(results) if isinstance(leaf, Tensor)), waits=False)
+    return Rule(any(leaf.is_cuda for leaf in leaves([results]) if isinstance(leaf, Tensor)), waits=False)
 
 
 def _faked(value: Any) -> Any:
