@@ -35,8 +35,6 @@ _ROOT = Path(__file__).parents[2]
 _OURS = tuple(f"{_ROOT / package}/" for package in ("smallcap", "index_builder", "jobs"))
 WAITS = ("value", "download", "upload", "synchronize")  # kinds of events at which the host waits
 
-torch._C._ensureCUDADeviceGuardSet()  # the first backward pass of a process counts its devices
-
 
 @dataclass(frozen=True)
 class Event:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.pretended_cuda import graphs
+from tests.pretended_cuda.backward import run_backward
 from tests.pretended_cuda.device import OnCuda, PretendedCuda
 from tests.pretended_cuda.streams import Event, Stream
 
@@ -22,6 +23,7 @@ NAME = "pretended GPU"
 GIB = 1 << 30
 _attention = F.scaled_dot_product_attention
 _tolist = Tensor.tolist
+_engine = torch.autograd._engine_run_backward
 
 
 @contextmanager
@@ -31,6 +33,7 @@ def pretended_cuda(total_bytes: int = 80 * GIB) -> Iterator[PretendedCuda]:
     Args:
         total_bytes: The GPU's memory; `torch.OutOfMemoryError` is raised where tensors would need more.
     """
+    torch._C._ensureCUDADeviceGuardSet()  # a guard that does nothing, where there is no real GPU
     cuda = PretendedCuda(total_bytes)
     with pytest.MonkeyPatch.context() as monkeypatch:
         for name, stand_in in _stand_ins(cuda).items():
@@ -79,6 +82,7 @@ def _stand_ins(cuda: PretendedCuda) -> dict[str, Any]:
         "is_current_stream_capturing": cuda.is_capturing,
     }
     return {f"cuda.{name}": stand_in for name, stand_in in stand_ins.items()} | {
+        "autograd._engine_run_backward": _run_backward,
         "nn.functional.scaled_dot_product_attention": partial(_attend, cuda),
         "Tensor.pin_memory": lambda tensor, device=None: cuda.pin(tensor.clone()),
         "Tensor.is_pinned": lambda tensor, device=None: cuda.is_pinned(tensor),
@@ -97,6 +101,12 @@ def _catch_threads(cuda: PretendedCuda, monkeypatch: pytest.MonkeyPatch) -> None
             run(thread)
 
     monkeypatch.setattr(threading.Thread, "run", run_on_cuda)
+
+
+def _run_backward(outputs: Sequence[Tensor], gradients: Sequence[Tensor], *arguments: Any, **options: Any) -> Any:
+    if any(isinstance(output, OnCuda) for output in outputs):
+        return run_backward(outputs, gradients)
+    return _engine(outputs, gradients, *arguments, **options)
 
 
 def _attend(
