@@ -113,7 +113,7 @@ class PretendedCuda:
         captures: The CUDA graphs, in the order of their recording.
         replays: How often graphs were replayed.
         attention_shapes: How often attention met which shapes: query, key, and mask if there is one.
-        threads: Names of the threads that were started.
+        threads: The threads that launched something. Libraries keep their plans of kernels by thread.
     """
 
     torch_device = CUDA
@@ -124,7 +124,7 @@ class PretendedCuda:
         self.captures: list[Capture] = []
         self.replays = 0
         self.attention_shapes: Counter[tuple[tuple[int, ...], ...]] = Counter()
-        self.threads: list[str] = []
+        self.threads: set[threading.Thread] = set()
         self.order = Order(total_bytes, self._report_hazard)
         self.default_stream = Stream(self, self.order.default)
         self.capture_stream = Stream(self, self.order.take_queue(0))
@@ -260,6 +260,7 @@ class PretendedCuda:
             memory = used[0].memory
             return mapped(lambda value: OnCuda(value, memory), func(*inner_args, **inner_kwargs))
 
+        self.threads.add(threading.current_thread())
         queue = self.current_stream().queue
         memories = [tensor.memory for tensor in used]
         written = [tensor for tensor in signature.written(args, kwargs) if isinstance(tensor, OnCuda)]
@@ -306,4 +307,5 @@ def _event(kind: str) -> Event:
         frame = frame.f_back
     code = frame.f_code
     file = code.co_filename.removeprefix(f"{_ROOT}/")
-    return Event(kind, threading.current_thread().name.partition("_")[0], file, frame.f_lineno, code.co_name)
+    function = code.co_qualname.partition(".<locals>")[0]
+    return Event(kind, threading.current_thread().name.partition("_")[0], file, frame.f_lineno, function)

@@ -96,7 +96,6 @@ def _catch_threads(cuda: PretendedCuda, monkeypatch: pytest.MonkeyPatch) -> None
     run = threading.Thread.run
 
     def run_on_cuda(thread: threading.Thread) -> None:
-        cuda.threads.append(thread.name)
         with cuda.operations():
             run(thread)
 
