@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ from tests.pretended_cuda.rules import CUDA, aten, leaves, mapped, rule_of, sign
 from tests.pretended_cuda.streams import Memory, Order, Stream
 
 _ROOT = Path(__file__).parents[2]
-_OURS = tuple(f"{_ROOT / package}/" for package in ("smallcap", "index_builder", "jobs"))
+_MODULES = ("backward", "device", "graphs", "rules", "streams", "torch_cuda")  # of this device
+_NOT_OURS = (f"{_ROOT}/.venv/", *(str(Path(__file__).with_name(f"{name}.py")) for name in _MODULES))
 WAITS = ("value", "download", "upload", "synchronize")  # kinds of events at which the host waits
 
 
@@ -303,9 +305,14 @@ class _Operations(TorchDispatchMode):
 def _event(kind: str) -> Event:
     """Returns an event at the innermost line of ours."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and not frame.f_code.co_filename.startswith(_OURS):
+    while frame.f_back is not None and not _is_ours(frame.f_code.co_filename):
         frame = frame.f_back
     code = frame.f_code
     file = code.co_filename.removeprefix(f"{_ROOT}/")
     function = code.co_qualname.partition(".<locals>")[0]
     return Event(kind, threading.current_thread().name.partition("_")[0], file, frame.f_lineno, function)
+
+
+@cache
+def _is_ours(file: str) -> bool:
+    return file.startswith(f"{_ROOT}/") and not file.startswith(_NOT_OURS)

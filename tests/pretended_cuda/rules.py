@@ -119,7 +119,11 @@ def _faked(value: Any) -> Any:
 
 
 def transfers_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[str]:
-    """Yields what a call moves between host and device, and what it waits for beyond its `Rule`."""
+    """Yields what a call moves between host and device, and what it waits for beyond its `Rule`.
+
+    Raises:
+        RuntimeError: Indices on the device are asked of a tensor on the CPU, which FakeTensor allows.
+    """
     if func is aten._to_copy.default:
         target = kwargs.get("device") or args[0].device
         yield from _copy(args[0].is_cuda, target.type == "cuda", kwargs.get("non_blocking", False), args[0])
@@ -127,6 +131,8 @@ def transfers_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> It
         yield from _copy(args[1].is_cuda, args[0].is_cuda, len(args) > 2 and args[2], args[1])
     elif func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
         indices = [index for index in args[1] if index is not None]
+        if not args[0].is_cuda:
+            raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
         if any(not index.is_cuda for index in indices):
             yield "upload"
         # A mask is turned into places, which the host must count; one value for all of them needs no places.

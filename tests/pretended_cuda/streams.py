@@ -60,17 +60,14 @@ class Order:
         self.default = Queue("default stream")
         self._report = report
         self._done: dict[Queue, int] = {}  # what the host has waited for
-        self._pools: dict[int, list[Queue]] = {}
-        self._taken = 0
+        self._pools: dict[int, list[Queue]] = {}  # by priority, the one that was taken last at the end
 
     def take_queue(self, priority: int) -> Queue:
         """Returns the next stream of a priority, as torch does: they come round again."""
         pool = self._pools.setdefault(priority, [])
-        if len(pool) < STREAMS_PER_PRIORITY:
-            pool.append(Queue(f"stream {len(pool)} of priority {priority}"))
-            return pool[-1]
-        self._taken += 1
-        return pool[self._taken % STREAMS_PER_PRIORITY]
+        is_full = len(pool) == STREAMS_PER_PRIORITY
+        pool.append(pool.pop(0) if is_full else Queue(f"stream {len(pool)} of priority {priority}"))
+        return pool[-1]
 
     def allocate(self, size: int) -> None:
         """Counts memory.
