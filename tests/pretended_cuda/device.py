@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.pretended_cuda.graphs import CaptureError, Recording
 from tests.pretended_cuda.rules import CUDA, aten, leaves, mapped, rule_of, signature_of, transfers_of
-from tests.pretended_cuda.streams import Memory, Order, Stream
+from tests.pretended_cuda.streams import Memory, Order, Queue, Stream
 
 _ROOT = Path(__file__).parents[2]
 _MODULES = ("backward", "device", "graphs", "rules", "streams", "torch_cuda")  # of this device
@@ -115,7 +115,7 @@ class PretendedCuda:
         captures: The CUDA graphs, in the order of their recording.
         replays: How often graphs were replayed.
         attention_shapes: How often attention met which shapes: query, key, and mask if there is one.
-        threads: The threads that launched something. Libraries keep their plans of kernels by thread.
+        threads: The threads that launched something, each with its streams. Libraries keep plans of kernels by thread.
     """
 
     torch_device = CUDA
@@ -126,7 +126,7 @@ class PretendedCuda:
         self.captures: list[Capture] = []
         self.replays = 0
         self.attention_shapes: Counter[tuple[tuple[int, ...], ...]] = Counter()
-        self.threads: set[threading.Thread] = set()
+        self.threads: defaultdict[threading.Thread, set[Queue]] = defaultdict(set)
         self.order = Order(total_bytes, self._report_hazard)
         self.default_stream = Stream(self, self.order.default)
         self.capture_stream = Stream(self, self.order.take_queue(0))
@@ -262,8 +262,8 @@ class PretendedCuda:
             memory = used[0].memory
             return mapped(lambda value: OnCuda(value, memory), func(*inner_args, **inner_kwargs))
 
-        self.threads.add(threading.current_thread())
         queue = self.current_stream().queue
+        self.threads[threading.current_thread()].add(queue)
         memories = [tensor.memory for tensor in used]
         written = [tensor for tensor in signature.written(args, kwargs) if isinstance(tensor, OnCuda)]
         recording: Recording | None = getattr(self._local, "recording", None)
