@@ -10,7 +10,9 @@ from smallcap.model.clip_encoder import load_retrieval_encoder
 from tests.index_files import PublishIndex
 
 MakeCaptioner = Callable[..., Captioner]
-TEXTS = [f"{number} {noun} on the {place}" for number in range(6) for noun in ("dog", "bus") for place in ("sea", "hill")]
+TEXTS = [
+    f"{number} {noun} on the {place}" for number in range(6) for noun in ("dog", "bus") for place in ("sea", "hill")
+]
 
 
 @pytest.fixture(scope="session")

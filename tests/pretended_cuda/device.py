@@ -59,7 +59,6 @@ class Capture:
     pool: Any
     stream: Stream
     error_mode: str
-    recording: Recording
 
 
 class OnCuda(Tensor):
@@ -142,9 +141,9 @@ class PretendedCuda:
         self.events.clear()
         self.hazards.clear()
 
-    def waits(self, *kinds: str) -> Counter[Event]:
-        """Returns the events at which the host waits, or those of the given kinds."""
-        return Counter({event: count for event, count in self.events.items() if event.kind in (kinds or WAITS)})
+    def waits(self) -> Counter[Event]:
+        """Returns the events at which the host waits."""
+        return Counter({event: count for event, count in self.events.items() if event.kind in WAITS})
 
     def note(self, kind: str) -> None:
         """Counts an event.
@@ -185,7 +184,7 @@ class PretendedCuda:
         """Records what this thread does from now on."""
         self._capturing[threading.get_ident()] = error_mode
         self._local.recording = recording
-        self.captures.append(Capture(pool, self.current_stream(), error_mode, recording))
+        self.captures.append(Capture(pool, self.current_stream(), error_mode))
 
     def end_capture(self) -> None:
         """Ends this thread's recording."""
@@ -235,8 +234,7 @@ class PretendedCuda:
         """
         given = leaves([*args, *kwargs.values()])
         used = [value for value in given if isinstance(value, OnCuda)]
-        target = kwargs.get("device")
-        if not used and (target is None or target.type != "cuda"):
+        if not used and not any(isinstance(value, torch.device) and value.type == "cuda" for value in given):
             pins = kwargs.get("pin_memory")
             result = func(*args, **kwargs | ({"pin_memory": False} if pins else {}))
             return self.pin(result) if pins else result
@@ -279,7 +277,7 @@ class PretendedCuda:
             for tensor in written:
                 if tensor.inner is value:
                     return tensor
-            memory = Memory(self.order, value.untyped_storage().nbytes(), queue)
+            memory = self.order.allocate(value.untyped_storage().nbytes(), queue)
             made.append((memory, value))
             return OnCuda(value, memory)
 
@@ -287,7 +285,9 @@ class PretendedCuda:
         if recording is not None:
             recording.add(lambda: compute(*inner_args, **inner_kwargs), result, made)
         else:
-            self.order.launch(queue, memories, [*(tensor.memory for tensor in written), *(memory for memory, _ in made)])
+            self.order.launch(
+                queue, memories, [*(tensor.memory for tensor in written), *(memory for memory, _ in made)]
+            )
         if func is aten._to_copy.default and not on_cuda and kwargs.get("non_blocking"):
             self.pin(result)
         return results

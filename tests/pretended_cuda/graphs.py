@@ -117,9 +117,6 @@ class CUDAGraph:
         assert self._recording is not None, "nothing was captured"
         self._cuda.replay(self._recording)
 
-    def reset(self) -> None:
-        self._recording = None
-
     def pool(self) -> Any:
         return self._pool
 

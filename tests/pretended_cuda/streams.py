@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
+
 STREAMS_PER_PRIORITY = 32  # torch hands out the same ones again after that many
 
 
@@ -41,7 +43,6 @@ class Memory:
         self.order, self.bytes, self.home = order, size, home
         self.writer, self.used = (home, 0), {home: 0}
         self.kept_for: set[Queue] = set()  # streams that `record_stream` named
-        order.allocate(size)
 
     def __del__(self) -> None:
         self.order.free(self)
@@ -69,18 +70,17 @@ class Order:
         pool.append(pool.pop(0) if is_full else Queue(f"stream {len(pool)} of priority {priority}"))
         return pool[-1]
 
-    def allocate(self, size: int) -> None:
-        """Counts memory.
+    def allocate(self, size: int, queue: Queue) -> Memory:
+        """Returns new memory that belongs to a stream.
 
         Raises:
             torch.OutOfMemoryError: The device has no room for it.
         """
-        import torch
-
         if self.allocated_bytes + size > self.total_bytes:
             free = self.total_bytes - self.allocated_bytes
             raise torch.OutOfMemoryError(f"CUDA out of memory. {size} bytes are wanted; the pretended GPU has {free}.")
         self.allocated_bytes += size
+        return Memory(self, size, queue)
 
     def free(self, memory: Memory) -> None:
         """Gives memory back; its stream may use it again at once."""
@@ -156,9 +156,6 @@ class Event:
 
     def wait(self, stream: Stream | None = None) -> None:
         (stream or self._cuda.current_stream()).wait_event(self)
-
-    def query(self) -> bool:
-        return True  # everything has run when it is launched
 
     def synchronize(self) -> None:
         self._cuda.note("synchronize")

@@ -1,7 +1,6 @@
 """The whole captioner on the pretended device: the CPU's captions, few waits for each batch, and lasting threads."""
 
 import threading
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -11,8 +10,8 @@ import pytest
 from smallcap.captioner import Captioner, CaptionResult
 from smallcap.images.crops import Pixels
 from tests.caption_runs import jpeg
+from tests.pretended_cuda.checks import Mutation, check_waits, mutated
 from tests.pretended_cuda.conftest import MakeCaptioner
-from tests.pretended_cuda.test_decoding import Mutation, mutated
 from tests.pretended_cuda.torch_cuda import pretended_cuda
 
 Batch = tuple[list[Pixels], list[str | None] | None]
@@ -92,13 +91,8 @@ def test_the_host_waits_where_it_must(make_captioner: MakeCaptioner) -> None:
         caption(captioner, batches)
         cuda.clear_events()
         caption(captioner, batches)
-        waits = list(cuda.waits().elements())
-        uploads = [event for event in cuda.events if event.kind == "upload later"]
-    assert uploads, "crops are not uploaded from pinned memory"
-    for file, count in Counter(event.file for event in waits).items():
-        limit, reason = WAITS.get(file, (0, "nothing there needs one"))
-        lines = sorted({str(event) for event in waits if event.file == file})
-        assert count <= limit * len(batches), f"{count} waits for {len(batches)} batches, as {reason}: {lines}"
+        check_waits(cuda, WAITS, len(batches), place_of=lambda event: event.file)
+        assert any(event.kind == "upload later" for event in cuda.events), "crops do not come from pinned memory"
 
 
 def check_threads(make_captioner: MakeCaptioner, mutation: Mutation | None = None) -> None:

@@ -1,8 +1,6 @@
-"""Decoding on the pretended device: the CPU's tokens, few waits, few shapes, one pool; and mutants that must be seen."""
+"""Decoding on the pretended device: the CPU's tokens, few waits and shapes, one pool; and mutants that must be seen."""
 
-from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -17,10 +15,7 @@ from smallcap.decoding.sampling import Sampling
 from smallcap.decoding.strategy import GenerationOptions, SamplingOptions
 from smallcap.model.checkpoint import SmallCapModel, load_checkpoint
 from tests.oracles import ORACLE, expected_of, hidden_states_of, load_decoder
-from tests.pretended_cuda.device import PretendedCuda
-from tests.pretended_cuda.torch_cuda import pretended_cuda
-
-Mutation = Callable[[pytest.MonkeyPatch], None]
+from tests.pretended_cuda.checks import Mutation, check_waits, mutated
 
 KINDS = ["gpt2_r4", "opt_r4", "xglm_r2"]  # an oracle for each kind of decoder
 MAX_NEW_TOKENS = 7  # the first by prefill, the others by recordings of four steps and of two
@@ -69,15 +64,6 @@ def captions_on_the_cpu(oracle: str, way: str, rows: range) -> list[list[Generat
     return generate(load_model(oracle), oracle, rows, way)
 
 
-@contextmanager
-def mutated(mutation: Mutation | None) -> Iterator[PretendedCuda]:
-    """A pretended device with a fault in the code that runs on it, or without one."""
-    with pretended_cuda() as cuda, pytest.MonkeyPatch.context() as monkeypatch:
-        if mutation is not None:
-            mutation(monkeypatch)
-        yield cuda
-
-
 def check_captions(mutation: Mutation | None = None, oracle: str = "gpt2_r4", way: str = "beams") -> None:
     """The captions are the CPU's; a second batch of the same shapes replays what the first one recorded."""
     batches = [range(5), range(3, 8)]
@@ -95,24 +81,18 @@ def check_captions(mutation: Mutation | None = None, oracle: str = "gpt2_r4", wa
             assert np.allclose([c.score for c in captions], [c.score for c in expected_captions], atol=1e-3)
 
 
-def check_waits(mutation: Mutation | None = None) -> None:
+def check_budget(mutation: Mutation | None = None) -> None:
     """No line lets the host wait more often than is reasoned in `WAITS`."""
     with mutated(mutation) as cuda:
         model = load_model("gpt2_r4").to("cuda")
         for batch in random_batches(2, sizes=(8, 8), seed=2):
             cuda.clear_events()
             model.generate(*batch, options_for("beams"))
-        waits = list(cuda.waits().elements())
-    counts = Counter(event.function for event in waits)
-    assert counts["generate"]
-    for function, count in counts.items():
-        limit, reason = WAITS.get(function, (0, "nothing there needs one"))
-        lines = sorted({str(event) for event in waits if event.function == function})
-        assert count <= limit, f"{count} waits where {limit} are allowed, as {reason}: {lines}"
+        check_waits(cuda, WAITS, batches=1, place_of=lambda event: event.function)
 
 
 def check_one_pool(mutation: Mutation | None = None) -> None:
-    """All recordings share one pool and one stream, to which memory belongs, and are no more than the shapes ask for."""
+    """All recordings share one pool and one stream, to which memory belongs, and each shape is recorded once."""
     with mutated(mutation) as cuda:
         model = load_model("gpt2_r4").to("cuda")
         for batch in random_batches(4, sizes=(8, 5, 3, 8), seed=1):
@@ -150,7 +130,7 @@ def test_captions_are_the_cpus(oracle: str, way: str) -> None:
 
 
 def test_the_host_waits_where_it_must() -> None:
-    check_waits()
+    check_budget()
 
 
 def test_all_recordings_share_one_pool() -> None:
@@ -201,7 +181,9 @@ def forget_to_undo(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def give_no_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     graph = torch.cuda.graph
-    monkeypatch.setattr(torch.cuda, "graph", lambda recorded, pool=None, *a, **named: graph(recorded, None, *a, **named))
+    monkeypatch.setattr(
+        torch.cuda, "graph", lambda recorded, pool=None, *a, **named: graph(recorded, None, *a, **named)
+    )
 
 
 def begin_anew(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,7 +222,7 @@ def wait_in_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
         (give_no_pool, check_one_pool, "one pool"),
         (begin_anew, check_one_pool, "one pool"),
         (pad_to_the_longest, check_few_shapes, "many shapes"),
-        (wait_in_prefill, check_waits, r"nothing there needs one: .*test_decoding.py"),
+        (wait_in_prefill, check_budget, r"nothing there needs one; .*test_decoding.py"),
     ],
     ids=[
         "an item in a step",

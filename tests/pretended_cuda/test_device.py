@@ -119,10 +119,10 @@ def test_a_capture_runs_nothing_and_a_replay_runs_on_what_the_memory_then_holds(
 
 def test_a_replay_of_freed_memory_is_refused() -> None:
     with pretended_cuda():
-        kept, freed = torch.zeros(2, device="cuda"), torch.ones(2, device="cuda")
-        graph = captured(lambda: kept.add_(freed))
+        kept, given = torch.zeros(2, device="cuda"), [torch.ones(2, device="cuda")]
+        graph = captured(lambda: kept.add_(given[0]))
         graph.replay()
-        del freed
+        given.clear()
         with pytest.raises(CaptureError, match="1 tensors that have been freed"):
             graph.replay()
 
@@ -190,3 +190,13 @@ def test_memory_ends() -> None:
         tensor = torch.zeros(200, device="cuda")
         with pytest.raises(torch.OutOfMemoryError, match="1600 bytes are wanted; the pretended GPU has 200"):
             tensor.repeat(2)
+        assert torch.cuda.memory_allocated() == 800
+
+
+def test_memory_of_a_graph_ends_with_it() -> None:
+    with pretended_cuda():
+        tensor = torch.zeros(200, device="cuda")
+        graph = captured(lambda: tensor.add_(tensor * 2))
+        assert torch.cuda.memory_allocated() == 1600
+        del graph
+        assert torch.cuda.memory_allocated() == 800

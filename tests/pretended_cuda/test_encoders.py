@@ -1,4 +1,4 @@
-"""Encoders on the pretended device: they embed as on the CPU, and the features of training are the CPU's."""
+"""Encoders on the pretended device embed as on the CPU."""
 
 from pathlib import Path
 
@@ -6,17 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from jobs.captioning.load import LoadSpec
-from jobs.train import _crop_plan
-from jobs.training import features
-from jobs.training.inputs import list_inputs
-from jobs.training.start import ModelStart
 from smallcap.model.checkpoint import load_checkpoint
 from smallcap.model.clip_encoder import load_retrieval_encoder
-from smallcap.training.feature_store import read_features
-from tests.in_process_ray import NODE, in_process_ray
 from tests.pretended_cuda.torch_cuda import pretended_cuda
-from tests.train_runs import train_config, write_captioned_images
 
 TEXTS = ["a dog", "a red bus on a very long street with many shops", "x"]
 

@@ -9,7 +9,7 @@ import torch
 from smallcap.index import gpu_search
 from smallcap.index.retriever import Retriever
 from tests.index_files import PublishIndex, unit_vectors
-from tests.pretended_cuda.test_decoding import Mutation, mutated
+from tests.pretended_cuda.checks import Mutation, mutated
 from tests.pretended_cuda.torch_cuda import pretended_cuda
 
 ROWS = 700
@@ -80,5 +80,3 @@ def test_an_index_without_room_is_searched_on_the_cpu(retriever: Retriever, quer
         retriever.use_device("cuda")
         assert retriever.search_backend == "cpu"
     assert retriever.search(queries, 4) == expected
-
-
