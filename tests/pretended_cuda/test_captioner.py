@@ -65,11 +65,11 @@ def comparable(results: Sequence[CaptionResult]) -> list[Any]:
     indirect=["encoder_spec"],
 )
 def test_captions_are_the_cpus(make_captioner: MakeCaptioner, encoder_spec: str, way: str) -> None:
-    on_cpu = make_captioner("cpu", **WAYS[way])
+    on_cpu = make_captioner("cpu", **WAYS[way], max_new_tokens=5)
     batches = batches_for(on_cpu, sizes=(4, 0, 3, 1))
     expected = caption(on_cpu, batches)
     with pretended_cuda() as cuda:
-        captioner = make_captioner("cuda", **WAYS[way])
+        captioner = make_captioner("cuda", **WAYS[way], max_new_tokens=5)
         found = [caption(captioner, batches) for _ in range(2)]
         if captioner.retriever is not None:
             assert captioner.retriever.search_backend == "gpu-exact"

@@ -76,9 +76,9 @@ def check_captions(mutation: Mutation | None = None, oracle: str = "gpt2_r4", wa
         assert not cuda.hazards
     for batch, expected_batch in zip(found, expected, strict=True):
         for captions, expected_captions in zip(batch, expected_batch, strict=True):
-            is_same = [c.token_ids for c in captions] == [c.token_ids for c in expected_captions]
-            assert is_same, f"other tokens than on the CPU: {captions}, not {expected_captions}"
-            assert np.allclose([c.score for c in captions], [c.score for c in expected_captions], atol=1e-3)
+            same_tokens = [c.token_ids for c in captions] == [c.token_ids for c in expected_captions]
+            same_scores = np.allclose([c.score for c in captions], [c.score for c in expected_captions], atol=1e-3)
+            assert same_tokens and same_scores, f"not as on the CPU: {captions} instead of {expected_captions}"
 
 
 def check_budget(mutation: Mutation | None = None) -> None:
@@ -217,8 +217,8 @@ def wait_in_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
         (advances(lambda search, logits: search.done.all().item()), check_captions, "Inside a capture: value"),
         (advances(add_a_cpu_tensor), check_captions, "device"),
         (advances(lambda search, logits: torch.tensor([1.0], device=logits.device)), check_captions, "upload"),
-        (forget_the_position, check_captions, "other tokens"),
-        (forget_to_undo, check_captions, "other tokens"),
+        (forget_the_position, check_captions, "not as on the CPU"),
+        (forget_to_undo, check_captions, "not as on the CPU"),
         (give_no_pool, check_one_pool, "one pool"),
         (begin_anew, check_one_pool, "one pool"),
         (pad_to_the_longest, check_few_shapes, "many shapes"),
