@@ -9,7 +9,9 @@ at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +26,18 @@ PROMPT_MULTIPLE = 32  # tokens
 _WARM_UPS = 2  # eager runs before a recording: libraries allocate their workspaces in the first
 
 Run = Callable[[], None]
+
+_recording = threading.Lock()
+
+
+@contextmanager
+def no_recording() -> Iterator[None]:
+    """Holds graph recordings back, in all threads, while the caller compiles or tunes kernels.
+
+    Both wait for the whole device, which would break a recording that is under way.
+    """
+    with _recording:
+        yield
 
 
 @dataclass(frozen=True)
@@ -67,6 +81,12 @@ class GraphStepper:
         static.strategy.step += steps
         static.cache.length += steps * static.cache.num_beams
         return static
+
+    def free(self) -> None:
+        """Drops all recordings and their tensors; the next batches record anew."""
+        self._states.clear()
+        self._replays.clear()
+        self._storage.clear()
 
     def _static_state(self, shape: _Shape, state: DecodingState) -> DecodingState:
         """Returns the state that the shape's recordings work on; the first one is made from `state`."""
@@ -113,6 +133,11 @@ def record_cuda_graph(run: Run, undo: Run) -> Run:
     Returns:
         A function that replays it.
     """
+    with _recording:
+        return _record_cuda_graph(run, undo)
+
+
+def _record_cuda_graph(run: Run, undo: Run) -> Run:
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

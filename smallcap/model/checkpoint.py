@@ -184,6 +184,16 @@ class SmallCapModel(nn.Module):
             self.decoder, hidden_states, prompts, options, keys, self._graph_stepper, STEPS_PER_GRAPH, PROMPT_MULTIPLE
         )
 
+    def free_memory(self) -> None:
+        """Gives back the GPU memory that is kept for speed only: recorded steps, and what torch holds ready.
+
+        Only the thread that generates may call it.
+        """
+        if self._graph_stepper is not None:
+            self._graph_stepper.free()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
 
 def load_checkpoint(source: str, device: str = "cpu", dtype: str = "float32") -> SmallCapModel:
     """Loads a SmallCap checkpoint for inference.
