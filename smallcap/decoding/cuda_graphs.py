@@ -24,6 +24,7 @@ from torch import Tensor
 from smallcap.decoding.engine import EAGER, DecodingState
 from smallcap.decoding.strategy import GenerationOptions
 from smallcap.decoding.text_decoder import TextDecoder
+from smallcap.machine.shapes import TOKEN_MULTIPLE, rows_on_gpu
 
 _WARM_UPS = 2  # eager runs before a recording: libraries allocate their workspaces in the first
 
@@ -78,7 +79,7 @@ class GraphStepper:
     """
 
     steps_per_check = 4  # steps of a recording
-    prompt_multiple = 16  # tokens
+    prompt_multiple = TOKEN_MULTIPLE
     prefill_tokens = sys.maxsize  # all prompts of a batch: a GPU wants large matrices
 
     def __init__(self, recorder: Recorder | None = None) -> None:
@@ -88,8 +89,8 @@ class GraphStepper:
         self._storage: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def rows(self, images: int) -> int:
-        """Returns the least power of two that is not below the number of images; 0 for none."""
-        return 1 << (images - 1).bit_length() if images else 0
+        """Returns the least power of two that is not below the number of images."""
+        return rows_on_gpu(images)
 
     def advance(self, decoder: TextDecoder, state: DecodingState, steps: int) -> DecodingState:
         """Advances a state by `steps` and returns it in the tensors that its shape's recordings use."""
