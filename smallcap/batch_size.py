@@ -16,7 +16,7 @@ from smallcap.decoding.engine import EagerStepper
 from smallcap.decoding.sampling import Sampling
 from smallcap.decoding.strategy import GenerationOptions
 from smallcap.machine.process_memory import available_bytes
-from smallcap.machine.shapes import TOKEN_MULTIPLE
+from smallcap.machine.shapes import tokens_on_gpu
 from smallcap.model.checkpoint import SmallCapConfig
 
 LARGEST_BATCH = {"cpu": 64, "cuda": 256}  # images; larger batches gain nothing
@@ -101,7 +101,7 @@ def image_memory(
     decoder, size = config.decoder, torch.finfo(getattr(torch, dtype)).bits // 8
     on_gpu = device.startswith("cuda")
     if on_gpu:
-        prompt_tokens = -(-prompt_tokens // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
+        prompt_tokens = tokens_on_gpu(prompt_tokens)
     patch_px, image_px = config.vision.get("patch_size", 32), config.vision.get("image_size", 224)
     vision = VisionTower(image_px, decoder.encoder_hidden_size, patch_px)
     positions = (image_px // patch_px) ** 2 + 1  # P

@@ -13,6 +13,11 @@ def rows_on_gpu(count: int) -> int:
     return 1 << (count - 1).bit_length() if count else 0
 
 
+def tokens_on_gpu(count: int) -> int:
+    """Returns the least multiple of `TOKEN_MULTIPLE` that is not below a number of tokens."""
+    return -(-count // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
+
+
 def fill_up(batch: Tensor) -> Tensor:
     """Returns a batch with copies of its last row after it, as many as a GPU wants; on a CPU the batch itself."""
     missing = rows_on_gpu(len(batch)) - len(batch)

@@ -27,7 +27,7 @@ from smallcap.errors import CheckpointError, ConfigError
 from smallcap.images.decode import Preprocessing
 from smallcap.index.manifest import EncoderIdentity
 from smallcap.machine.precision import keep_float32_exact
-from smallcap.machine.shapes import TOKEN_MULTIPLE, fill_up, rows_on_gpu
+from smallcap.machine.shapes import fill_up, rows_on_gpu, tokens_on_gpu
 from smallcap.model.files import DEMO, resolve_folder, weights_file
 from smallcap.storage import sha256_file
 
@@ -177,17 +177,13 @@ class HFRetrievalEncoder(RetrievalEncoder):
         return self._model.visual_projection(class_token)
 
     def _text_features(self, texts: list[str]) -> Tensor:
-        inputs = self._tokenizer(
-            texts,
-            padding=True,
-            truncation=True,
-            max_length=self._max_tokens,
-            pad_to_multiple_of=TOKEN_MULTIPLE if self.device.type == "cuda" else None,
-            return_tensors="pt",
-        )
-        # The last multiple may be beyond the encoder's positions; what is cut off is padding.
-        ids, mask = (inputs[name][:, : self._max_tokens].to(self.device) for name in ("input_ids", "attention_mask"))
-        return self._model.text_projection(self._model.text_model(input_ids=ids, attention_mask=mask).pooler_output)
+        inputs = self._tokenizer(texts, padding=True, truncation=True, max_length=self._max_tokens, return_tensors="pt")
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        if self.device.type == "cuda":  # the tokenizer itself refuses multiples that do not divide `max_length`
+            missing = min(tokens_on_gpu(ids.shape[1]), self._max_tokens) - ids.shape[1]
+            ids, mask = F.pad(ids, (0, missing), value=self._tokenizer.pad_token_id), F.pad(mask, (0, missing))
+        outputs = self._model.text_model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device))
+        return self._model.text_projection(outputs.pooler_output)
 
 
 class OpenCLIPRetrievalEncoder(RetrievalEncoder):
