@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from smallcap.config import DecodeMode, GenerationConfig
 from smallcap.decoding.beam_search import BeamSearch
-from smallcap.decoding.cuda_graphs import PROMPT_MULTIPLE, STEPS_PER_GRAPH, GraphStepper
+from smallcap.decoding.cuda_graphs import GraphStepper
 from smallcap.decoding.engine import Generated, generate
 from smallcap.decoding.packed_linear import pack_linears
 from smallcap.decoding.sampling import Sampling
@@ -30,6 +30,7 @@ from smallcap.decoding.strategy import GenerationOptions, SamplingOptions
 from smallcap.decoding.text_decoder import DecoderConfig, TextDecoder
 from smallcap.errors import CheckpointError, ConfigError
 from smallcap.images.crops import CropPlan
+from smallcap.machine.precision import keep_float32_exact
 from smallcap.model.clip_encoder import VisionEncoder, load_preprocessing, vision_preprocessing
 from smallcap.model.files import resolve_folder, weights_file
 from smallcap.model.gpt2 import GPT2Decoder, dump_gpt2_config, parse_gpt2_config
@@ -180,9 +181,17 @@ class SmallCapModel(nn.Module):
         if self.device.type != "cuda":
             return generate(self.decoder, hidden_states, prompts, options, keys)
         self._graph_stepper = self._graph_stepper or GraphStepper()
-        return generate(
-            self.decoder, hidden_states, prompts, options, keys, self._graph_stepper, STEPS_PER_GRAPH, PROMPT_MULTIPLE
-        )
+        return generate(self.decoder, hidden_states, prompts, options, keys, self._graph_stepper)
+
+    def free_memory(self) -> None:
+        """Gives back the GPU memory that is kept for speed only: recorded steps, and what torch holds ready.
+
+        Only the thread that generates may call it.
+        """
+        if self._graph_stepper is not None:
+            self._graph_stepper.free()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def load_checkpoint(source: str, device: str = "cpu", dtype: str = "float32") -> SmallCapModel:
@@ -191,7 +200,7 @@ def load_checkpoint(source: str, device: str = "cpu", dtype: str = "float32") ->
     Args:
         source: `demo`, a folder, or a Hugging Face id such as `Yova/SmallCap7M`.
         device: A torch device.
-        dtype: `float32`, `bfloat16` or `float16`.
+        dtype: `float32`, `bfloat16` or `float16`. float32 on a GPU switches TF32 off in the whole process.
 
     Returns:
         The model in eval mode, all parameters frozen.
@@ -204,7 +213,9 @@ def load_checkpoint(source: str, device: str = "cpu", dtype: str = "float32") ->
     path = weights_file(folder)
     load_weights(model, _read_tensors(path), str(path))
     model.model_id = checkpoint_id(source)
-    return model.to(device=torch.device(device), dtype=getattr(torch, dtype)).eval().requires_grad_(False)
+    torch_device, torch_dtype = torch.device(device), getattr(torch, dtype)
+    keep_float32_exact(torch_dtype, torch_device)
+    return model.to(device=torch_device, dtype=torch_dtype).eval().requires_grad_(False)
 
 
 def checkpoint_id(source: str) -> str:
