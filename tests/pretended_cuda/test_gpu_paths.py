@@ -1,0 +1,141 @@
+"""What decoding, encoders and the search do on a GPU only: shapes, precision, recordings, and memory that runs out."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from smallcap.config import GenerationConfig
+from smallcap.decoding.engine import Generated
+from smallcap.decoding.micro_batches import MicroBatches
+from smallcap.index.retriever import Retriever
+from smallcap.model.checkpoint import SmallCapModel, load_checkpoint
+from smallcap.model.clip_encoder import load_retrieval_encoder
+from tests.index_files import PublishIndex, unit_vectors
+from tests.oracles import ORACLE, load_decoder
+from tests.pretended_cuda.torch_cuda import pretended_cuda
+
+CHECKPOINT = str(ORACLE / "gpt2_r4")
+
+
+@pytest.fixture(autouse=True)
+def restored_precision() -> Iterator[None]:
+    yield
+    torch.backends.cudnn.allow_tf32 = True
+
+
+def inputs(count: int, seed: int = 0) -> tuple[torch.Tensor, list[list[int]]]:
+    """Returns the hidden states of some images, and ragged prompts."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 60, (count,), generator=generator).tolist()
+    prompts = [torch.randint(1, 600, (length,), generator=generator).tolist() for length in lengths]
+    return torch.randn(count, 17, 64, generator=generator), prompts
+
+
+def token_ids(generated: list[list[Generated]]) -> list[list[list[int]]]:
+    return [[caption.token_ids for caption in captions] for captions in generated]
+
+
+def caption(model: SmallCapModel, count: int, seed: int = 0) -> list[list[list[int]]]:
+    hidden_states, prompts = inputs(count, seed)
+    options = model.generation_options(GenerationConfig(max_new_tokens=10))
+    return token_ids(model.generate(hidden_states.to(model.device), prompts, options))
+
+
+def test_recordings_share_a_pool_and_a_stream_until_memory_is_freed() -> None:
+    expected = [caption(load_checkpoint(CHECKPOINT), count) for count in (3, 5, 9)]
+    with pretended_cuda() as cuda:
+        model = load_checkpoint(CHECKPOINT, "cuda")
+        caption(model, 16)  # the storage is then large enough for all
+        first = len(cuda.captures)
+        assert [caption(model, count) for count in (3, 5, 9)] == expected
+        assert len({capture.pool for capture in cuda.captures[first:]}) == 1
+        assert len({capture.stream for capture in cuda.captures}) == 1
+        assert {capture.error_mode for capture in cuda.captures} == {"thread_local"}
+        before = {capture.pool for capture in cuda.captures}
+        model.free_memory()
+        assert caption(model, 9) == expected[-1]
+        assert cuda.captures[-1].pool not in before
+        assert not cuda.hazards
+
+
+def test_random_batches_have_few_attention_shapes() -> None:
+    with pretended_cuda() as cuda:
+        model = load_checkpoint(CHECKPOINT, "cuda")
+        for seed in range(8):
+            caption(model, 1 + 3 * seed, seed)
+        prefill = {(query[0], query[2]) for query, *_ in cuda.attention_shapes if query[2] > 3}
+        assert len(prefill) > 3
+        assert all(rows & (rows - 1) == 0 and tokens % 16 == 0 for rows, tokens in prefill)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_of_half_precision_are_not_rounded_to_it(dtype: torch.dtype) -> None:
+    hidden_states = torch.randn(3, 2, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    on_cpu = load_decoder("gpt2_r4").to(dtype)
+    exact = hidden_states.float() @ on_cpu.token_embedding.float().T
+    with pretended_cuda():
+        logits = load_decoder("gpt2_r4").to("cuda", dtype).logits(hidden_states.to("cuda"))
+        assert logits.dtype == torch.float32
+        assert torch.allclose(logits.cpu(), exact, atol=1e-5)
+    assert on_cpu.logits(hidden_states).dtype == dtype
+
+
+def test_loading_a_float32_model_switches_tf32_off_and_others_do_not() -> None:
+    with pretended_cuda():
+        load_checkpoint(CHECKPOINT, "cuda", "bfloat16")
+        assert torch.backends.cudnn.allow_tf32
+        load_checkpoint(CHECKPOINT, "cuda")
+        assert not torch.backends.cudnn.allow_tf32
+
+
+def test_encoders_meet_few_shapes_and_embed_as_on_a_cpu(tiny_clip: Path) -> None:
+    spec = f"hf:{tiny_clip}"
+    on_cpu = load_retrieval_encoder(spec)
+    size = on_cpu.preprocessing.size_px
+    with pretended_cuda() as cuda:
+        encoder = load_retrieval_encoder(spec, "cuda")
+        for count in range(1, 12):
+            texts = ["word " * (1 + 7 * number) for number in range(count)]  # the longest are cut to 77 tokens
+            assert np.allclose(encoder.encode_texts(texts), on_cpu.encode_texts(texts), atol=1e-5)
+            pixel_values = torch.randn(count, 3, size, size)
+            embedded = encoder.encode_images(pixel_values.to("cuda")).cpu().numpy()
+            assert np.allclose(embedded, on_cpu.encode_images(pixel_values).numpy(), atol=1e-5)
+        shapes = {(query[0], query[2]) for query, *_ in cuda.attention_shapes}
+        assert {rows for rows, _ in shapes} == {1, 2, 4, 8, 16}
+        assert {tokens for _, tokens in shapes} <= {16, 32, 48, 64, 77, (size // 16) ** 2 + 1}
+
+
+def test_captions_do_not_change_where_memory_runs_out() -> None:
+    expected = caption(load_checkpoint(CHECKPOINT), 24)
+    hidden_states, prompts = inputs(24)
+    with pretended_cuda() as cuda:
+        model = load_checkpoint(CHECKPOINT, "cuda")
+        options = model.generation_options(GenerationConfig(max_new_tokens=10))
+        on_gpu = hidden_states.to("cuda")
+        cuda.order.total_bytes = cuda.order.allocated_bytes + (4 << 20)  # room for the batch's prompts, hardly more
+
+        def free() -> None:
+            model.free_memory()
+            cuda.captures.clear()  # they hold the recordings, and with them their memory
+
+        micro_batches = MicroBatches(free)
+        for _ in range(2):
+            generated = micro_batches.run(24, lambda rows: model.generate(on_gpu[rows], prompts[rows], options))
+            assert token_ids(generated) == expected
+        assert micro_batches.limit is not None and micro_batches.limit < 24
+
+
+def test_an_uploaded_index_is_complete_for_every_stream(tmp_path: Path, publish_index: PublishIndex) -> None:
+    publish_index(f"{tmp_path}/index", unit_vectors(300), [str(number) for number in range(300)])
+    retriever = Retriever.open(f"{tmp_path}/index", cache_dir=f"{tmp_path}/cache")
+    queries = unit_vectors(9, seed=1)
+    expected = retriever.search(queries, 4)
+    with pretended_cuda() as cuda:
+        retriever.use_device("cuda")
+        with torch.cuda.stream(torch.cuda.Stream()):
+            assert retriever.search(queries, 4) == expected
+        assert retriever.search_backend == "gpu-exact"
+        assert not cuda.hazards
