@@ -14,6 +14,7 @@ from torch import nn
 from smallcap.captioner import Captioner
 from smallcap.decoding.sampling import Sampling
 from smallcap.decoding.strategy import GenerationOptions
+from smallcap.machine.gpu_memory import room_bytes
 from smallcap.machine.process_memory import available_bytes
 from smallcap.model.checkpoint import SmallCapConfig
 
@@ -139,7 +140,7 @@ def largest_batch_here(captioner: Captioner, actors: int = 1) -> int:
 
     Args:
         captioner: The captioner, loaded with its index; what they take is no longer free.
-        actors: Number of actors that share the device: a GPU, or the node's memory.
+        actors: Number of actors that share the device. On a GPU, 1: each knows its share, see `limit_to_share`.
     """
     model, encoder = captioner.model, captioner.retrieval_encoder
     separate = encoder is not None and encoder.vision_tower is not model.encoder.transformer
@@ -147,7 +148,7 @@ def largest_batch_here(captioner: Captioner, actors: int = 1) -> int:
         VisionTower.from_module(encoder.vision_tower, encoder.preprocessing.size_px) if encoder and separate else None
     )
     device = model.device.type
-    free_bytes = torch.cuda.mem_get_info(model.device)[0] if device == "cuda" else available_bytes()
+    free_bytes = room_bytes(model.device) if device == "cuda" else available_bytes()
     prompt_tokens = _TEMPLATE_TOKENS + captioner.k * _CAPTION_TOKENS
     dtype = str(model.dtype).removeprefix("torch.")
     return largest_batch(
