@@ -141,7 +141,7 @@ def _caption(
         loading = load_spec(config, record, work, layout, watch)
         captioning = CaptionerSpec(config, layout, record.index_id, record.retrieval_encoder, watch.monitor, partitions)
         sink = PartSink(config.out, attempt, len(attempts), schema, layout, watch.monitor)
-        loaded = start_loading(items, load_images, loading, layout.images_per_block)
+        loaded = start_loading(items, load_images, loading, layout.images_per_block, actors.cpus_per_task)
         # Writing asks for no CPU: it would wait until loading, which always has more to do, has loaded everything, and
         # a kill would cost all captions.
         map_in_actors(loaded, CaptionImages, (captioning,), layout.images_per_call, actors).write_datasink(

@@ -15,6 +15,7 @@ from smallcap.captioner import Captioner
 from smallcap.decoding.engine import EagerStepper
 from smallcap.decoding.sampling import Sampling
 from smallcap.decoding.strategy import GenerationOptions
+from smallcap.machine.gpu_memory import room_bytes
 from smallcap.machine.process_memory import available_bytes
 from smallcap.machine.shapes import tokens_on_gpu
 from smallcap.model.checkpoint import SmallCapConfig
@@ -152,7 +153,7 @@ def largest_batch_here(captioner: Captioner, actors: int = 1) -> int:
 
     Args:
         captioner: The captioner, loaded with its index; what they take is no longer free.
-        actors: Number of actors that share the device: a GPU, or the node's memory.
+        actors: Number of actors that share the device. On a GPU, 1: each knows its share, see `limit_to_share`.
     """
     model, encoder = captioner.model, captioner.retrieval_encoder
     separate = encoder is not None and encoder.vision_tower is not model.encoder.transformer
@@ -160,7 +161,7 @@ def largest_batch_here(captioner: Captioner, actors: int = 1) -> int:
         VisionTower.from_module(encoder.vision_tower, encoder.preprocessing.size_px) if encoder and separate else None
     )
     device = model.device.type
-    free_bytes = torch.cuda.mem_get_info(model.device)[0] if device == "cuda" else available_bytes()
+    free_bytes = room_bytes(model.device) if device == "cuda" else available_bytes()
     prompt_tokens = _TEMPLATE_TOKENS + captioner.k * _CAPTION_TOKENS
     dtype = str(model.dtype).removeprefix("torch.")
     return largest_batch(

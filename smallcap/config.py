@@ -112,19 +112,27 @@ class ComputeConfig(Config):
     batch_size: AutoCount = "auto"
     """Images captioned together. `auto` is what fits into free memory, at most 64 on a CPU and 256 on a GPU."""
     num_actors: AutoCount = "auto"
-    """Model actors that a job starts with. `auto` is one per GPU share, or one per four CPU cores, of the cluster at
-    that time."""
+    """Model actors that a job starts with. `auto` is as many as the GPUs of the cluster hold at that time, or one per
+    four CPU cores."""
     max_actors: int | None = Field(None, ge=1)
     """The most actors that captioning may have if the cluster grows; by default it keeps the number it starts with.
     With device `cuda` it may start before there is a GPU; the cluster's autoscaler then brings one."""
-    gpus_per_actor: float = Field(1.0, gt=0)
-    """GPUs per actor. A fraction lets several actors share one GPU."""
+    gpus_per_actor: float = Field(1.0, ge=0.01)
+    """GPUs per actor. With a fraction several actors share one GPU; each keeps to that share of its memory. Above 1 it
+    must be a whole number."""
 
     @model_validator(mode="after")
     def _pool_is_a_range(self) -> Self:
         if self.max_actors is not None and self.num_actors != "auto" and self.max_actors < self.num_actors:
             raise ValueError(f"--max-actors is {self.max_actors}, but --num-actors starts with {self.num_actors}")
         return self
+
+    @field_validator("gpus_per_actor")
+    @classmethod
+    def _has_whole_gpus_or_shares_one(cls, gpus: float) -> float:
+        if gpus > 1 and gpus != int(gpus):
+            raise ValueError("above 1 it must be a whole number: Ray gives no fraction of a second GPU")
+        return gpus
 
 
 class OutputConfig(Config):

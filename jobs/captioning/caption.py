@@ -18,7 +18,7 @@ from jobs.captioning.monitor import MonitorClient
 from jobs.captioning.retrieval_actors import PartitionedRetriever, Partitions
 from jobs.captioning.stage_report import StageReport
 from jobs.cluster.errors import GuardedActor
-from jobs.cluster.resources import limit_torch_threads
+from jobs.cluster.resources import use_threads
 from smallcap.batch_size import largest_batch_here
 from smallcap.captioner import Captioner, CaptionResult
 from smallcap.config import CaptionConfig
@@ -26,6 +26,8 @@ from smallcap.images.crops import Pixels
 from smallcap.index.manifest import load_manifest
 from smallcap.index.node_cache import missing_files
 from smallcap.index.partition import files_of
+from smallcap.index.retriever import Retriever
+from smallcap.machine.gpu_memory import limit_to_share
 from smallcap.machine.process_memory import keep_freed_memory
 from smallcap.output.schema import CAPTION_COLUMNS, EMBEDDING_COLUMN, STATUS_OK
 
@@ -51,16 +53,20 @@ class CaptionImages(GuardedActor):
     def load(self, spec: CaptionerSpec) -> None:
         """Loads the captioner, and reports that the actor is ready."""
         started = time.perf_counter()
-        limit_torch_threads()
+        threads = use_threads(spec.layout.actors.threads)
+        if spec.layout.actors.device == "cuda":
+            limit_to_share(spec.layout.gpu_share)
         keep_freed_memory()
         self._monitor, self._embeds = spec.monitor, spec.config.output.save_embeddings
         self._name = uuid.uuid4().hex
         self._excludes = spec.config.retrieval.exclude_own_captions
         _count_cached_files(spec)
         self._captioner = _load_captioner(spec)
+        if isinstance(self._captioner.retriever, Retriever):
+            self._captioner.retriever.use_threads(threads)
         self._batch_size = spec.layout.batch_size
         if spec.config.compute.batch_size == "auto":
-            self._batch_size = min(self._batch_size, largest_batch_here(self._captioner, spec.layout.actors_on_device))
+            self._batch_size = min(self._batch_size, largest_batch_here(self._captioner, spec.layout.actors_on_node))
         start_s = time.perf_counter() - started
         dtypes = frozenset([str(self._captioner.model.dtype).removeprefix("torch.")])
         spec.monitor.report(StageReport(stage="caption", start_s=start_s, worker=self._name, dtypes=dtypes))

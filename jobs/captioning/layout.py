@@ -15,7 +15,7 @@ from smallcap.batch_size import LARGEST_BATCH
 from smallcap.config import CaptionConfig
 from smallcap.images.fragments import FRAGMENT_ROWS
 from smallcap.images.work_list import WorkList
-from smallcap.machine.actor_plan import ActorPlan, plan_actors
+from smallcap.machine.actor_plan import ActorPlan, actors_on, plan_actors, tasks_beside
 from smallcap.machine.precision import fastest_cpu_dtype
 from smallcap.model.checkpoint import load_crop_plan
 from smallcap.output.coverage import WorkItem
@@ -53,15 +53,32 @@ class CaptionLayout:
     @property
     def load_tasks(self) -> int:
         """The number of loading tasks that can run next to the actors."""
-        cpus = sum(node.get("CPU", 0.0) for node in self.nodes) - self.actors.num_actors * self.actors.cpus_per_actor
-        return max(1, int(cpus))
+        return max(1, sum(tasks_beside(self.actors, self.nodes)))
 
     @property
-    def actors_on_device(self) -> int:
-        """The number of actors that share a GPU, or, without GPUs, the memory of a node."""
+    def load_cpus(self) -> float:
+        """The CPUs of all loading tasks."""
+        return self.load_tasks * self.actors.cpus_per_task
+
+    @property
+    def load_cpus_elsewhere(self) -> float:
+        """Those of them that are on nodes without a GPU, where the others have one."""
+        tasks = tasks_beside(self.actors, self.nodes)
+        elsewhere = sum(count for count, node in zip(tasks, self.nodes, strict=True) if not node.get("GPU"))
+        return elsewhere * self.actors.cpus_per_task if self.actors.device == "cuda" else 0.0
+
+    @property
+    def gpu_share(self) -> float:
+        """The share of a GPU's memory that an actor keeps to; 1 without a GPU as well."""
+        return min(1.0, self.actors.gpus_per_actor) or 1.0
+
+    @property
+    def actors_on_node(self) -> int:
+        """The most actors that share the memory of a node; 1 with GPUs, whose memory is what counts."""
         if self.actors.device == "cuda":
-            return max(1, int(1 / self.actors.gpus_per_actor))
-        return -(-self.actors.num_actors // len(self.nodes))
+            return 1
+        most = max(actors_on(node, self.actors.cpus_per_actor, 0) for node in self.nodes)
+        return max(1, min(most, self.actors.max_actors))
 
 
 def lay_out(config: CaptionConfig, record: RunRecord) -> CaptionLayout:

@@ -74,7 +74,11 @@ class _Loaded:
 
 
 def start_loading(
-    items: Sequence[Any], load: Callable[..., Iterator[pa.Table]], spec: LoadSpec, images_per_block: int
+    items: Sequence[Any],
+    load: Callable[..., Iterator[pa.Table]],
+    spec: LoadSpec,
+    images_per_block: int,
+    cpus_per_task: float,
 ) -> ray.data.Dataset:
     """Returns the first stage of a pipeline, which loads a few blocks ahead of the next stage.
 
@@ -83,11 +87,17 @@ def start_loading(
         load: A function of a table, whose column `item` has pickled work items, and of `spec`; it yields tables.
         spec: What the loading tasks need to know.
         images_per_block: The most images in a block; Ray counts in blocks what waits for the next stage.
+        cpus_per_task: Ray's logical CPUs of a loading task.
     """
     inputs = ray.data.from_arrow(task_inputs(items))
     limit_blocks(inputs, spec.plan.image_bytes * images_per_block)
     return inputs.map_batches(
-        load, batch_size=1, batch_format="pyarrow", fn_kwargs={"spec": spec}, memory=_LOAD_MEMORY_BYTES
+        load,
+        batch_size=1,
+        batch_format="pyarrow",
+        fn_kwargs={"spec": spec},
+        num_cpus=cpus_per_task,
+        memory=_LOAD_MEMORY_BYTES,
     )
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice, pairwise
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal
 
+import pyarrow as pa
+
+from jobs.captioning.calibration import Calibration, calibrate
 from jobs.captioning.layout import CaptionLayout, count_images, lay_out, load_spec
 from jobs.captioning.record import RunRecord
 from jobs.captioning.watch import watch_run
@@ -17,24 +18,19 @@ from jobs.cluster.errors import unwrapped_errors
 from jobs.cluster.session import connect
 from smallcap import storage
 from smallcap.config import CaptionConfig
+from smallcap.errors import ConfigError
 from smallcap.images.fragments import InputBatch
 from smallcap.images.listing import make_work_list
 from smallcap.images.row_ranges import RowRanges
 from smallcap.images.work_list import WorkList, read_fragment
 from smallcap.index.manifest import load_manifest
-from smallcap.machine.actor_plan import ActorPlan
-from smallcap.machine.process_memory import private_bytes
 from smallcap.output.coverage import Coverage, WorkItem, work_left
 from smallcap.phrasing import describe_count, describe_duration, describe_gb
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from jobs.captioning.load import LoadSpec
 
-Loaded = TypeVar("Loaded")
-
-_CALIBRATION_BATCHES = 4  # the first warms up
+_SAMPLE_BATCHES = 4  # of images that are loaded
 _MILLION = 1_000_000
 
 
@@ -45,18 +41,6 @@ class IndexFacts:
     index_id: str
     ntotal: int  # captions
     bytes: int  # of its files: on disk in every node's cache, and in memory that the node's actors share
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Measurements of a few batches."""
-
-    images: int  # how many were timed
-    load_s: float  # per image, in one CPU task
-    caption_s: float  # per image, in one actor
-    start_s: float  # the actor's time to load its models and to caption its first batch
-    actor_bytes: int  # the actor's private memory, without the shared pages of the index
-    gpu_bytes: int = 0  # the most GPU memory that the actor took
 
 
 @dataclass(frozen=True)
@@ -80,7 +64,7 @@ class RunPlan:
     @property
     def load_rate(self) -> float:
         """Images/s of all loading tasks together."""
-        return self.layout.load_tasks / self.measured.load_s
+        return self.layout.load_cpus / self.measured.load_s
 
     @property
     def caption_rate(self) -> float:
@@ -101,6 +85,11 @@ class RunPlan:
     def cpus_to_feed(self) -> float:
         """The number of CPUs for loading that keeps these actors busy."""
         return self.caption_rate * self.measured.load_s
+
+    @property
+    def cpus_per_gpu(self) -> float | None:
+        """The number of CPUs for loading that keeps one GPU busy; None on CPUs."""
+        return self.cpus_to_feed / self._gpus if self._gpus else None
 
     @property
     def seconds(self) -> float | None:
@@ -137,17 +126,18 @@ class RunPlan:
             ("Index", self._index()),
             (
                 "Measured",
-                f"{measured.load_s * 1000:,.2f} ms per image in one CPU task, {measured.caption_s * 1000:,.2f} ms in "
+                f"{measured.load_s * 1000:,.2f} ms per image on one CPU, {measured.caption_s * 1000:,.2f} ms in "
                 f"one actor, over {measured.images:,} images",
             ),
             ("Throughput", self._throughput()),
+            ("Loading", self._loading()),
             ("Time", self._time()),
             ("Cost", self._cost()),
         ]
         if actors.max_actors > actors.num_actors:
             grown = actors.max_actors / measured.caption_s
             needed = f"{self.cpus_to_feed / actors.num_actors:,.1f} CPUs for loading per actor"
-            named.insert(6, ("At most", f"{actors.max_actors} actors caption {grown:,.1f} images/s, with {needed}"))
+            named.insert(7, ("At most", f"{actors.max_actors} actors caption {grown:,.1f} images/s, with {needed}"))
         return [f"{name + ':':12} {text}" for name, text in named if text]
 
     def _images(self) -> str:
@@ -165,7 +155,9 @@ class RunPlan:
         plan, measured = self.layout.actors, self.measured
         size = f"{plan.num_actors}" + (f" to {plan.max_actors}" if plan.max_actors > plan.num_actors else "")
         on_gpu = plan.device == "cuda"
-        device = describe_count(*((plan.gpus_per_actor, "GPU") if on_gpu else (plan.cpus_per_actor, "CPU")))
+        device = describe_count(plan.cpus_per_actor, "CPU")
+        if on_gpu:
+            device = f"{describe_count(plan.gpus_per_actor, 'GPU')} and {device}"
         gpu = f" and {describe_gb(measured.gpu_bytes)} of GPU memory" if measured.gpu_bytes else ""
         return (
             f"{size} with {device} each, {plan.dtype}, batches of {self.layout.batch_size}; "
@@ -189,6 +181,17 @@ class RunPlan:
         return (
             f"{self.load_rate:,.1f} images/s loaded by {tasks}, {self.caption_rate:,.1f} captioned by {actors}: "
             f"{verdict}"
+        )
+
+    def _loading(self) -> str:
+        """Says what feeds the GPUs; empty on CPUs."""
+        if self.cpus_per_gpu is None:
+            return ""
+        elsewhere = self.layout.load_cpus_elsewhere
+        rate = elsewhere / self.measured.load_s
+        beside = f", of them {elsewhere:,.1f} on nodes without a GPU, with {rate:,.1f} images/s" if elsewhere else ""
+        return (
+            f"one GPU is fed by {self.cpus_per_gpu:,.1f} CPUs; {self.layout.load_cpus:,.1f} are there for all{beside}"
         )
 
     def _time(self) -> str:
@@ -236,12 +239,17 @@ def dry_run(config: CaptionConfig, address: str | None = None, gpu_hour_cost: fl
         from jobs.captioning.caption import CaptionerSpec, CaptionImages
 
         layout = lay_out(config, record)
-        sample = list(islice(_sample(config, work, items, layout.batch_size), _CALIBRATION_BATCHES))
+        sample = _sample(config, work, items, layout.batch_size)
+        loaded = sum(len(images.rows) for _, images in sample)
+        is_all = loaded < _SAMPLE_BATCHES * layout.batch_size
         with unwrapped_errors(), watch_run(record.run_id, None, None) as watch:
             loading = load_spec(config, record, work, layout, watch)
             captioning = CaptionerSpec(config, layout, record.index_id, record.retrieval_encoder, watch.monitor)
             measured = calibrate(
-                partial(_load_sample, sample, loading), partial(CaptionImages, captioning), layout.actors
+                partial(_load_sample, sample, loading),
+                partial(CaptionImages, captioning),
+                layout.actors,
+                min(loaded, layout.images_per_call) if is_all else layout.images_per_call,
             )
     return RunPlan(
         images=count_images(items),
@@ -270,85 +278,30 @@ def _index_facts(config: CaptionConfig, record: RunRecord) -> IndexFacts | None:
 
 def _sample(
     config: CaptionConfig, work: WorkList, items: Sequence[WorkItem], batch_size: int
-) -> Iterator[tuple[int, InputBatch]]:
-    """Yields the first images to do, with the number of their fragment, in batches no larger than the run's."""
+) -> list[tuple[int, InputBatch]]:
+    """Returns the first images to do, in several batches, with the number of their fragment.
+
+    Raises:
+        ConfigError: There are none.
+    """
+    sample: list[tuple[int, InputBatch]] = []
+    left = _SAMPLE_BATCHES * batch_size
     for item in items:
         for images in read_fragment(item.fragment, item.wanted, config.input, work.kept_columns):
             for start in range(0, len(images.rows), batch_size):
-                batch = images.only(RowRanges.of(images.rows[start : start + batch_size]))
+                batch = images.only(RowRanges.of(images.rows[start : min(start + batch_size, start + left)]))
                 if batch is not None:
-                    yield item.fragment.number, batch
+                    sample.append((item.fragment.number, batch))
+                    left -= len(batch.rows)
+                if not left:
+                    return sample
+    if not sample:
+        raise ConfigError("No image is left to caption.", where=config.out)
+    return sample
 
 
-def _load_sample(sample: Sequence[tuple[int, InputBatch]], spec: LoadSpec) -> Iterator[tuple[int, pa.Table]]:
+def _load_sample(sample: Sequence[tuple[int, InputBatch]], spec: LoadSpec) -> Iterator[pa.Table]:
     from jobs.captioning.load import load_batch
 
     for number, images in sample:
-        yield len(images.rows), load_batch(number, images, spec)
-
-
-def calibrate(
-    load: Callable[[], Iterable[tuple[int, Loaded]]],
-    make_captioner: Callable[[], Callable[[Loaded], Any]],
-    plan: ActorPlan,
-) -> Calibration:
-    """Loads a few batches in a CPU task and captions them in an actor with the plan's resources; connect to Ray first.
-
-    Args:
-        load: A picklable function that yields (number of images, batch) as the run's loading tasks make them, of about
-            the run's batch size. Only the first four are taken. One is enough, but its time then includes warming up.
-        make_captioner: A picklable function that loads the actor's captioner, which takes such batches.
-        plan: The run's actors.
-
-    Raises:
-        SmallCapError: Loading or captioning failed; Ray's error is around it, see `unwrapped_errors`.
-    """
-    import ray
-
-    loading = ray.remote(num_cpus=1)(_time_loading).remote(load)
-    actor = ray.remote(_CalibratingActor).options(num_cpus=plan.cpus_per_actor, num_gpus=plan.gpus_per_actor).remote()
-    try:
-        batches, load_s = ray.get(loading)
-        calibration: Calibration = ray.get(actor.measure.remote(make_captioner, batches, load_s))
-        return calibration
-    finally:
-        ray.kill(actor)
-
-
-def _time_loading(load: Callable[[], Iterable[tuple[int, Loaded]]]) -> tuple[list[tuple[int, Loaded]], float]:
-    """Returns a few batches, and the seconds per image."""
-    batches, seconds = [], []
-    started = time.perf_counter()
-    for batch in islice(load(), _CALIBRATION_BATCHES):
-        batches.append(batch)
-        seconds.append(time.perf_counter() - started)
-        started = time.perf_counter()
-    return batches, _per_image(seconds, batches)[1]
-
-
-def _per_image(seconds: list[float], batches: list[tuple[int, Any]]) -> tuple[int, float]:
-    """Returns how many images count, and the seconds per image: the first batch warms up, unless it is the only one."""
-    counted = slice(1, None) if len(batches) > 1 else slice(None)
-    images = sum(images for images, _ in batches[counted])
-    return images, sum(seconds[counted]) / max(1, images)
-
-
-class _CalibratingActor:
-    def measure(
-        self, make_captioner: Callable[[], Callable[[Any], Any]], batches: list[tuple[int, Any]], load_s: float
-    ) -> Calibration:
-        """Captions the batches and measures the time and memory."""
-        begun = time.perf_counter()
-        captioner = make_captioner()
-        ends = [time.perf_counter()]
-        for _, batch in batches:
-            captioner(batch)
-            ends.append(time.perf_counter())
-        images, caption_s = _per_image([end - start for start, end in pairwise(ends)], batches)
-        return Calibration(images, load_s, caption_s, ends[1] - begun, private_bytes(), _gpu_bytes())
-
-
-def _gpu_bytes() -> int:
-    import torch
-
-    return torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
+        yield load_batch(number, images, spec)

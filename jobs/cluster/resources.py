@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 
 def node_resources() -> list[dict[str, float]]:
@@ -19,10 +20,25 @@ def limit_torch_threads() -> None:
     torch.set_num_threads(min(torch.get_num_threads(), _cores()))
 
 
+def use_threads(threads: int) -> int:
+    """Gives torch in this process, and faiss in this thread, so many threads, at most one for each core; returns them.
+
+    Ray's OMP_NUM_THREADS is no measure of them: it is 1 where an actor has less than two CPUs.
+    """
+    import torch
+
+    threads = min(threads, _cores())
+    torch.set_num_threads(threads)
+    if "faiss" in sys.modules:  # otherwise nothing is searched here
+        set_faiss_threads(threads)
+    return threads
+
+
 def set_faiss_threads(cpus: int | None = None) -> None:
     """Gives faiss one thread for each CPU of a task, at most one for each core; by default one for each core.
 
-    Ray sets OMP_NUM_THREADS as well, but a process that has run another task does not read it again.
+    Ray sets OMP_NUM_THREADS as well, but a process that has run another task does not read it again. OpenMP keeps the
+    number for each thread: it holds only in the one that calls this.
     """
     import faiss
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pyarrow as pa
 
 from jobs.cluster.errors import GuardedActor, unwrapped_errors
-from jobs.cluster.resources import limit_torch_threads, node_resources, set_faiss_threads
+from jobs.cluster.resources import node_resources, set_faiss_threads, use_threads
 from smallcap.machine.actor_plan import ActorPlan
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class RayRunner:
         """Does the same with instances of `actor`, each made from `arguments` in a separate process."""
         size = min(plan.num_actors, len(items))
         pool = replace(plan, num_actors=size, max_actors=size)
-        yield from _results(map_in_actors(_dataset(items), _ItemActor, (actor, arguments), 1, pool))
+        yield from _results(map_in_actors(_dataset(items), _ItemActor, (actor, arguments, plan.threads), 1, pool))
 
 
 def map_in_actors(
@@ -99,22 +99,22 @@ def _results(dataset: ray.data.Dataset) -> Iterator[tuple[int, Any]]:
 
 
 class _OnItems:
-    """Runs a function on a row's item."""
+    """Runs a function on a row's item; `cpus` are those of the task, or None in an actor, which has its threads."""
 
-    def __init__(self, function: Callable[[Any], Any], cpus: int = 1) -> None:
+    def __init__(self, function: Callable[[Any], Any], cpus: int | None) -> None:
         self._function, self._cpus = function, cpus
 
     def __call__(self, row: pa.Table) -> pa.Table:
-        if self._cpus > 1 or "faiss" in sys.modules:  # otherwise this would only import faiss
+        if self._cpus and (self._cpus > 1 or "faiss" in sys.modules):  # otherwise this would only import faiss
             set_faiss_threads(self._cpus)
         result = self._function(pickle.loads(row["item"][0].as_py()))  # noqa: S301 - this job's driver wrote it
         return pa.table({"position": row["position"], "result": pa.array([pickle.dumps(result)], pa.large_binary())})
 
 
 class _ItemActor(GuardedActor):
-    def load(self, actor: Callable[..., Callable[[Any], Any]], arguments: tuple[Any, ...]) -> None:
-        limit_torch_threads()
-        self._on_items = _OnItems(actor(*arguments))
+    def load(self, actor: Callable[..., Callable[[Any], Any]], arguments: tuple[Any, ...], threads: int) -> None:
+        use_threads(threads)
+        self._on_items = _OnItems(actor(*arguments), cpus=None)
 
     def process(self, row: pa.Table) -> pa.Table:
         return self._on_items(row)

@@ -22,7 +22,7 @@ from jobs.captioning.caption import pixels_of
 from jobs.captioning.load import LoadSpec, load_batch, start_loading
 from jobs.captioning.watch import watch_run
 from jobs.cluster.errors import GuardedActor, unwrapped_errors
-from jobs.cluster.resources import limit_torch_threads, node_resources
+from jobs.cluster.resources import node_resources, use_threads
 from jobs.cluster.session import stage_progress
 from jobs.cluster.tasks import map_in_actors
 from jobs.training.inputs import TrainInputs, TrainItem
@@ -100,8 +100,8 @@ def _encode_all(config: TrainConfig, start: ModelStart, items: list[TrainItem], 
     actors = plan_actors(config.compute.to_compute_config(), node_resources())
     with unwrapped_errors(), stage_progress(), watch_run("features", None, len(items)) as watch:
         loading = LoadSpec(plan, config.data, pa.schema([]), False, watch.monitor, watch.crash_guard)
-        loaded = start_loading(items, load_items, loading, FRAGMENT_ROWS)
-        encoded = map_in_actors(loaded, EncodeImages, (start, actors.device), 1, actors)
+        loaded = start_loading(items, load_items, loading, FRAGMENT_ROWS, actors.cpus_per_task)
+        encoded = map_in_actors(loaded, EncodeImages, (start, actors.device, actors.threads), 1, actors)
         encoded.map_batches(
             store_part, batch_size=1, batch_format="pyarrow", fn_kwargs={"folder": folder}, num_cpus=0
         ).materialize()
@@ -135,9 +135,9 @@ def load_items(batch: pa.Table, spec: LoadSpec) -> Iterator[pa.Table]:
 class EncodeImages(GuardedActor):
     """Encodes batches of decoded images; one instance per actor."""
 
-    def load(self, start: ModelStart, device: str) -> None:
+    def load(self, start: ModelStart, device: str, threads: int) -> None:
         """Loads the encoders."""
-        limit_torch_threads()
+        use_threads(threads)
         self._caption_column = start.config.data.caption_column
         encoder = start.retrieval_encoder
         retrieval = load_retrieval_encoder(encoder, device) if encoder else None

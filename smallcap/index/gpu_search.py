@@ -6,8 +6,13 @@ them exactly. Otherwise faiss searches the same lists as on the CPU, for the inv
 
 from __future__ import annotations
 
+import fcntl
 import logging
-from collections.abc import Callable, Sequence
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 import faiss
@@ -18,6 +23,8 @@ from torch import Tensor
 from smallcap.index.faiss_index import inverted_file_of
 from smallcap.index.ranking import NOTHING, Attempted, Ranking, best_of, padded, settle
 from smallcap.index.vector_shard import VectorShard
+from smallcap.machine.gpu_memory import room_bytes, set_aside
+from smallcap.machine.process_memory import return_freed_memory
 
 MEMORY_SHARE = 0.5  # share of the memory that is free once the model is loaded; generating needs the rest
 _ROWS_AT_ONCE = 65_536  # vectors uploaded together
@@ -176,8 +183,13 @@ class FaissGpu:
         options.useFloat16 = True  # for PQ's tables
         options.allowCpuCoarseQuantizer = True  # where it is a graph
         gpu_number = device.index if device.index is not None else torch.cuda.current_device()
-        self._index: Any = faiss.index_cpu_to_gpu(self._resources, gpu_number, merged_index(shards), options)
+        with _one_at_a_time():
+            merged = merged_index(shards)
+            self._index: Any = faiss.index_cpu_to_gpu(self._resources, gpu_number, merged, options)
+            del merged
+            return_freed_memory()
         faiss.GpuParameterSpace().set_index_parameter(self._index, "nprobe", nprobe)
+        set_aside(_faiss_bytes(shards), device)
 
     def candidates(self, queries: np.ndarray, count: int) -> Ranking | None:
         """Returns each query's best vectors by faiss's scores; None where its kernels cannot give `count`."""
@@ -189,8 +201,20 @@ class FaissGpu:
         return padded(*best_of(scores, ids, wanted), count)
 
 
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Lets one process of this user and node merge and upload at a time, so that the node holds one merged copy."""
+    with (Path(tempfile.gettempdir()) / f"smallcap-upload-{os.getuid()}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed, or the process dies
+        yield
+
+
 def merged_index(shards: Sequence[VectorShard]) -> Any:
-    """Returns one index in memory that has the inverted lists of all shards."""
+    """Returns one index in memory that has the inverted lists of all shards.
+
+    faiss's view of several lists as one (`HStackInvertedLists`) would need no copy, but its upload does not free what
+    that view gives out: every list would leak.
+    """
     merged: Any = faiss.read_index(str(shards[0].file))  # not mapped: its lists must grow
     lists = inverted_file_of(merged)
     for shard in shards[1:]:
@@ -216,7 +240,7 @@ def open_gpu_search(
     Returns:
         The search, or None where there is no room, or faiss has no such index for GPUs.
     """
-    room = int(torch.cuda.mem_get_info(device)[0] * MEMORY_SHARE)
+    room = int(room_bytes(device) * MEMORY_SHARE)
     rows = sum(shard.entry.rows for shard in shards)
     needed = rows * shards[0].dim * 2 + 4 * _SCORES_AT_ONCE
     if needed <= room:
@@ -244,5 +268,12 @@ def _why_not_faiss(shards: Sequence[VectorShard], nprobe: int | None, room: int)
         return "the installed faiss has no GPU support"
     if (nprobe or 1) > _FAISS_LIMIT:
         return f"a query searches more than {_FAISS_LIMIT} lists"
-    needed = sum(shard.entry.rows for shard in shards) * (lists.code_size + 8) + _FAISS_TEMPORARY_BYTES
+    needed = _faiss_bytes(shards)
     return "" if needed <= room else f"it needs {needed} bytes; {room} are available"
+
+
+def _faiss_bytes(shards: Sequence[VectorShard]) -> int:
+    """Returns the bytes of an inverted file's codes and ids on a GPU, and of faiss's scratch space."""
+    lists = inverted_file_of(shards[0].index)
+    assert lists is not None
+    return sum(shard.entry.rows for shard in shards) * (lists.code_size + 8) + _FAISS_TEMPORARY_BYTES

@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+import faiss
 import numpy as np
 
 from smallcap.errors import ConfigError, ManifestError
@@ -61,6 +62,9 @@ class LocalPartition:
         folder: The folder that holds the version's files, verified.
         partition: The share to map: (i, n) takes the i-th of n contiguous shares.
 
+    Attributes:
+        threads: Threads of a search on the CPU; None leaves them to OpenMP.
+
     Raises:
         ManifestError: The manifest contradicts itself.
         ConfigError: There are fewer shards than partitions.
@@ -80,6 +84,7 @@ class LocalPartition:
         captions = share_of(manifest.captions, partition)
         self.captions = CaptionStore([folder / entry.file for entry in captions], captions)
         self._gpu: GpuSearch | None = None
+        self.threads: int | None = None
 
     @classmethod
     def open(
@@ -135,6 +140,10 @@ class LocalPartition:
         gpu_ranking = self._gpu.candidates(queries, count) if self._gpu is not None else None
         if gpu_ranking is not None:
             return gpu_ranking
+        if self.threads is not None:
+            faiss.omp_set_num_threads(
+                self.threads
+            )  # OpenMP keeps the number for each thread, and others search as well
         nprobe = self.manifest.nprobe
         assigned = self.shards[0].assign(queries, nprobe)  # the lists of all shards have the same centroids
         best = self.shards[0].candidates(queries, count, nprobe, assigned)

@@ -199,6 +199,10 @@ class Retriever(NeighbourSearch):
             manifest.check_encoder(encoder, where=index_uri)
         return cls(manifest, open_version_folder(index_uri, manifest, cache_dir, files_of(manifest)))
 
+    def use_threads(self, threads: int) -> None:
+        """Gives searches on the CPU so many threads, whichever thread of this process searches."""
+        self._local.threads = threads
+
     def use_device(self, device: str, search_device: SearchDevice = "auto") -> None:
         """Moves the search to the model's GPU where that is wanted and fits; call it when the model is loaded.
 

@@ -1,6 +1,7 @@
 """How many model actors a cluster runs, and with what resources: a job's `auto` options resolved for its nodes.
 
-This is plain arithmetic over the nodes' resources; it starts nothing and does not import Ray.
+Everything is counted node by node and in Ray's units, ten-thousandths of a CPU or GPU: no request spans two nodes, and
+no fraction two GPUs. This is plain arithmetic; it starts nothing and does not import Ray.
 """
 
 from __future__ import annotations
@@ -11,56 +12,224 @@ from dataclasses import dataclass
 from smallcap.config import ComputeConfig
 from smallcap.errors import ConfigError
 
+Node = Mapping[str, float]
+"""A node's `CPU` and `GPU`, as Ray counts them."""
+
+_UNIT = 10_000  # in one CPU or GPU; Ray cuts off what is finer
 _MOST_CPUS_PER_ACTOR = 4  # more threads than that help one batch of images or texts little
+_CPUS_PER_LOADING_CPU = 16  # one CPU decodes for about as many that caption
+_WELL_USED = 0.75  # share of the CPUs that could be used, with which fewer actors of more threads are preferred
+_MOST_CPUS_BESIDE_GPU = 2  # one thread launches kernels, another prepares the next batch
+_SHARE_BESIDE_GPU = 4  # an actor on a GPU takes one of so many of its node's CPUs; the others feed it
+_MOST_THREADS = 16  # for a search on the CPU
+_TASKS_PER_CPU = (1, 2, 4)  # several only where whole CPUs would leave much unused
 
 
 @dataclass(frozen=True)
 class ActorPlan:
-    """A pool of model actors."""
+    """A pool of model actors, and the tasks that feed it."""
 
     device: str  # cpu or cuda
     dtype: str  # auto on a GPU, which is asked when the model is loaded
     num_actors: int  # at the start
-    cpus_per_actor: float  # Ray's logical CPUs; without a GPU also the actor's threads, up to the node's cores
+    cpus_per_actor: float  # Ray's logical CPUs
     gpus_per_actor: float
     max_actors: int  # if the cluster grows
+    cpus_per_task: float = 1.0  # of a task that feeds the actors
+    # For torch and faiss in an actor, up to its node's cores. On a GPU they are more than the actor's CPUs: a search on
+    # the CPU that all wait for may use those of the loading tasks, which wait as well.
+    threads: int = 1
 
 
-def plan_actors(compute: ComputeConfig, nodes: Sequence[Mapping[str, float]]) -> ActorPlan:
+def plan_actors(compute: ComputeConfig, nodes: Sequence[Node]) -> ActorPlan:
     """Resolves a job's compute options.
 
     Args:
         compute: The options.
-        nodes: Each node's `CPU` and `GPU`, as Ray counts them.
+        nodes: The cluster's nodes.
 
     Returns:
-        A pool that leaves at least one CPU of the cluster to the tasks that feed it. If it took all, it would wait
-        forever for its first batch.
+        A pool whose actors and at least one task that feeds them run at the same time. If the actors took all CPUs,
+        they would wait forever for their first batch.
 
     Raises:
-        ConfigError: A GPU is asked for, no node has one, and the pool may not wait for the autoscaler to bring one.
+        ConfigError: The cluster has not what the actors ask for, and the pool may not wait for an autoscaler to bring
+            it.
     """
-    cpus, gpus = (sum(node.get(resource, 0.0) for node in nodes) for resource in ("CPU", "GPU"))
-    if compute.device == "cuda" and not gpus and compute.max_actors is None:
+    on_gpu = compute.device == "cuda" or (compute.device == "auto" and any(node.get("GPU") for node in nodes))
+    if not any(node.get("CPU") for node in nodes) and compute.max_actors is None:
         raise ConfigError(
-            "No node of the cluster has a GPU.",
-            where="compute.device",
-            expected="a GPU for cuda",
-            found=f"nodes: {len(nodes)}, CPUs: {cpus:g}",
-            remedy="Set compute.device to cpu or auto; if an autoscaler brings GPU nodes, set compute.max_actors.",
+            "No node of the cluster has a CPU for the tasks that read and load.",
+            expected="at least one CPU",
+            found=f"nodes: {len(nodes)}",
+            remedy="Start Ray with CPUs on some node; if an autoscaler brings nodes, set compute.max_actors.",
         )
-    on_gpu = compute.device == "cuda" or (compute.device == "auto" and gpus > 0)
-    cpus_for_actors = max(1.0, cpus - 1)
-    automatic = max(1, int(gpus // compute.gpus_per_actor if on_gpu else cpus_for_actors // _MOST_CPUS_PER_ACTOR))
-    max_actors = compute.max_actors or (automatic if compute.num_actors == "auto" else compute.num_actors)
-    num_actors = min(automatic, max_actors) if compute.num_actors == "auto" else compute.num_actors
-    largest_node = max(node.get("CPU", 0.0) for node in nodes)
-    share = min(cpus_for_actors / num_actors, largest_node, _MOST_CPUS_PER_ACTOR)  # above one, Ray takes whole CPUs
+    return _plan_on_gpus(compute, nodes) if on_gpu else _plan_on_cpus(compute, nodes)
+
+
+def actors_on(node: Node, cpus: float, gpus: float) -> int:
+    """Returns the most actors that a node holds.
+
+    Args:
+        node: The node.
+        cpus: CPUs of an actor; 0 asks for none.
+        gpus: GPUs of an actor: a fraction of one, or a whole number; 0 asks for none. One of the two is not 0.
+    """
+    by_cpus = _units(node.get("CPU", 0.0)) // _units(cpus) if cpus else None
+    cards = int(node.get("GPU", 0.0))
+    by_gpus = None
+    if gpus:
+        by_gpus = cards // int(gpus) if gpus >= 1 else cards * (_UNIT // _units(gpus))
+    return min(places for places in (by_cpus, by_gpus) if places is not None)
+
+
+def tasks_beside(plan: ActorPlan, nodes: Sequence[Node]) -> list[int]:
+    """Returns how many tasks that feed the actors each node runs beside the actors with which the pool starts."""
+    left = plan.num_actors
+    tasks = []
+    for node in nodes:
+        actors = min(left, actors_on(node, plan.cpus_per_actor, plan.gpus_per_actor))
+        left -= actors
+        free = _units(node.get("CPU", 0.0)) - actors * _units(plan.cpus_per_actor)
+        tasks.append(free // _units(plan.cpus_per_task))
+    return tasks
+
+
+def _plan_on_gpus(compute: ComputeConfig, nodes: Sequence[Node]) -> ActorPlan:
+    gpus = _units(compute.gpus_per_actor) / _UNIT
+    fitting = sum(actors_on(node, 0, gpus) for node in nodes)
+    _check_gpus(compute, nodes, fitting)
+    if not fitting:  # an autoscaler is to bring GPUs; few machines have fewer than four CPUs for one
+        nodes = [*nodes, {"CPU": 4.0, "GPU": max(1.0, gpus)}]
+    automatic = min(max(1, fitting), compute.max_actors or fitting)
+    num_actors = automatic if compute.num_actors == "auto" else compute.num_actors
+    max_actors = compute.max_actors or num_actors
+    places = [min(actors_on(node, 0, gpus), max_actors) for node in nodes]
+    shares = [_units(node.get("CPU", 0.0)) // count for node, count in zip(nodes, places, strict=True) if count]
+    of_actor = min(shares) // _SHARE_BESIDE_GPU
+    if of_actor > _UNIT:  # Ray gives whole CPUs above one
+        of_actor = min(of_actor // _UNIT, _MOST_CPUS_BESIDE_GPU) * _UNIT
+    free = [_units(node.get("CPU", 0.0)) - count * of_actor for node, count in zip(nodes, places, strict=True)]
     return ActorPlan(
-        device="cuda" if on_gpu else "cpu",
-        dtype="float32" if compute.dtype == "auto" and not on_gpu else compute.dtype,
+        device="cuda",
+        dtype=compute.dtype,
         num_actors=num_actors,
-        cpus_per_actor=0.0 if on_gpu else (share if share < 1 else float(int(share))),
-        gpus_per_actor=compute.gpus_per_actor if on_gpu else 0.0,
+        cpus_per_actor=of_actor / _UNIT,
+        gpus_per_actor=gpus,
         max_actors=max_actors,
+        cpus_per_task=_units_per_task(free) / _UNIT,
+        threads=max(1, min(min(shares) // _UNIT, _MOST_THREADS)),
     )
+
+
+def _check_gpus(compute: ComputeConfig, nodes: Sequence[Node], fitting: int) -> None:
+    """Refuses a pool that could not start.
+
+    Args:
+        compute: The options.
+        nodes: The cluster's nodes.
+        fitting: How many actors its GPUs hold.
+    """
+    largest = max((int(node.get("GPU", 0.0)) for node in nodes), default=0)
+    if not fitting and not (compute.device == "cuda" and compute.max_actors is not None):
+        if not largest:
+            raise ConfigError(
+                "No node of the cluster has a GPU.",
+                where="compute.device",
+                expected="a GPU for cuda",
+                found=f"nodes: {len(nodes)}, CPUs: {sum(node.get('CPU', 0.0) for node in nodes):g}",
+                remedy="Set compute.device to cpu or auto; if an autoscaler brings GPU nodes, set compute.max_actors.",
+            )
+        raise ConfigError(
+            "No node of the cluster has as many GPUs as an actor asks for.",
+            where="compute.gpus_per_actor",
+            expected=f"at most {largest}, the GPUs of the largest node",
+            found=f"{compute.gpus_per_actor:g}",
+            remedy="Lower it; if an autoscaler brings larger nodes, set compute.device to cuda and compute.max_actors.",
+        )
+    if compute.max_actors is None and compute.num_actors != "auto" and compute.num_actors > fitting:
+        raise ConfigError(
+            "The cluster's GPUs do not hold so many actors.",
+            where="compute.num_actors",
+            expected=f"at most {fitting}, with compute.gpus_per_actor {compute.gpus_per_actor:g}",
+            found=str(compute.num_actors),
+            remedy="Ask for fewer, or for a smaller share of a GPU; if an autoscaler brings nodes, set "
+            "compute.max_actors.",
+        )
+
+
+def _units_per_task(free: Sequence[int]) -> int:
+    """Returns the CPU units of a loading task: a whole CPU, or less where that would waste over half of what is free.
+
+    Args:
+        free: The CPU units that each node has beside the actors.
+    """
+    for tasks_per_cpu in _TASKS_PER_CPU:
+        units = _UNIT // tasks_per_cpu
+        if 2 * sum(there // units * units for there in free) >= sum(free):
+            break
+    return units
+
+
+def _plan_on_cpus(compute: ComputeConfig, nodes: Sequence[Node]) -> ActorPlan:
+    cpus = [_units(node.get("CPU", 0.0)) for node in nodes]
+    if not any(cpus):  # an autoscaler is to bring them
+        cpus = [4 * _UNIT]
+    asked = None if compute.num_actors == "auto" else compute.num_actors
+    num_actors, of_actor = _whole_cpus(cpus, asked, compute.max_actors) or (asked or 1, 0)
+    of_task = _UNIT
+    if not of_actor:
+        of_actor = of_task = _equal_shares(cpus, num_actors)
+    return ActorPlan(
+        device="cpu",
+        dtype="float32" if compute.dtype == "auto" else compute.dtype,
+        num_actors=num_actors,
+        cpus_per_actor=of_actor / _UNIT,
+        gpus_per_actor=0.0,
+        max_actors=compute.max_actors or num_actors,
+        cpus_per_task=of_task / _UNIT,
+        threads=max(1, of_actor // _UNIT),
+    )
+
+
+def _whole_cpus(cpus: Sequence[int], asked: int | None, most: int | None) -> tuple[int, int] | None:
+    """Returns a number of actors and the units of each, whole CPUs; None where some must share a CPU.
+
+    Whole CPUs fit together in any order, so that wherever Ray puts the actors, the others are left for loading.
+
+    Args:
+        cpus: Each node's CPU units.
+        asked: The number of actors; None takes what there is.
+        most: The most actors, where their number is not given.
+    """
+    whole = sum(there // _UNIT for there in cpus)
+    loading = 1 if asked else max(1, whole // _CPUS_PER_LOADING_CPU)
+    pools = []
+    for each in range(_MOST_CPUS_PER_ACTOR, 0, -1):
+        count = min(sum(there // _UNIT // each for there in cpus), (whole - loading) // each)
+        count = min(count, asked or most or count)
+        if count > 0 and count >= (asked or 1):
+            pools.append((count, each))
+    if not pools:
+        return None
+    best = max(count * each for count, each in pools)
+    count, each = next((count, each) for count, each in pools if asked or count * each >= _WELL_USED * best)
+    return count, each * _UNIT
+
+
+def _equal_shares(cpus: Sequence[int], actors: int) -> int:
+    """Returns the CPU units of an actor, and of a task, where not all can have a CPU: the largest that suffice."""
+    for parts in range(2, _UNIT + 1):
+        units = _UNIT // parts
+        if sum(there // units for there in cpus) > actors:  # one task besides
+            return units
+    raise ConfigError(
+        "The cluster's CPUs do not hold so many actors.",
+        where="compute.num_actors",
+        expected="fewer",
+        found=str(actors),
+    )
+
+
+def _units(quantity: float) -> int:
+    return round(quantity * _UNIT)

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.cuda._utils import _get_device_index
 
 from tests.pretended_cuda import graphs
 from tests.pretended_cuda.backward import run_backward
@@ -67,6 +68,7 @@ def _stand_ins(cuda: PretendedCuda) -> dict[str, Any]:
             cuda.order.total_bytes,
         ),
         "memory_allocated": lambda device=None: cuda.order.allocated_bytes,
+        "get_per_process_memory_fraction": _whole_card,
         "max_memory_reserved": lambda device=None: cuda.order.allocated_bytes,
         "empty_cache": lambda: None,
         "synchronize": lambda device=None: (cuda.note("synchronize"), cuda.order.synchronize()),
@@ -89,6 +91,12 @@ def _stand_ins(cuda: PretendedCuda) -> dict[str, Any]:
         "Tensor.record_stream": lambda tensor, stream: tensor.memory.kept_for.add(stream.queue),
         "Tensor.tolist": lambda tensor: _tolist(tensor.cpu() if isinstance(tensor, OnCuda) else tensor),
     }
+
+
+def _whole_card(device: torch.device | int | None = None) -> float:
+    """Says that a process is not limited to a share of the GPU; a device without a number is refused, as torch does."""
+    _get_device_index(0 if device is None else device)
+    return 1.0
 
 
 def _catch_threads(cuda: PretendedCuda, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,17 +1,18 @@
-"""A plan's arithmetic, and the calibration that it rests on."""
+"""A plan's arithmetic, and a dry run."""
 
-from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
+from pathlib import Path
 
 import pytest
 
+from jobs.captioning.calibration import Calibration
 from jobs.captioning.layout import CaptionLayout
-from jobs.captioning.plan import Calibration, IndexFacts, RunPlan, calibrate
-from jobs.cluster.errors import unwrapped_errors
-from smallcap.errors import CheckpointError
+from jobs.captioning.plan import IndexFacts, RunPlan, dry_run
+from smallcap.config import CaptionConfig
+from smallcap.errors import ConfigError
 from smallcap.machine.actor_plan import ActorPlan
 from smallcap.output.part_files import PartOptions
+from tests.caption_runs import config_for, write_images
 
 FAST = Calibration(images=768, load_s=0.004, caption_s=0.001, start_s=30.0, actor_bytes=2 * 10**9, gpu_bytes=5 * 10**9)
 ON_GPU = CaptionLayout(
@@ -86,37 +87,55 @@ def test_people_read_what_is_known() -> None:
     assert "captions are made without retrieval" in "\n".join(replace(GPU, index=None).lines())
 
 
-CLOCK = 0.0
+def test_nodes_without_gpus_feed_those_that_have_them() -> None:
+    beside = replace(ON_GPU, actors=replace(ON_GPU.actors, cpus_per_actor=2.0))
+    assert (beside.load_tasks, beside.load_cpus, beside.load_cpus_elsewhere) == (14, 14, 8)
+    plan = replace(GPU, layout=beside)
+    assert (plan.load_rate, plan.cpus_per_gpu) == (3500, 4)
+    assert (
+        "Loading:     one GPU is fed by 4.0 CPUs; 14.0 are there for all, of them 8.0 on nodes without a GPU, "
+        "with 2,000.0 images/s"
+    ) in plan.lines()
+    alone = replace(GPU, layout=replace(beside, nodes=({"CPU": 8.0, "GPU": 1.0},)))
+    assert "Loading:     one GPU is fed by 4.0 CPUs; 6.0 are there for all" in alone.lines()
+    assert (CPU.cpus_per_gpu, ON_CPU.load_cpus_elsewhere) == (None, 0)
+    assert not any(line.startswith("Loading") for line in CPU.lines())
 
 
-def load(batches: int) -> Iterator[tuple[int, list[int]]]:
-    global CLOCK  # noqa: PLW0603 - what is pickled finds the module's
-    for number in range(batches):
-        CLOCK += 2.0 if number == 0 else 0.05
-        yield 10, [number] * 10
+def test_tasks_that_share_a_cpu_load_what_that_cpu_does() -> None:
+    small = replace(
+        ON_GPU,
+        nodes=({"CPU": 1.0, "GPU": 1.0}, {"CPU": 1.0}),
+        actors=replace(ON_GPU.actors, cpus_per_actor=0.25, cpus_per_task=0.5),
+    )
+    assert (small.load_tasks, small.load_cpus) == (3, 1.5)
+    assert replace(GPU, layout=small).load_rate == 375
 
 
-def caption(batch: list[int]) -> None:
-    global CLOCK  # noqa: PLW0603
-    CLOCK += 2.0 if batch[0] == 0 else 0.1
+@pytest.mark.parametrize(("gpus", "share"), [(0.25, 0.25), (0.3, 0.3), (1.0, 1.0), (2.0, 1.0), (0.0, 1.0)])
+def test_an_actor_keeps_to_its_share_of_a_gpu(gpus: float, share: float) -> None:
+    assert replace(ON_GPU, actors=replace(ON_GPU.actors, gpus_per_actor=gpus)).gpu_share == share
 
 
-@pytest.mark.parametrize("batches", [1, 4, 9])
-def test_calibration_leaves_the_first_batch_out(batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("time.perf_counter", lambda: CLOCK)
-    measured = calibrate(partial(load, batches), lambda: caption, ActorPlan("cpu", "float32", 1, 1.0, 0.0, 1))
-    timed = min(batches - 1, 3)
-    assert measured.images == (10 * timed or 10)
-    assert measured.load_s == pytest.approx(0.005 if timed else 0.2)
-    assert measured.caption_s == pytest.approx(0.01 if timed else 0.2)
-    assert measured.start_s == pytest.approx(2.0)
-    assert measured.actor_bytes > 1 << 20
+def test_actors_on_cpus_share_the_memory_of_the_node_that_holds_most() -> None:
+    assert ON_GPU.actors_on_node == 1
+    assert ON_CPU.actors_on_node == 3
+    spread = replace(ON_CPU, nodes=({"CPU": 8.0}, {"CPU": 4.0}, {"CPU": 0.0}))
+    assert spread.actors_on_node == 2
 
 
-@pytest.mark.ray
-def test_an_error_of_the_captioner_arrives_as_itself() -> None:
-    def fail():  # type: ignore[no-untyped-def]
-        raise CheckpointError("The model is missing.")
+def test_a_dry_run_captions_some_images_and_writes_nothing(index: str, tiny_smallcap: Path, tmp_path: Path) -> None:
+    write_images(f"{tmp_path}/images", 9)
+    config = config_for(f"{tmp_path}/images", index, tiny_smallcap, f"{tmp_path}/out", "compute.batch_size=2")
+    plan = dry_run(config)
+    assert plan.images == 9
+    assert plan.measured.images == 3 * 2  # 8 of the 9 are loaded; a call takes a batch
+    assert min(plan.measured.load_s, plan.measured.caption_s) > 0
+    assert not (tmp_path / "out").exists()
+    few = dry_run(config.model_copy(update={"limit": 1}))
+    assert few.measured.images == 3
 
-    with pytest.raises(CheckpointError), unwrapped_errors():
-        calibrate(lambda: [(1, 0)], fail, ActorPlan("cpu", "float32", 1, 1.0, 0.0, 1))
+
+def test_a_dry_run_of_a_finished_run_says_so(finished_run: CaptionConfig) -> None:
+    with pytest.raises(ConfigError, match="No image is left"):
+        dry_run(finished_run)

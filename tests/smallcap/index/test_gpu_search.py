@@ -1,7 +1,13 @@
 """Search on a GPU: its blocks run here on CPU tensors; what only a GPU can run is marked `gpu`."""
 
+import fcntl
+import os
+import tempfile
+import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -9,7 +15,7 @@ import torch
 
 from smallcap.errors import ConfigError
 from smallcap.index import gpu_search
-from smallcap.index.gpu_search import ExactBlocks, merged_index, open_gpu_search
+from smallcap.index.gpu_search import ExactBlocks, FaissGpu, merged_index, open_gpu_search
 from smallcap.index.retriever import Retriever
 from tests.index_files import OpenIndex, unit_vectors
 
@@ -88,7 +94,7 @@ class TestExactBlocks:
 class TestChoice:
     @pytest.fixture
     def room(self, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-        return lambda free: monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, free))
+        return lambda free: monkeypatch.setattr(gpu_search, "room_bytes", lambda _: free)
 
     def open(self, retriever: Retriever, device: str = "cpu") -> Any:
         local = retriever._local
@@ -161,6 +167,32 @@ def test_shards_are_merged_for_faiss(open_keyed: OpenIndex, queries: np.ndarray,
     assert merged.ntotal == ROWS
     expected, found = whole.index.search(queries, ROWS), merged.search(queries, ROWS)
     np.testing.assert_array_equal(np.sort(found[0]), np.sort(expected[0]))
+
+
+def test_one_process_of_a_node_uploads_at_a_time_and_keeps_no_copy(
+    open_keyed: OpenIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = open_keyed("IVF8,SQ8", shards=3)._local.shards
+    merged: list[weakref.ref[Any]] = []
+    aside: list[int] = []
+
+    def upload(_resources: Any, _number: int, index: Any, _options: Any) -> str:
+        assert index.ntotal == ROWS
+        merged.append(weakref.ref(index))
+        with lock.open("w") as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return "uploaded"
+
+    lock = Path(tempfile.gettempdir()) / f"smallcap-upload-{os.getuid()}.lock"
+    for name in ("StandardGpuResources", "GpuClonerOptions", "GpuParameterSpace"):
+        monkeypatch.setattr(gpu_search.faiss, name, MagicMock(), raising=False)
+    monkeypatch.setattr(gpu_search.faiss, "index_cpu_to_gpu", upload, raising=False)
+    monkeypatch.setattr(gpu_search, "set_aside", lambda taken, _: aside.append(taken))
+    FaissGpu(shards, 2, torch.device("cuda:0"))
+    assert merged[0]() is None
+    assert aside == [ROWS * (DIM + 8) + (512 << 20)]
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 @pytest.mark.gpu

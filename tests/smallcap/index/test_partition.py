@@ -1,8 +1,12 @@
+from concurrent.futures import ThreadPoolExecutor
+
+import faiss
 import pytest
 
 from smallcap.errors import ConfigError
 from smallcap.index.manifest import ShardEntry
 from smallcap.index.partition import share_of
+from tests.index_files import OpenIndex, unit_vectors
 
 
 def shards_of(*rows: int) -> list[ShardEntry]:
@@ -35,3 +39,16 @@ def test_shares_are_contiguous_not_empty_and_about_equal(rows: list[int], count:
 def test_more_shares_than_shards() -> None:
     with pytest.raises(ConfigError, match=r"fewer shards(.|\n)*at most 2(.|\n)*found: 3"):
         share_of(shards_of(1, 1), (0, 3))
+
+
+def test_a_search_has_its_threads_in_whichever_thread_it_runs(open_index: OpenIndex) -> None:
+    """OpenMP keeps the number for each thread, and a captioner prepares batches in another than loads it."""
+    retriever = open_index(unit_vectors(50))
+    retriever.use_threads(3)
+
+    def search() -> int:
+        retriever.search(unit_vectors(2, seed=1), 4)
+        return faiss.omp_get_max_threads()
+
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(search).result() == 3

@@ -1,3 +1,10 @@
+"""Plans for clusters, and whether Ray, which places actors and tasks as it likes, can start what they ask for."""
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -5,53 +12,212 @@ from pydantic import ValidationError
 
 from smallcap.config import ComputeConfig
 from smallcap.errors import ConfigError
-from smallcap.machine.actor_plan import plan_actors
+from smallcap.machine.actor_plan import ActorPlan, plan_actors, tasks_beside
 
 
-def test_a_gpu_is_used_where_there_is_one_and_can_be_shared_and_left_alone() -> None:
-    plan = plan_actors(ComputeConfig(), [{"CPU": 8}, {"CPU": 16, "GPU": 4}])
-    assert (plan.device, plan.dtype, plan.num_actors, plan.gpus_per_actor) == ("cuda", "auto", 4, 1)
-    assert plan.cpus_per_actor == 0  # a reserved CPU would be one less for decoding
-    assert plan_actors(ComputeConfig(gpus_per_actor=0.5), [{"CPU": 8, "GPU": 2}]).num_actors == 4
-    assert plan_actors(ComputeConfig(device="cpu"), [{"CPU": 8, "GPU": 2}]).gpus_per_actor == 0
-    with pytest.raises(ConfigError, match="No node of the cluster has a GPU"):
-        plan_actors(ComputeConfig(device="cuda"), [{"CPU": 8}])
+def node(cpus: float, gpus: float = 0) -> dict[str, float]:
+    return {"CPU": float(cpus), "GPU": float(gpus)} if gpus else {"CPU": float(cpus)}
 
 
-def test_a_pool_has_what_the_cluster_has_and_may_grow_to_what_is_allowed() -> None:
-    nodes = [{"CPU": 8.0, "GPU": 2.0}]
-    for compute, sizes in (
-        (ComputeConfig(), (2, 2)),
-        (ComputeConfig(max_actors=8), (2, 8)),
-        (ComputeConfig(max_actors=1), (1, 1)),
-        (ComputeConfig(num_actors=3), (3, 3)),
-        (ComputeConfig(num_actors=3, max_actors=5), (3, 5)),
-        (ComputeConfig(device="cpu", max_actors=6), (1, 6)),
-    ):
-        plan = plan_actors(compute, nodes)
-        assert (plan.num_actors, plan.max_actors) == sizes
+@pytest.mark.parametrize(
+    ("share", "cards", "actors"),
+    [
+        (0.1, 1, 10), (0.2, 1, 5), (0.25, 1, 4), (0.3, 1, 3), (0.3333, 1, 3), (1 / 3, 1, 3), (0.4, 1, 2), (0.4, 8, 16),
+        (0.5, 8, 16), (0.6, 8, 8), (1, 8, 8), (2, 8, 4), (3, 8, 2), (8, 8, 1),
+    ],
+)  # fmt: skip
+def test_a_share_is_of_one_card_and_several_cards_are_of_one_node(share: float, cards: int, actors: int) -> None:
+    compute = ComputeConfig(gpus_per_actor=share)
+    assert plan_actors(compute, [node(16, cards)]).num_actors == actors
+    assert plan_actors(compute, [node(16, cards), node(64, cards), node(8)]).num_actors == 2 * actors
+
+
+GPU_CLUSTERS: list[tuple[str, dict[str, Any], list[dict[str, float]], tuple[Any, ...], list[int]]] = [
+    # name, options, nodes; actors, CPUs of each, CPUs of a task, threads; tasks on each node
+    ("a usual node", {}, [node(8, 1)], (1, 2.0, 1.0, 8), [6]),
+    ("a large node", {}, [node(192, 8)], (8, 2.0, 1.0, 16), [176]),
+    ("a T4 with 4 CPUs", {}, [node(4, 1)], (1, 1.0, 1.0, 4), [3]),
+    ("four actors on it", {"gpus_per_actor": 0.25}, [node(4, 1)], (4, 0.25, 1.0, 1), [3]),
+    ("one of four on it", {"gpus_per_actor": 0.25, "max_actors": 1}, [node(4, 1)], (1, 1.0, 1.0, 4), [3]),
+    ("3 CPUs", {}, [node(3, 1)], (1, 0.75, 1.0, 3), [2]),
+    ("2 CPUs", {}, [node(2, 1)], (1, 0.5, 1.0, 2), [1]),
+    ("1 CPU", {}, [node(1, 1)], (1, 0.25, 0.5, 1), [1]),
+    ("eight actors on 1 CPU", {"gpus_per_actor": 0.125}, [node(1, 1)], (8, 0.0312, 0.5, 1), [1]),
+    ("CPU nodes beside", {}, [node(8, 1), node(32), node(2)], (1, 2.0, 1.0, 8), [6, 32, 2]),
+    ("CPU nodes beside small ones", {}, [*[node(1, 1)] * 10, node(4)], (10, 0.25, 0.5, 1), [*[1] * 10, 8]),
+    ("few CPUs for many GPUs", {}, [node(4, 4), node(64, 1)], (5, 0.25, 1.0, 1), [3, 63]),
+    ("no CPU beside the GPU", {}, [node(0, 1), node(8)], (1, 0.0, 1.0, 1), [0, 8]),
+    ("two GPUs each", {"gpus_per_actor": 2}, [node(8, 1), node(16, 3), node(16, 2)], (2, 2.0, 1.0, 16), [8, 14, 14]),
+    ("from zero", {"device": "cuda", "max_actors": 8}, [node(8)], (1, 1.0, 1.0, 4), [8]),
+    ("from zero, and the head does no work", {"device": "cuda", "max_actors": 8}, [node(0)], (1, 1.0, 1.0, 4), [0]),
+    (
+        "from zero, in halves",
+        {"device": "cuda", "max_actors": 8, "gpus_per_actor": 0.5},
+        [node(8)],
+        (1, 0.5, 1.0, 2),
+        [8],
+    ),
+    (
+        "larger nodes are to come",
+        {"device": "cuda", "max_actors": 2, "gpus_per_actor": 4},
+        [node(8, 1)],
+        (1, 1.0, 1.0, 4),
+        [8],
+    ),
+    ("more than there are, to come", {"num_actors": 3, "max_actors": 5}, [node(8, 2)], (3, 1.0, 1.0, 4), [6]),
+]
+
+
+@pytest.mark.parametrize(("options", "nodes", "expected", "tasks"), [row[1:] for row in GPU_CLUSTERS])
+def test_an_actor_on_a_gpu_has_cpus_and_the_others_feed_it(
+    options: dict[str, Any], nodes: list[dict[str, float]], expected: tuple[Any, ...], tasks: list[int]
+) -> None:
+    plan = plan_actors(ComputeConfig(**options), nodes)
+    assert (plan.device, plan.dtype) == ("cuda", "auto")
+    assert (plan.num_actors, plan.cpus_per_actor, plan.cpus_per_task, plan.threads) == expected
+    assert tasks_beside(plan, nodes) == tasks
+
+
+CPU_CLUSTERS: list[tuple[dict[str, Any], list[float], tuple[Any, ...], int]] = [
+    # options, CPUs of the nodes; actors, CPUs of each, CPUs of a task, threads; tasks of all nodes
+    ({}, [1], (1, 0.5, 0.5, 1), 1),
+    ({}, [2], (1, 1.0, 1.0, 1), 1),
+    ({}, [3], (1, 2.0, 1.0, 2), 1),
+    ({}, [4], (1, 3.0, 1.0, 3), 1),
+    ({}, [8], (2, 3.0, 1.0, 3), 2),
+    ({}, [16], (3, 4.0, 1.0, 4), 4),
+    ({}, [64], (15, 4.0, 1.0, 4), 4),
+    ({}, [1, 1], (1, 1.0, 1.0, 1), 1),
+    ({}, [2, 2], (3, 1.0, 1.0, 1), 1),
+    ({}, [3, 3], (2, 2.0, 1.0, 2), 2),
+    ({}, [64, 2], (15, 4.0, 1.0, 4), 6),
+    ({}, [4] * 100, (93, 4.0, 1.0, 4), 28),
+    ({"max_actors": 1}, [8], (1, 4.0, 1.0, 4), 4),
+    ({"num_actors": 2}, [4], (2, 1.0, 1.0, 1), 2),
+    ({"num_actors": 3}, [1], (3, 0.25, 0.25, 1), 1),
+    ({"num_actors": 16}, [8], (16, 0.3333, 0.3333, 1), 8),
+    ({"max_actors": 4}, [0], (1, 3.0, 1.0, 3), 0),
+]
+
+
+@pytest.mark.parametrize(("options", "cpus", "expected", "tasks"), CPU_CLUSTERS)
+def test_actors_on_cpus_leave_some_for_loading_on_small_nodes_as_well(
+    options: dict[str, Any], cpus: list[float], expected: tuple[Any, ...], tasks: int
+) -> None:
+    nodes = [node(count) for count in cpus]
+    plan = plan_actors(ComputeConfig(**options), nodes)
+    assert (plan.device, plan.gpus_per_actor) == ("cpu", 0)
+    assert (plan.num_actors, plan.cpus_per_actor, plan.cpus_per_task, plan.threads) == expected
+    assert sum(tasks_beside(plan, nodes)) == tasks
+
+
+def test_the_device_is_the_one_asked_for_or_the_one_that_is_there() -> None:
+    assert plan_actors(ComputeConfig(device="cpu"), [node(8, 2)]).gpus_per_actor == 0
+    assert plan_actors(ComputeConfig(max_actors=8), [node(8)]).device == "cpu"  # `auto` takes what there is
+    assert plan_actors(ComputeConfig(dtype="float16"), [node(8, 2)]).dtype == "float16"
+
+
+@pytest.mark.parametrize(
+    ("options", "sizes"),
+    [
+        ({}, (2, 2)),
+        ({"max_actors": 8}, (2, 8)),
+        ({"max_actors": 1}, (1, 1)),
+        ({"num_actors": 1}, (1, 1)),
+        ({"num_actors": 1, "max_actors": 5}, (1, 5)),
+        ({"device": "cpu", "max_actors": 6}, (2, 6)),
+    ],
+)
+def test_a_pool_has_what_the_cluster_has_and_may_grow_to_what_is_allowed(
+    options: dict[str, Any], sizes: tuple[int, int]
+) -> None:
+    plan = plan_actors(ComputeConfig(**options), [node(8, 2)])
+    assert (plan.num_actors, plan.max_actors) == sizes
+
+
+@pytest.mark.parametrize(
+    ("options", "nodes", "message"),
+    [
+        ({"device": "cuda"}, [node(8)], r"No node .* has a GPU(.|\n)*set compute\.max_actors"),
+        ({"gpus_per_actor": 2}, [node(8, 1), node(8, 1)], r"as many GPUs as an actor asks for(.|\n)*at most 1"),
+        ({"gpus_per_actor": 2, "max_actors": 2}, [node(8, 1)], r"set compute\.device to cuda"),
+        ({"num_actors": 3}, [node(8, 2)], r"do not hold so many actors(.|\n)*at most 2"),
+        ({"num_actors": 20, "gpus_per_actor": 0.4}, [node(64, 8)], r"at most 16"),
+        ({}, [node(0, 1)], "has a CPU for the tasks"),
+        ({}, [node(0)], "has a CPU for the tasks"),
+        ({"num_actors": 100_000, "device": "cpu"}, [node(8)], "do not hold so many actors"),
+    ],
+)
+def test_what_can_never_start_is_refused(options: dict[str, Any], nodes: list[dict[str, float]], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan_actors(ComputeConfig(**options), nodes)
+
+
+def test_options_that_contradict_each_other_or_ray() -> None:
     with pytest.raises(ValidationError, match="--max-actors is 2"):
         ComputeConfig(num_actors=3, max_actors=2)
+    with pytest.raises(ValidationError, match="whole number"):
+        ComputeConfig(gpus_per_actor=1.5)
 
 
-def test_a_pool_may_wait_for_the_autoscalers_first_gpu() -> None:
-    plan = plan_actors(ComputeConfig(device="cuda", max_actors=8, gpus_per_actor=0.5), [{"CPU": 8.0}])
-    assert (plan.device, plan.dtype, plan.num_actors, plan.max_actors) == ("cuda", "auto", 1, 8)
-    assert (plan.cpus_per_actor, plan.gpus_per_actor) == (0.0, 0.5)
-    # `auto` takes what there is
-    assert plan_actors(ComputeConfig(max_actors=8), [{"CPU": 8.0}]).device == "cpu"
-    with pytest.raises(ConfigError, match=r"set compute\.max_actors"):
-        plan_actors(ComputeConfig(device="cuda"), [{"CPU": 8.0}])
+@dataclass
+class RayNode:
+    """A node as Ray's raylet allots it: one number of CPUs, and a number for each card."""
+
+    cpus: int
+    cards: list[int]
+
+    @classmethod
+    def of(cls, resources: Mapping[str, float]) -> "RayNode":
+        return cls(int(resources["CPU"] * 10_000), [10_000] * int(resources.get("GPU", 0)))
+
+    def take(self, cpus: float, gpus: float) -> bool:
+        cpu_units, gpu_units = int(cpus * 10_000), int(gpus * 10_000)
+        whole = gpu_units // 10_000
+        fitting = [card for card, left in enumerate(self.cards) if left >= (10_000 if whole else gpu_units)]
+        if self.cpus < cpu_units or len(fitting) < (whole or (1 if gpu_units else 0)):
+            return False
+        self.cpus -= cpu_units
+        for card in fitting[: max(1, whole)] if gpu_units else []:
+            self.cards[card] -= 10_000 if whole else gpu_units
+        return True
+
+
+def places(plan: ActorPlan, nodes: list[dict[str, float]], chance: random.Random) -> tuple[int, int]:
+    """Places the plan's actors and then tasks, each on any node with room; returns how many of both there are."""
+    cluster = [RayNode.of(resources) for resources in nodes]
+
+    def place(cpus: float, gpus: float) -> bool:
+        return any(there.take(cpus, gpus) for there in chance.sample(cluster, len(cluster)))
+
+    actors = sum(place(plan.cpus_per_actor, plan.gpus_per_actor) for _ in range(plan.num_actors))
+    tasks = 0
+    while place(plan.cpus_per_task, 0):
+        tasks += 1
+    return actors, tasks
 
 
 @given(
-    cpus=st.lists(st.integers(1, 64), min_size=1, max_size=4),
+    nodes=st.lists(st.builds(node, st.integers(0, 66), st.sampled_from([0, 0, 1, 1, 2, 4, 8])), min_size=1, max_size=6),
+    share=st.one_of(st.sampled_from([0.1, 0.2, 0.25, 0.3, 0.4, 1, 2]), st.floats(0.01, 1)),
     num_actors=st.one_of(st.just("auto"), st.integers(1, 100)),
+    device=st.sampled_from(["cpu", "auto"]),
+    seed=st.integers(0, 99),
 )
-def test_cpu_actors_fit_their_nodes_and_leave_room_for_the_tasks(cpus: list[int], num_actors: int | str) -> None:
-    plan = plan_actors(ComputeConfig(num_actors=num_actors), [{"CPU": float(n)} for n in cpus])  # type: ignore[arg-type]
-    assert plan.num_actors >= 1
-    assert 0 < plan.cpus_per_actor <= max(cpus)
-    assert plan.cpus_per_actor < 1 or plan.cpus_per_actor == int(plan.cpus_per_actor)
-    if sum(cpus) > 1:
-        assert plan.num_actors * plan.cpus_per_actor <= sum(cpus) - 1 + 1e-9
+def test_wherever_ray_puts_them_all_actors_start_and_are_fed(
+    nodes: list[dict[str, float]], share: float, num_actors: Any, device: Any, seed: int
+) -> None:
+    try:
+        plan = plan_actors(ComputeConfig(gpus_per_actor=share, num_actors=num_actors, device=device), nodes)
+    except ConfigError:
+        gpus = sum(resources.get("GPU", 0) for resources in nodes)
+        assert not sum(resources["CPU"] for resources in nodes) or (gpus and device == "auto")
+        return
+    actors, tasks = places(plan, nodes, random.Random(seed))
+    assert actors == plan.num_actors
+    assert tasks >= 1
+    if num_actors == "auto":
+        assert tasks == sum(tasks_beside(plan, nodes))
+        if plan.device == "cuda":
+            more = replace(plan, num_actors=plan.num_actors + 1, cpus_per_actor=0.0)
+            assert places(more, nodes, random.Random(seed))[0] == plan.num_actors  # the cards are full

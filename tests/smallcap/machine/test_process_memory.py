@@ -1,9 +1,10 @@
 import mmap
+import sys
 from pathlib import Path
 
 import pytest
 
-from smallcap.machine.process_memory import available_bytes, private_bytes
+from smallcap.machine.process_memory import available_bytes, private_bytes, return_freed_memory
 
 GB = 1 << 30
 
@@ -22,6 +23,17 @@ def test_this_machine_has_memory_and_this_process_more_when_it_writes() -> None:
     ) as held:  # malloc may have freed memory left to give
         held.write(b"x" * len(held))
         assert 32 << 20 < private_bytes() - before < 512 << 20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="malloc is glibc's")
+def test_what_is_freed_in_the_middle_of_the_heap_goes_back_to_the_system() -> None:
+    blocks = [b"x" * (64 << 10) for _ in range(2048)]  # 128 MiB, each too small to be mapped by itself
+    at_the_end = b"x" * (64 << 10)
+    before = private_bytes()
+    del blocks
+    return_freed_memory()
+    assert before - private_bytes() > 100 << 20
+    assert len(at_the_end) == 64 << 10
 
 
 def limit(most: int | str, used: int, inactive: str) -> dict[str, str]:
