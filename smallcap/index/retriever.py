@@ -101,9 +101,7 @@ class NeighbourSearch:
         """Returns each query's k nearest captions, best first, as objects; see `nearest`."""
         return self.nearest(queries, k, exclude_image_ids).to_rows()
 
-    def nearest(
-        self, queries: np.ndarray, k: int, exclude_image_ids: Sequence[str | None] | None = None
-    ) -> Neighbours:
+    def nearest(self, queries: np.ndarray, k: int, exclude_image_ids: Sequence[str | None] | None = None) -> Neighbours:
         """Returns each query's k nearest captions, best first, ties by id.
 
         Args:
