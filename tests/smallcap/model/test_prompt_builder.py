@@ -18,8 +18,9 @@ from smallcap.model.prompt_builder import PromptBuilder
 
 ODD = [
     "", " ", "\n", "\t", "\r\n", "\x0b", "\x1c", "\x85", "\xa0", "\u2003", "\u2028", "\u200b", "\u3000", "\ufeff",
-    "'", "'s", "'t x", "'ll", "\u2019s", ".", "...", "!?", "||", "é", "e\u0301", "中文", "日本。", "١٢", "²", "🐕", "\u0600",
-    "<|endoftext|>", "<|endoftext|", "</s>", "<s> a", "a dog", " on", "A cat. ", "1 bus", "x-y", "Similar images show",
+    "'", "'s", "'t x", "'ll", "\u2019s", ".", "...", "!?", "||", "é", "e\u0301", "中文", "日本。", "١٢", "²", "🐕",
+    "\u0600", "<|endoftext|>", "<|endoftext|", "</s>", "<s> a", "a dog", " on", "A cat. ", "1 bus", "x-y",
+    "Similar images show",
 ]  # fmt: skip
 CAPTIONS = st.lists(st.sampled_from(ODD) | st.text(max_size=8), max_size=4).map("".join)
 RETRIEVED = st.lists(st.lists(CAPTIONS, max_size=5), min_size=1, max_size=4)
