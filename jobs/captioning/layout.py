@@ -101,7 +101,8 @@ def load_spec(
 
     crops = load_crop_plan(config.model, record.retrieval_encoder, config.input.decode)
     keep_bytes = layout.parts.webdataset
-    return LoadSpec(crops, config.input, work.kept_columns, keep_bytes, watch.monitor, watch.crash_guard)
+    keys = config.generation.do_sample
+    return LoadSpec(crops, config.input, work.kept_columns, keep_bytes, watch.monitor, watch.crash_guard, keys)
 
 
 def count_images(items: Sequence[WorkItem]) -> int | None:

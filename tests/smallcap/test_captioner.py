@@ -115,7 +115,9 @@ def test_batches_that_are_prepared_beside_each_other_are_those_alone(captioner: 
     """What a GPU does on two streams, on a CPU in two threads."""
     crops = [captioner.crop_plan.crop(jpeg(seed)) for seed in range(5)]
     batches = [(crops[:2], None), ([], None), (crops[2:], ["photo-1.jpg", None, None])]
-    assert list(captioner._caption_overlapped(batches, None)) == [captioner.caption_batch(*batch) for batch in batches]
+    assert [columns.to_results() for columns in captioner._caption_overlapped(batches)] == [
+        captioner.caption_batch(*batch) for batch in batches
+    ]
     assert list(captioner.caption_batches(batches)) == [captioner.caption_batch(*batch) for batch in batches]
 
 
