@@ -9,7 +9,6 @@ Source: Ramos et al. 2023, figure 2.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,7 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
-from smallcap.captioned import CaptionedBatch, CaptionResult, ScoredCaptions
+from smallcap.captioned import CaptionedBatch, CaptionResult, PreparedBatch, ScoredCaptions
 from smallcap.config import Dtype, GenerationConfig, SearchDevice
 from smallcap.decoding.engine import Generated
 from smallcap.decoding.micro_batches import MicroBatches, is_out_of_memory
@@ -215,18 +214,18 @@ class Captioner:
         """
         return self._finish(self._prepare(pixels, exclude_image_ids)).to_results()
 
-    def _prepare(self, pixels: Sequence[Pixels], exclude_image_ids: Sequence[str | None] | None) -> _Prepared | None:
-        """Takes the steps before generation."""
+    def _prepare(
+        self, pixels: Sequence[Pixels], exclude_image_ids: Sequence[str | None] | None
+    ) -> PreparedBatch | None:
         if not pixels:
             return None
         hidden_states, class_tokens = self.encode(pixels)
         embeddings = self.embed(pixels, class_tokens)
         neighbours = self.retrieve(embeddings, exclude_image_ids)
         prompts = self.prompt(neighbours)
-        return _Prepared(pixels, hidden_states, embeddings, neighbours, prompts)
+        return PreparedBatch(pixels, hidden_states, embeddings, neighbours, prompts)
 
-    def _finish(self, prepared: _Prepared | None) -> CaptionedBatch:
-        """Takes the other steps."""
+    def _finish(self, prepared: PreparedBatch | None) -> CaptionedBatch:
         if prepared is None:
             return CaptionedBatch.nothing()
         pixels, embeddings, hidden_states = prepared.pixels, prepared.embeddings, prepared.hidden_states
@@ -382,19 +381,12 @@ class Captioner:
         return finish
 
     def _to_pixel_values(self, crops: Sequence[np.ndarray], preprocessing: Preprocessing) -> Tensor:
-        """Copies crops once: into one array, on a GPU in pinned memory, from which the upload does not wait."""
+        stacked = self._stack(crops)
+        return normalise_pixels(stacked.to(self.model.device, non_blocking=True), preprocessing, self.model.dtype)
+
+    def _stack(self, crops: Sequence[np.ndarray]) -> Tensor:
+        """Copies crops once: into [B, S, S, 3] uint8, for a GPU in pinned memory, whose upload does not wait."""
         on_gpu = self.model.device.type == "cuda"
         stacked = torch.empty((len(crops), *crops[0].shape), dtype=torch.uint8, pin_memory=on_gpu)
         np.stack(crops, out=stacked.numpy())
-        return normalise_pixels(stacked.to(self.model.device, non_blocking=True), preprocessing, self.model.dtype)
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """A batch before generation."""
-
-    pixels: Sequence[Pixels]
-    hidden_states: Tensor  # [B, P, Hv]
-    embeddings: np.ndarray  # [B, dim] float32
-    neighbours: Neighbours
-    prompts: list[list[int]]
+        return stacked
