@@ -9,6 +9,7 @@ Source: Ramos et al. 2023, figure 2.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from smallcap.captioned import CaptionedBatch, CaptionResult, PreparedBatch, ScoredCaptions
 from smallcap.config import Dtype, GenerationConfig, SearchDevice
+from smallcap.decoding.cuda_graphs import no_recording
 from smallcap.decoding.engine import Generated
 from smallcap.decoding.micro_batches import MicroBatches, is_out_of_memory
 from smallcap.decoding.sampling import Sampling
@@ -111,6 +113,7 @@ class Captioner:
         self._prompts = PromptBuilder(tokenizer, model.config.template, model.config.bos_token_id)
         self._micro_batches = MicroBatches(model.free_memory)
         self._generating = Lock()
+        self._encoding: Callable[[], AbstractContextManager[None]] = nullcontext
         self._beside = SideThread(model.device, "prepare")
         self._prepared_together: int | None = None  # images; None until memory ran out in preparing more
         self.shares_encoder = retrieval_encoder is not None and retrieval_encoder.share_weights_with(model.encoder)
@@ -167,6 +170,7 @@ class Captioner:
 
     def compile_encoders(self) -> None:
         """Compiles the vision towers with torch.compile: slow at first and for each new batch size, then faster."""
+        self._encoding = no_recording  # a batch of a new size is compiled for
         self.model.encoder.transformer.compile()
         if self.retrieval_encoder is not None and not self.shares_encoder:
             self.retrieval_encoder.vision_tower.compile()
@@ -244,8 +248,10 @@ class Captioner:
     @torch.inference_mode()
     def encode(self, pixels: Sequence[Pixels]) -> tuple[Tensor, Tensor]:
         """Returns the vision encoder's hidden states [B, P, Hv] for cross-attention, and its class tokens [B, Hv]."""
-        crops = [image.vision for image in pixels]
-        hidden_states, class_tokens = self.model.encoder(self._to_pixel_values(crops, self.model.encoder.preprocessing))
+        encoder = self.model.encoder
+        pixel_values = self._to_pixel_values([image.vision for image in pixels], encoder.preprocessing)
+        with self._encoding():
+            hidden_states, class_tokens = encoder(pixel_values)
         return hidden_states, class_tokens
 
     @torch.inference_mode()
@@ -265,7 +271,9 @@ class Captioner:
         if self.shares_encoder:
             return encoder.project(class_tokens).cpu().numpy()
         crops = [image.vision if image.retrieval is None else image.retrieval for image in pixels]
-        return encoder.encode_images(self._to_pixel_values(crops, encoder.preprocessing)).cpu().numpy()
+        pixel_values = self._to_pixel_values(crops, encoder.preprocessing)
+        with self._encoding():
+            return encoder.encode_images(pixel_values).cpu().numpy()
 
     def retrieve(self, embeddings: np.ndarray, exclude_image_ids: Sequence[str | None] | None = None) -> Neighbours:
         """Returns the k nearest captions of each of B images, nearest first; see `caption_batch` for the ids."""

@@ -1,6 +1,7 @@
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,30 @@ def test_compiled_encoders_give_the_same_captions(tiny_smallcap: Path) -> None:
     images = [jpeg(seed) for seed in range(3)]
     expected = [result.caption for result in plain.caption(images)]
     assert [result.caption for result in compiled.caption(images)] == expected
+
+
+def test_compiled_encoders_run_while_no_steps_are_recorded(
+    captioner: Captioner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiling waits for the whole GPU, which a recording in another thread does not survive."""
+    events = []
+
+    @contextmanager
+    def no_recording() -> Iterator[None]:
+        events.append("held")
+        yield
+        events.append("free")
+
+    monkeypatch.setattr("smallcap.captioner.no_recording", no_recording)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: events.append("compiled"))
+    monkeypatch.setattr(captioner, "_encoding", captioner._encoding)  # put back afterwards
+    hook = captioner.model.encoder.register_forward_pre_hook(lambda *_: events.append("encoded"))
+    pixels = [captioner.crop_plan.crop(jpeg(0))]
+    captioner.encode(pixels)
+    captioner.compile_encoders()
+    captioner.encode(pixels)
+    hook.remove()
+    assert events == ["encoded", "compiled", "held", "encoded", "free"]
 
 
 def test_options_are_fields_and_keywords_and_without_retrieval_no_index_is_needed(tiny_smallcap: Path) -> None:
