@@ -58,7 +58,8 @@ class CaptionImages(GuardedActor):
             embeds=spec.config.output.save_embeddings,
         )
         start_s = time.perf_counter() - started
-        spec.monitor.report(StageReport(stage="caption", start_s=start_s, worker=self._name))
+        dtypes = frozenset([str(self._captioner.model.dtype).removeprefix("torch.")])
+        spec.monitor.report(StageReport(stage="caption", start_s=start_s, worker=self._name, dtypes=dtypes))
 
     def process(self, batch: pa.Table) -> pa.Table:
         """Maps a batch of `load_images` to rows of the newest schema and the further columns that the writer needs.
