@@ -131,10 +131,6 @@ def print_host_benchmark(result: HostResult) -> None:
     out.print(
         f"CPU time of the process; at most {result.images_per_s:,.0f} images/s for one Python thread", soft_wrap=True
     )
-    out.print(
-        f"prompts take {result.us_new_captions:.1f} µs where none of their captions was retrieved before",
-        soft_wrap=True,
-    )
 
 
 def _table(*headers: str, right: Sequence[str] = ()) -> Table:

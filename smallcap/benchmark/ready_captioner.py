@@ -39,7 +39,6 @@ from smallcap.model.clip_encoder import RetrievalEncoder
 from smallcap.model.clip_tokenizer import ClipTokenizer, pad_right
 from smallcap.model.files import demo_folder
 from smallcap.model.prompt import encode_texts, load_tokenizer
-from smallcap.model.prompt_builder import PromptBuilder
 
 IMAGE_PX = 224
 _DIM = 512
@@ -57,7 +56,6 @@ class HostResult:
 
     us_per_image: float
     parts: dict[str, float]  # us per image; they add up to `us_per_image`
-    us_new_captions: float  # what the prompts take where none of their captions was retrieved before
     images_per_s: float  # the most that one thread could do besides the GPU
     options: dict[str, Any]
     machine: dict[str, Any]
@@ -138,10 +136,6 @@ class ReadyCaptioner(Captioner):
         """Tokenises the captions for their scores, with ready embeddings."""
         with self.times.part("tokenise for clip score"):
             return super().clip_scores(embeddings, captions)
-
-    def forget_captions(self) -> None:
-        """Forgets the tokens of captions, as if none had been retrieved before."""
-        self._prompts = PromptBuilder(self.tokenizer, self.model.config.template)
 
 
 def _ready_model() -> SmallCapModel:

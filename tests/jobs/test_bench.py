@@ -20,5 +20,4 @@ def test_the_hosts_part_is_the_sum_of_its_parts() -> None:
         "copy crops", "search", "prompts", "detokenise", "tokenise for clip score", "Arrow tables, and the rest",
     }  # fmt: skip
     assert all(us > 0 for us in values["parts"].values())
-    assert values["us_new_captions"] > values["parts"]["prompts"]
     assert values["images_per_s"] == pytest.approx(1e6 / values["us_per_image"])
