@@ -317,8 +317,7 @@ class Captioner:
         """Returns the cosine of each embedding, [B, dim], and its caption: [B] float32; None if they are not wanted."""
         if self.retrieval_encoder is None or not self._scores_captions:
             return None
-        scores: np.ndarray = (embeddings * self.retrieval_encoder.encode_texts(captions)).sum(axis=1)
-        return scores
+        return np.sum(embeddings * self.retrieval_encoder.encode_texts(captions), axis=1)
 
     def caption_batches(
         self, batches: Iterable[tuple[Sequence[Pixels], Sequence[str | None] | None]]
@@ -331,8 +330,7 @@ class Captioner:
     ) -> Iterator[CaptionedBatch]:
         """Captions batch after batch; on a GPU the next one is uploaded, encoded and searched for meanwhile.
 
-        Several threads may each go through batches of their own: what one does besides generating, it does while
-        another generates.
+        Several threads may each go through batches of their own: one generates while another does all else.
 
         Args:
             batches: Arguments of `caption_batch` for each batch.
@@ -347,7 +345,6 @@ class Captioner:
     def _caption_overlapped(
         self, batches: Iterable[tuple[Sequence[Pixels], Sequence[str | None] | None]]
     ) -> Iterator[CaptionedBatch]:
-        """Captions batches; while one is finished, the next is prepared in another thread."""
         finish: Callable[[], CaptionedBatch] | None = None
         for batch in batches:
             finish_next = self._begin(*batch)
