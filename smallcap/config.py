@@ -339,3 +339,5 @@ class BenchmarkOptions(Config):
     """Compile the encoders with torch.compile."""
     repeats: int = Field(3, ge=1)
     """Runs of each stage; the fastest counts."""
+    host: bool = False
+    """Measure only what an actor's CPU does for a GPU, on any machine; the GPU's answers are made before."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 import pyarrow as pa
@@ -13,7 +14,7 @@ import pyarrow as pa
 from smallcap.machine.actor_plan import ActorPlan
 from smallcap.machine.process_memory import private_bytes
 
-_TIMED_CALLS = 3  # after one that warms up, in which a GPU's steps are recorded
+_TIMED_ROUNDS = 3  # of calls at the same time, after one that warms up, in which a GPU's steps are recorded
 
 
 @dataclass(frozen=True)
@@ -33,17 +34,19 @@ def calibrate(
     make_captioner: Callable[[], Callable[[pa.Table], Any]],
     plan: ActorPlan,
     rows: int,
+    at_once: int,
 ) -> Calibration:
     """Loads a few batches in a CPU task and captions them in an actor with the plan's resources; connect to Ray first.
 
     Both are timed as the run does them, and without what happens only once: the first batch that is loaded, if there
-    are others, and the first call of the captioner.
+    are others, and the captioner's first calls.
 
     Args:
         load: A picklable function that yields tables as the run's loading tasks make them.
         make_captioner: A picklable function that loads the actor's captioner, which takes such tables.
         plan: The run's actors.
         rows: How many images a call of the captioner takes. They are taken again and again from those that are loaded.
+        at_once: How many calls go on in the actor at the same time.
 
     Raises:
         SmallCapError: Loading or captioning failed; Ray's error is around it, see `unwrapped_errors`.
@@ -54,7 +57,7 @@ def calibrate(
     actor = ray.remote(_CalibratingActor).options(num_cpus=plan.cpus_per_actor, num_gpus=plan.gpus_per_actor).remote()
     try:
         images, load_s = ray.get(loading)
-        calibration: Calibration = ray.get(actor.measure.remote(make_captioner, images, rows, load_s))
+        calibration: Calibration = ray.get(actor.measure.remote(make_captioner, images, (rows, at_once), load_s))
         return calibration
     finally:
         ray.kill(actor)
@@ -73,21 +76,31 @@ def _time_loading(load: Callable[[], Iterable[pa.Table]]) -> tuple[pa.Table, flo
 
 class _CalibratingActor:
     def measure(
-        self, make_captioner: Callable[[], Callable[[pa.Table], Any]], images: pa.Table, rows: int, load_s: float
+        self,
+        make_captioner: Callable[[], Callable[[pa.Table], Any]],
+        images: pa.Table,
+        call: tuple[int, int],
+        load_s: float,
     ) -> Calibration:
-        """Captions images, `rows` at a time, and measures the time and memory."""
+        """Captions images, `call` at a time (rows, and calls at once), and measures the time and memory."""
         begun = time.perf_counter()
+        rows, at_once = call
         captioner = make_captioner()
-        captioner(_rows_of_call(images, rows, 0))
-        started = time.perf_counter()
-        caption_s = 0.0
-        for number in range(1, _TIMED_CALLS + 1):
-            call = _rows_of_call(images, rows, number)
-            call_started = time.perf_counter()
-            captioner(call)
-            caption_s += time.perf_counter() - call_started
-        timed = rows * _TIMED_CALLS
-        return Calibration(timed, load_s, caption_s / timed, started - begun, private_bytes(), _gpu_bytes())
+        numbers = iter(range(at_once * (1 + _TIMED_ROUNDS)))
+        with ThreadPoolExecutor(at_once) as threads:
+
+            def caption(rounds: int) -> float:
+                calls = [_rows_of_call(images, rows, number) for number in islice(numbers, at_once * rounds)]
+                started = time.perf_counter()
+                for _ in threads.map(captioner, calls):
+                    pass
+                return time.perf_counter() - started
+
+            caption(rounds=1)
+            start_s = time.perf_counter() - begun
+            caption_s = caption(_TIMED_ROUNDS)
+        timed = rows * at_once * _TIMED_ROUNDS
+        return Calibration(timed, load_s, caption_s / timed, start_s, private_bytes(), _gpu_bytes())
 
 
 def _rows_of_call(images: pa.Table, rows: int, number: int) -> pa.Table:

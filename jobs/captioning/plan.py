@@ -250,6 +250,7 @@ def dry_run(config: CaptionConfig, address: str | None = None, gpu_hour_cost: fl
                 partial(CaptionImages, captioning),
                 layout.actors,
                 min(loaded, layout.images_per_call) if is_all else layout.images_per_call,
+                layout.calls_at_once,
             )
     return RunPlan(
         images=count_images(items),

@@ -28,6 +28,7 @@ from smallcap.images.decode import Preprocessing
 from smallcap.index.manifest import EncoderIdentity
 from smallcap.machine.precision import keep_float32_exact
 from smallcap.machine.shapes import fill_up, rows_on_gpu, tokens_on_gpu
+from smallcap.model.clip_tokenizer import ClipTokenizer, pad_right
 from smallcap.model.files import DEMO, resolve_folder, weights_file
 from smallcap.storage import sha256_file
 
@@ -137,8 +138,9 @@ class HFRetrievalEncoder(RetrievalEncoder):
 
     def __init__(self, model: CLIPModel, tokenizer: Any, identity: EncoderIdentity) -> None:
         self._model: Any = model.eval()
-        self._tokenizer = tokenizer
-        self._max_tokens = model.config.text_config.max_position_embeddings
+        self._max_tokens: int = model.config.text_config.max_position_embeddings
+        self._tokenise = ClipTokenizer.of_transformers(tokenizer, self._max_tokens)
+        self._pad_token_id: int = tokenizer.pad_token_id
         super().__init__(identity, vision_preprocessing(model.config.vision_config.to_dict()), model.device)
 
     @classmethod
@@ -177,11 +179,11 @@ class HFRetrievalEncoder(RetrievalEncoder):
         return self._model.visual_projection(class_token)
 
     def _text_features(self, texts: list[str]) -> Tensor:
-        inputs = self._tokenizer(texts, padding=True, truncation=True, max_length=self._max_tokens, return_tensors="pt")
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        if self.device.type == "cuda":  # the tokenizer itself refuses multiples that do not divide `max_length`
-            missing = min(tokens_on_gpu(ids.shape[1]), self._max_tokens) - ids.shape[1]
-            ids, mask = F.pad(ids, (0, missing), value=self._tokenizer.pad_token_id), F.pad(mask, (0, missing))
+        rows = self._tokenise(texts)
+        length = max(map(len, rows))
+        if self.device.type == "cuda":
+            length = min(tokens_on_gpu(length), self._max_tokens)
+        ids, mask = pad_right(rows, self._pad_token_id, length)
         outputs = self._model.text_model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device))
         return self._model.text_projection(outputs.pooler_output)
 
@@ -193,6 +195,7 @@ class OpenCLIPRetrievalEncoder(RetrievalEncoder):
         self, model: Any, tokenizer: Any, identity: EncoderIdentity, preprocessing: Preprocessing, device: torch.device
     ) -> None:
         self._model, self._tokenizer = model.eval(), tokenizer
+        self._tokenise = ClipTokenizer.of_open_clip(tokenizer)
         model.visual.to(memory_format=torch.channels_last)  # the pixels' layout, which suits convolutions on a GPU
         super().__init__(identity, preprocessing, device)
 
@@ -222,7 +225,11 @@ class OpenCLIPRetrievalEncoder(RetrievalEncoder):
         return self._model.encode_image(pixel_values)
 
     def _text_features(self, texts: list[str]) -> Tensor:
-        return self._model.encode_text(self._tokenizer(texts).to(self.device))
+        if self._tokenise is None:
+            ids = self._tokenizer(texts)
+        else:
+            ids, _ = pad_right(self._tokenise(texts), 0, self._tokenizer.context_length)
+        return self._model.encode_text(ids.to(self.device))
 
 
 def resolve_encoder_identity(spec: str) -> EncoderIdentity:

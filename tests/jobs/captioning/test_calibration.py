@@ -1,7 +1,8 @@
 """What a dry run times, by a clock that only its stand-ins move."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from threading import Barrier
 
 import pyarrow as pa
 import pytest
@@ -40,7 +41,7 @@ def caption(images: pa.Table) -> None:
 def test_what_happens_only_once_is_left_out(batches: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.perf_counter", lambda: CLOCK)
     CALLS.clear()
-    measured = calibrate(partial(load, batches), make_captioner, PLAN, rows)
+    measured = calibrate(partial(load, batches), make_captioner, PLAN, rows, 1)
     assert measured.load_s == pytest.approx(0.005 if batches > 1 else 0.2)
     assert measured.start_s == pytest.approx(5 + 3)
     assert measured.images == 3 * rows
@@ -51,10 +52,18 @@ def test_what_happens_only_once_is_left_out(batches: int, rows: int, monkeypatch
     assert [len(call) for call in CALLS] == [rows] * 4
 
 
+def test_calls_that_go_on_at_the_same_time_share_the_time() -> None:
+    def make() -> Callable[[pa.Table], int]:
+        meeting = Barrier(2, timeout=60)  # broken, with an error, where calls come one by one
+        return lambda images: meeting.wait()
+
+    assert calibrate(partial(load, 1), make, PLAN, rows=10, at_once=2).images == 3 * 2 * 10
+
+
 @pytest.mark.ray
 def test_an_error_of_the_captioner_arrives_as_itself() -> None:
     def fail():  # type: ignore[no-untyped-def]
         raise CheckpointError("The model is missing.")
 
     with pytest.raises(CheckpointError), unwrapped_errors():
-        calibrate(lambda: [pa.table({"image": [0]})], fail, PLAN, 1)
+        calibrate(lambda: [pa.table({"image": [0]})], fail, PLAN, 1, 1)
