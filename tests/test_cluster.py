@@ -36,7 +36,8 @@ def test_the_cluster_file_passes_rays_own_check() -> None:
 
 def test_the_cluster_installs_what_is_beside_it() -> None:
     assert CLUSTER["file_mounts"] == {"~/smallcap": "."}
-    (install,) = (command for command in CLUSTER["setup_commands"] if "pip install" in command)
+    upgrade, install = (command for command in CLUSTER["setup_commands"] if "pip install" in command)
+    assert "'pip>=24.1'" in upgrade  # for faiss-gpu-cuvs
     assert "~/smallcap/constraints.txt" in install
     assert "ray[default]" in install  # for jobs and metrics
     assert (ROOT / "constraints.txt").is_file()
