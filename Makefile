@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 # The tests of a file run in one process, as do all tests on Ray: see tests/conftest.py.
 PARALLEL := --numprocesses=auto --maxprocesses=4
 
-.PHONY: help setup demo test test-all lint format docs bench demo-model claims clean
+.PHONY: help setup demo test test-all lint format audit docs bench demo-model claims clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -15,6 +15,7 @@ setup: $(INSTALLED) ## Install smallcap and its tools into .venv (several GB on 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "smallcap needs Python 3.11 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=24.1'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
@@ -36,6 +37,9 @@ lint: $(INSTALLED) ## Check style, types and layers
 format: $(INSTALLED) ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+audit: $(INSTALLED) ## Look for known vulnerabilities in the packages of constraints.txt (asks pypi.org)
+	$(BIN)/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
 
 docs: $(INSTALLED) ## Write docs/options.md from the declarations of the options
 	$(BIN)/python -m jobs.options > docs/options.md

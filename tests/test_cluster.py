@@ -22,10 +22,12 @@ from smallcap.model.clip_encoder import resolve_encoder_identity
 from smallcap.options import load_config
 from tests.caption_runs import read_rows, write_images
 from tests.job_processes import StartJob
+from tests.python_process import run_python
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "cluster.yaml").read_text()
 CLUSTER = yaml.safe_load(TEXT)
+TOKEN = "0123456789abcdef" * 4
 HEAD, WORKER = CLUSTER["available_node_types"]["head"], CLUSTER["available_node_types"]["gpu_worker"]
 
 
@@ -36,7 +38,8 @@ def test_the_cluster_file_passes_rays_own_check() -> None:
 
 def test_the_cluster_installs_what_is_beside_it() -> None:
     assert CLUSTER["file_mounts"] == {"~/smallcap": "."}
-    (install,) = (command for command in CLUSTER["setup_commands"] if "pip install" in command)
+    upgrade, install = (command for command in CLUSTER["setup_commands"] if "pip install" in command)
+    assert "'pip>=24.1'" in upgrade  # for faiss-gpu-cuvs
     assert "~/smallcap/constraints.txt" in install
     assert "ray[default]" in install  # for jobs and metrics
     assert (ROOT / "constraints.txt").is_file()
@@ -94,34 +97,36 @@ def free_port() -> int:
 
 
 def own_environment() -> dict[str, str]:
-    """This process's environment without what other fixtures put there for the session's Ray."""
+    """This process's environment without what other fixtures put there for the session's Ray, and with a token."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AWS_"))}
-    return environment | {"RAY_AUTH_MODE": "disabled"}
+    return environment | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
 
 
 @pytest.fixture
-def head(tmp_path: Path, start_job: StartJob, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The address of the dashboard of a Ray of this test's own, started as the cluster file starts its head."""
+def head(tmp_path: Path, start_job: StartJob, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, str]]:
+    """The addresses of a Ray of this test's own, and of its dashboard, started as the cluster file starts its head."""
     pytest.importorskip("aiohttp_cors", reason="ray[default] is not installed")
-    port, binaries = free_port(), Path(sys.executable).parent
+    gcs_port, port, binaries = free_port(), free_port(), Path(sys.executable).parent
     command = [
-        binaries / "ray", "start", "--head", "--block", "--port=0", f"--dashboard-port={port}",
+        binaries / "ray", "start", "--head", "--block", f"--port={gcs_port}", f"--dashboard-port={port}",
         "--dashboard-host=127.0.0.1", "--dashboard-agent-listen-port=0",
         f"--ray-client-server-port={free_port()}", "--min-worker-port=0", "--max-worker-port=0", "--num-cpus=4",
     ]  # fmt: skip
-    for name in os.environ.keys() - own_environment().keys():
+    for name in [name for name in os.environ if name.startswith(("RAY_", "AWS_"))]:
         monkeypatch.delenv(name)
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:  # short paths
         path = f"{binaries}:{os.environ['PATH']}"
         job = start_job([*command, f"--temp-dir={folder}"], tmp_path / "head.log", **own_environment() | {"PATH": path})
         job.until(lambda: answers(f"http://127.0.0.1:{port}/api/version"), 90)
-        yield f"http://127.0.0.1:{port}"
+        yield f"127.0.0.1:{gcs_port}", f"http://127.0.0.1:{port}"
         job.kill_all()  # and not `ray stop`, which would end every Ray of this machine
 
 
 def answers(url: str) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=2):
+        with urllib.request.urlopen(
+            urllib.request.Request(url, headers={"Authorization": f"Bearer {TOKEN}"}), timeout=2
+        ):
             return True
     except OSError:
         return False
@@ -129,9 +134,14 @@ def answers(url: str) -> bool:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_job_is_submitted_to_a_cluster(
-    head: str, tmp_path: Path, tiny_clip: Path, tiny_smallcap: Path, publish_index: Callable[..., IndexManifest]
+def test_a_job_is_submitted_to_a_cluster_that_asks_for_a_token(
+    head: tuple[str, str],
+    tmp_path: Path,
+    tiny_clip: Path,
+    tiny_smallcap: Path,
+    publish_index: Callable[..., IndexManifest],
 ) -> None:
+    cluster, dashboard = head
     vectors = np.eye(16, dtype=np.float32)
     texts = [f"{number} dogs" for number in range(16)]
     publish_index(str(tmp_path / "index"), vectors, texts, encoder=resolve_encoder_identity(f"hf:{tiny_clip}"))
@@ -146,7 +156,7 @@ def test_a_job_is_submitted_to_a_cluster(
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
     command = [
-        Path(sys.executable).parent / "ray", "job", "submit", "--address", head, "--submission-id", "captions",
+        Path(sys.executable).parent / "ray", "job", "submit", "--address", dashboard, "--submission-id", "captions",
         "--working-dir", ".", "--", "python", "-m", "jobs.caption", "--config", str(tmp_path / "run.yaml"),
     ]  # fmt: skip
     done = subprocess.run(
@@ -159,3 +169,8 @@ def test_a_job_is_submitted_to_a_cluster(
     assert list(rows.image_id) == [f"{number:03d}.jpg" for number in range(5)]
     assert set(rows.status) == {"ok"}
     assert set(map(len, rows.neighbours)) == {4}
+    wrong = f"from jobs.cluster.session import connect; connect('{cluster}')"
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        run_python(wrong, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN[::-1])
+    assert "InvalidAuthToken" in refused.value.stderr
+    assert "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN" in refused.value.stderr

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from smallcap.errors import RunError
 
 if TYPE_CHECKING:
     import ray.data
@@ -22,6 +26,9 @@ def connect(address: str | None = None) -> None:
     Args:
         address: An address for `ray.init`; by default RAY_ADDRESS where it is set (as in `ray job submit`), or else a
             local Ray that starts for this process.
+
+    Raises:
+        RunError: The cluster does not answer, or refuses this process.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # An actor shares its cores with loading tasks: threads that spin while they wait would slow down both.
@@ -47,10 +54,28 @@ def connect(address: str | None = None) -> None:
     address = address or os.environ.get("RAY_ADDRESS")
     with _quiet_start():
         if address and address != "local":
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            _join(address)
         else:
+            if not os.access(Path.home(), os.W_OK) and "RAY_AUTH_TOKEN_PATH" not in os.environ:
+                os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # Ray would write one to ~/.ray
             cpus = max(_LOCAL_CPUS, os.cpu_count() or 1)
             ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+
+
+def _join(address: str) -> None:
+    import ray
+
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ray.exceptions.AuthenticationError) as error:
+        raise RunError(
+            "This process cannot join the Ray cluster.",
+            where=address,
+            expected="a cluster that answers, with this environment's versions of Ray and Python",
+            found=str(error),
+            remedy="If the cluster asks for a token, set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to the token (or keep "
+            "it in ~/.ray/auth_token). Otherwise check the address and the versions there.",
+        ) from error
 
 
 @contextmanager

@@ -57,7 +57,8 @@ def check_faiss() -> None:
             "The installed faiss is broken or too old.",
             where=str(getattr(faiss, "__file__", None)),
             found=f"no {', '.join(missing)}",
-            remedy="Uninstall every faiss package, then install exactly one of faiss-gpu and faiss-cpu, 1.15 or newer.",
+            remedy="Uninstall every faiss package, then install one, 1.15 or newer: faiss-gpu-cuvs on x86-64 Linux, or "
+            "faiss-cpu.",
         )
     # By default faiss uses BLAS only from nq·d = 128000 on: usual batches would take 10-20 times longer on few threads.
     faiss.cvar.distance_compute_blas_threshold = 1

@@ -180,6 +180,7 @@ class FaissGpu:
         self._resources: Any = faiss.StandardGpuResources()
         self._resources.setTempMemory(_FAISS_TEMPORARY_BYTES)
         options: Any = faiss.GpuClonerOptions()
+        options.use_cuvs = False  # it cannot search lists whose coarse quantizer is on the CPU
         options.useFloat16 = True  # for PQ's tables
         options.allowCpuCoarseQuantizer = True  # where it is a graph
         gpu_number = device.index if device.index is not None else torch.cuda.current_device()

@@ -1,0 +1,39 @@
+"""What pyproject.toml brings fits together, and docs/installation.md says what the code does."""
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from smallcap.index import gpu_search
+from tests.python_process import ROOT, run_python
+
+INSTALLATION = (ROOT / "docs" / "installation.md").read_text()
+
+_IMPORT_EVERYTHING = """
+import importlib, pkgutil, {first}
+import index_builder, jobs, smallcap
+for package in (index_builder, jobs, smallcap):
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        importlib.import_module(module.name)
+print(*sorted({{line.split()[-1] for line in open("/proc/self/maps") if "/nvidia/" in line}}), sep="\\n")
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("first", ["faiss", "torch"])
+def test_a_process_has_one_cuda_whatever_it_imports_first(first: str) -> None:
+    files = run_python(_IMPORT_EVERYTHING.format(first=first)).split()
+    copies = Counter(Path(file).name.partition(".so")[0] for file in files)
+    assert ("libcudart" in copies) == (torch.version.cuda is not None)
+    assert {name: count for name, count in copies.items() if count > 1} == {}, files
+
+
+def test_the_largest_exact_searches_are_those_that_the_code_allows() -> None:
+    said = re.findall(r"^\| (\d+) GB \| (\d+)M \| (\d+)M \|$", INSTALLATION, re.M)
+    assert len(said) == 5
+    for card, *millions in said:
+        room = gpu_search.MEMORY_SHARE * (int(card) - 3) * 1e9 - 4 * gpu_search._SCORES_AT_ONCE
+        assert [int(number) for number in millions] == [int(room / (2 * dim) / 1e6) for dim in (512, 1024)]
