@@ -144,9 +144,14 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 def write_random_index(folder: Path, rows: int, identity: EncoderIdentity) -> Retriever:
     """Writes an index version with one Flat shard of random vectors and captions, and opens it."""
-    dim, texts = identity.dim, random_captions(rows)
-    vectors = np.random.default_rng(0).standard_normal((rows, dim), dtype=np.float32)
+    vectors = np.random.default_rng(0).standard_normal((rows, identity.dim), dtype=np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return write_flat_index(folder, vectors, random_captions(rows), identity)
+
+
+def write_flat_index(folder: Path, vectors: np.ndarray, texts: list[str], identity: EncoderIdentity) -> Retriever:
+    """Writes an index version with one Flat shard of unit vectors, [N, dim] float32, and their texts, and opens it."""
+    rows, dim = vectors.shape
     index = faiss.IndexFlatIP(dim)
     faiss.write_index(index, str(folder / "template.faiss"))
     index.add(vectors)

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+_FAISS_PACKAGES = ("faiss-gpu-cuvs", "faiss-gpu", "faiss-cpu")
 _PACKAGES = ("smallcap", "torch", "faiss-gpu", "faiss-cpu", "numpy", "pyarrow", "ray")
 
 
@@ -53,3 +54,28 @@ def source_commit() -> str:
         return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return ""
+
+
+def describe_cuda() -> dict[str, Any]:
+    """Returns what a search on a GPU would run on, read without starting CUDA.
+
+    Returns:
+        `torch`, its version; `torch_cuda`, the version of CUDA that it was built for, or None; `faiss_package`, the
+        distribution that gives `import faiss`, or None; `faiss`, its version; `faiss_gpu`, whether it has GPU indexes.
+    """
+    import torch  # before faiss
+
+    package = next((name for name in _FAISS_PACKAGES if _version(name)), None)
+    try:
+        import faiss
+
+        has_gpu_indexes = hasattr(faiss, "StandardGpuResources")
+    except ImportError:
+        package, has_gpu_indexes = None, False
+    return {
+        "torch": torch.__version__,
+        "torch_cuda": torch.version.cuda,
+        "faiss_package": package,
+        "faiss": _version(package) if package else None,
+        "faiss_gpu": has_gpu_indexes,
+    }
