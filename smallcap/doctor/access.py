@@ -1,4 +1,4 @@
-"""Checks the model and the index that a run is to use: that they are there and whole, fit each other, and fit on the disk."""
+"""Checks the model and the index that a run is to use: that they are there, are whole, fit each other and the disk."""
 
 from __future__ import annotations
 

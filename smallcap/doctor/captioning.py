@@ -32,7 +32,8 @@ from smallcap.storage import scratch_folder
 
 _CAPTIONS = 1000  # in the index
 _TIE = 1e-3  # nats by which two captions' log probabilities may differ and still be a tie that rounding decides
-_MOST_LOSS = 0.02  # nats per token by which a precision may change a caption's log probability
+# What a precision may change: the demo's captions in bfloat16 were 83% float32's, 0.0026 nats per token off.
+_LEAST_EQUAL, _MOST_LOSS = 0.5, 0.02
 _SPARE_BYTES, _SPARE_SHARE = 64 << 20, 0.1  # growth of memory between two halves that no leak makes
 _REMEDY = (
     "Do not caption here with this device: try --device cpu, another driver, or the versions of constraints.txt, "
@@ -157,8 +158,8 @@ def _compare_pipeline(
 
 
 def _memory(device: torch.device) -> int:
-    """Returns the bytes that this process holds: on the GPU, or of the machine's memory."""
-    return torch.cuda.memory_reserved(device) if device.type == "cuda" else private_bytes()
+    """Returns the bytes that this process holds: on the GPU at its peak, or of the machine's memory."""
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else private_bytes()
 
 
 def _compare_precision(
@@ -169,17 +170,15 @@ def _compare_precision(
     if dtype == "float32":
         return
     found = _load(retriever, device, dtype).caption_batch(pool)
-    equal = sum(one.caption == other.caption for one, other in zip(found, expected, strict=True))
-    loss = float(
-        np.mean([abs(_per_token(one) - _per_token(other)) for one, other in zip(found, expected, strict=True)])
-    )
-    shown = (
-        f"{equal} of {len(pool)} captions in {dtype} are float32's; log probabilities per token differ by {loss:.4f}"
-    )
-    if loss <= _MOST_LOSS:  # false for NaN
+    pairs = [(one, other) for one, other in zip(found, expected, strict=True) if one.caption == other.caption]
+    losses = [abs(_per_token(one) - _per_token(other)) for one, other in pairs]
+    loss = sum(losses) / max(1, len(losses))
+    shown = f"{len(pairs)} of {len(pool)} captions in {dtype} are float32's, their scores {loss:.4f} nats per token off"
+    if len(pairs) >= _LEAST_EQUAL * len(pool) and loss <= _MOST_LOSS:  # false for NaN
         yield ok("precision", shown)
     else:
-        yield fail("precision", f"{shown}, more than {_MOST_LOSS}", "Caption with --dtype float32.")
+        expected_text = f"at least {_LEAST_EQUAL:.0%}, and at most {_MOST_LOSS}, are usual"
+        yield fail("precision", f"{shown}; {expected_text}", "Caption with --dtype float32.")
 
 
 def _per_token(result: CaptionResult) -> float:

@@ -1,0 +1,54 @@
+"""What `measure` reports; `run_benchmark` and `build_captioner`, which it calls, have tests of their own."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.tiny_models import TINY_DIM
+from smallcap.benchmark.random_content import write_flat_index
+from smallcap.benchmark.stages import BenchmarkResult, StageResult
+from smallcap.captioner import Captioner
+from smallcap.doctor import speed
+from smallcap.doctor.speed import measure
+from smallcap.model.clip_encoder import load_retrieval_encoder
+from tests.index_files import unit_vectors
+
+
+@pytest.fixture(autouse=True)
+def small_sizes(tiny_smallcap: Path, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny captioner, and a benchmark that has run already."""
+    encoder = load_retrieval_encoder(f"hf:{tiny_clip}")
+
+    def build(options: Any, dtype: str, folder: Path) -> Captioner:
+        retriever = write_flat_index(
+            folder, unit_vectors(9, TINY_DIM), [f"caption {n}" for n in range(9)], encoder.identity
+        )
+        return Captioner.from_pretrained(str(tiny_smallcap), retriever, dtype=dtype)
+
+    stages = (StageResult("vision encoder", 1234.5), StageResult("search", 71.25))
+    result = BenchmarkResult(7.5, 6, 1, 0.5, 0.5, 1, stages, 60, 10, 0, {}, {"dtype": "float32"})
+    monkeypatch.setattr(speed, "build_captioner", build)
+    monkeypatch.setattr(speed, "run_benchmark", lambda options: result)
+
+
+def test_memory_and_rates() -> None:
+    memory, stages, loop = measure("cpu")
+    assert [finding.status for finding in (memory, stages, loop)] == ["ok", "ok", "ok"]
+    assert memory.found.startswith("8 images took 0.")
+    assert stages.found == "images/s in float32, each stage alone: vision encoder 1,234, search 71.2"
+    assert loop.found == "all from crops to captions: 7.5 images/s"
+
+
+def test_a_batch_that_takes_more_than_its_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    caption_batch = Captioner.caption_batch
+
+    def wasteful(self: Captioner, pixels: Any) -> Any:
+        torch.ones(1 << 28)  # 1 GiB
+        return caption_batch(self, pixels)
+
+    monkeypatch.setattr(Captioner, "caption_batch", wasteful)
+    memory, *_ = measure("cpu")
+    assert (memory.status, memory.remedy) == ("warn", "Give --batch-size 4 or less.")
+    assert "8 images took 1." in memory.found
