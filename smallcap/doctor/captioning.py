@@ -62,7 +62,7 @@ def prove_captioning(wanted: Device, effort: Effort | None = None) -> Iterator[F
     """
     device = resolve_device(wanted)
     effort = effort or EFFORTS[device]
-    with scratch_folder() as folder, torch.inference_mode():
+    with scratch_folder() as folder:
         retriever = build_demo_index(folder)
         captioner = _load(retriever, device, "float32")
         files = sorted((demo_folder() / "images").glob("*.jpg"))[: effort.images]

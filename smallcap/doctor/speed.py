@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,6 @@ from smallcap.doctor.report import Finding, attempt, ok, warn
 from smallcap.images.crops import Pixels
 from smallcap.machine.precision import resolve_dtype
 from smallcap.options import load_config
-from smallcap.phrasing import describe_gb
 from smallcap.storage import scratch_folder
 
 _STEP_BYTES = 16 << 20  # of the memory that is looked for
@@ -54,10 +54,12 @@ def _rounded(rate: float) -> str:
 def _compare_memory(options: BenchmarkOptions) -> Finding:
     """Compares what a batch takes with the memory for which `largest_batch` would allow it."""
     dtype = resolve_dtype(options.dtype, options.device)
-    with scratch_folder() as folder, torch.inference_mode():
+    with scratch_folder() as folder:
         captioner = build_captioner(options, dtype, folder)
         crops = _random_crops(captioner, options.batch_size)
-        prompts = captioner.prompt(captioner.retrieve(captioner.embed(crops, captioner.encode(crops)[1])))
+        with _peak_bytes(captioner.model.device) as taken:
+            results = captioner.caption_batch(crops)
+        prompts = captioner.prompt([result.neighbours for result in results])
         longest = max(map(len, prompts))
 
         def allows(free_bytes: int) -> bool:
@@ -65,11 +67,14 @@ def _compare_memory(options: BenchmarkOptions) -> Finding:
             return largest_batch(*given) >= options.batch_size
 
         estimate = next(size for size in itertools.count(_STEP_BYTES, _STEP_BYTES) if allows(size))
-        taken = _peak_bytes(captioner, crops)
-    shown = f"{options.batch_size} images took {describe_gb(taken)}, and are allowed from {describe_gb(estimate)} on"
-    if taken > estimate:
+    shown = f"{options.batch_size} images took {_mb(taken[0])}; such batches begin at {_mb(estimate)} of free memory"
+    if taken[0] > estimate:
         return warn("memory of a batch", shown, f"Give --batch-size {max(1, options.batch_size // 2)} or less.")
     return ok("memory of a batch", shown)
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:,.0f} MB"
 
 
 def _random_crops(captioner: Captioner, count: int) -> list[Pixels]:
@@ -78,19 +83,21 @@ def _random_crops(captioner: Captioner, count: int) -> list[Pixels]:
     return [replace(crop, vision=rng.integers(0, 256, crop.vision.shape, dtype=np.uint8)) for _ in range(count)]
 
 
-def _peak_bytes(captioner: Captioner, crops: list[Pixels]) -> int:
-    """Returns the most memory that captioning a batch takes beyond what was taken before."""
-    device = captioner.model.device
+@contextmanager
+def _peak_bytes(device: torch.device) -> Iterator[list[int]]:
+    """Gives a list that holds, when the block has ended, the most memory that it took beyond what was taken before."""
+    taken: list[int] = []
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        captioner.caption_batch(crops)
-        return torch.cuda.max_memory_reserved(device) - before
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = _resident_bytes("VmRSS")
-    captioner.caption_batch(crops)
-    return max(0, _resident_bytes("VmHWM") - before)
+        yield taken
+        taken.append(torch.cuda.max_memory_reserved(device) - before)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before = _resident_bytes("VmRSS")
+        yield taken
+        taken.append(max(0, _resident_bytes("VmHWM") - before))
 
 
 def _resident_bytes(field: str) -> int:

@@ -25,7 +25,7 @@ def small_sizes(tiny_smallcap: Path, tiny_clip: Path, monkeypatch: pytest.Monkey
         retriever = write_flat_index(
             folder, unit_vectors(9, TINY_DIM), [f"caption {n}" for n in range(9)], encoder.identity
         )
-        return Captioner.from_pretrained(str(tiny_smallcap), retriever, dtype=dtype)
+        return Captioner.from_pretrained(str(tiny_smallcap), retriever, device=options.device, dtype=dtype)
 
     stages = (StageResult("vision encoder", 1234.5), StageResult("search", 71.25))
     result = BenchmarkResult(7.5, 6, 1, 0.5, 0.5, 1, stages, 60, 10, 0, {}, {"dtype": "float32"})
@@ -36,7 +36,7 @@ def small_sizes(tiny_smallcap: Path, tiny_clip: Path, monkeypatch: pytest.Monkey
 def test_memory_and_rates() -> None:
     memory, stages, loop = measure("cpu")
     assert [finding.status for finding in (memory, stages, loop)] == ["ok", "ok", "ok"]
-    assert memory.found.startswith("8 images took 0.")
+    assert memory.found.startswith("8 images took ")
     assert stages.found == "images/s in float32, each stage alone: vision encoder 1,234, search 71.2"
     assert loop.found == "all from crops to captions: 7.5 images/s"
 
@@ -51,4 +51,13 @@ def test_a_batch_that_takes_more_than_its_estimate(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Captioner, "caption_batch", wasteful)
     memory, *_ = measure("cpu")
     assert (memory.status, memory.remedy) == ("warn", "Give --batch-size 4 or less.")
-    assert "8 images took 1." in memory.found
+    assert memory.found.startswith("8 images took 1,")
+
+
+def test_the_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretended = pytest.importorskip("tests.pretended_cuda.torch_cuda")
+    monkeypatch.setitem(speed._SIZES, "cuda", speed._SIZES["cpu"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    with pretended.pretended_cuda():
+        memory, *_ = measure("cuda")
+    assert (memory.status, "such batches begin at" in memory.found) == ("ok", True)
