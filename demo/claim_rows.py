@@ -5,11 +5,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from demo.drawn_scenes import DrawnScenes, is_right
 from smallcap.evaluation.bootstrap import interval, mean_statistics, resample
 from smallcap.evaluation.caption_metrics import score_captions
-from smallcap.index.retriever import Neighbour, NeighbourSearch, Retriever
+from smallcap.index.retriever import Neighbours, NeighbourSearch, Retriever
 
 RESAMPLES = 1_000
 
@@ -41,12 +42,11 @@ class RandomCaptions(NeighbourSearch):
         self._captions = captions
         self._rng = np.random.default_rng(seed)
 
-    def search(
-        self, queries: np.ndarray, k: int, exclude_image_ids: Sequence[str | None] | None = None
-    ) -> list[list[Neighbour]]:
+    def nearest(self, queries: np.ndarray, k: int, exclude_image_ids: Sequence[str | None] | None = None) -> Neighbours:
         """Returns k captions for each query, drawn without regard to it; their scores are NaN."""
-        drawn = [self._rng.choice(len(self._captions), size=k, replace=False) for _ in queries]
-        return [[Neighbour(int(i), self._captions[i], float("nan")) for i in rows] for rows in drawn]
+        drawn = np.stack([self._rng.choice(len(self._captions), size=k, replace=False) for _ in queries])
+        texts = pa.array([self._captions[row] for row in drawn.ravel()], pa.string())
+        return Neighbours(drawn, np.full(drawn.shape, np.nan, np.float32), texts)
 
 
 def score(captions: Sequence[str], scenes: DrawnScenes) -> Row:

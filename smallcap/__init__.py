@@ -12,7 +12,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from smallcap.captioner import Captioner, CaptionerOptions, CaptionResult
+    from smallcap.captioned import CaptionResult
+    from smallcap.captioner import Captioner, CaptionerOptions
     from smallcap.index.retriever import Neighbour, Retriever
     from smallcap.model.checkpoint import SmallCapModel, load_checkpoint, save_checkpoint
     from smallcap.model.clip_encoder import load_retrieval_encoder
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "CaptionResult": "smallcap.captioner",
+    "CaptionResult": "smallcap.captioned",
     "Captioner": "smallcap.captioner",
     "CaptionerOptions": "smallcap.captioner",
     "Neighbour": "smallcap.index.retriever",

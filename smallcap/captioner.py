@@ -9,8 +9,8 @@ Source: Ramos et al. 2023, figure 2.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,15 +19,18 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
+from smallcap.captioned import CaptionedBatch, CaptionResult, ScoredCaptions
 from smallcap.config import Dtype, GenerationConfig, SearchDevice
 from smallcap.decoding.engine import Generated
+from smallcap.decoding.micro_batches import MicroBatches, is_out_of_memory
 from smallcap.decoding.sampling import Sampling
 from smallcap.errors import ConfigError, RowError
 from smallcap.images.crops import CropPlan, Pixels
 from smallcap.images.decode import MAX_IMAGE_PIXELS, Preprocessing
 from smallcap.index.manifest import load_manifest
-from smallcap.index.retriever import Neighbour, NeighbourSearch, Retriever
+from smallcap.index.retriever import Neighbours, NeighbourSearch, Retriever
 from smallcap.machine.precision import resolve_dtype
+from smallcap.machine.side_thread import SideThread
 from smallcap.model.checkpoint import SmallCapModel, load_checkpoint, tokenizer_source
 from smallcap.model.clip_encoder import (
     RetrievalEncoder,
@@ -35,37 +38,13 @@ from smallcap.model.clip_encoder import (
     normalise_pixels,
     resolve_encoder_identity,
 )
-from smallcap.model.prompt import build_prompts, decode_caption, load_tokenizer
+from smallcap.model.prompt import decode_captions, load_tokenizer
+from smallcap.model.prompt_builder import PromptBuilder
 from smallcap.options import load_config
 from smallcap.storage import DEFAULT_CACHE_DIR
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True)
-class ScoredCaption:
-    """A caption of an image and its score."""
-
-    caption: str
-    logprob: float  # natural log, summed over the caption's tokens
-    num_tokens: int  # generated tokens, eos included
-
-
-@dataclass(frozen=True)
-class CaptionResult:
-    """What became of one image: a caption, or an error."""
-
-    caption: str | None = None
-    logprob: float | None = None  # natural log, summed over the caption's tokens
-    num_tokens: int | None = None  # generated tokens, eos included
-    clip_score: float | None = None  # cosine of image and caption; None without a retrieval encoder
-    alternatives: tuple[ScoredCaption, ...] = ()  # the next best captions, if more than one is wanted
-    neighbours: tuple[Neighbour, ...] = ()
-    embedding: np.ndarray | None = field(default=None, compare=False)  # [dim] float32, the retrieval encoder's
-    width: int | None = None  # px
-    height: int | None = None  # px
-    error: RowError | None = None
 
 
 class CaptionerOptions(GenerationConfig):
@@ -130,7 +109,11 @@ class Captioner:
         self.retrieval_encoder, self.retriever = retrieval_encoder, retriever
         self.generation = model.generation_options(options)
         self._scores_captions = options.clip_score
-        self._stream: torch.cuda.Stream | None = None
+        self._prompts = PromptBuilder(tokenizer, model.config.template, model.config.bos_token_id)
+        self._micro_batches = MicroBatches(model.free_memory)
+        self._generating = Lock()
+        self._beside = SideThread(model.device, "prepare")
+        self._prepared_together: int | None = None  # images; None until memory ran out in preparing more
         self.shares_encoder = retrieval_encoder is not None and retrieval_encoder.share_weights_with(model.encoder)
         self.crop_plan = CropPlan.of(
             model.encoder.preprocessing, retrieval_encoder.preprocessing if retrieval_encoder else None
@@ -230,20 +213,39 @@ class Captioner:
         Returns:
             B results, in order.
         """
+        return self._finish(self._prepare(pixels, exclude_image_ids)).to_results()
+
+    def _prepare(self, pixels: Sequence[Pixels], exclude_image_ids: Sequence[str | None] | None) -> _Prepared | None:
+        """Takes the steps before generation."""
         if not pixels:
-            return []
+            return None
         hidden_states, class_tokens = self.encode(pixels)
         embeddings = self.embed(pixels, class_tokens)
         neighbours = self.retrieve(embeddings, exclude_image_ids)
         prompts = self.prompt(neighbours)
-        generated = self.generate(hidden_states, prompts, pixels)
+        return _Prepared(pixels, hidden_states, embeddings, neighbours, prompts)
+
+    def _finish(self, prepared: _Prepared | None) -> CaptionedBatch:
+        """Takes the other steps."""
+        if prepared is None:
+            return CaptionedBatch.nothing()
+        pixels, embeddings, hidden_states = prepared.pixels, prepared.embeddings, prepared.hidden_states
+        if hidden_states.is_cuda:  # its memory may have come from another stream
+            hidden_states.record_stream(torch.cuda.current_stream(hidden_states.device))
+        generated = self.generate(hidden_states, prepared.prompts, pixels)
         captions = self.detokenise(generated)
-        return self._results(pixels, embeddings, neighbours, captions)
+        return CaptionedBatch(
+            captions=captions,
+            clip_scores=self.clip_scores(embeddings, captions.best),
+            neighbours=prepared.neighbours,
+            embeddings=embeddings if self.retrieval_encoder else None,
+            sizes=np.array([(image.width, image.height) for image in pixels], np.int32),
+        )
 
     @torch.inference_mode()
     def encode(self, pixels: Sequence[Pixels]) -> tuple[Tensor, Tensor]:
         """Returns the vision encoder's hidden states [B, P, Hv] for cross-attention, and its class tokens [B, Hv]."""
-        crops = np.stack([image.vision for image in pixels])
+        crops = [image.vision for image in pixels]
         hidden_states, class_tokens = self.model.encoder(self._to_pixel_values(crops, self.model.encoder.preprocessing))
         return hidden_states, class_tokens
 
@@ -263,28 +265,24 @@ class Captioner:
             return np.empty((len(pixels), 0), np.float32)
         if self.shares_encoder:
             return encoder.project(class_tokens).cpu().numpy()
-        crops = np.stack([image.vision if image.retrieval is None else image.retrieval for image in pixels])
+        crops = [image.vision if image.retrieval is None else image.retrieval for image in pixels]
         return encoder.encode_images(self._to_pixel_values(crops, encoder.preprocessing)).cpu().numpy()
 
-    def retrieve(
-        self, embeddings: np.ndarray, exclude_image_ids: Sequence[str | None] | None = None
-    ) -> list[list[Neighbour]]:
+    def retrieve(self, embeddings: np.ndarray, exclude_image_ids: Sequence[str | None] | None = None) -> Neighbours:
         """Returns the k nearest captions of each of B images, nearest first; see `caption_batch` for the ids."""
         if self.k == 0:
-            return [[] for _ in embeddings]
+            return Neighbours.none(len(embeddings))
         assert self.retriever is not None
-        return self.retriever.search(embeddings, self.k, exclude_image_ids)
+        return self.retriever.nearest(embeddings, self.k, exclude_image_ids)
 
-    def prompt(self, neighbours: Sequence[Sequence[Neighbour]]) -> list[list[int]]:
+    def prompt(self, neighbours: Neighbours) -> list[list[int]]:
         """Returns the prompt of each of B images as token ids."""
-        texts = [[neighbour.text for neighbour in nearest] for nearest in neighbours]
-        config = self.model.config
-        return build_prompts(self.tokenizer, config.template, texts, config.bos_token_id)
+        return self._prompts.build(neighbours)
 
     def generate(
         self, hidden_states: Tensor, prompts: Sequence[Sequence[int]], pixels: Sequence[Pixels]
     ) -> list[list[Generated]]:
-        """Returns each image's captions as token ids, best first.
+        """Returns each image's captions as token ids, best first; where memory runs out, in smaller parts.
 
         Args:
             hidden_states: [B, P, Hv], from `encode`.
@@ -292,104 +290,111 @@ class Captioner:
             pixels: B images' crops, by which sampling tells images apart.
         """
         keys = [image.content_key for image in pixels] if self.generation.strategy is Sampling else None
-        return self.model.generate(hidden_states, prompts, self.generation, keys)
+        with self._generating:
+            return self._micro_batches.run(
+                len(prompts),
+                lambda rows: self.model.generate(
+                    hidden_states[rows], prompts[rows], self.generation, keys and keys[rows]
+                ),
+            )
 
-    def detokenise(self, generated: Sequence[Sequence[Generated]]) -> list[list[ScoredCaption]]:
+    def detokenise(self, generated: Sequence[Sequence[Generated]]) -> ScoredCaptions:
         """Returns each image's captions as text; their scores lose the length penalty."""
-        return [[self._to_scored_caption(caption) for caption in captions] for captions in generated]
+        flat = [caption for captions in generated for caption in captions]
+        texts = decode_captions(self.tokenizer, [one.token_ids for one in flat], self.generation.eos_token_id)
+        lengths = np.array([len(one.token_ids) for one in flat]).reshape(len(generated), -1)
+        scores = np.array([one.score for one in flat]).reshape(lengths.shape)
+        return ScoredCaptions(texts, scores * lengths.astype(np.float64) ** self.generation.length_penalty, lengths)
 
-    def clip_scores(self, embeddings: np.ndarray, captions: Sequence[str]) -> list[float | None]:
-        """Returns the cosine of each embedding, [B, dim], and its caption; None for each if scores are not wanted."""
+    def clip_scores(self, embeddings: np.ndarray, captions: Sequence[str]) -> np.ndarray | None:
+        """Returns the cosine of each embedding, [B, dim], and its caption: [B] float32; None if they are not wanted."""
         if self.retrieval_encoder is None or not self._scores_captions:
-            return [None] * len(captions)
-        return [float(score) for score in (embeddings * self.retrieval_encoder.encode_texts(captions)).sum(axis=1)]
+            return None
+        scores: np.ndarray = (embeddings * self.retrieval_encoder.encode_texts(captions)).sum(axis=1)
+        return scores
 
     def caption_batches(
         self, batches: Iterable[tuple[Sequence[Pixels], Sequence[str | None] | None]]
     ) -> Iterator[list[CaptionResult]]:
-        """Captions batch after batch; on a GPU the next batch is uploaded, encoded and searched for meanwhile.
+        """Captions batch after batch, see `caption_columns`; yields each batch's results, in order."""
+        return (captioned.to_results() for captioned in self.caption_columns(batches))
+
+    def caption_columns(
+        self, batches: Iterable[tuple[Sequence[Pixels], Sequence[str | None] | None]]
+    ) -> Iterator[CaptionedBatch]:
+        """Captions batch after batch; on a GPU the next one is uploaded, encoded and searched for meanwhile.
+
+        Several threads may each go through batches of their own: what one does besides generating, it does while
+        another generates.
 
         Args:
             batches: Arguments of `caption_batch` for each batch.
 
         Yields:
-            Each batch's results, in order.
+            What became of each batch, in order.
         """
-        if self.model.device.type != "cuda":
-            return (self.caption_batch(*batch) for batch in batches)
-        if self._stream is None:  # one for all calls: torch keeps freed memory by stream
-            self._stream = torch.cuda.Stream(self.model.device)  # type: ignore[no-untyped-call]
-        return self._caption_overlapped(batches, self._stream)
+        if self.model.device.type == "cuda":
+            return self._caption_overlapped(batches)
+        return (self._finish(self._prepare(*batch)) for batch in batches)
 
     def _caption_overlapped(
-        self,
-        batches: Iterable[tuple[Sequence[Pixels], Sequence[str | None] | None]],
-        stream: torch.cuda.Stream | None,
-    ) -> Iterator[list[CaptionResult]]:
-        """Captions batches; another thread takes the steps before `generate`, on a separate stream."""
+        self, batches: Iterable[tuple[Sequence[Pixels], Sequence[str | None] | None]]
+    ) -> Iterator[CaptionedBatch]:
+        """Captions batches; while one is finished, the next is prepared in another thread."""
+        finish: Callable[[], CaptionedBatch] | None = None
+        for batch in batches:
+            finish_next = self._begin(*batch)
+            if finish is not None:
+                yield finish()
+            finish = finish_next
+        if finish is not None:
+            yield finish()
 
-        def prepare(
-            pixels: Sequence[Pixels], exclude_image_ids: Sequence[str | None] | None
-        ) -> Callable[[], list[CaptionResult]]:
-            """Takes the steps before generation, and returns a function that takes the others."""
-            if not pixels:
-                return list
-            with torch.cuda.stream(stream):  # does nothing for None
-                hidden_states, class_tokens = self.encode(pixels)
-                embeddings = self.embed(pixels, class_tokens)
-                neighbours = self.retrieve(embeddings, exclude_image_ids)
-                prompts = self.prompt(neighbours)
+    def _begin(
+        self, pixels: Sequence[Pixels], exclude_image_ids: Sequence[str | None] | None
+    ) -> Callable[[], CaptionedBatch]:
+        """Begins with a batch in the other thread, and returns a function that finishes it."""
+        limit = self._prepared_together
+        if limit is not None and len(pixels) > limit:
+            parts = [
+                self._begin(
+                    pixels[start : start + limit], exclude_image_ids and exclude_image_ids[start : start + limit]
+                )
+                for start in range(0, len(pixels), limit)
+            ]
+            return lambda: CaptionedBatch.join([finish_part() for finish_part in parts])
+        future = self._beside.submit(self._prepare, pixels, exclude_image_ids)
 
-            def finish() -> list[CaptionResult]:
-                if hidden_states.is_cuda:  # its memory came from another stream
-                    hidden_states.record_stream(torch.cuda.current_stream(hidden_states.device))
-                captions = self.detokenise(self.generate(hidden_states, prompts, pixels))
-                return self._results(pixels, embeddings, neighbours, captions)
+        def finish() -> CaptionedBatch:
+            try:
+                prepared = future.result()
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or len(pixels) == 1:
+                    raise
+                error.with_traceback(None)  # it keeps the tensors of the failed attempt
+            else:
+                return self._finish(prepared)
+            with self._generating:
+                self.model.free_memory()
+            self._prepared_together = len(pixels) // 2
+            return self._begin(pixels, exclude_image_ids)()
 
-            if stream is not None:
-                stream.synchronize()
-            return finish
+        return finish
 
-        with ThreadPoolExecutor(1, "prepare") as thread:
-            ahead: Future[Callable[[], list[CaptionResult]]] | None = None
-            for batch in batches:
-                following = thread.submit(prepare, *batch)
-                if ahead is not None:
-                    yield ahead.result()()
-                ahead = following
-            if ahead is not None:
-                yield ahead.result()()
+    def _to_pixel_values(self, crops: Sequence[np.ndarray], preprocessing: Preprocessing) -> Tensor:
+        """Copies crops once: into one array, on a GPU in pinned memory, from which the upload does not wait."""
+        on_gpu = self.model.device.type == "cuda"
+        stacked = torch.empty((len(crops), *crops[0].shape), dtype=torch.uint8, pin_memory=on_gpu)
+        np.stack(crops, out=stacked.numpy())
+        return normalise_pixels(stacked.to(self.model.device, non_blocking=True), preprocessing, self.model.dtype)
 
-    def _results(
-        self,
-        pixels: Sequence[Pixels],
-        embeddings: np.ndarray,
-        neighbours: Sequence[Sequence[Neighbour]],
-        captions: Sequence[Sequence[ScoredCaption]],
-    ) -> list[CaptionResult]:
-        clip_scores = self.clip_scores(embeddings, [best.caption for best, *_ in captions])
-        return [
-            CaptionResult(
-                caption=best.caption,
-                logprob=best.logprob,
-                num_tokens=best.num_tokens,
-                clip_score=clip_scores[i],
-                alternatives=tuple(others),
-                neighbours=tuple(neighbours[i]),
-                embedding=embeddings[i] if self.retrieval_encoder else None,
-                width=pixels[i].width,
-                height=pixels[i].height,
-            )
-            for i, (best, *others) in enumerate(captions)
-        ]
 
-    def _to_scored_caption(self, generated: Generated) -> ScoredCaption:
-        length = len(generated.token_ids)
-        caption = decode_caption(self.tokenizer, generated.token_ids, self.generation.eos_token_id)
-        return ScoredCaption(caption, generated.score * length**self.generation.length_penalty, length)
+@dataclass(frozen=True)
+class _Prepared:
+    """A batch before generation."""
 
-    def _to_pixel_values(self, crops: np.ndarray, preprocessing: Preprocessing) -> Tensor:
-        pixels = torch.from_numpy(crops)
-        if self.model.device.type == "cuda":  # from pinned memory the copy runs while the GPU works
-            pixels = pixels.pin_memory()
-        return normalise_pixels(pixels.to(self.model.device, non_blocking=True), preprocessing, self.model.dtype)
+    pixels: Sequence[Pixels]
+    hidden_states: Tensor  # [B, P, Hv]
+    embeddings: np.ndarray  # [B, dim] float32
+    neighbours: Neighbours
+    prompts: list[list[int]]

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from jobs.captioning.load import LoadSpec
     from jobs.captioning.watch import RunWatch
 
-_BATCHES_PER_CALL = {"cpu": 1, "cuda": 4}  # on a GPU an actor prepares its next batch while it decodes one
+# On a GPU an actor prepares its next batch while it decodes one. It has two calls at a time, so that this does not end
+# with a call, and Ray holds two more ready: four calls of few batches are less memory than one of many.
+_BATCHES_PER_CALL = {"cpu": 1, "cuda": 2}
+_CALLS_AT_ONCE = {"cpu": 1, "cuda": 2}
 _ROWS_PER_PART = {"cpu": 5_000, "cuda": 50_000}  # a few minutes of an actor's work, which a kill can cost
 _ROWS_PER_TAR = 2_000  # where the images are written as well
 
@@ -44,6 +47,11 @@ class CaptionLayout:
     def images_per_call(self) -> int:
         """The number of images that an actor is given at a time."""
         return self.batch_size * _BATCHES_PER_CALL[self.actors.device]
+
+    @property
+    def calls_at_once(self) -> int:
+        """The number of calls that go on in an actor at the same time."""
+        return _CALLS_AT_ONCE[self.actors.device]
 
     @property
     def images_per_block(self) -> int:
@@ -101,7 +109,8 @@ def load_spec(
 
     crops = load_crop_plan(config.model, record.retrieval_encoder, config.input.decode)
     keep_bytes = layout.parts.webdataset
-    return LoadSpec(crops, config.input, work.kept_columns, keep_bytes, watch.monitor, watch.crash_guard)
+    keys = config.generation.do_sample
+    return LoadSpec(crops, config.input, work.kept_columns, keep_bytes, watch.monitor, watch.crash_guard, keys)
 
 
 def count_images(items: Sequence[WorkItem]) -> int | None:

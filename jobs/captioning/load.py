@@ -38,6 +38,7 @@ from smallcap.output.schema import (
 )
 
 VISION_PIXELS, RETRIEVAL_PIXELS = "smallcap.vision_pixels", "smallcap.retrieval_pixels"
+CONTENT_KEY = "smallcap.content_key"  # what sampling tells images apart by
 # For a block's files, its crops, and one large image being decoded. It also makes the task differ from an actor with
 # one CPU, into which Ray would otherwise fuse it.
 _LOAD_MEMORY_BYTES = 512 << 20
@@ -59,6 +60,7 @@ class LoadSpec:
     keep_bytes: bool  # whether image files are kept, for the output's tars
     monitor: MonitorClient
     crash_guard: CrashGuardClient
+    keys: bool = False  # whether captions are sampled, for which each image needs its content key
 
 
 @dataclass
@@ -111,7 +113,7 @@ def load_images(batch: pa.Table, spec: LoadSpec) -> Iterator[pa.Table]:
     Yields:
         Tables of at most 256 images: `image_id`, `image_uri`, `width`, `height`, `status`, `error_code`,
         `error_message`, the row's place in the input, the kept columns, [B, S, S, 3] uint8 `VISION_PIXELS`, and, where
-        they are needed, `RETRIEVAL_PIXELS` and `image_bytes`. The pixels of failed rows are 0.
+        they are needed, `RETRIEVAL_PIXELS`, int64 `CONTENT_KEY` and `image_bytes`. The pixels of failed rows are 0.
     """
     for pickled in batch["item"]:
         item: WorkItem = pickle.loads(pickled.as_py())  # noqa: S301 - this job's driver wrote it
@@ -214,6 +216,8 @@ def _loaded_table(number: int, images: InputBatch, loaded: _Loaded, spec: LoadSp
     if spec.plan.retrieval:
         crops = [image.retrieval for image in pixels if image.retrieval is not None]
         columns[RETRIEVAL_PIXELS] = ArrowTensorArray.from_numpy(np.stack(crops))
+    if spec.keys:  # here and not in the actor: it takes longer than all else that an actor's CPU does for an image
+        columns[CONTENT_KEY] = pa.array([image.content_key for image in pixels], pa.int64())
     if images.kept is not None:
         columns |= {name: images.kept[name] for name in images.kept.column_names}
     if spec.keep_bytes:

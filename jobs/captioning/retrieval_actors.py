@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray
 
 from jobs.cluster.errors import GuardedActor
 from jobs.cluster.resources import set_faiss_threads
 from smallcap.config import RetrievalConfig
-from smallcap.index.caption_store import open_removed
+from smallcap.index.caption_store import gather, open_removed
 from smallcap.index.manifest import IndexManifest, load_manifest
 from smallcap.index.node_cache import open_version_folder
 from smallcap.index.partition import LocalPartition, share_of
@@ -112,19 +113,19 @@ class _ScatteredPartition:
         """Scores ids [B, K] by their stored vectors, in the partitions that have them."""
         return np.max(self._ask_all("rank", queries, ids), axis=0)
 
-    def image_ids(self, caption_ids: np.ndarray) -> list[list[str]]:
-        """Returns for each id [n] the images that have this caption."""
-        return self._ask_owners("image_ids", caption_ids)
+    def image_ids(self, caption_ids: np.ndarray) -> pa.ListArray:
+        """Returns the images that have the caption of each id [n], null where there are none."""
+        return self._ask_owners("image_ids", caption_ids, pa.list_(pa.string()))
 
-    def texts(self, caption_ids: np.ndarray) -> list[str]:
+    def texts(self, caption_ids: np.ndarray) -> pa.StringArray:
         """Returns the text of each id [n]."""
-        return self._ask_owners("texts", caption_ids)
+        return self._ask_owners("texts", caption_ids, pa.string())
 
     def _ask_all(self, method: str, *arguments: Any) -> list[Any]:
         arguments = tuple(map(ray.put, arguments))  # stored once, not for every actor
         return ray.get([actor.__call__.remote(method, *arguments) for actor in self._actors])
 
-    def _ask_owners(self, method: str, caption_ids: np.ndarray) -> list[Any]:
+    def _ask_owners(self, method: str, caption_ids: np.ndarray, kind: pa.DataType) -> pa.Array:
         owner_of = np.searchsorted(self._first_ids, caption_ids, side="right") - 1
         owners = np.unique(owner_of).tolist()
         positions_of = [np.flatnonzero(owner_of == owner) for owner in owners]
@@ -134,8 +135,4 @@ class _ScatteredPartition:
                 for owner, positions in zip(owners, positions_of, strict=True)
             ]
         )
-        gathered: list[Any] = [None] * len(caption_ids)
-        for positions, answer in zip(positions_of, answers, strict=True):
-            for position, value in zip(positions.tolist(), answer, strict=True):
-                gathered[position] = value
-        return gathered
+        return gather(answers, positions_of, kind)

@@ -50,7 +50,12 @@ class RayRunner:
 
 
 def map_in_actors(
-    dataset: ray.data.Dataset, actor: type[GuardedActor], arguments: tuple[Any, ...], rows: int, plan: ActorPlan
+    dataset: ray.data.Dataset,
+    actor: type[GuardedActor],
+    arguments: tuple[Any, ...],
+    rows: int,
+    plan: ActorPlan,
+    calls: int = 1,
 ) -> ray.data.Dataset:
     """Maps a dataset's Arrow tables in a pool of actors.
 
@@ -60,6 +65,7 @@ def map_in_actors(
         arguments: The arguments of each actor's constructor.
         rows: The most rows in a table.
         plan: The pool.
+        calls: The calls that go on in an actor at the same time, each in a thread of its own.
     """
     import ray.data
 
@@ -68,7 +74,12 @@ def map_in_actors(
         fn_constructor_args=arguments,
         batch_size=rows,
         batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(min_size=plan.num_actors, max_size=plan.max_actors),
+        compute=ray.data.ActorPoolStrategy(
+            min_size=plan.num_actors,
+            max_size=plan.max_actors,
+            max_concurrent_calls_per_actor=calls,
+            enable_true_multi_threading=calls > 1,
+        ),
         num_cpus=plan.cpus_per_actor,
         num_gpus=plan.gpus_per_actor,
     )

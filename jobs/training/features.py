@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs.captioning.caption import pixels_of
+from jobs.captioning.caption_table import pixels_of
 from jobs.captioning.load import LoadSpec, load_batch, start_loading
 from jobs.captioning.watch import watch_run
 from jobs.cluster.errors import GuardedActor, unwrapped_errors

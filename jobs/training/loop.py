@@ -24,7 +24,7 @@ from smallcap.config import GenerationConfig
 from smallcap.decoding.engine import generate
 from smallcap.errors import CheckpointError, ConfigError
 from smallcap.model.checkpoint import SmallCapModel
-from smallcap.model.prompt import build_prompts, build_training_example, decode_caption, encode_texts
+from smallcap.model.prompt import build_prompts, build_training_example, decode_captions, encode_texts
 from smallcap.training.checkpoints import (
     WEIGHTS_FILE,
     EpochResult,
@@ -215,7 +215,7 @@ class Worker:
         prompts = self.texts.prompts(examples, "top-k", (0,))
         generated = generate(self.decoder, hidden_states, prompts, self.generation)
         eos = self.generation.eos_token_id
-        texts = [decode_caption(self.texts.tokenizer, best.token_ids, eos) for best, *_ in generated]
+        texts = decode_captions(self.texts.tokenizer, [best.token_ids for best, *_ in generated], eos)
         return {example.image_id: text for example, text in zip(examples, texts, strict=True)}
 
 

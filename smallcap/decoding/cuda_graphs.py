@@ -2,28 +2,46 @@
 
 A step is made of hundreds of small kernels, which a GPU finishes sooner than a CPU can launch them. What is recorded is
 the same Python code that runs on a CPU. A recording holds several steps, for one batch size, one number of prompt
-slots and one first step, since those decide the shapes and which slots are filled. Batches are filled up to a power of
-two with copies of their last image. All recordings share one storage for keys and values, as only one batch is decoded
-at a time.
+slots and one first step, since those decide the shapes and which slots are filled. Few shapes occur, in prefill as
+well: batches are filled up to a power of two with copies of their last image, and prompts to a multiple of some tokens.
+
+Only one batch is decoded at a time. All recordings therefore share one storage for keys and values, and one pool for
+what steps allocate: a recording copies its results into tensors outside the pool before another one runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from smallcap.decoding.engine import DecodingState, step_eagerly
+from smallcap.decoding.engine import EAGER, DecodingState
 from smallcap.decoding.strategy import GenerationOptions
 from smallcap.decoding.text_decoder import TextDecoder
 
-STEPS_PER_GRAPH = 4
-PROMPT_MULTIPLE = 32  # tokens
 _WARM_UPS = 2  # eager runs before a recording: libraries allocate their workspaces in the first
 
 Run = Callable[[], None]
+Record = Callable[[Run, Run], Run]
+"""Records a function that only changes tensors in place, and returns its replay. The second function reverts a run: the
+recording may be preceded by runs, which must leave no trace."""
+
+_recording = threading.Lock()
+
+
+@contextmanager
+def no_recording() -> Iterator[None]:
+    """Holds graph recordings back, in all threads, while the caller compiles or tunes kernels.
+
+    Both wait for the whole device, which would break a recording that is under way.
+    """
+    with _recording:
+        yield
 
 
 @dataclass(frozen=True)
@@ -40,20 +58,28 @@ class GraphStepper:
     """Advances decoding states by replaying recorded steps; for one model, and not thread-safe.
 
     Args:
-        record: Records a function that only changes tensors in place, and returns its replay.
+        open_recorder: Returns what records steps. Its recordings share memory, which is given back with the last one.
     """
 
-    def __init__(self, record: Callable[[Run, Run], Run] | None = None) -> None:
-        self._record = record or record_cuda_graph
+    steps_per_check = 4  # steps of a recording
+    prompt_multiple = 16  # tokens; attention masks are read in rows of 16 bytes
+
+    def __init__(self, open_recorder: Callable[[], Record] | None = None) -> None:
+        self._open_recorder = open_recorder or open_cuda_recorder
+        self._record: Record | None = None
         self._states: dict[_Shape, DecodingState] = {}
         self._replays: dict[tuple[_Shape, int, int], Run] = {}
         self._storage: dict[tuple[str, torch.dtype], Tensor] = {}
 
-    def __call__(self, decoder: TextDecoder, state: DecodingState, steps: int) -> DecodingState:
+    def rows(self, images: int) -> int:
+        """Returns the least power of two that is not below the number of images; 0 for none."""
+        return 1 << (images - 1).bit_length() if images else 0
+
+    def advance(self, decoder: TextDecoder, state: DecodingState, steps: int) -> DecodingState:
         """Advances a state by `steps` and returns it in the tensors that its shape's recordings use."""
         shape = _Shape(
             state.strategy.options,
-            1 << (len(state.position) - 1).bit_length(),
+            self.rows(len(state.position)),
             state.cache.keys.shape[3],
             state.cross_kv[0][0].shape[2],
         )
@@ -68,29 +94,51 @@ class GraphStepper:
         static.cache.length += steps * static.cache.num_beams
         return static
 
+    def free(self) -> None:
+        """Drops all recordings and their tensors; the next batches record anew."""
+        self._drop_recordings()
+        self._storage.clear()
+
     def _static_state(self, shape: _Shape, state: DecodingState) -> DecodingState:
-        """Returns the state that the shape's recordings work on; the first one is made from `state`."""
+        """Returns the state that the shape's recordings work on; the first one is made like `state`."""
         if shape not in self._states:
-            last = len(state.position) - 1
-            static = state.take([min(row, last) for row in range(shape.batch)])
-            cache = static.cache
-            cache.keys, cache.values = self._shared("keys", cache.keys), self._shared("values", cache.values)
+            small = state.alias()  # without keys and values, which are not copied but lie in the shared storage
+            small.cache.keys = small.cache.values = state.cache.keys[:, :, :, :0]
+            small.cross_kv = []
+            static = small.take([0] * shape.batch)
+            cache = state.cache
+            static.cache.keys = self._shared("keys", cache.keys, 1, shape.batch)
+            static.cache.values = self._shared("values", cache.values, 1, shape.batch)
+            static.cross_kv = [
+                (
+                    self._shared(f"cross-attention keys {layer}", keys, 0, shape.batch),
+                    self._shared(f"cross-attention values {layer}", values, 0, shape.batch),
+                )
+                for layer, (keys, values) in enumerate(state.cross_kv)
+            ]
             self._states[shape] = static
         return self._states[shape]
 
-    def _shared(self, name: str, tensor: Tensor) -> Tensor:
-        """Returns a tensor of the same shape in the shared storage, zeroed."""
-        stored = self._storage.get((name, tensor.dtype))
-        if stored is None or stored.numel() < tensor.numel():
-            self._states.clear()  # they and their recordings use the storage that is now too small
-            self._replays.clear()
-            stored = self._storage[name, tensor.dtype] = torch.empty_like(tensor).flatten()
-        return stored[: tensor.numel()].view(tensor.shape).zero_()
+    def _shared(self, name: str, like: Tensor, batch_dim: int, batch: int) -> Tensor:
+        """Returns a tensor in the shared storage, zeroed, of the shape of another but for the size of the batch."""
+        shape = [*like.shape[:batch_dim], batch, *like.shape[batch_dim + 1 :]]
+        size = torch.Size(shape).numel()
+        if (name, like.dtype) not in self._storage or self._storage[name, like.dtype].numel() < size:
+            self._drop_recordings()  # they use the storage that is now too small
+            self._storage.pop((name, like.dtype), None)  # before there is a larger one
+            self._storage[name, like.dtype] = like.new_empty(size)
+        return self._storage[name, like.dtype][:size].view(shape).zero_()
+
+    def _drop_recordings(self) -> None:
+        """Drops recordings, and their recorder with them: a pool of memory ends with its last graph."""
+        self._states.clear()
+        self._replays.clear()
+        self._record = None
 
     def _record_steps(self, decoder: TextDecoder, static: DecodingState, steps: int) -> Run:
         def run() -> None:
             working = static.alias()
-            step_eagerly(decoder, working, steps)
+            EAGER.advance(decoder, working, steps)
             for tensor, changed in zip(static.changed_by_steps(), working.changed_by_steps(), strict=True):
                 tensor.copy_(changed)
 
@@ -100,27 +148,40 @@ class GraphStepper:
             for tensor, saved in zip(static.changed_by_steps(), before, strict=True):
                 tensor.copy_(saved)
 
-        return self._record(run, undo)
+        self._record = self._record or self._open_recorder()
+        try:
+            return self._record(run, undo)
+        except BaseException:
+            self.free()  # the state is between two steps, and a pool without a recording cannot be used again
+            raise
 
 
-def record_cuda_graph(run: Run, undo: Run) -> Run:
-    """Records a function as a CUDA graph.
+@cache
+def _recording_stream(device: int) -> torch.cuda.Stream:
+    """Returns the stream of all warm-ups and recordings on a device: libraries' workspaces and pools belong to it."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    Args:
-        run: Changes tensors in place, on the current device and without waiting for it.
-        undo: Reverts a run; the recording is preceded by runs that must leave no trace.
 
-    Returns:
-        A function that replays it.
+def open_cuda_recorder() -> Record:
+    """Returns a function that records CUDA graphs on the current device, in one pool of memory.
+
+    What it records must not wait for the device.
     """
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(_WARM_UPS):
-            run()
-            undo()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # another thread prepares the next batch
-        run()
-    return graph.replay
+    pool = torch.cuda.graph_pool_handle()
+    stream = _recording_stream(torch.cuda.current_device())
+
+    def record(run: Run, undo: Run) -> Run:
+        graph = torch.cuda.CUDAGraph()
+        with _recording:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(_WARM_UPS):
+                    run()
+                    undo()
+            torch.cuda.current_stream().wait_stream(stream)
+            # Only this thread's calls can break the recording: another thread prepares the next batch.
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                run()
+        return graph.replay
+
+    return record

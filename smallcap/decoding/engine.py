@@ -3,14 +3,16 @@
 The engine sees encoder hidden states and token ids, never pixels or text. An image's cross-attention and prompt keys
 and values are computed once and shared by its beams. Prompts of similar length are prefilled together, so that little
 of the arithmetic is padding. Finished images leave the batch, so that a few long captions do not keep other rows busy.
-On a GPU the steps are replayed as CUDA graphs (`smallcap.decoding.cuda_graphs`); on a CPU they run as they are.
+A `Stepper` runs the steps and says which shapes occur: on a CPU every size, on a GPU a few, whose steps are recorded as
+CUDA graphs (`smallcap.decoding.cuda_graphs`).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ from smallcap.decoding.strategy import DecodingStrategy, GenerationOptions
 from smallcap.decoding.text_decoder import CrossAttentionKV, TextDecoder
 from smallcap.errors import ConfigError
 
-_COMPACT_AT = 1 / 8  # share of finished rows at which copying the others together pays
+_COMPACT_AT = 1 / 8  # share of rows that a batch must lose, so that copying the others together pays
 _PREFILL_TOKENS = 1024  # in a group of similar prompts on a CPU; enough rows for its matrix units
 
 
@@ -110,15 +112,42 @@ class DecodingState:
         return [self.tokens, self.parents, self.position, self.cache.visible, *strategy_tensors]
 
 
-# Advances a state by some steps; may return another state, whose tensors it owns.
-Stepper = Callable[[TextDecoder, DecodingState, int], DecodingState]
+class Stepper(Protocol):
+    """Runs steps, and says in which shapes.
+
+    Attributes:
+        steps_per_check: Steps between two checks for finished images; each check waits for the device.
+        prompt_multiple: Prompts are padded to a multiple of this many tokens.
+    """
+
+    steps_per_check: int
+    prompt_multiple: int
+
+    def rows(self, images: int) -> int:
+        """Returns how many rows a batch of so many images has; those beyond them repeat the last image."""
+
+    def advance(self, decoder: TextDecoder, state: DecodingState, steps: int) -> DecodingState:
+        """Advances a state; may return another state, whose tensors the stepper owns."""
 
 
-def step_eagerly(decoder: TextDecoder, state: DecodingState, steps: int) -> DecodingState:
-    """Advances a state in place, one operation after another."""
-    for _ in range(steps):
-        state.step(decoder)
-    return state
+class EagerStepper:
+    """Runs steps one operation after another, in the shapes that come."""
+
+    steps_per_check = 1
+    prompt_multiple = 1
+
+    def rows(self, images: int) -> int:
+        """Returns the number of images."""
+        return images
+
+    def advance(self, decoder: TextDecoder, state: DecodingState, steps: int) -> DecodingState:
+        """Advances a state in place."""
+        for _ in range(steps):
+            state.step(decoder)
+        return state
+
+
+EAGER = EagerStepper()
 
 
 @torch.inference_mode()
@@ -128,9 +157,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     options: GenerationOptions,
     keys: Sequence[int] | None = None,
-    stepper: Stepper = step_eagerly,
-    steps_per_check: int = 1,
-    prompt_multiple: int = 1,
+    stepper: Stepper = EAGER,
 ) -> list[list[Generated]]:
     """Generates the best captions of each image.
 
@@ -141,8 +168,6 @@ def generate(
         options: Beams or sampling, lengths and special tokens.
         keys: B int64 numbers that tell images apart when sampling; by default their positions in the batch.
         stepper: Runs the steps.
-        steps_per_check: Steps between two checks for finished images; each check waits for the device.
-        prompt_multiple: Prompts are padded to a multiple of this many tokens, so that few shapes occur.
 
     Returns:
         B lists of `options.num_captions` captions, best first; each is what a batch of that image alone would give.
@@ -153,17 +178,19 @@ def generate(
     _check_prompts(decoder, encoder_hidden_states, prompts, options)
     if not prompts:
         return []
-    state = prefill(decoder, encoder_hidden_states, prompts, options, keys, prompt_multiple)
+    state = prefill(decoder, encoder_hidden_states, prompts, options, keys, stepper)
     results: list[list[Generated]] = [[] for _ in prompts]
     while state.strategy.step < options.max_new_tokens:
         done = state.strategy.done.tolist()[: len(state.images)]  # the only place where the host waits for the device
-        if sum(done) >= _COMPACT_AT * len(done):
+        live = [row for row, is_done in enumerate(done) if not is_done]
+        rows = len(state.position)
+        if rows - stepper.rows(len(live)) >= _COMPACT_AT * rows:
             _collect(state, [row for row, is_done in enumerate(done) if is_done], results)
-            live = [row for row, is_done in enumerate(done) if not is_done]
             if not live:
                 return results
             state = state.take(live)
-        state = stepper(decoder, state, min(steps_per_check, options.max_new_tokens - state.strategy.step))
+        steps = min(stepper.steps_per_check, options.max_new_tokens - state.strategy.step)
+        state = stepper.advance(decoder, state, steps)
     _collect(state, range(len(state.images)), results)
     return results
 
@@ -174,7 +201,7 @@ def prefill(
     prompts: Sequence[Sequence[int]],
     options: GenerationOptions,
     keys: Sequence[int] | None = None,
-    prompt_multiple: int = 1,
+    stepper: Stepper = EAGER,
 ) -> DecodingState:
     """Runs the prompts through the decoder and chooses each sequence's first token; see `generate` for the arguments.
 
@@ -182,10 +209,11 @@ def prefill(
         The state of the batch, its images ordered by prompt length, longest first.
     """
     device = encoder_hidden_states.device
-    order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
+    images = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
+    order = images + images[-1:] * (stepper.rows(len(images)) - len(images))
     prompts = [prompts[row] for row in order]
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    slots = -(-len(prompts[0]) // prompt_multiple) * prompt_multiple
+    slots = -(-len(prompts[0]) // stepper.prompt_multiple) * stepper.prompt_multiple
     prompt_mask = torch.arange(slots, device=device) >= slots - lengths[:, None]  # [B, S]
     rows = torch.tensor(order, device=device)
     cross_kv = decoder.cross_attention_kv(encoder_hidden_states[rows])
@@ -197,13 +225,13 @@ def prefill(
         options.max_new_tokens - 1,
         encoder_hidden_states.dtype,
     )
-    image_keys = torch.arange(len(prompts)) if keys is None else torch.tensor(list(keys))
+    image_keys = torch.arange(len(images)) if keys is None else torch.tensor(list(keys))
     strategy = (options.strategy or BeamSearch)(options, image_keys.to(device)[rows])
-    state = DecodingState(order, cross_kv, cache, strategy, lengths)
+    state = DecodingState(images, cross_kv, cache, strategy, lengths)
 
     last_hidden = []
     for group in _groups(prompts, device):
-        ids, mask = pad_prompts(prompts[group], options.pad_token_id, device)
+        ids, mask = pad_prompts(prompts[group], options.pad_token_id, device, stepper.prompt_multiple)
         group_cross_kv = [(keys_of_layer[group], values_of_layer[group]) for keys_of_layer, values_of_layer in cross_kv]
         hidden = decoder(
             ids,
@@ -233,13 +261,15 @@ def _groups(prompts: Sequence[Sequence[int]], device: torch.device) -> list[slic
     return groups
 
 
-def pad_prompts(prompts: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Pads prompts on the left to one length.
+def pad_prompts(
+    prompts: Sequence[Sequence[int]], pad_token_id: int, device: torch.device, multiple: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Pads prompts on the left to one length, a multiple of `multiple`.
 
     Returns:
         Token ids [B, S] int64 and a mask [B, S] bool that is False at the padding.
     """
-    longest = max(len(prompt) for prompt in prompts)
+    longest = -(-max(len(prompt) for prompt in prompts) // multiple) * multiple
     padded = [[pad_token_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     mask = torch.arange(longest)[None] >= (longest - lengths)[:, None]

@@ -31,10 +31,13 @@ class Pixels:
     width: int  # px of the whole image
     height: int  # px of the whole image
     by_pillow: bool = True  # False where a faster decoder decoded it
+    key: int | None = None  # the content key where it has been computed
 
     @property
     def content_key(self) -> int:
         """An int64 that identifies an image by its pixels, whatever its name and place."""
+        if self.key is not None:
+            return self.key
         digest = hashlib.blake2b(self.vision.tobytes(), digest_size=8).digest()
         return int.from_bytes(digest, "little", signed=True)
 

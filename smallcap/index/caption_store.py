@@ -60,21 +60,13 @@ class CaptionStore:
     def __len__(self) -> int:
         return self._rows
 
-    def texts(self, caption_ids: np.ndarray) -> list[str]:
+    def texts(self, caption_ids: np.ndarray) -> pa.StringArray:
         """Returns the text of each id; `caption_ids` is a flat int64 array."""
-        texts = [""] * len(caption_ids)
-        for batch, positions, rows in self._located(caption_ids):
-            for position, text in zip(positions, batch.column("text").take(rows).to_pylist(), strict=True):
-                texts[position] = text
-        return texts
+        return self._take("text", caption_ids)
 
-    def image_ids(self, caption_ids: np.ndarray) -> list[list[str]]:
-        """Returns the images that have each caption; `caption_ids` is a flat int64 array."""
-        image_ids: list[list[str]] = [[] for _ in caption_ids]
-        for batch, positions, rows in self._located(caption_ids):
-            for position, images in zip(positions, batch.column("image_id").take(rows).to_pylist(), strict=True):
-                image_ids[position] = images or []
-        return image_ids
+    def image_ids(self, caption_ids: np.ndarray) -> pa.ListArray:
+        """Returns the images that have each caption, null where there are none; `caption_ids` is a flat int64 array."""
+        return self._take("image_id", caption_ids)
 
     def rows(self, caption_ids: Sequence[int]) -> list[CaptionRow]:
         """Returns whole rows, in the order of `caption_ids`."""
@@ -89,6 +81,11 @@ class CaptionStore:
         """Returns up to `count` rows, evenly spaced over all ids."""
         return self.rows([self._ids[row] for row in _evenly_spaced(self._rows, count)])
 
+    def _take(self, column: str, caption_ids: np.ndarray) -> pa.Array:
+        located = list(self._located(caption_ids))
+        values = [batch.column(column).take(rows) for batch, _, rows in located]
+        return gather(values, [positions for _, positions, _ in located], CAPTION_STORE_COLUMNS.field(column).type)
+
     def _located(self, caption_ids: np.ndarray) -> Iterator[tuple[pa.RecordBatch, np.ndarray, pa.Array]]:
         """Yields each shard's batch, the positions of its ids in `caption_ids`, and their rows in the batch."""
         if caption_ids.size and not (caption_ids.min() >= self._ids[0] and caption_ids.max() <= self._ids[-1]):
@@ -102,6 +99,21 @@ class CaptionStore:
         for shard in np.unique(shards):
             positions = np.flatnonzero(shards == shard)
             yield self._batches[shard], positions, pa.array(caption_ids[positions] - self._first_ids[shard])
+
+
+def gather(values: Sequence[pa.Array], positions: Sequence[np.ndarray], kind: pa.DataType) -> pa.Array:
+    """Joins arrays of one type, each of whose values has a position in the result.
+
+    Args:
+        values: The arrays, perhaps none.
+        positions: For each array, the positions of its values; together they are 0 … n - 1.
+        kind: The arrays' type.
+    """
+    if not values:
+        return pa.array([], kind)
+    if len(values) == 1:  # in order already: positions rise within an array
+        return values[0]
+    return pa.concat_arrays(values).take(pa.array(np.argsort(np.concatenate(positions))))
 
 
 def write_caption_file(path: Path, batch: pa.RecordBatch) -> None:

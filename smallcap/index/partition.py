@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+import pyarrow as pa
 
 from smallcap.errors import ConfigError, ManifestError
 from smallcap.index.caption_store import CaptionStore
@@ -46,10 +47,10 @@ class IndexPartition(Protocol):
     def rank(self, queries: np.ndarray, ids: np.ndarray) -> np.ndarray:
         """Scores ids [B, K] by their stored vectors; -1 and ids of another partition score -inf."""
 
-    def image_ids(self, caption_ids: np.ndarray) -> list[list[str]]:
-        """Returns the images that have the caption of each id [n]."""
+    def image_ids(self, caption_ids: np.ndarray) -> pa.ListArray:
+        """Returns the images that have the caption of each id [n], null where there are none."""
 
-    def texts(self, caption_ids: np.ndarray) -> list[str]:
+    def texts(self, caption_ids: np.ndarray) -> pa.StringArray:
         """Returns the text of each id [n]."""
 
 
@@ -152,11 +153,11 @@ class LocalPartition:
                 scores = np.where(is_here, shard.rank(queries, np.where(is_here, ids, NOTHING)), scores)
         return scores
 
-    def image_ids(self, caption_ids: np.ndarray) -> list[list[str]]:
-        """Returns the images that have the caption of each id [n]."""
+    def image_ids(self, caption_ids: np.ndarray) -> pa.ListArray:
+        """Returns the images that have the caption of each id [n], null where there are none."""
         return self.captions.image_ids(caption_ids)
 
-    def texts(self, caption_ids: np.ndarray) -> list[str]:
+    def texts(self, caption_ids: np.ndarray) -> pa.StringArray:
         """Returns the text of each id [n]."""
         return self.captions.texts(caption_ids)
 

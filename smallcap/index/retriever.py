@@ -11,9 +11,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from smallcap import storage
 from smallcap.config import SearchDevice
@@ -34,6 +37,41 @@ class Neighbour:
     caption_id: int
     text: str
     score: float
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """The captions nearest to B queries, as columns: a job has no Python object for each."""
+
+    ids: np.ndarray  # [B, K] int64, the best first; -1 is an empty place
+    scores: np.ndarray  # [B, K] float32, cosines; those of empty places mean nothing
+    texts: pa.StringArray  # of all places that are not empty, one query after the other
+
+    @classmethod
+    def none(cls, queries: int) -> Neighbours:
+        """Returns no neighbours for each query."""
+        nothing = np.empty((queries, 0))
+        return cls(nothing.astype(np.int64), nothing.astype(np.float32), pa.array([], pa.string()))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def found(self) -> np.ndarray:
+        """Says which places are not empty, [B, K]."""
+        return self.ids != NOTHING
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """Where each query's texts begin, and the last one's end: [B + 1] int32."""
+        return np.concatenate([[0], self.found.sum(axis=1).cumsum()]).astype(np.int32)
+
+    def to_rows(self) -> list[list[Neighbour]]:
+        """Returns each query's neighbours as objects."""
+        found = self.found
+        columns = (self.ids[found].tolist(), self.texts.to_pylist(), self.scores[found].tolist())
+        flat = list(map(Neighbour, *columns))
+        return [flat[start:end] for start, end in pairwise(self.offsets.tolist())]
 
 
 class NeighbourSearch:
@@ -60,6 +98,10 @@ class NeighbourSearch:
     def search(
         self, queries: np.ndarray, k: int, exclude_image_ids: Sequence[str | None] | None = None
     ) -> list[list[Neighbour]]:
+        """Returns each query's k nearest captions, best first, as objects; see `nearest`."""
+        return self.nearest(queries, k, exclude_image_ids).to_rows()
+
+    def nearest(self, queries: np.ndarray, k: int, exclude_image_ids: Sequence[str | None] | None = None) -> Neighbours:
         """Returns each query's k nearest captions, best first, ties by id.
 
         Args:
@@ -73,7 +115,9 @@ class NeighbourSearch:
             IndexIntegrityError: The index returns ids that it does not have.
         """
         queries = self._check_queries(queries)
-        excluded = [None] * len(queries) if exclude_image_ids is None else list(exclude_image_ids)
+        excluded = pa.nulls(len(queries), pa.string())
+        if exclude_image_ids is not None:
+            excluded = pa.array(exclude_image_ids, pa.string())
         if len(excluded) != len(queries):
             raise RunError(
                 "The number of excluded image ids is not the number of queries.",
@@ -81,12 +125,13 @@ class NeighbourSearch:
                 found=str(len(excluded)),
             )
         if k < 1 or not len(queries):
-            return [[] for _ in excluded]
+            return Neighbours.none(len(queries))
         k = min(k, self.manifest.id_count)
         scores, ids = self._allowed_candidates(queries, k * self._partition.k_factor, excluded)
         if self._partition.ranks_again:
             scores, ids = best_of(self._partition.rank(queries, ids), ids, k)
-        return self._neighbours(scores[:, :k], ids[:, :k])
+        scores, ids = scores[:, :k], ids[:, :k]
+        return Neighbours(ids, scores, self._partition.texts(ids[ids != NOTHING]))
 
     def _check_queries(self, queries: np.ndarray) -> np.ndarray:
         if queries.ndim != 2 or queries.shape[1] != self.dim:
@@ -103,14 +148,14 @@ class NeighbourSearch:
             )
         return np.ascontiguousarray(queries, dtype=np.float32)
 
-    def _allowed_candidates(self, queries: np.ndarray, wanted: int, excluded: Sequence[str | None]) -> Ranking:
+    def _allowed_candidates(self, queries: np.ndarray, wanted: int, excluded: pa.StringArray) -> Ranking:
         """Returns each query's first candidates that may be retrieved: [B, wanted].
 
         The number fetched depends only on the query's own exclusion: an index whose answer depends on that number
         (HNSW) thus gives a query the same answer in every batch.
         """
         total = self.manifest.id_count
-        excludes = np.array([image is not None for image in excluded])
+        excludes = excluded.is_valid().to_numpy(zero_copy_only=False)
         live = max(1, total - len(self._removed))
         first_fetch = -(-wanted * total // live)
         scores = np.empty((len(queries), wanted), np.float32)
@@ -123,7 +168,7 @@ class NeighbourSearch:
 
             def attempt(rows: np.ndarray, fetch: int, members: np.ndarray = members) -> Attempted:
                 near_scores, near_ids = self._partition.candidates(queries[members[rows]], fetch)
-                allowed = self._allowed(near_ids, [excluded[row] for row in members[rows]])
+                allowed = self._allowed(near_ids, excluded.take(pa.array(members[rows])))
                 settled = (allowed.sum(axis=1) >= wanted) | (near_ids[:, -1] == NOTHING) | (fetch == total)
                 kept_scores, kept_ids = np.where(allowed, near_scores, -np.inf), np.where(allowed, near_ids, NOTHING)
                 return settled, kept_scores[settled], kept_ids[settled]
@@ -131,31 +176,21 @@ class NeighbourSearch:
             scores[members], ids[members] = settle(len(members), wanted, fetch, total, attempt)
         return scores, ids
 
-    def _allowed(self, ids: np.ndarray, excluded: Sequence[str | None]) -> np.ndarray:
+    def _allowed(self, ids: np.ndarray, excluded: pa.StringArray) -> np.ndarray:
         """Says which of the ids [B, K] exist, are not removed, and are not captions of their query's own image."""
         allowed = ids != NOTHING
         if len(self._removed):
             place = np.minimum(np.searchsorted(self._removed, ids), len(self._removed) - 1)
             allowed &= self._removed[place] != ids
-        to_check = allowed & np.array([image is not None for image in excluded])[:, None]
+        to_check = allowed & excluded.is_valid().to_numpy(zero_copy_only=False)[:, None]
         rows, columns = np.nonzero(to_check)
         if len(rows):
             images = self._partition.image_ids(ids[rows, columns])
-            allowed[rows, columns] = [
-                excluded[row] not in image_ids for row, image_ids in zip(rows.tolist(), images, strict=True)
-            ]
+            places = pc.list_parent_indices(images).to_numpy()  # a caption can have several images
+            is_own = pc.equal(pc.list_flatten(images), excluded.take(pa.array(rows[places])))
+            own = places[is_own.fill_null(False).to_numpy(zero_copy_only=False)]
+            allowed[rows[own], columns[own]] = False
         return allowed
-
-    def _neighbours(self, scores: np.ndarray, ids: np.ndarray) -> list[list[Neighbour]]:
-        texts = iter(self._partition.texts(ids[ids != NOTHING]))  # in row order, like the loop below
-        return [
-            [
-                Neighbour(caption_id, next(texts), score)
-                for caption_id, score in zip(ids[row].tolist(), scores[row].tolist(), strict=True)
-                if caption_id != NOTHING
-            ]
-            for row in range(len(ids))
-        ]
 
 
 class Retriever(NeighbourSearch):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from smallcap.config import DecodeMode, GenerationConfig
 from smallcap.decoding.beam_search import BeamSearch
-from smallcap.decoding.cuda_graphs import PROMPT_MULTIPLE, STEPS_PER_GRAPH, GraphStepper
+from smallcap.decoding.cuda_graphs import GraphStepper
 from smallcap.decoding.engine import Generated, generate
 from smallcap.decoding.packed_linear import pack_linears
 from smallcap.decoding.sampling import Sampling
@@ -180,9 +180,17 @@ class SmallCapModel(nn.Module):
         if self.device.type != "cuda":
             return generate(self.decoder, hidden_states, prompts, options, keys)
         self._graph_stepper = self._graph_stepper or GraphStepper()
-        return generate(
-            self.decoder, hidden_states, prompts, options, keys, self._graph_stepper, STEPS_PER_GRAPH, PROMPT_MULTIPLE
-        )
+        return generate(self.decoder, hidden_states, prompts, options, keys, self._graph_stepper)
+
+    def free_memory(self) -> None:
+        """Gives back the GPU memory that is kept for speed only: recorded steps, and what torch holds ready.
+
+        Only the thread that generates may call it.
+        """
+        if self._graph_stepper is not None:
+            self._graph_stepper.free()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def load_checkpoint(source: str, device: str = "cpu", dtype: str = "float32") -> SmallCapModel:

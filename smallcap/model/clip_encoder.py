@@ -26,6 +26,7 @@ from smallcap.decoding.packed_linear import pack_linears
 from smallcap.errors import CheckpointError, ConfigError
 from smallcap.images.decode import Preprocessing
 from smallcap.index.manifest import EncoderIdentity
+from smallcap.model.clip_tokenizer import ClipTokenizer, pad_right
 from smallcap.model.files import DEMO, resolve_folder, weights_file
 from smallcap.storage import sha256_file
 
@@ -131,8 +132,8 @@ class HFRetrievalEncoder(RetrievalEncoder):
 
     def __init__(self, model: CLIPModel, tokenizer: Any, identity: EncoderIdentity) -> None:
         self._model: Any = model.eval()
-        self._tokenizer = tokenizer
-        self._max_tokens = model.config.text_config.max_position_embeddings
+        self._tokenise = ClipTokenizer.of_transformers(tokenizer, model.config.text_config.max_position_embeddings)
+        self._pad_token_id: int = tokenizer.pad_token_id
         super().__init__(identity, vision_preprocessing(model.config.vision_config.to_dict()), model.device)
 
     @classmethod
@@ -171,10 +172,8 @@ class HFRetrievalEncoder(RetrievalEncoder):
         return self._model.visual_projection(class_token)
 
     def _text_features(self, texts: list[str]) -> Tensor:
-        inputs = self._tokenizer(
-            texts, padding=True, truncation=True, max_length=self._max_tokens, return_tensors="pt"
-        ).to(self.device)
-        outputs = self._model.text_model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        ids, mask = pad_right(self._tokenise(texts), self._pad_token_id)
+        outputs = self._model.text_model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device))
         return self._model.text_projection(outputs.pooler_output)
 
 
@@ -185,6 +184,7 @@ class OpenCLIPRetrievalEncoder(RetrievalEncoder):
         self, model: Any, tokenizer: Any, identity: EncoderIdentity, preprocessing: Preprocessing, device: torch.device
     ) -> None:
         self._model, self._tokenizer = model.eval(), tokenizer
+        self._tokenise = ClipTokenizer.of_open_clip(tokenizer)
         model.visual.to(memory_format=torch.channels_last)  # the pixels' layout, which suits convolutions on a GPU
         super().__init__(identity, preprocessing, device)
 
@@ -214,7 +214,11 @@ class OpenCLIPRetrievalEncoder(RetrievalEncoder):
         return self._model.encode_image(pixel_values)
 
     def _text_features(self, texts: list[str]) -> Tensor:
-        return self._model.encode_text(self._tokenizer(texts).to(self.device))
+        if self._tokenise is None:
+            ids = self._tokenizer(texts)
+        else:
+            ids, _ = pad_right(self._tokenise(texts), 0, self._tokenizer.context_length)
+        return self._model.encode_text(ids.to(self.device))
 
 
 def resolve_encoder_identity(spec: str) -> EncoderIdentity:

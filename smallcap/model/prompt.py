@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from smallcap.errors import CheckpointError
 from smallcap.model.files import tokenizer_folder
@@ -67,18 +67,26 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
     """Returns the token ids of each text, without special tokens."""
     if not texts:
         return []
-    encoded: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-    return encoded
+    if not tokenizer.is_fast:
+        encoded: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        return encoded
+    return [encoding.ids for encoding in _encode_batch(tokenizer, texts)]
 
 
 def count_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[int]:
     """Returns the number of tokens of each text, without special tokens; faster than listing their ids."""
     if not tokenizer.is_fast:
         return [len(ids) for ids in encode_texts(tokenizer, texts)]
+    return [len(encoding) for encoding in _encode_batch(tokenizer, texts)]
+
+
+def _encode_batch(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Any]:
     backend = tokenizer.backend_tokenizer
-    backend.no_truncation()  # a tokenizer.json may ask for it
-    backend.no_padding()
-    return [len(encoding) for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+    if backend.truncation or backend.padding:  # a tokenizer.json may ask for them
+        backend.no_truncation()
+        backend.no_padding()
+    encodings: list[Any] = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+    return encodings
 
 
 def build_prompts(
@@ -130,13 +138,16 @@ def build_training_example(
     return input_ids + [pad_token_id] * padding, labels + [IGNORED_LABEL] * padding
 
 
-def decode_caption(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], eos_token_id: int) -> str:
-    """Returns the caption's text for generated token ids, without its eos and special tokens.
+def decode_captions(
+    tokenizer: PreTrainedTokenizerBase, captions: Sequence[Sequence[int]], eos_token_id: int
+) -> list[str]:
+    """Returns the text of each caption, a list of generated token ids, without its eos and special tokens.
 
     It works on the ids after the prompt, so that no wording of a retrieved caption can be taken for the prompt's end.
     """
-    ids = list(token_ids)
-    if eos_token_id in ids:
-        ids = ids[: ids.index(eos_token_id)]
-    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return str(text).strip()
+    cut = [list(ids[: ids.index(eos_token_id)]) if eos_token_id in ids else list(ids) for ids in captions]
+    if tokenizer.is_fast:
+        texts = tokenizer.backend_tokenizer.decode_batch(cut, skip_special_tokens=True)
+    else:
+        texts = [tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) for ids in cut]
+    return [text.strip() for text in texts]

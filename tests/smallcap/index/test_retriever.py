@@ -266,8 +266,9 @@ def test_a_caption_store_gives_rows_and_samples(tmp_path: Path, publish_index: P
     images: list[list[str] | None] = [["a", "b"], None, ["c"], [], None]
     publish_index(uri, unit_vectors(5, 8), list("vwxyz"), images, shards=2)
     store = Retriever.open(uri, cache_dir=cache).captions
-    assert store.texts(np.array([4, 0, 0, 2])) == ["z", "v", "v", "x"]
-    assert store.image_ids(np.array([0, 1, 2])) == [["a", "b"], [], ["c"]]
+    assert store.texts(np.array([4, 0, 0, 2])).to_pylist() == ["z", "v", "v", "x"]
+    assert store.texts(np.array([], np.int64)).to_pylist() == []
+    assert store.image_ids(np.array([4, 0, 1, 2, 3])).to_pylist() == [None, ["a", "b"], None, ["c"], []]
     assert [(row.caption_id, row.text, row.sources, row.image_ids) for row in store.rows([2, 0])] == [
         (2, "x", ("dump.csv",), ("c",)),
         (0, "v", ("dump.csv",), ("a", "b")),

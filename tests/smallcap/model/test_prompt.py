@@ -9,7 +9,7 @@ from smallcap.model.prompt import (
     PromptTemplate,
     build_prompts,
     build_training_example,
-    decode_caption,
+    decode_captions,
     encode_texts,
     load_tokenizer,
 )
@@ -57,7 +57,7 @@ def test_a_caption_ends_at_eos_and_has_no_special_tokens(tokenizer: Any, generat
     if generated.startswith("<|"):
         ids = [50256, *ids]
     tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"})
-    assert decode_caption(tokenizer, ids, eos_token_id=13) == caption
+    assert decode_captions(tokenizer, [ids, [], ids], eos_token_id=13) == [caption, "", caption]
 
 
 def test_long_captions_are_cut_for_training() -> None:

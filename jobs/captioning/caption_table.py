@@ -1,0 +1,121 @@
+"""Captions Arrow tables: crops go in as they were loaded, captions and neighbours come out as columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from jobs.captioning.load import CONTENT_KEY, RETRIEVAL_PIXELS, VISION_PIXELS
+from smallcap.captioned import CaptionedBatch, ScoredCaptions
+from smallcap.captioner import Captioner
+from smallcap.images.crops import Pixels
+from smallcap.index.retriever import Neighbours
+from smallcap.output.schema import ALTERNATIVE_TYPE, CAPTION_COLUMNS, EMBEDDING_COLUMN, NEIGHBOUR_TYPE, STATUS_OK
+
+_FROM_LOADING = ("image_id", "image_uri", "status", "error_code", "error_message")
+_FROM_CAPTIONING = [field for field in CAPTION_COLUMNS if field.name not in _FROM_LOADING]
+_LEFT_OUT = (VISION_PIXELS, RETRIEVAL_PIXELS, CONTENT_KEY, "width", "height")
+
+
+class TableCaptioner:
+    """Captions tables of loaded images; several threads may call it.
+
+    Args:
+        captioner: Captions the images.
+        batch_size: The most images that go through the model together.
+        exclude_own: Whether an image's own captions are not retrieved for it.
+        embeds: Whether the images' embeddings are kept.
+    """
+
+    def __init__(self, captioner: Captioner, batch_size: int, *, exclude_own: bool, embeds: bool) -> None:
+        self.captioner, self._batch_size = captioner, batch_size
+        self._exclude_own, self._embeds = exclude_own, embeds
+
+    def __call__(self, batch: pa.Table) -> tuple[pa.Table, CaptionedBatch]:
+        """Captions a table of `load_images`.
+
+        Returns:
+            Rows of the newest schema with the further columns that the writer needs, and what became of those images
+            that could be loaded.
+        """
+        good = np.flatnonzero(pc.equal(batch["status"], STATUS_OK).to_numpy())
+        batches = self._batches(batch, good)
+        captioned = CaptionedBatch.join(list(self.captioner.caption_columns(batches)))
+        return self._table(batch, good, captioned), captioned
+
+    def _batches(self, batch: pa.Table, good: np.ndarray) -> Iterator[tuple[list[Pixels], list[str] | None]]:
+        """Yields the images of the given rows in the model's batches, with the ids whose captions they must not get."""
+        pixels = pixels_of(batch, good)
+        exclude = batch["image_id"].take(pa.array(good)).to_pylist() if self._exclude_own else None
+        for start in range(0, len(pixels), self._batch_size):
+            rows = slice(start, start + self._batch_size)
+            yield pixels[rows], exclude[rows] if exclude else None
+
+    def _table(self, batch: pa.Table, good: np.ndarray, captioned: CaptionedBatch) -> pa.Table:
+        places = np.full(len(batch), -1)
+        places[good] = np.arange(len(good))
+        rows = pa.array(places, mask=places < 0)  # null for a failed image, which has nulls in the new columns
+        columns = _columns(captioned)
+        fields = [*_FROM_CAPTIONING, *(field for field in batch.schema if field.name not in _LEFT_OUT)]
+        if self._embeds:
+            fields.append(pa.field(EMBEDDING_COLUMN, pa.list_(pa.float16())))
+            columns[EMBEDDING_COLUMN] = _embedding_column(captioned)
+        arrays = [columns[field.name].take(rows) if field.name in columns else batch[field.name] for field in fields]
+        return pa.table(arrays, schema=pa.schema(fields))
+
+
+def pixels_of(batch: pa.Table, rows: Sequence[int] | np.ndarray) -> list[Pixels]:
+    """Returns the crops of the given rows of a batch of `load_images`, as views into the batch: nothing is copied."""
+    vision = _views(batch[VISION_PIXELS])
+    retrieval = _views(batch[RETRIEVAL_PIXELS]) if RETRIEVAL_PIXELS in batch.column_names else [None] * len(batch)
+    keys = batch[CONTENT_KEY].to_pylist() if CONTENT_KEY in batch.column_names else [None] * len(batch)
+    widths, heights = batch["width"].to_pylist(), batch["height"].to_pylist()
+    return [Pixels(vision[row], retrieval[row], widths[row], heights[row], key=keys[row]) for row in rows]
+
+
+def _views(column: pa.ChunkedArray) -> list[np.ndarray]:
+    """Returns each row of a tensor column, whichever chunk it lies in."""
+    return [view for chunk in column.chunks for view in chunk.to_numpy_ndarray()]
+
+
+def _columns(captioned: CaptionedBatch) -> dict[str, pa.Array]:
+    """Returns the columns that captioning adds, one row for each image."""
+    captions, sizes = captioned.captions, captioned.sizes
+    scores = captioned.clip_scores
+    return {
+        "width": pa.array(sizes[:, 0]),
+        "height": pa.array(sizes[:, 1]),
+        "caption": pa.array(captions.best, pa.string()),
+        "caption_logprob": pa.array(captions.logprobs[:, 0].astype(np.float32)),
+        "caption_tokens": pa.array(captions.num_tokens[:, 0].astype(np.int16)),
+        "clip_score": pa.nulls(len(captioned), pa.float32()) if scores is None else pa.array(scores, pa.float32()),
+        "alternatives": _alternatives_column(captions),
+        "neighbours": _neighbours_column(captioned.neighbours),
+    }
+
+
+def _alternatives_column(captions: ScoredCaptions) -> pa.ListArray:
+    images, count = captions.logprobs.shape
+    texts = [text for place, text in enumerate(captions.texts) if place % count] if count > 1 else []
+    logprobs, tokens = captions.logprobs[:, 1:].ravel(), captions.num_tokens[:, 1:].ravel()
+    arrays = [pa.array(texts, pa.string()), pa.array(logprobs.astype(np.float32)), pa.array(tokens.astype(np.int16))]
+    values = pa.StructArray.from_arrays(arrays, fields=list(ALTERNATIVE_TYPE))
+    return pa.ListArray.from_arrays(np.arange(images + 1, dtype=np.int32) * np.int32(count - 1), values)
+
+
+def _neighbours_column(neighbours: Neighbours) -> pa.ListArray:
+    found = neighbours.found
+    arrays = [pa.array(neighbours.ids[found]), neighbours.texts, pa.array(neighbours.scores[found])]
+    values = pa.StructArray.from_arrays(arrays, fields=list(NEIGHBOUR_TYPE))
+    return pa.ListArray.from_arrays(neighbours.offsets, values)
+
+
+def _embedding_column(captioned: CaptionedBatch) -> pa.ListArray:
+    vectors = captioned.embeddings
+    if vectors is None:
+        return pa.nulls(len(captioned), pa.list_(pa.float16()))
+    offsets = np.arange(len(vectors) + 1, dtype=np.int32) * np.int32(vectors.shape[1])
+    return pa.ListArray.from_arrays(offsets, pa.array(vectors.astype(np.float16).ravel()))

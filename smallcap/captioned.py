@@ -1,0 +1,122 @@
+"""What becomes of images: columns of a whole batch, for jobs, and an object for each image, for Python code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+
+from smallcap.errors import RowError
+from smallcap.index.retriever import Neighbour, Neighbours
+
+
+@dataclass(frozen=True)
+class ScoredCaption:
+    """A caption of an image and its score."""
+
+    caption: str
+    logprob: float  # natural log, summed over the caption's tokens
+    num_tokens: int  # generated tokens, eos included
+
+
+@dataclass(frozen=True)
+class CaptionResult:
+    """What became of one image: a caption, or an error."""
+
+    caption: str | None = None
+    logprob: float | None = None  # natural log, summed over the caption's tokens
+    num_tokens: int | None = None  # generated tokens, eos included
+    clip_score: float | None = None  # cosine of image and caption; None without a retrieval encoder
+    alternatives: tuple[ScoredCaption, ...] = ()  # the next best captions, if more than one is wanted
+    neighbours: tuple[Neighbour, ...] = ()
+    embedding: np.ndarray | None = field(default=None, compare=False)  # [dim] float32, the retrieval encoder's
+    width: int | None = None  # px
+    height: int | None = None  # px
+    error: RowError | None = None
+
+
+@dataclass(frozen=True)
+class ScoredCaptions:
+    """C captions of each of B images, as columns, the best first."""
+
+    texts: list[str]  # B * C, one image after the other
+    logprobs: np.ndarray  # [B, C] float64, natural log, summed over the caption's tokens
+    num_tokens: np.ndarray  # [B, C] int64, generated tokens, eos included
+
+    @property
+    def best(self) -> list[str]:
+        """The best caption of each image."""
+        return self.texts[:: self.logprobs.shape[1]]
+
+
+@dataclass(frozen=True)
+class CaptionedBatch:
+    """What became of B decoded images, as columns: a job has no Python object for each neighbour or result."""
+
+    captions: ScoredCaptions
+    clip_scores: np.ndarray | None  # [B] float32, cosines of image and best caption; None if they are not wanted
+    neighbours: Neighbours
+    embeddings: np.ndarray | None  # [B, dim] float32; None without a retrieval encoder
+    sizes: np.ndarray  # [B, 2] int32, px, width and height of the whole images
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    @classmethod
+    def nothing(cls) -> CaptionedBatch:
+        """Returns what becomes of no images."""
+        captions = ScoredCaptions([], np.empty((0, 1)), np.empty((0, 1), np.int64))
+        return cls(captions, None, Neighbours.none(0), None, np.empty((0, 2), np.int32))
+
+    @classmethod
+    def join(cls, parts: Sequence[CaptionedBatch]) -> CaptionedBatch:
+        """Puts batches of one captioner together; parts without images are left out."""
+        filled = [part for part in parts if len(part)]
+        if len(filled) < 2:
+            return filled[0] if filled else cls.nothing()
+        captions = [part.captions for part in filled]
+        neighbours = [part.neighbours for part in filled]
+        return cls(
+            ScoredCaptions(
+                [text for part in captions for text in part.texts],
+                np.concatenate([part.logprobs for part in captions]),
+                np.concatenate([part.num_tokens for part in captions]),
+            ),
+            _join_columns([part.clip_scores for part in filled]),
+            Neighbours(
+                np.concatenate([part.ids for part in neighbours]),
+                np.concatenate([part.scores for part in neighbours]),
+                pa.concat_arrays([part.texts for part in neighbours]),
+            ),
+            _join_columns([part.embeddings for part in filled]),
+            np.concatenate([part.sizes for part in filled]),
+        )
+
+    def to_results(self) -> list[CaptionResult]:
+        """Returns each image's result as an object."""
+        captions, count = self.captions, self.captions.logprobs.shape[1]
+        flat = list(
+            map(ScoredCaption, captions.texts, captions.logprobs.ravel().tolist(), captions.num_tokens.ravel().tolist())
+        )
+        neighbours, sizes = self.neighbours.to_rows(), self.sizes.tolist()
+        return [
+            CaptionResult(
+                caption=flat[image * count].caption,
+                logprob=flat[image * count].logprob,
+                num_tokens=flat[image * count].num_tokens,
+                clip_score=None if self.clip_scores is None else float(self.clip_scores[image]),
+                alternatives=tuple(flat[image * count + 1 : (image + 1) * count]),
+                neighbours=tuple(neighbours[image]),
+                embedding=None if self.embeddings is None else self.embeddings[image],
+                width=sizes[image][0],
+                height=sizes[image][1],
+            )
+            for image in range(len(self))
+        ]
+
+
+def _join_columns(columns: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    known = [column for column in columns if column is not None]
+    return np.concatenate(known) if known else None
