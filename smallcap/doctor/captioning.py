@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 from smallcap.benchmark.random_content import write_flat_index
-from smallcap.captioner import Captioner, CaptionResult
+from smallcap.captioned import CaptionResult
+from smallcap.captioner import Captioner
 from smallcap.config import Device
-from smallcap.decoding.cuda_graphs import PROMPT_MULTIPLE, STEPS_PER_GRAPH, GraphStepper
+from smallcap.decoding.cuda_graphs import GraphStepper
 from smallcap.decoding.engine import generate
 from smallcap.doctor.devices import resolve_device
 from smallcap.doctor.report import Finding, attempt, fail, ok
@@ -115,11 +116,11 @@ def _compare_steps(captioner: Captioner, pool: Sequence[Pixels]) -> Iterator[Fin
     prompts = captioner.prompt(captioner.retrieve(captioner.embed(pool, class_tokens)))
     given = (captioner.model.decoder, hidden_states, prompts, captioner.generation)
     on_gpu = captioner.model.device.type == "cuda"
-    stepper = GraphStepper(None if on_gpu else _record_by_running)
+    stepper = GraphStepper(None if on_gpu else lambda: _record_by_running)
     expected = [(tuple(best.token_ids), best.score) for best, *_ in generate(*given)]
     found = []
     for _ in range(2):
-        recorded = generate(*given, stepper=stepper, steps_per_check=STEPS_PER_GRAPH, prompt_multiple=PROMPT_MULTIPLE)
+        recorded = generate(*given, stepper=stepper)
         found += [(tuple(best.token_ids), best.score) for best, *_ in recorded]
     what = "captions by CUDA graphs" if on_gpu else "captions by the steps that a GPU records, run here"
     yield _judge("recorded steps", what, found, expected * 2)

@@ -80,19 +80,22 @@ def check_driver(driver: str | None, is_usable: bool, wanted: Device) -> Finding
 
 
 def check_combination(found: dict[str, Any]) -> Finding:
-    """Says which torch and which faiss meet in a process, and on which CUDA.
+    """Says which torch and which faiss meet in a process, and whether on the same CUDA.
 
     Args:
         found: As `smallcap.machine.description.describe_cuda` returns it.
     """
-    torch_cuda = found["torch_cuda"]
-    faiss = f"{found['faiss_package'] or 'no faiss'} {found['faiss'] or ''}".strip()
-    named = (
-        f"torch {found['torch']} ({f'CUDA {torch_cuda}' if torch_cuda else 'for CPUs'}), "
-        f"{faiss} ({'with' if found['faiss_gpu'] else 'without'} GPU indexes)"
-    )
-    if found["faiss_package"] is None:
-        return fail("cuda", named, "Install faiss, with constraints.txt.")
+    packages, torch_cuda, faiss_cuda = found["faiss"], found["torch_cuda"], found["faiss_cuda"]
+    faiss = " and ".join(f"{name} {version}" for name, version in packages.items()) or "faiss of no known package"
+    of_faiss = [f"CUDA {faiss_cuda}"] if faiss_cuda else []
+    of_faiss.append("with GPU indexes" if found["faiss_gpu"] else "without GPU indexes")
+    of_torch = f"CUDA {torch_cuda}" if torch_cuda else "for CPUs"
+    named = f"torch {found['torch']} ({of_torch}), {faiss} ({', '.join(of_faiss)})"
+    remedy = f"Remove {', '.join(packages)}; then pip install 'faiss-gpu-cuvs', with constraints.txt."
+    if len(packages) > 1:
+        return fail("cuda", f"{named}: each overwrites the others' files", remedy)
+    if torch_cuda and faiss_cuda and torch_cuda.partition(".")[0] != faiss_cuda.partition(".")[0]:
+        return fail("cuda", f"{named}: two CUDAs in one process", remedy)
     if found["faiss_gpu"] and not torch_cuda:
         return warn("cuda", named, "This torch uses no GPU: install its CUDA build to caption on one.")
     return ok("cuda", named)

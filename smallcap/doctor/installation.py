@@ -75,11 +75,6 @@ def check_packages(requirements: Sequence[str], installed: Callable[[str], str] 
                 f"{requirement.name} {found or 'is missing'}, but smallcap asks for {asked}",
                 f"pip install '{asked}', with constraints.txt for the versions that were tested.",
             )
-    several = _installed(_FAISS_DISTRIBUTIONS, installed)
-    if len(several) > 1:
-        yield warn(
-            "packages", f"{_listed(several)}: each overwrites the others' files", "Remove all of them; install one."
-        )
     if not problems:
         yield ok("packages", f"{len(wanted)} as asked for: {_listed(_installed(_NAMED, installed))}")
 

@@ -59,7 +59,8 @@ def _compare_memory(options: BenchmarkOptions) -> Finding:
         crops = _random_crops(captioner, options.batch_size)
         with _peak_bytes(captioner.model.device) as taken:
             results = captioner.caption_batch(crops)
-        prompts = captioner.prompt([result.neighbours for result in results])
+        embeddings = np.stack([result.embedding for result in results if result.embedding is not None])
+        prompts = captioner.prompt(captioner.retrieve(embeddings))
         longest = max(map(len, prompts))
 
         def allows(free_bytes: int) -> bool:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
-_FAISS_PACKAGES = ("faiss-gpu-cuvs", "faiss-gpu", "faiss-cpu")
-_PACKAGES = ("smallcap", "torch", "faiss-gpu", "faiss-cpu", "numpy", "pyarrow", "ray")
+_FAISS_PACKAGES = ("faiss-gpu-cuvs", "faiss-gpu", "faiss-cpu")  # each has the module `faiss`
+_PACKAGES = ("smallcap", "torch", *_FAISS_PACKAGES, "numpy", "pyarrow", "ray")
 
 
 def describe_machine(threads: int, device: str = "cpu") -> dict[str, Any]:
@@ -23,6 +24,33 @@ def describe_machine(threads: int, device: str = "cpu") -> dict[str, Any]:
         **{package: installed for package in _PACKAGES if (installed := _version(package))},
         "commit": source_commit(),
     }
+
+
+def describe_cuda() -> dict[str, Any]:
+    """Returns which CUDA torch and faiss bring, without starting it; they work together when both have the same.
+
+    Returns:
+        `torch` and `torch_cuda`, its versions (`torch_cuda` is None without CUDA); `faiss`, the version of each
+        installed faiss package, of which there should be one; `faiss_cuda`, the CUDA runtime that these packages bring
+        (None without CUDA); `faiss_gpu`, whether the imported faiss has indexes for GPUs.
+    """
+    import faiss
+    import torch
+
+    packages = {package: installed for package in _FAISS_PACKAGES if (installed := _version(package))}
+    return {
+        "torch": torch.__version__,
+        "torch_cuda": torch.version.cuda,
+        "faiss": packages,
+        "faiss_cuda": next(filter(None, map(_cuda_runtime_of, packages)), None),
+        "faiss_gpu": hasattr(faiss, "StandardGpuResources"),
+    }
+
+
+def _cuda_runtime_of(package: str) -> str | None:
+    """Returns the version of the CUDA runtime among a package's requirements."""
+    named = re.search(r"nvidia-cuda-runtime(-cu\d+)?", " ".join(requires(package) or []))
+    return _version(named[0]) if named else None
 
 
 def _device_name(device: str) -> str:
@@ -54,28 +82,3 @@ def source_commit() -> str:
         return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return ""
-
-
-def describe_cuda() -> dict[str, Any]:
-    """Returns what a search on a GPU would run on, read without starting CUDA.
-
-    Returns:
-        `torch`, its version; `torch_cuda`, the version of CUDA that it was built for, or None; `faiss_package`, the
-        distribution that gives `import faiss`, or None; `faiss`, its version; `faiss_gpu`, whether it has GPU indexes.
-    """
-    import torch  # before faiss
-
-    package = next((name for name in _FAISS_PACKAGES if _version(name)), None)
-    try:
-        import faiss
-
-        has_gpu_indexes = hasattr(faiss, "StandardGpuResources")
-    except ImportError:
-        package, has_gpu_indexes = None, False
-    return {
-        "torch": torch.__version__,
-        "torch_cuda": torch.version.cuda,
-        "faiss_package": package,
-        "faiss": _version(package) if package else None,
-        "faiss_gpu": has_gpu_indexes,
-    }

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from smallcap.captioner import Captioner, CaptionResult
+from smallcap.captioned import CaptionResult
+from smallcap.captioner import Captioner
 from smallcap.doctor import captioning
 from smallcap.doctor.captioning import Effort, prove_captioning
 from smallcap.doctor.report import Finding

@@ -91,21 +91,25 @@ def test_a_gpu_without_code_for_it_is_a_failure(built: list[str], status: str, m
 
 
 @pytest.mark.parametrize(
-    ("torch_cuda", "package", "has_gpu_indexes", "status"),
+    ("torch_cuda", "faiss_cuda", "packages", "status"),
     [
-        ("13.2", "faiss-gpu-cuvs", True, "ok"),
-        (None, "faiss-cpu", False, "ok"),
-        (None, "faiss-gpu", True, "warn"),
-        ("13.2", None, False, "fail"),
+        ("13.2", "13.2.86", ["faiss-gpu-cuvs"], "ok"),
+        ("13.2", None, ["faiss-cpu"], "ok"),
+        (None, None, ["faiss-cpu"], "ok"),
+        (None, None, [], "ok"),
+        (None, "13.2.86", ["faiss-gpu-cuvs"], "warn"),
+        ("13.2", "12.6.77", ["faiss-gpu"], "fail"),
+        ("13.2", "13.2.86", ["faiss-gpu-cuvs", "faiss-cpu"], "fail"),
     ],
 )
-def test_the_combination_is_named(
-    torch_cuda: str | None, package: str | None, has_gpu_indexes: bool, status: str
+def test_the_combination_of_torch_and_faiss(
+    torch_cuda: str | None, faiss_cuda: str | None, packages: list[str], status: str
 ) -> None:
-    found = {"torch": "2.15", "torch_cuda": torch_cuda, "faiss_package": package, "faiss": "1.15.1"}
-    finding = check_combination(found | {"faiss_gpu": has_gpu_indexes})
+    found = {"torch": "2.15", "torch_cuda": torch_cuda, "faiss_cuda": faiss_cuda, "faiss_gpu": faiss_cuda is not None}
+    finding = check_combination(found | {"faiss": dict.fromkeys(packages, "1.15.1")})
     assert finding.status == status
-    assert (package or "no faiss") in finding.found
+    assert " and ".join(f"{package} 1.15.1" for package in packages) in finding.found
+    assert (torch_cuda or "for CPUs") in finding.found
 
 
 def test_imitated_bfloat16_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
