@@ -45,7 +45,7 @@ class RandomCaptions(NeighbourSearch):
     def nearest(self, queries: np.ndarray, k: int, exclude_image_ids: Sequence[str | None] | None = None) -> Neighbours:
         """Returns k captions for each query, drawn without regard to it; their scores are NaN."""
         drawn = np.stack([self._rng.choice(len(self._captions), size=k, replace=False) for _ in queries])
-        texts = pa.array([self._captions[row] for row in drawn.ravel()], pa.string())
+        texts = pa.array([self._captions[row] for row in drawn.ravel().tolist()], pa.string())
         return Neighbours(drawn, np.full(drawn.shape, np.nan, np.float32), texts)
 
 

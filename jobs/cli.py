@@ -229,14 +229,20 @@ def doctor(options: DoctorOptions) -> int:
 @_command("bench", "--json bench.json")
 def bench(options: BenchmarkOptions, call: BenchCall) -> None:
     """Measure every stage and the whole captioner on this machine, at real sizes with random weights."""
+    from jobs import bench as job
     from jobs.terminal import console
-    from smallcap.benchmark.stages import run_benchmark
 
-    result = run_benchmark(options)
-    console.print_benchmark(result)
-    print(result.to_json())
+    if options.host:
+        host = job.run_host(options)
+        console.print_host_benchmark(host)
+        line = host.to_json()
+    else:
+        result = job.run(options)
+        console.print_benchmark(result)
+        line = result.to_json()
+    print(line)
     if call.json_file:
-        storage.write_bytes(call.json_file, (result.to_json() + "\n").encode())
+        storage.write_bytes(call.json_file, f"{line}\n".encode())
 
 
 if __name__ == "__main__":

@@ -12,9 +12,11 @@ import torch
 from torch import nn
 
 from smallcap.captioner import Captioner
+from smallcap.decoding.engine import EagerStepper
 from smallcap.decoding.sampling import Sampling
 from smallcap.decoding.strategy import GenerationOptions
 from smallcap.machine.process_memory import available_bytes
+from smallcap.machine.shapes import tokens_on_gpu
 from smallcap.model.checkpoint import SmallCapConfig
 
 LARGEST_BATCH = {"cpu": 64, "cuda": 256}  # images; larger batches gain nothing
@@ -22,7 +24,6 @@ _CAPTION_TOKENS, _TEMPLATE_TOKENS = 25, 10  # of a prompt; by default an index h
 # Shares of the free memory. A CPU's memory must also hold decoding tasks, Ray's object store and the index's pages; a
 # GPU's allocator cannot use every gap.
 _USABLE_ON_CPU, _USABLE_ON_GPU = 0.5, 0.8
-_PREFILLED_ON_CPU = 1024  # tokens at once, see `smallcap.decoding.engine`
 _SAMPLING_BYTES = 48  # per logit: probabilities, sorted with their places, and sums in float64
 
 
@@ -61,14 +62,22 @@ class ImageMemory:
     logits: int  # of all beams, and what choosing among them needs
     encoder: int  # activations, pixels included
     prefill: int  # activations of the prompts, where all are run at once
-    copies: int  # of keys and values that live at once
+    on_gpu: bool = False
+
+    @property
+    def graphs(self) -> int:
+        """What recorded steps keep: all of them together as much as one, since they share a pool."""
+        return self.logits if self.on_gpu else 0
 
     @property
     def bytes(self) -> int:
-        """The most that is needed at one time."""
-        decoding = self.copies * (self.kv_cache + self.cross_attention) + max(self.logits, self.prefill)
+        """The most that is needed at one time.
+
+        Keys and values are there twice: while finished images leave, or in the tensors that recorded steps work on.
+        """
+        decoding = 2 * (self.kv_cache + self.cross_attention) + max(self.logits, self.prefill) + self.graphs
         # On a GPU the next batch is encoded meanwhile.
-        return decoding + self.encoder if self.copies > 2 else max(decoding, self.encoder)
+        return decoding + self.encoder if self.on_gpu else max(decoding, self.encoder)
 
 
 def image_memory(
@@ -91,13 +100,16 @@ def image_memory(
     """
     decoder, size = config.decoder, torch.finfo(getattr(torch, dtype)).bits // 8
     on_gpu = device.startswith("cuda")
+    if on_gpu:
+        prompt_tokens = tokens_on_gpu(prompt_tokens)
     patch_px, image_px = config.vision.get("patch_size", 32), config.vision.get("image_size", 224)
     vision = VisionTower(image_px, decoder.encoder_hidden_size, patch_px)
     positions = (image_px // patch_px) ** 2 + 1  # P
     sequences = generation.num_sequences
     slots = prompt_tokens + sequences * (generation.max_new_tokens - 1)  # T
     towers = [vision, retrieval] if retrieval else [vision]
-    per_logit = size + 8 + (_SAMPLING_BYTES if generation.strategy is Sampling else 0)
+    per_logit = 8 if on_gpu else size + 8  # the model's, those in float32, where they differ, and their exponentials
+    per_logit += _SAMPLING_BYTES if generation.strategy is Sampling else 0
     per_logit += 4 if generation.no_repeat_ngram_size else 0
     token_values = 6 * decoder.hidden_size + 2 * decoder.ffn_size
     return ImageMemory(
@@ -107,8 +119,7 @@ def image_memory(
         encoder=max(tower.values * size + 3 * tower.image_px**2 * (1 + 8 + size) for tower in towers)
         + 2 * positions * decoder.encoder_hidden_size * size,
         prefill=prompt_tokens * (token_values + 2 * prompt_tokens) * size if on_gpu else 0,
-        # Finished images leave when the others are copied; recorded steps work on another copy, of a power of two.
-        copies=4 if on_gpu else 2,
+        on_gpu=on_gpu,
     )
 
 
@@ -124,14 +135,16 @@ def largest_batch(
     """Returns how many images can be captioned together in `free_bytes`; see `image_memory` for the other arguments.
 
     Returns:
-        At least 1; at most 64 on a CPU and 256 on a GPU, where larger batches gain nothing.
+        At least 1; at most 64 on a CPU and 256 on a GPU, where larger batches gain nothing. On a GPU it is a power of
+        two, because every batch takes as much as one of the next power of two.
     """
     on_gpu = device.startswith("cuda")
     decoder, size = config.decoder, torch.finfo(getattr(torch, dtype)).bits // 8
     memory = image_memory(config, retrieval, generation, prompt_tokens, dtype, device)
-    fixed = 0 if on_gpu else _PREFILLED_ON_CPU * (6 * decoder.hidden_size + 2 * decoder.ffn_size) * size
+    fixed = 0 if on_gpu else EagerStepper.prefill_tokens * (6 * decoder.hidden_size + 2 * decoder.ffn_size) * size
     fitting = (free_bytes * (_USABLE_ON_GPU if on_gpu else _USABLE_ON_CPU) - fixed) / memory.bytes
-    return max(1, min(int(fitting), LARGEST_BATCH["cuda" if on_gpu else "cpu"]))
+    largest = max(1, min(int(fitting), LARGEST_BATCH["cuda" if on_gpu else "cpu"]))
+    return 1 << largest.bit_length() - 1 if on_gpu else largest
 
 
 def largest_batch_here(captioner: Captioner, actors: int = 1) -> int:

@@ -1,4 +1,4 @@
-"""What becomes of images: columns of a whole batch, for jobs, and an object for each image, for Python code."""
+"""Batches of images on their way, and what becomes of them: columns for jobs, an object per image for Python code."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
+from torch import Tensor
 
 from smallcap.errors import RowError
+from smallcap.images.crops import Pixels
 from smallcap.index.retriever import Neighbour, Neighbours
 
 
@@ -35,6 +37,17 @@ class CaptionResult:
     width: int | None = None  # px
     height: int | None = None  # px
     error: RowError | None = None
+
+
+@dataclass(frozen=True)
+class PreparedBatch:
+    """A batch of B images for which captions can be generated."""
+
+    pixels: Sequence[Pixels]
+    hidden_states: Tensor  # [B, P, Hv]
+    embeddings: np.ndarray  # [B, dim] float32; dim is 0 without a retrieval encoder
+    neighbours: Neighbours
+    prompts: list[list[int]]  # token ids
 
 
 @dataclass(frozen=True)

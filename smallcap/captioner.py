@@ -9,7 +9,7 @@ Source: Ramos et al. 2023, figure 2.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +19,9 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
-from smallcap.captioned import CaptionedBatch, CaptionResult, ScoredCaptions
+from smallcap.captioned import CaptionedBatch, CaptionResult, PreparedBatch, ScoredCaptions
 from smallcap.config import Dtype, GenerationConfig, SearchDevice
+from smallcap.decoding.cuda_graphs import no_recording
 from smallcap.decoding.engine import Generated
 from smallcap.decoding.micro_batches import MicroBatches, is_out_of_memory
 from smallcap.decoding.sampling import Sampling
@@ -112,6 +113,7 @@ class Captioner:
         self._prompts = PromptBuilder(tokenizer, model.config.template, model.config.bos_token_id)
         self._micro_batches = MicroBatches(model.free_memory)
         self._generating = Lock()
+        self._encoding: Callable[[], AbstractContextManager[None]] = nullcontext
         self._beside = SideThread(model.device, "prepare")
         self._prepared_together: int | None = None  # images; None until memory ran out in preparing more
         self.shares_encoder = retrieval_encoder is not None and retrieval_encoder.share_weights_with(model.encoder)
@@ -168,6 +170,7 @@ class Captioner:
 
     def compile_encoders(self) -> None:
         """Compiles the vision towers with torch.compile: slow at first and for each new batch size, then faster."""
+        self._encoding = no_recording  # a batch of a new size is compiled for
         self.model.encoder.transformer.compile()
         if self.retrieval_encoder is not None and not self.shares_encoder:
             self.retrieval_encoder.vision_tower.compile()
@@ -215,18 +218,18 @@ class Captioner:
         """
         return self._finish(self._prepare(pixels, exclude_image_ids)).to_results()
 
-    def _prepare(self, pixels: Sequence[Pixels], exclude_image_ids: Sequence[str | None] | None) -> _Prepared | None:
-        """Takes the steps before generation."""
+    def _prepare(
+        self, pixels: Sequence[Pixels], exclude_image_ids: Sequence[str | None] | None
+    ) -> PreparedBatch | None:
         if not pixels:
             return None
         hidden_states, class_tokens = self.encode(pixels)
         embeddings = self.embed(pixels, class_tokens)
         neighbours = self.retrieve(embeddings, exclude_image_ids)
         prompts = self.prompt(neighbours)
-        return _Prepared(pixels, hidden_states, embeddings, neighbours, prompts)
+        return PreparedBatch(pixels, hidden_states, embeddings, neighbours, prompts)
 
-    def _finish(self, prepared: _Prepared | None) -> CaptionedBatch:
-        """Takes the other steps."""
+    def _finish(self, prepared: PreparedBatch | None) -> CaptionedBatch:
         if prepared is None:
             return CaptionedBatch.nothing()
         pixels, embeddings, hidden_states = prepared.pixels, prepared.embeddings, prepared.hidden_states
@@ -245,8 +248,10 @@ class Captioner:
     @torch.inference_mode()
     def encode(self, pixels: Sequence[Pixels]) -> tuple[Tensor, Tensor]:
         """Returns the vision encoder's hidden states [B, P, Hv] for cross-attention, and its class tokens [B, Hv]."""
-        crops = [image.vision for image in pixels]
-        hidden_states, class_tokens = self.model.encoder(self._to_pixel_values(crops, self.model.encoder.preprocessing))
+        encoder = self.model.encoder
+        pixel_values = self._to_pixel_values([image.vision for image in pixels], encoder.preprocessing)
+        with self._encoding():
+            hidden_states, class_tokens = encoder(pixel_values)
         return hidden_states, class_tokens
 
     @torch.inference_mode()
@@ -266,7 +271,9 @@ class Captioner:
         if self.shares_encoder:
             return encoder.project(class_tokens).cpu().numpy()
         crops = [image.vision if image.retrieval is None else image.retrieval for image in pixels]
-        return encoder.encode_images(self._to_pixel_values(crops, encoder.preprocessing)).cpu().numpy()
+        pixel_values = self._to_pixel_values(crops, encoder.preprocessing)
+        with self._encoding():
+            return encoder.encode_images(pixel_values).cpu().numpy()
 
     def retrieve(self, embeddings: np.ndarray, exclude_image_ids: Sequence[str | None] | None = None) -> Neighbours:
         """Returns the k nearest captions of each of B images, nearest first; see `caption_batch` for the ids."""
@@ -310,8 +317,7 @@ class Captioner:
         """Returns the cosine of each embedding, [B, dim], and its caption: [B] float32; None if they are not wanted."""
         if self.retrieval_encoder is None or not self._scores_captions:
             return None
-        scores: np.ndarray = (embeddings * self.retrieval_encoder.encode_texts(captions)).sum(axis=1)
-        return scores
+        return np.sum(embeddings * self.retrieval_encoder.encode_texts(captions), axis=1)
 
     def caption_batches(
         self, batches: Iterable[tuple[Sequence[Pixels], Sequence[str | None] | None]]
@@ -324,8 +330,7 @@ class Captioner:
     ) -> Iterator[CaptionedBatch]:
         """Captions batch after batch; on a GPU the next one is uploaded, encoded and searched for meanwhile.
 
-        Several threads may each go through batches of their own: what one does besides generating, it does while
-        another generates.
+        Several threads may each go through batches of their own: one generates while another does all else.
 
         Args:
             batches: Arguments of `caption_batch` for each batch.
@@ -340,7 +345,6 @@ class Captioner:
     def _caption_overlapped(
         self, batches: Iterable[tuple[Sequence[Pixels], Sequence[str | None] | None]]
     ) -> Iterator[CaptionedBatch]:
-        """Captions batches; while one is finished, the next is prepared in another thread."""
         finish: Callable[[], CaptionedBatch] | None = None
         for batch in batches:
             finish_next = self._begin(*batch)
@@ -382,19 +386,12 @@ class Captioner:
         return finish
 
     def _to_pixel_values(self, crops: Sequence[np.ndarray], preprocessing: Preprocessing) -> Tensor:
-        """Copies crops once: into one array, on a GPU in pinned memory, from which the upload does not wait."""
+        stacked = self._stack(crops)
+        return normalise_pixels(stacked.to(self.model.device, non_blocking=True), preprocessing, self.model.dtype)
+
+    def _stack(self, crops: Sequence[np.ndarray]) -> Tensor:
+        """Copies crops once: into [B, S, S, 3] uint8, for a GPU in pinned memory, whose upload does not wait."""
         on_gpu = self.model.device.type == "cuda"
         stacked = torch.empty((len(crops), *crops[0].shape), dtype=torch.uint8, pin_memory=on_gpu)
         np.stack(crops, out=stacked.numpy())
-        return normalise_pixels(stacked.to(self.model.device, non_blocking=True), preprocessing, self.model.dtype)
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """A batch before generation."""
-
-    pixels: Sequence[Pixels]
-    hidden_states: Tensor  # [B, P, Hv]
-    embeddings: np.ndarray  # [B, dim] float32
-    neighbours: Neighbours
-    prompts: list[list[int]]
+        return stacked

@@ -104,8 +104,9 @@ class ComputeConfig(Config):
     device: Device = "auto"
     """Device of the model. `auto` takes a GPU if Ray has one, else the CPU."""
     dtype: Dtype = "auto"
-    """Precision of weights and activations. `auto` is bfloat16 on a GPU. On a CPU it is float32 for building an index;
-    captioning measures both there, and takes bfloat16 if that is clearly faster."""
+    """Precision of weights and activations. `auto` is bfloat16 on a GPU, or float16 on one that only emulates bfloat16.
+    On a CPU captioning measures float32 and bfloat16, and takes bfloat16 if that is clearly faster. For building an
+    index `auto` is float32 everywhere."""
     compile: bool = False
     """Compile the encoders with torch.compile (captioning only). Takes minutes at the start; then a GPU is faster."""
     batch_size: AutoCount = "auto"
@@ -324,8 +325,11 @@ class BenchmarkOptions(Config):
     device: Device = "auto"
     """Device of the model. `auto` takes a GPU if there is one, else the CPU."""
     dtype: Dtype = "auto"
-    """Precision of weights and activations. `auto` is bfloat16 on a GPU, and the faster one on a CPU."""
+    """Precision of weights and activations. `auto` is bfloat16 on a GPU, or float16 on one that only emulates bfloat16,
+    and the faster of float32 and bfloat16 on a CPU."""
     compile: bool = False
     """Compile the encoders with torch.compile."""
     repeats: int = Field(3, ge=1)
     """Runs of each stage; the fastest counts."""
+    host: bool = False
+    """Measure only what an actor's CPU does for a GPU, on any machine; the GPU's answers are made before."""

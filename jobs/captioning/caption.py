@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from dataclasses import dataclass
+from threading import Lock
 
 import pyarrow as pa
 
@@ -44,7 +45,7 @@ class CaptionImages(GuardedActor):
         started = time.perf_counter()
         limit_torch_threads()
         keep_freed_memory()
-        self._monitor, self._name = spec.monitor, uuid.uuid4().hex
+        self._monitor, self._name, self._busy = spec.monitor, uuid.uuid4().hex, BusyTime()
         _count_cached_files(spec)
         self._captioner = _load_captioner(spec)
         batch_size = spec.layout.batch_size
@@ -57,26 +58,51 @@ class CaptionImages(GuardedActor):
             embeds=spec.config.output.save_embeddings,
         )
         start_s = time.perf_counter() - started
-        spec.monitor.report(StageReport(stage="caption", start_s=start_s, worker=self._name))
+        dtypes = frozenset([str(self._captioner.model.dtype).removeprefix("torch.")])
+        spec.monitor.report(StageReport(stage="caption", start_s=start_s, worker=self._name, dtypes=dtypes))
 
     def process(self, batch: pa.Table) -> pa.Table:
         """Maps a batch of `load_images` to rows of the newest schema and the further columns that the writer needs.
 
         Several threads may call it: on a GPU, one call's batches are prepared while another's are decoded.
         """
-        started = time.perf_counter()
+        self._busy.begin()
         table, captioned = self._tables(batch)
         retriever, neighbours = self._captioner.retriever, captioned.neighbours
         report = StageReport(
             stage="caption",
             images=len(batch),
-            seconds=time.perf_counter() - started,
+            seconds=self._busy.end(),
             worker=self._name,
             tokens=int(captioned.captions.num_tokens[:, 0].sum()),
             searched_by=frozenset([retriever.search_backend] if retriever else []),
         )
         self._monitor.report(report, neighbours.scores[:, :1][neighbours.found[:, :1]].tolist())
         return table
+
+
+class BusyTime:
+    """Shares out among calls the time in which an actor is busy; what several calls have in common counts once."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._calls = 0
+        self._counted_to = 0.0
+
+    def begin(self) -> None:
+        """Notes that a call begins."""
+        with self._lock:
+            if not self._calls:
+                self._counted_to = time.perf_counter()
+            self._calls += 1
+
+    def end(self) -> float:
+        """Notes that a call ends; returns the seconds of busy time that no call before it was given."""
+        with self._lock:
+            self._calls -= 1
+            now = time.perf_counter()
+            seconds, self._counted_to = now - self._counted_to, now
+            return seconds
 
 
 def _count_cached_files(spec: CaptionerSpec) -> None:

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 # On a GPU an actor prepares its next batch while it decodes one. It has two calls at a time, so that this does not end
 # with a call, and Ray holds two more ready: four calls of few batches are less memory than one of many.
-_BATCHES_PER_CALL = {"cpu": 1, "cuda": 2}
-_CALLS_AT_ONCE = {"cpu": 1, "cuda": 2}
+BATCHES_PER_CALL = {"cpu": 1, "cuda": 2}
+CALLS_AT_ONCE = {"cpu": 1, "cuda": 2}
 _ROWS_PER_PART = {"cpu": 5_000, "cuda": 50_000}  # a few minutes of an actor's work, which a kill can cost
 _ROWS_PER_TAR = 2_000  # where the images are written as well
 
@@ -46,12 +46,12 @@ class CaptionLayout:
     @property
     def images_per_call(self) -> int:
         """The number of images that an actor is given at a time."""
-        return self.batch_size * _BATCHES_PER_CALL[self.actors.device]
+        return self.batch_size * BATCHES_PER_CALL[self.actors.device]
 
     @property
     def calls_at_once(self) -> int:
         """The number of calls that go on in an actor at the same time."""
-        return _CALLS_AT_ONCE[self.actors.device]
+        return CALLS_AT_ONCE[self.actors.device]
 
     @property
     def images_per_block(self) -> int:

@@ -208,7 +208,7 @@ def stage_table(
     search = f", search: {' and '.join(sorted(caption.searched_by))}" if caption.searched_by else ""
     rows: list[tuple[Stage, int, str, str]] = [
         ("load", load_tasks, "task", fetching + by_pillow),
-        ("caption", actors, "actor", f" ({plan.device}, {plan.dtype}{search})"),
+        ("caption", actors, "actor", f" ({plan.device}, {' and '.join(sorted(caption.dtypes)) or plan.dtype}{search})"),
         ("write", 0, "task", ""),
     ]
     lines = [

@@ -51,7 +51,7 @@ class Attempt(Record):
     write_s: float | None = None  # summed over the tasks that write parts
     actors: int | None = None  # the most at a time
     device: str | None = None
-    dtype: str | None = None
+    dtype: str | None = None  # what the actors computed in; several where their GPUs differ
     decoded_by_pillow: int | None = None  # images that decode: fast left to Pillow
     search_backends: tuple[str, ...] | None = None  # where actors searched; several where memory differed
 

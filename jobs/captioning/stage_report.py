@@ -28,6 +28,7 @@ class StageReport:
     tokens: int = 0  # generated
     by_pillow: int = 0  # images that `decode: fast` left to Pillow
     searched_by: frozenset[str] = frozenset()  # backends with which the actors search
+    dtypes: frozenset[str] = frozenset()  # precisions in which the actors compute
     ended_fragments: int = 0  # from `load`: fragments whose last image is in this batch
     ended_images: int = 0  # all images of those fragments
 
@@ -36,11 +37,13 @@ class StageReport:
         sums = {name: getattr(self, name) + getattr(other, name) for name in _SUMMED}
         errors = Counter(self.errors)
         errors.update(other.errors)
-        return replace(self, **sums, errors=dict(errors), searched_by=self.searched_by | other.searched_by, worker="")
+        unions = {name: getattr(self, name) | getattr(other, name) for name in _UNITED}
+        return replace(self, **sums, **unions, errors=dict(errors), worker="")
 
 
+_UNITED = ("searched_by", "dtypes")
 _SUMMED = tuple(
-    name for name in StageReport.__dataclass_fields__ if name not in ("stage", "errors", "searched_by", "worker")
+    name for name in StageReport.__dataclass_fields__ if name not in ("stage", "errors", "worker", *_UNITED)
 )
 
 

@@ -15,6 +15,7 @@ from smallcap.output.schema import STATUS_OK
 from smallcap.phrasing import describe_count
 
 if TYPE_CHECKING:  # it imports torch, which most commands do not need
+    from smallcap.benchmark.ready_captioner import HostResult
     from smallcap.benchmark.stages import BenchmarkResult
 
 _SAMPLE_COLUMNS = ("image_id", "caption_id", "caption", "text", "clip_score", "status", "error_code")
@@ -118,6 +119,18 @@ def print_benchmark(result: BenchmarkResult) -> None:
         soft_wrap=True,
     )
     out.print(f"decode: fast differs from exact by {result.fast_decode_difference:.2f} of 255 on average")
+
+
+def print_host_benchmark(result: HostResult) -> None:
+    """Prints the figures of `smallcap bench --host`."""
+    table = _table("part", "µs/image", right=("µs/image",))
+    for part, us in result.parts.items():
+        table.add_row(part, f"{us:.1f}")
+    table.add_row("sum", f"{result.us_per_image:.1f}")
+    out.print(table)
+    out.print(
+        f"CPU time of the process; at most {result.images_per_s:,.0f} images/s for one Python thread", soft_wrap=True
+    )
 
 
 def _table(*headers: str, right: Sequence[str] = ()) -> Table:

@@ -6,8 +6,12 @@ Random weights do not end captions, so a beam search ends them at given lengths.
 from __future__ import annotations
 
 import io
+import time
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import faiss
 import numpy as np
@@ -55,7 +59,7 @@ GPT2_124M = DecoderConfig(
     activation="gelu_new",
     dropout=0.0,
 )
-_PHOTO_PX = (640, 480)
+PHOTO_PX = (640, 256)  # the longer side of photographs: as in COCO, and as in data sets that were made smaller
 _WORDS = 20_000  # in the vocabulary of the random captions
 _CAPTION_WORDS = (10, 18)  # shortest and longest; with k=4 a prompt has about 66 tokens, as with real captions
 _MEAN_LENGTH, _LENGTH_SPREAD = 11.0, 2.0  # tokens of a caption, eos included
@@ -104,6 +108,7 @@ class PlannedLengths(BeamSearch):
 
     per_image: tuple[str, ...] = (*BeamSearch.per_image, "lengths")
     planned: tuple[int, ...] = ()
+    prefilled_at: ClassVar[float] = 0.0  # when the last batch's prompts were done, by `time.perf_counter`
 
     def __init__(self, options: GenerationOptions, keys: Tensor) -> None:
         super().__init__(options, keys)
@@ -115,7 +120,13 @@ class PlannedLengths(BeamSearch):
         last = (self.lengths <= self.step + 1)[:, None]
         logits = logits.float()
         logits[..., self.options.eos_token_id] = torch.where(last, 1e4, -torch.inf)
-        return super().advance(logits)
+        is_first = self.step == 0  # it ends prefill; the others may be recorded, where nothing can wait
+        chosen = super().advance(logits)
+        if is_first:
+            if logits.is_cuda:
+                torch.cuda.synchronize(logits.device)
+            PlannedLengths.prefilled_at = time.perf_counter()
+        return chosen
 
 
 def realistic_lengths(count: int) -> tuple[int, ...]:
@@ -144,44 +155,64 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 def write_random_index(folder: Path, rows: int, identity: EncoderIdentity) -> Retriever:
     """Writes an index version with one Flat shard of random vectors and captions, and opens it."""
-    vectors = np.random.default_rng(0).standard_normal((rows, identity.dim), dtype=np.float32)
+    return Retriever(write_index(folder, random_vectors(rows, identity.dim), random_captions(rows), identity), folder)
+
+
+def random_vectors(rows: int, dim: int) -> np.ndarray:
+    """Returns random unit vectors [rows, dim] float32."""
+    vectors = np.random.default_rng(0).standard_normal((rows, dim), dtype=np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    return write_flat_index(folder, vectors, random_captions(rows), identity)
+    return vectors
 
 
-def write_flat_index(folder: Path, vectors: np.ndarray, texts: list[str], identity: EncoderIdentity) -> Retriever:
-    """Writes an index version with one Flat shard of unit vectors, [N, dim] float32, and their texts, and opens it."""
+def write_index(
+    folder: Path,
+    vectors: np.ndarray,
+    texts: Sequence[str],
+    identity: EncoderIdentity,
+    images: Sequence[str] | None = None,
+) -> IndexManifest:
+    """Writes an index version with one Flat shard.
+
+    Args:
+        folder: An empty folder.
+        vectors: [N, dim] float32 unit vectors.
+        texts: The captions.
+        identity: The encoder that is said to have made the vectors.
+        images: The image of each caption; by default captions have none.
+    """
     rows, dim = vectors.shape
     index = faiss.IndexFlatIP(dim)
     faiss.write_index(index, str(folder / "template.faiss"))
     index.add(vectors)
     faiss.write_index(index, str(folder / "shard.faiss"))
-    columns = [np.arange(rows), texts, [["random"]] * rows, [None] * rows]
+    image_ids = [None] * rows if images is None else [[image] for image in images]
+    columns = [np.arange(rows), texts, [["random"]] * rows, image_ids]
     arrays = [pa.array(column, field.type) for column, field in zip(columns, CAPTION_STORE_COLUMNS, strict=True)]
     write_caption_file(folder / "captions.arrow", pa.record_batch(arrays, schema=CAPTION_STORE_COLUMNS))
-    manifest = IndexManifest(
+    return IndexManifest(
         encoder=identity,
         dim=dim,
         index_key="Flat",
         template=FileEntry.adopt(folder / "template.faiss", folder, "template"),
         shards=(ShardEntry.adopt(folder / "shard.faiss", folder, "shard", first_id=0, rows=rows),),
         captions=(ShardEntry.adopt(folder / "captions.arrow", folder, "captions", first_id=0, rows=rows),),
-        max_captions_per_image=0,
+        max_captions_per_image=max(Counter(images).values()) if images else 0,
         sources=(SourceEntry(uri="random", name="random", rows=rows, sha256="0" * 64),),
         filters={},
         dropped={},
         builder_version="benchmark",
         created_at="",
     ).with_index_id()
-    return Retriever(manifest, folder)
 
 
-def make_photo() -> bytes:
-    """Returns a JPEG file of a photograph's size and detail: smooth noise at several scales."""
+def make_photo(longer_px: int = PHOTO_PX[0]) -> bytes:
+    """Returns a JPEG file with a photograph's detail: smooth noise at several scales, 4 to 3."""
+    size_px = (longer_px, longer_px * 3 // 4)
     rng = np.random.default_rng(0)
     layers = [
         np.asarray(
-            Image.fromarray(rng.integers(0, 256, (size * 3 // 4, size, 3), dtype=np.uint8)).resize(_PHOTO_PX), float
+            Image.fromarray(rng.integers(0, 256, (size * 3 // 4, size, 3), dtype=np.uint8)).resize(size_px), float
         )
         for size in (8, 32, 128)
     ]

@@ -11,11 +11,12 @@ what steps allocate: a recording copies its results into tensors outside the poo
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,13 +24,11 @@ from torch import Tensor
 from smallcap.decoding.engine import EAGER, DecodingState
 from smallcap.decoding.strategy import GenerationOptions
 from smallcap.decoding.text_decoder import TextDecoder
+from smallcap.machine.shapes import TOKEN_MULTIPLE, rows_on_gpu
 
 _WARM_UPS = 2  # eager runs before a recording: libraries allocate their workspaces in the first
 
 Run = Callable[[], None]
-Record = Callable[[Run, Run], Run]
-"""Records a function that only changes tensors in place, and returns its replay. The second function reverts a run: the
-recording may be preceded by runs, which must leave no trace."""
 
 _recording = threading.Lock()
 
@@ -54,26 +53,44 @@ class _Shape:
     encoder_positions: int  # P
 
 
+class Recorder(Protocol):
+    """Records functions."""
+
+    def record(self, run: Run, undo: Run) -> Run:
+        """Records a function.
+
+        Args:
+            run: Changes tensors in place, without waiting for the device.
+            undo: Reverts a run; the recording may be preceded by runs, which must leave no trace.
+
+        Returns:
+            A function that replays it.
+        """
+
+    def forget(self) -> None:
+        """Is told that all its recordings are gone."""
+
+
 class GraphStepper:
     """Advances decoding states by replaying recorded steps; for one model, and not thread-safe.
 
     Args:
-        open_recorder: Returns what records steps. Its recordings share memory, which is given back with the last one.
+        recorder: Records the steps; by default as CUDA graphs.
     """
 
     steps_per_check = 4  # steps of a recording
-    prompt_multiple = 16  # tokens; attention masks are read in rows of 16 bytes
+    prompt_multiple = TOKEN_MULTIPLE
+    prefill_tokens = sys.maxsize  # all prompts of a batch: a GPU wants large matrices
 
-    def __init__(self, open_recorder: Callable[[], Record] | None = None) -> None:
-        self._open_recorder = open_recorder or open_cuda_recorder
-        self._record: Record | None = None
+    def __init__(self, recorder: Recorder | None = None) -> None:
+        self._recorder = recorder or CudaRecorder()
         self._states: dict[_Shape, DecodingState] = {}
         self._replays: dict[tuple[_Shape, int, int], Run] = {}
         self._storage: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def rows(self, images: int) -> int:
-        """Returns the least power of two that is not below the number of images; 0 for none."""
-        return 1 << (images - 1).bit_length() if images else 0
+        """Returns the least power of two that is not below the number of images."""
+        return rows_on_gpu(images)
 
     def advance(self, decoder: TextDecoder, state: DecodingState, steps: int) -> DecodingState:
         """Advances a state by `steps` and returns it in the tensors that its shape's recordings use."""
@@ -130,10 +147,9 @@ class GraphStepper:
         return self._storage[name, like.dtype][:size].view(shape).zero_()
 
     def _drop_recordings(self) -> None:
-        """Drops recordings, and their recorder with them: a pool of memory ends with its last graph."""
         self._states.clear()
         self._replays.clear()
-        self._record = None
+        self._recorder.forget()
 
     def _record_steps(self, decoder: TextDecoder, static: DecodingState, steps: int) -> Run:
         def run() -> None:
@@ -148,40 +164,40 @@ class GraphStepper:
             for tensor, saved in zip(static.changed_by_steps(), before, strict=True):
                 tensor.copy_(saved)
 
-        self._record = self._record or self._open_recorder()
         try:
-            return self._record(run, undo)
+            return self._recorder.record(run, undo)
         except BaseException:
-            self.free()  # the state is between two steps, and a pool without a recording cannot be used again
+            self.free()  # the state is between two steps
             raise
 
 
-@cache
-def _recording_stream(device: int) -> torch.cuda.Stream:
-    """Returns the stream of all warm-ups and recordings on a device: libraries' workspaces and pools belong to it."""
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+class CudaRecorder:
+    """Records CUDA graphs on the current device, on one stream and in one pool of memory.
 
-
-def open_cuda_recorder() -> Record:
-    """Returns a function that records CUDA graphs on the current device, in one pool of memory.
-
-    What it records must not wait for the device.
+    What a library allocates in a warm-up belongs to the stream, and so does what a pool holds.
     """
-    pool = torch.cuda.graph_pool_handle()
-    stream = _recording_stream(torch.cuda.current_device())
 
-    def record(run: Run, undo: Run) -> Run:
-        graph = torch.cuda.CUDAGraph()
+    def __init__(self) -> None:
+        self._stream: torch.cuda.Stream | None = None
+        self._pool: Any = None
+
+    def record(self, run: Run, undo: Run) -> Run:
+        """Records a function as a graph; see `Recorder.record`."""
+        self._stream = self._stream or torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         with _recording:
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):
                 for _ in range(_WARM_UPS):
                     run()
                     undo()
-            torch.cuda.current_stream().wait_stream(stream)
+            current.wait_stream(self._stream)
             # Only this thread's calls can break the recording: another thread prepares the next batch.
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
                 run()
         return graph.replay
 
-    return record
+    def forget(self) -> None:
+        """Leaves the pool, which ends with its last graph."""
+        self._pool = None

@@ -24,7 +24,6 @@ from smallcap.decoding.text_decoder import CrossAttentionKV, TextDecoder
 from smallcap.errors import ConfigError
 
 _COMPACT_AT = 1 / 8  # share of rows that a batch must lose, so that copying the others together pays
-_PREFILL_TOKENS = 1024  # in a group of similar prompts on a CPU; enough rows for its matrix units
 
 
 @dataclass(frozen=True)
@@ -118,10 +117,12 @@ class Stepper(Protocol):
     Attributes:
         steps_per_check: Steps between two checks for finished images; each check waits for the device.
         prompt_multiple: Prompts are padded to a multiple of this many tokens.
+        prefill_tokens: The most prompt tokens at once; similar prompts are prefilled together.
     """
 
     steps_per_check: int
     prompt_multiple: int
+    prefill_tokens: int
 
     def rows(self, images: int) -> int:
         """Returns how many rows a batch of so many images has; those beyond them repeat the last image."""
@@ -131,10 +132,11 @@ class Stepper(Protocol):
 
 
 class EagerStepper:
-    """Runs steps one operation after another, in the shapes that come."""
+    """Runs steps one operation after another, in the shapes that come, as suits a CPU."""
 
     steps_per_check = 1
     prompt_multiple = 1
+    prefill_tokens = 1024  # enough rows for a CPU's matrix units
 
     def rows(self, images: int) -> int:
         """Returns the number of images."""
@@ -230,7 +232,7 @@ def prefill(
     state = DecodingState(images, cross_kv, cache, strategy, lengths)
 
     last_hidden = []
-    for group in _groups(prompts, device):
+    for group in _groups(prompts, stepper.prefill_tokens):
         ids, mask = pad_prompts(prompts[group], options.pad_token_id, device, stepper.prompt_multiple)
         group_cross_kv = [(keys_of_layer[group], values_of_layer[group]) for keys_of_layer, values_of_layer in cross_kv]
         hidden = decoder(
@@ -246,16 +248,14 @@ def prefill(
     return state
 
 
-def _groups(prompts: Sequence[Sequence[int]], device: torch.device) -> list[slice]:
-    """Cuts prompts, longest first, into groups that are prefilled together; one group on a GPU, which wants large ones.
+def _groups(prompts: Sequence[Sequence[int]], tokens: int) -> list[slice]:
+    """Cuts prompts, longest first, into groups of at most so many tokens that are prefilled together.
 
     The number of prompts in a group only decides its shape, so captions do not depend on it.
     """
-    if device.type != "cpu":
-        return [slice(0, len(prompts))]
     groups, start = [], 0
     while start < len(prompts):
-        end = start + max(1, _PREFILL_TOKENS // len(prompts[start]))
+        end = start + max(1, tokens // len(prompts[start]))
         groups.append(slice(start, min(end, len(prompts))))
         start = end
     return groups

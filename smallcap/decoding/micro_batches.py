@@ -56,36 +56,39 @@ class MicroBatches:
             RunError: The memory does not suffice for one row.
         """
         results: list[Row] = []
+        last_try = False
         while len(results) < size:
             start = len(results)
-            rows = slice(start, size if self.limit is None else min(start + self.limit, size))
-            done = self._attempt(rows, run_rows)
+            count = min(self.limit or size, size - start)
+            done = self._attempt(slice(start, start + count), run_rows, last_try)
             if done is None:
                 self._free()
             else:
                 results += done
+            last_try = done is None and count == 1  # with all memory freed
         return results
 
-    def _attempt(self, rows: slice, run_rows: Callable[[slice], Sequence[Row]]) -> Sequence[Row] | None:
+    def _attempt(self, rows: slice, run_rows: Callable[[slice], Sequence[Row]], last_try: bool) -> Sequence[Row] | None:
         """Returns the results of some rows, or None where memory ran out; the limit is then lower.
 
         The error's traceback keeps the failed attempt's tensors alive, so it must be gone before memory is freed.
         """
+        count = rows.stop - rows.start
         try:
             return run_rows(rows)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            count = rows.stop - rows.start
-            if count == 1:
+            if last_try:
                 raise RunError(
                     "The GPU's memory does not suffice for one image.",
                     found=str(error).partition("\n")[0],
                     remedy="Set search_device to cpu, use fewer beams or captions, let fewer actors share the GPU "
                     "(gpus_per_actor), or end what else runs on it.",
                 ) from error
-        self.limit = 1 << (count - 1).bit_length() - 1  # the power of two below: batches are padded to powers of two
-        _log.warning("The GPU's memory ran out with %d images at once; captioning goes on with %d.", count, self.limit)
+        if count > 1:
+            self.limit = 1 << (count - 1).bit_length() - 1  # the power of two below, to which batches are padded
+            _log.warning("The GPU's memory ran out with %d images; captioning goes on with %d.", count, self.limit)
         return None
 
 

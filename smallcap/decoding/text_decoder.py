@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
@@ -141,10 +142,18 @@ class TextDecoder(nn.Module, ABC):
         return self.stack.token_embedding
 
     def logits(self, hidden_states: Tensor) -> Tensor:
-        """Returns [..., V] logits of [..., E] hidden states."""
+        """Returns [..., V] logits of [..., E] hidden states.
+
+        On a GPU those of a half-precision decoder are float32, as they are summed: rounded to bfloat16, most logits
+        would be multiples of 0.25 or 0.5, and many would be equal. On a CPU they have the decoder's precision.
+        """
         if self._packed_head is not None:
             return cast("Tensor", self._packed_head(hidden_states.contiguous()))
-        return F.linear(hidden_states, self.token_embedding)
+        weight = self.token_embedding
+        if weight.is_cuda and weight.dtype != torch.float32 and hidden_states.dtype == weight.dtype:
+            rows = hidden_states.flatten(0, -2)
+            return torch.mm(rows, weight.T, out_dtype=torch.float32).view(*hidden_states.shape[:-1], -1)
+        return F.linear(hidden_states, weight)
 
     def pack(self) -> None:
         """Lays the weights out for this CPU if possible; the decoder can then only be used for inference."""

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from smallcap.benchmark.random_content import write_flat_index
+from smallcap.benchmark.random_content import write_index
 from smallcap.captioned import CaptionResult
 from smallcap.captioner import Captioner
 from smallcap.config import Device
-from smallcap.decoding.cuda_graphs import GraphStepper
+from smallcap.decoding.cuda_graphs import GraphStepper, Run
 from smallcap.decoding.engine import generate
 from smallcap.doctor.devices import resolve_device
 from smallcap.doctor.report import Finding, attempt, fail, ok
@@ -87,7 +87,7 @@ def build_demo_index(folder: Path) -> Retriever:
     with (demo_folder() / "captions.csv").open(newline="") as file:
         texts = list(itertools.islice(dict.fromkeys(row["caption"] for row in csv.DictReader(file)), _CAPTIONS))
     encoder = load_retrieval_encoder(DEMO)
-    return write_flat_index(folder, encoder.encode_texts(texts), texts, encoder.identity)
+    return Retriever(write_index(folder, encoder.encode_texts(texts), texts, encoder.identity), folder)
 
 
 def _load(retriever: Retriever, device: str, dtype: str) -> Captioner:
@@ -116,7 +116,7 @@ def _compare_steps(captioner: Captioner, pool: Sequence[Pixels]) -> Iterator[Fin
     prompts = captioner.prompt(captioner.retrieve(captioner.embed(pool, class_tokens)))
     given = (captioner.model.decoder, hidden_states, prompts, captioner.generation)
     on_gpu = captioner.model.device.type == "cuda"
-    stepper = GraphStepper(None if on_gpu else lambda: _record_by_running)
+    stepper = GraphStepper(None if on_gpu else _Runs())
     expected = [(tuple(best.token_ids), best.score) for best, *_ in generate(*given)]
     found = []
     for _ in range(2):
@@ -126,11 +126,17 @@ def _compare_steps(captioner: Captioner, pool: Sequence[Pixels]) -> Iterator[Fin
     yield _judge("recorded steps", what, found, expected * 2)
 
 
-def _record_by_running(run: Callable[[], None], undo: Callable[[], None]) -> Callable[[], None]:
-    """Stands in for a CUDA graph: the recording is the function itself."""
-    run()
-    undo()
-    return run
+class _Runs:
+    """Stands in for CUDA graphs on a CPU: a recording is the function itself."""
+
+    def record(self, run: Run, undo: Run) -> Run:
+        """Runs once without a trace, as what precedes a recording does."""
+        run()
+        undo()
+        return run
+
+    def forget(self) -> None:
+        """Holds nothing."""
 
 
 def _compare_pipeline(

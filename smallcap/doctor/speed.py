@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -40,11 +40,16 @@ def measure(wanted: Device) -> Iterator[Finding]:
 
 
 def _rates(options: BenchmarkOptions) -> Iterator[Finding]:
-    result = run_benchmark(options)
+    result = run_benchmark(options, _loop)
     rates = ", ".join(f"{stage.stage} {_rounded(stage.images_per_s)}" for stage in result.stages)
     dtype = result.machine["dtype"]
     yield ok("stage rates", f"images/s in {dtype}, each stage alone: {rates}")
     yield ok("stage rates", f"all from crops to captions: {_rounded(result.images_per_s)} images/s")
+
+
+def _loop(captioner: Captioner, batches: Sequence[Sequence[Pixels]]) -> Callable[[], int]:
+    """Returns a function that captions batches in a row and returns how many images they have."""
+    return lambda: sum(map(len, captioner.caption_batches((pixels, None) for pixels in batches)))
 
 
 def _rounded(rate: float) -> str:

@@ -77,6 +77,8 @@ class ExactBlocks:
                 self._max_norm = max(self._max_norm, float(np.linalg.norm(halves.astype(np.float32), axis=1).max()))
                 self._vectors[row : row + len(halves)] = torch.from_numpy(halves).to(device)
                 row += len(halves)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # searches run on other streams, which would not wait for the copies
 
     def candidates(self, queries: np.ndarray, count: int) -> Ranking:
         """Returns each query's best vectors by (exact score descending, id ascending).

@@ -19,7 +19,7 @@ class ActorPlan:
     """A pool of model actors."""
 
     device: str  # cpu or cuda
-    dtype: str
+    dtype: str  # auto on a GPU, which is asked when the model is loaded
     num_actors: int  # at the start
     cpus_per_actor: float  # Ray's logical CPUs; without a GPU also the actor's threads, up to the node's cores
     gpus_per_actor: float
@@ -58,7 +58,7 @@ def plan_actors(compute: ComputeConfig, nodes: Sequence[Mapping[str, float]]) ->
     share = min(cpus_for_actors / num_actors, largest_node, _MOST_CPUS_PER_ACTOR)  # above one, Ray takes whole CPUs
     return ActorPlan(
         device="cuda" if on_gpu else "cpu",
-        dtype=compute.dtype if compute.dtype != "auto" else ("bfloat16" if on_gpu else "float32"),
+        dtype="float32" if compute.dtype == "auto" and not on_gpu else compute.dtype,
         num_actors=num_actors,
         cpus_per_actor=0.0 if on_gpu else (share if share < 1 else float(int(share))),
         gpus_per_actor=compute.gpus_per_actor if on_gpu else 0.0,

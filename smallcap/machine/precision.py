@@ -1,4 +1,4 @@
-"""Measures which precision is fastest on a machine, because a supported data type may still be emulated."""
+"""Which precision a machine computes in: the fastest is measured, because a supported data type may be emulated."""
 
 from __future__ import annotations
 
@@ -57,7 +57,26 @@ def _gain(rows: int) -> float:
 
 
 def resolve_dtype(dtype: str, device: str) -> str:
-    """Returns the name of a torch dtype: what was asked for, or, for `auto`, what suits the device."""
+    """Returns the name of a torch dtype: what was asked for, or, for `auto`, what suits the device, which must be here.
+
+    GPUs before Ampere, as the T4 is, only emulate bfloat16; float16 is fast on all of them.
+    """
     if dtype != "auto":
         return dtype
-    return "bfloat16" if device.startswith("cuda") else fastest_cpu_dtype()
+    if not device.startswith("cuda"):
+        return fastest_cpu_dtype()
+    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+
+
+def keep_float32_exact(dtype: torch.dtype, device: torch.device) -> None:
+    """Switches TF32 off for the whole process if a float32 model goes to a GPU; torch leaves it on for convolutions.
+
+    TF32 rounds factors to 10 bits, so that captions in float32 would differ from a CPU's. Whoever computes in TF32 in
+    the same process must switch it on again. Models in half precision are not concerned.
+    """
+    if dtype == torch.float32 and device.type == "cuda":
+        # The older switches come first: they and those of each operation must agree, or torch refuses to compute.
+        torch.backends.cudnn.allow_tf32 = False
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
+        torch.backends.cudnn.rnn.fp32_precision = "ieee"  # type: ignore[attr-defined]

@@ -30,6 +30,7 @@ from smallcap.decoding.strategy import GenerationOptions, SamplingOptions
 from smallcap.decoding.text_decoder import DecoderConfig, TextDecoder
 from smallcap.errors import CheckpointError, ConfigError
 from smallcap.images.crops import CropPlan
+from smallcap.machine.precision import keep_float32_exact
 from smallcap.model.clip_encoder import VisionEncoder, load_preprocessing, vision_preprocessing
 from smallcap.model.files import resolve_folder, weights_file
 from smallcap.model.gpt2 import GPT2Decoder, dump_gpt2_config, parse_gpt2_config
@@ -199,7 +200,7 @@ def load_checkpoint(source: str, device: str = "cpu", dtype: str = "float32") ->
     Args:
         source: `demo`, a folder, or a Hugging Face id such as `Yova/SmallCap7M`.
         device: A torch device.
-        dtype: `float32`, `bfloat16` or `float16`.
+        dtype: `float32`, `bfloat16` or `float16`. float32 on a GPU switches TF32 off in the whole process.
 
     Returns:
         The model in eval mode, all parameters frozen.
@@ -212,7 +213,9 @@ def load_checkpoint(source: str, device: str = "cpu", dtype: str = "float32") ->
     path = weights_file(folder)
     load_weights(model, _read_tensors(path), str(path))
     model.model_id = checkpoint_id(source)
-    return model.to(device=torch.device(device), dtype=getattr(torch, dtype)).eval().requires_grad_(False)
+    torch_device, torch_dtype = torch.device(device), getattr(torch, dtype)
+    keep_float32_exact(torch_dtype, torch_device)
+    return model.to(device=torch_device, dtype=torch_dtype).eval().requires_grad_(False)
 
 
 def checkpoint_id(source: str) -> str:

@@ -26,6 +26,8 @@ from smallcap.decoding.packed_linear import pack_linears
 from smallcap.errors import CheckpointError, ConfigError
 from smallcap.images.decode import Preprocessing
 from smallcap.index.manifest import EncoderIdentity
+from smallcap.machine.precision import keep_float32_exact
+from smallcap.machine.shapes import fill_up, rows_on_gpu, tokens_on_gpu
 from smallcap.model.clip_tokenizer import ClipTokenizer, pad_right
 from smallcap.model.files import DEMO, resolve_folder, weights_file
 from smallcap.storage import sha256_file
@@ -69,8 +71,9 @@ class VisionEncoder(nn.Module):
             All tokens before the last layer norm [B, P, Hv], which cross-attention reads, and the normalised class
             token [B, Hv], which a retrieval encoder of the same weights projects.
         """
-        outputs = self.transformer(pixel_values=pixel_values)
-        return outputs.last_hidden_state, outputs.pooler_output
+        count = len(pixel_values)
+        outputs = self.transformer(pixel_values=fill_up(pixel_values))
+        return outputs.last_hidden_state[:count], outputs.pooler_output[:count]
 
 
 class RetrievalEncoder(ABC):
@@ -89,14 +92,17 @@ class RetrievalEncoder(ABC):
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """Embeds [B, 3, S, S] normalised pixels as [B, dim] float32 unit vectors."""
         with torch.inference_mode():
-            return F.normalize(self._image_features(pixel_values).float(), dim=-1)
+            features = self._image_features(fill_up(pixel_values))[: len(pixel_values)]
+            return F.normalize(features.float(), dim=-1)
 
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Embeds texts as a [N, dim] float32 array of unit vectors."""
         embeddings = [np.zeros((0, self.dim), np.float32)]
         with torch.inference_mode():
             for start in range(0, len(texts), _TEXT_BATCH):
-                features = self._text_features(list(texts[start : start + _TEXT_BATCH]))
+                batch = list(texts[start : start + _TEXT_BATCH])
+                rows = rows_on_gpu(len(batch)) if self.device.type == "cuda" else len(batch)
+                features = self._text_features(batch + batch[-1:] * (rows - len(batch)))[: len(batch)]
                 embeddings.append(F.normalize(features.float(), dim=-1).cpu().numpy())
         return np.concatenate(embeddings)
 
@@ -132,7 +138,8 @@ class HFRetrievalEncoder(RetrievalEncoder):
 
     def __init__(self, model: CLIPModel, tokenizer: Any, identity: EncoderIdentity) -> None:
         self._model: Any = model.eval()
-        self._tokenise = ClipTokenizer.of_transformers(tokenizer, model.config.text_config.max_position_embeddings)
+        self._max_tokens: int = model.config.text_config.max_position_embeddings
+        self._tokenise = ClipTokenizer.of_transformers(tokenizer, self._max_tokens)
         self._pad_token_id: int = tokenizer.pad_token_id
         super().__init__(identity, vision_preprocessing(model.config.vision_config.to_dict()), model.device)
 
@@ -172,7 +179,11 @@ class HFRetrievalEncoder(RetrievalEncoder):
         return self._model.visual_projection(class_token)
 
     def _text_features(self, texts: list[str]) -> Tensor:
-        ids, mask = pad_right(self._tokenise(texts), self._pad_token_id)
+        rows = self._tokenise(texts)
+        length = max(map(len, rows))
+        if self.device.type == "cuda":
+            length = min(tokens_on_gpu(length), self._max_tokens)
+        ids, mask = pad_right(rows, self._pad_token_id, length)
         outputs = self._model.text_model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device))
         return self._model.text_projection(outputs.pooler_output)
 
@@ -257,7 +268,7 @@ def load_retrieval_encoder(spec: str, device: str = "cpu", dtype: str = "float32
     Args:
         spec: `demo`, `hf:ID-OR-PATH`, or `open_clip:MODEL/PRETRAINED-OR-PATH`.
         device: A torch device.
-        dtype: `float32`, `bfloat16` or `float16`.
+        dtype: `float32`, `bfloat16` or `float16`. float32 on a GPU switches TF32 off in the whole process.
 
     Raises:
         ConfigError: The spec has no known form.
@@ -266,6 +277,7 @@ def load_retrieval_encoder(spec: str, device: str = "cpu", dtype: str = "float32
     identity = resolve_encoder_identity(spec)
     backend, name, pretrained = _parse_spec(spec)
     torch_device, torch_dtype = torch.device(device), getattr(torch, dtype)
+    keep_float32_exact(torch_dtype, torch_device)
     try:
         if backend == "hf":
             return HFRetrievalEncoder.load(resolve_folder(name, demo_model="clip"), identity, torch_device, torch_dtype)

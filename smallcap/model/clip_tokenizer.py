@@ -104,14 +104,14 @@ class ClipTokenizer:
         return [self._start, *ids[: self._max_tokens - 2], self._end]
 
 
-def pad_right(rows: Sequence[Sequence[int]], pad_token_id: int, length: int | None = None) -> tuple[Tensor, Tensor]:
-    """Pads rows of token ids to one length, by default that of the longest.
+def pad_right(rows: Sequence[Sequence[int]], pad_token_id: int, length: int) -> tuple[Tensor, Tensor]:
+    """Pads rows of token ids to one length.
 
     Returns:
         Token ids [B, S] int64, and a mask [B, S] int64 that is 0 at the padding.
     """
     lengths = np.fromiter(map(len, rows), np.int64, len(rows))
-    mask = np.arange(length or lengths.max(initial=0)) < lengths[:, None]
+    mask = np.arange(length) < lengths[:, None]
     ids = np.full(mask.shape, pad_token_id, np.int64)
     ids[mask] = np.fromiter(chain.from_iterable(rows), np.int64, lengths.sum())
     return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))

@@ -1,10 +1,10 @@
-"""Builds prompts from the token ids of their captions, which it remembers: tokenising is most of a prompt's cost.
+"""Builds prompts from the token ids of their words, which it remembers: tokenising is most of a prompt's cost.
 
-A prompt is joined from pieces that were tokenised alone, and has the ids that its whole text has. This follows from how
+A prompt is joined from chunks that were tokenised alone, and has the ids that its whole text has. This follows from how
 a byte-level BPE splits text before it merges: no match depends on what stands before it, and a match that ends in
 another character than white space does not go on into white space. So text can be cut where white space follows
-another character. Special tokens do not change this where none of them contains white space or takes in what stands
-beside it. For every other tokenizer, template and caption, the whole text is tokenised.
+another character: before each word. Special tokens do not change this where none of them contains white space or takes
+in what stands beside it. For every other tokenizer, template and word, the whole text is tokenised.
 
 Source: openai/gpt-2 src/encoder.py `Encoder.pat`.
 """
@@ -12,12 +12,10 @@ Source: openai/gpt-2 src/encoder.py `Encoder.pat`.
 from __future__ import annotations
 
 import string
-from array import array
 from collections.abc import Sequence
 from itertools import chain, pairwise
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
-import pyarrow as pa
 from tokenizers import models, pre_tokenizers
 
 from smallcap.index.retriever import Neighbours
@@ -26,32 +24,24 @@ from smallcap.model.prompt import PromptTemplate, build_prompts, encode_texts
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_REMEMBERED = 1 << 18  # pieces, in about 80 MB
+_REMEMBERED = 1 << 17  # words, in about 35 MB
 _WHITE_SPACE = (" ", "\n", "\r", "\t")  # by any definition
-
-Piece: TypeAlias = "array[int]"
-"""The token ids of a caption in a prompt, with the separator before it and, of the last one, the ending."""
 
 
 class PromptBuilder:
-    """Builds prompts for one tokenizer and one index; for one thread at a time.
+    """Builds prompts for one tokenizer.
 
     Args:
         tokenizer: The decoder's tokenizer.
         template: The words around the captions.
         bos_token_id: Token that prompts start with, for a decoder that was trained with one (OPT).
-        remembered: The most pieces that are remembered.
 
     Attributes:
-        joins: Whether prompts can be joined from pieces.
+        joins: Whether prompts can be joined.
     """
 
     def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        template: PromptTemplate,
-        bos_token_id: int | None = None,
-        remembered: int = _REMEMBERED,
+        self, tokenizer: PreTrainedTokenizerBase, template: PromptTemplate, bos_token_id: int | None = None
     ) -> None:
         self._tokenizer, self._template, self._bos_token_id = tokenizer, template, bos_token_id
         self.joins = _splits_at_white_space(tokenizer) and _can_be_cut(template)
@@ -59,68 +49,59 @@ class PromptBuilder:
         first, self._closing = encode_texts(tokenizer, [opening.removesuffix(template.separator), closing])
         self._opening = first if bos_token_id is None else [bos_token_id, *first]
         (self._without_retrieval,) = self._from_texts([[]])
-        # By twice the caption's id, plus 1 for the last one of a prompt. When the newer half is full, it takes the
-        # place of the older one: about what a list ordered by last use would keep, but cheaper.
-        self._newer: dict[int, Piece | None] = {}
-        self._older: dict[int, Piece | None] = {}
-        self._half = max(1, remembered // 2)
+        self._after_separator = _Words(tokenizer, template.separator)
+        self._after_space = _Words(tokenizer, " ")
 
     def build(self, neighbours: Neighbours) -> list[list[int]]:
         """Returns the prompt of each of B images as token ids; without neighbours, the one without retrieval."""
-        bounds = list(pairwise(neighbours.offsets.tolist()))
-        joined = self._join(neighbours, bounds) if self.joins else [None] * len(bounds)
+        texts = neighbours.texts.to_pylist()
+        retrieved = [texts[start:end] for start, end in pairwise(neighbours.offsets.tolist())]
+        if not self.joins:
+            return self._from_texts(retrieved)
+        joined = [self._join(captions) if captions else self._without_retrieval for captions in retrieved]
         whole = [image for image, prompt in enumerate(joined) if prompt is None]
-        texts = [neighbours.texts[slice(*bounds[image])].to_pylist() for image in whole]
-        tokenised = dict(zip(whole, self._from_texts(texts), strict=True))
-        return [tokenised[image] if prompt is None else prompt for image, prompt in enumerate(joined)]
+        tokenised = iter(self._from_texts([retrieved[image] for image in whole]))
+        return [next(tokenised) if prompt is None else prompt for prompt in joined]
 
     def _from_texts(self, retrieved: Sequence[Sequence[str]]) -> list[list[int]]:
         return build_prompts(self._tokenizer, self._template, retrieved, self._bos_token_id)
 
-    def _join(self, neighbours: Neighbours, bounds: Sequence[tuple[int, int]]) -> list[list[int] | None]:
-        """Returns each image's prompt; None where it has to be tokenised as a whole."""
-        keys = (2 * neighbours.ids[neighbours.found]).tolist()
-        for start, end in bounds:
-            if end > start:
-                keys[end - 1] += 1
-        pieces = self._pieces(keys, neighbours.texts)
-        return [
-            self._join_pieces(pieces[start:end]) if end > start else self._without_retrieval for start, end in bounds
-        ]
-
-    def _join_pieces(self, pieces: Sequence[Piece | None]) -> list[int] | None:
-        known = [piece for piece in pieces if piece is not None]
-        if len(known) < len(pieces):
+    def _join(self, captions: list[str]) -> list[int] | None:
+        """Returns a prompt; None if it has to be tokenised as a whole."""
+        ids = self._opening.copy()
+        try:
+            for caption in [*captions[:-1], captions[-1] + self._template.ending]:
+                first, *others = caption.split(" ")
+                ids += self._after_separator[first]
+                ids += chain.from_iterable(map(self._after_space.__getitem__, others))
+        except _UncuttableError:
             return None
-        return [*self._opening, *chain.from_iterable(known), *self._closing]
+        return ids + self._closing
 
-    def _pieces(self, keys: Sequence[int], texts: pa.StringArray) -> list[Piece | None]:
-        """Returns the pieces of some captions; None for one after which a prompt cannot be cut."""
-        unknown: dict[int, int] = {}
-        for place, key in enumerate(keys):
-            if key not in self._newer:
-                if key in self._older:
-                    self._newer[key] = self._older[key]
-                else:
-                    unknown[key] = place
-        if unknown:
-            self._newer |= self._tokenise(list(unknown), texts.take(pa.array(list(unknown.values()))).to_pylist())
-        pieces = [self._newer[key] for key in keys]
-        if len(self._newer) > self._half:
-            self._newer, self._older = {}, self._newer
-        return pieces
 
-    def _tokenise(self, keys: Sequence[int], texts: Sequence[str]) -> dict[int, Piece | None]:
-        template = self._template
-        pieces = [
-            f"{template.separator}{text}{template.ending if key % 2 else ''}"
-            for key, text in zip(keys, texts, strict=True)
-        ]
-        encoded = encode_texts(self._tokenizer, pieces)
-        return {
-            key: array("i", ids) if _ends_in_no_white_space(piece) else None
-            for key, piece, ids in zip(keys, pieces, encoded, strict=True)
-        }
+class _UncuttableError(Exception):
+    """Text cannot be cut after a word."""
+
+
+class _Words(dict[str, tuple[int, ...]]):
+    """The token ids of words with what stands before them.
+
+    Args:
+        tokenizer: The tokenizer.
+        before: What stands before each word; it begins with white space.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, before: str) -> None:
+        super().__init__()
+        self._tokenizer, self._before = tokenizer, before
+
+    def __missing__(self, word: str) -> tuple[int, ...]:
+        if not word or not _ends_in_no_white_space(word):
+            raise _UncuttableError
+        if len(self) >= _REMEMBERED:
+            self.clear()
+        ids = self[word] = tuple(encode_texts(self._tokenizer, [self._before + word])[0])
+        return ids
 
 
 def _splits_at_white_space(tokenizer: PreTrainedTokenizerBase) -> bool:

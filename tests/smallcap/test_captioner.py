@@ -1,4 +1,10 @@
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -6,9 +12,11 @@ import torch
 from PIL import Image
 
 from index_builder.build import build_index
+from smallcap.captioned import CaptionResult
 from smallcap.captioner import Captioner, CaptionerOptions
 from smallcap.config import IndexConfig
 from smallcap.errors import ConfigError, ErrorCode, IndexIntegrityError
+from smallcap.images.crops import Pixels
 from smallcap.model.checkpoint import load_crop_plan
 from tests.caption_runs import jpeg
 
@@ -97,6 +105,30 @@ def test_compiled_encoders_give_the_same_captions(tiny_smallcap: Path) -> None:
     assert [result.caption for result in compiled.caption(images)] == expected
 
 
+def test_compiled_encoders_run_while_no_steps_are_recorded(
+    captioner: Captioner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiling waits for the whole GPU, which a recording in another thread does not survive."""
+    events = []
+
+    @contextmanager
+    def no_recording() -> Iterator[None]:
+        events.append("held")
+        yield
+        events.append("free")
+
+    monkeypatch.setattr("smallcap.captioner.no_recording", no_recording)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: events.append("compiled"))
+    monkeypatch.setattr(captioner, "_encoding", captioner._encoding)  # put back afterwards
+    hook = captioner.model.encoder.register_forward_pre_hook(lambda *_: events.append("encoded"))
+    pixels = [captioner.crop_plan.crop(jpeg(0))]
+    captioner.encode(pixels)
+    captioner.compile_encoders()
+    captioner.encode(pixels)
+    hook.remove()
+    assert events == ["encoded", "compiled", "held", "encoded", "free"]
+
+
 def test_options_are_fields_and_keywords_and_without_retrieval_no_index_is_needed(tiny_smallcap: Path) -> None:
     options = CaptionerOptions(k=0, num_beams=2, dtype="float32")
     captioner = Captioner.from_pretrained(str(tiny_smallcap), options=options, num_beams=1)
@@ -119,6 +151,65 @@ def test_batches_that_are_prepared_beside_each_other_are_those_alone(captioner: 
         captioner.caption_batch(*batch) for batch in batches
     ]
     assert list(captioner.caption_batches(batches)) == [captioner.caption_batch(*batch) for batch in batches]
+
+
+def test_one_thread_prepares_the_batches_of_all_calls(captioner: Captioner, monkeypatch: pytest.MonkeyPatch) -> None:
+    crops = [captioner.crop_plan.crop(jpeg(seed)) for seed in range(6)]
+    calls = [[([crops[0]], None), ([crops[1]], None)], [([crops[2]], None), (crops[3:], None)]]
+    expected = [[captioner.caption_batch(*batch) for batch in call] for call in calls]
+    encode, threads = Captioner.encode, []
+
+    def noted(self: Captioner, pixels: Sequence[Pixels]) -> tuple[torch.Tensor, torch.Tensor]:
+        threads.append(threading.get_ident())
+        return encode(self, pixels)
+
+    monkeypatch.setattr(Captioner, "encode", noted)
+
+    def caption(call: Any) -> list[list[CaptionResult]]:
+        return [columns.to_results() for columns in captioner._caption_overlapped(call)]
+
+    with ThreadPoolExecutor(2) as pool:  # an actor on a GPU has two calls at a time
+        assert list(pool.map(caption, calls)) == expected
+    assert [caption(call) for call in calls] == expected
+    assert len(threads) == 8 and len(set(threads)) == 1 and threading.get_ident() not in threads
+
+
+def _texts(results: Sequence[CaptionResult]) -> list[tuple[str | None, list[str]]]:
+    return [(result.caption, [neighbour.text for neighbour in result.neighbours]) for result in results]
+
+
+def test_a_batch_too_large_to_prepare_goes_on_in_halves(captioner: Captioner, monkeypatch: pytest.MonkeyPatch) -> None:
+    crops = [captioner.crop_plan.crop(jpeg(seed)) for seed in range(7)]
+    batches = [(crops, ["photo-1.jpg", *[None] * 6]), (crops[:4], None)]
+    expected = [_texts(captioner.caption_batch(*batch)) for batch in batches]
+    encode, sizes, freed = captioner.encode, [], []
+
+    def encode_few(pixels: Sequence[Pixels]) -> tuple[torch.Tensor, torch.Tensor]:
+        sizes.append(len(pixels))
+        if len(pixels) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return encode(pixels)
+
+    monkeypatch.setattr(captioner, "encode", encode_few)
+    monkeypatch.setattr(captioner.model, "free_memory", lambda: freed.append(threading.get_ident()))
+    monkeypatch.setattr(captioner, "_prepared_together", None)
+    assert [_texts(columns.to_results()) for columns in captioner._caption_overlapped(batches)] == expected
+    assert set(freed) == {threading.get_ident()}  # never beside a generation
+    sizes.clear()
+    list(captioner._caption_overlapped(batches))
+    assert max(sizes) <= 2  # it remembers
+    monkeypatch.setattr(captioner, "encode", lambda pixels: pytest.fail("broken"))
+    with pytest.raises(pytest.fail.Exception, match="broken"):
+        list(captioner._caption_overlapped(batches))
+
+
+def test_sampling_takes_the_keys_that_loading_has_computed(index: str, tiny_smallcap: Path) -> None:
+    sampler = Captioner.from_pretrained(str(tiny_smallcap), index, dtype="float32", do_sample=True, seed=3)
+    pixels = [sampler.crop_plan.crop(jpeg(seed)) for seed in range(3)]
+    hashed = [replace(image, key=image.content_key) for image in pixels]
+    assert sampler.caption_batch(hashed) == sampler.caption_batch(pixels)
+    others = [replace(image, key=image.content_key + 1) for image in pixels]
+    assert sampler.caption_batch(others) != sampler.caption_batch(pixels)
 
 
 def test_a_length_penalty_does_not_change_what_logprob_means(index: str, tiny_smallcap: Path) -> None:

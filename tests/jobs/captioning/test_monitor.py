@@ -10,7 +10,7 @@ def test_reports_are_summed_by_stage() -> None:
     monitor = RunMonitor(images=100)
     monitor.report(StageReport("load", 10, 2.0, fetch_s=1.5, retries=3, bytes=1000))
     monitor.report(StageReport("load", 20, 3.0, fetch_s=0.5))
-    monitor.report(StageReport("caption", start_s=4.0, worker="a"))
+    monitor.report(StageReport("caption", start_s=4.0, worker="a", dtypes=frozenset({"float16"})))
     monitor.report(StageReport("caption", 10, 1.0, worker="a", tokens=99, searched_by=frozenset({"cpu"})))
     monitor.report(StageReport("write", 10, 0.1, errors={"empty": 1}))
     monitor.report(StageReport("write", 10, 0.1, errors={"empty": 1, "truncated": 3}))
@@ -18,7 +18,7 @@ def test_reports_are_summed_by_stage() -> None:
     assert (snapshot.load.images, snapshot.load.seconds, snapshot.load.fetch_s) == (30, 5.0, 2.0)
     assert (snapshot.load.retries, snapshot.load.bytes) == (3, 1000)
     assert (snapshot.caption.images, snapshot.caption.start_s, snapshot.actors) == (10, 4.0, 1)
-    assert snapshot.caption.searched_by == {"cpu"}
+    assert (snapshot.caption.searched_by, snapshot.caption.dtypes) == ({"cpu"}, {"float16"})
     assert snapshot.errors == {"truncated": 3, "empty": 2}
     assert list(snapshot.errors) == ["truncated", "empty"]
     assert (snapshot.images, snapshot.expected_images) == (100, 100)

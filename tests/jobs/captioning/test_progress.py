@@ -19,7 +19,7 @@ from jobs.captioning.progress import (
 from jobs.captioning.stage_report import Snapshot, StageReport
 from smallcap.machine.actor_plan import ActorPlan
 
-PLAN = ActorPlan("cuda", "bfloat16", 4, 0.0, 1.0, 4)
+PLAN = ActorPlan("cuda", "auto", 4, 0.0, 1.0, 4)
 NOTHING = Snapshot(
     images=1000,
     fragments=4,
@@ -37,7 +37,9 @@ FULL = replace(
     actors=4,
     first_caption_s=10.0,
     load=StageReport("load", 1000, 60.0, fetch_s=10.0, by_pillow=3),
-    caption=StageReport("caption", 1000, 340.0, start_s=20.0, searched_by=frozenset({"cuda"})),
+    caption=StageReport(
+        "caption", 1000, 340.0, start_s=20.0, searched_by=frozenset({"cuda"}), dtypes=frozenset({"bfloat16"})
+    ),
     write=StageReport("write", 1000, 2.0, errors={"empty": 2, "truncated": 30}),
 )
 

@@ -66,7 +66,18 @@ def test_one_image_that_does_not_fit_stops_the_run() -> None:
         MicroBatches(device.free).run(4, device.run)
     assert "Tried to allocate 2 GiB" in str(raised.value)
     assert "gpus_per_actor" in str(raised.value)
-    assert device.sizes == [4, 2, 1]
+    assert device.sizes == [4, 2, 1, 1]
+
+
+def test_one_image_gets_the_memory_that_was_only_kept() -> None:
+    kept = [True]
+
+    def run(rows: slice) -> list[int]:
+        if kept[0]:
+            raise torch.OutOfMemoryError
+        return [rows.start]
+
+    assert MicroBatches(lambda: kept.__setitem__(0, False)).run(1, run) == [0]
 
 
 def test_other_errors_pass() -> None:

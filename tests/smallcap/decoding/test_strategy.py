@@ -1,9 +1,7 @@
-"""Top-k over chunks, the ban of repeated n-grams, sampling, several captions, and recorded steps."""
+"""Top-k over chunks, the ban of repeated n-grams, sampling, and several captions."""
 
-import itertools
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,8 +9,6 @@ from hypothesis import strategies as st
 
 from smallcap.config import GenerationConfig
 from smallcap.decoding.beam_search import BeamSearch
-from smallcap.decoding.cuda_graphs import GraphStepper
-from smallcap.decoding.engine import generate
 from smallcap.decoding.sampling import draw, split_mix
 from smallcap.decoding.strategy import GenerationOptions, SamplingOptions, top_logits
 from smallcap.errors import ConfigError
@@ -140,32 +136,6 @@ def test_split_mix_is_the_published_one() -> None:
         state = (state + 0x9E3779B97F4A7C15) % 2**64
         state -= 2**64 if state >= 2**63 else 0
     assert outputs == [6457827717110365317, 3203168211198807973, 9817491932198370423]
-
-
-@pytest.mark.parametrize("wanted", [GenerationConfig(), GenerationConfig(do_sample=True, num_captions=2)])
-def test_recorded_steps_give_the_same_captions(model: SmallCapModel, wanted: GenerationConfig) -> None:
-    """What CUDA graphs replay, replayed here by running it: static tensors, filled-up batches, shared storage."""
-    options = model.generation_options(wanted)
-    recordings = itertools.count()
-
-    def record(run, undo):  # type: ignore[no-untyped-def]
-        next(recordings)
-        run()
-        undo()
-        return run
-
-    stepper = GraphStepper(lambda: record)
-    for count, seed in ((5, 0), (11, 1), (3, 2), (5, 0)):  # the larger batch makes the storage grow
-        hidden_states, prompts = inputs(count, seed)
-        given = (model.decoder, hidden_states, prompts, options)
-        expected = generate(*given)
-        found = generate(*given, stepper=stepper)
-        for a, b in zip(found, expected, strict=True):
-            assert [caption.token_ids for caption in a] == [caption.token_ids for caption in b]
-            assert np.allclose([caption.score for caption in a], [caption.score for caption in b], atol=1e-3)
-    made = next(recordings)
-    generate(*given, stepper=stepper)
-    assert next(recordings) == made + 1, "a shape that was seen before must not be recorded again"
 
 
 def test_beams_survive_a_ban_of_everything_but_a_few_tokens() -> None:

@@ -51,11 +51,11 @@ def test_a_large_batch_that_captions_otherwise(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_recording_that_does_not_undo_its_first_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    def record(run: Any, undo: Any) -> Any:
+    def record(self: Any, run: Any, undo: Any) -> Any:
         run()
         return run
 
-    monkeypatch.setattr(captioning, "_record_by_running", record)
+    monkeypatch.setattr(captioning._Runs, "record", record)
     assert statuses(prove_captioning("cpu", LITTLE))["recorded steps"] == "fail"
 
 

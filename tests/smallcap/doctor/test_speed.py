@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from benchmarks.tiny_models import TINY_DIM
-from smallcap.benchmark.random_content import write_flat_index
+from smallcap.benchmark.random_content import write_index
 from smallcap.benchmark.stages import BenchmarkResult, StageResult
 from smallcap.captioner import Captioner
 from smallcap.doctor import speed
 from smallcap.doctor.speed import measure
+from smallcap.index.retriever import Retriever
 from smallcap.model.clip_encoder import load_retrieval_encoder
 from tests.index_files import unit_vectors
 
@@ -22,15 +23,14 @@ def small_sizes(tiny_smallcap: Path, tiny_clip: Path, monkeypatch: pytest.Monkey
     encoder = load_retrieval_encoder(f"hf:{tiny_clip}")
 
     def build(options: Any, dtype: str, folder: Path) -> Captioner:
-        retriever = write_flat_index(
-            folder, unit_vectors(9, TINY_DIM), [f"caption {n}" for n in range(9)], encoder.identity
-        )
+        texts = [f"caption {number}" for number in range(9)]
+        retriever = Retriever(write_index(folder, unit_vectors(9, TINY_DIM), texts, encoder.identity), folder)
         return Captioner.from_pretrained(str(tiny_smallcap), retriever, device=options.device, dtype=dtype)
 
     stages = (StageResult("vision encoder", 1234.5), StageResult("search", 71.25))
     result = BenchmarkResult(7.5, 6, 1, 0.5, 0.5, 1, stages, 60, 10, 0, {}, {"dtype": "float32"})
     monkeypatch.setattr(speed, "build_captioner", build)
-    monkeypatch.setattr(speed, "run_benchmark", lambda options: result)
+    monkeypatch.setattr(speed, "run_benchmark", lambda options, make_loop: result)
 
 
 def test_memory_and_rates() -> None:

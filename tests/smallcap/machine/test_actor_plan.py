@@ -10,7 +10,7 @@ from smallcap.machine.actor_plan import plan_actors
 
 def test_a_gpu_is_used_where_there_is_one_and_can_be_shared_and_left_alone() -> None:
     plan = plan_actors(ComputeConfig(), [{"CPU": 8}, {"CPU": 16, "GPU": 4}])
-    assert (plan.device, plan.dtype, plan.num_actors, plan.gpus_per_actor) == ("cuda", "bfloat16", 4, 1)
+    assert (plan.device, plan.dtype, plan.num_actors, plan.gpus_per_actor) == ("cuda", "auto", 4, 1)
     assert plan.cpus_per_actor == 0  # a reserved CPU would be one less for decoding
     assert plan_actors(ComputeConfig(gpus_per_actor=0.5), [{"CPU": 8, "GPU": 2}]).num_actors == 4
     assert plan_actors(ComputeConfig(device="cpu"), [{"CPU": 8, "GPU": 2}]).gpus_per_actor == 0
@@ -36,7 +36,7 @@ def test_a_pool_has_what_the_cluster_has_and_may_grow_to_what_is_allowed() -> No
 
 def test_a_pool_may_wait_for_the_autoscalers_first_gpu() -> None:
     plan = plan_actors(ComputeConfig(device="cuda", max_actors=8, gpus_per_actor=0.5), [{"CPU": 8.0}])
-    assert (plan.device, plan.dtype, plan.num_actors, plan.max_actors) == ("cuda", "bfloat16", 1, 8)
+    assert (plan.device, plan.dtype, plan.num_actors, plan.max_actors) == ("cuda", "auto", 1, 8)
     assert (plan.cpus_per_actor, plan.gpus_per_actor) == (0.0, 0.5)
     # `auto` takes what there is
     assert plan_actors(ComputeConfig(max_actors=8), [{"CPU": 8.0}]).device == "cpu"

@@ -1,0 +1,57 @@
+"""Which precision is chosen, and that float32 is float32; what a CPU's measurement decides is not tested here."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from smallcap.machine.precision import keep_float32_exact, resolve_dtype
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, "bfloat16"), (False, "float16")])
+def test_auto_takes_no_emulated_bfloat16(monkeypatch: pytest.MonkeyPatch, native: bool, expected: str) -> None:
+    def is_supported(including_emulation: bool = True) -> bool:
+        return native or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
+    assert resolve_dtype("auto", "cuda") == expected
+    assert resolve_dtype("bfloat16", "cuda") == "bfloat16"
+    assert resolve_dtype("float32", "cuda:1") == "float32"
+
+
+def tf32() -> tuple[bool, bool, str]:
+    """Returns where TF32 is on; torch raises if its switches contradict each other."""
+    return (
+        torch.backends.cudnn.allow_tf32,
+        torch.backends.cuda.matmul.allow_tf32,
+        torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
+    )
+
+
+@pytest.fixture
+def restored() -> Iterator[None]:
+    yield
+    torch.backends.fp32_precision = "none"
+    torch.backends.cudnn.allow_tf32 = True
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.usefixtures("restored")
+@pytest.mark.parametrize("before", ["nothing", "all of torch", "products", "convolutions"])
+def test_float32_is_exact_whatever_was_set_before(before: str) -> None:
+    if before == "all of torch":
+        torch.backends.fp32_precision = "tf32"
+    elif before == "products":
+        torch.set_float32_matmul_precision("high")
+    elif before == "convolutions":
+        torch.backends.cudnn.conv.fp32_precision = "tf32"  # type: ignore[attr-defined]
+    keep_float32_exact(torch.float32, torch.device("cuda"))
+    assert tf32() == (False, False, "ieee")
+
+
+@pytest.mark.usefixtures("restored")
+def test_other_models_leave_the_switches_alone() -> None:
+    torch.backends.cudnn.allow_tf32 = True
+    for dtype, device in ((torch.bfloat16, "cuda"), (torch.float16, "cuda"), (torch.float32, "cpu")):
+        keep_float32_exact(dtype, torch.device(device))
+    assert torch.backends.cudnn.allow_tf32
