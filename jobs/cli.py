@@ -1,7 +1,7 @@
 """The `smallcap` command: all jobs and look-ups.
 
-A command's options are the fields of the classes that its function takes. Exit codes: 0 done, 1 run error, 2 usage
-error, 3 done with more failed rows than `--max-error-rate` allows.
+A command's options are the fields of the classes that its function takes. Exit codes: 0 done, 1 run error (or a
+check of `doctor` fails), 2 usage error, 3 done with more failed rows than `--max-error-rate` allows.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from jobs.terminal.call_options import (
     BenchCall,
     CaptionCall,
     DemoOptions,
+    DoctorOptions,
     EvaluateCall,
     IndexGcOptions,
     IndexListOptions,
@@ -25,7 +26,7 @@ from jobs.terminal.call_options import (
     RayCall,
     SearchOptions,
 )
-from jobs.terminal.command_line import Base, Command, Run, run_app
+from jobs.terminal.command_line import EXIT_RUN_ERROR, Base, Command, Run, run_app
 from smallcap import __version__, storage
 from smallcap.config import BenchmarkOptions, CaptionConfig, EvaluateConfig, IndexConfig
 from smallcap.training.config import TrainConfig
@@ -212,6 +213,17 @@ def evaluate(config: EvaluateConfig, call: EvaluateCall) -> None:
     print_evaluation(result)
     if call.as_json:
         print(json.dumps(result))
+
+
+@_command("doctor", "--storage s3://bucket/captions --index s3://bucket/index --model Yova/SmallCap7M")
+def doctor(options: DoctorOptions) -> int:
+    """Check this machine, its GPU, Ray, storage, a model and an index; exit code 1 if a check fails."""
+    from jobs import doctor as job
+
+    counts = job.run(options)
+    if not options.as_json:
+        print(job.summarise(counts))
+    return EXIT_RUN_ERROR if counts["fail"] else 0
 
 
 @_command("bench", "--json bench.json")

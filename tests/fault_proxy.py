@@ -26,6 +26,7 @@ from yarl import URL
 FAULTS = ("slow_down", "reset", "truncated", "lost", "slow", "error")
 _CONTROL = "/__faults__"
 _OF_ONE_CONNECTION = {"connection", "keep-alive", "transfer-encoding", "content-length", "expect", "date", "server"}
+_CONDITIONS = {"if-match", "if-none-match"}
 _UPLOAD_ID = re.compile(r"uploadId=[^&]*")
 _ABORT_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER of 0 s: closing sends a reset
 
@@ -50,6 +51,8 @@ class FaultPlan:
     error_status: int = 403
     error_code: str = "AccessDenied"
     """Of the `error` answers, whose XML body is S3's."""
+    drop_conditions: bool = False
+    """Pass requests on without their conditions, as to a store that knows no conditional writes."""
 
     def fault(self, method: str, path: str, attempt: int) -> str | None:
         """Returns what the attempt (from 0 on) meets, None for nothing."""
@@ -119,7 +122,8 @@ class FaultProxy:
         return response
 
     async def _pass_on(self, request: web.Request, body: bytes) -> tuple[int, dict[str, str], bytes]:
-        headers = {name: text for name, text in request.headers.items() if name.lower() not in _OF_ONE_CONNECTION}
+        dropped = _OF_ONE_CONNECTION | (_CONDITIONS if self.plan.drop_conditions else set())
+        headers = {name: text for name, text in request.headers.items() if name.lower() not in dropped}
         session: ClientSession = request.app["session"]
         url = URL(self.target + request.raw_path, encoded=True)  # the Host header stays the one that was signed
         async with session.request(request.method, url, headers=headers, data=body, allow_redirects=False) as response:

@@ -9,7 +9,9 @@ from typing import Annotated
 
 from pydantic import Field
 
+from smallcap.config import Device
 from smallcap.options import POSITIONAL, Config, Flag
+from smallcap.storage import DEFAULT_CACHE_DIR
 
 AsJson = Annotated[bool, Flag(("--json",))]
 
@@ -94,6 +96,29 @@ class InspectOptions(Config):
     """Number of rows to show."""
     as_json: AsJson = False
     """Print JSON."""
+
+
+class DoctorOptions(Config):
+    """An examination of this machine, and of what a run on it is to use."""
+
+    model: str = "demo"
+    """Model to load: `demo`, a checkpoint folder, or a Hugging Face id."""
+    index: str | None = None
+    """Published index to look at."""
+    retrieval_encoder: str | None = None
+    """Retrieval encoder for the index; by default the one that it names."""
+    storage: tuple[str, ...] = ()
+    """Folder or prefix in which a small file is written, read, replaced on a condition, and deleted."""
+    address: str | None = None
+    """Address of a Ray cluster, whose nodes are asked what they have installed; by default a local Ray is tried."""
+    device: Device = "auto"
+    """Device to prove. `auto` takes a GPU if there is one, else the CPU."""
+    cache_dir: str = DEFAULT_CACHE_DIR
+    """Folder for copies of remote indexes."""
+    quick: bool = False
+    """Start no local Ray, and leave out what searches, captions and measures: a few seconds instead of minutes."""
+    as_json: AsJson = False
+    """Print JSON, an object per line."""
 
 
 class IndexOptions(Config):

@@ -1,0 +1,111 @@
+"""Measures at published sizes, with random weights: a batch's memory against its estimate, and each stage's speed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from smallcap.batch_size import largest_batch
+from smallcap.benchmark.random_content import make_photo
+from smallcap.benchmark.stages import build_captioner, run_benchmark
+from smallcap.captioner import Captioner
+from smallcap.config import BenchmarkOptions, Device
+from smallcap.doctor.devices import resolve_device
+from smallcap.doctor.report import Finding, attempt, ok, warn
+from smallcap.images.crops import Pixels
+from smallcap.machine.precision import resolve_dtype
+from smallcap.options import load_config
+from smallcap.storage import scratch_folder
+
+_STEP_BYTES = 16 << 20  # of the memory that is looked for
+_SIZES = {
+    "cpu": {"images": 8, "batch_size": 8, "captions": 5000, "repeats": 1},
+    "cuda": {"images": 2048, "batch_size": 256, "captions": 100_000, "repeats": 3},
+}
+_REMEDY = "Look at the line's error; smallcap bench shows all of it."
+
+
+def measure(wanted: Device) -> Iterator[Finding]:
+    """Reports a batch's memory, and the stages' images per second."""
+    device = resolve_device(wanted)
+    options = load_config(BenchmarkOptions, flags={"device": device, **_SIZES[device]})
+    yield from attempt("memory of a batch", lambda: [_compare_memory(options)], _REMEDY)
+    yield from attempt("stage rates", lambda: _rates(options), _REMEDY)
+
+
+def _rates(options: BenchmarkOptions) -> Iterator[Finding]:
+    result = run_benchmark(options, _loop)
+    rates = ", ".join(f"{stage.stage} {_rounded(stage.images_per_s)}" for stage in result.stages)
+    dtype = result.machine["dtype"]
+    yield ok("stage rates", f"images/s in {dtype}, each stage alone: {rates}")
+    yield ok("stage rates", f"all from crops to captions: {_rounded(result.images_per_s)} images/s")
+
+
+def _loop(captioner: Captioner, batches: Sequence[Sequence[Pixels]]) -> Callable[[], int]:
+    """Returns a function that captions batches in a row and returns how many images they have."""
+    return lambda: sum(map(len, captioner.caption_batches((pixels, None) for pixels in batches)))
+
+
+def _rounded(rate: float) -> str:
+    return f"{rate:,.1f}" if rate < 100 else f"{rate:,.0f}"
+
+
+def _compare_memory(options: BenchmarkOptions) -> Finding:
+    """Compares what a batch takes with the memory for which `largest_batch` would allow it."""
+    dtype = resolve_dtype(options.dtype, options.device)
+    with scratch_folder() as folder:
+        captioner = build_captioner(options, dtype, folder)
+        crops = _random_crops(captioner, options.batch_size)
+        with _peak_bytes(captioner.model.device) as taken:
+            results = captioner.caption_batch(crops)
+        embeddings = np.stack([result.embedding for result in results if result.embedding is not None])
+        prompts = captioner.prompt(captioner.retrieve(embeddings))
+        longest = max(map(len, prompts))
+
+        def allows(free_bytes: int) -> bool:
+            given = (captioner.model.config, None, captioner.generation, longest, free_bytes, dtype, options.device)
+            return largest_batch(*given) >= options.batch_size
+
+        estimate = next(size for size in itertools.count(_STEP_BYTES, _STEP_BYTES) if allows(size))
+    shown = f"{options.batch_size} images took {_mb(taken[0])}; such batches begin at {_mb(estimate)} of free memory"
+    if taken[0] > estimate:
+        return warn("memory of a batch", shown, f"Give --batch-size {max(1, options.batch_size // 2)} or less.")
+    return ok("memory of a batch", shown)
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:,.0f} MB"
+
+
+def _random_crops(captioner: Captioner, count: int) -> list[Pixels]:
+    rng = np.random.default_rng(0)
+    crop = captioner.crop_plan.crop(make_photo())
+    return [replace(crop, vision=rng.integers(0, 256, crop.vision.shape, dtype=np.uint8)) for _ in range(count)]
+
+
+@contextmanager
+def _peak_bytes(device: torch.device) -> Iterator[list[int]]:
+    """Gives a list that holds, when the block has ended, the most memory that it took beyond what was taken before."""
+    taken: list[int] = []
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield taken
+        taken.append(torch.cuda.max_memory_reserved(device) - before)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before = _resident_bytes("VmRSS")
+        yield taken
+        taken.append(max(0, _resident_bytes("VmHWM") - before))
+
+
+def _resident_bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) * 1024
