@@ -118,6 +118,9 @@ class ComputeConfig(Config):
     With device `cuda` it may start before there is a GPU; the cluster's autoscaler then brings one."""
     gpus_per_actor: float = Field(1.0, gt=0)
     """GPUs per actor. A fraction lets several actors share one GPU."""
+    stall_timeout_s: float = Field(600.0, gt=0)
+    """Seconds without a finished batch after which an actor is started again, and takes the batch again (captioning
+    only). Its first batch may take three times as long, for it compiles."""
 
     @model_validator(mode="after")
     def _pool_is_a_range(self) -> Self:

@@ -53,6 +53,7 @@ class CaptionImages(GuardedActor):
         started = time.perf_counter()
         limit_torch_threads()
         keep_freed_memory()
+        self.limit_stalls(spec.config.compute.stall_timeout_s)
         self._monitor, self._embeds = spec.monitor, spec.config.output.save_embeddings
         self._name = uuid.uuid4().hex
         self._excludes = spec.config.retrieval.exclude_own_captions
@@ -70,7 +71,7 @@ class CaptionImages(GuardedActor):
         good = np.flatnonzero(pc.equal(batch["status"], STATUS_OK).to_numpy()).tolist()
         pixels = pixels_of(batch, good)
         exclude = [batch["image_id"][row].as_py() for row in good] if self._excludes else None
-        batches = self._captioner.caption_batches(_split(pixels, exclude, self._batch_size))
+        batches = self.note_each(self._captioner.caption_batches(_split(pixels, exclude, self._batch_size)))
         captioned = dict(zip(good, (result for results in batches for result in results), strict=True))
         results = [captioned.get(row) for row in range(len(batch))]
         table = self._table(batch, results)
