@@ -66,7 +66,8 @@ class GuardedActor:
             kind = None if isinstance(error, SmallCapError) else kind_of(error)
             if kind is None:
                 raise
-            raise self._faults.end_by(kind, error) from None
+            self._failure = self._faults.end_by(kind, error)
+            raise self._failure from None
         self._faults.end_batch()
         return result
 
