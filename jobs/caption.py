@@ -144,9 +144,16 @@ def _caption(
         loaded = start_loading(items, load_images, loading, layout.images_per_block, actors.cpus_per_task)
         # Writing asks for no CPU: it would wait until loading, which always has more to do, has loaded everything, and
         # a kill would cost all captions.
-        map_in_actors(
-            loaded, CaptionImages, (captioning,), layout.images_per_call, actors, layout.calls_at_once
-        ).write_datasink(sink, ray_remote_args={"num_cpus": 0})
+        captioned = map_in_actors(
+            loaded,
+            CaptionImages,
+            (captioning,),
+            layout.images_per_call,
+            actors,
+            watch.fault_guard,
+            layout.calls_at_once,
+        )
+        captioned.write_datasink(sink, ray_remote_args={"num_cpus": 0})
         snapshot = watch.monitor.snapshot()
     seconds = time.perf_counter() - started
     fast = config.input.decode == "fast"

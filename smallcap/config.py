@@ -120,6 +120,9 @@ class ComputeConfig(Config):
     gpus_per_actor: float = Field(1.0, ge=0.01)
     """GPUs per actor. With a fraction several actors share one GPU; each keeps to that share of its memory. Above 1 it
     must be a whole number."""
+    stall_timeout_s: float = Field(600.0, gt=0)
+    """Seconds without a finished batch after which an actor is started again, and takes the batch again (captioning
+    only). Its first batch may take three times as long, for it compiles."""
 
     @model_validator(mode="after")
     def _pool_is_a_range(self) -> Self:

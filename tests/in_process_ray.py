@@ -17,6 +17,12 @@ from ray import cloudpickle
 from ray.data import DataContext
 
 NODE = {"Alive": True, "NodeID": "0" * 56, "Resources": {"CPU": 4.0, "memory": 16e9}}
+CONTEXT = SimpleNamespace(
+    get_node_id=lambda: NODE["NodeID"],
+    get_actor_id=lambda: "0" * 32,  # there is one actor in a pool
+    get_task_id=lambda: "0" * 48,
+    get_accelerator_ids=lambda: {"GPU": []},
+)
 
 
 @contextmanager
@@ -29,7 +35,7 @@ def in_process_ray() -> Iterator[None]:
         "put": lambda value: _Answer(lambda: value),
         "get": _get,
         "kill": lambda actor: None,
-        "get_runtime_context": lambda: SimpleNamespace(get_node_id=lambda: NODE["NodeID"]),
+        "get_runtime_context": lambda: CONTEXT,
         "data.from_arrow": Dataset,
         "data.from_items": lambda rows, **_: Dataset([pa.Table.from_pylist([row]) for row in rows]),
     }
@@ -59,12 +65,13 @@ class Dataset:
         batch_size: int,
         batch_format: str,
         fn_constructor_args: tuple[Any, ...] = (),
+        fn_constructor_kwargs: dict[str, Any] | None = None,
         fn_kwargs: dict[str, Any] | None = None,
         **placement: Any,
     ) -> Dataset:
         assert batch_format == "pyarrow"
         following = Dataset([])
-        given = _pickled((function, fn_constructor_args, fn_kwargs or {}))
+        given = _pickled((function, fn_constructor_args, fn_constructor_kwargs or {}, fn_kwargs or {}))
         following._blocks = _mapped(self._blocks, *given, batch_size)
         return following
 
@@ -86,9 +93,14 @@ class Dataset:
 
 
 def _mapped(
-    blocks: Iterable[pa.Table], function: Any, constructor_args: Any, kwargs: dict[str, Any], batch_size: int
+    blocks: Iterable[pa.Table],
+    function: Any,
+    constructor_args: Any,
+    constructor_kwargs: dict[str, Any],
+    kwargs: dict[str, Any],
+    batch_size: int,
 ) -> Iterator[pa.Table]:
-    call = function(*constructor_args) if isinstance(function, type) else function
+    call = function(*constructor_args, **constructor_kwargs) if isinstance(function, type) else function
     for batch in _batches(blocks, batch_size):
         result = call(batch, **kwargs)
         yield from [result] if isinstance(result, pa.Table) else result

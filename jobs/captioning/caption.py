@@ -49,6 +49,7 @@ class CaptionImages(GuardedActor):
         if spec.layout.actors.device == "cuda":
             limit_to_share(spec.layout.gpu_share)
         keep_freed_memory()
+        self.limit_stalls(spec.config.compute.stall_timeout_s)
         self._monitor, self._name, self._busy = spec.monitor, uuid.uuid4().hex, BusyTime()
         _count_cached_files(spec)
         self._captioner = _load_captioner(spec)
@@ -62,6 +63,7 @@ class CaptionImages(GuardedActor):
             batch_size,
             exclude_own=spec.config.retrieval.exclude_own_captions,
             embeds=spec.config.output.save_embeddings,
+            note_batch=self.note_progress,
         )
         start_s = time.perf_counter() - started
         dtypes = frozenset([str(self._captioner.model.dtype).removeprefix("torch.")])

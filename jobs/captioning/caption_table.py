@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -28,10 +28,19 @@ class TableCaptioner:
         batch_size: The most images that go through the model together.
         exclude_own: Whether an image's own captions are not retrieved for it.
         embeds: Whether the images' embeddings are kept.
+        note_batch: Called when one of the model's batches is captioned.
     """
 
-    def __init__(self, captioner: Captioner, batch_size: int, *, exclude_own: bool, embeds: bool) -> None:
-        self.captioner, self._batch_size = captioner, batch_size
+    def __init__(
+        self,
+        captioner: Captioner,
+        batch_size: int,
+        *,
+        exclude_own: bool,
+        embeds: bool,
+        note_batch: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.captioner, self._batch_size, self._note_batch = captioner, batch_size, note_batch
         self._exclude_own, self._embeds = exclude_own, embeds
 
     def __call__(self, batch: pa.Table) -> tuple[pa.Table, CaptionedBatch]:
@@ -42,8 +51,11 @@ class TableCaptioner:
             that could be loaded.
         """
         good = np.flatnonzero(pc.equal(batch["status"], STATUS_OK).to_numpy())
-        batches = self._batches(batch, good)
-        captioned = CaptionedBatch.join(list(self.captioner.caption_columns(batches)))
+        done = []
+        for columns in self.captioner.caption_columns(self._batches(batch, good)):
+            done.append(columns)
+            self._note_batch()
+        captioned = CaptionedBatch.join(done)
         return self._table(batch, good, captioned), captioned
 
     def _batches(self, batch: pa.Table, good: np.ndarray) -> Iterator[tuple[list[Pixels], list[str] | None]]:

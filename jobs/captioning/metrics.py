@@ -24,6 +24,8 @@ METRICS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "smallcap_neighbour_score": ("histogram", (), "Score of each image's nearest retrieved caption."),
     "smallcap_index_cache_hits_total": ("counter", (), "Index files that the node's cache had when an actor started."),
     "smallcap_index_cache_misses_total": ("counter", (), "Index files that had to be downloaded first."),
+    "smallcap_actor_restarts_total": ("counter", (), "Processes of actors that took the place of one that had ended."),
+    "smallcap_actor_faults_total": ("counter", ("kind",), "Faults that ended an actor's process, by kind."),
 }
 _BOUNDARIES = {
     "smallcap_batch_seconds": [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0],
@@ -57,6 +59,14 @@ def record_index_cache(run_id: str, hits: int, misses: int) -> None:
     """Counts the files of an index that an actor found on its node, and those that it had to download."""
     _record("smallcap_index_cache_hits_total", run_id, hits)
     _record("smallcap_index_cache_misses_total", run_id, misses)
+
+
+def record_fault(run_id: str, kind: str | None) -> None:
+    """Counts a fault of an actor by its kind; None counts a process that took the place of one that had ended."""
+    if kind is None:
+        _record("smallcap_actor_restarts_total", run_id, 1)
+    else:
+        _record("smallcap_actor_faults_total", run_id, 1, {"kind": kind})
 
 
 def _record(name: str, run_id: str, value: float, tags: Mapping[str, str] = MappingProxyType({})) -> None:

@@ -125,6 +125,8 @@ def render(snapshot: Snapshot, rates: RecentRates) -> Group:
     lines: list[Table | Text] = [table]
     if snapshot.errors:
         lines.append(Text("errors: " + _errors(snapshot), style="yellow"))
+    if snapshot.restarts:
+        lines.append(Text(_restarts(snapshot), style="yellow"))
     return Group(*lines, Text(f"{describe_duration(snapshot.elapsed_s)}, {_outlook(snapshot, rates)}", style="dim"))
 
 
@@ -135,11 +137,18 @@ def progress_line(snapshot: Snapshot, rates: RecentRates) -> str:
         rate = rates.of(stage)
         done.append(f"{verb} {snapshot.of(stage).images:,}" + ("" if rate is None else f" ({rate:,.1f}/s)"))
     errors = f"; errors: {_errors(snapshot)}" if snapshot.errors else ""
+    errors += f"; {_restarts(snapshot)}" if snapshot.restarts else ""
     return f"{describe_duration(snapshot.elapsed_s)}: {', '.join(done)}{errors}; {_outlook(snapshot, rates)}"
 
 
 def _errors(snapshot: Snapshot) -> str:
     return ", ".join(f"{count:,} {code}" for code, count in snapshot.errors.items())
+
+
+def _restarts(snapshot: Snapshot) -> str:
+    """Says how many actors were started again, and after what faults; a lost node is none."""
+    faults = ", ".join(f"{count:,} {kind}" for kind, count in snapshot.faults.items())
+    return f"actors started again: {snapshot.restarts:,}" + (f" (faults: {faults})" if faults else "")
 
 
 def _outlook(snapshot: Snapshot, rates: RecentRates) -> str:
@@ -224,6 +233,8 @@ def stage_table(
             busy = _percent(sums.seconds / workers / max(seconds, 1e-9))
             share = f"  {describe_count(workers, noun)} busy {busy}{more}"
         lines.append(f"  {_NAMES[stage]:16}  {sums.images:>11,}  {sums.seconds:>9,.1f}  {each:>13}{share}")
+    if snapshot.restarts:
+        lines.append(f"  {_restarts(snapshot).capitalize()}.")
     verdict = find_bottleneck(snapshot, seconds, plan, load_tasks, fast_decode)
     return [*lines, f"  {verdict[0].upper()}{verdict[1:]}."]
 

@@ -59,6 +59,8 @@ class Snapshot:
     write: StageReport
     actors: int  # how many have ever been ready
     first_caption_s: float | None  # from the start until the first batch was given to an actor
+    restarts: int = 0  # processes of actors that took the place of one that had ended
+    faults: Mapping[str, int] = field(default_factory=dict)  # of actors, by kind
 
     def of(self, stage: Stage) -> StageReport:
         """Returns the sums of one stage."""

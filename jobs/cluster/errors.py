@@ -1,57 +1,108 @@
-"""Brings a worker's typed error to the driver, whether a task, an actor or an actor's constructor raised it."""
+"""Brings a worker's typed error to the driver, whether a task, an actor or an actor's constructor raised it.
+
+An actor's process that cannot go on is ended here, and begun again by Ray; `jobs.cluster.faults` decides how often.
+"""
 
 from __future__ import annotations
 
 import gc
+import re
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from types import FrameType
 from typing import Any
 
-from smallcap.errors import SmallCapError
+from jobs.cluster.faults import FaultGuardClient, kind_of
+from jobs.cluster.stalls import StallWatch
+from smallcap.errors import RunError, SmallCapError
+
+_IP = re.compile(r"\bip[=:] ?([0-9a-f.:]+)")  # in Ray's messages
 
 
 class GuardedActor:
     """An actor whose constructor never fails: the first call raises an error of loading.
 
     Ray calls a failing constructor again and again, and its error reaches nobody. A subclass has `load`, which takes
-    the constructor's arguments, and `process`, which takes those of a call.
+    the constructor's arguments, and `process`, which takes those of a call and returns when its work is done. Several
+    threads may call at the same time, if `process` allows it.
+
+    Args:
+        arguments: Those of `load`.
+        faults: Counts faults. With it the actor ends its process when its GPU fails, when loading fails for a reason
+            that may pass, and when a call stalls; Ray then starts it again and repeats the call. Without it such errors
+            are raised as they are.
     """
 
     load: Callable[..., None]
     process: Callable[..., Any]
     _failure: SmallCapError | None = None
+    _stall_watch: StallWatch | None = None
 
-    def __init__(self, *arguments: Any) -> None:
+    def __init__(self, *arguments: Any, faults: FaultGuardClient | None = None) -> None:
+        self._faults = faults
         try:
-            self.load(*arguments)
+            self._failure = faults.begin_process() if faults else None
+            if self._failure is None:
+                self.load(*arguments)
         except SmallCapError as error:
             self._failure = error
+        except Exception as error:
+            if faults is None:
+                raise
+            self._failure = faults.end_by(kind_of(error) or "start", error)
 
     def __call__(self, *arguments: Any) -> Any:
         """Returns what `process` returns, or raises the error of `load`."""
         self.check()
-        return self.process(*arguments)
+        if self._faults is None:
+            return self.process(*arguments)
+        self._faults.begin_batch()
+        try:
+            with self._stall_watch.watch() if self._stall_watch else nullcontext():
+                result = self.process(*arguments)
+        except Exception as error:
+            kind = None if isinstance(error, SmallCapError) else kind_of(error)
+            if kind is None:
+                raise
+            self._failure = self._faults.end_by(kind, error)
+            raise self._failure from None
+        self._faults.end_batch()
+        return result
 
     def check(self) -> None:
         """Raises the error of `load`, if there was one."""
         if self._failure is not None:
             raise self._failure
 
+    def limit_stalls(self, timeout_s: float) -> None:
+        """Ends the process, if its faults are counted, when a call shows no progress for so long; for `load`.
+
+        Args:
+            timeout_s: The most seconds between two signs of progress; the first may take three times as long.
+        """
+        if self._faults is not None:
+            self._stall_watch = StallWatch(timeout_s, self._faults.end_stalled)
+
+    def note_progress(self) -> None:
+        """Says that a part of a call is done; for `process`."""
+        if self._stall_watch is not None:
+            self._stall_watch.note_progress()
+
 
 @contextmanager
 def unwrapped_errors() -> Iterator[None]:
     """Raises the smallcap error of a task or an actor without Ray's wrappers and frames.
 
-    Any other exception passes unchanged, except that variables in Ray's frames are cleared. In both cases the actors of
-    the failed pipeline end, so that the next job of this process finds their CPUs free.
+    The death of an actor that Ray does not start again becomes a `RunError`. Any other exception passes unchanged,
+    except that variables in Ray's frames are cleared. In all cases the actors of the failed pipeline end, so that the
+    next job of this process finds their CPUs free.
     """
     try:
         yield
     except Exception as error:
         _end_actors_kept_by(error)
-        innermost = _innermost_smallcap_error(error)
+        innermost = _innermost_smallcap_error(error) or _error_of_dead_actor(error)
         if innermost is None:
             raise
         raise innermost from None
@@ -88,3 +139,21 @@ def _innermost_smallcap_error(error: BaseException | None) -> SmallCapError | No
             return error
         error = cause
     return None
+
+
+def _error_of_dead_actor(error: BaseException | None) -> RunError | None:
+    """Returns what to raise for an actor that could not be made, for example because an import failed on its node."""
+    from ray.exceptions import ActorDiedError
+
+    while error is not None and not isinstance(error, ActorDiedError):
+        error = getattr(error, "cause", None) or error.__cause__
+    if error is None:
+        return None
+    message = str(error).strip()
+    node = _IP.search(message)
+    return RunError(
+        "An actor died, and Ray could not start it again.",
+        where=f"node {node[1]}" if node else "",
+        found=message.rpartition("\n")[2].strip(),
+        remedy="Ray's log of the actor on that node has the whole story. The same command continues the job.",
+    )

@@ -13,6 +13,13 @@ def node_resources() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
+def living_nodes() -> set[str]:
+    """Returns the ids of the living nodes of the connected cluster."""
+    import ray
+
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
 def limit_torch_threads() -> None:
     """Limits torch's threads to the machine's cores: Ray may count more CPUs than there are."""
     import torch

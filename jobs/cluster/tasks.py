@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pyarrow as pa
 
 from jobs.cluster.errors import GuardedActor, unwrapped_errors
+from jobs.cluster.faults import FaultGuard, FaultGuardClient
 from jobs.cluster.resources import node_resources, set_faiss_threads, use_threads
+from jobs.cluster.side_actor import run_side_actor
 from smallcap.machine.actor_plan import ActorPlan
 
 if TYPE_CHECKING:
@@ -46,7 +48,9 @@ class RayRunner:
         """Does the same with instances of `actor`, each made from `arguments` in a separate process."""
         size = min(plan.num_actors, len(items))
         pool = replace(plan, num_actors=size, max_actors=size)
-        yield from _results(map_in_actors(_dataset(items), _ItemActor, (actor, arguments, plan.threads), 1, pool))
+        with run_side_actor(FaultGuard) as guard:
+            faults, arguments = FaultGuardClient(guard), (actor, arguments, plan.threads)
+            yield from _results(map_in_actors(_dataset(items), _ItemActor, arguments, 1, pool, faults))
 
 
 def map_in_actors(
@@ -55,6 +59,7 @@ def map_in_actors(
     arguments: tuple[Any, ...],
     rows: int,
     plan: ActorPlan,
+    faults: FaultGuardClient,
     calls: int = 1,
 ) -> ray.data.Dataset:
     """Maps a dataset's Arrow tables in a pool of actors.
@@ -65,6 +70,7 @@ def map_in_actors(
         arguments: The arguments of each actor's constructor.
         rows: The most rows in a table.
         plan: The pool.
+        faults: Counts the faults of the actors, which Ray starts again and again otherwise.
         calls: The calls that go on in an actor at the same time, each in a thread of its own.
     """
     import ray.data
@@ -72,6 +78,7 @@ def map_in_actors(
     return dataset.map_batches(
         actor,
         fn_constructor_args=arguments,
+        fn_constructor_kwargs={"faults": faults},
         batch_size=rows,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(

@@ -101,7 +101,8 @@ def _encode_all(config: TrainConfig, start: ModelStart, items: list[TrainItem], 
     with unwrapped_errors(), stage_progress(), watch_run("features", None, len(items)) as watch:
         loading = LoadSpec(plan, config.data, pa.schema([]), False, watch.monitor, watch.crash_guard)
         loaded = start_loading(items, load_items, loading, FRAGMENT_ROWS, actors.cpus_per_task)
-        encoded = map_in_actors(loaded, EncodeImages, (start, actors.device, actors.threads), 1, actors)
+        arguments = (start, actors.device, actors.threads)
+        encoded = map_in_actors(loaded, EncodeImages, arguments, 1, actors, watch.fault_guard)
         encoded.map_batches(
             store_part, batch_size=1, batch_format="pyarrow", fn_kwargs={"folder": folder}, num_cpus=0
         ).materialize()

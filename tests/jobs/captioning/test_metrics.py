@@ -34,19 +34,27 @@ class Worker:
         client.report(StageReport("write", 7, 1.0, errors={"empty": 6}))
         client.record_index_cache(hits=3, misses=4)
 
+@ray.remote(num_cpus=0, max_restarts=1, max_task_retries=1)
+class Dying:
+    def work(self, client):
+        client.begin_process()
+        if not ray.get_runtime_context().was_current_actor_reconstructed:
+            client.end_by("cuda", RuntimeError("CUDA error: ECC"))
+
 worker = Worker.remote()
 with watch_run("run-1", 10, 1) as watch:
     ray.get(worker.work.remote(watch.monitor))
-deadline = time.monotonic() + 60
-while time.monotonic() < deadline:
-    try:
-        text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5).read().decode()
-    except OSError:
-        text = ""
-    if "ray_smallcap_index_cache_misses_total" in text:
-        print(text)
-        break
-    time.sleep(0.5)
+    ray.get(Dying.remote().work.remote(watch.fault_guard))
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5).read().decode()
+        except OSError:
+            text = ""
+        if "ray_smallcap_index_cache_misses_total" in text and "ray_smallcap_actor_restarts_total" in text:
+            print(text)
+            break
+        time.sleep(0.5)
 """
 
 
@@ -73,7 +81,7 @@ def test_metrics_of_workers_are_at_the_metrics_port() -> None:
         if match := re.match(r"ray_(smallcap_\w+)\{(.*)\} ([\d.e+]+)$", line):
             tags = dict(re.findall(r'(\w+)="([^"]*)"', match[2]))
             assert tags["run_id"] == "run-1"
-            values[match[1], tags.get("stage") or tags.get("code")] = float(match[3])
+            values[match[1], tags.get("stage") or tags.get("code") or tags.get("kind")] = float(match[3])
     assert values["smallcap_images_total", "load"] == 9
     assert values["smallcap_images_total", "caption"] == 8
     assert values["smallcap_images_total", "write"] == 7
@@ -84,6 +92,8 @@ def test_metrics_of_workers_are_at_the_metrics_port() -> None:
     assert values["smallcap_fetch_retries_total", None] == 2
     assert values["smallcap_fetched_bytes_total", None] == 5000
     assert values["smallcap_index_cache_hits_total", None] == 3
+    assert values["smallcap_actor_faults_total", "cuda"] == 1
+    assert values["smallcap_actor_restarts_total", None] == 1
     assert {re.sub(r"_(bucket|count|sum)$", "", name) for name, _ in values} == set(METRICS)
 
 

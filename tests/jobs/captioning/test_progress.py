@@ -105,6 +105,17 @@ def test_the_outlook_says_what_is_not_known_yet() -> None:
     assert "errors: 30 truncated, 2 empty;" in progress_line(FULL, rates)
 
 
+def test_actors_that_were_started_again_are_told() -> None:
+    troubled = replace(FULL, restarts=3, faults={"cuda": 1, "stall": 1})
+    told = "ctors started again: 3 (faults: 1 cuda, 1 stall)"
+    assert told in progress_line(troubled, RecentRates())
+    assert any(told in line for line in stage_table(troubled, 100.0, PLAN, 8))
+    console = Console(file=io.StringIO(), width=200)
+    console.print(render(replace(troubled, faults={}), RecentRates()))
+    assert "actors started again: 3\n" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "started again" not in progress_line(FULL, RecentRates())
+
+
 def test_a_terminal_gets_a_live_display(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "_POLL_S", 0.01)
     stream = Terminal()

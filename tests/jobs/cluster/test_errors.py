@@ -6,8 +6,10 @@ import pyarrow as pa
 import pytest
 
 from jobs.cluster.errors import GuardedActor, unwrapped_errors
+from jobs.cluster.faults import FaultGuard, FaultGuardClient
+from jobs.cluster.side_actor import SideActor, run_side_actor
 from jobs.cluster.tasks import map_in_actors
-from smallcap.errors import ErrorCode, RowError, StorageError
+from smallcap.errors import ErrorCode, RowError, RunError, StorageError
 from smallcap.machine.actor_plan import ActorPlan
 
 
@@ -84,9 +86,35 @@ def test_an_error_of_a_constructor_arrives_once_as_itself() -> None:
     import ray
 
     plan = ActorPlan("cpu", "float32", 2, 1.0, 0.0, 2)
-    with pytest.raises(StorageError) as caught, unwrapped_errors():
-        map_in_actors(ray.data.range(4), Unloadable, (StorageError("The disk is full."),), 1, plan).materialize()
+    arguments = (StorageError("The disk is full."),)
+    with pytest.raises(StorageError) as caught, unwrapped_errors(), run_side_actor(FaultGuard) as guard:
+        faults = FaultGuardClient(guard)
+        map_in_actors(ray.data.range(4), Unloadable, arguments, 1, plan, faults).materialize()
     assert type(caught.value) is StorageError
+
+
+def fail_to_import() -> None:
+    raise ImportError("libcudart.so.13: cannot open shared object file")
+
+
+class OfMissingLibrary:
+    """Can be sent to an actor, and not be received."""
+
+    def __reduce__(self) -> Any:
+        return fail_to_import, ()
+
+
+@pytest.mark.ray
+def test_an_actor_that_cannot_be_made_is_one_message() -> None:
+    import ray
+
+    plan = ActorPlan("cpu", "float32", 1, 1.0, 0.0, 1)
+    faults = FaultGuardClient(SideActor(None))
+    arguments = (OfMissingLibrary(),)
+    with pytest.raises(RunError) as caught, unwrapped_errors():
+        map_in_actors(ray.data.range(4), Unloadable, arguments, 1, plan, faults).materialize()
+    assert "libcudart.so.13: cannot open shared object file" in caught.value.found
+    assert caught.value.where.startswith("node ")
 
 
 def test_other_errors_pass_unchanged() -> None:
