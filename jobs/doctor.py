@@ -90,7 +90,7 @@ def run(options: DoctorOptions) -> Counter[str]:
 def describe(finding: Finding) -> str:
     """Returns a finding as text: a line, and a second one with the remedy if one is needed."""
     remedy = f"\n      → {finding.remedy}" if finding.remedy else ""
-    return f"{finding.status:<5} {finding.subject:<{_SUBJECT_WIDTH}} {finding.found}{remedy}"
+    return f"{finding.status:<5} {finding.subject:<{_SUBJECT_WIDTH}}  {finding.found}{remedy}"
 
 
 def summarise(counts: Counter[str]) -> str:

@@ -36,6 +36,8 @@ def check_devices(wanted: Device) -> Iterator[Finding]:
         for number in range(torch.cuda.device_count()):
             yield from attempt(f"gpu {number}", lambda number=number: [check_architecture(number)], driver)  # type: ignore[misc]
     device = resolve_device(wanted)
+    if device == "cuda" and not torch.cuda.is_available():
+        return  # the driver's line says so
     remedy = "Say a precision (--dtype float32)." if device == "cpu" else driver
     yield from attempt("dtype", lambda: [check_dtype(device)], remedy)
 

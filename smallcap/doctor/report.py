@@ -44,7 +44,8 @@ def failed_by(subject: str, error: Exception, remedy: str) -> Finding:
     if isinstance(error, SmallCapError):
         named = (("at ", error.where), ("expected ", error.expected), ("found ", error.found))
         details = "; ".join(f"{name}{_one_line(text)}" for name, text in named if text)
-        return fail(subject, f"{error.what} {details}".strip(), error.remedy or remedy)
+        found = f"{error.what.rstrip('.')}: {details}" if details else error.what
+        return fail(subject, found, error.remedy or remedy)
     return fail(subject, f"{type(error).__name__}: {_one_line(str(error))}", remedy)
 
 

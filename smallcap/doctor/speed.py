@@ -41,9 +41,9 @@ def measure(wanted: Device) -> Iterator[Finding]:
 
 def _rates(options: BenchmarkOptions) -> Iterator[Finding]:
     result = run_benchmark(options, _loop)
-    rates = ", ".join(f"{stage.stage} {_rounded(stage.images_per_s)}" for stage in result.stages)
+    rates = "; ".join(f"{stage.stage}: {_rounded(stage.images_per_s)}" for stage in result.stages)
     dtype = result.machine["dtype"]
-    yield ok("stage rates", f"images/s in {dtype}, each stage alone: {rates}")
+    yield ok("stage rates", f"images/s in {dtype}, each stage alone; {rates}")
     yield ok("stage rates", f"all from crops to captions: {_rounded(result.images_per_s)} images/s")
 
 

@@ -64,7 +64,7 @@ def test_the_report_is_text_and_its_exit_code_says_whether_anything_fails(found:
     found["machine"] = [warn("open files", "1,024 at once", "ulimit -n 8192.")]
     done = runner.invoke(app, ["doctor", "--quick"])
     assert (done.exit_code, done.stdout.splitlines()[-1]) == (0, "4 ok, 1 warning, 0 failures")
-    assert "warn  open files       1,024 at once\n      → ulimit -n 8192.\n" in done.stdout
+    assert "warn  open files        1,024 at once\n      → ulimit -n 8192.\n" in done.stdout
     found["model"] = [fail("model", "is missing", "Give another.")]
     assert runner.invoke(app, ["doctor", "--quick"]).exit_code == 1
     code, findings = run_doctor("--quick")

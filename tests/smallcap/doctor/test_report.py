@@ -8,7 +8,7 @@ def test_an_error_of_ours_is_one_line_and_brings_its_remedy() -> None:
     error = StorageError(
         "Cannot write this file.", where="s3://a/b", found="403\n  Forbidden", remedy="Ask for access."
     )
-    expected = Finding("storage", "fail", "Cannot write this file. at s3://a/b; found 403 Forbidden", "Ask for access.")
+    expected = Finding("storage", "fail", "Cannot write this file: at s3://a/b; found 403 Forbidden", "Ask for access.")
     assert failed_by("storage", error, "Look.") == expected
     assert failed_by("storage", StorageError("Cannot."), "Look.").remedy == "Look."
 

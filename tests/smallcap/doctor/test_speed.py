@@ -37,7 +37,7 @@ def test_memory_and_rates() -> None:
     memory, stages, loop = measure("cpu")
     assert [finding.status for finding in (memory, stages, loop)] == ["ok", "ok", "ok"]
     assert memory.found.startswith("8 images took ")
-    assert stages.found == "images/s in float32, each stage alone: vision encoder 1,234, search 71.2"
+    assert stages.found == "images/s in float32, each stage alone; vision encoder: 1,234; search: 71.2"
     assert loop.found == "all from crops to captions: 7.5 images/s"
 
 
