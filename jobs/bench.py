@@ -102,6 +102,7 @@ def run_host(options: BenchmarkOptions) -> HostResult:
     Of the options, those of prompts, index and repeats count; batches and calls are those of a run on a GPU.
     """
     keep_freed_memory()
+    torch.set_num_threads(1)  # OpenMP's threads spin while they wait, which would count
     batch_size = LARGEST_BATCH["cuda"]
     images = batch_size * BATCHES_PER_CALL["cuda"]
     with tempfile.TemporaryDirectory() as folder:
