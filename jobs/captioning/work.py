@@ -16,7 +16,7 @@ from smallcap.output.coverage import (
     Coverage,
     NamedPart,
     WorkItem,
-    drop_repeated_ids,
+    qualify_repeated_ids,
     settle,
     work_left,
 )
@@ -81,7 +81,7 @@ def finish_run(config: CaptionConfig, record: RunRecord, work: WorkList) -> RunR
     """Removes repeated ids and orphans from the finished output, counts it, and records that the run is complete."""
     parts = _read_parts(config.out, work)
     if any(fragment.kind != "uris" for fragment in work.fragments):
-        drop_repeated_ids(config.out, parts)
+        qualify_repeated_ids(config.out, parts)
         parts = list(read_part_infos(config.out))
     if record.attempts:
         check_attempt(config.out, record.attempts[-1])

@@ -158,7 +158,10 @@ def read_fragments(out: str, listing: int) -> pa.Table:
     """Reads the fragments of one listing, with absolute URIs."""
     uri = work_uri(out, f"{listing_name(listing)}-fragments.parquet")
     try:
-        table = pq.read_table(pa.BufferReader(storage.read_bytes(uri))).cast(FRAGMENT_COLUMNS)
+        table = pq.read_table(pa.BufferReader(storage.read_bytes(uri)))
+        if "qualified" not in table.column_names:  # written before there was this column
+            table = table.append_column(FRAGMENT_COLUMNS.field("qualified"), pa.array([False] * len(table)))
+        table = table.cast(FRAGMENT_COLUMNS)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise _damaged(uri, str(error)) from error
     uris = pc.binary_join_element_wise(storage.absolute(out), table["uri"], "/")
