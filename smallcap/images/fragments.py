@@ -6,8 +6,8 @@ This module holds only the types; it reads nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal, overload
 
 import numpy as np
@@ -117,7 +117,7 @@ class InputBatch:
         kept: n rows of the kept columns; None where there are none.
         ends_fragment: Whether the fragment's last row is among these.
         duplicates: The number of images that were left out next to these, because they came before.
-        passed_over: The number of members of the tar next to these that look like images and are none of its images.
+        passed_over: The number of members next to these that look like images and are none of the tar's, by its URI.
     """
 
     rows: np.ndarray
@@ -127,7 +127,7 @@ class InputBatch:
     kept: pa.Table | None
     ends_fragment: bool
     duplicates: int = 0
-    passed_over: int = 0
+    passed_over: Mapping[str, int] = field(default_factory=dict)
 
     def only(self, wanted: RowRanges | None) -> InputBatch | None:
         """Returns the wanted rows of the batch, all of them for None; None where there are none."""

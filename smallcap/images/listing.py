@@ -62,7 +62,7 @@ def make_work_list(sources: Sequence[str], config: InputConfig, out: str, keep_c
         StorageError: A source does not exist, or the service fails.
     """
     assert not load_markers(out), "a finished listing is never overwritten"
-    listing = _Listing(out, 0, ImageSources(sources, config, tuple(keep_columns)))
+    listing = _Listing(out, 0, ImageSources(sources, config, tuple(keep_columns), out))
     listing.write()
     if not listing.fragments:
         raise no_images(sources)
@@ -87,7 +87,7 @@ def extend_work_list(sources: Sequence[str], config: InputConfig, out: str) -> W
     listing = _Listing(
         out,
         len(markers),
-        ImageSources(sources, config, tuple(known.kept_columns.names), kept=known.kept_columns),
+        ImageSources(sources, config, tuple(known.kept_columns.names), out, kept=known.kept_columns),
         known=known.fragments.table,
         tar_ids=next((marker.tar_ids for marker in markers if marker.tar_ids), None),
     )
@@ -160,6 +160,7 @@ class _Listing:
             kept_columns={column.name: str(column.type) for column in kept},
             kept_schema=base64.b64encode(kept.serialize().to_pybytes()).decode(),
             tar_ids=self._tar_ids,
+            passed_over=dict(sorted(self._sources.passed_over.items())),
         )
         marker.write(work_uri(self._out, f"{listing_name(self._number)}.json"))
 

@@ -115,6 +115,7 @@ def _batch(
     images: list[_Image], kept_columns: pa.Schema, reader: _TarReader, counted: tuple[int, int], ends: bool = False
 ) -> InputBatch:
     kept = pa.Table.from_pylist([image.kept for image in images], schema=kept_columns) if len(kept_columns) else None
+    passed_over = reader.passed_over - counted[1]
     return InputBatch(
         rows=np.array([image.row for image in images], dtype=np.int32),
         image_ids=[image.image_id for image in images],
@@ -123,7 +124,7 @@ def _batch(
         kept=kept,
         ends_fragment=ends,
         duplicates=reader.duplicates - counted[0],
-        passed_over=reader.passed_over - counted[1],
+        passed_over={reader.uri: passed_over} if passed_over else {},
     )
 
 
@@ -131,12 +132,14 @@ class _TarReader:
     """Reads one tar from front to back.
 
     Attributes:
+        uri: The tar.
         rows: The number of rows so far, wanted or not.
         duplicates: Images that came again, with the same name and content.
         passed_over: Members that look like images and are none of the tar's images.
     """
 
     def __init__(self, fragment: Fragment, wanted: RowRanges | None, columns: Sequence[str]) -> None:
+        self.uri = fragment.uri
         self._fragment, self._wanted, self._columns = fragment, wanted, columns
         self._texts = {name for name in ("json", "txt") if name in columns}
         self._texts |= {"json"} if set(columns) - {"json", "txt"} else set()
@@ -146,7 +149,7 @@ class _TarReader:
 
     def images(self) -> Iterator[_Image]:
         """Yields the wanted images, and then the error where there is one; counts all rows."""
-        uri = self._fragment.uri
+        uri = self.uri
         problem: RowError | None = None
         try:
             with storage.open_ranged(uri, _BLOCK_BYTES) as file, _open_tar(file) as tar:
@@ -219,7 +222,7 @@ class _TarReader:
         self._ids.add(image_id)
         self.rows += 1
         if self._is_wanted(self.rows - 1):
-            uri = f"{self._fragment.uri}#{place}"
+            uri = f"{self.uri}#{place}"
             texts = {name: sample.texts.get(f"{image.key}.{name}") for name in self._texts}
             kept = {name: _kept_value(name, texts) for name in self._columns}
             yield _Image(self.rows - 1, self._fragment.id_prefix + image_id, uri, image.data, kept)

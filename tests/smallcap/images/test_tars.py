@@ -85,10 +85,10 @@ def test_a_repeated_key_is_read_once_and_counted(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(make_tar(*members))
     (batch,) = read(tmp_path / "a.tar")
     assert images([batch]) == {key: f"image {key}".encode() for key in "abc"}
-    assert (batch.duplicates, batch.passed_over) == (1, 1)
+    assert (batch.duplicates, sum(batch.passed_over.values())) == (1, 1)
     for row, counts in enumerate(((0, 1), (1, 0), (0, 0))):
         (batch,) = read(tmp_path / "a.tar", RowRanges.span(row, row + 1))
-        assert (batch.duplicates, batch.passed_over) == counts
+        assert (batch.duplicates, sum(batch.passed_over.values())) == counts
 
 
 def test_what_is_no_image_is_passed_over(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_what_is_no_image_is_passed_over(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(folder.tobuf() + link.tobuf() + make_tar(*members))
     (batch,) = read(tmp_path / "a.tar")
     assert images([batch]) == {"a": b"x", "c.mask": b"m", "é" * 120: b"long"}
-    assert batch.passed_over == 1  # the link; a folder is none, nor is what macOS adds
+    assert sum(batch.passed_over.values()) == 1  # the link; a folder is none, nor is what macOS adds
 
 
 def test_names_with_dots(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_names_with_dots(tmp_path: Path) -> None:
     (batch,) = read(tmp_path / "in.tar")
     assert images([batch]) == {name.rpartition(".")[0]: name.encode() for name in names}
     assert batch.image_uris == [f"{tmp_path}/in.tar#{name}" for name in names]
-    assert batch.passed_over == 0
+    assert sum(batch.passed_over.values()) == 0
 
 
 def test_a_sample_with_an_image_of_its_own_has_no_other(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_a_sample_with_an_image_of_its_own_has_no_other(tmp_path: Path) -> None:
     (tmp_path / "in.tar").write_bytes(make_tar(*members))
     (batch,) = read(tmp_path / "in.tar", kept=pa.schema([("json", pa.string())]))
     assert images([batch]) == {"0": b"0", "1": b"1"}
-    assert batch.passed_over == 2
+    assert sum(batch.passed_over.values()) == 2
     assert batch.kept is not None
     assert batch.kept["json"].to_pylist() == ["{}", None]
 
@@ -138,7 +138,7 @@ def test_equal_names_of_other_images(tmp_path: Path) -> None:
     (batch,) = read(tmp_path / "in.tar")
     assert images([batch]) == {"a": b"1", "b": b"2", "a.jpg#2": b"3", "c": b"5", "a.png": b"6"}
     assert len(set(batch.image_uris)) == 5
-    assert (batch.duplicates, batch.passed_over) == (0, 1)
+    assert (batch.duplicates, sum(batch.passed_over.values())) == (0, 1)
 
 
 def test_names_that_are_not_utf8_stay_different(tmp_path: Path) -> None:
@@ -153,10 +153,10 @@ def test_members_that_only_begin_like_images_are_counted(tmp_path: Path) -> None
     members = [("a.jpg", b"a"), ("b", png), ("c.data", png), ("d.txt", b"d"), ("e.psd", b"e"), (".f.jpg", b"f")]
     (tmp_path / "in.tar").write_bytes(make_tar(*members))
     (batch,) = read(tmp_path / "in.tar")
-    assert (images([batch]), batch.passed_over) == ({"a": b"a"}, 4)
+    assert (images([batch]), sum(batch.passed_over.values())) == ({"a": b"a"}, 4)
     (tmp_path / "in.tar").write_bytes(make_tar(*members[1:]))
     (batch,) = read(tmp_path / "in.tar")
-    assert batch.passed_over == 4
+    assert sum(batch.passed_over.values()) == 4
     assert batch.data is not None
     assert "it has 4 members like images" in str(batch.data[0])
 

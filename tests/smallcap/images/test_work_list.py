@@ -102,7 +102,7 @@ def test_what_is_in_order_is_not_spilled(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_huge_folder_is_listed_unsorted_and_then_sorted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("smallcap.storage._SORTED_ENTRIES", 3)
+    monkeypatch.setattr("smallcap.local_files._SORTED_ENTRIES", 3)
     names = [f"{n:02d}.jpg" for n in range(20)]
     assert list(read(make(tmp_path / "out", write_files(tmp_path / "photos", *names)))) == names
 
