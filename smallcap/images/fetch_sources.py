@@ -227,7 +227,9 @@ def _read_by_fsspec(uri: str, max_bytes: int) -> bytes:
     try:
         fs, path = storage.filesystem(uri)
     except StorageError as error:
-        if isinstance(error.__cause__, ConnectionError | TimeoutError | socket.gaierror):
+        cause = error.__cause__
+        unreached = getattr(cause, "errno", None) in (errno.EHOSTUNREACH, errno.ENETUNREACH)
+        if unreached or isinstance(cause, ConnectionError | TimeoutError | socket.gaierror):
             raise FetchFailure(ErrorCode.UNAVAILABLE, f"The service failed: {error.found}", repeat=True) from error
         raise FetchFailure(ErrorCode.INVALID_URI, f"URIs of this kind cannot be read: {error.found}") from error
     try:

@@ -11,7 +11,7 @@ OTHER_IMAGE_SUFFIXES = (
     *(".ppm", ".pgm", ".pbm", ".pnm", ".j2k", ".jpx", ".avifs"),
     *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf"),
 )
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 
 SIGNATURE_BYTES = 16  # are enough for `begins_like_image`
 _SIGNATURES = (
