@@ -146,7 +146,7 @@ class CaptionConfig(Config):
     """A captioning run."""
 
     images: Annotated[tuple[str, ...], POSITIONAL] = Field(min_length=1)
-    """Folders, prefixes, globs and files: images, WebDataset tars (.tar, .tar.gz, .tgz, …), Parquet with image bytes, or
+    """Folders, prefixes, globs and files: images, WebDataset tars (.tar, .tar.gz, .tgz), Parquet with image bytes, or
     lists of URIs (.parquet, .csv, .tsv, .jsonl, .json, .txt)."""
     index: str | None = None
     """Published index; needed unless `-k` is 0."""
