@@ -21,6 +21,8 @@ from jobs.captioning.record import (
     ImageCounts,
     Input,
     RunRecord,
+    describe_passed_over,
+    most_counted,
     run_lock,
     write_run_record,
 )
@@ -102,6 +104,7 @@ def describe(summary: RunSummary) -> str:
         lines.append(f"The input was listed at {record.input.listed_at}; --relist looks for newer images.")
     if repeated := record.count_repeated():
         lines.append(f"Named more than once, captioned once: {describe_count(repeated, 'image')}.")
+    lines += describe_passed_over(record.count_passed_over())
     errors = ", ".join(f"{count:,} {code}" for code, count in images.errors_by_code.items())
     rows, failed = describe_count(images.total, "row"), describe_count(images.error, "error")
     counts = f"{rows}: {images.ok:,} ok, {failed}"
@@ -174,6 +177,7 @@ def _measured(attempt: Attempt, snapshot: Snapshot | None, seconds: float, fast_
             "fetch_s": round(snapshot.load.fetch_s, 3),
             "fetch_retries": snapshot.load.retries,
             "repeated_ids": snapshot.load.duplicates,
+            "passed_over": most_counted(snapshot.load.passed_over),
             "caption_s": round(snapshot.caption.seconds, 3),
             "write_s": round(snapshot.write.seconds, 3),
             "actors": max(snapshot.actors, 1),

@@ -11,7 +11,7 @@ import os
 import random
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
@@ -78,19 +78,25 @@ def s3_store(bucket: str, endpoint: str | None, max_retries: int = 10, timeout_s
     )
 
 
+def is_plain_key(key: str) -> bool:
+    """Says whether obstore takes a key as it is: one without control characters and without empty or dot segments."""
+    segments = key.split("/")
+    return not {"", ".", ".."}.intersection(segments) and not any(
+        ord(letter) < 32 or letter == "\x7f" for letter in key
+    )
+
+
 def open_bucket(uri: str) -> tuple[S3Store, str]:
     """Returns the bucket of an `s3://` URI, and the key in it."""
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     return s3_store(bucket, s3_endpoint()), key
 
 
-def walk_objects(root: str, list_all: Callable[[], Iterable[str]]) -> Iterator[str]:
+def walk_objects(root: str) -> Iterator[str]:
     """Yields the URIs of the objects below a prefix, or of a single object, sorted.
 
     Args:
         root: A prefix, or an object.
-        list_all: Lists the same objects with all URIs in memory; called if there are keys such as a//b, which obstore
-            refuses.
     """
     import obstore
     from obstore.exceptions import InvalidPathError
@@ -98,18 +104,35 @@ def walk_objects(root: str, list_all: Callable[[], Iterable[str]]) -> Iterator[s
     store, key = open_bucket(root)
     bucket = root.removesuffix(key).rstrip("/")
     uri = ""
+    if key and not is_plain_key(key):
+        yield from _list_all(bucket, key)
+        return
     try:
         for page in obstore.list(store, key or None, chunk_size=1000):
             for entry in page:
                 uri = f"{bucket}/{entry['path']}"
                 yield uri
-    except InvalidPathError:
-        yield from (found for found in list_all() if found > uri)
+    except InvalidPathError:  # a key that is not plain
+        yield from (found for found in _list_all(bucket, key) if found > uri)
         return
     if not uri and key and not root.endswith("/"):
         with suppress(FileNotFoundError):
             obstore.head(store, key)
             yield root
+
+
+def _list_all(bucket: str, key: str) -> Iterator[str]:
+    """Yields the URIs of an object and of those below it, whatever their keys are, in the order of the keys."""
+    import botocore.session
+
+    client = botocore.session.get_session().create_client("s3", endpoint_url=s3_endpoint())
+    name = bucket.removeprefix("s3://")
+    if key:
+        first = client.list_objects_v2(Bucket=name, Prefix=key, MaxKeys=1).get("Contents", [])
+        yield from (f"{bucket}/{key}" for entry in first if entry["Key"] == key)
+    below = f"{key}/" if key else ""
+    for page in client.get_paginator("list_objects_v2").paginate(Bucket=name, Prefix=below):
+        yield from (f"{bucket}/{entry['Key']}" for entry in page.get("Contents", []))
 
 
 def read_object_tail(uri: str, length: int) -> bytes:

@@ -17,7 +17,6 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from itertools import chain, islice
 from pathlib import Path
 from typing import IO, cast
 
@@ -25,11 +24,19 @@ import fsspec
 from fsspec.core import url_to_fs
 
 from smallcap.errors import RunError, StorageError
-from smallcap.s3 import S3_RETRIES, open_object, read_object_tail, s3_endpoint, update_object, walk_objects
+from smallcap.local_files import as_text, fixed_part, has_marks, local_path, walk, without_marks
+from smallcap.s3 import (
+    S3_RETRIES,
+    is_plain_key,
+    open_object,
+    read_object_tail,
+    s3_endpoint,
+    update_object,
+    walk_objects,
+)
 
 DEFAULT_CACHE_DIR = "~/.cache/smallcap"  # where a node keeps copies of remote files
 _CHUNK_BYTES = 8 << 20
-_SORTED_ENTRIES = 200_000  # a larger folder is listed in disk order, so that memory stays bounded
 
 
 def is_local(uri: str) -> bool:
@@ -61,26 +68,30 @@ def path_below(folder: str, uri: str) -> str:
 
 
 def is_glob(uri: str) -> bool:
-    """Says whether a URI is a pattern of names."""
-    return any(mark in uri for mark in "*?[")
+    """Says whether a URI is a pattern of names: it has such marks, and nothing exists that is called so."""
+    return has_marks(uri) and not exists(uri)
 
 
 def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """Returns the fsspec filesystem of a URI and the path inside it.
 
     Raises:
-        StorageError: The protocol is unknown, or its package is missing.
+        StorageError: The protocol is unknown, its package is missing, or it cannot be opened.
     """
+    if is_local(uri):
+        return fsspec.filesystem("file"), absolute(uri)
     # With the endpoint named, fsspec does not reuse the filesystem of another endpoint.
     s3_options = {"endpoint_url": s3_endpoint(), "config_kwargs": {"retries": {"max_attempts": S3_RETRIES}}}
     try:
         # no cache of listings: other processes write to the same places
-        fs, path = url_to_fs(absolute(uri), use_listings_cache=False, **(s3_options if uri.startswith("s3://") else {}))
-    except (ValueError, ImportError) as error:
+        if uri.startswith("s3://"):  # a key may have ::, which joins two protocols elsewhere
+            return fsspec.filesystem("s3", use_listings_cache=False, **s3_options), absolute(uri)[len("s3://") :]
+        fs, path = url_to_fs(absolute(uri), use_listings_cache=False)
+    except Exception as error:  # each protocol has its own: without a host, an archive, a Java library …
         raise StorageError(
             "Cannot open this kind of URI.",
             where=uri,
-            found=str(error),
+            found=f"{type(error).__name__}: {error}",
             remedy="Use a local path, s3://…, or install the fsspec package of that protocol.",
         ) from error
     return fs, path
@@ -151,7 +162,7 @@ def list_files(uri: str, suffixes: Sequence[str] = ()) -> list[str]:
     return sorted(iter_files(uri, suffixes))
 
 
-def iter_files(uri: str, suffixes: Sequence[str] = ()) -> Iterator[str]:
+def iter_files(uri: str, suffixes: Sequence[str] = (), left_out: Callable[[str], None] | None = None) -> Iterator[str]:
     """Lists the files below a folder or prefix as a stream: memory does not grow with their number.
 
     A file's URI yields itself. Hidden files (a component starting with `.` or `_`) are left out, as Hadoop's
@@ -160,18 +171,19 @@ def iter_files(uri: str, suffixes: Sequence[str] = ()) -> Iterator[str]:
     Args:
         uri: Folder, prefix, glob pattern, or file.
         suffixes: Lower-case endings to keep, such as `(".jpg", ".png")`; all files when empty.
+        left_out: A function that is called with the URI of each file that is left out.
 
     Raises:
         StorageError: Nothing exists at `uri`, or the service fails.
     """
     root = fixed = absolute(uri)  # fixed: what every file's URI begins with
     if is_glob(root):
-        fixed = root[: min(root.index(mark) for mark in "*?[" if mark in root)].rpartition("/")[0]
-        paths = _glob(root)
+        fixed = fixed_part(root)
+        paths = _glob(root, fixed)
     elif is_local(root):
-        paths = _walk_local(root)
+        paths = walk(root)
     elif root.startswith("s3://"):
-        paths = walk_objects(root, lambda: _find(root))
+        paths = walk_objects(root)
     else:
         paths = _find(root)
     endings = tuple(suffixes)
@@ -182,33 +194,22 @@ def iter_files(uri: str, suffixes: Sequence[str] = ()) -> Iterator[str]:
         if path is None:
             break
         any_file = True
-        hidden = any(component.startswith((".", "_")) for component in path[len(fixed) :].split("/"))
+        hidden = any(
+            component.startswith((".", "_")) and component not in (".", "..")
+            for component in path[len(fixed) :].split("/")
+        )
         if not hidden and (not endings or path.lower().endswith(endings)):
             yield path
+        elif left_out is not None:
+            left_out(path)
     if not any_file and not exists(uri):
         raise StorageError("Cannot list this path: it does not exist.", where=uri, remedy="Check the path.")
 
 
-def _walk_local(root: str) -> Iterator[str]:
-    """Yields the files below a folder, in the order of their whole paths unless a folder is huge."""
-    if os.path.isfile(root):
-        yield root
-        return
-    if not os.path.isdir(root):
-        return
-    with os.scandir(root) as entries:
-        first = list(islice(entries, _SORTED_ENTRIES))
-        # A folder sorts as its name with a slash, so that the walk yields whole paths in order.
-        first.sort(key=lambda entry: entry.name + "/" if entry.is_dir(follow_symlinks=False) else entry.name)
-        for entry in chain(first, entries):
-            if entry.is_dir(follow_symlinks=False):
-                yield from _walk_local(entry.path)
-            else:
-                yield entry.path
-
-
-def _glob(root: str) -> Iterator[str]:
+def _glob(root: str, fixed: str) -> Iterator[str]:
     fs, pattern = filesystem(root)
+    if is_local(root):
+        pattern = without_marks(fixed) + root[len(fixed) :]
     yield from sorted(_uri(root, path) for path in fs.glob(pattern) if not fs.isdir(path))
 
 
@@ -219,7 +220,7 @@ def _find(root: str) -> Iterator[str]:
 
 def _uri(root: str, path: str) -> str:
     """Returns the URI of a path that a filesystem lists for `root`."""
-    return path if is_local(root) else f"{root.split('://', 1)[0]}://{path}"
+    return as_text(path) if is_local(root) else f"{root.split('://', 1)[0]}://{path}"
 
 
 def open_ranged(uri: str, buffer_bytes: int = 0) -> IO[bytes]:
@@ -235,8 +236,8 @@ def open_ranged(uri: str, buffer_bytes: int = 0) -> IO[bytes]:
     """
     with _translated(uri, "read this file"):
         if is_local(uri):
-            return open(absolute(uri), "rb", buffering=max(buffer_bytes, io.DEFAULT_BUFFER_SIZE))
-        if uri.startswith("s3://"):
+            return open(local_path(absolute(uri)), "rb", buffering=max(buffer_bytes, io.DEFAULT_BUFFER_SIZE))
+        if uri.startswith("s3://") and is_plain_key(uri[len("s3://") :]):
             return open_object(uri, buffer_bytes)
         fs, path = filesystem(uri)
         return cast("IO[bytes]", fs.open(path, "rb"))

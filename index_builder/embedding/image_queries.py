@@ -76,7 +76,7 @@ def plan_image_queries(sources: Sequence[str], count: int) -> list[list[str]]:
     """
     listed = ImageSources(sources, InputConfig())
     with storage.scratch_folder() as scratch:
-        tables = list(unique_images(sort_images(listed.tables(), scratch), Duplicates()))
+        tables = list(unique_images(sort_images(listed.tables(), scratch), Duplicates(scratch / "aside.arrow")))
     packed = [*listed.tars, *listed.parquet]
     if packed:
         raise ConfigError(

@@ -144,6 +144,7 @@ def load_batch(number: int, images: InputBatch, spec: LoadSpec) -> pa.Table:
             fetch_s=loaded.fetch_s,
             retries=loaded.retries,
             duplicates=images.duplicates,
+            passed_over=images.passed_over,
             bytes=loaded.fetched_bytes,
             by_pillow=sum(isinstance(image, Pixels) and image.by_pillow for image in loaded.images),
             ended_fragments=int(ended),

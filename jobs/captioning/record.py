@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import fcntl
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -20,9 +20,11 @@ from jobs.cluster.pinned import PinnedRecord, check_same_options
 from smallcap import storage
 from smallcap.config import CaptionConfig
 from smallcap.errors import ConfigError, ConflictError, SchemaError, StorageError
+from smallcap.images.sources import HIDDEN, NO_ENDING, OTHER_ENDING
 from smallcap.images.work_list import WorkList
 from smallcap.output.part_files import PartInfo, damaged_part, list_parts
 from smallcap.output.schema import check_caption_schema
+from smallcap.phrasing import describe_count
 from smallcap.records import Record, load_record
 
 RUN_FILE = "run.json"
@@ -36,6 +38,14 @@ _FREE = (
 )
 
 
+_NAMED, _SHOWN = 100, 3  # tars that are named in the record, and in the terminal
+_REASONS = {
+    HIDDEN: "with the ending of an image, but with a name or folder that begins with . or _",
+    OTHER_ENDING: "with the ending of an image that is not taken from folders",
+    NO_ENDING: "without an ending that begin like images; a list of URIs can name them",
+}
+
+
 class Attempt(Record):
     """One start of the job, and what it did."""
 
@@ -47,7 +57,8 @@ class Attempt(Record):
     decode_s: float | None = None  # fetching and decoding, summed over CPU tasks
     fetch_s: float | None = None  # the share of fetching in decode_s
     fetch_retries: int | None = None  # requests that were repeated
-    repeated_ids: int = 0  # images left out because another image of the same tar has the id
+    repeated_ids: int = 0  # images left out because they came before in the same tar
+    passed_over: dict[str, int] = Field(default_factory=dict)  # members like images that are none, by their tar
     caption_s: float | None = None  # summed over actors, without loading the models
     write_s: float | None = None  # summed over the tasks that write parts
     actors: int | None = None  # the most at a time
@@ -83,13 +94,68 @@ class Input(Record):
     images: int | None  # None where there are uncounted tars
     fragments: int
     duplicates: int  # images named more than once, left out
+    passed_over: dict[str, int] = Field(default_factory=dict)  # files like images that were left out, by the reason
 
     @classmethod
     def of(cls, work: WorkList) -> Input:
         """Returns the facts of a list of work."""
         return cls(
-            listed_at=work.listed_at, images=work.images, fragments=len(work.fragments), duplicates=work.duplicates
+            listed_at=work.listed_at,
+            images=work.images,
+            fragments=len(work.fragments),
+            duplicates=work.duplicates,
+            passed_over=dict(work.passed_over),
         )
+
+
+class Account(Record):
+    """What became of everything that looked like an image in the run's input, or in its first `limit` images."""
+
+    seen: int
+    captioned: int
+    errors: int
+    repeats: int
+    passed_over: int
+
+    def check(self, where: str) -> None:
+        """Checks that nothing is missing.
+
+        Raises:
+            SchemaError: More or fewer images were seen than are accounted for.
+        """
+        accounted = self.captioned + self.errors + self.repeats + self.passed_over
+        if self.seen != accounted:
+            raise SchemaError(
+                "The run's images do not add up.",
+                where=where,
+                expected=f"{self.seen:,}, which were listed or read",
+                found=f"{self.captioned:,} captioned, {self.errors:,} errors, {self.repeats:,} repeats and "
+                f"{self.passed_over:,} passed over",
+                remedy="Run the same command again: images that have no row are captioned.",
+            )
+
+
+def most_counted(counts: Mapping[str, int]) -> dict[str, int]:
+    """Returns the largest counts, and the sum of the others as `others`: a run can have very many tars."""
+    ordered = Counter(counts).most_common()
+    others = sum(count for _, count in ordered[_NAMED:])
+    return dict(ordered[:_NAMED]) | ({"others": others} if others else {})
+
+
+def describe_passed_over(counts: Mapping[str, int]) -> list[str]:
+    """Returns lines for people about what looks like images and was not taken, by reason or tar."""
+    lines: list[str] = []
+    tars = {name: count for name, count in counts.items() if name not in _REASONS}
+    for reason, text in _REASONS.items():
+        if count := counts.get(reason):
+            lines.append(f"Passed over: {describe_count(count, 'file')} {text}.")
+    for name, count in Counter(tars).most_common(_SHOWN):
+        members = f"{describe_count(count, 'file')} of {name.rpartition('/')[2]}"
+        lines.append(f"Passed over: {members} like images, but hidden, links, or beside the image of their sample.")
+    if len(tars) > _SHOWN:
+        more = sum(tars.values()) - sum(count for _, count in Counter(tars).most_common(_SHOWN))
+        lines.append(f"Passed over: {describe_count(more, 'such file')} of other tars.")
+    return lines
 
 
 class RunRecord(PinnedRecord):
@@ -99,7 +165,8 @@ class RunRecord(PinnedRecord):
     model_id: str
     input: Input | None = None
     images: ImageCounts = ImageCounts()
-    repeated_ids: int = 0  # images of tars and Parquet files left out because another file has the id
+    repeated_ids: int = 0  # images left out by releases that took an id of two files for one image
+    account: Account | None = None  # of all images, at the end of the run
     limit: int | None = None  # the option of the attempt that completed the run
     attempts: tuple[Attempt, ...] = ()
 
@@ -112,6 +179,13 @@ class RunRecord(PinnedRecord):
         """Returns how many images were named more than once, in lists, within a tar, or in two files."""
         listed = self.input.duplicates if self.input else 0
         return listed + self.repeated_ids + sum(attempt.repeated_ids for attempt in self.attempts)
+
+    def count_passed_over(self) -> dict[str, int]:
+        """Returns how many files and members look like images but were not taken, by reason or tar."""
+        counts = Counter(self.input.passed_over if self.input else {})
+        for attempt in self.attempts:
+            counts.update(attempt.passed_over)
+        return dict(counts)
 
     def check_same_run(self, config: CaptionConfig, model_id: str, out: str) -> None:
         """Checks that a command continues this run.

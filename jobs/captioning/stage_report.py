@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 Stage = Literal["load", "caption", "write"]
 STAGES: tuple[Stage, ...] = ("load", "caption", "write")
@@ -20,7 +20,8 @@ class StageReport:
     seconds: float = 0.0  # that the task or the actor was busy with these images
     errors: Mapping[str, int] = field(default_factory=dict)  # by code; only from `write`, whose tasks count once
     retries: int = 0  # requests that fetching repeated
-    duplicates: int = 0  # images left out because another image of the same tar has the id
+    duplicates: int = 0  # images left out because they came before in the same tar
+    passed_over: Mapping[str, int] = field(default_factory=dict)  # members like images that are none, by their tar
     fetch_s: float = 0.0  # the share of fetching in `seconds`
     bytes: int = 0  # fetched
     start_s: float = 0.0  # that an actor took to load; a report without images says that it is ready
@@ -35,15 +36,17 @@ class StageReport:
     def plus(self, other: StageReport) -> StageReport:
         """Returns the sum of two reports of one stage."""
         sums = {name: getattr(self, name) + getattr(other, name) for name in _SUMMED}
-        errors = Counter(self.errors)
-        errors.update(other.errors)
         unions = {name: getattr(self, name) | getattr(other, name) for name in _UNITED}
-        return replace(self, **sums, **unions, errors=dict(errors), worker="")
+        counted: dict[str, Any] = {
+            name: dict(Counter(getattr(self, name)) + Counter(getattr(other, name))) for name in _COUNTED
+        }
+        return replace(self, **sums, **unions, **counted, worker="")
 
 
 _UNITED = ("searched_by", "dtypes")
+_COUNTED = ("errors", "passed_over")
 _SUMMED = tuple(
-    name for name in StageReport.__dataclass_fields__ if name not in ("stage", "errors", "worker", *_UNITED)
+    name for name in StageReport.__dataclass_fields__ if name not in ("stage", "worker", *_UNITED, *_COUNTED)
 )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jobs.captioning.record import ImageCounts, RunRecord, check_attempt, load_run_record, write_run_record
+from jobs.captioning.record import Account, ImageCounts, RunRecord, check_attempt, load_run_record, write_run_record
 from smallcap import storage
 from smallcap.config import CaptionConfig
 from smallcap.errors import ConfigError
@@ -16,7 +16,7 @@ from smallcap.output.coverage import (
     Coverage,
     NamedPart,
     WorkItem,
-    drop_repeated_ids,
+    qualify_repeated_ids,
     settle,
     work_left,
 )
@@ -81,15 +81,31 @@ def finish_run(config: CaptionConfig, record: RunRecord, work: WorkList) -> RunR
     """Removes repeated ids and orphans from the finished output, counts it, and records that the run is complete."""
     parts = _read_parts(config.out, work)
     if any(fragment.kind != "uris" for fragment in work.fragments):
-        drop_repeated_ids(config.out, parts)
+        qualify_repeated_ids(config.out, parts)
         parts = list(read_part_infos(config.out))
     if record.attempts:
         check_attempt(config.out, record.attempts[-1])
     remove_orphans(config.out)
     images = ImageCounts.of(info for _, info in parts)
-    done = sum(len(rows) for _, info in parts for rows in info.rows.values())
-    record = record.model_copy(
-        update={"status": "complete", "images": images, "repeated_ids": done - images.total, "limit": config.limit}
-    )
+    record = record.model_copy(update={"status": "complete", "images": images, "limit": config.limit})
+    record = record.model_copy(update={"account": _account(record, work, Coverage(parts))})
+    assert record.account is not None
+    record.account.check(config.out)
     write_run_record(config.out, record)
     return record
+
+
+def _account(record: RunRecord, work: WorkList, coverage: Coverage) -> Account:
+    """Returns the account of a run: the rows of its list and of the tars that were read, against those of its parts."""
+    rows = [coverage.rows_of(fragment) for fragment in work.fragments]
+    known = sum(count for count in rows if count is not None)
+    unread = rows.count(None) if record.limit is None else 0  # tars without an end: a row of each is missing at least
+    asked = known if record.limit is None else min(record.limit, known if None not in rows else record.limit)
+    repeats, passed_over = record.count_repeated(), sum(record.count_passed_over().values())
+    return Account(
+        seen=max(asked, coverage.images) + unread + repeats - record.repeated_ids + passed_over,
+        captioned=record.images.ok,
+        errors=record.images.error,
+        repeats=repeats,
+        passed_over=passed_over,
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from jobs.captioning.layout import CaptionLayout
 from jobs.captioning.monitor import MonitorClient
 from jobs.captioning.record import Attempt, check_attempt
 from jobs.captioning.stage_report import StageReport
+from smallcap.images.fragments import qualified_id
 from smallcap.images.row_ranges import RowRanges
 from smallcap.output.coverage import count_rows
 from smallcap.output.part_files import PartInfo, write_part
@@ -55,7 +57,7 @@ class PartSink(Datasink[None]):
             return
         table = pa.concat_tables(filled)
         info = describe_part(table)
-        table = table.filter(_first_of_each_id(table))
+        table = _with_unique_ids(table)
         check_attempt(self._out, self._attempt)
         name = f"part-{self._number:03d}-{ctx.task_idx:06d}.parquet"
         write_part(self._out, name, table, info, self._schema, self._layout.parts)
@@ -72,8 +74,7 @@ def describe_part(table: pa.Table) -> PartInfo:
     """Returns which rows of which fragments a part holds, and how they fared.
 
     Args:
-        table: Its rows, with the columns that place them in the run's input. Rows with equal ids are all listed as
-            done, but only the first is counted.
+        table: Its rows, with the columns that place them in the run's input.
     """
     fragments, rows = table[FRAGMENT].to_numpy(), table[FRAGMENT_ROW].to_numpy()
     failed = pc.equal(table["status"], STATUS_ERROR).to_numpy()
@@ -84,13 +85,15 @@ def describe_part(table: pa.Table) -> PartInfo:
             int(number): RowRanges.of(rows[failed & (fragments == number)]) for number in np.unique(fragments[failed])
         },
         ends=tuple(sorted(set(ends.tolist()))),
-        **count_rows(table.filter(_first_of_each_id(table))),
+        **count_rows(table),
     )
 
 
-def _first_of_each_id(table: pa.Table) -> pa.BooleanArray:
-    """Returns for each row whether it is the first one with its id: in tars an id may come again."""
-    _, first = np.unique(table["image_id"].to_numpy(), return_index=True)
-    is_first = np.zeros(len(table), bool)
-    is_first[first] = True
-    return pa.array(is_first)
+def _with_unique_ids(table: pa.Table) -> pa.Table:
+    """Gives `qualified_id` to the images of tars and Parquet files whose ids others of the part have."""
+    order = pc.sort_indices(table, sort_keys=[("image_id", "ascending"), ("image_uri", "ascending")]).to_numpy()
+    ids, uris = table["image_id"].to_pylist(), table["image_uri"].to_pylist()
+    for before, row in pairwise(order[::-1].tolist()):
+        if ids[row] == ids[before]:  # from the last to the first, which keeps its id
+            ids[before] = qualified_id(ids[before], uris[before])
+    return table.set_column(table.column_names.index("image_id"), "image_id", pa.array(ids, pa.string()))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import re
+import socket
 import stat
 from collections.abc import Callable
 from concurrent.futures import Executor
@@ -17,12 +18,12 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smallcap import storage
 from smallcap.errors import ErrorCode, StorageError
-from smallcap.s3 import s3_endpoint, s3_store
+from smallcap.local_files import local_path
+from smallcap.s3 import is_plain_key, s3_endpoint, s3_store
 
 if TYPE_CHECKING:
     import aiohttp
@@ -32,6 +33,7 @@ LOCAL = "local"
 _OBJECT_STORES = ("s3", "gs", "az")
 _WEB = ("http", "https")
 _CHUNK_BYTES = 256 << 10
+_NOT_IN_HTTP = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # names on disks and in object stores may have them
 _BUCKET = re.compile(r"[A-Za-z0-9$][A-Za-z0-9$._-]*")
 _WORTH_REPEATING = {408, 429, 500, 502, 503, 504}
 _SLOW_DOWN = {429, 503}
@@ -71,9 +73,9 @@ def place_of(uri: str) -> str:
     return f"{scheme.lower()}://{re.split('[/?#]', host_and_path, maxsplit=1)[0]}"
 
 
-def is_web(place: str) -> bool:
-    """Says whether a place is a web server, one of the many hosts in a list of images."""
-    return place.split("://", 1)[0] in _WEB
+def is_object_store(place: str) -> bool:
+    """Says whether a place is a bucket, without which a run is of no use; a list has many other servers."""
+    return place.split("://", 1)[0] in _OBJECT_STORES
 
 
 class Sources:
@@ -109,16 +111,16 @@ class Sources:
             FetchFailure: The object could not be got.
             StorageError: No object of its place can be got.
         """
-        if not uri.isprintable():
-            raise FetchFailure(ErrorCode.INVALID_URI, "The URI contains line breaks or control characters.")
         scheme = place_of(uri).partition("://")[0]
         if scheme in _WEB:
+            if _NOT_IN_HTTP.search(uri):
+                raise FetchFailure(ErrorCode.INVALID_URI, "The URI contains line breaks or control characters.")
             return await self._get_from_web(uri)
         if scheme in _OBJECT_STORES:
             bucket, _, key = uri.split("://", 1)[1].partition("/")
             if not key or not _BUCKET.fullmatch(bucket):
                 raise FetchFailure(ErrorCode.INVALID_URI, f"This is not {scheme}://BUCKET/KEY.")
-            if not {"", ".", ".."}.intersection(key.split("/")):  # obstore would take these for another key
+            if is_plain_key(key):
                 return await self._get_from_object_store(scheme, bucket, key)
         read = _read_local if scheme == LOCAL else _read_by_fsspec
         return await asyncio.get_running_loop().run_in_executor(self._executor, read, uri, self._max_bytes)
@@ -203,12 +205,14 @@ def _seconds(retry_after: str | None) -> float | None:
 
 def _read_local(uri: str, max_bytes: int) -> bytes:
     try:
-        path = Path(storage.absolute(uri))
+        path = local_path(storage.absolute(uri))
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # a pipe would never end
             raise FetchFailure(ErrorCode.NOT_FOUND, "This is a folder or a device, not a file.")
         _check_size(status.st_size, max_bytes)
         return path.read_bytes()
+    except ValueError as error:  # a null character
+        raise FetchFailure(ErrorCode.INVALID_URI, f"This is not a path: {error}.") from error
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FetchFailure(ErrorCode.NOT_FOUND, "The image does not exist.") from error
     except PermissionError as error:
@@ -223,8 +227,10 @@ def _read_by_fsspec(uri: str, max_bytes: int) -> bytes:
     try:
         fs, path = storage.filesystem(uri)
     except StorageError as error:
-        if isinstance(error.__cause__, ImportError):
-            raise
+        cause = error.__cause__
+        unreached = getattr(cause, "errno", None) in (errno.EHOSTUNREACH, errno.ENETUNREACH)
+        if unreached or isinstance(cause, ConnectionError | TimeoutError | socket.gaierror):
+            raise FetchFailure(ErrorCode.UNAVAILABLE, f"The service failed: {error.found}", repeat=True) from error
         raise FetchFailure(ErrorCode.INVALID_URI, f"URIs of this kind cannot be read: {error.found}") from error
     try:
         _check_size(int(fs.size(path) or 0), max_bytes)

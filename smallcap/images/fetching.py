@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Self
 
 from smallcap.config import InputConfig
 from smallcap.errors import ErrorCode, RowError, StorageError
-from smallcap.images.fetch_sources import LOCAL, FetchFailure, Sources, is_web, place_of
+from smallcap.images.fetch_sources import FetchFailure, Sources, is_object_store, place_of
 
 if TYPE_CHECKING:
     import aiohttp
@@ -73,7 +73,7 @@ def fetch_objects(uris: Sequence[str], options: FetchOptions = FetchOptions()) -
 
     Raises:
         StorageError: A store fails as a whole: no such bucket, refused credentials, no connection, or 16 objects that
-            failed in every attempt while none had an answer. Web servers never raise it: only their rows fail.
+            failed in every attempt while none had an answer. Other servers never raise it: only their rows fail.
     """
     results, retries = asyncio.run(_fetch_all(list(dict.fromkeys(uris)), options))
     return Fetched([results[uri] for uri in uris], retries)
@@ -216,7 +216,7 @@ class _Fetching:
             place.answered += failure.code != ErrorCode.INVALID_URI  # that was never asked
             return
         place.failures[uri] = failure
-        if name != LOCAL and not is_web(name) and not place.answered and len(place.failures) >= _OUTAGE_OBJECTS:
+        if is_object_store(name) and not place.answered and len(place.failures) >= _OUTAGE_OBJECTS:
             raise _outage(name, place)
 
     def check_reached(self) -> None:
@@ -227,7 +227,7 @@ class _Fetching:
         """
         for name, place in self.places.items():
             unreached = place.failures and all(failure.unreached for failure in place.failures.values())
-            if unreached and not place.answered and not is_web(name):
+            if unreached and not place.answered and is_object_store(name):
                 raise _outage(name, place)
 
 

@@ -6,8 +6,8 @@ This module holds only the types; it reads nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal, overload
 
 import numpy as np
@@ -26,6 +26,7 @@ FRAGMENT_COLUMNS = pa.schema(
         pa.field("row_group", pa.int32(), nullable=False),
         pa.field("rows", pa.int32()),
         pa.field("id_prefix", pa.string(), nullable=False),
+        pa.field("qualified", pa.bool_(), nullable=False),
     ]
 )
 
@@ -41,6 +42,7 @@ class Fragment:
         row_group: The row group of that file; 0 for a tar.
         rows: The number of images; None where only reading can tell it (tar).
         id_prefix: The start of the images' ids, before a tar member's key or a Parquet row's number.
+        qualified: Whether the ids that a Parquet file gives its images also begin with `id_prefix`.
     """
 
     number: int
@@ -49,6 +51,7 @@ class Fragment:
     row_group: int
     rows: int | None
     id_prefix: str = ""
+    qualified: bool = False
 
 
 class FragmentTable(Sequence[Fragment]):
@@ -113,7 +116,8 @@ class InputBatch:
         data: The bytes or the error of each image; None where they are to be fetched by their URIs.
         kept: n rows of the kept columns; None where there are none.
         ends_fragment: Whether the fragment's last row is among these.
-        duplicates: The number of images that were left out next to these, because their ids came before.
+        duplicates: The number of images that were left out next to these, because they came before.
+        passed_over: The number of members next to these that look like images and are none of the tar's, by its URI.
     """
 
     rows: np.ndarray
@@ -123,6 +127,7 @@ class InputBatch:
     kept: pa.Table | None
     ends_fragment: bool
     duplicates: int = 0
+    passed_over: Mapping[str, int] = field(default_factory=dict)
 
     def only(self, wanted: RowRanges | None) -> InputBatch | None:
         """Returns the wanted rows of the batch, all of them for None; None where there are none."""
@@ -142,6 +147,12 @@ class InputBatch:
             kept=None if self.kept is None else self.kept.take(places),
             ends_fragment=self.ends_fragment and places[-1] == len(self.rows) - 1,
         )
+
+
+def qualified_id(image_id: str, image_uri: str) -> str:
+    """Returns the id of an image whose own id another image has: its URI, and its id where the URI does not say it."""
+    says_id = image_uri.endswith(image_id) or image_uri.partition("#")[2].startswith(image_id)
+    return image_uri if says_id else f"{image_uri}#{image_id}"
 
 
 def unreadable_file(error: StorageError, uri: str) -> RowError:

@@ -21,6 +21,7 @@ from smallcap.config import InputConfig
 from smallcap.errors import ConfigError
 from smallcap.images.fragments import FRAGMENT_COLUMNS, FRAGMENT_ROWS, FragmentKind, FragmentTable
 from smallcap.images.kinds import IMAGE_SUFFIXES
+from smallcap.images.parquet import ids_repeat
 from smallcap.images.sorting import (
     Duplicates,
     UnsortedError,
@@ -42,6 +43,7 @@ from smallcap.images.work_list import (
     write_fragments,
 )
 
+_IMAGE_FILES = ("images", "qualified")  # each sorted by id
 FILE_ROWS = 1 << 16  # in one file of images: its 256 row groups keep the footer within one small read
 
 
@@ -60,7 +62,7 @@ def make_work_list(sources: Sequence[str], config: InputConfig, out: str, keep_c
         StorageError: A source does not exist, or the service fails.
     """
     assert not load_markers(out), "a finished listing is never overwritten"
-    listing = _Listing(out, 0, ImageSources(sources, config, tuple(keep_columns)))
+    listing = _Listing(out, 0, ImageSources(sources, config, tuple(keep_columns), out))
     listing.write()
     if not listing.fragments:
         raise no_images(sources)
@@ -85,7 +87,7 @@ def extend_work_list(sources: Sequence[str], config: InputConfig, out: str) -> W
     listing = _Listing(
         out,
         len(markers),
-        ImageSources(sources, config, tuple(known.kept_columns.names), kept=known.kept_columns),
+        ImageSources(sources, config, tuple(known.kept_columns.names), out, kept=known.kept_columns),
         known=known.fragments.table,
         tar_ids=next((marker.tar_ids for marker in markers if marker.tar_ids), None),
     )
@@ -128,7 +130,7 @@ class _Listing:
     ) -> None:
         self._out, self._number, self._sources, self._tar_ids = storage.absolute(out), number, sources, tar_ids
         self._known = known if known is not None else FRAGMENT_COLUMNS.empty_table()
-        self._duplicates = Duplicates()
+        self._duplicates: Duplicates | None = None
         self.fragments: list[pa.Table] = []
 
     def write(self) -> None:
@@ -145,6 +147,7 @@ class _Listing:
 
     def finish(self) -> None:
         """Writes the fragments and then the marker, which makes the listing valid."""
+        assert self._duplicates is not None  # `write` came before
         fragments = pa.concat_tables(self.fragments)
         write_fragments(self._out, self._number, fragments)
         kept = self._sources.kept if self._sources.kept is not None else pa.schema([])
@@ -157,6 +160,7 @@ class _Listing:
             kept_columns={column.name: str(column.type) for column in kept},
             kept_schema=base64.b64encode(kept.serialize().to_pybytes()).decode(),
             tar_ids=self._tar_ids,
+            passed_over=dict(sorted(self._sources.passed_over.items())),
         )
         marker.write(work_uri(self._out, f"{listing_name(self._number)}.json"))
 
@@ -167,11 +171,32 @@ class _Listing:
                 storage.remove(uri)
 
     def _write_images(self, tables: Iterator[pa.Table], scratch: Path) -> None:
-        self._duplicates, self.fragments = Duplicates(), []
+        self._duplicates, self.fragments = Duplicates(scratch / "aside.arrow"), []
+        tables = self._without_stored(tables)
+        self._write_files("images", unique_images(tables, self._duplicates), scratch)
+        if self._duplicates.aside:
+            # Their ids are new, so they are sorted again; one may be the URI by which a list names the same image.
+            folder = scratch / "aside"
+            folder.mkdir(exist_ok=True)
+            aside = self._without_stored(sort_images(self._duplicates.rows_aside(), folder))
+            if self.fragments:
+                aside = without_known(aside, _stored_ids(pa.concat_tables(self.fragments), "images"))
+            written = self._write_files("qualified", aside, scratch)
+            self._duplicates.count += self._duplicates.aside - written
+
+    def _without_stored(self, tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+        """Leaves out the images of earlier listings."""
         for listing in range(self._number):
-            tables = without_known(tables, _stored_ids(self._out, listing))
-        for number, table in enumerate(_regrouped(unique_images(tables, self._duplicates))):
-            file = f"{listing_name(self._number)}-images-{number:05d}.parquet"
+            fragments = read_fragments(self._out, listing)
+            for name in _IMAGE_FILES:
+                tables = without_known(tables, _stored_ids(fragments, name))
+        return tables
+
+    def _write_files(self, name: str, tables: Iterator[pa.Table], scratch: Path) -> int:
+        """Writes image files and adds their fragments; returns the number of images."""
+        written = 0
+        for number, table in enumerate(_regrouped(tables)):
+            file = f"{listing_name(self._number)}-{name}-{number:05d}.parquet"
             # A row group is read whole, and statistics or dictionaries would lengthen the footer 256 times.
             pq.write_table(
                 table,
@@ -185,6 +210,8 @@ class _Listing:
             starts = np.arange(0, table.num_rows, FRAGMENT_ROWS)
             rows = np.minimum(table.num_rows - starts, FRAGMENT_ROWS)
             self._add("uris", work_uri(self._out, file), list(range(len(starts))), rows.tolist())
+            written += table.num_rows
+        return written
 
     def _add_tars(self) -> None:
         known = self._known_uris("tar")
@@ -197,22 +224,29 @@ class _Listing:
 
     def _add_parquet(self) -> None:
         known = self._known_uris("parquet")
-        for uri, images in self._sources.parquet.items():
-            if uri in known:
-                continue
+        added = {uri: images for uri, images in self._sources.parquet.items() if uri not in known}
+        before = self._known.filter(pc.equal(self._known["kind"], "parquet"))["qualified"]
+        qualified = before[0].as_py() if len(before) else ids_repeat(list(added), self._sources.config)
+        for uri, images in added.items():
             rows = images.outline.rows if not images.outline.problem else (1,)
             groups = [group for group, count in enumerate(rows) if count]
-            self._add("parquet", uri, groups, [rows[group] for group in groups], f"{images.name}/")
+            self._add("parquet", uri, groups, [rows[group] for group in groups], f"{images.name}/", qualified)
 
     def _known_uris(self, kind: FragmentKind) -> set[str]:
         return set(self._known.filter(pc.equal(self._known["kind"], kind))["uri"].unique().to_pylist())
 
     def _add(
-        self, kind: FragmentKind, uri: str, row_groups: list[int], rows: list[int | None], id_prefix: str = ""
+        self,
+        kind: FragmentKind,
+        uri: str,
+        row_groups: list[int],
+        rows: list[int | None],
+        id_prefix: str = "",
+        qualified: bool = False,
     ) -> None:
         if row_groups:
             count = len(row_groups)
-            columns = [[kind] * count, [uri] * count, row_groups, rows, [id_prefix] * count]
+            columns = [[kind] * count, [uri] * count, row_groups, rows, [id_prefix] * count, [qualified] * count]
             arrays = [pa.array(values, column.type) for values, column in zip(columns, FRAGMENT_COLUMNS, strict=True)]
             self.fragments.append(pa.table(arrays, schema=FRAGMENT_COLUMNS))
 
@@ -232,9 +266,9 @@ def _regrouped(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
         yield pa.concat_tables(held).combine_chunks()
 
 
-def _stored_ids(out: str, listing: int) -> Iterator[pa.Array]:
-    """Yields the ids of a stored listing in their order."""
-    fragments = read_fragments(out, listing)
+def _stored_ids(fragments: pa.Table, name: str) -> Iterator[pa.Array]:
+    """Yields the ids in the image files of this name, in their order."""
     for uri in fragments.filter(pc.equal(fragments["kind"], "uris"))["uri"].unique().to_pylist():
-        with storage.open_ranged(uri) as file:
-            yield pq.ParquetFile(file).read(columns=["image_id"])["image_id"].combine_chunks()
+        if f"-{name}-" in uri.rpartition("/")[2]:
+            with storage.open_ranged(uri) as file:
+                yield pq.ParquetFile(file).read(columns=["image_id"])["image_id"].combine_chunks()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import numpy as np
 import pyarrow as pa
@@ -58,6 +58,51 @@ def _read_outline(uri: str) -> ParquetOutline:
         metadata = parquet.metadata
         rows = tuple(metadata.row_group(number).num_rows for number in range(metadata.num_row_groups))
         return ParquetOutline(uri, parquet.schema_arrow, rows)
+
+
+def ids_repeat(uris: Sequence[str], config: InputConfig) -> bool:
+    """Says whether an id comes twice among those of the first row groups of Parquet files with images.
+
+    Only reading all rows would tell whether all ids differ. But a writer that numbers or names the images of each file
+    from the same start shows it at once. An id that repeats elsewhere is found when the images have been read.
+    """
+    if not uris:
+        return False
+    with ThreadPoolExecutor(min(_FOOTERS_AT_ONCE, len(uris))) as pool:
+        first_ids = list(chain.from_iterable(pool.map(lambda uri: _first_ids(uri, config), uris)))
+    return len(set(first_ids)) < len(first_ids)
+
+
+def _first_ids(uri: str, config: InputConfig) -> list[str]:
+    """Returns the ids in the first row group; none where it has none or cannot be read, which reading it tells."""
+    try:
+        with storage.open_ranged(uri) as file:
+            parquet = pq.ParquetFile(file)
+            schema = parquet.schema_arrow
+            column = config.id_column
+            if column not in schema.names:
+                images = image_bytes_column(schema, config, uri)
+                if images is None or not pa.types.is_struct(schema.field(images).type):
+                    return []
+                column = f"{images}.path"
+            table = parquet.read_row_group(0, columns=[column]) if parquet.num_row_groups else None
+            if table is None or not table.num_columns:
+                return []
+            values = table[0].combine_chunks()
+            return (
+                _ids(pc.struct_field(values, "path") if pa.types.is_struct(values.type) else values)
+                .drop_null()
+                .to_pylist()
+            )
+    except (StorageError, *_DAMAGED):
+        return []
+
+
+def _ids(values: pa.ChunkedArray | pa.Array) -> pa.ChunkedArray:
+    """Returns ids as strings; a null stands where a row has none."""
+    chunks = values if isinstance(values, pa.ChunkedArray) else pa.chunked_array([values])
+    strings = plain(chunks).cast(pa.string())
+    return pc.if_else(pc.equal(strings, ""), None, strings)
 
 
 def image_bytes_column(schema: pa.Schema, config: InputConfig, where: str) -> str | None:
@@ -150,11 +195,12 @@ def _row_group(
         uris = [f"{fragment.uri}#row={before + row}" for row in rows]
         data, paths = _contents(table[column].combine_chunks(), uris)
         numbered = [f"{fragment.id_prefix}{before + row}" for row in rows]
-        named = plain(table[ids[0]]).cast(pa.string()).to_pylist() if ids else paths
+        named = _ids(table[ids[0]]).to_pylist() if ids else paths
+        start = fragment.id_prefix if fragment.qualified else ""
         kept = [plain(table[name]).cast(kept_columns.field(name).type) for name in kept_columns.names]
         yield InputBatch(
             rows=rows,
-            image_ids=[name or number for name, number in zip(named, numbered, strict=True)],
+            image_ids=[start + name if name else number for name, number in zip(named, numbered, strict=True)],
             image_uris=uris,
             data=data,
             kept=pa.table(kept, schema=kept_columns) if kept else None,

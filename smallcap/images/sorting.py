@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+
+from smallcap.images.fragments import qualified_id
 
 RUN_ROWS = 500_000  # images that are sorted in memory
 RUN_BYTES = 256 << 20  # or fewer, where kept columns are large
@@ -35,12 +37,39 @@ class DuplicateExample:
     left_out: str  # URI
 
 
-@dataclass
 class Duplicates:
-    """The images that were left out because their ids came before."""
+    """The images whose ids came before.
 
-    count: int = 0
-    examples: list[DuplicateExample] = field(default_factory=list)  # only those with different URIs, at most five
+    Args:
+        aside: A local file for rows that are set aside; it is written only if there are some.
+
+    Attributes:
+        count: How many rows named an image again, and were left out.
+        aside: How many rows were set aside.
+        examples: Ids that stood for two images, at most five.
+    """
+
+    def __init__(self, aside: Path) -> None:
+        self.count = self.aside = 0
+        self.examples: list[DuplicateExample] = []
+        self._aside = aside
+        self._writer: pa.ipc.RecordBatchFileWriter | None = None
+
+    def set_aside(self, table: pa.Table) -> None:
+        """Keeps rows in the file."""
+        self.aside += len(table)
+        if self._writer is None:
+            self._writer = pa.ipc.new_file(str(self._aside), table.schema)
+        self._writer.write_table(table, max_chunksize=BATCH_ROWS)
+
+    def rows_aside(self) -> Iterator[pa.Table]:
+        """Yields what was set aside; nothing can be added then."""
+        if self._writer is None:
+            return
+        self._writer.close()
+        with pa.ipc.open_file(pa.memory_map(str(self._aside))) as reader:
+            for number in range(reader.num_record_batches):
+                yield pa.Table.from_batches([reader.get_batch(number)])
 
 
 def checked_order(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
@@ -77,11 +106,13 @@ def sort_images(tables: Iterable[pa.Table], scratch: Path) -> Iterator[pa.Table]
 
 
 def unique_images(tables: Iterable[pa.Table], duplicates: Duplicates) -> Iterator[pa.Table]:
-    """Leaves out the rows whose id came before; the first of several URIs stays.
+    """Yields the first row of each id. A row that names the same image again is left out.
+
+    A row with the id of another image, which has another URI, is set aside with the id that `qualified_id` gives it.
 
     Args:
         tables: Tables in the order of id and URI.
-        duplicates: The object that counts the rows left out.
+        duplicates: The object that counts the rows left out, and takes those set aside.
     """
     before_id = before_uri = None  # id and URI of the row before
     taken = ""  # the URI that this id stands for
@@ -92,17 +123,24 @@ def unique_images(tables: Iterable[pa.Table], duplicates: Duplicates) -> Iterato
         again = _equals_previous(ids, before_id)
         last_taken = uris[-1].as_py()
         if again.any():
-            duplicates.count += int(again.sum())
+            other = again & ~_equals_previous(uris, before_uri)
+            duplicates.count += int((again & ~other).sum())
             first = np.maximum.accumulate(np.where(again, -1, np.arange(len(again))))  # the first row of each id
-            for row in np.flatnonzero(again & ~_equals_previous(uris, before_uri)):
-                if len(duplicates.examples) == EXAMPLES:
-                    break
+            for row in np.flatnonzero(other)[: EXAMPLES - len(duplicates.examples)]:
                 known = taken if first[row] < 0 else uris[int(first[row])].as_py()
                 duplicates.examples.append(DuplicateExample(ids[int(row)].as_py(), known, uris[int(row)].as_py()))
+            if other.any():
+                duplicates.set_aside(_qualified(table.filter(pa.array(other))))
             last_taken = taken if first[-1] < 0 else uris[int(first[-1])].as_py()
         before_id, before_uri, taken = ids[-1].as_py(), uris[-1].as_py(), last_taken
         if not again.all():
             yield table.filter(pa.array(~again)) if again.any() else table
+
+
+def _qualified(table: pa.Table) -> pa.Table:
+    named = zip(table["image_id"].to_pylist(), table["image_uri"].to_pylist(), strict=True)
+    ids = pa.array([qualified_id(image_id, uri) for image_id, uri in named], pa.string())
+    return table.set_column(0, table.schema.field("image_id"), ids)
 
 
 def without_known(tables: Iterable[pa.Table], known: Iterable[pa.Array]) -> Iterator[pa.Table]:

@@ -6,6 +6,7 @@ list's id column, or its URI where the list has no such column.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -13,11 +14,19 @@ import pyarrow as pa
 
 from smallcap import storage
 from smallcap.config import InputConfig
-from smallcap.errors import ConfigError, SchemaError
-from smallcap.images.kinds import IMAGE_SUFFIXES, TAR_SUFFIXES, without_tar_suffix
+from smallcap.errors import ConfigError, SchemaError, StorageError
+from smallcap.images.kinds import (
+    IMAGE_SUFFIXES,
+    SIGNATURE_BYTES,
+    TAR_SUFFIXES,
+    begins_like_image,
+    ends_like_image,
+    without_tar_suffix,
+)
 from smallcap.images.lists import BATCH_ROWS, LIST_SUFFIXES, ImageList, check_kept_columns
 from smallcap.images.parquet import ParquetOutline, image_bytes_column, read_outlines
 
+HIDDEN, OTHER_ENDING, NO_ENDING = "hidden", "other_ending", "no_ending"  # why a file was passed over
 IMAGE_COLUMNS = pa.schema([pa.field("image_id", pa.string()), pa.field("image_uri", pa.string())])
 
 
@@ -39,12 +48,14 @@ class ParquetImages:
 
 @dataclass
 class ImageSources:
-    """All sources of a run; `kept`, `tars` and `parquet` are filled while `tables` is read to its end.
+    """All sources of a run; what is not given is filled while `tables` is read to its end.
 
     Attributes:
         sources: Folders, prefixes, globs, images, tars, Parquet files, and lists of URIs.
         config: The input's config, which names the columns of lists and Parquet files.
         keep_columns: Columns that pass through to the output.
+        out: The run's output folder, whose files are no input.
+        passed_over: How many files were left out though they look like images, by the reason.
         kept: The types of these columns, from the first source.
         tars: The tars, by URI.
         parquet: The Parquet files with image bytes, by URI.
@@ -53,6 +64,8 @@ class ImageSources:
     sources: Sequence[str]
     config: InputConfig
     keep_columns: tuple[str, ...] = ()
+    out: str = ""
+    passed_over: Counter[str] = field(default_factory=Counter)
     kept: pa.Schema | None = None
     tars: dict[str, TarFile] = field(default_factory=dict)
     parquet: dict[str, ParquetImages] = field(default_factory=dict)
@@ -65,7 +78,7 @@ class ImageSources:
             SchemaError: A list or Parquet file is damaged, or lacks a column.
             StorageError: A source does not exist, or the service fails.
         """
-        self.tars, self.parquet = {}, {}
+        self.tars, self.parquet, self.passed_over = {}, {}, Counter()
         for source in self.sources:
             for table in self._list(storage.absolute(source)):
                 self._check_kept_types(table.select(self.keep_columns).schema, source)
@@ -76,7 +89,7 @@ class ImageSources:
         if suffix not in LIST_SUFFIXES or (storage.is_folder(source) and not storage.is_glob(source)):
             yield from self._list_files(source)
             return
-        lists = storage.list_files(source, (suffix,)) if storage.is_glob(source) else [source]
+        lists = sorted(self._files(source, (suffix,))) if storage.is_glob(source) else [source]
         if suffix == ".parquet":
             yield from self._list_parquet(source, lists)
         else:
@@ -89,7 +102,7 @@ class ImageSources:
         parquet: list[str] = []
         has_images_or_tars = False
         uris: list[str] = []
-        for uri in storage.iter_files(source, wanted):
+        for uri in self._files(source, wanted):
             if uri.lower().endswith(".parquet"):
                 if not has_images_or_tars:
                     parquet.append(uri)
@@ -106,17 +119,28 @@ class ImageSources:
             yield self._files_table(source, uris)
         yield from self._list_parquet(source, sorted(parquet))
 
+    def _files(self, source: str, suffixes: tuple[str, ...]) -> Iterator[str]:
+        own = storage.join(storage.absolute(self.out), "") if self.out else None
+        for uri in storage.iter_files(source, suffixes, self._count_left_out):
+            if own is None or not uri.startswith(own):
+                yield uri
+
+    def _count_left_out(self, uri: str) -> None:
+        """Counts a file that looks like an image but is hidden, or has another ending or none."""
+        name = uri.rpartition("/")[2]
+        if name.startswith("._"):  # macOS adds ._NAME to each file
+            return
+        if name.lower().endswith(IMAGE_SUFFIXES):
+            self.passed_over[HIDDEN] += 1
+        elif ends_like_image(name):
+            self.passed_over[OTHER_ENDING] += 1
+        elif not storage.suffix_of(uri) and storage.is_local(uri) and _begins_like_image(uri):
+            self.passed_over[NO_ENDING] += 1
+
     def _files_table(self, source: str, uris: list[str]) -> pa.Table:
         check_kept_columns(self.keep_columns, (), f"{source} (files have no columns)")
         ids = [storage.path_below(source, uri) for uri in uris]
-        try:
-            return pa.table({"image_id": ids, "image_uri": uris}, schema=IMAGE_COLUMNS)
-        except UnicodeEncodeError as error:
-            raise SchemaError(
-                "The name of a file is not UTF-8.",
-                where=repr(error.object),
-                remedy="Rename the file, or move it out of the folder.",
-            ) from error
+        return pa.table({"image_id": ids, "image_uri": uris}, schema=IMAGE_COLUMNS)
 
     def _add_tar(self, source: str, uri: str) -> None:
         name = without_tar_suffix(storage.path_below(source, uri))
@@ -155,6 +179,14 @@ class ImageSources:
                 found=_describe(kept),
                 remedy="Give each column one type (CSV and tars have strings), or caption in separate runs.",
             )
+
+
+def _begins_like_image(uri: str) -> bool:
+    try:
+        with storage.open_ranged(uri) as file:
+            return begins_like_image(file.read(SIGNATURE_BYTES))
+    except (StorageError, OSError):  # a link to nothing, a folder, a file of another user
+        return False
 
 
 def _plain_field(column: pa.Field) -> pa.Field:

@@ -1,20 +1,24 @@
 """Reads the images of a WebDataset tar as a stream, and tells whether keys alone identify the images of many tars.
 
-The members of a sample have the same key, the path up to the first dot of the base name, and follow each other. The
-other conventions of WebDataset (splits, brace expansion, decoders) are not needed to caption images.
+The members of a sample have the same key, the path up to the first dot of the base name, and follow each other. A
+sample has one image. Where all its images have further dots in their names, as in 22.05.jpg, each is an image of its
+own, whose key ends at the last dot. Other members that look like images are counted. The other conventions of
+WebDataset (splits, brace expansion, decoders) are not needed to caption images.
 """
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
 import json
 import lzma
 import tarfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +26,7 @@ import pyarrow as pa
 from smallcap import storage
 from smallcap.errors import ErrorCode, RowError, StorageError
 from smallcap.images.fragments import FRAGMENT_ROWS, Fragment, InputBatch, unreadable_file
-from smallcap.images.kinds import IMAGE_EXTENSIONS
+from smallcap.images.kinds import IMAGE_EXTENSIONS, SIGNATURE_BYTES, begins_like_image, ends_like_image
 from smallcap.images.row_ranges import RowRanges
 from smallcap.phrasing import describe_count
 
@@ -30,6 +34,12 @@ _BLOCK_BYTES = 16 << 20  # read ahead, and one request on S3
 _BATCH_BYTES = 64 << 20  # a batch ends with the image that reaches it
 _PEEK_BYTES = 16 << 10
 _PEEKS_AT_ONCE = 32
+_SAMPLE_IMAGES = 8  # the most images with one key that are held to see whether one of them is the sample's own
+_COMPRESSED: dict[bytes, Callable[[IO[bytes]], Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ": lzma.open,
+}
 _DAMAGED = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError)  # OSError: gzip, bz2
 
 
@@ -42,21 +52,24 @@ class _Image:
     kept: dict[str, str | None]
 
 
+@dataclass(frozen=True)
+class _Member:
+    """An image of a sample; `key` is its id unless another image has it."""
+
+    name: str
+    key: str
+    data: bytes
+
+
 @dataclass
 class _Sample:
-    """The members of one key that have been read so far."""
+    """The members of one key that have been read so far, without images that have become rows."""
 
     key: str
-    wanted: bool
-    member: str | None = None  # name of the image
-    data: bytes = b""
-    texts: dict[str, str] = field(default_factory=dict)  # contents of json and txt, by extension
-
-
-@dataclass
-class _Progress:
-    rows: int = 0
-    duplicates: int = 0
+    names: set[str] = field(default_factory=set)
+    images: list[_Member] = field(default_factory=list)
+    texts: dict[str, str] = field(default_factory=dict)  # contents of json and txt, by the member's name
+    has_rows: bool = False  # there are too many images for one sample: each is its own
 
 
 def choose_tar_ids(uris: Sequence[str]) -> Literal["key", "tar/key"]:
@@ -73,7 +86,7 @@ def choose_tar_ids(uris: Sequence[str]) -> Literal["key", "tar/key"]:
 
 
 def read_tar(fragment: Fragment, wanted: RowRanges | None, kept_columns: pa.Schema) -> Iterator[InputBatch]:
-    """Streams through a tar and yields its images, a repeated key only once.
+    """Streams through a tar and yields its images, each once.
 
     Where the tar cannot be read to its end, one row follows the images that were read; its id is the tar's URI.
 
@@ -85,21 +98,24 @@ def read_tar(fragment: Fragment, wanted: RowRanges | None, kept_columns: pa.Sche
     Raises:
         StorageError: The service fails; a tar that is missing or forbidden gives an error row.
     """
-    progress = _Progress()
+    reader = _TarReader(fragment, wanted, kept_columns.names)
     held: list[_Image] = []
-    counted = 0
-    for image in _images(fragment, wanted, kept_columns.names, progress):
+    counted = (0, 0)  # duplicates and members passed over that batches have reported
+    for image in reader.images():
         held_bytes = sum(len(other.data) for other in held if isinstance(other.data, bytes))
         if held and (len(held) == FRAGMENT_ROWS or held_bytes >= _BATCH_BYTES):
-            yield _batch(held, kept_columns, False, progress.duplicates - counted)
-            held, counted = [], progress.duplicates
+            yield _batch(held, kept_columns, reader, counted)
+            held, counted = [], (reader.duplicates, reader.passed_over)
         held.append(image)
     if held:
-        yield _batch(held, kept_columns, held[-1].row == progress.rows - 1, progress.duplicates - counted)
+        yield _batch(held, kept_columns, reader, counted, ends=held[-1].row == reader.rows - 1)
 
 
-def _batch(images: list[_Image], kept_columns: pa.Schema, ends: bool, duplicates: int) -> InputBatch:
+def _batch(
+    images: list[_Image], kept_columns: pa.Schema, reader: _TarReader, counted: tuple[int, int], ends: bool = False
+) -> InputBatch:
     kept = pa.Table.from_pylist([image.kept for image in images], schema=kept_columns) if len(kept_columns) else None
+    passed_over = reader.passed_over - counted[1]
     return InputBatch(
         rows=np.array([image.row for image in images], dtype=np.int32),
         image_ids=[image.image_id for image in images],
@@ -107,79 +123,139 @@ def _batch(images: list[_Image], kept_columns: pa.Schema, ends: bool, duplicates
         data=[image.data for image in images],
         kept=kept,
         ends_fragment=ends,
-        duplicates=duplicates,
+        duplicates=reader.duplicates - counted[0],
+        passed_over={reader.uri: passed_over} if passed_over else {},
     )
 
 
-def _images(
-    fragment: Fragment, wanted: RowRanges | None, columns: Sequence[str], progress: _Progress
-) -> Iterator[_Image]:
-    """Yields the wanted images, and then the error where there is one; counts all rows."""
-    problem: RowError | None = None
-    try:
-        with (
-            storage.open_ranged(fragment.uri, _BLOCK_BYTES) as file,
-            tarfile.open(fileobj=file, mode="r|*", bufsize=1 << 20, tarinfo=_StrictTarInfo) as tar,
-        ):
-            yield from _samples(tar, fragment, wanted, columns, progress)
-    except StorageError as error:
-        problem = unreadable_file(error, fragment.uri)
-    except _DAMAGED as error:
-        code = ErrorCode.TRUNCATED if progress.rows else ErrorCode.NOT_AN_IMAGE
-        images = describe_count(progress.rows, "image")
-        what = f"The tar is damaged or ends early after {images}: {error or type(error).__name__}."
-        problem = RowError(code, what, where=fragment.uri)
-    if problem is None and not progress.rows:
-        problem = RowError(ErrorCode.EMPTY, "The tar has no images.", where=fragment.uri)
-    if problem is not None:
-        if wanted is None or wanted.contains(np.array([progress.rows]))[0]:
-            yield _Image(progress.rows, fragment.uri, fragment.uri, problem, {})
-        progress.rows += 1
+class _TarReader:
+    """Reads one tar from front to back.
 
+    Attributes:
+        uri: The tar.
+        rows: The number of rows so far, wanted or not.
+        duplicates: Images that came again, with the same name and content.
+        passed_over: Members that look like images and are none of the tar's images.
+    """
 
-def _samples(
-    tar: tarfile.TarFile, fragment: Fragment, wanted: RowRanges | None, columns: Sequence[str], progress: _Progress
-) -> Iterator[_Image]:
-    texts_needed = {name for name in ("json", "txt") if name in columns}
-    texts_needed |= {"json"} if set(columns) - {"json", "txt"} else set()
-    keys: set[str] = set()
-    sample = _Sample("", wanted=False)
+    def __init__(self, fragment: Fragment, wanted: RowRanges | None, columns: Sequence[str]) -> None:
+        self.uri = fragment.uri
+        self._fragment, self._wanted, self._columns = fragment, wanted, columns
+        self._texts = {name for name in ("json", "txt") if name in columns}
+        self._texts |= {"json"} if set(columns) - {"json", "txt"} else set()
+        self._ids: set[str] = set()
+        self._contents: dict[str, tuple[tuple[int, int], ...]] = {}  # sizes and checksums, by the image's name
+        self.rows = self.duplicates = self.passed_over = 0
 
-    def finish(sample: _Sample) -> Iterator[_Image]:
-        if sample.member is None:
+    def images(self) -> Iterator[_Image]:
+        """Yields the wanted images, and then the error where there is one; counts all rows."""
+        uri = self.uri
+        problem: RowError | None = None
+        try:
+            with storage.open_ranged(uri, _BLOCK_BYTES) as file, _open_tar(file) as tar:
+                yield from self._samples(tar)
+        except StorageError as error:
+            problem = unreadable_file(error, uri)
+        except _NoBytes:
+            problem = RowError(ErrorCode.EMPTY, "The tar has zero bytes.", where=uri)
+        except _DAMAGED as error:
+            code = ErrorCode.TRUNCATED if self.rows else ErrorCode.NOT_AN_IMAGE
+            images = describe_count(self.rows, "image")
+            what = f"The tar is damaged or ends early after {images}: {error or type(error).__name__}."
+            problem = RowError(code, what, where=uri)
+        if problem is None and not self.rows:
+            what = f"; it has {describe_count(self.passed_over, 'member')} like images" if self.passed_over else ""
+            problem = RowError(ErrorCode.EMPTY, f"The tar has no images{what}.", where=uri)
+        if problem is not None:
+            if self._is_wanted(self.rows):
+                yield _Image(self.rows, uri, uri, problem, {})
+            self.rows += 1
+
+    def _samples(self, tar: tarfile.TarFile) -> Iterator[_Image]:
+        sample = _Sample("")
+        try:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # type: ignore[attr-defined]  # tarfile would hold every header
+                name = _decoded(member.name)
+                key, extension = _split(name)
+                if member.isfile() and extension and (key != sample.key or name in sample.names):
+                    yield from self._finish(sample)
+                    sample = _Sample(key)
+                sample.names.add(name)
+                stem, _, ending = name.rpartition(".")
+                if not member.isfile() or not extension:
+                    self._count_other(tar, member, name)
+                elif extension in IMAGE_EXTENSIONS:
+                    sample.images.append(_Member(name, key, _content(tar, member)))
+                elif ending.lower() in IMAGE_EXTENSIONS:
+                    sample.images.append(_Member(name, stem, _content(tar, member)))
+                elif ending.lower() in self._texts:
+                    sample.texts[f"{stem}.{ending.lower()}"] = _content(tar, member).decode(errors="replace")
+                else:
+                    self._count_other(tar, member, name)
+                if len(sample.images) > _SAMPLE_IMAGES:
+                    sample.has_rows = True
+                    yield from self._row(sample.images.pop(0), sample)
+        except _DAMAGED:
+            yield from self._finish(sample)  # its image may have been read before
+            raise
+        yield from self._finish(sample)
+
+    def _finish(self, sample: _Sample) -> Iterator[_Image]:
+        """Yields the image of a sample: the one with the sample's own key, or else all."""
+        own = [] if sample.has_rows else [image for image in sample.images if image.key == sample.key][:1]
+        for image in own or sample.images:
+            yield from self._row(image, sample)
+        for _ in range(len(sample.images) - len(own) if own else 0):
+            self._pass_over()
+
+    def _row(self, image: _Member, sample: _Sample) -> Iterator[_Image]:
+        content = len(image.data), zlib.crc32(image.data)
+        before = self._contents.get(image.name, ())
+        if content in before:
+            # It counts with the row before it, so that it counts only once when a tar is read again.
+            self.duplicates += self._is_wanted(self.rows - 1)
             return
-        keys.add(sample.key)
-        progress.rows += 1
-        if sample.wanted:
-            uri = f"{fragment.uri}#{sample.member}"
-            kept = {name: _kept_value(name, sample.texts) for name in columns}
-            yield _Image(progress.rows - 1, fragment.id_prefix + sample.key, uri, sample.data, kept)
+        self._contents[image.name] = (*before, content)
+        place = f"{image.name}#{len(before) + 1}" if before else image.name
+        image_id = image.key if image.key not in self._ids else place
+        self._ids.add(image_id)
+        self.rows += 1
+        if self._is_wanted(self.rows - 1):
+            uri = f"{self.uri}#{place}"
+            texts = {name: sample.texts.get(f"{image.key}.{name}") for name in self._texts}
+            kept = {name: _kept_value(name, texts) for name in self._columns}
+            yield _Image(self.rows - 1, self._fragment.id_prefix + image_id, uri, image.data, kept)
 
-    try:
-        while (member := tar.next()) is not None:
-            tar.members.clear()  # type: ignore[attr-defined]  # tarfile would hold every header
-            name = member.name.encode(errors="surrogateescape").decode(errors="replace").removeprefix("./")
-            key, extension = _split(name)
-            if not member.isfile() or not extension:
-                continue
-            if key != sample.key:
-                yield from finish(sample)
-                is_wanted = wanted is None or bool(wanted.contains(np.array([progress.rows]))[0])
-                sample = _Sample(key, wanted=is_wanted and key not in keys)
-            if extension in IMAGE_EXTENSIONS:
-                if sample.member is not None or key in keys:
-                    # It counts with the row before it, so that it counts only once when a tar is read again.
-                    before = progress.rows - (sample.member is None)
-                    progress.duplicates += wanted is None or bool(wanted.contains(np.array([before]))[0])
-                    continue
-                data = _content(tar, member) if sample.wanted else b""
-                sample.member, sample.data = name, data
-            elif extension in texts_needed and sample.wanted:
-                sample.texts[extension] = _content(tar, member).decode(errors="replace")
-    except _DAMAGED:
-        yield from finish(sample)  # its image may have been read before
-        raise
-    yield from finish(sample)
+    def _count_other(self, tar: tarfile.TarFile, member: tarfile.TarInfo, name: str) -> None:
+        """Counts a member that is no image of a sample but looks like one: a link, a hidden file, another name."""
+        base = name.rpartition("/")[2]
+        if base.startswith("._") or not (member.isfile() or member.islnk() or member.issym()):
+            return  # macOS adds ._NAME to each file
+        if ends_like_image(base) or (member.isfile() and begins_like_image(_start(tar, member))):
+            self._pass_over()
+
+    def _pass_over(self) -> None:
+        self.passed_over += self._is_wanted(max(self.rows - 1, 0))  # as for duplicates
+
+    def _is_wanted(self, row: int) -> bool:
+        return self._wanted is None or bool(self._wanted.contains(np.array([row]))[0])
+
+
+def _open_tar(file: IO[bytes]) -> tarfile.TarFile:
+    """Opens a tar that may be compressed; a compressed file may have several parts, which tarfile would not read."""
+    start = file.read(6)
+    file.seek(0)
+    data: Any = file
+    for signature, open_compressed in _COMPRESSED.items():
+        if start.startswith(signature):
+            data = io.BufferedReader(open_compressed(file), 1 << 20)
+    return tarfile.open(fileobj=data, mode="r|", bufsize=1 << 20, tarinfo=_StrictTarInfo, encoding="utf-8")
+
+
+def _decoded(name: str) -> str:
+    """Returns a member's name; bytes that are not UTF-8 become \\xNN, so that different names stay different."""
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace").removeprefix("./")
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -198,11 +274,17 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     return data
 
 
-def _kept_value(name: str, texts: dict[str, str]) -> str | None:
+def _start(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    assert file is not None  # a regular file
+    return file.read(SIGNATURE_BYTES)
+
+
+def _kept_value(name: str, texts: dict[str, str | None]) -> str | None:
     if name in ("json", "txt"):
         return texts.get(name)
     try:
-        fields = json.loads(texts.get("json", "null"))
+        fields = json.loads(texts.get("json") or "null")
     except ValueError:
         return None
     value: Any = fields.get(name) if isinstance(fields, dict) else None
@@ -216,12 +298,16 @@ def _first_key(uri: str) -> str | None:
             start = file.read(_PEEK_BYTES)
         with tarfile.open(fileobj=io.BytesIO(start), mode="r|*", bufsize=tarfile.BLOCKSIZE) as tar:
             while (member := tar.next()) is not None:
-                key, extension = _split(member.name.removeprefix("./"))
+                key, extension = _split(_decoded(member.name))
                 if member.isfile() and extension:
                     return key
     except (StorageError, *_DAMAGED):
         pass
     return None
+
+
+class _NoBytes(tarfile.ReadError):
+    """The tar has zero bytes, or what it holds compressed has."""
 
 
 class _StrictTarInfo(tarfile.TarInfo):
@@ -232,6 +318,8 @@ class _StrictTarInfo(tarfile.TarInfo):
         try:
             return super().fromtarfile(tarfile_)
         except tarfile.EmptyHeaderError as error:  # type: ignore[attr-defined]
+            if not tarfile_.offset:
+                raise _NoBytes("it has zero bytes") from error
             raise tarfile.ReadError("it ends without an end mark") from error
         except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:  # type: ignore[attr-defined]
             raise tarfile.ReadError(str(error)) from error

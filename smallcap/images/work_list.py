@@ -8,14 +8,15 @@ format. This module knows nothing of what is done already.
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import Field
 
 from smallcap import storage
 from smallcap.config import InputConfig
@@ -43,6 +44,7 @@ class WorkList:
         kept_columns: Columns that pass through to the output.
         examples: Duplicates whose id stood for another URI, at most five for each listing.
         sources: The sources of the newest listing.
+        passed_over: How many files the newest listing left out though they look like images, by the reason.
     """
 
     listed_at: str
@@ -52,6 +54,7 @@ class WorkList:
     kept_columns: pa.Schema
     examples: tuple[DuplicateExample, ...] = ()
     sources: tuple[str, ...] = ()
+    passed_over: Mapping[str, int] = field(default_factory=dict)
 
 
 class Marker(VersionedRecord):
@@ -66,6 +69,7 @@ class Marker(VersionedRecord):
     kept_columns: dict[str, str]
     kept_schema: str
     tar_ids: str | None
+    passed_over: dict[str, int] = Field(default_factory=dict)
 
 
 def load_work_list(out: str) -> WorkList | None:
@@ -87,6 +91,7 @@ def load_work_list(out: str) -> WorkList | None:
         kept_columns=pa.ipc.read_schema(pa.py_buffer(base64.b64decode(markers[-1].kept_schema))),
         examples=tuple(example for marker in markers for example in marker.examples),
         sources=markers[-1].sources,
+        passed_over=markers[-1].passed_over,
     )
 
 
@@ -158,7 +163,10 @@ def read_fragments(out: str, listing: int) -> pa.Table:
     """Reads the fragments of one listing, with absolute URIs."""
     uri = work_uri(out, f"{listing_name(listing)}-fragments.parquet")
     try:
-        table = pq.read_table(pa.BufferReader(storage.read_bytes(uri))).cast(FRAGMENT_COLUMNS)
+        table = pq.read_table(pa.BufferReader(storage.read_bytes(uri)))
+        if "qualified" not in table.column_names:  # written before there was this column
+            table = table.append_column(FRAGMENT_COLUMNS.field("qualified"), pa.array([False] * len(table)))
+        table = table.cast(FRAGMENT_COLUMNS)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise _damaged(uri, str(error)) from error
     uris = pc.binary_join_element_wise(storage.absolute(out), table["uri"], "/")

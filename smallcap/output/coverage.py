@@ -19,9 +19,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from smallcap import storage
-from smallcap.images.fragments import Fragment
+from smallcap.images.fragments import Fragment, qualified_id
 from smallcap.images.row_ranges import RowRanges
-from smallcap.output.part_files import PartInfo, drop_rows
+from smallcap.output.part_files import PartInfo, drop_rows, rename_rows
 from smallcap.output.schema import STATUS_ERROR
 
 _MAX_ROWS = np.iinfo(np.int32).max  # assumed for a fragment that has not been read to its end
@@ -118,7 +118,7 @@ def settle(out: str, parts: Sequence[NamedPart], fragments: Sequence[Fragment]) 
     for position, losing in _losing_rows([info for _, info in parts]).items():
         name, info = parts[position]
         table = _read(out, name)
-        superseded = _superseded(out, parts, position, losing, table)
+        superseded = _superseded(out, parts, position, [fragments[number] for number in losing], table)
         for number in losing:
             superseded = pc.or_(superseded, _ends_unread_shard(fragments[number], table))
         rows = _subtract(info.rows, losing)
@@ -135,22 +135,36 @@ def settle(out: str, parts: Sequence[NamedPart], fragments: Sequence[Fragment]) 
 
 
 def _superseded(
-    out: str, parts: Sequence[NamedPart], position: int, losing: Mapping[int, RowRanges], table: pa.Table
+    out: str, parts: Sequence[NamedPart], position: int, losing: Sequence[Fragment], table: pa.Table
 ) -> pa.ChunkedArray:
     """Says for each row of a part whether another part keeps its image, by the rule of `settle`."""
-    ids, failed = table["image_id"], _failed(table)
+    ids, failed = _names(table, losing), _failed(table)
     superseded = pc.and_(failed, False)
     for other, (name, info) in enumerate(parts):
-        if other == position or not any(number in info.rows for number in losing):
+        if other == position or not any(fragment.number in info.rows for fragment in losing):
             continue
         theirs = _read(out, name)
-        captioned = pc.is_in(ids, value_set=theirs.filter(pc.invert(_failed(theirs)))["image_id"])
+        their_ids, their_failed = _names(theirs, losing), _failed(theirs)
+        captioned = pc.is_in(ids, value_set=their_ids.filter(pc.invert(their_failed)))
         if other > position:  # the older of two captions stays, and the newer of two errors
             captioned = pc.and_(captioned, failed)
-            also_failed = pc.is_in(ids, value_set=theirs.filter(_failed(theirs))["image_id"])
+            also_failed = pc.is_in(ids, value_set=their_ids.filter(their_failed))
             captioned = pc.or_(captioned, pc.and_(failed, also_failed))
         superseded = pc.or_(superseded, captioned)
     return superseded
+
+
+def _names(table: pa.Table, fragments: Sequence[Fragment]) -> pa.ChunkedArray:
+    """Returns what names each row's image in all parts: its URI if it lies in one of these files, else its id.
+
+    `qualify_repeated_ids` may have changed the id of an image in a tar or a Parquet file in one of the parts.
+    """
+    names = table["image_id"]
+    for fragment in fragments:
+        if fragment.kind != "uris":
+            is_inside = pc.starts_with(table["image_uri"], f"{fragment.uri}#")
+            names = pc.if_else(is_inside, table["image_uri"], names)
+    return names
 
 
 def _ends_unread_shard(fragment: Fragment, table: pa.Table) -> pa.ChunkedArray:
@@ -167,9 +181,9 @@ def _ends_unread_shard(fragment: Fragment, table: pa.Table) -> pa.ChunkedArray:
 
 
 def _read(out: str, name: str) -> pa.Table:
-    """Returns a part's ids, statuses and error codes."""
+    """Returns a part's ids, URIs, statuses and error codes."""
     data = io.BytesIO(storage.read_bytes(storage.join(out, name)))
-    return pq.read_table(data, columns=["image_id", "status", "error_code"])
+    return pq.read_table(data, columns=["image_id", "image_uri", "status", "error_code"])
 
 
 def _failed(table: pa.Table) -> pa.ChunkedArray:
@@ -213,8 +227,8 @@ def _subtract(rows: Mapping[int, RowRanges], less: Mapping[int, RowRanges]) -> d
     return {number: ranges for number, ranges in left.items() if ranges}
 
 
-def drop_repeated_ids(out: str, parts: Sequence[NamedPart]) -> None:
-    """Removes every row of an id except the first from the parts; the footers still account for them.
+def qualify_repeated_ids(out: str, parts: Sequence[NamedPart]) -> None:
+    """Leaves an id that several images have to the first of them, and gives the others `qualified_id`.
 
     The ids of lists are unique by their listing. Those of tars and of Parquet files with image bytes are known only
     when these have been read. They are compared by 64-bit hashes, in several passes when there are many, and then in
@@ -225,15 +239,16 @@ def drop_repeated_ids(out: str, parts: Sequence[NamedPart]) -> None:
     by_pass = [_repeated_hashes(out, parts, number, passes) for number in range(passes)]
     repeated = np.concatenate([np.empty(0, np.uint64), *by_pass])
     seen: set[str] = set()
-    for name, info in parts if len(repeated) else ():
+    for name, _ in parts if len(repeated) else ():
         table = _read(out, name)
-        ids = table["image_id"].to_pylist()
-        again = np.zeros(len(ids), bool)
+        ids, uris = table["image_id"].to_pylist(), table["image_uri"].to_pylist()
+        again: dict[str, str] = {}
         for row in np.flatnonzero(np.isin(_hash(ids), repeated)).tolist():
-            again[row] = ids[row] in seen
+            if ids[row] in seen:
+                again[ids[row]] = qualified_id(ids[row], uris[row])
             seen.add(ids[row])
-        if again.any():
-            _drop(out, name, table, pa.chunked_array([pa.array(again)]), info)
+        if again:
+            rename_rows(out, name, again)
 
 
 def _repeated_hashes(out: str, parts: Sequence[NamedPart], number: int, passes: int) -> np.ndarray:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +29,7 @@ from smallcap.output.schema import (
     check_caption_schema,
     kept_columns,
 )
-from smallcap.output.webdataset import Sample, drop_samples, write_samples
+from smallcap.output.webdataset import Sample, rewrite_samples, write_samples
 
 EMBEDDINGS_FOLDER = "_embeddings"  # hidden from Hadoop-style readers of the whole output
 WEBDATASET_FOLDER = "webdataset"
@@ -157,14 +157,47 @@ def drop_rows(out: str, name: str, image_ids: pa.Array, info: PartInfo) -> None:
     Raises:
         SchemaError: The part or a sidecar is damaged.
     """
+    dropped = set(image_ids.to_pylist())
+    strings = image_ids.cast(pa.string())
+
+    def drop(rows: pa.Table) -> pa.Table:
+        return rows.filter(pc.invert(pc.is_in(rows["image_id"], value_set=strings)))
+
+    if dropped:
+        _rewrite_sidecars(out, name, drop, lambda image_id: None if image_id in dropped else image_id)
+    _rewrite_parquet(storage.join(out, name), lambda rows: _with_info(drop(rows), info))
+
+
+def rename_rows(out: str, name: str, new_ids: Mapping[str, str]) -> None:
+    """Rewrites a part and its sidecars with new ids of some images; the part comes last.
+
+    Args:
+        out: The output folder.
+        name: The part's name within it.
+        new_ids: The new ids by the old ones.
+
+    Raises:
+        SchemaError: The part or a sidecar is damaged.
+    """
+
+    def rename(rows: pa.Table) -> pa.Table:
+        ids = [new_ids.get(image_id, image_id) for image_id in rows["image_id"].to_pylist()]
+        place = rows.column_names.index("image_id")
+        return rows.set_column(place, rows.schema.field("image_id"), [pa.array(ids, pa.string())]).sort_by("image_id")
+
+    _rewrite_sidecars(out, name, rename, lambda image_id: new_ids.get(image_id, image_id))
+    _rewrite_parquet(storage.join(out, name), rename)
+
+
+def _rewrite_sidecars(
+    out: str, name: str, change: Callable[[pa.Table], pa.Table], new_id: Callable[[str], str | None]
+) -> None:
     embeddings, tar = _sidecar(out, EMBEDDINGS_FOLDER, name), _sidecar(out, WEBDATASET_FOLDER, name)
-    if len(image_ids) and storage.exists(embeddings):
-        _drop_from_parquet(embeddings, image_ids, lambda left: left)
-    if len(image_ids) and storage.exists(tar):
-        dropped = set(image_ids.to_pylist())
+    if storage.exists(embeddings):
+        _rewrite_parquet(embeddings, change)
+    if storage.exists(tar):
         with storage.local_file(tar) as source:
-            _write_tar(tar, lambda path: drop_samples(source, path, dropped))
-    _drop_from_parquet(storage.join(out, name), image_ids, lambda left: _with_info(left, info))
+            _write_tar(tar, lambda path: rewrite_samples(source, path, new_id))
 
 
 def remove_orphans(out: str) -> list[str]:
@@ -255,17 +288,18 @@ def _write_tar(uri: str, write: Callable[[Path], int]) -> None:
             storage.remove(uri)
 
 
-def _drop_from_parquet(uri: str, image_ids: pa.Array, finish: Callable[[pa.Table], pa.Table]) -> None:
+def _rewrite_parquet(uri: str, change: Callable[[pa.Table], pa.Table]) -> None:
+    """Replaces a file by one with changed rows; removes it where no row is left."""
     try:
         file = pq.ParquetFile(io.BytesIO(storage.read_bytes(uri)))
         table = file.read()
     except (pa.ArrowInvalid, OSError) as error:
         raise damaged_part(uri, error) from error
-    left = table.filter(pc.invert(pc.is_in(table["image_id"], value_set=image_ids.cast(pa.string()))))
+    left = change(table)
     if not len(left):
         storage.remove(uri)
     else:
-        _write_parquet(uri, finish(left), file.metadata.row_group(0).num_rows)
+        _write_parquet(uri, left, file.metadata.row_group(0).num_rows)
 
 
 def _read_info(uri: str) -> PartInfo:

@@ -11,7 +11,7 @@ import json
 import math
 import re
 import tarfile
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,8 +86,13 @@ def write_samples(path: Path, samples: Iterable[Sample]) -> int:
     return len(taken)
 
 
-def drop_samples(source: Path, target: Path, image_ids: Collection[str]) -> int:
-    """Copies a tar without the samples of some images; returns how many samples are left.
+def rewrite_samples(source: Path, target: Path, new_id: Callable[[str], str | None]) -> int:
+    """Copies a tar with other ids in its JSON members; returns how many samples are left.
+
+    Args:
+        source: The tar.
+        target: The copy.
+        new_id: Returns an image's new id for its old one; None leaves the sample out.
 
     Raises:
         SchemaError: The tar is damaged.
@@ -95,12 +100,18 @@ def drop_samples(source: Path, target: Path, image_ids: Collection[str]) -> int:
     try:
         with tarfile.open(source) as tar:
             members = tar.getmembers()
-            ids = {_key(m.name): json.loads(_content(tar, m))["image_id"] for m in members if m.name.endswith(".json")}
-            kept = {key for key, image_id in ids.items() if image_id not in image_ids}
+            records = {_key(m.name): json.loads(_content(tar, m)) for m in members if m.name.endswith(".json")}
+            new_ids = {key: new_id(record["image_id"]) for key, record in records.items()}
+            kept = {key for key, image_id in new_ids.items() if image_id is not None}
             with tarfile.open(target, "w", format=tarfile.PAX_FORMAT) as copy:
                 for member in members:
-                    if _key(member.name) in kept:
-                        _add(copy, member.name, _content(tar, member))
+                    key = _key(member.name)
+                    if key not in kept:
+                        continue
+                    content = _content(tar, member)
+                    if member.name.endswith(".json") and new_ids[key] != records[key]["image_id"]:
+                        content = json.dumps({**records[key], "image_id": new_ids[key]}, ensure_ascii=False).encode()
+                    _add(copy, member.name, content)
     except (tarfile.TarError, ValueError, KeyError) as error:
         raise SchemaError(
             "A WebDataset tar of the output cannot be read.",

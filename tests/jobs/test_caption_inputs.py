@@ -10,9 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs import caption
+from jobs.captioning.record import Account
+from jobs.captioning.work import finish_run, list_work
 from smallcap import storage
 from smallcap.captioner import Captioner
-from smallcap.errors import ConfigError
+from smallcap.errors import ConfigError, SchemaError
 from smallcap.output.part_files import list_parts
 from tests.caption_runs import config_for, jpeg, read_rows, write_images
 from tests.input_files import make_tar
@@ -37,10 +39,13 @@ def test_tars_are_read_with_their_keys_and_json(s3: str, index: str, tiny_smallc
     config = config_for(tars, index, tiny_smallcap, out, "keep_columns=[url,json]", "output.rows_per_part=4")
     summary = caption.run(config)
     assert summary.new_images == 24
-    assert (summary.images.total, summary.record.repeated_ids) == (22, 2)
-    assert "captioned once: 2 images" in caption.describe(summary)
+    assert (summary.images.total, summary.record.repeated_ids) == (24, 0)
     rows = read_rows(out)
-    numbers = range(22)
+    assert rows.image_id.nunique() == 24
+    qualified = rows[rows.image_id.str.startswith("s3://")]
+    assert len(qualified) == 2
+    assert list(qualified.image_id) == list(qualified.image_uri)
+    rows, numbers = rows.drop(qualified.index), range(22)
     assert list(rows.image_id) == [f"{number:09d}" for number in numbers]
     assert list(rows.url) == [f"https://host/{number}.jpg" for number in numbers]
     assert [json.loads(text)["similarity"] for text in rows.json] == [number / 10 for number in numbers]
@@ -122,6 +127,39 @@ def test_a_list_keeps_its_columns_types_and_what_it_names_again_is_captioned_onc
     assert written.select(["rating", "tags"]).equals(table.select(["rating", "tags"]))
     with pytest.raises(ConfigError, match="keep_columns"):
         caption.run(config_for(listing, index, tiny_smallcap, out))
+
+
+def test_hugging_face_files_with_the_same_paths(tmp_path: Path, index: str, tiny_smallcap: Path) -> None:
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    for shard in range(2):
+        images = [{"bytes": jpeg(3 * shard + number), "path": f"{number:05d}.jpg"} for number in range(3)]
+        file = tmp_path / f"in/train-{shard:05d}-of-00002.parquet"
+        file.parent.mkdir(exist_ok=True)
+        pq.write_table(pa.table({"image": pa.array(images, kind)}), file)
+    out = str(tmp_path / "out")
+    summary = caption.run(config_for(str(tmp_path / "in"), index, tiny_smallcap, out, "output.rows_per_part=2"))
+    assert summary.record.count_repeated() == 0
+    expected = [f"train-{shard:05d}-of-00002/{number:05d}.jpg" for shard in range(2) for number in range(3)]
+    assert sorted(read_rows(out).image_id) == expected
+
+
+def test_the_account_of_a_run(tmp_path: Path, index: str, tiny_smallcap: Path) -> None:
+    folder, out = tmp_path / "in", str(tmp_path / "in/out")
+    write_images(str(folder), 3)
+    (folder / "broken.jpg").write_bytes(b"no image")
+    (folder / "_hidden.jpg").write_bytes(jpeg(0))
+    members = [("a.jpg", jpeg(7)), ("a.mask.png", jpeg(8)), ("b.jpg", jpeg(9)), ("a.jpg", jpeg(7))]
+    (folder / "in.tar").write_bytes(make_tar(*members))
+    config = config_for(str(folder), index, tiny_smallcap, out, "output.write=[webdataset]")
+    for relist in (False, True):  # the second time there are files of the run itself in the folder
+        summary = caption.run(config, relist=relist)
+        assert summary.record.account == Account(seen=9, captioned=5, errors=1, repeats=1, passed_over=2)
+    text = caption.describe(summary)
+    assert "1 file of in.tar like images, but hidden, links, or beside the image of their sample" in text
+    assert "1 file with the ending of an image, but with a name or folder that begins with . or _" in text
+    Path(list_parts(out)[0]).unlink()
+    with pytest.raises(SchemaError, match="do not add up"):
+        finish_run(config, summary.record, list_work(config, summary.record))
 
 
 def test_outputs_beside_the_parts(s3: str, index: str, tiny_smallcap: Path) -> None:

@@ -6,7 +6,9 @@ from jobs.captioning.record import (
     ImageCounts,
     Input,
     RunRecord,
+    describe_passed_over,
     load_run_record,
+    most_counted,
     read_parts,
     run_lock,
     write_run_record,
@@ -78,3 +80,14 @@ def test_a_second_driver_is_kept_out(tmp_path: Path) -> None:
         pass
     with run_lock(str(tmp_path)):
         pass
+
+
+def test_what_was_passed_over_is_said_for_a_few_tars_and_kept_for_many() -> None:
+    counts = {f"s3://b/{number}.tar": number for number in range(1, 201)}
+    kept = most_counted(counts)
+    assert (len(kept), kept["others"], sum(kept.values())) == (101, 5050, sum(counts.values()))
+    lines = describe_passed_over(counts | {"hidden": 3})
+    assert lines[0].startswith("Passed over: 3 files with the ending of an image")
+    assert lines[1].startswith("Passed over: 200 files of 200.tar")
+    assert lines[-1] == f"Passed over: {sum(counts.values()) - 597:,} such files of other tars."
+    assert describe_passed_over({}) == []

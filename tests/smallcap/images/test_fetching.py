@@ -108,7 +108,32 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(tmp_path) if request.param == "local" else str(request.getfixturevalue("s3"))
 
 
+ODD_NAMES = (
+    "9.41.00\u202fAM.png",
+    "旅行\u3000写真.jpg",
+    "a\u00a0b.jpg",
+    "می\u200cخواهم.jpg",
+    "👨\u200d👩\u200d👧.jpg",
+    "soft\u00adhyphen.jpg",
+    "a\tb.jpg",
+    "a::b.jpg",
+    "a\x85\u2028b.jpg",
+)
+
+
 class TestPlaces:
+    @pytest.mark.parametrize("name", [*ODD_NAMES, "line\nbreak.jpg"])
+    def test_names_on_a_disk_may_have_any_letters(self, tmp_path: Path, name: str) -> None:
+        (tmp_path / name).write_bytes(b"x")
+        (uri,) = storage.list_files(str(tmp_path))
+        assert uri == f"{tmp_path}/{name}"
+        assert fetch_objects([uri]).data == [b"x"]
+
+    def test_one_server_that_fails_is_no_reason_to_stop(self) -> None:
+        uris = [f"ftp://127.0.0.1:9/{number}.jpg" for number in range(20)]
+        codes = {code_of(data) for data in fetch_objects(uris, QUICK).data}
+        assert codes == {ErrorCode.UNAVAILABLE}
+
     def test_order_and_duplicates_are_kept_and_missing_ones_are_rows(self, folder: str) -> None:
         objects = written(folder, 20)
         uris, missing = list(objects), storage.join(folder, "missing.bin")
@@ -143,7 +168,7 @@ class TestPlaces:
         assert fetched.data == [*(uri.encode() for uri in uris), b"/x", uris[1].encode()]
 
     @pytest.mark.parametrize(
-        "key", ["a b.jpg", "a%20b.jpg", "a+b#c?d.jpg", "ü/ß.jpg", "x//y.jpg", "x/../z.jpg", "~!@$&'()*"]
+        "key", ["a b.jpg", "a%20b.jpg", "a+b#c?d.jpg", "ü/ß.jpg", "x//y.jpg", "x/../z.jpg", "~!@$&'()*", *ODD_NAMES]
     )
     def test_keys_are_taken_as_they_are(self, s3: str, key: str) -> None:
         storage.write_bytes(f"{s3}/{key}", key.encode())
@@ -165,7 +190,13 @@ class TestPlaces:
             "s3://No Bucket/a",
             "gopher://host/a",
             "http://",
-            "a\nb",
+            "http://host/a\nb",
+            "http://host/a\u2028b",
+            "a\0b",
+            "hdfs://host/a.jpg",
+            "zip://a.jpg",
+            "zip://a.jpg::/none.zip",
+            "github://a.jpg",
             "x" * 300,
         ],
     )

@@ -8,7 +8,7 @@ from smallcap import storage
 from smallcap.config import InputConfig
 from smallcap.errors import ErrorCode, RowError, SchemaError
 from smallcap.images.fragments import Fragment, InputBatch
-from smallcap.images.parquet import image_bytes_column, read_outlines, read_parquet
+from smallcap.images.parquet import ids_repeat, image_bytes_column, read_outlines, read_parquet
 from smallcap.images.row_ranges import RowRanges
 
 NOTHING = pa.schema([])
@@ -45,6 +45,19 @@ def test_hugging_face_images(tmp_path: Path) -> None:
     assert batch.kept is not None
     assert batch.kept.to_pydict() == {"label": [4, 5, 6, 7]}
     assert batch.ends_fragment
+
+
+def test_ids_that_repeat_are_qualified_by_their_file(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        pq.write_table(hf_table(3), tmp_path / f"{name}.parquet")
+    both = [str(tmp_path / f"{name}.parquet") for name in ("a", "b")]
+    assert ids_repeat(both, InputConfig())
+    assert not ids_repeat(both[:1], InputConfig())
+    assert not ids_repeat([*both[:1], str(tmp_path / "none.parquet")], InputConfig())
+    assert ids_repeat(both, InputConfig(id_column="label"))
+    fragment = Fragment(0, "parquet", both[0], 0, 3, "sub/a/", qualified=True)
+    (batch,) = read_parquet(fragment, None, InputConfig(), NOTHING)
+    assert batch.image_ids == ["sub/a/0.jpg", "sub/a/1.jpg", "sub/a/2"]
 
 
 @pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])

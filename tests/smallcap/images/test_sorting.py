@@ -1,4 +1,5 @@
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pyarrow as pa
 import pytest
@@ -6,6 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from smallcap.images import sorting as sorted_images
+from smallcap.images.fragments import qualified_id
 from smallcap.images.sorting import Duplicates, UnsortedError, checked_order, sort_images, unique_images, without_known
 
 ROWS = st.lists(st.tuples(st.sampled_from("abcdeü😀"), st.sampled_from("xyz")), max_size=40)
@@ -55,16 +57,21 @@ def test_a_run_ends_by_its_bytes_too(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @settings(deadline=None)
 @given(ROWS, PER_TABLE)
 def test_each_id_is_there_once_with_its_first_uri(rows: list[tuple[str, str]], per_table: int) -> None:
-    found = Duplicates()
-    unique = _rows(list(unique_images(_tables(sorted(rows), per_table), found)))
+    with TemporaryDirectory() as folder:
+        found = Duplicates(Path(folder) / "aside.arrow")
+        unique = _rows(list(unique_images(_tables(sorted(rows), per_table), found)))
+        aside = _rows(list(found.rows_aside()))
     first: dict[str, str] = {}
     for image_id, uri in sorted(rows):
         first.setdefault(image_id, uri)
     assert dict(unique) == first
     assert len(unique) == len(first)
-    assert found.count == len(rows) - len(first)
-    left_out = sorted({(image_id, first[image_id], uri) for image_id, uri in rows if uri != first[image_id]})
-    assert [(e.image_id, e.taken, e.left_out) for e in found.examples] == left_out[:5]
+    others = {(image_id, uri) for image_id, uri in rows if uri != first[image_id]}
+    assert sorted(aside) == sorted((qualified_id(image_id, uri), uri) for image_id, uri in others)
+    assert found.count == len(rows) - len(first) - len(others)
+    assert found.aside == len(others)
+    examples = sorted((image_id, first[image_id], uri) for image_id, uri in others)
+    assert [(e.image_id, e.taken, e.left_out) for e in found.examples] == examples[:5]
 
 
 @settings(deadline=None)

@@ -8,6 +8,7 @@ import pytest
 from smallcap import storage
 from smallcap.config import InputConfig
 from smallcap.errors import ConfigError, SchemaError, StorageError
+from smallcap.images.fetching import fetch_objects
 from smallcap.images.sources import ImageSources
 from tests.input_files import make_tar, write_files
 
@@ -93,7 +94,44 @@ def test_kept_columns_must_agree(tmp_path: Path) -> None:
         listed(write_files(tmp_path / "photos", "a.jpg"), keep=("width",))
 
 
-def test_a_name_that_is_not_utf8_is_an_error(tmp_path: Path) -> None:
-    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jpg")).write_bytes(b"x")
-    with pytest.raises(SchemaError, match="not UTF-8"):
-        listed(tmp_path)
+def test_a_name_that_is_not_utf8_is_escaped_and_fetched(tmp_path: Path) -> None:
+    for name in (b"/caf\xe9.jpg", b"/caf\xe8.jpg"):
+        Path(os.fsdecode(os.fsencode(tmp_path) + name)).write_bytes(name)
+    images = listed(tmp_path)[0]
+    assert list(images) == ["caf\\xe8.jpg", "caf\\xe9.jpg"]
+    assert fetch_objects(list(images.values())).data == [b"/caf\xe8.jpg", b"/caf\xe9.jpg"]
+
+
+def test_links_to_folders_are_followed_once_around(tmp_path: Path) -> None:
+    write_files(tmp_path, "real/a.jpg", "in/b.jpg")
+    (tmp_path / "in/val2014").symlink_to("../real")
+    (tmp_path / "real/up").symlink_to("../in")
+    (tmp_path / "in/here").symlink_to(".")
+    assert list(listed(tmp_path / "in")[0]) == ["b.jpg", "val2014/a.jpg"]
+
+
+def test_a_path_with_brackets_is_a_path_where_it_exists(tmp_path: Path) -> None:
+    write_files(tmp_path, "photos [2024]/a.jpg", "photos [2024]/b?.jpg", "photos [2024]/bc.jpg", "photos 2/c.jpg")
+    folder = tmp_path / "photos [2024]"
+    assert list(listed(folder)[0]) == ["a.jpg", "b?.jpg", "bc.jpg"]
+    assert list(listed(folder / "b?.jpg")[0]) == ["b?.jpg"]
+    assert list(listed(folder / "?.jpg")[0].values()) == [f"{folder}/a.jpg"]
+    assert list(listed(tmp_path / "photos [2-9]/*.jpg")[0].values()) == [f"{tmp_path}/photos 2/c.jpg"]
+    (folder / "list.csv").write_text("image_uri\na.jpg\n")
+    assert list(listed(folder / "list.csv")[0].values()) == [f"{folder}/a.jpg"]
+
+
+def test_the_runs_own_files_are_no_input(tmp_path: Path) -> None:
+    write_files(tmp_path, "a.jpg", "out/webdataset/part-001-000000.tar", "out/b.jpg", "out2/c.jpg")
+    found = ImageSources([str(tmp_path)], InputConfig(), out=str(tmp_path / "out"))
+    assert [uri for table in found.tables() for uri in table["image_id"].to_pylist()] == ["a.jpg", "out2/c.jpg"]
+    assert not found.tars
+
+
+def test_files_that_look_like_images_and_are_none_of_them_are_counted(tmp_path: Path) -> None:
+    write_files(tmp_path, "a.jpg", "_x/b.jpg", ".c.JPEG", "._a.jpg", "d.psd", "e.txt", "f", "g.json")
+    write_files(tmp_path, "h", content=b"\xff\xd8\xff\xe0 and more")
+    (tmp_path / "broken").symlink_to("nothing")
+    images, found = listed(tmp_path)
+    assert list(images) == ["a.jpg"]
+    assert found.passed_over == {"hidden": 2, "other_ending": 1, "no_ending": 1}

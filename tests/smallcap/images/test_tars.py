@@ -1,6 +1,9 @@
+import bz2
 import gzip
 import json
+import lzma
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -82,10 +85,10 @@ def test_a_repeated_key_is_read_once_and_counted(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(make_tar(*members))
     (batch,) = read(tmp_path / "a.tar")
     assert images([batch]) == {key: f"image {key}".encode() for key in "abc"}
-    assert batch.duplicates == 2
-    for row, duplicates in enumerate((1, 1, 0)):
+    assert (batch.duplicates, sum(batch.passed_over.values())) == (1, 1)
+    for row, counts in enumerate(((0, 1), (1, 0), (0, 0))):
         (batch,) = read(tmp_path / "a.tar", RowRanges.span(row, row + 1))
-        assert batch.duplicates == duplicates
+        assert (batch.duplicates, sum(batch.passed_over.values())) == counts
 
 
 def test_what_is_no_image_is_passed_over(tmp_path: Path) -> None:
@@ -94,7 +97,93 @@ def test_what_is_no_image_is_passed_over(tmp_path: Path) -> None:
     members = [("./a.JPG", b"x"), ("._b.jpg", b"mac"), ("c.mask.png", b"m"), ("d", b"d"), ("e.cls", b"1")]
     members.append(("é" * 120 + ".webp", b"long"))
     (tmp_path / "a.tar").write_bytes(folder.tobuf() + link.tobuf() + make_tar(*members))
-    assert images(read(tmp_path / "a.tar")) == {"a": b"x", "é" * 120: b"long"}
+    (batch,) = read(tmp_path / "a.tar")
+    assert images([batch]) == {"a": b"x", "c.mask": b"m", "é" * 120: b"long"}
+    assert sum(batch.passed_over.values()) == 1  # the link; a folder is none, nor is what macOS adds
+
+
+def test_names_with_dots(tmp_path: Path) -> None:
+    names = ["22.05.jpg", "22.06.jpg", "plain.jpg", "photo 2.0 (Clean).jpg", "e.jfif"]
+    (tmp_path / "in.tar").write_bytes(make_tar(*((name, name.encode()) for name in names), ("22.06.json", b"{}")))
+    (batch,) = read(tmp_path / "in.tar")
+    assert images([batch]) == {name.rpartition(".")[0]: name.encode() for name in names}
+    assert batch.image_uris == [f"{tmp_path}/in.tar#{name}" for name in names]
+    assert sum(batch.passed_over.values()) == 0
+
+
+def test_a_sample_with_an_image_of_its_own_has_no_other(tmp_path: Path) -> None:
+    members = [("0.depth.png", b"d"), ("0.jpg", b"0"), ("0.mask.png", b"m"), ("0.json", b"{}"), ("1.jpg", b"1")]
+    (tmp_path / "in.tar").write_bytes(make_tar(*members))
+    (batch,) = read(tmp_path / "in.tar", kept=pa.schema([("json", pa.string())]))
+    assert images([batch]) == {"0": b"0", "1": b"1"}
+    assert sum(batch.passed_over.values()) == 2
+    assert batch.kept is not None
+    assert batch.kept["json"].to_pylist() == ["{}", None]
+
+
+def test_many_images_before_their_first_dot(tmp_path: Path) -> None:
+    members = [(f"IMG.{n}.{ending}", b"%d" % n) for n in range(30) for ending in ("jpg", "txt")]
+    (tmp_path / "in.tar").write_bytes(make_tar(*members, ("IMG.jpg", b"own")))
+    (batch,) = read(tmp_path / "in.tar", kept=pa.schema([("txt", pa.string())]))
+    assert images([batch]) == {**{f"IMG.{n}": b"%d" % n for n in range(30)}, "IMG": b"own"}
+    assert batch.kept is not None
+    assert batch.kept["txt"].to_pylist() == [*map(str, range(30)), None]
+    (batch,) = read(tmp_path / "in.tar", RowRanges.span(29, 31))
+    assert batch.image_ids == ["IMG.29", "IMG"]
+
+
+def test_equal_names_of_other_images(tmp_path: Path) -> None:
+    members = [("a.jpg", b"1"), ("b.jpg", b"2"), ("a.jpg", b"3"), ("a.png", b"4"), ("c.jpg", b"5"), ("a.png", b"6")]
+    (tmp_path / "in.tar").write_bytes(make_tar(*members))
+    (batch,) = read(tmp_path / "in.tar")
+    assert images([batch]) == {"a": b"1", "b": b"2", "a.jpg#2": b"3", "c": b"5", "a.png": b"6"}
+    assert len(set(batch.image_uris)) == 5
+    assert (batch.duplicates, sum(batch.passed_over.values())) == (0, 1)
+
+
+def test_names_that_are_not_utf8_stay_different(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "in.tar", "w", format=tarfile.USTAR_FORMAT, encoding="latin-1") as tar:
+        for name in ("caf\xe9.jpg", "caf\xe8.jpg"):
+            tar.addfile(tarfile.TarInfo(name))
+    assert list(images(read(tmp_path / "in.tar"))) == ["caf\\xe9", "caf\\xe8"]
+
+
+def test_members_that_only_begin_like_images_are_counted(tmp_path: Path) -> None:
+    png = b"\x89PNG\r\n\x1a\n and more"
+    members = [("a.jpg", b"a"), ("b", png), ("c.data", png), ("d.txt", b"d"), ("e.psd", b"e"), (".f.jpg", b"f")]
+    (tmp_path / "in.tar").write_bytes(make_tar(*members))
+    (batch,) = read(tmp_path / "in.tar")
+    assert (images([batch]), sum(batch.passed_over.values())) == ({"a": b"a"}, 4)
+    (tmp_path / "in.tar").write_bytes(make_tar(*members[1:]))
+    (batch,) = read(tmp_path / "in.tar")
+    assert sum(batch.passed_over.values()) == 4
+    assert batch.data is not None
+    assert "it has 4 members like images" in str(batch.data[0])
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz"])
+def test_a_tar_of_zero_bytes_is_empty(tmp_path: Path, name: str) -> None:
+    for content in (b"", gzip.compress(b"")):
+        (tmp_path / name).write_bytes(content)
+        assert images(read(tmp_path / name)) == {str(tmp_path / name): ErrorCode.EMPTY}
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
+def test_compressed_parts_one_after_the_other(tmp_path: Path, compress: Callable[[bytes], bytes]) -> None:
+    """As pigz, pbzip2 and `cat a.gz b.gz` write them."""
+    data = make_tar(*sample("a"), *sample("b"))
+    parts = [data[start : start + 700] for start in range(0, len(data), 700)]
+    (tmp_path / "a.tar").write_bytes(b"".join(map(compress, parts)))
+    assert images(read(tmp_path / "a.tar")) == {key: f"image {key}".encode() for key in "ab"}
+
+
+@pytest.mark.parametrize("kind", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_long_names_in_pax_and_gnu_headers(tmp_path: Path, kind: int) -> None:
+    names = ["d/" * 90 + "旅行.jpg", "x" * 300 + ".png", "soft\u00ad\u202f.jpg"]
+    with tarfile.open(tmp_path / "a.tar", "w", format=kind) as tar:
+        for name in names:
+            tar.addfile(tarfile.TarInfo(name))
+    assert list(images(read(tmp_path / "a.tar"))) == [name.rpartition(".")[0] for name in names]
 
 
 @pytest.mark.parametrize("name", ["a.tar.gz", "a.tgz", "a.tar"])
@@ -118,7 +207,7 @@ WHOLE = make_tar(*(member for key in "abc" for member in sample(key)))
 @pytest.mark.parametrize(
     ("content", "found"),
     [
-        (b"", {"U": ErrorCode.NOT_AN_IMAGE}),
+        (b"", {"U": ErrorCode.EMPTY}),
         (b"this is no tar at all" * 100, {"U": ErrorCode.NOT_AN_IMAGE}),
         (make_tar(), {"U": ErrorCode.EMPTY}),
         (make_tar(("a.txt", b"x")), {"U": ErrorCode.EMPTY}),

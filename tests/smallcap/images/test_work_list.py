@@ -102,20 +102,35 @@ def test_what_is_in_order_is_not_spilled(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_huge_folder_is_listed_unsorted_and_then_sorted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("smallcap.storage._SORTED_ENTRIES", 3)
+    monkeypatch.setattr("smallcap.local_files._SORTED_ENTRIES", 3)
     names = [f"{n:02d}.jpg" for n in range(20)]
     assert list(read(make(tmp_path / "out", write_files(tmp_path / "photos", *names)))) == names
 
 
-def test_duplicates_are_named_once_and_reported(tmp_path: Path) -> None:
+def test_an_id_of_two_images_is_qualified_and_an_image_named_again_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text(
         "image_id,image_uri\n7,s3://b/z.jpg\n7,s3://b/a.jpg\n8,s3://b/8.jpg\n8,s3://b/8.jpg\n"
     )
     work = make(tmp_path / "out", tmp_path / "a.csv")
-    assert read(work) == {"7": "s3://b/a.jpg", "8": "s3://b/8.jpg"}
-    assert work.duplicates == 2
+    assert read(work) == {"7": "s3://b/a.jpg", "8": "s3://b/8.jpg", "s3://b/z.jpg#7": "s3://b/z.jpg"}
+    assert work.duplicates == 1
     (example,) = work.examples
     assert (example.image_id, example.taken, example.left_out) == ("7", "s3://b/a.jpg", "s3://b/z.jpg")
+
+
+def test_images_of_equal_names_in_two_folders_are_all_listed(tmp_path: Path) -> None:
+    a, b, out = tmp_path / "a", tmp_path / "b", tmp_path / "out"
+    for folder in (a, b):
+        write_files(folder, "1.jpg", "2.jpg")
+    (tmp_path / "list.txt").write_text(f"{b}/2.jpg\n")  # an image that the folder names as well
+    sources = [str(a), str(b), str(tmp_path / "list.txt")]
+    work = make(out, *sources)
+    expected = {"1.jpg": f"{a}/1.jpg", "2.jpg": f"{a}/2.jpg"} | {f"{b}/{n}.jpg": f"{b}/{n}.jpg" for n in (1, 2)}
+    assert read(work) == expected
+    assert (work.images, work.duplicates) == (4, 1)
+    write_files(b, "3.jpg")
+    again = extend_work_list(sources, InputConfig(), str(out))
+    assert read(again) == expected | {"3.jpg": f"{b}/3.jpg"}
 
 
 def test_tars_parquet_and_uris_together(tmp_path: Path, s3: str) -> None:
@@ -278,7 +293,8 @@ def test_format_1_is_still_written(tmp_path: Path) -> None:
     make(tmp_path / "out", write_list(tmp_path / "l.csv", ["b", "a", "a"]), keep=("alt",))
     folder, golden = tmp_path / "out/_work", GOLDEN / "run/_work"
     ours, theirs = (json.loads((place / "listing-000.json").read_text()) for place in (folder, golden))
-    assert list(ours) == list(theirs)
+    assert list(ours)[: len(theirs)] == list(theirs)
     assert ours["kept_schema"] == theirs["kept_schema"]
     for name in ("listing-000-images-00000.parquet", "listing-000-fragments.parquet"):
-        assert pq.read_schema(folder / name).equals(pq.read_schema(golden / name), check_metadata=False)
+        before = pq.read_schema(golden / name)
+        assert pq.read_schema(folder / name).names[: len(before)] == before.names

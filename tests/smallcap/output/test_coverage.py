@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from smallcap.images.fragments import Fragment
 from smallcap.images.row_ranges import RowRanges
 from smallcap.output import coverage
-from smallcap.output.coverage import Coverage, WorkItem, drop_repeated_ids, settle, work_left
+from smallcap.output.coverage import Coverage, WorkItem, qualify_repeated_ids, settle, work_left
 from smallcap.output.part_files import PartInfo, PartOptions, list_parts, read_part_infos, write_part
 from smallcap.output.schema import CAPTION_COLUMNS, caption_schema
 
@@ -97,6 +97,7 @@ def write(
     captioned, broken = {"status": "ok", "error_code": None}, {"status": "error", "error_code": "empty"}
     written = [
         {"image_id": (ids or {}).get(row, f"{fragment}-{row}"), "caption": text or None}
+        | {"image_uri": f"{fragment}.tar#{row}.jpg"}
         | (captioned if text else broken)
         for row, text in rows.items()
     ]
@@ -138,14 +139,14 @@ def test_a_part_that_another_one_repeats_disappears(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("hashes_at_once", [1 << 24, 2])
-def test_an_id_of_two_tars_stays_once_and_stays_done(
+def test_an_id_of_two_tars_is_qualified_in_one_of_them(
     tmp_path: Path, hashes_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(coverage, "_HASHES_AT_ONCE", hashes_at_once)
     write(tmp_path, "part-001-000000.parquet", 3, {0: "a", 1: "b"}, ids={0: "x", 1: "y"})
     write(tmp_path, "part-001-000001.parquet", 4, {0: "d", 1: "e"}, ids={0: "y", 1: "z"}, ends=True)
-    drop_repeated_ids(str(tmp_path), parts_of(tmp_path))
-    assert captions(tmp_path) == {"x": "a", "y": "b", "z": "e"}
+    qualify_repeated_ids(str(tmp_path), parts_of(tmp_path))
+    assert captions(tmp_path) == {"x": "a", "y": "b", "4.tar#0.jpg#y": "d", "z": "e"}
     done = Coverage(parts_of(tmp_path))
     assert done.left(Fragment(4, "tar", "b.tar", 0, None)) is None
     item = done.left(TAR)
@@ -153,6 +154,15 @@ def test_an_id_of_two_tars_stays_once_and_stays_done(
     assert item.wanted is not None
     assert item.wanted.to_json()[0][0] == 2
     before = parts_of(tmp_path)
-    drop_repeated_ids(str(tmp_path), before)
+    qualify_repeated_ids(str(tmp_path), before)
     assert parts_of(tmp_path) == before
-    assert sum(part.ok for _, part in before) == 3
+    assert sum(part.ok for _, part in before) == 4
+
+
+def test_an_image_whose_id_was_qualified_still_has_one_row(tmp_path: Path) -> None:
+    """The failed row has another id than the caption that came when it was tried again."""
+    tar = Fragment(3, "tar", "3.tar", 0, None)
+    write(tmp_path, "part-001-000000.parquet", 3, {0: ""}, ids={0: "3.tar#0.jpg#y"})
+    write(tmp_path, "part-002-000000.parquet", 3, {0: "d"}, ids={0: "y"})
+    assert settle(str(tmp_path), parts_of(tmp_path), [*LIST, tar]) == 1
+    assert captions(tmp_path) == {"y": "d"}

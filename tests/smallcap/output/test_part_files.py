@@ -21,6 +21,7 @@ from smallcap.output.part_files import (
     list_parts,
     read_part_infos,
     remove_orphans,
+    rename_rows,
     write_part,
 )
 from smallcap.output.schema import CAPTION_COLUMNS, caption_schema, check_caption_schema, kept_columns
@@ -136,6 +137,25 @@ def test_dropped_rows_leave_the_part_and_its_sidecars(anywhere: str) -> None:
     assert not storage.exists(storage.join(anywhere, "_embeddings", NAME))
     assert not storage.exists(storage.join(anywhere, "webdataset", "part-000-000000.tar"))
     assert [uri.rsplit("/", 1)[-1] for uri in list_parts(anywhere)] == ["part-001-000000.parquet"]
+
+
+def test_rows_get_new_ids_in_the_part_and_its_sidecars(anywhere: str) -> None:
+    write(anywhere)
+    for _ in range(2):  # as after an interruption
+        rename_rows(anywhere, NAME, {"a.jpg": "x/a.jpg"})
+        table = read_table(anywhere, NAME)
+        check_caption_schema(table.schema, NAME)
+        ids = table["image_id"].to_pylist()
+        assert ids == sorted(ids)
+        assert "x/a.jpg" in ids
+        assert "a.jpg" not in ids
+        assert table["image_uri"].to_pylist()[ids.index("x/a.jpg")] == "s3://images/a.jpg"
+        embeddings = {
+            row["image_id"]: row["embedding"] for row in read_table(anywhere, "_embeddings", NAME).to_pylist()
+        }
+        assert np.array_equal(embeddings["x/a.jpg"], embedding_of("a.jpg"))
+        assert tar_names(storage.join(anywhere, "webdataset", "part-000-000000.tar"))[0] == "a.jpg"
+        assert dict(read_part_infos(anywhere)) == {NAME: INFO}
 
 
 def test_a_drop_that_was_stopped_before_the_part_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,12 @@
 import json
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from smallcap.errors import SchemaError
-from smallcap.output.webdataset import Sample, drop_samples, image_extension, sample_key, write_samples
+from smallcap.output.webdataset import Sample, image_extension, rewrite_samples, sample_key, write_samples
 
 JPEG, PNG = b"\xff\xd8\xff\xe0 jpeg", b"\x89PNG\r\n"
 
@@ -79,13 +80,26 @@ def test_values_that_json_has_not_are_written_as_it_has_them(tmp_path: Path) -> 
     assert {name: record[name] for name in given} == expected
 
 
+def without(*dropped: str) -> Callable[[str], str | None]:
+    return lambda image_id: None if image_id in dropped else image_id
+
+
+def test_samples_get_new_ids_in_their_json(tmp_path: Path) -> None:
+    write_samples(tmp_path / "all.tar", [sample("a.jpg"), sample("b.jpg")])
+    assert rewrite_samples(tmp_path / "all.tar", tmp_path / "new.tar", {"a.jpg": "x/ä.jpg", "b.jpg": "b.jpg"}.get) == 2
+    with tarfile.open(tmp_path / "new.tar") as tar:
+        assert tar.getnames() == ["a.jpg", "a.txt", "a.json", "b.jpg", "b.txt", "b.json"]
+        ids = [json.load(tar.extractfile(name))["image_id"] for name in ("a.json", "b.json")]  # type: ignore[arg-type]
+    assert ids == ["x/ä.jpg", "b.jpg"]
+
+
 def test_samples_are_dropped_by_id_and_the_others_keep_their_keys(tmp_path: Path) -> None:
     write_samples(tmp_path / "all.tar", [sample("x/a.jpg"), sample("x/a.png", PNG), sample("b.jpg")])
-    assert drop_samples(tmp_path / "all.tar", tmp_path / "left.tar", {"x/a.jpg", "unknown"}) == 2
+    assert rewrite_samples(tmp_path / "all.tar", tmp_path / "left.tar", without("x/a.jpg", "unknown")) == 2
     with tarfile.open(tmp_path / "left.tar") as tar:
         assert tar.getnames() == ["x/a-2.png", "x/a-2.txt", "x/a-2.json", "b.jpg", "b.txt", "b.json"]
         assert tar.extractfile("x/a-2.png").read() == PNG  # type: ignore[union-attr]
-    assert drop_samples(tmp_path / "left.tar", tmp_path / "none.tar", {"x/a.png", "b.jpg"}) == 0
+    assert rewrite_samples(tmp_path / "left.tar", tmp_path / "none.tar", without("x/a.png", "b.jpg")) == 0
     (tmp_path / "bad.tar").write_bytes(b"no tar")
     with pytest.raises(SchemaError, match="Delete it and the part"):
-        drop_samples(tmp_path / "bad.tar", tmp_path / "left.tar", set())
+        rewrite_samples(tmp_path / "bad.tar", tmp_path / "left.tar", without())
