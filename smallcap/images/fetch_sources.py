@@ -109,6 +109,8 @@ class Sources:
             FetchFailure: The object could not be got.
             StorageError: No object of its place can be got.
         """
+        if not uri:
+            raise FetchFailure(ErrorCode.INVALID_URI, "This row of the list has no URI, or cannot be read.")
         if not uri.isprintable():
             raise FetchFailure(ErrorCode.INVALID_URI, "The URI contains line breaks or control characters.")
         scheme = place_of(uri).partition("://")[0]
