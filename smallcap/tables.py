@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import chain
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 import pyarrow as pa
 
@@ -202,7 +202,7 @@ def decompressed(file: IO[bytes]) -> IO[bytes]:
     """Returns the file, or its content where it is compressed with gzip."""
     magic = file.read(2)
     file.seek(0)
-    return gzip.open(file) if magic == b"\x1f\x8b" else file
+    return cast("IO[bytes]", gzip.open(file)) if magic == b"\x1f\x8b" else file
 
 
 def _probe(file: IO[bytes]) -> bytes:
@@ -217,7 +217,7 @@ def _encoding(start: bytes) -> str:
 
 def _first_fields(line: tuple[int, str], mark: str) -> list[str]:
     """Returns the fields of a first line without blanks around them; none where it is no row."""
-    _, fields = next(_records(iter([line]), mark), (1, [""]))
+    _, fields = next(_records(iter([line]), mark, 1), (1, [""]))
     return [] if isinstance(fields, str) else [field.strip() for field in fields]
 
 
@@ -235,18 +235,19 @@ def _without_numbers(rows: Iterable[tuple[int, list[str] | str]], image: int) ->
 
 
 def _rows(lines: Iterator[tuple[int, str]], mark: str, width: int) -> Iterator[tuple[int, list[str] | str]]:
-    for number, fields in _records(lines, mark):
+    for number, fields in _records(lines, mark, width):
         if isinstance(fields, list) and len(fields) == width:
             yield number, [field.strip() for field in fields] if mark == "|" else fields
         else:
             yield number, fields if isinstance(fields, str) else mark.join(fields)
 
 
-def _records(lines: Iterator[tuple[int, str]], mark: str) -> Iterator[tuple[int, list[str] | str]]:
+def _records(lines: Iterator[tuple[int, str]], mark: str, width: int) -> Iterator[tuple[int, list[str] | str]]:
     """Yields each record's first line and its fields, or that line where it breaks the rules of CSV.
 
     A quote that never closes, or that closes where it may not, spoils the line it stands in and no other: reading goes
-    on with the next line. No field is longer than `csv.field_size_limit`, so few lines are read again.
+    on with the next line, as it does after several lines that do not make `width` fields. No field is longer than
+    `csv.field_size_limit`, so few lines are read again.
     """
     again: deque[tuple[int, str]] = deque()
     while (item := again.popleft() if again else next(lines, None)) is not None:
@@ -264,7 +265,10 @@ def _records(lines: Iterator[tuple[int, str]], mark: str) -> Iterator[tuple[int,
                 yield item[1]
 
         try:
-            yield number, next(csv.reader(following(), delimiter=mark, strict=True))
+            fields: list[str] | str = next(csv.reader(following(), delimiter=mark, strict=True))
         except csv.Error:
+            fields = line
+        if read and (isinstance(fields, str) or len(fields) != width):
             again.extendleft(reversed(read))
-            yield number, line
+            fields = line
+        yield number, fields

@@ -63,7 +63,7 @@ def read_captions(file: IO[bytes], uri: str, columns: CaptionColumns) -> Iterato
         raise ConfigError(
             "The format of this captions file is unknown.",
             where=uri,
-            expected=f"a file ending in {', '.join(CAPTION_SUFFIXES)}",
+            expected=f"a file ending in {', '.join(TABLE_SUFFIXES)}",
             remedy="Convert the file to one of these.",
         )
     return map(readable, FORMATS[suffix](file, uri, columns))

@@ -128,5 +128,7 @@ def find_column(names: Iterable[str], columns: CaptionColumns, uri: str, seen: s
         where=uri,
         expected=columns.caption,
         found=(", ".join(names[:20]) or "no columns") + (f" ({seen})" if seen else ""),
-        remedy=f"{columns.remedy} If the first line is a row, write a line of names above it." if seen else columns.remedy,
+        remedy=f"{columns.remedy} If the first line is a row, write a line of names above it."
+        if seen
+        else columns.remedy,
     )

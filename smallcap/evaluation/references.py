@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from smallcap.captions.reader import open_captions
-from smallcap.captions.rows import CaptionColumns
+from smallcap.captions.rows import CaptionColumns, CaptionRow
 from smallcap.errors import ConfigError, SchemaError
 from smallcap.evaluation.ptb_tokenizer import tokenize_in_python
 
@@ -126,6 +126,7 @@ def load_references(uri: str, columns: CaptionColumns, split: str | None = None)
     images: dict[tuple[str, str | None], list[str]] = {}
     splits: set[str] = set()
     dropped: Counter[str] = Counter()
+    first_dropped: CaptionRow | None = None
     with open_captions(uri, columns) as rows:
         for row in rows:
             if split is not None and row.split is not None:
@@ -135,6 +136,7 @@ def load_references(uri: str, columns: CaptionColumns, split: str | None = None)
             reason = row.problem or ("" if row.text.strip() else "empty") or ("" if row.image_id else "nameless")
             if reason:
                 dropped[reason] += 1
+                first_dropped = first_dropped or row
                 continue
             if row.split is None and split is not None:
                 raise ConfigError(
@@ -147,6 +149,14 @@ def load_references(uri: str, columns: CaptionColumns, split: str | None = None)
     if split is not None and splits and split not in splits:
         expected = ", ".join(sorted(splits))
         raise ConfigError("The references have no such split.", where=uri, expected=expected, found=split)
+    if not images and first_dropped is not None:
+        raise SchemaError(
+            "No row of the references is the caption of an image.",
+            where=f"{uri}: {first_dropped.place}",
+            expected="a caption and the id of its image",
+            found=first_dropped.found or repr(first_dropped.text),
+            remedy=columns.remedy,
+        )
     references = []
     for (name, number), texts in images.items():
         if any(map(tokenize_in_python, texts)):

@@ -113,7 +113,9 @@ class ImageList:
         ids = pc.if_else(pc.equal(ids, ""), uris, ids)
         nameless = pc.equal(ids, "")
         if pc.any(nameless, min_count=0).as_py():
-            rows = [f"{self.uri}#row={first_row + row}" for row in np.flatnonzero(nameless.to_numpy(zero_copy_only=False))]
+            rows = [
+                f"{self.uri}#row={first_row + row}" for row in np.flatnonzero(nameless.to_numpy(zero_copy_only=False))
+            ]
             ids = pc.replace_with_mask(ids, nameless, pa.array(rows, pa.string()))
         kept = {name: plain(table[name]) for name in self.keep_columns}
         return pa.table({"image_id": ids, "image_uri": absolute, **kept})

@@ -171,13 +171,13 @@ def test_malformed_rows_of_json_and_parquet_are_counted(tmp_path: Path) -> None:
 
 def test_sources_without_images_or_captions_are_refused(tmp_path: Path) -> None:
     (tmp_path / "texts.csv").write_text("caption\na dog\n")
-    with pytest.raises(SchemaError, match="A caption has no image"):
+    with pytest.raises(SchemaError, match="No caption names its image"):
         inputs_of(tmp_path / "texts.csv", tmp_path)
     pq.write_table(pa.table({"image": ["a.jpg"], "title": ["a dog"]}), tmp_path / "list.parquet")
     with pytest.raises(SchemaError, match=r"no column of captions(.|\n)*data\.caption_column"):
         inputs_of(tmp_path / "list.parquet", tmp_path)
     pq.write_table(pa.table({"image_id": ["a.jpg"], "caption": ["a dog"]}), tmp_path / "list.parquet")
-    with pytest.raises(SchemaError, match="A caption has no image"):
+    with pytest.raises(SchemaError, match="No caption names its image"):
         inputs_of(tmp_path / "list.parquet", tmp_path)
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "a.jpg").write_bytes(jpeg(0))
