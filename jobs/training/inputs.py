@@ -29,7 +29,7 @@ from smallcap.images.sources import IMAGE_COLUMNS
 from smallcap.images.tars import choose_tar_ids
 from smallcap.images.work_list import count_images
 from smallcap.output.coverage import Coverage, WorkItem, work_left
-from smallcap.tables import TABLE_SUFFIXES
+from smallcap.tables import TABLE_SUFFIXES, format_of
 from smallcap.training.config import TrainConfig
 from smallcap.training.feature_store import SPLITS, Split
 
@@ -116,6 +116,8 @@ class _Listing:
         """Adds a file, or the files of a folder: its tars, or, where it has none, its lists and Parquet files."""
         source = storage.absolute(source)
         files = storage.list_files(source, (*TABLE_SUFFIXES, *TAR_SUFFIXES))
+        if not files and format_of(source) == ".txt":  # read where it is named: a folder's notes are no captions
+            files = [source]
         tars = [file for file in files if file.lower().endswith(TAR_SUFFIXES)]
         if tars:  # downloaders leave statistics as JSON and Parquet next to them
             self._tars[wanted] |= {tar: without_tar_suffix(storage.path_below(source, tar)) for tar in tars}

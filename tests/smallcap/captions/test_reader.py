@@ -368,7 +368,7 @@ def test_a_stray_quote_takes_no_record_with_it(tmp_path: Path, fields: list[tupl
     content, expected = b"image,caption\n", []
     for number, (image, caption, is_record) in enumerate(fields):
         text = io.StringIO()
-        quoting = csv.QUOTE_ALL if "\r" in caption else csv.QUOTE_MINIMAL  # CR at a line's end is a line end
+        quoting = csv.QUOTE_ALL if "\r" in image + caption else csv.QUOTE_MINIMAL  # CR at a line's end is a line end
         csv.writer(text, lineterminator="\n", quoting=quoting).writerow([f"{number}{image}", f"c{caption}"])
         if is_record:
             expected += [] if "\x00" in image + caption else [(f"{number}{image}", f"c{caption}")]

@@ -47,7 +47,7 @@ def test_hugging_face_images(tmp_path: Path) -> None:
     assert batch.ends_fragment
 
 
-@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.binary_view()])
 def test_plain_bytes_with_ids(tmp_path: Path, kind: pa.DataType) -> None:
     table = pa.table({"jpg": pa.array([b"a", None, b""], kind), "key": [7, 8, None]})
     pq.write_table(table, tmp_path / "file.parquet")
