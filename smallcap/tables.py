@@ -143,7 +143,8 @@ def _lines(text: io.TextIOWrapper, uri: str) -> Iterator[tuple[int, str]]:
     try:
         with _whole(uri):
             for number, line in enumerate(text, start=1):
-                _check_decoded(number, line, uri)
+                if not line.isascii():
+                    _check_decoded(number, line, uri)
                 yield number, line
     except UnicodeDecodeError as error:
         where = f"{uri}: after line {number}"
@@ -151,7 +152,7 @@ def _lines(text: io.TextIOWrapper, uri: str) -> Iterator[tuple[int, str]]:
 
 
 def _check_decoded(number: int, line: str, uri: str) -> None:
-    if line.isascii() or not (wrong := _UNDECODED.search(line)):
+    if not (wrong := _UNDECODED.search(line)):
         return
     column = len(line[: wrong.start()].encode("utf-8", "surrogateescape")) + 1
     raise SchemaError(
@@ -217,8 +218,12 @@ def _encoding(start: bytes) -> str:
 
 def _first_fields(line: tuple[int, str], mark: str) -> list[str]:
     """Returns the fields of a first line without blanks around them; none where it is no row."""
-    _, fields = next(_records(iter([line]), mark, 1), (1, [""]))
-    return [] if isinstance(fields, str) else [field.strip() for field in fields]
+    text = line[1].strip("\r\n")
+    try:
+        fields = next(csv.reader([text], delimiter=mark, strict=True), []) if mark in _QUOTED else text.split(mark)
+    except csv.Error:
+        return []
+    return [field.strip() for field in fields]
 
 
 def _place_of_image(fields: list[str]) -> int | None:
@@ -235,40 +240,37 @@ def _without_numbers(rows: Iterable[tuple[int, list[str] | str]], image: int) ->
 
 
 def _rows(lines: Iterator[tuple[int, str]], mark: str, width: int) -> Iterator[tuple[int, list[str] | str]]:
-    for number, fields in _records(lines, mark, width):
-        if isinstance(fields, list) and len(fields) == width:
-            yield number, [field.strip() for field in fields] if mark == "|" else fields
-        else:
-            yield number, fields if isinstance(fields, str) else mark.join(fields)
-
-
-def _records(lines: Iterator[tuple[int, str]], mark: str, width: int) -> Iterator[tuple[int, list[str] | str]]:
-    """Yields each record's first line and its fields, or that line where it breaks the rules of CSV.
+    """Yields each record's first line and its fields, or that line where it is no record of `width` fields.
 
     A quote that never closes, or that closes where it may not, spoils the line it stands in and no other: reading goes
-    on with the next line, as it does after several lines that do not make `width` fields. No field is longer than
-    `csv.field_size_limit`, so few lines are read again.
+    on with the next line. No field is longer than `csv.field_size_limit`, so few lines are read again.
     """
     again: deque[tuple[int, str]] = deque()
+    read: list[tuple[int, str]] = []  # the lines of a record with quotes
+
+    def following() -> Iterator[str]:
+        while (item := again.popleft() if again else next(lines, None)) is not None:
+            read.append(item)
+            yield item[1]
+
+    quoted = mark in _QUOTED
+    reader = csv.reader(following(), delimiter=mark, strict=True)
     while (item := again.popleft() if again else next(lines, None)) is not None:
         number, line = item
-        if mark not in _QUOTED or '"' not in line:
+        if not quoted or '"' not in line:
             if line := line.rstrip("\r\n"):
-                yield number, line.split(mark)
+                fields = line.split(mark)
+                if mark == "|":
+                    fields = [field.strip() for field in fields]
+                yield number, fields if len(fields) == width else line
             continue
-        read: list[tuple[int, str]] = []
-
-        def following(line: str = line, read: list[tuple[int, str]] = read) -> Iterator[str]:
-            yield line
-            while (item := again.popleft() if again else next(lines, None)) is not None:
-                read.append(item)
-                yield item[1]
-
+        again.appendleft(item)
+        read.clear()
         try:
-            fields: list[str] | str = next(csv.reader(following(), delimiter=mark, strict=True))
+            fields = next(reader)
         except csv.Error:
-            fields = line
-        if read and (isinstance(fields, str) or len(fields) != width):
-            again.extendleft(reversed(read))
-            fields = line
-        yield number, fields
+            fields = []
+        if len(fields) != width and len(read) > 1:
+            again.extendleft(reversed(read[1:]))
+            reader = csv.reader(following(), delimiter=mark, strict=True)  # the file may have ended for the other
+        yield number, fields if len(fields) == width else line
