@@ -34,6 +34,7 @@ from smallcap import storage
 from smallcap.captions.rows import CaptionColumns
 from smallcap.config import IndexConfig
 from smallcap.index.manifest import FileEntry, IndexManifest, ShardEntry, utc_now
+from smallcap.tables import announce
 
 DEFAULT_RECALL = 0.99  # of recall@4
 
@@ -228,6 +229,8 @@ class Build:
     def _scan(self) -> None:
         scans = self._runner.run("scan", scan_dump, [(dump, self._columns) for dump in self._dumps])
         self._inputs = replace(self._inputs, scans=tuple(scans))
+        for note in filter(None, (scan.note for scan in scans)):
+            announce(note)
 
     def _gather(self, staging: Staging) -> GatheredCaptions:
         return gather_captions(self._config, self._inputs, self._columns, self._encoding.encoder, staging, self._runner)

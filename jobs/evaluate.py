@@ -18,7 +18,7 @@ from smallcap import storage
 from smallcap.captions.rows import CaptionColumns
 from smallcap.config import EvaluateConfig
 from smallcap.evaluation.figures import evaluate_runs, expand_metrics
-from smallcap.evaluation.references import load_references
+from smallcap.evaluation.references import References, load_references
 from smallcap.evaluation.run_captions import COLUMNS, RunCaptions, collect_run
 from smallcap.index.caption_store import read_texts
 
@@ -39,14 +39,19 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     metrics = expand_metrics(config.metrics)
     evaluation = evaluate_runs(runs, references, metrics, config.bootstrap, config.seed, datastore)
     result = {
-        "references": {"uri": config.references, "split": config.split, "images": len(references.captions)},
+        "references": {
+            "uri": config.references,
+            "split": config.split,
+            "images": len(references.captions),
+            "dropped": references.dropped,
+        },
         "runs": [
             _describe_run(*facts, images=evaluation.images)
             for facts in zip(config.runs, records, runs, evaluation.runs, strict=True)
         ],
         "differences": {name: asdict(figure) for name, figure in evaluation.differences.items()},
         **{name: getattr(evaluation, name) for name in ("images", "captions_per_image", "tokenizer", "unavailable")},
-        "warnings": [*evaluation.warnings, *_warnings(config.runs, records)],
+        "warnings": [*evaluation.warnings, *_warnings(config.runs, records), *_dropped(references)],
         "options": config.model_dump(mode="json", include={"index", "bootstrap", "seed"}),
     }
     if config.out is not None:
@@ -72,6 +77,12 @@ def _describe_run(path: str, record: RunRecord, rows: RunCaptions, measured: Any
         "only_in_this_run": len(rows.captions) - images,
         **asdict(measured),
     }
+
+
+def _dropped(references: References) -> list[str]:
+    """Returns a warning that names the rows of the references that were left out, if there are any."""
+    counts = ", ".join(f"{count} {reason}" for reason, count in sorted(references.dropped.items()))
+    return [f"{references.where}: rows that are no reference were left out: {counts}."] if counts else []
 
 
 def _warnings(paths: tuple[str, ...], records: list[RunRecord]) -> list[str]:

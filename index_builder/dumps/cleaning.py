@@ -20,7 +20,7 @@ from smallcap.captions.rows import MALFORMED, CaptionRow
 from smallcap.config import CleaningConfig
 from smallcap.model.prompt import count_tokens, load_tokenizer
 
-RULES_VERSION = 1
+RULES_VERSION = 2
 """Recorded in a manifest's `filters`; raised when the same dump and options would give other captions."""
 
 KEY_BYTES = 16

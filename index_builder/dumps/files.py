@@ -13,9 +13,10 @@ from pathlib import Path
 
 from index_builder.dumps.embedded import find_embeddings, read_embedded_rows
 from smallcap import storage
-from smallcap.captions.reader import CAPTION_SUFFIXES, read_captions
+from smallcap.captions.reader import FORMATS, note_of, read_captions
 from smallcap.captions.rows import CaptionColumns, CaptionRow
 from smallcap.errors import ConfigError
+from smallcap.tables import TABLE_SUFFIXES, format_of
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,13 @@ class DumpScan:
         dump: The file.
         bytes: The size of the file and of its embeddings.
         sha256: The sha256 of its content. With embeddings: of the lines "SHA256-OF-CAPTIONS", "SHA256-OF-EMBEDDINGS".
+        note: How the file is read, where its first line does not say it.
     """
 
     dump: DumpFile
     bytes: int
     sha256: str
+    note: str = ""
 
 
 def find_dumps(uris: Sequence[str]) -> list[DumpFile]:
@@ -60,12 +63,13 @@ def find_dumps(uris: Sequence[str]) -> list[DumpFile]:
     embeddings_of: dict[str, str | None] = {}
     for uri in uris:
         listed = storage.list_files(uri)
-        files = [file for file in listed if storage.suffix_of(file) in CAPTION_SUFFIXES]
+        # Text without a table's suffix is read where it is named: a folder's notes are no captions.
+        files = [file for file in listed if file.lower().endswith(TABLE_SUFFIXES) or _is_named(file, uri)]
         if not files:
             raise ConfigError(
                 "There is no caption dump here.",
                 where=uri,
-                expected=f"files ending in {', '.join(CAPTION_SUFFIXES)}",
+                expected=f"files ending in {', '.join(TABLE_SUFFIXES)}",
                 remedy="Convert the dump to one of these, or check the path.",
             )
         embeddings = find_embeddings(storage.absolute(uri), listed)
@@ -75,6 +79,10 @@ def find_dumps(uris: Sequence[str]) -> list[DumpFile]:
     return [
         DumpFile(uri, name, embeddings) for (uri, embeddings), name in zip(embeddings_of.items(), names, strict=True)
     ]
+
+
+def _is_named(file: str, uri: str) -> bool:
+    return format_of(file) in FORMATS and file == storage.absolute(uri)
 
 
 def scan_dump(task: tuple[DumpFile, CaptionColumns]) -> DumpScan:
@@ -89,7 +97,9 @@ def scan_dump(task: tuple[DumpFile, CaptionColumns]) -> DumpScan:
         next(rows, None)
         digests = [storage.sha256_file(path) for path in paths]
         digest = digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
-        return DumpScan(dump, sum(path.stat().st_size for path in paths), digest)
+        with paths[0].open("rb") as file:
+            note = note_of(file, dump.uri, columns)
+        return DumpScan(dump, sum(path.stat().st_size for path in paths), digest, note)
 
 
 @contextmanager

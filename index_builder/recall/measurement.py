@@ -259,7 +259,8 @@ def measure(
         last = np.take_along_axis(exact[0], np.full((len(exact[0]), 1), min(k, exact[0].shape[1]) - 1), axis=1)
         right = (ids[:, :, None] == exact[1][:, None, :k]).any(axis=2) | (scores >= last - _SCORE_TOLERANCE)
         neighbours = np.isfinite(exact[0][:, :k]).sum(axis=1)  # fewer than k where there are fewer captions
-        recall[k] = (right & np.isfinite(scores)).sum(axis=1) / np.maximum(neighbours, 1)
+        hits = (right & np.isfinite(scores)).sum(axis=1)
+        recall[k] = np.where(neighbours, hits / np.maximum(neighbours, 1), 1.0)  # nothing to find: nothing is missed
     search_s = sum(candidates.search_s for candidates in found)
     return Measured(nprobe, k_factor, recall, len(exact[0]) / search_s)
 

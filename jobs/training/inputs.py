@@ -20,7 +20,6 @@ import pyarrow.parquet as pq
 
 from jobs.training.pairs import caption_columns, read_pairs
 from smallcap import storage
-from smallcap.captions.reader import CAPTION_SUFFIXES
 from smallcap.captions.rows import find_column
 from smallcap.errors import ConfigError, SchemaError
 from smallcap.images.fragments import FRAGMENT_ROWS, Fragment
@@ -30,6 +29,7 @@ from smallcap.images.sources import IMAGE_COLUMNS
 from smallcap.images.tars import choose_tar_ids
 from smallcap.images.work_list import count_images
 from smallcap.output.coverage import Coverage, WorkItem, work_left
+from smallcap.tables import TABLE_SUFFIXES, format_of
 from smallcap.training.config import TrainConfig
 from smallcap.training.feature_store import SPLITS, Split
 
@@ -96,7 +96,7 @@ def list_inputs(config: TrainConfig, folder: str) -> TrainInputs:
         raise ConfigError(
             "There are no images with captions.",
             where=", ".join(config.sources),
-            expected=f"files ending in {' '.join((*CAPTION_SUFFIXES, *TAR_SUFFIXES))}",
+            expected=f"files ending in {' '.join((*TABLE_SUFFIXES, *TAR_SUFFIXES))}",
         )
     return inputs
 
@@ -115,7 +115,9 @@ class _Listing:
     def add(self, source: str, wanted: Split) -> None:
         """Adds a file, or the files of a folder: its tars, or, where it has none, its lists and Parquet files."""
         source = storage.absolute(source)
-        files = storage.list_files(source, (*CAPTION_SUFFIXES, *TAR_SUFFIXES))
+        files = storage.list_files(source, (*TABLE_SUFFIXES, *TAR_SUFFIXES))
+        if not files and format_of(source) == ".txt":  # read where it is named: a folder's notes are no captions
+            files = [source]
         tars = [file for file in files if file.lower().endswith(TAR_SUFFIXES)]
         if tars:  # downloaders leave statistics as JSON and Parquet next to them
             self._tars[wanted] |= {tar: without_tar_suffix(storage.path_below(source, tar)) for tar in tars}

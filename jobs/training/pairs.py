@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from smallcap import storage
 from smallcap.captions.reader import open_captions
-from smallcap.captions.rows import CaptionColumns
+from smallcap.captions.rows import CaptionColumns, CaptionRow
 from smallcap.errors import SchemaError
 from smallcap.training.config import TrainConfig
 from smallcap.training.feature_store import Split
@@ -63,6 +63,8 @@ def read_pairs(uri: str, config: TrainConfig, split: Split) -> Iterator[Pair | N
     has_ids = storage.suffix_of(uri) == ".parquet"
     columns = caption_columns(config, has_ids)
     has_folders: bool | None = None  # whether Karpathy's images lie in the folders that the file names
+    nameless: CaptionRow | None = None  # the first caption without an image
+    any_image = False
     with open_captions(uri, columns) as rows:
         for row in rows:
             image_split = split if row.split is None else _KARPATHY_SPLITS.get(row.split)
@@ -74,17 +76,22 @@ def read_pairs(uri: str, config: TrainConfig, split: Split) -> Iterator[Pair | N
                 continue
             image = row.image_path if has_ids else row.image_id
             if not image:
-                raise SchemaError(
-                    "A caption has no image.",
-                    where=f"{uri}: {row.place}",
-                    expected=f"a column {config.data.image_column}",
-                    remedy=columns.remedy,
-                )
+                nameless = nameless or row
+                yield None
+                continue
             if not has_ids and row.image_path:
                 if has_folders is None:
                     has_folders = storage.exists(_below(root, row.image_path))
                 image = row.image_path if has_folders else image
+            any_image = True
             yield Pair(image_split, row.image_id or image, _below(root, image), caption)
+    if nameless is not None and not any_image:
+        raise SchemaError(
+            "No caption names its image.",
+            where=f"{uri}: {nameless.place}",
+            expected=f"a column {config.data.image_column}",
+            remedy=columns.remedy,
+        )
 
 
 def captions_of(table: pa.Table, json_field: str) -> list[list[str]]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterator
 from typing import IO, Any
 
 from smallcap.captions.rows import CaptionColumns, CaptionRow, json_row, malformed_row
 from smallcap.errors import SchemaError
+from smallcap.tables import decompressed
 
 
 def read_json(file: IO[bytes], uri: str, columns: CaptionColumns) -> Iterator[CaptionRow]:
@@ -38,8 +40,8 @@ def load_json(file: IO[bytes], uri: str) -> Any:
         SchemaError: The file is not JSON.
     """
     try:
-        return json.loads(file.read())
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is one
+        return json.loads(decompressed(file).read())
+    except (ValueError, RecursionError, EOFError, OSError, zlib.error) as error:  # UnicodeDecodeError is one
         raise SchemaError("This is not a JSON file.", where=uri, found=str(error)) from error
 
 

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from smallcap.captions.rows import CaptionColumns, CaptionRow, find_column
 from smallcap.captions.vectors import ROWS_AT_ONCE, check_dim, unit_vectors
 from smallcap.errors import SchemaError
+from smallcap.tables import id_strings
 
 _BATCH_ROWS = 10_000
 
@@ -24,13 +25,20 @@ def read_parquet(file: IO[bytes], uri: str, columns: CaptionColumns) -> Iterator
     caption = find_column(names, columns, uri)
     embedding = columns.embedding if columns.embedding in names else None
     images = [name if name in names else None for name in (columns.image_id, columns.image_path)]
-    wanted = [name for name in dict.fromkeys((caption, *images, embedding)) if name is not None]
+    if columns.image_id and images == [None, None]:  # Hugging Face's images hold their paths
+        structs = [field.name for field in parquet.schema_arrow if _holds_path(field.type)]
+        images[0] = structs[0] if len(structs) == 1 else None
+    wanted = [
+        f"{name}.path" if _holds_path(parquet.schema_arrow.field(name).type) else name  # never the images' bytes
+        for name in dict.fromkeys((caption, *images, embedding))
+        if name is not None
+    ]
     several, dim = columns.several and embedding is None, columns.dim
     line = 0
     for batch in _batches(parquet, uri, wanted, _BATCH_ROWS if embedding is None else ROWS_AT_ONCE):
         texts = _texts(batch.column(caption), f"{uri}: {caption}", several, columns.remedy)
         ids, paths = (
-            repeat(None) if name is None else _strings(batch.column(name), f"{uri}: {name}", columns.remedy)
+            repeat(None) if name is None else _ids(batch.column(name), f"{uri}: {name}", columns.remedy)
             for name in images
         )
         vectors: Iterable[bytes | None] = repeat(None)
@@ -69,6 +77,19 @@ def _texts(column: pa.Array, where: str, several: bool, remedy: str) -> list[lis
     texts = iter(_strings(column.flatten(), where, remedy))
     lengths = pc.list_value_length(column).to_pylist()
     return [[next(texts) for _ in range(length)] if length else [None] for length in lengths]
+
+
+def _ids(column: pa.Array, where: str, remedy: str) -> list[str | None]:
+    """Returns the names of images; a struct of an image holds its path, and numbers may be float or all null."""
+    if _holds_path(column.type):
+        column = pc.struct_field(column, "path")
+    if pa.types.is_floating(column.type) or pa.types.is_null(column.type):
+        column = id_strings(column)
+    return _strings(column, where, remedy)
+
+
+def _holds_path(kind: pa.DataType) -> bool:
+    return pa.types.is_struct(kind) and kind.get_field_index("path") >= 0
 
 
 def _strings(column: pa.Array, where: str, remedy: str) -> list[str | None]:

@@ -1,8 +1,8 @@
 """Reads captions from files of any known format, one row at a time.
 
 Nothing is lost silently. An entry that is not a caption (too many or too few fields, no JSON object, a text that is not
-a string) becomes a row with `problem` set, which the caller counts or refuses. What makes the rest of the file doubtful
-(wrong encoding, a quote that never closes, a missing column) is an error that names the line.
+a string, a quote that never closes, control codes) becomes a row with `problem` set, which the caller counts or
+refuses. What makes the rest of the file doubtful (wrong encoding, a missing column) is an error that names the line.
 
 To add a format, add a function to `FORMATS`; to add a layout of JSON, add a case to `json_files.read_json`.
 """
@@ -11,25 +11,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import IO
 
 from smallcap import storage
 from smallcap.captions.json_files import read_json
 from smallcap.captions.parquet import read_parquet
-from smallcap.captions.rows import CaptionColumns, CaptionRow
+from smallcap.captions.rows import CaptionColumns, CaptionRow, accepted_names, readable
 from smallcap.captions.tables import read_csv, read_jsonl
 from smallcap.errors import ConfigError
+from smallcap.tables import TABLE_SUFFIXES, format_of, read_table
 
 FORMATS: dict[str, Callable[[IO[bytes], str, CaptionColumns], Iterator[CaptionRow]]] = {
     ".csv": read_csv,
-    ".tsv": partial(read_csv, delimiter="\t"),
+    ".tsv": read_csv,
+    ".txt": read_csv,
     ".jsonl": read_jsonl,
     ".ndjson": read_jsonl,
     ".parquet": read_parquet,
     ".json": read_json,
 }
-CAPTION_SUFFIXES = tuple(FORMATS)
 _BUFFER_BYTES = 1 << 20  # for text, which is read from front to back
 
 
@@ -58,12 +58,21 @@ def read_captions(file: IO[bytes], uri: str, columns: CaptionColumns) -> Iterato
         SchemaError: The file contradicts its suffix, is not UTF-8, or lacks the column of captions; or its embeddings
             have the wrong length.
     """
-    suffix = storage.suffix_of(uri)
+    suffix = format_of(uri)
     if suffix not in FORMATS:
         raise ConfigError(
             "The format of this captions file is unknown.",
             where=uri,
-            expected=f"a file ending in {', '.join(CAPTION_SUFFIXES)}",
+            expected=f"a file ending in {', '.join(TABLE_SUFFIXES)}",
             remedy="Convert the file to one of these.",
         )
-    return FORMATS[suffix](file, uri, columns)
+    return map(readable, FORMATS[suffix](file, uri, columns))
+
+
+def note_of(file: IO[bytes], uri: str, columns: CaptionColumns) -> str:
+    """Returns how a table is read, where its first line does not say it; else an empty text.
+
+    Raises:
+        SchemaError: The file contradicts its suffix.
+    """
+    return read_table(file, uri, accepted_names(columns)).note if FORMATS[format_of(uri)] is read_csv else ""

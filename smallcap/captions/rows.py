@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from smallcap.errors import SchemaError
+from smallcap.tables import id_text
 
 MALFORMED = "malformed"
+_NO_TEXT = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ud800-\udfff]")  # control codes, half a surrogate pair
 _FOUND_CHARACTERS = 200
 
 
@@ -79,8 +82,8 @@ def json_row(text: Any, image_id: Any, line: int, entry: Any, **facts: Any) -> C
         entry: The entry that holds both, which is shown where it has no caption.
         facts: Other fields of the row.
     """
-    if (text is None or isinstance(text, str)) and (image_id is None or isinstance(image_id, str | int)):
-        name = None if image_id is None else str(image_id)
+    name = id_text(image_id)
+    if (text is None or isinstance(text, str)) and (image_id is None or name is not None):
         return CaptionRow(text or "", name, line, found="" if text else repr(entry)[:_FOUND_CHARACTERS], **facts)
     return malformed_row(line, entry, **facts)
 
@@ -90,20 +93,42 @@ def malformed_row(line: int, entry: Any, **facts: Any) -> CaptionRow:
     return CaptionRow("", None, line, MALFORMED, found=repr(entry)[:_FOUND_CHARACTERS], **facts)
 
 
-def find_column(names: Iterable[str], columns: CaptionColumns, uri: str) -> str:
+def readable(row: CaptionRow) -> CaptionRow:
+    """Returns the row, or a malformed one where its text or the names of its image hold what no text holds."""
+    for field in (row.text, row.image_id, row.image_path, row.dataset_id, row.split):
+        if field and not field.isprintable() and _NO_TEXT.search(field):
+            entry = repr(field)[:_FOUND_CHARACTERS]
+            return row._replace(text="", image_id=None, image_path=None, problem=MALFORMED, found=entry)
+    return row
+
+
+def accepted_names(columns: CaptionColumns) -> tuple[str, str]:
+    """Returns the names of a column of captions: the wanted one and its plural."""
+    return columns.caption, f"{columns.caption}s"
+
+
+def find_column(names: Iterable[str], columns: CaptionColumns, uri: str, seen: str = "") -> str:
     """Returns the name of a table's column of captions: the wanted name or its plural.
+
+    Args:
+        names: The table's columns.
+        columns: The wanted columns.
+        uri: The table's URI, for errors.
+        seen: What else is known of the table, for errors.
 
     Raises:
         SchemaError: The table has neither column.
     """
     names = list(names)
-    for name in (columns.caption, f"{columns.caption}s"):
+    for name in accepted_names(columns):
         if name in names:
             return name
     raise SchemaError(
         "The file has no column of captions.",
         where=uri,
         expected=columns.caption,
-        found=", ".join(names[:20]) or "no columns",
-        remedy=columns.remedy,
+        found=(", ".join(names[:20]) or "no columns") + (f" ({seen})" if seen else ""),
+        remedy=f"{columns.remedy} If the first line is a row, write a line of names above it."
+        if seen
+        else columns.remedy,
     )

@@ -7,12 +7,15 @@ exact names first and looser ones later; a name that fits two images means neith
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from smallcap.captions.reader import open_captions
 from smallcap.captions.rows import CaptionColumns, CaptionRow
 from smallcap.errors import ConfigError, SchemaError
+from smallcap.evaluation.ptb_tokenizer import tokenize_in_python
 
 _TRAILING_NUMBER = re.compile(r"(\d+)$")
 
@@ -38,13 +41,16 @@ class References:
     Args:
         images: Images with different names.
         where: Name of the file in errors.
+        dropped: How many rows of the file are no reference, by reason.
 
     Raises:
         SchemaError: There are no images, or two with the same name.
     """
 
-    def __init__(self, images: Iterable[ReferenceImage], where: str) -> None:
-        self.where = where
+    def __init__(
+        self, images: Iterable[ReferenceImage], where: str, dropped: Mapping[str, int] = MappingProxyType({})
+    ) -> None:
+        self.where, self.dropped = where, dict(dropped)
         self.captions: dict[str, tuple[str, ...]] = {}
         keyed: list[dict[str, str | None]] = [{} for _ in _KEYS]
         for image in images:
@@ -55,7 +61,13 @@ class References:
                 for key in keys_of(image):
                     known[key] = None if known.get(key, image.name) != image.name else image.name
         if not self.captions:
-            raise SchemaError("There are no reference captions.", where=where, remedy="Give a file with captions.")
+            raise SchemaError(
+                "There are no reference captions.",
+                where=where,
+                expected="captions, each with the id of its image",
+                found=", ".join(f"{count} {reason}" for reason, count in self.dropped.items()) or "no rows",
+                remedy="Give a file with captions, and name its columns with --text-column and --image-id-column.",
+            )
         self._keyed = keyed
 
     def find(self, image_id: str) -> str | None:
@@ -107,19 +119,25 @@ def load_references(uri: str, columns: CaptionColumns, split: str | None = None)
         split: One of Karpathy's splits, such as `test`; by default all.
 
     Raises:
-        SchemaError: The file is damaged, a caption is malformed or empty or names no image, or there are none.
+        SchemaError: The file is damaged, or no row has a caption and names its image.
         ConfigError: The file's suffix is unknown, or the file does not have the split.
         StorageError: The file cannot be read.
     """
     images: dict[tuple[str, str | None], list[str]] = {}
     splits: set[str] = set()
+    dropped: Counter[str] = Counter()
+    first_dropped: CaptionRow | None = None
     with open_captions(uri, columns) as rows:
         for row in rows:
             if split is not None and row.split is not None:
                 splits.add(row.split)
                 if row.split != split:
                     continue
-            image_id = _checked_image(row, uri, columns)
+            reason = row.problem or ("" if row.text.strip() else "empty") or ("" if row.image_id else "nameless")
+            if reason:
+                dropped[reason] += 1
+                first_dropped = first_dropped or row
+                continue
             if row.split is None and split is not None:
                 raise ConfigError(
                     "These captions are not divided into splits.",
@@ -127,22 +145,22 @@ def load_references(uri: str, columns: CaptionColumns, split: str | None = None)
                     found=split,
                     remedy="Leave --split out; each split has a file of its own.",
                 )
-            images.setdefault((image_id, row.dataset_id), []).append(row.text)
-    if split is not None and splits and not images:
+            images.setdefault((row.image_id or "", row.dataset_id), []).append(row.text)
+    if split is not None and splits and split not in splits:
         expected = ", ".join(sorted(splits))
         raise ConfigError("The references have no such split.", where=uri, expected=expected, found=split)
-    return References((ReferenceImage(name, tuple(texts), number) for (name, number), texts in images.items()), uri)
-
-
-def _checked_image(row: CaptionRow, uri: str, columns: CaptionColumns) -> str:
-    """Returns the id of a row's image, after checking that the row has a caption and an image."""
-    if row.problem or not row.text.strip():
+    if not images and first_dropped is not None:
         raise SchemaError(
-            "A row of the references is malformed.",
-            where=f"{uri}: {row.place}",
+            "No row of the references is the caption of an image.",
+            where=f"{uri}: {first_dropped.place}",
             expected="a caption and the id of its image",
-            found=row.found or repr(row.text),
+            found=first_dropped.found or repr(first_dropped.text),
+            remedy=columns.remedy,
         )
-    if not row.image_id:
-        raise SchemaError("A reference caption names no image.", where=f"{uri}: {row.place}", remedy=columns.remedy)
-    return row.image_id
+    references = []
+    for (name, number), texts in images.items():
+        if any(map(tokenize_in_python, texts)):
+            references.append(ReferenceImage(name, tuple(texts), number))
+        else:  # metrics fail where an image's references have no word
+            dropped["empty"] += len(texts)
+    return References(references, uri, dropped)

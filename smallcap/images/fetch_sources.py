@@ -111,6 +111,8 @@ class Sources:
             FetchFailure: The object could not be got.
             StorageError: No object of its place can be got.
         """
+        if not uri:
+            raise FetchFailure(ErrorCode.INVALID_URI, "This row of the list has no URI, or cannot be read.")
         scheme = place_of(uri).partition("://")[0]
         if scheme in _WEB:
             if _NOT_IN_HTTP.search(uri):

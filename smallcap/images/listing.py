@@ -7,8 +7,10 @@ overwritten. Listing again adds a listing with the new images.
 from __future__ import annotations
 
 import base64
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from smallcap.config import InputConfig
 from smallcap.errors import ConfigError
 from smallcap.images.fragments import FRAGMENT_COLUMNS, FRAGMENT_ROWS, FragmentKind, FragmentTable
 from smallcap.images.kinds import IMAGE_SUFFIXES
+from smallcap.images.lists import LIST_SUFFIXES
 from smallcap.images.parquet import ids_repeat
 from smallcap.images.sorting import (
     Duplicates,
@@ -44,6 +47,7 @@ from smallcap.images.work_list import (
 )
 
 _IMAGE_FILES = ("images", "qualified")  # each sorted by id
+_FILES_DESCRIBED = 10_000
 FILE_ROWS = 1 << 16  # in one file of images: its 256 row groups keep the footer within one small read
 
 
@@ -109,9 +113,18 @@ def no_images(sources: Sequence[str]) -> ConfigError:
     return ConfigError(
         "There are no images.",
         where=", ".join(sources),
-        expected=f"files ending in {' '.join(IMAGE_SUFFIXES)}, tars, or Parquet files with images",
+        expected=f"files ending in {' '.join(IMAGE_SUFFIXES)}, tars, Parquet files with images, or a list's own name "
+        f"({' '.join(LIST_SUFFIXES)}, also with .gz)",
+        found=_endings(sources),
         remedy="Check the path; name other files in a list of URIs.",
     )
+
+
+def _endings(sources: Sequence[str]) -> str:
+    """Says which files the sources hold, by their endings; of many files the first ones."""
+    files = chain.from_iterable(map(storage.iter_files, sources))
+    endings = Counter(storage.suffix_of(file) or "no ending" for file in islice(files, _FILES_DESCRIBED))
+    return ", ".join(f"{count} × {ending}" for ending, count in endings.most_common(8)) or "no files"
 
 
 class _Listing:

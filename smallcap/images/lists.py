@@ -7,32 +7,39 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
-from itertools import chain
-from typing import IO, Any
+from itertools import chain, islice
+from typing import IO, Any, Protocol, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.json
 import pyarrow.parquet as pq
 
 from smallcap import storage
 from smallcap.config import InputConfig
 from smallcap.errors import SchemaError
+from smallcap.tables import announce, format_of, id_strings, id_text, json_lines, open_text, read_table, text_lines
 
 BATCH_ROWS = 65_536
 _BLOCK_BYTES = 16 << 20
 TEXT_COLUMN = "image_uri"  # the one column of a .txt list, and of a JSON array of strings
 
-# A reader passes the list's column names to `_Choose`, and then yields tables with the columns that it returns.
+_UNFIT = (pa.ArrowException, OverflowError, UnicodeEncodeError)  # of a value that a column cannot hold
+
+# A reader passes the list's column names to `_Choose`, and then yields tables with the columns that it returns. A row
+# that cannot be read is one of nulls.
+_T = TypeVar("_T")
 _Rows = Iterator[pa.Table]
 _Open = Callable[[], IO[bytes]]
-_Choose = Callable[[Sequence[str]], list[str]]
-_Reader = Callable[[_Open, _Choose], _Rows]
+_Reader = Callable[[_Open, str, InputConfig, "_Choose"], _Rows]
+
+
+class _Choose(Protocol):
+    def __call__(self, names: Sequence[str], seen: str = "", image: str | None = None) -> list[str]: ...
 
 
 @dataclass(frozen=True)
@@ -52,21 +59,27 @@ class ImageList:
     def tables(self) -> Iterator[pa.Table]:
         """Yields `image_id` and `image_uri` (string, absolute, never null) and the kept columns.
 
+        A row without an id has its URI as id. A row without a URI, or one that cannot be read, has an empty URI, whose
+        image is an error, and where it has no id either, that of its place: `LIST#row=ROW`.
+
         Raises:
-            SchemaError: The list is damaged or lacks a column, or a row has no URI or id.
+            SchemaError: The list is damaged or lacks a column.
             StorageError: The list cannot be read.
         """
-        suffix = storage.suffix_of(self.uri)
+        suffix = format_of(self.uri)
         first_row = 1
         buffer_bytes = 0 if suffix == ".parquet" else _BLOCK_BYTES
         with ExitStack() as opened:
             rows = _READERS[suffix](
-                lambda: opened.enter_context(storage.open_ranged(self.uri, buffer_bytes)), self._columns_to_read
+                lambda: opened.enter_context(storage.open_ranged(self.uri, buffer_bytes)),
+                self.uri,
+                self.config,
+                self._columns_to_read,
             )
             while True:
                 try:
                     table = next(rows, None)
-                except (pa.ArrowException, UnicodeDecodeError, json.JSONDecodeError, OSError) as error:
+                except (pa.ArrowException, UnicodeError, json.JSONDecodeError, OSError, EOFError, zlib.error) as error:
                     text = str(error)[:500]
                     raise SchemaError("The list of images cannot be read.", where=self.uri, found=text) from error
                 if table is None:
@@ -74,9 +87,9 @@ class ImageList:
                 yield self._images(table, first_row)
                 first_row += table.num_rows
 
-    def _columns_to_read(self, names: Sequence[str]) -> list[str]:
-        """Returns the needed columns of a list that has the columns `names`."""
-        image = self.config.image_column if self.config.image_column in names else None
+    def _columns_to_read(self, names: Sequence[str], seen: str = "", image: str | None = None) -> list[str]:
+        """Returns the needed columns of a list that has the columns `names`; the first is that of the images."""
+        image = self.config.image_column if self.config.image_column in names else image
         if image is None and list(names) == [TEXT_COLUMN]:
             image = TEXT_COLUMN
         if image is None:
@@ -84,7 +97,7 @@ class ImageList:
                 "The list of images lacks the column of URIs.",
                 where=self.uri,
                 expected=self.config.image_column,
-                found=", ".join(names),
+                found=(", ".join(names) or "no columns") + (f" ({seen})" if seen else ""),
                 remedy="Name the column: --set input.image_column=NAME.",
             )
         check_kept_columns(self.keep_columns, names, self.uri)
@@ -93,32 +106,34 @@ class ImageList:
 
     def _images(self, table: pa.Table, first_row: int) -> pa.Table:
         names = table.column_names
-        uris = self._strings(table, names[0], first_row)
-        ids = self._strings(table, self.config.id_column, first_row) if self.config.id_column in names else uris
+        uris = self._strings(table, names[0])
+        ids = self._strings(table, self.config.id_column) if self.config.id_column in names else uris
+        missing = pc.equal(uris, "")
+        absolute = pc.if_else(missing, "", self._absolute(uris))
+        ids = pc.if_else(pc.equal(ids, ""), uris, ids)
+        nameless = pc.equal(ids, "")
+        if pc.any(nameless, min_count=0).as_py():
+            rows = [
+                f"{self.uri}#row={first_row + row}" for row in np.flatnonzero(nameless.to_numpy(zero_copy_only=False))
+            ]
+            ids = pc.replace_with_mask(ids, nameless, pa.array(rows, pa.string()))
         kept = {name: plain(table[name]) for name in self.keep_columns}
-        return pa.table({"image_id": ids, "image_uri": self._absolute(uris), **kept})
+        return pa.table({"image_id": ids, "image_uri": absolute, **kept})
 
-    def _strings(self, table: pa.Table, name: str, first_row: int) -> pa.ChunkedArray:
-        """Returns a column of URIs or ids as strings; each row must have one."""
-        what = "id" if name == self.config.id_column and name != table.column_names[0] else "URI"
+    def _strings(self, table: pa.Table, name: str) -> pa.Array:
+        """Returns a column of URIs or ids as strings; a missing one is empty."""
         try:
-            values = plain(table[name]).cast(pa.string())
+            values = id_strings(plain(table[name]).combine_chunks())
         except pa.ArrowException as error:
             raise SchemaError(
-                f"The list has {what}s that are not strings.",
+                "The list has URIs or ids that are not strings.",
                 where=self.uri,
                 expected=name,
                 found=str(table[name].type),
             ) from error
-        missing = pc.fill_null(pc.equal(values, ""), True)
-        row = pc.index(missing, True).as_py()
-        if row >= 0:
-            raise SchemaError(
-                f"A row of the list has no {what}.", where=f"{self.uri}, row {first_row + row}", expected=name
-            )
-        return values
+        return pc.fill_null(values, "")
 
-    def _absolute(self, uris: pa.ChunkedArray) -> pa.ChunkedArray:
+    def _absolute(self, uris: pa.Array) -> pa.Array:
         """Makes URIs absolute; relative ones start from the folder of the list."""
         is_absolute = pc.or_(pc.match_substring(uris, "://"), pc.starts_with(uris, "/"))
         if pc.all(is_absolute, min_count=0).as_py():
@@ -152,77 +167,99 @@ def plain(values: pa.ChunkedArray) -> pa.ChunkedArray:
     return values.cast(pa.string()) if pa.types.is_null(values.type) else values
 
 
-def _read_parquet(open_file: _Open, choose: _Choose) -> _Rows:
+def _read_parquet(open_file: _Open, uri: str, config: InputConfig, choose: _Choose) -> _Rows:
     parquet = pq.ParquetFile(open_file(), buffer_size=8 << 20)
     columns = choose(parquet.schema_arrow.names)
     for batch in parquet.iter_batches(BATCH_ROWS, columns=columns):
         yield pa.Table.from_batches([batch]).select(columns)
 
 
-def _read_csv(open_file: _Open, choose: _Choose, delimiter: str = ",") -> _Rows:
-    parse = pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
-    columns = choose(pa.csv.open_csv(open_file(), parse_options=parse).schema.names)
-    # A CSV has no types. As strings, late rows cannot contradict the first ones, and 007 stays 007.
-    convert = pa.csv.ConvertOptions(
-        column_types=dict.fromkeys(columns, pa.string()),
-        include_columns=columns,
-        null_values=[""],
-        strings_can_be_null=True,
-        quoted_strings_can_be_null=False,
-    )
-    options = pa.csv.ReadOptions(block_size=_BLOCK_BYTES)
-    for batch in pa.csv.open_csv(open_file(), read_options=options, parse_options=parse, convert_options=convert):
-        yield pa.Table.from_batches([batch])
+def _batches(rows: Iterable[_T]) -> Iterator[list[_T]]:
+    rows = iter(rows)
+    while batch := list(islice(rows, BATCH_ROWS)):
+        yield batch
 
 
-def _read_jsonl(open_file: _Open, choose: _Choose) -> _Rows:
-    options = pa.json.ReadOptions(block_size=_BLOCK_BYTES)
-    schema = pa.json.open_json(open_file(), read_options=options).schema
-    columns = choose(schema.names)
-    fields = [schema.field(name) for name in columns]
-    types = pa.schema([field.with_type(pa.string()) if field.type == pa.null() else field for field in fields])
-    parse = pa.json.ParseOptions(explicit_schema=types, unexpected_field_behavior="ignore")
-    for batch in pa.json.open_json(open_file(), read_options=options, parse_options=parse):
-        yield pa.Table.from_batches([batch]).select(columns)
+def _read_csv(open_file: _Open, uri: str, config: InputConfig, choose: _Choose) -> _Rows:
+    table = read_table(open_file(), uri, (config.image_column,))
+    if table.note:
+        announce(table.note)
+    columns = choose(table.names, table.seen, table.image)
+    places = [table.names.index(name) for name in columns]
+    nothing = [None] * len(columns)
+    for rows in _batches(table.rows):
+        chosen = [nothing if isinstance(row, str) else [row[place] or None for place in places] for _, row in rows]
+        # A CSV has no types. As strings, late rows cannot contradict the first ones, and 007 stays 007.
+        yield pa.table([pa.array(values, pa.string()) for values in zip(*chosen, strict=True)], columns)
 
 
-def _read_text(open_file: _Open, choose: _Choose) -> _Rows:
+def _read_text(open_file: _Open, uri: str, config: InputConfig, choose: _Choose) -> _Rows:
     choose([TEXT_COLUMN])
-    lines: list[str] = []
-    for line in _text(open_file):
-        if line.strip():
-            lines.append(line.rstrip("\r\n"))
-        if len(lines) == BATCH_ROWS:
-            yield pa.table({TEXT_COLUMN: pa.array(lines, pa.string())})
-            lines = []
-    if lines:
-        yield pa.table({TEXT_COLUMN: pa.array(lines, pa.string())})
+    lines = (line.strip() for _, line in text_lines(open_file(), uri))
+    for rows in _batches(filter(None, lines)):
+        yield pa.table({TEXT_COLUMN: pa.array(rows, pa.string())})
 
 
-def _read_json(open_file: _Open, choose: _Choose) -> _Rows:
+def _read_jsonl(open_file: _Open, uri: str, config: InputConfig, choose: _Choose) -> _Rows:
+    return _json_tables((entry for _, entry in json_lines(open_file(), uri)), config, choose)
+
+
+def _read_json(open_file: _Open, uri: str, config: InputConfig, choose: _Choose) -> _Rows:
     """Reads an array of objects or of strings; holds only one block and one batch of it."""
+    items = _json_items(open_text(open_file()))
+    return _json_tables((item if isinstance(item, dict) else {TEXT_COLUMN: item} for item in items), config, choose)
+
+
+def _json_tables(entries: Iterator[dict[str, Any] | str], config: InputConfig, choose: _Choose) -> _Rows:
+    """Yields the chosen columns of JSON objects; what is no object, or has a value of no use, is a row of nulls."""
     columns: list[str] = []
-    schema: pa.Schema | None = None
-    for items in _json_batches(_text(open_file)):
-        rows = [item if isinstance(item, dict) else {TEXT_COLUMN: item} for item in items]
+    kinds = {config.id_column: pa.string()}
+    for batch in _batches(entries):
+        objects = [entry if isinstance(entry, dict) else {} for entry in batch]
         if not columns:
-            columns = choose(list(dict.fromkeys(chain.from_iterable(rows))))
-        needed = [{name: row.get(name) for name in columns} for row in rows]
-        table = pa.Table.from_pylist(needed, schema=schema)
-        if schema is None:
-            table = pa.table({name: plain(table[name]) for name in columns})
-            schema = table.schema
+            columns = choose(list(dict.fromkeys(chain.from_iterable(objects))))
+            kinds[columns[0]] = pa.string()
+        arrays = {name: _json_column([entry.get(name) for entry in objects], kinds.get(name)) for name in columns}
+        kinds = {name: array.type for name, (array, _) in arrays.items()}
+        wrong = sorted(set().union(*(rows for _, rows in arrays.values())))
+        table = pa.table({name: array for name, (array, _) in arrays.items()})
+        if wrong:
+            mask = np.zeros(len(batch), bool)
+            mask[wrong] = True
+            table = pa.table([pc.if_else(pa.array(mask), None, column) for column in table.columns], table.schema)
         yield table
 
 
-def _json_batches(text: io.TextIOWrapper) -> Iterator[list[Any]]:
-    """Yields the elements of a JSON array, which must be objects or strings, in batches."""
+def _json_column(values: list[Any], kind: pa.DataType | None) -> tuple[pa.Array, list[int]]:
+    """Returns a column of JSON values, and the rows whose values do not fit its type or are no text.
+
+    The first values decide the type; values without a common type make it a column of strings.
+    """
+    if kind == pa.string():
+        values = [value if value is None else id_text(value) or json.dumps(value) for value in values]
+    try:
+        array = pa.array(values, kind)
+        return (array.cast(pa.string()) if pa.types.is_null(array.type) else array), []
+    except _UNFIT:
+        if kind is None:
+            return _json_column(values, pa.string())
+    wrong = []
+    for row, value in enumerate(values):
+        try:
+            pa.scalar(value, kind)
+        except _UNFIT:
+            values[row] = None
+            wrong.append(row)
+    return pa.array(values, kind), wrong
+
+
+def _json_items(text: io.TextIOWrapper) -> Iterator[dict[str, Any] | str]:
+    """Yields the elements of a JSON array, which must be objects or strings."""
     decoder = json.JSONDecoder()
     buffer = text.read(_BLOCK_BYTES).lstrip()
     if not buffer.startswith("["):
         raise json.JSONDecodeError("not an array of objects or strings", buffer[:100], 0)
     buffer = buffer[1:]
-    items: list[Any] = []
     position = 0
     while True:
         while position < len(buffer) and buffer[position] in " \t\r\n,":
@@ -233,28 +270,19 @@ def _json_batches(text: io.TextIOWrapper) -> Iterator[list[Any]]:
             if not buffer.startswith(("{", '"'), position):
                 raise json.JSONDecodeError("expected an object or a string", buffer[position : position + 100], 0)
             item, position = decoder.raw_decode(buffer, position)
-        except json.JSONDecodeError:
+        except json.JSONDecodeError:  # the block may end within the element
             more = text.read(_BLOCK_BYTES)
             if not more:
                 raise
             buffer, position = buffer[position:] + more, 0
             continue
-        items.append(item)
-        if len(items) == BATCH_ROWS:
-            yield items
-            items = []
-    if items:
-        yield items
-
-
-def _text(open_file: _Open) -> io.TextIOWrapper:
-    return io.TextIOWrapper(open_file(), encoding="utf-8-sig")
+        yield item
 
 
 _READERS: dict[str, _Reader] = {
     ".parquet": _read_parquet,
     ".csv": _read_csv,
-    ".tsv": partial(_read_csv, delimiter="\t"),
+    ".tsv": _read_csv,
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
     ".json": _read_json,

@@ -25,6 +25,7 @@ from smallcap.images.kinds import (
 )
 from smallcap.images.lists import BATCH_ROWS, LIST_SUFFIXES, ImageList, check_kept_columns
 from smallcap.images.parquet import ParquetOutline, image_bytes_column, read_outlines
+from smallcap.tables import format_of
 
 HIDDEN, OTHER_ENDING, NO_ENDING = "hidden", "other_ending", "no_ending"  # why a file was passed over
 IMAGE_COLUMNS = pa.schema([pa.field("image_id", pa.string()), pa.field("image_uri", pa.string())])
@@ -85,11 +86,11 @@ class ImageSources:
                 yield table.select([*IMAGE_COLUMNS.names, *self.keep_columns])
 
     def _list(self, source: str) -> Iterator[pa.Table]:
-        suffix = storage.suffix_of(source)
+        suffix = format_of(source)
         if suffix not in LIST_SUFFIXES or (storage.is_folder(source) and not storage.is_glob(source)):
             yield from self._list_files(source)
             return
-        lists = sorted(self._files(source, (suffix,))) if storage.is_glob(source) else [source]
+        lists = sorted(self._files(source, (suffix, f"{suffix}.gz"))) if storage.is_glob(source) else [source]
         if suffix == ".parquet":
             yield from self._list_parquet(source, lists)
         else:

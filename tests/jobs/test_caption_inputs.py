@@ -162,6 +162,24 @@ def test_the_account_of_a_run(tmp_path: Path, index: str, tiny_smallcap: Path) -
         finish_run(config, summary.record, list_work(config, summary.record))
 
 
+def test_rows_of_a_list_that_cannot_be_read_are_errors_and_take_no_image_with_them(
+    tmp_path: Path, index: str, tiny_smallcap: Path
+) -> None:
+    for number in range(3):
+        (tmp_path / f"{number}.jpg").write_bytes(jpeg(number))
+    (tmp_path / "list.tsv").write_text('image_uri\tcap\n0.jpg\t"hello\n1.jpg\n\tno uri\n1.jpg\tworld\n2.jpg\tz\n')
+    caption.run(config_for(f"{tmp_path}/list.tsv", index, tiny_smallcap, f"{tmp_path}/out", "keep_columns=[cap]"))
+    rows = read_rows(f"{tmp_path}/out")
+    assert list(zip(rows.image_id, rows.status, rows.cap.fillna(""), strict=True)) == [
+        (f"{tmp_path}/list.tsv#row=2", "error", ""),
+        (f"{tmp_path}/list.tsv#row=3", "error", "no uri"),
+        ("0.jpg", "ok", '"hello'),
+        ("1.jpg", "ok", "world"),
+        ("2.jpg", "ok", "z"),
+    ]
+    assert set(rows.error_code.dropna()) == {"invalid_uri"}
+
+
 def test_outputs_beside_the_parts(s3: str, index: str, tiny_smallcap: Path) -> None:
     images, out = f"{s3}/images", f"{s3}/out"
     write_images(images, 10)

@@ -178,9 +178,9 @@ def _broken(name: str, content: str, message: str, kind: type[SmallCapError] = S
         _broken("refs.json", '{"annotations": [{"image_id": 1}]}', "annotations[0]"),
         _broken("refs.csv", "image,caption\na.jpg", "refs.csv: line 2"),
         _broken("refs.csv", "image,text\na.jpg,x", "no column of captions"),
-        _broken("refs.csv", "file,caption\na.jpg,x", "names no image"),
+        _broken("refs.csv", "file,caption\na.jpg,x", "No row of the references"),
         _broken("refs.csv", "image,caption\nother.jpg,x", "images named other.jpg", ConfigError),
-        _broken("refs.txt", "x", "format of this captions file is unknown", ConfigError),
+        _broken("refs.md", "x", "format of this captions file is unknown", ConfigError),
     ],
 )
 def test_broken_references_are_named(

@@ -1,8 +1,9 @@
+import gzip
 from pathlib import Path
 
 import pytest
 
-from index_builder.dumps.files import find_dumps, scan_dump
+from index_builder.dumps.files import find_dumps, open_dump, scan_dump
 from smallcap.captions.rows import CaptionColumns
 from smallcap.errors import ConfigError, SchemaError, StorageError
 from tests.input_files import write_files
@@ -23,6 +24,17 @@ def test_nothing_to_read(tmp_path: Path) -> None:
         find_dumps([str(tmp_path)])
     with pytest.raises(StorageError, match="does not exist"):
         find_dumps([f"{tmp_path}/absent"])
+
+
+def test_text_is_read_where_it_is_named_and_how_is_noted(tmp_path: Path) -> None:
+    write_files(tmp_path, "Flickr8k.token.txt", content=b"1.jpg#0\tA dog .\n")
+    (tmp_path / "captions.csv.gz").write_bytes(gzip.compress(b"caption\nx\n"))
+    assert [dump.name for dump in find_dumps([str(tmp_path)])] == ["captions.csv.gz"]
+    dumps = find_dumps([f"{tmp_path}/Flickr8k.token.txt", str(tmp_path)])
+    scans = [scan_dump((dump, CaptionColumns("caption", "image"))) for dump in dumps]
+    assert [scan.note for scan in scans] == [f"{dumps[0].uri}: read as image, caption without a header.", ""]
+    with open_dump(dumps[0], CaptionColumns("caption", "image")) as rows:
+        assert [(row.text, row.image_id) for row in rows] == [("A dog .", "1.jpg")]
 
 
 def test_scan_checks_the_columns(tmp_path: Path) -> None:

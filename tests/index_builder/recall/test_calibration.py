@@ -79,6 +79,10 @@ class TestMeasures:
 
 
 class TestCalibration:
+    def test_a_flat_index_of_one_caption_misses_nothing(self, tmp_path: Path, build: BuildEmbedded) -> None:
+        manifest = build(write_embedded_dump(tmp_path, 1), index_key="Flat").manifest
+        assert [entry.recall for entry in manifest.recall] == [1.0, 1.0]
+
     def test_nprobe_rises_with_the_target(self, tmp_path: Path, build: BuildEmbedded) -> None:
         dump = write_embedded_dump(tmp_path, 4000)
         nprobes = []

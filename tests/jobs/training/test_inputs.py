@@ -169,15 +169,25 @@ def test_malformed_rows_of_json_and_parquet_are_counted(tmp_path: Path) -> None:
     assert ids == {"7": f"{tmp_path}/a.jpg", "b.jpg": f"{tmp_path}/b.jpg"}
 
 
+def test_flickr8ks_file_is_read_where_it_is_named_and_rows_without_images_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "Flickr8k.token.txt").write_text('a.jpg#0\ta dog\na.jpg#1\ta "dog runs\nb.jpg#0\n')
+    inputs = inputs_of(tmp_path / "Flickr8k.token.txt", tmp_path)
+    assert read_all(inputs)["train"] == {"a.jpg": (f"{tmp_path}/a.jpg", ["a dog", 'a "dog runs'])}
+    assert inputs.malformed == 1
+    (tmp_path / "captions.csv").write_text("image,caption\na.jpg,a dog\n,a cat\n")
+    inputs = inputs_of(tmp_path / "captions.csv", tmp_path)
+    assert (inputs.listed_examples, inputs.malformed) == (1, 1)
+
+
 def test_sources_without_images_or_captions_are_refused(tmp_path: Path) -> None:
     (tmp_path / "texts.csv").write_text("caption\na dog\n")
-    with pytest.raises(SchemaError, match="A caption has no image"):
+    with pytest.raises(SchemaError, match="No caption names its image"):
         inputs_of(tmp_path / "texts.csv", tmp_path)
     pq.write_table(pa.table({"image": ["a.jpg"], "title": ["a dog"]}), tmp_path / "list.parquet")
     with pytest.raises(SchemaError, match=r"no column of captions(.|\n)*data\.caption_column"):
         inputs_of(tmp_path / "list.parquet", tmp_path)
     pq.write_table(pa.table({"image_id": ["a.jpg"], "caption": ["a dog"]}), tmp_path / "list.parquet")
-    with pytest.raises(SchemaError, match="A caption has no image"):
+    with pytest.raises(SchemaError, match="No caption names its image"):
         inputs_of(tmp_path / "list.parquet", tmp_path)
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "a.jpg").write_bytes(jpeg(0))

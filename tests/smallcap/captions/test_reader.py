@@ -1,3 +1,6 @@
+import csv
+import gzip
+import io
 import json
 import math
 from contextlib import suppress
@@ -8,6 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from smallcap import storage
 from smallcap.captions.reader import open_captions
@@ -43,8 +48,13 @@ def test_csv_with_quotes_commas_newlines_bom_and_crlf(tmp_path: Path) -> None:
 def test_csv_rows_and_quotes_that_are_malformed(tmp_path: Path) -> None:
     rows = rows_of(tmp_path / "d.csv", b'image,caption\na,one, two\nb\nc,"x"y\nd,fine\n')
     assert [(row.line, row.problem) for row in rows] == [(2, "malformed"), (3, "malformed"), (4, "malformed"), (5, "")]
-    with pytest.raises(SchemaError, match=r"never ends(.|\n)*line 3"):
-        rows_of(tmp_path / "d.csv", b'image,caption\na,fine\nb,"no end\nc,swallowed\n')
+    rows = rows_of(tmp_path / "d.csv", b'image,caption\na,fine\nb,"no end\nc,kept\nd,"a ""quote"""\n')
+    assert [(row.text, row.line, row.problem) for row in rows] == [
+        ("fine", 2, ""),
+        ("", 3, "malformed"),
+        ("kept", 4, ""),
+        ('a "quote"', 5, ""),
+    ]
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
@@ -74,8 +84,8 @@ def test_remote_files_and_unknown_kinds(tmp_path: Path, s3: str) -> None:
         storage.upload(tmp_path / name, f"{s3}/{name}")
         with open_captions(f"{s3}/{name}", COLUMNS) as rows:
             assert list(rows) == read(tmp_path / name)
-    storage.write_bytes(f"{s3}/d.txt", b"a")
-    with pytest.raises(ConfigError, match="captions file is unknown"), open_captions(f"{s3}/d.txt", COLUMNS):
+    storage.write_bytes(f"{s3}/d.md", b"a")
+    with pytest.raises(ConfigError, match="captions file is unknown"), open_captions(f"{s3}/d.md", COLUMNS):
         pass
     with pytest.raises(StorageError, match="does not exist"), open_captions(f"{s3}/none.csv", COLUMNS):
         pass
@@ -269,3 +279,121 @@ def test_missing_text_column_names_found_columns_and_remedy(tmp_path: Path, name
 def test_files_that_are_not_what_their_suffix_says(tmp_path: Path, name: str, content: bytes) -> None:
     with pytest.raises(SchemaError):
         rows_of(tmp_path / name, content)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("cr.csv", b"image,caption\r1.jpg,a dog\r2.jpg,a cat\r", [("a dog", "1.jpg"), ("a cat", "2.jpg")]),
+        ("utf16.csv", "image,caption\n1.jpg,a d\u00f6g\n".encode("utf-16"), [("a d\u00f6g", "1.jpg")]),
+        ("utf16.tsv", b"\xfe\xff" + "caption\nx\n".encode("utf-16-be"), [("x", None)]),
+        ("bom.jsonl", '\ufeff{"caption": "x", "image": 1}'.encode(), [("x", "1")]),
+        ("semicolons.csv", b'image;caption\n1.jpg;"a; dog"\n', [("a; dog", "1.jpg")]),
+        ("tabs.csv", b"image\tcaption\n1.jpg\ta dog, here\n", [("a dog, here", "1.jpg")]),
+        ("cc3m.tsv", b"a bus, red\thttp://x/1.jpg\na top\thttp://x/2\n", [("a bus, red", "http://x/1.jpg"), ("a top", "http://x/2")]),
+        ("cc12m.tsv", b"https://x/1#2\ta bus\n", [("a bus", "https://x/1#2")]),
+        ("results.csv", b"image_name| comment_number| comment\n1.jpg| 0| Two, \"men\n", [('Two, "men', "1.jpg")]),
+        ("Flickr8k.token.txt", b"1.jpg#0\tA dog , so\n1.jpg#1\tA .\n", [("A dog , so", "1.jpg"), ("A .", "1.jpg")]),
+        ("captions.txt", b"image,caption\n1.jpg,A dog\n", [("A dog", "1.jpg")]),
+        ("pairs.csv", b"1.jpg,a dog\n2.jpg,a cat\n", [("a dog", "1.jpg"), ("a cat", "2.jpg")]),
+        ("quotes.tsv", b'image\tcaption\n1\t"a dog\n2\t"yes" he\n', [('"a dog', "1"), ('"yes" he', "2")]),
+        ("zipped.csv.gz", gzip.compress(b"image,caption\n1,x\n"), [("x", "1")]),
+        ("zipped.json.gz", gzip.compress(b'["x"]'), [("x", None)]),
+    ],
+)  # fmt: skip
+def test_shapes_of_the_field_need_no_options(
+    tmp_path: Path, name: str, content: bytes, expected: list[tuple[str, str | None]]
+) -> None:
+    assert [(row.text, row.image_id) for row in rows_of(tmp_path / name, content)] == expected
+
+
+def test_tables_without_a_header_are_announced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows_of(tmp_path / "d.tsv", b"a bus\thttp://x/1.jpg\n")
+    assert f"{tmp_path}/d.tsv: read as caption, url without a header." in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("content", "seen"),
+    [
+        (b"1|2|3\n", "1, 2, 3 (UTF-8, separated by |; first line '1|2|3')"),
+        (b"a.jpg,one, two\n", "separated by commas; first line 'a.jpg,one, two'"),
+        ("a;b\n".encode("utf-16"), "a, b (UTF-16, separated by semicolons; first line 'a;b')"),
+    ],
+)
+def test_an_unknown_table_is_described(tmp_path: Path, content: bytes, seen: str) -> None:
+    with pytest.raises(SchemaError, match=r"--text-column(.|\n)*line of names") as error:
+        rows_of(tmp_path / "d.csv", content)
+    assert seen in error.value.found
+
+
+def test_a_long_line_and_codes_that_are_no_text_spoil_one_row(tmp_path: Path) -> None:
+    long = ("image,caption\n1," + "x" * 140_000 + '\n2,"' + "y" * 140_000 + "\n3,a cat\n").encode()
+    assert [(len(row.text), row.problem) for row in rows_of(tmp_path / "d.csv", long)] == [
+        (140_000, ""),
+        (0, "malformed"),
+        (5, ""),
+    ]
+    codes = b'{"caption": "\\ud800"}\n{"caption": "a\\u0000"}\n{"caption": "x", "image": "\\ud800"}\n'
+    codes += b'{"caption": "x", "image": 1e999}\n{"caption": "x\\n", "image": 18446744073709551616}\n'
+    rows = rows_of(tmp_path / "d.jsonl", codes)
+    assert [row.problem for row in rows] == [*["malformed"] * 4, ""]
+    assert rows[-1][:2] == ("x\n", "18446744073709551616")
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00\xd8\x41\x00", gzip.compress(b"image,caption\n" * 99)[:-9]])
+def test_damaged_text_is_named(tmp_path: Path, content: bytes) -> None:
+    with pytest.raises(SchemaError, match=r"not UTF-16|compressed file is damaged"):
+        rows_of(tmp_path / "d.csv", content)
+
+
+TEXT = st.text(st.sampled_from("a1\"',;\t| \r\\é\x00\x1c\u2028\u200b"), max_size=12)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(TEXT, TEXT)))
+def test_every_line_of_a_tsv_is_a_row(tmp_path: Path, fields: list[tuple[str, str]]) -> None:
+    lines = [f"{image}\t{caption}" for image, caption in fields]
+    rows = rows_of(tmp_path / "d.tsv", "\n".join(["image\tcaption", *lines]).encode())
+    assert [row.line for row in rows] == list(range(2, len(lines) + 2))
+    for row, line in zip(rows, lines, strict=True):
+        if not row.problem:
+            assert f"{row.image_id}\t{row.text}" == line.rstrip("\r")
+        else:
+            assert line.count("\t") != 1 or "\x00" in line
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(TEXT, TEXT, st.booleans())))
+def test_a_stray_quote_takes_no_record_with_it(tmp_path: Path, fields: list[tuple[str, str, bool]]) -> None:
+    content, expected = b"image,caption\n", []
+    for number, (image, caption, is_record) in enumerate(fields):
+        text = io.StringIO()
+        quoting = csv.QUOTE_ALL if "\r" in image + caption else csv.QUOTE_MINIMAL  # CR at a line's end is a line end
+        csv.writer(text, lineterminator="\n", quoting=quoting).writerow([f"{number}{image}", f"c{caption}"])
+        if is_record:
+            expected += [] if "\x00" in image + caption else [(f"{number}{image}", f"c{caption}")]
+        content += text.getvalue().encode() if is_record else b'stray,"open\n'
+    rows = rows_of(tmp_path / "d.csv", content + b'last,"closed"\n')
+    assert [(row.image_id, row.text) for row in rows if not row.problem] == [*expected, ("last", "closed")]
+    assert len(rows) == len(fields) + 1
+
+
+def test_lines_that_a_stray_quote_joins_into_too_many_fields_are_read_again(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path / "d.csv", b'image,caption\na,"open\nb,",so"\nc,"kept"\n')
+    assert [(row.text, row.line, row.problem) for row in rows] == [
+        ("", 2, "malformed"),
+        (",so", 3, ""),
+        ("kept", 4, ""),
+    ]
+
+
+def test_images_of_hugging_face_and_ids_with_nulls(tmp_path: Path) -> None:
+    images = [{"bytes": b"x", "path": "a.jpg"}, None, {"bytes": b"y", "path": None}]
+    for name in ("image", "picture"):
+        pq.write_table(pa.table({name: images, "caption": ["a", "b", "c"]}), tmp_path / "d.parquet")
+        assert [row[:2] for row in read(tmp_path / "d.parquet")] == [("a", "a.jpg"), ("b", None), ("c", None)]
+    ids = [pa.array([1.0, None, math.nan, 1.5]), pa.nulls(4)]
+    expected = [["1", None, None, "1.5"], [None] * 4]
+    for column, names in zip(ids, expected, strict=True):
+        pq.write_table(pa.table({"image": column, "caption": ["a"] * 4}), tmp_path / "d.parquet")
+        assert [row.image_id for row in read(tmp_path / "d.parquet")] == names

@@ -117,10 +117,10 @@ def test_broken_references_are_named(tmp_path: Path, content: Any, where: str, f
 
 
 def test_a_row_without_an_image_and_a_split_where_there_are_none_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "refs.csv").write_text("image,caption\na,x\n,y\n")
-    with pytest.raises(SchemaError, match="names no image") as error:
+    (tmp_path / "refs.csv").write_text("caption\nx\ny\n")
+    with pytest.raises(SchemaError, match=r"No row(.|\n)*--image-id-column") as error:
         load_references(f"{tmp_path}/refs.csv", COLUMNS)
-    assert error.value.where == f"{tmp_path}/refs.csv: line 3"
+    assert error.value.where == f"{tmp_path}/refs.csv: line 2"
     with pytest.raises(SchemaError, match="no reference captions"):
         References([], "refs.csv")
     with pytest.raises(ConfigError, match="not divided into splits"):
@@ -131,6 +131,15 @@ def test_what_is_malformed_in_another_split_is_no_concern(tmp_path: Path) -> Non
     broken = {"filename": "4.jpg", "split": "train", "sentences": [5, {"raw": 5}]}
     content = {"images": [*KARPATHY["images"], broken]}
     assert list(load(tmp_path, content, split="test").captions) == ["COCO_val2014_1.jpg"]
-    with pytest.raises(SchemaError, match="malformed") as error:
-        load(tmp_path, content, split="train")
-    assert (error.value.where, error.value.found) == (f"{tmp_path}/refs.json: images[3].sentences[0]", "5")
+    train = load(tmp_path, content, split="train")
+    assert (list(train.captions), train.dropped) == (["2.jpg"], {"malformed": 2})
+
+
+def test_rows_that_are_no_reference_are_dropped_and_counted(tmp_path: Path) -> None:
+    (tmp_path / "refs.csv").write_text('image,caption\na,x\n,y\nb,\nc,one, two\nd,"open\ne,"a\x01"\nf,.\n')
+    references = load_references(f"{tmp_path}/refs.csv", COLUMNS)
+    assert references.captions == {"a": ("x",)}
+    assert references.dropped == {"nameless": 1, "empty": 2, "malformed": 3}
+    (tmp_path / "refs.csv").write_text("image,caption\na,.\n")
+    with pytest.raises(SchemaError, match=r"no reference captions(.|\n)*1 empty"):
+        load_references(f"{tmp_path}/refs.csv", COLUMNS)

@@ -1,3 +1,4 @@
+import gzip
 import json
 from pathlib import Path
 
@@ -6,8 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from smallcap.config import InputConfig
-from smallcap.errors import SchemaError
+from smallcap.errors import ErrorCode, RowError, SchemaError
 from smallcap.images import lists as image_lists
+from smallcap.images.fetching import fetch_objects
 from smallcap.images.lists import ImageList
 
 
@@ -25,7 +27,8 @@ def write(file: Path, rows: list[dict[str, object]]) -> None:
         file.write_text(json.dumps(rows, indent=1))
     else:
         mark = {".csv": ",", ".tsv": "\t"}[file.suffix]
-        lines = [mark.join(rows[0]), *(mark.join(f'"{value}"' for value in row.values()) for row in rows)]
+        quote = '"' if file.suffix == ".csv" else ""
+        lines = [mark.join(rows[0]), *(mark.join(f"{quote}{value}{quote}" for value in row.values()) for row in rows)]
         file.write_text("\n".join(lines))
 
 
@@ -55,29 +58,80 @@ def test_a_missing_column_is_named_with_those_there_are(tmp_path: Path, suffix: 
     assert f"list{suffix}" in str(missing.value)
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".csv"])
-def test_a_row_without_uri_or_id_is_named_by_its_number(
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_row_without_uri_or_id_is_a_row_of_its_own(
     tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(image_lists, "BATCH_ROWS", 2)
-    rows: list[dict[str, object]] = [{"image_id": str(n), "image_uri": f"{n}.jpg"} for n in range(5)]
-    empty = "" if suffix == ".csv" else None
-    write(tmp_path / f"a{suffix}", [*rows, {"image_id": "x", "image_uri": empty}])
-    with pytest.raises(SchemaError, match="row 6"):
-        read(tmp_path / f"a{suffix}")
-    write(tmp_path / f"b{suffix}", [*rows[:2], {"image_id": empty, "image_uri": "a.jpg"}])
-    with pytest.raises(SchemaError, match="no id") as missing:
-        read(tmp_path / f"b{suffix}")
-    assert "row 3" in str(missing.value)
+    nothing = "" if suffix in (".csv", ".tsv") else None
+    file = tmp_path / f"list{suffix}"
+    rows: list[dict[str, object]] = [{"image_id": str(n), "image_uri": f"/{n}.jpg"} for n in range(3)]
+    write(file, [*rows, {"image_id": "x", "image_uri": nothing}, {"image_id": nothing, "image_uri": "/a.jpg"}])
+    assert read(file)[3:] == [{"image_id": "x", "image_uri": ""}, {"image_id": "/a.jpg", "image_uri": "/a.jpg"}]
+    write(file, [*rows, {"image_id": nothing, "image_uri": nothing}, *rows])
+    assert read(file) == [*rows, {"image_id": f"{file}#row=4", "image_uri": ""}, *rows]
+    [problem] = fetch_objects([""]).data
+    assert isinstance(problem, RowError)
+    assert problem.code == ErrorCode.INVALID_URI
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("list.csv", b'image_uri,alt\n/a.jpg,x\n/b.jpg,"open\n/c.jpg,z\n'),
+        ("list.csv", b"image_uri,alt\n/a.jpg,x\n/b.jpg\n/c.jpg,z\n"),
+        ("list.tsv", b"image_uri\talt\n/a.jpg\tx\n/b.jpg\n/c.jpg\tz\n"),
+        ("list.jsonl", b'{"image_uri": "/a.jpg", "alt": "x"}\n{"image_uri": \n{"image_uri": "/c.jpg", "alt": "z"}\n'),
+        (
+            "list.jsonl",
+            b'{"image_uri": "/a.jpg", "alt": "x"}\n{"image_uri": "/b", "alt": "\\ud800"}\n'
+            b'{"image_uri": "/c.jpg", "alt": "z"}\n',
+        ),
+    ],
+)
+def test_a_malformed_row_takes_no_other_with_it(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert read(tmp_path / name, ("alt",)) == [
+        {"image_id": "/a.jpg", "image_uri": "/a.jpg", "alt": "x"},
+        {"image_id": f"{tmp_path}/{name}#row=2", "image_uri": "", "alt": None},
+        {"image_id": "/c.jpg", "image_uri": "/c.jpg", "alt": "z"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "uris"),
+    [
+        ("quotes.tsv", b'image_uri\tcap\n/0\t"hello\n/1\tworld\n/2\tz\n', ["/0", "/1", "/2"]),
+        ("cr.csv", b"image_uri,a\r/1,x\r/2,y\r", ["/1", "/2"]),
+        ("semicolons.csv", b"image_uri;a\n/1;x\n", ["/1"]),
+        ("utf16.csv", "image_uri,a\n/\u00fc,x\n".encode("utf-16"), ["/\u00fc"]),
+        ("cc3m.tsv", b"a bus\thttp://x/1\n", ["http://x/1"]),
+        ("zipped.txt.gz", gzip.compress(b"/1  \n\n/2\t\n"), ["/1", "/2"]),
+        ("zipped.jsonl.gz", gzip.compress(b'{"image_uri": "/1"}\n'), ["/1"]),
+        ("zipped.json.gz", gzip.compress(b'["/1"]'), ["/1"]),
+    ],
+)
+def test_shapes_of_the_field_need_no_options(tmp_path: Path, name: str, content: bytes, uris: list[str]) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert [row["image_uri"] for row in read(tmp_path / name)] == uris
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_json_values_stay_what_they_are(tmp_path: Path, suffix: str) -> None:
+    ids = [1, 2**53 + 1, 2**64, "2024-01-02T03:04:05", 7.0]
+    notes = [2**64, 1, None, "x", {"a": 1}]
+    rows = [{"image_id": each, "image_uri": f"/{n}", "note": notes[n]} for n, each in enumerate(ids)]
+    write(tmp_path / f"list{suffix}", rows)
+    found = read(tmp_path / f"list{suffix}", ("note",))
+    assert [row["image_id"] for row in found] == ["1", "9007199254740993", str(2**64), "2024-01-02T03:04:05", "7"]
+    assert [row["note"] for row in found] == [str(2**64), "1", None, "x", '{"a": 1}']
 
 
 @pytest.mark.parametrize(
     ("name", "content"),
     [
         ("list.parquet", b"not parquet"),
-        ("list.csv", b"image_uri,alt\na.jpg,x\nb.jpg\n"),
         ("list.csv", b""),
-        ("list.jsonl", b'{"image_uri": "a.jpg"}\n{"image_uri": \n'),
         ("list.json", b'[{"image_uri": "a.jpg"}, {"image_uri":'),
         ("list.json", b'{"images": []}'),
         ("list.json", b"[1, 2]"),
@@ -86,7 +140,7 @@ def test_a_row_without_uri_or_id_is_named_by_its_number(
 )
 def test_a_damaged_list_is_named(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(SchemaError, match="cannot be read") as damaged:
+    with pytest.raises(SchemaError, match=r"cannot be read|not UTF-8|lacks the column") as damaged:
         read(tmp_path / name)
     assert name in str(damaged.value)
 

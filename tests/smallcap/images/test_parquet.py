@@ -60,7 +60,7 @@ def test_ids_that_repeat_are_qualified_by_their_file(tmp_path: Path) -> None:
     assert batch.image_ids == ["sub/a/0.jpg", "sub/a/1.jpg", "sub/a/2"]
 
 
-@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.binary_view()])
 def test_plain_bytes_with_ids(tmp_path: Path, kind: pa.DataType) -> None:
     table = pa.table({"jpg": pa.array([b"a", None, b""], kind), "key": [7, 8, None]})
     pq.write_table(table, tmp_path / "file.parquet")
