@@ -70,7 +70,7 @@ def decode_scaled(data: bytes, least_px: int, max_pixels: int = MAX_IMAGE_PIXELS
             pixels = simplejpeg.decode_jpeg(
                 data, fastdct=True, fastupsample=True, min_height=least_px, min_width=least_px
             )
-        except (ValueError, MemoryError):
+        except (KeyError, ValueError, MemoryError):
             pass
         else:
             orientation = read_orientation(image, data)
@@ -86,13 +86,25 @@ def _load(image: Image.Image, data: bytes, where: str) -> Image.Image:
             orientation = read_orientation(image, data)
             _forget_tags(image)
             image.load()
+            if image.size != image.im.size:  # Pillow has exchanged the sides for a turn; a copy has the pixels' sides
+                image, kind = image.copy(), image.format
+                image.format = kind
         else:
             image.load()  # a PNG's EXIF may follow its pixels
             orientation = read_orientation(image, data)
     except Exception as error:  # the plugin of a format can raise nearly anything for a damaged file
         raise damaged(error, "The image data ends early or is damaged", where) from error
+    return upright(as_rgb(image, where), orientation)
+
+
+def as_rgb(image: Image.Image, where: str = "") -> Image.Image:
+    """Converts an image's pixels to 8-bit RGB; docs/inputs.md says how wider grey values are scaled.
+
+    Raises:
+        RowError: `unsupported`, or `too_large` for the memory.
+    """
     try:
-        return upright(to_rgb(image), orientation)
+        return to_rgb(image)
     except MemoryError as error:
         raise damaged(error, "", where) from error
     except ValueError as error:

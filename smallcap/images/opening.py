@@ -148,7 +148,7 @@ def _check_work(image: Image.Image, data: bytes, max_pixels: int, where: str) ->
         raise RowError(ErrorCode.TOO_LARGE, what, where=where)
     try:
         height, width = simplejpeg.decode_jpeg_header(data, strict=False)[:2]
-    except ValueError:  # simplejpeg does not know all kinds of JPEG
+    except (KeyError, ValueError):  # simplejpeg does not know all kinds of JPEG
         return
     if width * height > max_pixels:
         raise too_many_pixels(width * height, max_pixels, where)

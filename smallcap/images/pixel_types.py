@@ -6,7 +6,8 @@ import numpy as np
 from PIL import Image
 
 _RANGES = (1.0, 255.0, 65535.0)
-_FINITE = 1e36  # differences of such numbers, and 255 times their reciprocals, are float32s
+_FINITE = 1.7e38  # the difference of two such numbers is a float32
+_LEAST_RANGE = 1e-30  # 255 times its reciprocal is a float32
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -35,7 +36,7 @@ def _grey(image: Image.Image) -> np.ndarray:
     np.nan_to_num(values, copy=False, nan=low, posinf=high, neginf=low)
     values.clip(low, high, out=values)
     values -= np.float32(low)
-    values *= np.float32(255.0 / max(high - low, 1 / _FINITE))
+    values *= np.float32(255.0 / max(high - low, _LEAST_RANGE))
     return values.astype(np.uint8)
 
 

@@ -29,7 +29,7 @@ _EXTENSIONS = {
     b"RIFF": "webp",
     b"\x00\x00\x01\x00": "ico",
 }
-_IMAGE_EXTENSION = re.compile(rf"\.({'|'.join(IMAGE_EXTENSIONS)}|jfif|ico|heic)$", re.IGNORECASE)
+_IMAGE_EXTENSION = re.compile(rf"\.({'|'.join(IMAGE_EXTENSIONS)}|ico)$", re.IGNORECASE)
 _SCHEME = re.compile(r"^[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\\]")  # a backslash separates folders for some unpackers
 
