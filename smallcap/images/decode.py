@@ -19,6 +19,16 @@ from smallcap.images.opening import MAX_IMAGE_PIXELS, damaged, open_image
 from smallcap.images.orientation import exchanges_sides, read_orientation, upright
 from smallcap.images.pixel_types import to_rgb
 
+__all__ = [
+    "MAX_IMAGE_PIXELS",
+    "Preprocessing",
+    "ScaledImage",
+    "as_rgb",
+    "crop_pixels",
+    "decode_image",
+    "decode_scaled",
+]
+
 
 @dataclass(frozen=True)
 class Preprocessing:
@@ -101,15 +111,15 @@ def as_rgb(image: Image.Image, where: str = "") -> Image.Image:
     """Converts an image's pixels to 8-bit RGB; docs/inputs.md says how wider grey values are scaled.
 
     Raises:
-        RowError: `unsupported`, or `too_large` for the memory.
+        RowError: `unsupported`, `truncated`, or `too_large` for the memory.
     """
     try:
         return to_rgb(image)
-    except MemoryError as error:
-        raise damaged(error, "", where) from error
     except ValueError as error:
         what = f"Pixels of the type {image.mode} are not converted to RGB: {error}"
         raise RowError(ErrorCode.UNSUPPORTED, what, where=where) from error
+    except Exception as error:  # a palette or its transparency may be damaged
+        raise damaged(error, "The image's colours are damaged", where) from error
 
 
 def _forget_tags(image: Image.Image) -> None:

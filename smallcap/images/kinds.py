@@ -1,7 +1,9 @@
 """The suffixes of the files that hold images."""
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
-IMAGE_EXTENSIONS += ("heic", "heif", "hif", "jxl", "jp2", "j2k", "pbm", "pgm", "ppm", "pnm")
+IMAGE_EXTENSIONS = (
+    *("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"),
+    *("heic", "heif", "hif", "jxl", "jp2", "j2k", "pbm", "pgm", "ppm", "pnm"),
+)
 IMAGE_SUFFIXES = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 

@@ -49,8 +49,10 @@ _OPTIONAL = {"HEIF": "pillow_heif", "JXL": "pillow_jxl"}
 _NEVER_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 _SNIFFED_BYTES = 2048  # an SVG's own tag comes after comments and a document type
 # How Pillow's plugins and libheif word what they have no code for, and what exceeds a bound of theirs.
-_WITHOUT_CODE = ("unsupported", "not supported", "not yet supported", "cannot handle", "unknown pixel mode")
-_WITHOUT_CODE += ("unable to determine", "unrecognized image mode", "unknown raw mode", "not available")
+_WITHOUT_CODE = (
+    *("unsupported", "not supported", "not yet supported", "cannot handle", "unknown pixel mode"),
+    *("unable to determine", "unrecognized image mode", "unknown raw mode", "not available"),
+)
 _BEYOND_A_BOUND = ("security limit exceeded", "decompressed data too large")
 
 
@@ -131,7 +133,7 @@ def too_many_pixels(pixels: int, max_pixels: int, where: str) -> RowError:
 
 @functools.cache
 def _prepare_pillow() -> None:
-    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # it comes at half the limit
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # a damaged file may cause 65,535, and half the limit causes one
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # a decoding task has one CPU
 
 
