@@ -97,8 +97,9 @@ def _load(image: Image.Image, data: bytes, where: str) -> Image.Image:
             _forget_tags(image)
             image.load()
             if image.size != image.im.size:  # Pillow has exchanged the sides for a turn; a copy has the pixels' sides
-                image, kind = image.copy(), image.format
-                image.format = kind
+                copy = image.copy()
+                copy.format = image.format
+                image = copy
         else:
             image.load()  # a PNG's EXIF may follow its pixels
             orientation = read_orientation(image, data)

@@ -18,6 +18,7 @@ from PIL import AvifImagePlugin, Image, UnidentifiedImageError
 
 from smallcap.errors import ErrorCode, RowError
 from smallcap.images import jpeg_xl
+from smallcap.images.tiff_directory import without_stray_values
 
 MAX_IMAGE_PIXELS = 100_000_000
 MAX_IMAGE_BYTES = 256 << 20
@@ -157,6 +158,8 @@ def _check_work(image: Image.Image, data: bytes, max_pixels: int, where: str) ->
 
 
 def _open_by_pillow(data: bytes, format_name: str) -> Image.Image:
+    if format_name == "TIFF":
+        data = without_stray_values(data)
     formats = [format_name] if format_name in _OPTIONAL else None  # others are told apart by Pillow
     try:
         return Image.open(io.BytesIO(data), formats=formats)

@@ -10,6 +10,8 @@ import struct
 
 from PIL import Image
 
+from smallcap.images import tiff_directory
+
 _ORIENTATION_TAG = 0x0112
 _FORMAT_OF_TYPE = {3: "H", 4: "I"}  # SHORT, which EXIF demands, and LONG, which some writers use
 _IN_XMP = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
@@ -36,7 +38,7 @@ def read_orientation(image: Image.Image, data: bytes) -> int:
     """
     if image.format == "JXL" and not getattr(image, "jpeg", False):
         return 1  # the decoder has turned it; the standard says that EXIF does not count
-    tag = _tag_of_ifd(data if image.format == "TIFF" else _exif_block(image))
+    tag = _tag_of_directory(data if image.format == "TIFF" else _exif_block(image))
     if tag is None:
         xmp = image.info.get("XML:com.adobe.xmp") or image.info.get("xmp") or b""
         found = _IN_XMP.search(xmp if isinstance(xmp, bytes) else str(xmp).encode(errors="replace"))
@@ -70,26 +72,13 @@ def _exif_block(image: Image.Image) -> bytes:
     return block
 
 
-def _tag_of_ifd(block: bytes) -> int | None:
+def _tag_of_directory(block: bytes) -> int | None:
     """Returns the orientation in a TIFF structure's first directory: None without the tag, 0 if it is malformed."""
-    order = {b"II": "<", b"MM": ">"}.get(block[:2])
-    if order is None:
-        return None
-    try:
-        if block[2:4] in (b"\x2b\0", b"\0\x2b"):  # BigTIFF
-            offset, count_format, entry_format = struct.unpack_from(order + "Q", block, 8)[0], "Q", "HHQ"
-        else:
-            offset, count_format, entry_format = struct.unpack_from(order + "I", block, 4)[0], "H", "HHI"
-        (count,) = struct.unpack_from(order + count_format, block, offset)
-        offset += struct.calcsize(order + count_format)
-        value_at = struct.calcsize(order + entry_format)
-        entry_bytes = value_at + (8 if count_format == "Q" else 4)
-        for place in range(offset, min(offset + count * entry_bytes, len(block)), entry_bytes):
-            tag, kind, values = struct.unpack_from(order + entry_format, block, place)
-            if tag == _ORIENTATION_TAG:
-                if values != 1 or kind not in _FORMAT_OF_TYPE:
-                    return 0
-                return int(struct.unpack_from(order + _FORMAT_OF_TYPE[kind], block, place + value_at)[0])
-    except (struct.error, OverflowError):
-        pass
+    for entry in tiff_directory.entries(block):
+        if entry.tag == _ORIENTATION_TAG:
+            if entry.number != 1 or entry.kind not in _FORMAT_OF_TYPE:
+                return 0
+            return int(
+                struct.unpack_from(tiff_directory.byte_order(block) + _FORMAT_OF_TYPE[entry.kind], entry.value)[0]
+            )
     return None

@@ -63,12 +63,8 @@ CONTAINERS: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-# Pillow reads no tags of a TIFF behind one whose value lies outside of the file, and so does not find its pixels.
-CASES = [case for case in product(CONTAINERS, BAD_TAGS) if case != ("TIFF", "a value far outside")]
-
-
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("container", "tag"), CASES)
+@pytest.mark.parametrize(("container", "tag"), list(product(CONTAINERS, BAD_TAGS)))
 def test_other_tags_do_not_matter(container: str, tag: str) -> None:
     assert sizes(CONTAINERS[container](with_bad_tag(tag))) == (TURNED, TURNED)
 
