@@ -52,9 +52,9 @@ _SNIFFED_BYTES = 2048  # an SVG's own tag comes after comments and a document ty
 # How Pillow's plugins and libheif word what they have no code for, and what exceeds a bound of theirs.
 _WITHOUT_CODE = (
     *("unsupported", "not supported", "not yet supported", "cannot handle", "unknown pixel mode"),
-    *("unable to determine", "unrecognized image mode", "unknown raw mode", "not available"),
+    *("unable to determine", "unrecognized image mode", "unknown raw mode", "not available", "not installed"),
 )
-_BEYOND_A_BOUND = ("security limit exceeded", "decompressed data too large")
+_BEYOND_A_BOUND = ("decompression bomb", "security limit exceeded", "decompressed data too large")
 
 
 def open_image(data: bytes, max_pixels: int, where: str) -> Image.Image:
@@ -102,8 +102,8 @@ def damaged(error: Exception, what: str, where: str) -> RowError:
     if isinstance(error, MemoryError):
         what = "Decoding the image takes more memory than there is"
         code = ErrorCode.TOO_LARGE
-    elif isinstance(error, Image.DecompressionBombError):
-        return too_many_pixels(int(re.findall(r"\d+", text)[0]), int(2 * (Image.MAX_IMAGE_PIXELS or 0)), where)
+    elif isinstance(error, Image.DecompressionBombError) and (pixels := re.search(r"\d+", text)):
+        return too_many_pixels(int(pixels[0]), int(2 * (Image.MAX_IMAGE_PIXELS or 0)), where)
     elif any(words in text for words in _BEYOND_A_BOUND):
         what = "What lies in the image file is too large"
         code = ErrorCode.TOO_LARGE
@@ -134,8 +134,10 @@ def too_many_pixels(pixels: int, max_pixels: int, where: str) -> RowError:
 
 @functools.cache
 def _prepare_pillow() -> None:
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # a damaged file may cause 65,535, and half the limit causes one
-    AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # a decoding task has one CPU
+    # One damaged file may cause 65,535 warnings, and an image of more than half the limit causes one.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    # A decoding task has one CPU.
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1
 
 
 def _check_work(image: Image.Image, data: bytes, max_pixels: int, where: str) -> None:
@@ -163,7 +165,7 @@ def _open_by_pillow(data: bytes, format_name: str) -> Image.Image:
     formats = [format_name] if format_name in _OPTIONAL else None  # others are told apart by Pillow
     try:
         return Image.open(io.BytesIO(data), formats=formats)
-    except UnidentifiedImageError:
+    except Exception:
         if format_name != "AVIF":
             raise
         # Pillow writes an AVIF's EXIF anew, and fails at malformed tags. The format's own rotation is what counts.
