@@ -33,7 +33,7 @@ class ErrorCode(StrEnum):
     EMPTY = "empty"  # zero bytes
     NOT_AN_IMAGE = "not_an_image"  # no known image format's signature
     TRUNCATED = "truncated"  # an image whose data ends early or is damaged
-    TOO_LARGE = "too_large"  # more pixels than `max_image_pixels`, or more bytes than are fetched
+    TOO_LARGE = "too_large"  # more pixels, bytes, memory or work than a decoder may take
     UNSUPPORTED = "unsupported"  # an image format or mode that the decoder refuses
     INVALID_URI = "invalid_uri"  # malformed, or of a kind that cannot be read here
     TIMEOUT = "timeout"  # no complete answer in time, in every attempt

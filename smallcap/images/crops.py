@@ -16,6 +16,7 @@ from smallcap.images.decode import (
     MAX_IMAGE_PIXELS,
     Preprocessing,
     ScaledImage,
+    as_rgb,
     crop_pixels,
     decode_image,
     decode_scaled,
@@ -67,7 +68,7 @@ class CropPlan:
             RowError: The image cannot be decoded.
         """
         if isinstance(data, Image.Image):
-            return self._cut(ScaledImage.whole(data.convert("RGB")))
+            return self._cut(ScaledImage.whole(as_rgb(data, where)))
         if self.decode == "exact":
             return self._cut(ScaledImage.whole(decode_image(data, max_pixels, where)))
         least_px = max(crop.size_px for crop in (self.vision, self.retrieval) if crop)

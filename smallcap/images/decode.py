@@ -6,25 +6,28 @@ Resizing is Pillow's bicubic with CLIP's rounding, as in the training of the enc
 
 from __future__ import annotations
 
-import io
 import math
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from smallcap.errors import ErrorCode, RowError
+from smallcap.images.opening import MAX_IMAGE_PIXELS, damaged, open_image
+from smallcap.images.orientation import exchanges_sides, read_orientation, upright
+from smallcap.images.pixel_types import to_rgb
 
-_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\x00", b"MM\x00*", b"\x00\x00\x01\x00")
-_WITHOUT_DECODER = (b"\xff\x0a", b"\x00\x00\x00\x0cJXL ", b"%PDF")
-_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
-# Pillow knows these by name, but would run Ghostscript on them, or has no decoder for them.
-_NEVER_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
-_SNIFFED_BYTES = 2048  # an SVG's own tag comes after comments and a document type
-MAX_IMAGE_PIXELS = 100_000_000
-_FIRST_TURNED = 5  # EXIF orientations from here on exchange width and height
+__all__ = [
+    "MAX_IMAGE_PIXELS",
+    "Preprocessing",
+    "ScaledImage",
+    "as_rgb",
+    "crop_pixels",
+    "decode_image",
+    "decode_scaled",
+]
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ def decode_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS, where: str = "
     Raises:
         RowError: `empty`, `not_an_image`, `truncated`, `too_large` or `unsupported`.
     """
-    return _load(_open(data, max_pixels, where), where)
+    return _load(open_image(data, max_pixels, where), data, where)
 
 
 @dataclass(frozen=True)
@@ -71,84 +74,61 @@ def decode_scaled(data: bytes, least_px: int, max_pixels: int = MAX_IMAGE_PIXELS
 
     Other arguments and errors are those of `decode_image`; Pillow decodes or explains what simplejpeg refuses.
     """
-    image = _open(data, max_pixels, where)
-    orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if image.format == "JPEG" else 1
-    width, height = image.size if orientation < _FIRST_TURNED else image.size[::-1]
+    image = open_image(data, max_pixels, where)
     if image.format == "JPEG" and image.mode in ("RGB", "L"):
         try:
             pixels = simplejpeg.decode_jpeg(
                 data, fastdct=True, fastupsample=True, min_height=least_px, min_width=least_px
             )
-        except ValueError:
+        except (KeyError, ValueError, MemoryError):
             pass
         else:
-            small = Image.fromarray(pixels)
-            small.getexif()[ExifTags.Base.Orientation] = orientation
-            return ScaledImage(ImageOps.exif_transpose(small), width, height, by_pillow=False)
-    return ScaledImage(_load(image, where), width, height, by_pillow=True)
+            orientation = read_orientation(image, data)
+            width, height = image.size[::-1] if exchanges_sides(orientation) else image.size
+            return ScaledImage(upright(Image.fromarray(pixels), orientation), width, height, by_pillow=False)
+    return ScaledImage.whole(_load(image, data, where))
 
 
-def _open(data: bytes, max_pixels: int, where: str) -> Image.Image:
-    """Reads an image file's header and refuses what is too large."""
-    if not data:
-        raise RowError(ErrorCode.EMPTY, "The file is empty.", where=where)
-    image = _read_header(data, where)
-    width, height = image.size
-    if width * height > max_pixels:
-        raise RowError(
-            ErrorCode.TOO_LARGE,
-            f"The image has {width} × {height} pixels; at most {max_pixels:,} are decoded.",
-            where=where,
-            remedy="Raise input.max_image_pixels, and mind the memory of the decoding tasks.",
-        )
-    return image
-
-
-def _load(image: Image.Image, where: str) -> Image.Image:
+def _load(image: Image.Image, data: bytes, where: str) -> Image.Image:
+    """Decodes an opened image to RGB, upright."""
     try:
-        image.load()
-        return _to_rgb(ImageOps.exif_transpose(image))
-    except MemoryError:
-        raise
+        if image.format == "TIFF":
+            orientation = read_orientation(image, data)
+            _forget_tags(image)
+            image.load()
+            if image.size != image.im.size:  # Pillow has exchanged the sides for a turn; a copy has the pixels' sides
+                copy = image.copy()
+                copy.format = image.format
+                image = copy
+        else:
+            image.load()  # a PNG's EXIF may follow its pixels
+            orientation = read_orientation(image, data)
     except Exception as error:  # the plugin of a format can raise nearly anything for a damaged file
-        raise RowError(ErrorCode.TRUNCATED, f"The image data ends early or is damaged: {error}", where=where) from error
+        raise damaged(error, "The image data ends early or is damaged", where) from error
+    return upright(as_rgb(image, where), orientation)
 
 
-def _read_header(data: bytes, where: str) -> Image.Image:
-    # Pillow's limit is process-wide, and only warns up to twice its value; ours is checked against the header.
-    Image.MAX_IMAGE_PIXELS = None
+def as_rgb(image: Image.Image, where: str = "") -> Image.Image:
+    """Converts an image's pixels to 8-bit RGB; docs/inputs.md says how wider grey values are scaled.
+
+    Raises:
+        RowError: `unsupported`, `truncated`, or `too_large` for the memory.
+    """
     try:
-        image = Image.open(io.BytesIO(data))
-    except UnidentifiedImageError:
-        raise _unidentified(data, where) from None
-    except Exception as error:  # the plugin of a format can raise nearly anything for a damaged header
-        raise RowError(ErrorCode.TRUNCATED, f"The image's header is damaged: {error}", where=where) from error
-    if image.format in _NEVER_DECODED:
-        raise RowError(ErrorCode.UNSUPPORTED, f"Images in the format {image.format} are not decoded.", where=where)
-    return image
+        return to_rgb(image)
+    except ValueError as error:
+        what = f"Pixels of the type {image.mode} are not converted to RGB: {error}"
+        raise RowError(ErrorCode.UNSUPPORTED, what, where=where) from error
+    except Exception as error:  # a palette or its transparency may be damaged
+        raise damaged(error, "The image's colours are damaged", where) from error
 
 
-def _unidentified(data: bytes, where: str) -> RowError:
-    """Returns the error for bytes that Pillow does not take for an image."""
-    head = data[:_SNIFFED_BYTES].lower()
-    in_box, brand = data[4:8] == b"ftyp", data[8:12]
-    is_svg = b"<svg" in head and b"<html" not in head
-    if data.startswith(_WITHOUT_DECODER) or (in_box and brand in _HEIF_BRANDS) or is_svg:
-        return RowError(ErrorCode.UNSUPPORTED, "No decoder for this format is installed.", where=where)
-    is_webp = data.startswith(b"RIFF") and b"WEBP".startswith(brand)
-    if data.startswith(_SIGNATURES) or is_webp or (in_box and brand in (b"avif", b"avis")):
-        return RowError(ErrorCode.TRUNCATED, "The image's header ends early or is damaged.", where=where)
-    return RowError(ErrorCode.NOT_AN_IMAGE, "The bytes are not those of a known image format.", where=where)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):  # convert() would clip these at 255, not scale them
-        values = np.nan_to_num(np.asarray(image, dtype=np.float32))
-        top = 65535.0 if image.mode.startswith("I;16") or values.max(initial=0) > 255 else 255.0
-        return Image.fromarray((values.clip(0, top) * (255.0 / top)).astype(np.uint8)).convert("RGB")
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert("RGB")
+def _forget_tags(image: Image.Image) -> None:
+    """Empties a TIFF's EXIF: loading would read all of it, turn the image by it, and fail where it is malformed."""
+    image.info.pop("xmp", None)
+    exif = image.getexif()
+    for tag in list(exif):
+        del exif[tag]
 
 
 def crop_pixels(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:

@@ -1,14 +1,14 @@
 """The names and first bytes of files that hold images."""
 
 IMAGE_EXTENSIONS = (
-    *("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"),
-    *("jfif", "jpe", "apng", "heic", "heif", "hif", "jxl", "jp2"),
+    *("jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "gif", "bmp", "tif", "tiff", "avif"),
+    *("heic", "heif", "hif", "jxl", "jp2", "j2k", "pbm", "pgm", "ppm", "pnm"),
 )
 IMAGE_SUFFIXES = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
 # Files that are no photographs as a rule: they are counted where they are found, and not taken.
 OTHER_IMAGE_SUFFIXES = (
     *(".ico", ".icns", ".psd", ".svg", ".tga", ".pcx", ".dds", ".exr", ".hdr", ".eps", ".dib"),
-    *(".ppm", ".pgm", ".pbm", ".pnm", ".j2k", ".jpx", ".avifs"),
+    *(".jpx", ".avifs"),
     *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf"),
 )
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")

@@ -28,8 +28,12 @@ _EXTENSIONS = {
     b"MM\x00*": "tif",
     b"RIFF": "webp",
     b"\x00\x00\x01\x00": "ico",
+    b"\xff\x0a": "jxl",
+    b"\x00\x00\x00\x0cJXL ": "jxl",
+    b"\x00\x00\x00\x0cjP  ": "jp2",
 }
-_IMAGE_EXTENSION = re.compile(rf"\.({'|'.join(IMAGE_EXTENSIONS)}|jfif|ico|heic)$", re.IGNORECASE)
+_BOX_EXTENSIONS = {b"ftypavif": "avif", b"ftypheic": "heic", b"ftypheix": "heic", b"ftypmif1": "heif"}
+_IMAGE_EXTENSION = re.compile(rf"\.({'|'.join(IMAGE_EXTENSIONS)}|ico)$", re.IGNORECASE)
 _SCHEME = re.compile(r"^[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\\]")  # a backslash separates folders for some unpackers
 
@@ -49,7 +53,7 @@ def image_extension(data: bytes) -> str:
     for signature, extension in _EXTENSIONS.items():
         if data.startswith(signature):
             return extension
-    return "avif" if data[4:12] == b"ftypavif" else "bin"
+    return _BOX_EXTENSIONS.get(data[4:12], "bin")
 
 
 def sample_key(image_id: str, taken: Collection[str]) -> str:

@@ -53,6 +53,8 @@ def test_ids_with_one_key_get_keys_of_their_own(tmp_path: Path) -> None:
         (b"RIFF....WEBP", "webp"),
         (b"MM\x00*", "tif"),
         (b"\x00\x00\x00 ftypavif", "avif"),
+        (b"\x00\x00\x00\x18ftypheic", "heic"),
+        (b"\xff\x0a", "jxl"),
         (b"P6 2 2", "bin"),
     ],
 )
