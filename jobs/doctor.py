@@ -18,6 +18,7 @@ from smallcap.phrasing import describe_count
 
 _INSTALL = "Install smallcap again in a new virtual environment, with constraints.txt."
 _STORE = "Check the URI, the credentials, AWS_ENDPOINT_URL and the network."
+_MODEL = "Give demo, the folder of a checkpoint, or a hub id that can be reached from here."
 _CLUSTER = "Check the address, the firewall and the head node; there, ray status shows the cluster."
 _RAY = "Look at the newest logs in /tmp/ray/session_latest/logs."
 _DRIVER = "Look whether nvidia-smi answers, and whether torch alone finds the GPU."
@@ -38,7 +39,7 @@ def list_checks(options: DoctorOptions) -> list[Check]:
             Check(f"storage {uri}", "smallcap.doctor.storage_access:check_storage", (uri,), 120, _STORE)
             for uri in options.storage
         ),
-        Check("model", "smallcap.doctor.access:check_model", (options.model,), 600, _STORE, needs="imports"),
+        Check("model", "smallcap.doctor.access:check_model", (options.model,), 600, _MODEL, needs="imports"),
     ]
     if options.index:
         checks.append(Check("index", "smallcap.doctor.access:check_index", access, 600, _STORE, needs="imports"))

@@ -153,8 +153,8 @@ def check_dtype(device: str) -> Finding:
     rates = {name: matrix_rate(getattr(torch, name)) for name in ("float32", "bfloat16")}
     gain = rates["bfloat16"] / rates["float32"]
     found = (
-        f"auto takes {chosen}: {describe_count(torch.get_num_threads(), 'thread')} multiply float32 at "
-        f"{rates['float32'] / 1e9:,.0f} GFLOP/s and bfloat16 at {gain:.2g} times that"
+        f"auto takes {chosen}: with {describe_count(torch.get_num_threads(), 'thread')}, products in float32 run at "
+        f"{rates['float32'] / 1e9:,.0f} GFLOP/s, in bfloat16 at {gain:.2g} times that"
     )
     if gain <= _EMULATED:
         return warn(

@@ -118,7 +118,10 @@ def test_imitated_bfloat16_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(devices, "matrix_rate", lambda dtype: 1e9 if dtype == torch.bfloat16 else 1e11)
     monkeypatch.setattr(devices, "resolve_dtype", lambda dtype, device: "float32")
     finding = check_dtype("cpu")
-    assert (finding.status, "bfloat16 at 0.01 times that; this processor imitates" in finding.found) == ("warn", True)
+    assert (finding.status, "in bfloat16 at 0.01 times that; this processor imitates" in finding.found) == (
+        "warn",
+        True,
+    )
     monkeypatch.setattr(devices, "resolve_dtype", lambda dtype, device: "bfloat16")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
     assert check_dtype("cuda").status == "warn"
