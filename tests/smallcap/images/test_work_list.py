@@ -234,8 +234,8 @@ def test_nothing_to_caption_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="There are no images"):
         make(tmp_path / "out", tmp_path / "empty")
-    write_files(tmp_path / "empty", "1.heif", "2.heif", "notes")
-    with pytest.raises(ConfigError, match=r"\.ndjson(.|\n)*found: 2 × \.heif, 1 × no ending"):
+    write_files(tmp_path / "empty", "1.psd", "2.psd", "notes")
+    with pytest.raises(ConfigError, match=r"\.ndjson(.|\n)*found: 2 × \.psd, 1 × no ending"):
         make(tmp_path / "out", tmp_path / "empty")
     with pytest.raises(StorageError, match="does not exist"):
         make(tmp_path / "out", tmp_path / "none")
