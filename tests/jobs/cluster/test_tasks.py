@@ -6,6 +6,8 @@ import pyarrow as pa
 import pytest
 
 from jobs.cluster.errors import GuardedActor
+from jobs.cluster.faults import FaultGuard, FaultGuardClient
+from jobs.cluster.side_actor import run_side_actor
 from jobs.cluster.tasks import map_in_actors
 from smallcap.machine.actor_plan import ActorPlan
 
@@ -27,6 +29,7 @@ def test_an_actor_has_the_calls_at_a_time_that_it_is_given_in_lasting_threads() 
 
     plan = ActorPlan("cpu", "float32", 1, 1.0, 0.0, 1)
     dataset = ray.data.range(8, override_num_blocks=8)
-    rows = map_in_actors(dataset, Meeting, (), 1, plan, calls=2).take_all()
+    with run_side_actor(FaultGuard) as guard:
+        rows = map_in_actors(dataset, Meeting, (), 1, plan, FaultGuardClient(guard), calls=2).take_all()
     assert sorted(row["id"] for row in rows) == list(range(8))
     assert len({row["thread"] for row in rows}) == 2
