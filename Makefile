@@ -38,7 +38,7 @@ format: $(INSTALLED) ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-audit: $(INSTALLED) ## Look for known vulnerabilities in the packages of constraints.txt (asks pypi.org)
+audit: $(INSTALLED) ## Look for known vulnerabilities in the packages of constraints.txt (asks the Python Package Index)
 	$(BIN)/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
 
 docs: $(INSTALLED) ## Write docs/options.md from the declarations of the options
