@@ -28,11 +28,6 @@ def fixed_part(pattern: str) -> str:
     return ""
 
 
-def without_marks(folder: str) -> str:
-    """Returns a pattern that matches only this folder."""
-    return re.sub(f"([{re.escape(_MARKS)}])", r"[\1]", folder)
-
-
 def as_text(path: str) -> str:
     r"""Returns a path as text; a byte of it that is not UTF-8 becomes \xNN, which `local_path` understands."""
     return os.fsencode(path).decode(errors="backslashreplace")

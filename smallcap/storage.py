@@ -8,6 +8,7 @@ module knows nothing about images, indexes or schemas.
 from __future__ import annotations
 
 import fcntl
+import glob
 import hashlib
 import io
 import os
@@ -24,7 +25,7 @@ import fsspec
 from fsspec.core import url_to_fs
 
 from smallcap.errors import RunError, StorageError
-from smallcap.local_files import as_text, fixed_part, has_marks, local_path, walk, without_marks
+from smallcap.local_files import as_text, fixed_part, has_marks, local_path, walk
 from smallcap.s3 import (
     S3_RETRIES,
     is_plain_key,
@@ -209,7 +210,7 @@ def iter_files(uri: str, suffixes: Sequence[str] = (), left_out: Callable[[str],
 def _glob(root: str, fixed: str) -> Iterator[str]:
     fs, pattern = filesystem(root)
     if is_local(root):
-        pattern = without_marks(fixed) + root[len(fixed) :]
+        pattern = glob.escape(fixed) + root[len(fixed) :]
     yield from sorted(_uri(root, path) for path in fs.glob(pattern) if not fs.isdir(path))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from jobs.captioning.record import Account, ImageCounts, RunRecord, check_attempt, load_run_record, write_run_record
 from smallcap import storage
 from smallcap.config import CaptionConfig
@@ -81,26 +83,26 @@ def finish_run(config: CaptionConfig, record: RunRecord, work: WorkList) -> RunR
     """Removes repeated ids and orphans from the finished output, counts it, and records that the run is complete."""
     parts = _read_parts(config.out, work)
     if any(fragment.kind != "uris" for fragment in work.fragments):
-        qualify_repeated_ids(config.out, parts)
-        parts = list(read_part_infos(config.out))
+        qualify_repeated_ids(config.out, parts)  # which changes no count
     if record.attempts:
         check_attempt(config.out, record.attempts[-1])
     remove_orphans(config.out)
     images = ImageCounts.of(info for _, info in parts)
     record = record.model_copy(update={"status": "complete", "images": images, "limit": config.limit})
-    record = record.model_copy(update={"account": _account(record, work, Coverage(parts))})
-    assert record.account is not None
-    record.account.check(config.out)
+    account = _account(record, work, Coverage(parts))
+    account.check(config.out)
+    record = record.model_copy(update={"account": account})
     write_run_record(config.out, record)
     return record
 
 
 def _account(record: RunRecord, work: WorkList, coverage: Coverage) -> Account:
     """Returns the account of a run: the rows of its list and of the tars that were read, against those of its parts."""
-    rows = [coverage.rows_of(fragment) for fragment in work.fragments]
-    known = sum(count for count in rows if count is not None)
-    unread = rows.count(None) if record.limit is None else 0  # tars without an end: a row of each is missing at least
-    asked = known if record.limit is None else min(record.limit, known if None not in rows else record.limit)
+    counts = work.fragments.rows
+    tars = [coverage.rows_of(work.fragments[number]) for number in np.flatnonzero(counts < 0).tolist()]
+    known = int(counts[counts >= 0].sum()) + sum(rows for rows in tars if rows is not None)
+    unread = tars.count(None) if record.limit is None else 0  # tars without an end: a row of each is missing at least
+    asked = known if record.limit is None else min(record.limit, known if None not in tars else record.limit)
     repeats, passed_over = record.count_repeated(), sum(record.count_passed_over().values())
     return Account(
         seen=max(asked, coverage.images) + unread + repeats - record.repeated_ids + passed_over,

@@ -91,6 +91,8 @@ def describe_part(table: pa.Table) -> PartInfo:
 
 def _with_unique_ids(table: pa.Table) -> pa.Table:
     """Gives `qualified_id` to the images of tars and Parquet files whose ids others of the part have."""
+    if pc.count_distinct(table["image_id"]).as_py() == len(table):
+        return table
     order = pc.sort_indices(table, sort_keys=[("image_id", "ascending"), ("image_uri", "ascending")]).to_numpy()
     ids, uris = table["image_id"].to_pylist(), table["image_uri"].to_pylist()
     for before, row in pairwise(order[::-1].tolist()):

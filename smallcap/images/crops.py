@@ -12,15 +12,8 @@ import numpy as np
 from PIL import Image
 
 from smallcap.config import DecodeMode
-from smallcap.images.decode import (
-    MAX_IMAGE_PIXELS,
-    Preprocessing,
-    ScaledImage,
-    as_rgb,
-    crop_pixels,
-    decode_image,
-    decode_scaled,
-)
+from smallcap.images.decode import Preprocessing, ScaledImage, as_rgb, crop_pixels, decode_image, decode_scaled
+from smallcap.images.opening import MAX_IMAGE_PIXELS
 
 
 @dataclass(frozen=True)

@@ -19,16 +19,6 @@ from smallcap.images.opening import MAX_IMAGE_PIXELS, damaged, open_image
 from smallcap.images.orientation import exchanges_sides, read_orientation, upright
 from smallcap.images.pixel_types import to_rgb
 
-__all__ = [
-    "MAX_IMAGE_PIXELS",
-    "Preprocessing",
-    "ScaledImage",
-    "as_rgb",
-    "crop_pixels",
-    "decode_image",
-    "decode_scaled",
-]
-
 
 @dataclass(frozen=True)
 class Preprocessing:

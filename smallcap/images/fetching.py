@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Self
 from smallcap.config import InputConfig
 from smallcap.errors import ErrorCode, RowError, StorageError
 from smallcap.images.fetch_sources import FetchFailure, Sources, is_object_store, place_of
+from smallcap.images.kinds import MAX_IMAGE_BYTES
 
 if TYPE_CHECKING:
     import aiohttp
@@ -39,7 +40,7 @@ class FetchOptions:
     """The longest wait before the second attempt; it doubles with each one. The wait is drawn between 0 and that."""
     max_backoff_s: float = 30.0
     """The longest wait, even where Retry-After asks for more."""
-    max_bytes: int = 256 << 20
+    max_bytes: int = MAX_IMAGE_BYTES
     """The most bytes of an object; larger ones are `too_large`, and not downloaded."""
 
     @classmethod

@@ -1,4 +1,6 @@
-"""The names and first bytes of files that hold images."""
+"""The names, first bytes and largest size of files that hold images."""
+
+from smallcap.images import jpeg_xl
 
 IMAGE_EXTENSIONS = (
     *("jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "gif", "bmp", "tif", "tiff", "avif"),
@@ -13,10 +15,12 @@ OTHER_IMAGE_SUFFIXES = (
 )
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 
+MAX_IMAGE_BYTES = 256 << 20  # of a file; larger ones are `too_large`
+
 SIGNATURE_BYTES = 16  # are enough for `begins_like_image`
 _SIGNATURES = (
     *(b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*"),
-    *(b"\0\0\0\x0cjP  \r\n\x87\n", b"\0\0\0\x0cJXL \r\n\x87\n", b"\xff\x0a"),
+    *(b"\0\0\0\x0cjP  \r\n\x87\n", jpeg_xl.CONTAINER, jpeg_xl.BARE),
 )
 _BRANDS = (b"avif", b"avis", b"heic", b"heix", b"hevc", b"mif1", b"msf1")
 

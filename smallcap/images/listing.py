@@ -41,7 +41,6 @@ from smallcap.images.work_list import (
     listing_name,
     load_markers,
     load_work_list,
-    read_fragments,
     work_uri,
     write_fragments,
 )
@@ -193,16 +192,16 @@ class _Listing:
             folder.mkdir(exist_ok=True)
             aside = self._without_stored(sort_images(self._duplicates.rows_aside(), folder))
             if self.fragments:
-                aside = without_known(aside, _stored_ids(pa.concat_tables(self.fragments), "images"))
+                first = f"{listing_name(self._number)}-images-"
+                aside = without_known(aside, _stored_ids(pa.concat_tables(self.fragments), first))
             written = self._write_files("qualified", aside, scratch)
             self._duplicates.count += self._duplicates.aside - written
 
     def _without_stored(self, tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
         """Leaves out the images of earlier listings."""
         for listing in range(self._number):
-            fragments = read_fragments(self._out, listing)
             for name in _IMAGE_FILES:
-                tables = without_known(tables, _stored_ids(fragments, name))
+                tables = without_known(tables, _stored_ids(self._known, f"{listing_name(listing)}-{name}-"))
         return tables
 
     def _write_files(self, name: str, tables: Iterator[pa.Table], scratch: Path) -> int:
@@ -279,9 +278,9 @@ def _regrouped(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
         yield pa.concat_tables(held).combine_chunks()
 
 
-def _stored_ids(fragments: pa.Table, name: str) -> Iterator[pa.Array]:
-    """Yields the ids in the image files of this name, in their order."""
+def _stored_ids(fragments: pa.Table, prefix: str) -> Iterator[pa.Array]:
+    """Yields the ids in the image files whose names begin like this, in their order."""
     for uri in fragments.filter(pc.equal(fragments["kind"], "uris"))["uri"].unique().to_pylist():
-        if f"-{name}-" in uri.rpartition("/")[2]:
+        if uri.rpartition("/")[2].startswith(prefix):
             with storage.open_ranged(uri) as file:
                 yield pq.ParquetFile(file).read(columns=["image_id"])["image_id"].combine_chunks()

@@ -18,10 +18,10 @@ from PIL import AvifImagePlugin, Image, UnidentifiedImageError
 
 from smallcap.errors import ErrorCode, RowError
 from smallcap.images import jpeg_xl
+from smallcap.images.kinds import MAX_IMAGE_BYTES
 from smallcap.images.tiff_directory import without_stray_values
 
 MAX_IMAGE_PIXELS = 100_000_000
-MAX_IMAGE_BYTES = 256 << 20
 _MAX_SCANS = 200  # of a progressive JPEG; each is a pass over all pixels, and cameras and encoders write at most 20
 _SHARE_IN_PYTHON = 4  # decoders written in Python take about a second for a million pixels
 

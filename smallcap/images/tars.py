@@ -100,22 +100,19 @@ def read_tar(fragment: Fragment, wanted: RowRanges | None, kept_columns: pa.Sche
     """
     reader = _TarReader(fragment, wanted, kept_columns.names)
     held: list[_Image] = []
-    counted = (0, 0)  # duplicates and members passed over that batches have reported
     for image in reader.images():
         held_bytes = sum(len(other.data) for other in held if isinstance(other.data, bytes))
         if held and (len(held) == FRAGMENT_ROWS or held_bytes >= _BATCH_BYTES):
-            yield _batch(held, kept_columns, reader, counted)
-            held, counted = [], (reader.duplicates, reader.passed_over)
+            yield _batch(held, kept_columns, reader)
+            held = []
         held.append(image)
     if held:
-        yield _batch(held, kept_columns, reader, counted, ends=held[-1].row == reader.rows - 1)
+        yield _batch(held, kept_columns, reader, ends=held[-1].row == reader.rows - 1)
 
 
-def _batch(
-    images: list[_Image], kept_columns: pa.Schema, reader: _TarReader, counted: tuple[int, int], ends: bool = False
-) -> InputBatch:
+def _batch(images: list[_Image], kept_columns: pa.Schema, reader: _TarReader, ends: bool = False) -> InputBatch:
     kept = pa.Table.from_pylist([image.kept for image in images], schema=kept_columns) if len(kept_columns) else None
-    passed_over = reader.passed_over - counted[1]
+    duplicates, passed_over = reader.take_counts()
     return InputBatch(
         rows=np.array([image.row for image in images], dtype=np.int32),
         image_ids=[image.image_id for image in images],
@@ -123,7 +120,7 @@ def _batch(
         data=[image.data for image in images],
         kept=kept,
         ends_fragment=ends,
-        duplicates=reader.duplicates - counted[0],
+        duplicates=duplicates,
         passed_over={reader.uri: passed_over} if passed_over else {},
     )
 
@@ -134,8 +131,8 @@ class _TarReader:
     Attributes:
         uri: The tar.
         rows: The number of rows so far, wanted or not.
-        duplicates: Images that came again, with the same name and content.
-        passed_over: Members that look like images and are none of the tar's images.
+        duplicates: Images that came again, with the same name and content, since the counts were taken.
+        passed_over: Members that look like images and are none of the tar's images, since then.
     """
 
     def __init__(self, fragment: Fragment, wanted: RowRanges | None, columns: Sequence[str]) -> None:
@@ -146,6 +143,12 @@ class _TarReader:
         self._ids: set[str] = set()
         self._contents: dict[str, tuple[tuple[int, int], ...]] = {}  # sizes and checksums, by the image's name
         self.rows = self.duplicates = self.passed_over = 0
+
+    def take_counts(self) -> tuple[int, int]:
+        """Returns `duplicates` and `passed_over`, which begin at 0 again."""
+        counts = self.duplicates, self.passed_over
+        self.duplicates = self.passed_over = 0
+        return counts
 
     def images(self) -> Iterator[_Image]:
         """Yields the wanted images, and then the error where there is one; counts all rows."""

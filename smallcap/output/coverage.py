@@ -160,10 +160,9 @@ def _names(table: pa.Table, fragments: Sequence[Fragment]) -> pa.ChunkedArray:
     `qualify_repeated_ids` may have changed the id of an image in a tar or a Parquet file in one of the parts.
     """
     names = table["image_id"]
-    for fragment in fragments:
-        if fragment.kind != "uris":
-            is_inside = pc.starts_with(table["image_uri"], f"{fragment.uri}#")
-            names = pc.if_else(is_inside, table["image_uri"], names)
+    for file in {fragment.uri for fragment in fragments if fragment.kind != "uris"}:
+        is_inside = pc.starts_with(table["image_uri"], f"{file}#")
+        names = pc.if_else(is_inside, table["image_uri"], names)
     return names
 
 
