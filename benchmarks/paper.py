@@ -19,6 +19,7 @@ import torch
 from smallcap.benchmark.operations import decode_flops, prefill_flops, vision_flops
 from smallcap.benchmark.random_content import GPT2_124M, VIT_B_32, realistic_lengths
 from smallcap.decoding.cuda_graphs import GraphStepper
+from smallcap.machine.shapes import rows_on_gpu
 from smallcap.model.checkpoint import SmallCapConfig, SmallCapModel
 
 ARITHMETIC_SHARE, MEMORY_SHARE = 0.5, 0.7  # assumed, of the peaks
@@ -97,7 +98,7 @@ def stage_seconds(card: Card, captions: int) -> dict[str, float]:
     lengths = np.array(realistic_lengths(batch))
     steps = range(1, int(lengths.max()), GraphStepper.steps_per_check)
     # A batch has a power of two of rows, and is looked at after each graph.
-    rows = [1 << int((lengths > step).sum() - 1).bit_length() for step in steps]
+    rows = [rows_on_gpu(int((lengths > step).sum())) for step in steps]
     per_step = decode_flops(model, PADDED_PROMPT_TOKENS, 2, BEAMS)
     cache_bytes = 2 * GPT2_124M.num_layers * GPT2_124M.hidden_size * BYTES * (PADDED_PROMPT_TOKENS + 36)
     step_seconds = [

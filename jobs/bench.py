@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from ray.data.extensions import ArrowTensorArray
 
 from jobs.captioning.caption_table import TableCaptioner
 from jobs.captioning.layout import BATCHES_PER_CALL, CALLS_AT_ONCE
-from jobs.captioning.load import RETRIEVAL_PIXELS, VISION_PIXELS
+from jobs.captioning.load import pixel_columns
 from smallcap.batch_size import LARGEST_BATCH
 from smallcap.benchmark.ready_captioner import IMAGE_PX, HostResult, PartTimes, ReadyCaptioner, image_id
 from smallcap.benchmark.stages import BenchmarkResult, run_benchmark
@@ -88,11 +87,8 @@ def _loaded_block(number: int, pixels: Sequence[Pixels]) -> pa.Table:
         FRAGMENT: np.full(count, number, np.int32),
         FRAGMENT_ROW: np.arange(count, dtype=np.int32),
         ENDS_FRAGMENT: np.zeros(count, bool),
-        VISION_PIXELS: ArrowTensorArray.from_numpy(np.stack([image.vision for image in pixels])),
+        **pixel_columns(pixels),
     }
-    retrieval = [image.retrieval for image in pixels if image.retrieval is not None]
-    if retrieval:
-        columns[RETRIEVAL_PIXELS] = ArrowTensorArray.from_numpy(np.stack(retrieval))
     return pa.table(columns)
 
 

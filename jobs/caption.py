@@ -38,7 +38,7 @@ from smallcap.images.work_list import WorkList
 from smallcap.index.manifest import utc_now
 from smallcap.output.coverage import WorkItem
 from smallcap.output.schema import caption_schema
-from smallcap.phrasing import describe_count
+from smallcap.phrasing import describe_count, describe_counts
 
 if TYPE_CHECKING:
     from jobs.captioning.retrieval_actors import Partitions
@@ -105,7 +105,7 @@ def describe(summary: RunSummary) -> str:
     if repeated := record.count_repeated():
         lines.append(f"Named more than once, captioned once: {describe_count(repeated, 'image')}.")
     lines += describe_passed_over(record.count_passed_over())
-    errors = ", ".join(f"{count:,} {code}" for code, count in images.errors_by_code.items())
+    errors = describe_counts(images.errors_by_code)
     rows, failed = describe_count(images.total, "row"), describe_count(images.error, "error")
     counts = f"{rows}: {images.ok:,} ok, {failed}"
     lines.append(counts + (f" ({errors}); --retry-failed tries these images again" if errors else ""))

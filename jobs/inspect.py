@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jobs.captioning.record import RUN_FILE, load_run_record, read_parts
+from jobs.captioning.record import RUN_FILE, load_existing_run, read_parts
 from smallcap import storage
 from smallcap.errors import ConfigError
 from smallcap.index.caption_store import load_caption_sample
@@ -61,8 +61,7 @@ def _inspect_index(path: str, samples: int) -> dict[str, Any]:
 
 
 def _inspect_run(path: str, samples: int) -> dict[str, Any]:
-    record = load_run_record(path)
-    assert record is not None
+    record = load_existing_run(path)
     rows: list[dict[str, Any]] = []
     for _, table in read_parts(path, CAPTION_COLUMNS.names):
         rows += table.slice(0, samples - len(rows)).to_pylist()

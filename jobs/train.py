@@ -32,7 +32,7 @@ from smallcap.images.crops import CropPlan
 from smallcap.index.manifest import load_manifest, utc_now
 from smallcap.model.checkpoint import SmallCapModel
 from smallcap.model.clip_encoder import load_preprocessing, resolve_encoder_identity
-from smallcap.phrasing import describe_count
+from smallcap.phrasing import describe_count, describe_counts
 from smallcap.training.checkpoints import find_train_checkpoint
 from smallcap.training.config import TrainConfig
 from smallcap.training.example_stream import ExampleStream
@@ -251,7 +251,7 @@ def describe(summary: TrainSummary) -> str:
     steps = f"Trained {describe_count(summary.new_steps, 'step')}."
     lines = [steps if summary.new_steps else "Nothing to do: the run is complete."]
     if data is not None:
-        errors = ", ".join(f"{count:,} {code}" for code, count in data.errors.items())
+        errors = describe_counts(data.errors)
         images, captions = describe_count(data.images, "image"), describe_count(data.examples, "caption")
         lines.append(f"{images} with {captions}" + (f"; left out: {errors}" if errors else ""))
         if data.malformed:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from smallcap.captioner import Captioner
-from smallcap.decoding.engine import EagerStepper
+from smallcap.decoding.engine import EAGER
 from smallcap.decoding.sampling import Sampling
 from smallcap.decoding.strategy import GenerationOptions
 from smallcap.machine.gpu_memory import room_bytes
@@ -66,17 +66,14 @@ class ImageMemory:
     on_gpu: bool = False
 
     @property
-    def graphs(self) -> int:
-        """What recorded steps keep: all of them together as much as one, since they share a pool."""
-        return self.logits if self.on_gpu else 0
-
-    @property
     def bytes(self) -> int:
         """The most that is needed at one time.
 
         Keys and values are there twice: while finished images leave, or in the tensors that recorded steps work on.
         """
-        decoding = 2 * (self.kv_cache + self.cross_attention) + max(self.logits, self.prefill) + self.graphs
+        # Recorded steps keep as much as one of them takes, since they share a pool.
+        graphs = self.logits if self.on_gpu else 0
+        decoding = 2 * (self.kv_cache + self.cross_attention) + max(self.logits, self.prefill) + graphs
         # On a GPU the next batch is encoded meanwhile.
         return decoding + self.encoder if self.on_gpu else max(decoding, self.encoder)
 
@@ -142,7 +139,7 @@ def largest_batch(
     on_gpu = device.startswith("cuda")
     decoder, size = config.decoder, torch.finfo(getattr(torch, dtype)).bits // 8
     memory = image_memory(config, retrieval, generation, prompt_tokens, dtype, device)
-    fixed = 0 if on_gpu else EagerStepper.prefill_tokens * (6 * decoder.hidden_size + 2 * decoder.ffn_size) * size
+    fixed = 0 if on_gpu else EAGER.prefill_tokens * (6 * decoder.hidden_size + 2 * decoder.ffn_size) * size
     fitting = (free_bytes * (_USABLE_ON_GPU if on_gpu else _USABLE_ON_CPU) - fixed) / memory.bytes
     largest = max(1, min(int(fitting), LARGEST_BATCH["cuda" if on_gpu else "cpu"]))
     return 1 << largest.bit_length() - 1 if on_gpu else largest

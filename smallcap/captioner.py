@@ -27,7 +27,8 @@ from smallcap.decoding.micro_batches import MicroBatches, is_out_of_memory
 from smallcap.decoding.sampling import Sampling
 from smallcap.errors import ConfigError, RowError
 from smallcap.images.crops import CropPlan, Pixels
-from smallcap.images.decode import MAX_IMAGE_PIXELS, Preprocessing
+from smallcap.images.decode import Preprocessing
+from smallcap.images.opening import MAX_IMAGE_PIXELS
 from smallcap.index.manifest import load_manifest
 from smallcap.index.retriever import Neighbours, NeighbourSearch, Retriever
 from smallcap.machine.precision import resolve_dtype

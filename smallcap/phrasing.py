@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 def describe_count(count: float, noun: str) -> str:
     """Returns a number with its noun: `1 node`, `2,000 nodes`."""
     number = f"{count:,}" if isinstance(count, int) else f"{count:g}"
     return f"{number} {noun}" if count == 1 else f"{number} {noun}s"
+
+
+def describe_counts(counts: Mapping[str, int]) -> str:
+    """Returns several counts in their order: `2,000 timeout, 1 too_large`; empty for none."""
+    return ", ".join(f"{count:,} {name}" for name, count in counts.items())
 
 
 def describe_duration(seconds: float) -> str:

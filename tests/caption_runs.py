@@ -36,3 +36,19 @@ def read_rows(out: str) -> pd.DataFrame:
     """All rows of a run, by image id."""
     tables = [pq.read_table(io.BytesIO(storage.read_bytes(part))).to_pandas() for part in list_parts(out)]
     return pd.concat(tables).set_index("image_id", drop=False).sort_index()
+
+
+def rows_of(out: str) -> list[tuple[str, str, str]]:
+    """Id, status and caption of all rows of a run, by image id."""
+    rows = read_rows(out)
+    return list(zip(rows.image_id, rows.status, rows.caption, strict=True))
+
+
+def undisturbed_rows(config: CaptionConfig) -> list[tuple[str, str, str]]:
+    """Runs a job in this process, and returns its rows."""
+    from jobs import caption
+    from tests.in_process_ray import in_process_ray
+
+    with in_process_ray():
+        caption.run(config)
+    return rows_of(config.out)

@@ -1,5 +1,6 @@
 """Whole image files of every format that Pillow or the optional plugins write here, small, with metadata."""
 
+import functools
 import struct
 from importlib import import_module
 from importlib.util import find_spec
@@ -40,6 +41,7 @@ def photoshop(mode: int = 3, channels: int = 3) -> bytes:
     return header + bytes(12) + bytes(2) + bytes(range(128)) * (SIZE[0] * SIZE[1] * channels // 128)
 
 
+@functools.cache
 def whole_files() -> dict[str, bytes]:
     """Each file by its format and kind."""
     image, exif = gradient(*SIZE), exif_block(orientation_entry(6))

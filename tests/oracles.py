@@ -36,3 +36,11 @@ def expected_of(name: str) -> dict[str, Any]:
 def hidden_states_of(name: str) -> torch.Tensor:
     """Returns the reference's hidden states of the oracle's images, [images, P, H]."""
     return torch.tensor(np.load(ORACLE / name / "expected.npz")["encoder_last_hidden_state"])
+
+
+def random_inputs(count: int, seed: int = 0, longest: int = 30) -> tuple[torch.Tensor, list[list[int]]]:
+    """Returns hidden states of some images for the oracle `gpt2_r4`, and ragged prompts."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, longest, (count,), generator=generator).tolist()
+    prompts = [torch.randint(1, 600, (length,), generator=generator).tolist() for length in lengths]
+    return torch.randn(count, 17, 64, generator=generator), prompts

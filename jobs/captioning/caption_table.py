@@ -40,7 +40,7 @@ class TableCaptioner:
         embeds: bool,
         note_batch: Callable[[], None] = lambda: None,
     ) -> None:
-        self.captioner, self._batch_size, self._note_batch = captioner, batch_size, note_batch
+        self._captioner, self._batch_size, self._note_batch = captioner, batch_size, note_batch
         self._exclude_own, self._embeds = exclude_own, embeds
 
     def __call__(self, batch: pa.Table) -> tuple[pa.Table, CaptionedBatch]:
@@ -52,7 +52,7 @@ class TableCaptioner:
         """
         good = np.flatnonzero(pc.equal(batch["status"], STATUS_OK).to_numpy())
         done = []
-        for columns in self.captioner.caption_columns(self._batches(batch, good)):
+        for columns in self._captioner.caption_columns(self._batches(batch, good)):
             done.append(columns)
             self._note_batch()
         captioned = CaptionedBatch.join(done)

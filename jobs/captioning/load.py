@@ -222,11 +222,8 @@ def _loaded_table(number: int, images: InputBatch, loaded: _Loaded, spec: LoadSp
         FRAGMENT: pa.array(np.full(count, number, np.int32)),
         FRAGMENT_ROW: pa.array(images.rows, pa.int32()),
         ENDS_FRAGMENT: pa.array(ends),
-        VISION_PIXELS: ArrowTensorArray.from_numpy(np.stack([image.vision for image in pixels])),
+        **pixel_columns(pixels),
     }
-    if spec.plan.retrieval:
-        crops = [image.retrieval for image in pixels if image.retrieval is not None]
-        columns[RETRIEVAL_PIXELS] = ArrowTensorArray.from_numpy(np.stack(crops))
     if spec.keys:  # here and not in the actor: it takes longer than all else that an actor's CPU does for an image
         columns[CONTENT_KEY] = pa.array([image.content_key for image in pixels], pa.int64())
     if images.kept is not None:
@@ -234,6 +231,15 @@ def _loaded_table(number: int, images: InputBatch, loaded: _Loaded, spec: LoadSp
     if spec.keep_bytes:
         columns[IMAGE_BYTES_COLUMN] = pa.array(loaded.files, pa.large_binary())
     return pa.table(columns)
+
+
+def pixel_columns(pixels: Sequence[Pixels]) -> dict[str, ArrowTensorArray]:
+    """Returns the crops of images as tensor columns; a second one if the retrieval encoder takes other crops."""
+    columns = {VISION_PIXELS: ArrowTensorArray.from_numpy(np.stack([image.vision for image in pixels]))}
+    retrieval = [image.retrieval for image in pixels if image.retrieval is not None]
+    if retrieval:
+        columns[RETRIEVAL_PIXELS] = ArrowTensorArray.from_numpy(np.stack(retrieval))
+    return columns
 
 
 def _blank(plan: CropPlan) -> Pixels:

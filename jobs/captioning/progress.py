@@ -17,7 +17,7 @@ from rich.text import Text
 
 from jobs.captioning.stage_report import STAGES, Snapshot, Stage
 from smallcap.machine.actor_plan import ActorPlan
-from smallcap.phrasing import describe_count, describe_duration
+from smallcap.phrasing import describe_count, describe_counts, describe_duration
 
 _POLL_S = 0.5  # at a terminal
 _LINE_EVERY_S = 30.0  # without one
@@ -124,7 +124,7 @@ def render(snapshot: Snapshot, rates: RecentRates) -> Group:
         table.add_row(_NAMES[stage], f"{sums.images:,}", "–" if rate is None else f"{rate:,.1f}", bar)
     lines: list[Table | Text] = [table]
     if snapshot.errors:
-        lines.append(Text("errors: " + _errors(snapshot), style="yellow"))
+        lines.append(Text("errors: " + describe_counts(snapshot.errors), style="yellow"))
     if snapshot.restarts:
         lines.append(Text(_restarts(snapshot), style="yellow"))
     return Group(*lines, Text(f"{describe_duration(snapshot.elapsed_s)}, {_outlook(snapshot, rates)}", style="dim"))
@@ -136,18 +136,14 @@ def progress_line(snapshot: Snapshot, rates: RecentRates) -> str:
     for stage, verb in _PAST.items():
         rate = rates.of(stage)
         done.append(f"{verb} {snapshot.of(stage).images:,}" + ("" if rate is None else f" ({rate:,.1f}/s)"))
-    errors = f"; errors: {_errors(snapshot)}" if snapshot.errors else ""
+    errors = f"; errors: {describe_counts(snapshot.errors)}" if snapshot.errors else ""
     errors += f"; {_restarts(snapshot)}" if snapshot.restarts else ""
     return f"{describe_duration(snapshot.elapsed_s)}: {', '.join(done)}{errors}; {_outlook(snapshot, rates)}"
 
 
-def _errors(snapshot: Snapshot) -> str:
-    return ", ".join(f"{count:,} {code}" for code, count in snapshot.errors.items())
-
-
 def _restarts(snapshot: Snapshot) -> str:
     """Says how many actors were started again, and after what faults; a lost node is none."""
-    faults = ", ".join(f"{count:,} {kind}" for kind, count in snapshot.faults.items())
+    faults = describe_counts(snapshot.faults)
     return f"actors started again: {snapshot.restarts:,}" + (f" (faults: {faults})" if faults else "")
 
 

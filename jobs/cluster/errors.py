@@ -132,24 +132,26 @@ def _end_actors_kept_by(error: BaseException) -> None:
     gc.collect()
 
 
-def _innermost_smallcap_error(error: BaseException | None) -> SmallCapError | None:
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yields an error and what caused it, Ray's wrappers included, down to the innermost."""
     while error is not None:
-        cause = getattr(error, "cause", None) or error.__cause__
-        if cause is None and isinstance(error, SmallCapError):  # the innermost: Ray's wrappers are instances as well
-            return error
-        error = cause
-    return None
+        yield error
+        error = getattr(error, "cause", None) or error.__cause__
 
 
-def _error_of_dead_actor(error: BaseException | None) -> RunError | None:
+def _innermost_smallcap_error(error: BaseException) -> SmallCapError | None:
+    *_, innermost = _causes(error)  # only that: Ray's wrappers are instances as well
+    return innermost if isinstance(innermost, SmallCapError) else None
+
+
+def _error_of_dead_actor(error: BaseException) -> RunError | None:
     """Returns what to raise for an actor that could not be made, for example because an import failed on its node."""
     from ray.exceptions import ActorDiedError
 
-    while error is not None and not isinstance(error, ActorDiedError):
-        error = getattr(error, "cause", None) or error.__cause__
-    if error is None:
+    dead = next((cause for cause in _causes(error) if isinstance(cause, ActorDiedError)), None)
+    if dead is None:
         return None
-    message = str(error).strip()
+    message = str(dead).strip()
     node = _IP.search(message)
     return RunError(
         "An actor died, and Ray could not start it again.",

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from jobs.cluster.resources import living_nodes, node_resources
 from jobs.cluster.session import connect
 from smallcap.doctor.installation import describe_installation
 from smallcap.doctor.report import Finding, fail, ok
@@ -37,7 +38,7 @@ def check_local_ray() -> Iterator[Finding]:
                 "ray", f"a task does not run: {answer}", "Look at the newest logs in /tmp/ray/session_latest/logs."
             )
             return
-        cpus = sum(node["Resources"].get("CPU", 0.0) for node in ray.nodes())
+        cpus = sum(resources.get("CPU", 0.0) for resources in node_resources())
         yield ok(
             "ray",
             f"{ray.__version__} starts here in {started:.1f} s with {describe_count(cpus, 'CPU')}, and runs a task",
@@ -59,9 +60,7 @@ def check_cluster(address: str) -> Iterator[Finding]:
     if parts := _HOST_AND_PORT.fullmatch(address):
         socket.create_connection((parts["host"].strip("[]"), int(parts["port"])), timeout=_PROBE_S).close()
     connect(address)
-    import ray
-
-    nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+    nodes = living_nodes()
     yield ok(subject, f"{describe_count(len(nodes), 'node')}: {_describe_resources(nodes)}")
     answers = _ask_nodes()
     yield from compare_nodes(subject, answers, {node: _name(nodes[node]) for node in answers})
@@ -80,13 +79,10 @@ def _ask_nodes() -> dict[str, dict[str, str] | str]:
         return describe_installation()
 
     asked = {
-        node["NodeID"]: ray.remote(describe_node)
-        .options(
-            num_cpus=0, max_retries=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        )
+        node: ray.remote(describe_node)
+        .options(num_cpus=0, max_retries=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
         .remote()
-        for node in ray.nodes()
-        if node["Alive"]
+        for node in living_nodes()
     }
     deadline = time.monotonic() + _ANSWER_S
     answers: dict[str, dict[str, str] | str] = {}

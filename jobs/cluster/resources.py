@@ -4,27 +4,19 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
+
+
+def living_nodes() -> dict[str, dict[str, Any]]:
+    """Returns what Ray says of each living node of the connected cluster, by the node's id."""
+    import ray
+
+    return {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
 
 
 def node_resources() -> list[dict[str, float]]:
     """Returns the resources of each living node of the connected cluster, as Ray counts them."""
-    import ray
-
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
-
-
-def living_nodes() -> set[str]:
-    """Returns the ids of the living nodes of the connected cluster."""
-    import ray
-
-    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-
-
-def limit_torch_threads() -> None:
-    """Limits torch's threads to the machine's cores: Ray may count more CPUs than there are."""
-    import torch
-
-    torch.set_num_threads(min(torch.get_num_threads(), _cores()))
+    return [node["Resources"] for node in living_nodes().values()]
 
 
 def use_threads(threads: int) -> int:

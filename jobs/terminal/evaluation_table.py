@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.terminal.console import out
-from smallcap.phrasing import describe_count
+from smallcap.phrasing import describe_count, describe_counts
 
 _UNSCALED = ("clip_score", "clip_cosine", "words", "tokens")  # other figures are shown times 100, as in papers
 _NAMES = {
@@ -103,7 +103,7 @@ def _label(number: int, runs: int) -> str:
 
 def _counts(run: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     """Says how many rows were evaluated, failed or lack references, and how many reference images lack a caption."""
-    errors = ", ".join(f"{count:,} {code}" for code, count in run["errors"].items())
+    errors = describe_counts(run["errors"])
     examples = f" (such as {run['without_references_examples'][0]})" if run["without_references"] else ""
     evaluated = result["images"] + run["only_in_this_run"]
     counts = [

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from jobs.cluster.resources import limit_torch_threads
+from jobs.cluster.resources import use_threads
 from jobs.training.log import TrainLog
 from jobs.training.record import choose_best
 from jobs.training.start import ModelStart
 from smallcap.config import GenerationConfig
-from smallcap.decoding.engine import generate
+from smallcap.decoding.engine import ALL_TOKENS, EAGER, EagerStepper, generate
 from smallcap.errors import CheckpointError, ConfigError
 from smallcap.model.checkpoint import SmallCapModel
 from smallcap.model.prompt import build_prompts, build_training_example, decode_captions, encode_texts
@@ -66,7 +66,7 @@ def train_worker(config: Mapping[str, Any]) -> None:
     """
     from ray.train.torch import get_device
 
-    limit_torch_threads()
+    use_threads(torch.get_num_threads())  # Ray may count more CPUs than there are cores
     spec: WorkerSpec = config["spec"]
     Worker(spec, get_device()).run()
 
@@ -213,7 +213,8 @@ class Worker:
         features = torch.from_numpy(np.stack([example.features for example in examples]))
         hidden_states = features.to(self.trainer.device).float()
         prompts = self.texts.prompts(examples, "top-k", (0,))
-        generated = generate(self.decoder, hidden_states, prompts, self.generation)
+        stepper = EagerStepper(ALL_TOKENS) if self.trainer.device.type == "cuda" else EAGER
+        generated = generate(self.decoder, hidden_states, prompts, self.generation, stepper=stepper)
         eos = self.generation.eos_token_id
         texts = decode_captions(self.texts.tokenizer, [best.token_ids for best, *_ in generated], eos)
         return {example.image_id: text for example, text in zip(examples, texts, strict=True)}

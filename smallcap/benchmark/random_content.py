@@ -63,14 +63,14 @@ PHOTO_PX = (640, 256)  # the longer side of photographs: as in COCO, and as in d
 _WORDS = 20_000  # in the vocabulary of the random captions
 _CAPTION_WORDS = (10, 18)  # shortest and longest; with k=4 a prompt has about 66 tokens, as with real captions
 _MEAN_LENGTH, _LENGTH_SPREAD = 11.0, 2.0  # tokens of a caption, eos included
-_EOS_TOKEN_ID, _PAD_TOKEN_ID = 13, 0
+EOS_TOKEN_ID, PAD_TOKEN_ID = 13, 0
 
 
 def build_model(reduce_factor: int, device: str, dtype: str) -> SmallCapModel:
     """Returns CLIP ViT-B/32 and GPT-2 124M joined by untrained cross-attention, the same at every call."""
     torch.manual_seed(0)
     decoder = replace(GPT2_124M, cross_attention_reduce_factor=reduce_factor)
-    model = SmallCapModel(SmallCapConfig({"vision_config": VIT_B_32}, decoder, _EOS_TOKEN_ID, _PAD_TOKEN_ID))
+    model = SmallCapModel(SmallCapConfig({"vision_config": VIT_B_32}, decoder, EOS_TOKEN_ID, PAD_TOKEN_ID))
     return model.to(device=torch.device(device), dtype=getattr(torch, dtype)).eval().requires_grad_(False)
 
 

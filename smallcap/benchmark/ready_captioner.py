@@ -7,7 +7,6 @@ text and text tokens again.
 
 from __future__ import annotations
 
-import csv
 import json
 import time
 from collections import defaultdict
@@ -23,7 +22,7 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
-from smallcap.benchmark.random_content import GPT2_124M, random_vectors, write_index
+from smallcap.benchmark.random_content import EOS_TOKEN_ID, GPT2_124M, PAD_TOKEN_ID, random_vectors, write_index
 from smallcap.captioned import ScoredCaptions
 from smallcap.captioner import Captioner, CaptionerOptions
 from smallcap.decoding.engine import Generated
@@ -37,12 +36,11 @@ from smallcap.index.retriever import Neighbours, NeighbourSearch
 from smallcap.model.checkpoint import SmallCapConfig, SmallCapModel
 from smallcap.model.clip_encoder import RetrievalEncoder
 from smallcap.model.clip_tokenizer import ClipTokenizer, pad_right
-from smallcap.model.files import demo_folder
+from smallcap.model.files import demo_captions
 from smallcap.model.prompt import encode_texts, load_tokenizer
 
 IMAGE_PX = 224
 _DIM = 512
-_EOS_TOKEN_ID, _PAD_TOKEN_ID = 13, 0  # GPT-2's
 _CAPTIONS_PER_IMAGE = 5  # as in COCO
 _STRIDE = 7  # a query's neighbours are not captions of one image
 _BETWEEN_QUERIES = 101
@@ -98,7 +96,7 @@ class ReadyCaptioner(Captioner):
         super().__init__(_ready_model(), load_tokenizer("gpt2"), _ReadyEncoder(identity), retriever, options)
         self.times = PartTimes()
         ids = encode_texts(self.tokenizer, [" ".join(text.split()[:_CAPTION_WORDS]) for text in texts[:1000]])
-        self._answers = [[Generated([*caption, _EOS_TOKEN_ID], -7.5)] for caption in ids]
+        self._answers = [[Generated([*caption, EOS_TOKEN_ID], -7.5)] for caption in ids]
         self._queries = random_vectors(1000, _DIM)
 
     def encode(self, pixels: Sequence[Pixels]) -> tuple[Tensor, Tensor]:
@@ -145,7 +143,7 @@ def _ready_model() -> SmallCapModel:
     sizes: dict[str, Any] = {"hidden_size": 8, "num_layers": 1, "num_heads": 1, "ffn_size": 8, "vocab_size": 20}
     sizes |= {"encoder_hidden_size": 8, "cross_attention_reduce_factor": 1}
     decoder = replace(GPT2_124M, **sizes)
-    return SmallCapModel(SmallCapConfig({"vision_config": vision}, decoder, _EOS_TOKEN_ID, _PAD_TOKEN_ID)).eval()
+    return SmallCapModel(SmallCapConfig({"vision_config": vision}, decoder, EOS_TOKEN_ID, PAD_TOKEN_ID)).eval()
 
 
 def image_id(number: int) -> str:
@@ -155,8 +153,7 @@ def image_id(number: int) -> str:
 
 def _demo_captions(count: int) -> list[str]:
     """Returns captions of the demo, again and again if it has fewer."""
-    with (demo_folder() / "captions.csv").open(newline="") as file:
-        texts = [row["caption"] for row in islice(csv.DictReader(file), count)]
+    texts = list(islice(demo_captions(), count))
     return [texts[number % len(texts)] for number in range(count)]
 
 

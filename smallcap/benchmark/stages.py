@@ -40,7 +40,7 @@ from smallcap.decoding.engine import prefill
 from smallcap.images.crops import CropPlan, Pixels
 from smallcap.images.decode import crop_pixels, decode_image, decode_scaled
 from smallcap.machine.description import describe_machine
-from smallcap.machine.precision import matrix_rate, resolve_dtype
+from smallcap.machine.precision import matrix_rate, resolve_device, resolve_dtype
 from smallcap.machine.process_memory import keep_freed_memory
 
 _MATRIX_SHAPE = {"cpu": (1024, 768, 3072), "cuda": (8192, 8192, 8192)}
@@ -109,8 +109,7 @@ def run_benchmark(options: BenchmarkOptions, make_loop: MakeLoop) -> BenchmarkRe
         ConfigError: The retrieval encoder is unknown.
     """
     keep_freed_memory()
-    if options.device == "auto":
-        options = options.model_copy(update={"device": "cuda" if torch.cuda.is_available() else "cpu"})
+    options = options.model_copy(update={"device": resolve_device(options.device)})
     dtype = resolve_dtype(options.dtype, options.device)
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         captioner = build_captioner(options, dtype, Path(folder))
@@ -211,7 +210,9 @@ class _Benchmark:
         captioner, model, prompts = self.captioner, self.captioner.model, self.prompts
         flops_of_prefill = statistics.mean(prefill_flops(model, len(prompt)) for prompt in prompts)
         self._measure(
-            "prefill", lambda: prefill(model.decoder, hidden_states, prompts, captioner.generation), flops_of_prefill
+            "prefill",
+            lambda: prefill(model.decoder, hidden_states, prompts, captioner.generation, stepper=model.stepper),
+            flops_of_prefill,
         )
         totals = []
         for name, score_name, lengths in (

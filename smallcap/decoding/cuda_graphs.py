@@ -11,7 +11,6 @@ what steps allocate: a recording copies its results into tensors outside the poo
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,10 +20,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from smallcap.decoding.engine import EAGER, DecodingState
+from smallcap.decoding.engine import ALL_TOKENS, EAGER, DecodingState
 from smallcap.decoding.strategy import GenerationOptions
 from smallcap.decoding.text_decoder import TextDecoder
-from smallcap.machine.shapes import TOKEN_MULTIPLE, rows_on_gpu
+from smallcap.machine.shapes import rows_on_gpu, tokens_on_gpu
 
 _WARM_UPS = 2  # eager runs before a recording: libraries allocate their workspaces in the first
 
@@ -79,8 +78,7 @@ class GraphStepper:
     """
 
     steps_per_check = 4  # steps of a recording
-    prompt_multiple = TOKEN_MULTIPLE
-    prefill_tokens = sys.maxsize  # all prompts of a batch: a GPU wants large matrices
+    prefill_tokens = ALL_TOKENS
 
     def __init__(self, recorder: Recorder | None = None) -> None:
         self._recorder = recorder or CudaRecorder()
@@ -91,6 +89,10 @@ class GraphStepper:
     def rows(self, images: int) -> int:
         """Returns the least power of two that is not below the number of images."""
         return rows_on_gpu(images)
+
+    def slots(self, tokens: int) -> int:
+        """Returns the next multiple of some tokens."""
+        return tokens_on_gpu(tokens)
 
     def advance(self, decoder: TextDecoder, state: DecodingState, steps: int) -> DecodingState:
         """Advances a state by `steps` and returns it in the tensors that its shape's recordings use."""

@@ -10,6 +10,7 @@ CUDA graphs (`smallcap.decoding.cuda_graphs`).
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -116,31 +117,41 @@ class Stepper(Protocol):
 
     Attributes:
         steps_per_check: Steps between two checks for finished images; each check waits for the device.
-        prompt_multiple: Prompts are padded to a multiple of this many tokens.
         prefill_tokens: The most prompt tokens at once; similar prompts are prefilled together.
     """
 
     steps_per_check: int
-    prompt_multiple: int
     prefill_tokens: int
 
     def rows(self, images: int) -> int:
         """Returns how many rows a batch of so many images has; those beyond them repeat the last image."""
+
+    def slots(self, tokens: int) -> int:
+        """Returns to how many tokens prompts are padded whose longest has so many."""
 
     def advance(self, decoder: TextDecoder, state: DecodingState, steps: int) -> DecodingState:
         """Advances a state; may return another state, whose tensors the stepper owns."""
 
 
 class EagerStepper:
-    """Runs steps one operation after another, in the shapes that come, as suits a CPU."""
+    """Runs steps one operation after another, in the shapes that come.
+
+    Args:
+        prefill_tokens: The most prompt tokens at once.
+    """
 
     steps_per_check = 1
-    prompt_multiple = 1
-    prefill_tokens = 1024  # enough rows for a CPU's matrix units
+
+    def __init__(self, prefill_tokens: int) -> None:
+        self.prefill_tokens = prefill_tokens
 
     def rows(self, images: int) -> int:
         """Returns the number of images."""
         return images
+
+    def slots(self, tokens: int) -> int:
+        """Returns the number of tokens."""
+        return tokens
 
     def advance(self, decoder: TextDecoder, state: DecodingState, steps: int) -> DecodingState:
         """Advances a state in place."""
@@ -149,7 +160,8 @@ class EagerStepper:
         return state
 
 
-EAGER = EagerStepper()
+ALL_TOKENS = sys.maxsize  # of a batch's prompts: a GPU wants large matrices
+EAGER = EagerStepper(prefill_tokens=1024)  # enough rows for a CPU's matrix units
 
 
 @torch.inference_mode()
@@ -215,7 +227,7 @@ def prefill(
     order = images + images[-1:] * (stepper.rows(len(images)) - len(images))
     prompts = [prompts[row] for row in order]
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    slots = -(-len(prompts[0]) // stepper.prompt_multiple) * stepper.prompt_multiple
+    slots = stepper.slots(len(prompts[0]))
     prompt_mask = torch.arange(slots, device=device) >= slots - lengths[:, None]  # [B, S]
     rows = torch.tensor(order, device=device)
     cross_kv = decoder.cross_attention_kv(encoder_hidden_states[rows])
@@ -233,7 +245,7 @@ def prefill(
 
     last_hidden = []
     for group in _groups(prompts, stepper.prefill_tokens):
-        ids, mask = pad_prompts(prompts[group], options.pad_token_id, device, stepper.prompt_multiple)
+        ids, mask = pad_prompts(prompts[group], options.pad_token_id, device, stepper.slots(len(prompts[group.start])))
         group_cross_kv = [(keys_of_layer[group], values_of_layer[group]) for keys_of_layer, values_of_layer in cross_kv]
         hidden = decoder(
             ids,
@@ -262,17 +274,17 @@ def _groups(prompts: Sequence[Sequence[int]], tokens: int) -> list[slice]:
 
 
 def pad_prompts(
-    prompts: Sequence[Sequence[int]], pad_token_id: int, device: torch.device, multiple: int = 1
+    prompts: Sequence[Sequence[int]], pad_token_id: int, device: torch.device, length: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Pads prompts on the left to one length, a multiple of `multiple`.
+    """Pads prompts on the left to one length, by default that of the longest.
 
     Returns:
         Token ids [B, S] int64 and a mask [B, S] bool that is False at the padding.
     """
-    longest = -(-max(len(prompt) for prompt in prompts) // multiple) * multiple
-    padded = [[pad_token_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+    length = length or max(len(prompt) for prompt in prompts)
+    padded = [[pad_token_id] * (length - len(prompt)) + list(prompt) for prompt in prompts]
     lengths = torch.tensor([len(prompt) for prompt in prompts])
-    mask = torch.arange(longest)[None] >= (longest - lengths)[:, None]
+    mask = torch.arange(length)[None] >= (length - lengths)[:, None]
     return torch.tensor(padded, dtype=torch.int64).to(device), mask.to(device)
 
 

@@ -5,7 +5,6 @@ Random numbers choose which images come in which batches; nothing here needs the
 
 from __future__ import annotations
 
-import csv
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,14 +19,13 @@ from smallcap.captioner import Captioner
 from smallcap.config import Device
 from smallcap.decoding.cuda_graphs import GraphStepper, Run
 from smallcap.decoding.engine import generate
-from smallcap.doctor.devices import resolve_device
 from smallcap.doctor.report import Finding, attempt, fail, ok
 from smallcap.images.crops import Pixels
 from smallcap.index.retriever import Retriever
-from smallcap.machine.precision import resolve_dtype
+from smallcap.machine.precision import resolve_device, resolve_dtype
 from smallcap.machine.process_memory import private_bytes
 from smallcap.model.clip_encoder import load_retrieval_encoder
-from smallcap.model.files import DEMO, demo_folder
+from smallcap.model.files import DEMO, demo_captions, demo_folder
 from smallcap.phrasing import describe_gb
 from smallcap.storage import scratch_folder
 
@@ -84,8 +82,7 @@ def prove_captioning(wanted: Device, effort: Effort | None = None) -> Iterator[F
 
 def build_demo_index(folder: Path) -> Retriever:
     """Makes a small index of the demo's captions, embedded by its CLIP on the CPU."""
-    with (demo_folder() / "captions.csv").open(newline="") as file:
-        texts = list(itertools.islice(dict.fromkeys(row["caption"] for row in csv.DictReader(file)), _CAPTIONS))
+    texts = list(itertools.islice(dict.fromkeys(demo_captions()), _CAPTIONS))
     encoder = load_retrieval_encoder(DEMO)
     return Retriever(write_index(folder, encoder.encode_texts(texts), texts, encoder.identity), folder)
 

@@ -14,16 +14,11 @@ import torch
 from smallcap.config import Device
 from smallcap.doctor.report import Finding, attempt, fail, ok, warn
 from smallcap.machine.description import describe_cuda
-from smallcap.machine.precision import matrix_rate, resolve_dtype
+from smallcap.machine.precision import matrix_rate, resolve_device, resolve_dtype
 from smallcap.phrasing import describe_count, describe_gb
 
 _DRIVER_S = 20.0  # for nvidia-smi, which takes seconds where many GPUs wake up
 _EMULATED = 0.5  # rate of bfloat16 over float32 of a machine that has no instructions for it, or less
-
-
-def resolve_device(wanted: Device) -> str:
-    """Returns `cuda` or `cpu`: what was asked for, or a GPU if torch can use one."""
-    return wanted if wanted != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def check_devices(wanted: Device) -> Iterator[Finding]:

@@ -14,9 +14,9 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from smallcap.doctor.report import Finding, attempt, fail, ok, warn
+from smallcap.machine.description import FAISS_PACKAGES, installed_versions
 
-_NAMED = ("smallcap", "torch", "transformers", "faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs", "pyarrow", "ray")
-_FAISS = "faiss-"  # the distributions of which one gives `import faiss`
+_NAMED = ("smallcap", "torch", "transformers", *FAISS_PACKAGES, "pyarrow", "ray")
 # torch before faiss: where their CUDA libraries differ, the other order can end the process.
 _IMPORTED = ("torch", "faiss", "transformers", "open_clip", "pyarrow.dataset", "obstore", "s3fs", "simplejpeg")
 
@@ -59,7 +59,7 @@ def check_packages(requirements: Sequence[str], installed: Callable[[str], str] 
         try:
             found = installed(requirement.name)
         except PackageNotFoundError:
-            others = _installed(_FAISS_DISTRIBUTIONS, installed) if requirement.name.startswith(_FAISS) else {}
+            others = installed_versions(FAISS_PACKAGES, installed) if requirement.name in FAISS_PACKAGES else {}
             if others:
                 yield warn(
                     "packages",
@@ -76,20 +76,7 @@ def check_packages(requirements: Sequence[str], installed: Callable[[str], str] 
                 f"pip install '{asked}', with constraints.txt for the versions that were tested.",
             )
     if not problems:
-        yield ok("packages", f"{len(wanted)} as asked for: {_listed(_installed(_NAMED, installed))}")
-
-
-_FAISS_DISTRIBUTIONS = tuple(name for name in _NAMED if name.startswith(_FAISS))
-
-
-def _installed(names: Sequence[str], installed: Callable[[str], str]) -> dict[str, str]:
-    found = {}
-    for name in names:
-        try:
-            found[name] = installed(name)
-        except PackageNotFoundError:
-            continue
-    return found
+        yield ok("packages", f"{len(wanted)} as asked for: {_listed(installed_versions(_NAMED, installed))}")
 
 
 def _listed(versions: dict[str, str]) -> str:
@@ -118,7 +105,7 @@ def describe_installation() -> dict[str, str]:
     """Returns what nodes of a cluster must agree on: Python, packages, and a digest of smallcap's source files."""
     return {
         "python": platform.python_version(),
-        **_installed(_NAMED, version),
+        **installed_versions(_NAMED),
         "smallcap's source": source_digest(),
     }
 

@@ -9,10 +9,10 @@ import numpy as np
 
 from smallcap.benchmark.random_content import write_random_index
 from smallcap.config import Device
-from smallcap.doctor.devices import resolve_device
 from smallcap.doctor.report import Finding, fail, ok
 from smallcap.index.manifest import EncoderIdentity
 from smallcap.index.retriever import Neighbour, Retriever
+from smallcap.machine.precision import resolve_device
 from smallcap.storage import scratch_folder
 
 ROWS = {"cpu": 20_000, "cuda": 300_000}

@@ -16,10 +16,10 @@ from smallcap.benchmark.random_content import make_photo
 from smallcap.benchmark.stages import build_captioner, run_benchmark
 from smallcap.captioner import Captioner
 from smallcap.config import BenchmarkOptions, Device
-from smallcap.doctor.devices import resolve_device
 from smallcap.doctor.report import Finding, attempt, ok, warn
 from smallcap.images.crops import Pixels
-from smallcap.machine.precision import resolve_dtype
+from smallcap.machine.precision import resolve_device, resolve_dtype
+from smallcap.machine.process_memory import status_bytes
 from smallcap.options import load_config
 from smallcap.storage import scratch_folder
 
@@ -101,11 +101,6 @@ def _peak_bytes(device: torch.device) -> Iterator[list[int]]:
         taken.append(torch.cuda.max_memory_reserved(device) - before)
     else:
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        before = _resident_bytes("VmRSS")
+        before = status_bytes("VmRSS") or 0
         yield taken
-        taken.append(max(0, _resident_bytes("VmHWM") - before))
-
-
-def _resident_bytes(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) * 1024
+        taken.append(max(0, (status_bytes("VmHWM") or 0) - before))

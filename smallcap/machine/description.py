@@ -6,12 +6,14 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
-_FAISS_PACKAGES = ("faiss-gpu-cuvs", "faiss-gpu", "faiss-cpu")  # each has the module `faiss`
-_PACKAGES = ("smallcap", "torch", *_FAISS_PACKAGES, "numpy", "pyarrow", "ray")
+FAISS_PACKAGES = ("faiss-gpu-cuvs", "faiss-gpu", "faiss-cpu")  # each has the module `faiss`
+_PACKAGES = ("smallcap", "torch", *FAISS_PACKAGES, "numpy", "pyarrow", "ray")
 
 
 def describe_machine(threads: int, device: str = "cpu") -> dict[str, Any]:
@@ -21,7 +23,7 @@ def describe_machine(threads: int, device: str = "cpu") -> dict[str, Any]:
         "threads": threads,
         "cores_there": os.cpu_count(),
         "python": platform.python_version(),
-        **{package: installed for package in _PACKAGES if (installed := _version(package))},
+        **installed_versions(_PACKAGES),
         "commit": source_commit(),
     }
 
@@ -37,7 +39,7 @@ def describe_cuda() -> dict[str, Any]:
     import faiss
     import torch
 
-    packages = {package: installed for package in _FAISS_PACKAGES if (installed := _version(package))}
+    packages = installed_versions(FAISS_PACKAGES)
     return {
         "torch": torch.__version__,
         "torch_cuda": torch.version.cuda,
@@ -50,7 +52,7 @@ def describe_cuda() -> dict[str, Any]:
 def _cuda_runtime_of(package: str) -> str | None:
     """Returns the version of the CUDA runtime among a package's requirements."""
     named = re.search(r"nvidia-cuda-runtime(-cu\d+)?", " ".join(requires(package) or []))
-    return _version(named[0]) if named else None
+    return installed_versions([named[0]]).get(named[0]) if named else None
 
 
 def _device_name(device: str) -> str:
@@ -64,11 +66,18 @@ def _device_name(device: str) -> str:
     return name or platform.processor() or platform.machine()
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+def installed_versions(packages: Iterable[str], find: Callable[[str], str] = version) -> dict[str, str]:
+    """Returns the versions of those of the packages that are installed.
+
+    Args:
+        packages: Their names.
+        find: Returns a package's version, or raises `PackageNotFoundError`.
+    """
+    found = {}
+    for name in packages:
+        with suppress(PackageNotFoundError):
+            found[name] = find(name)
+    return found
 
 
 def source_commit() -> str:

@@ -56,6 +56,11 @@ def _gain(rows: int) -> float:
     return matrix_rate(torch.bfloat16, shape=shape) / matrix_rate(torch.float32, shape=shape)
 
 
+def resolve_device(device: str) -> str:
+    """Returns what was asked for, or, for `auto`, `cuda` if torch can use a GPU, else `cpu`."""
+    return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def resolve_dtype(dtype: str, device: str) -> str:
     """Returns the name of a torch dtype: what was asked for, or, for `auto`, what suits the device, which must be here.
 

@@ -60,13 +60,21 @@ def available_bytes(root: Path = Path("/")) -> int:
 
 def private_bytes() -> int:
     """Returns the bytes that only this process holds, without pages of files, which a node's processes share."""
+    private = status_bytes("RssAnon")
+    if private is None:  # not Linux: all of it at its peak, macOS counts bytes
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return private
+
+
+def status_bytes(field: str) -> int | None:
+    """Returns a field of this process's status on Linux, such as `VmHWM`, the most resident memory; None elsewhere."""
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("RssAnon:"):
+            if line.startswith(f"{field}:"):
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # not Linux: all of it at its peak, macOS counts bytes
+    return None
 
 
 def _machine_bytes(root: Path) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-TOKEN_MULTIPLE = 16  # tokens that sequences are padded to a multiple of
+_TOKEN_MULTIPLE = 16  # tokens that sequences are padded to a multiple of
 
 
 def rows_on_gpu(count: int) -> int:
@@ -14,8 +14,8 @@ def rows_on_gpu(count: int) -> int:
 
 
 def tokens_on_gpu(count: int) -> int:
-    """Returns the least multiple of `TOKEN_MULTIPLE` that is not below a number of tokens."""
-    return -(-count // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
+    """Returns the least multiple of `_TOKEN_MULTIPLE` that is not below a number of tokens."""
+    return -(-count // _TOKEN_MULTIPLE) * _TOKEN_MULTIPLE
 
 
 def fill_up(batch: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from smallcap.config import DecodeMode, GenerationConfig
 from smallcap.decoding.beam_search import BeamSearch
 from smallcap.decoding.cuda_graphs import GraphStepper
-from smallcap.decoding.engine import Generated, generate
+from smallcap.decoding.engine import EAGER, Generated, Stepper, generate
 from smallcap.decoding.packed_linear import pack_linears
 from smallcap.decoding.sampling import Sampling
 from smallcap.decoding.strategy import GenerationOptions, SamplingOptions
@@ -178,10 +178,15 @@ class SmallCapModel(nn.Module):
         """
         options = options or self.generation_options(GenerationConfig())
         hidden_states = encoder_hidden_states.to(self.device, self.dtype)
+        return generate(self.decoder, hidden_states, prompts, options, keys, self.stepper)
+
+    @property
+    def stepper(self) -> Stepper:
+        """What runs the steps on the model's device."""
         if self.device.type != "cuda":
-            return generate(self.decoder, hidden_states, prompts, options, keys)
+            return EAGER
         self._graph_stepper = self._graph_stepper or GraphStepper()
-        return generate(self.decoder, hidden_states, prompts, options, keys, self._graph_stepper)
+        return self._graph_stepper
 
     def free_memory(self) -> None:
         """Gives back the GPU memory that is kept for speed only: recorded steps, and what torch holds ready.

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from smallcap.model.prompt import specials_stay_within_words
+
 _REMEMBERED_WORDS = 1 << 16
 _NORMALIZER = {
     "type": "Sequence",
@@ -128,8 +130,5 @@ def _is_clips(backend: Any) -> bool:
         and rule == _RULE
         and (split["type"], split["behavior"], split["invert"]) == ("Split", "Removed", True)
         and [(other["type"], other["add_prefix_space"]) for other in others] == [("ByteLevel", False)]
-        and not any(
-            token.lstrip or token.rstrip or token.single_word or token.content.split() != [token.content]
-            for token in backend.get_added_tokens_decoder().values()
-        )
+        and specials_stay_within_words(backend)
     )

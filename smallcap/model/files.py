@@ -5,6 +5,8 @@ It downloads only what a hub id names, and never loads or runs what it finds.
 
 from __future__ import annotations
 
+import csv
+from collections.abc import Iterator
 from pathlib import Path
 
 from smallcap.errors import CheckpointError
@@ -13,6 +15,16 @@ DEMO = "demo"
 GPT2 = "gpt2"
 # Weights and text files only: no pickled optimizers, no code.
 _WANTED = ["*.json", "*.txt", "*.safetensors", "*.model", "pytorch_model*.bin", "open_clip_pytorch_model.bin"]
+
+
+def demo_captions() -> Iterator[str]:
+    """Yields the captions of the demo's training domains.
+
+    Raises:
+        CheckpointError: This installation has no demo files.
+    """
+    with (demo_folder() / "captions.csv").open(newline="") as file:
+        yield from (row["caption"] for row in csv.DictReader(file))
 
 
 def demo_folder() -> Path:

@@ -89,6 +89,14 @@ def _encode_batch(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> l
     return encodings
 
 
+def specials_stay_within_words(backend: Any) -> bool:
+    """Says whether no added token of a tokenizer's backend reaches over white space, or takes some with it."""
+    return not any(
+        token.lstrip or token.rstrip or token.single_word or token.content.split() != [token.content]
+        for token in backend.get_added_tokens_decoder().values()
+    )
+
+
 def build_prompts(
     tokenizer: PreTrainedTokenizerBase,
     template: PromptTemplate,

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from tokenizers import models, pre_tokenizers
 
 from smallcap.index.retriever import Neighbours
-from smallcap.model.prompt import PromptTemplate, build_prompts, encode_texts
+from smallcap.model.prompt import PromptTemplate, build_prompts, encode_texts, specials_stay_within_words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -117,10 +117,7 @@ def _splits_at_white_space(tokenizer: PreTrainedTokenizerBase) -> bool:
         and not rule.add_prefix_space
         and isinstance(model, models.BPE)
         and not model.dropout
-        and not any(
-            token.lstrip or token.rstrip or token.single_word or token.content.split() != [token.content]
-            for token in backend.get_added_tokens_decoder().values()
-        )
+        and specials_stay_within_words(backend)
     )
 
 

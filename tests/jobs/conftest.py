@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from index_builder.build import build_index
 from jobs import caption
-from smallcap.config import CaptionConfig, IndexConfig
+from smallcap.config import CaptionConfig
 from tests.caption_runs import config_for, write_images
 from tests.in_process_ray import in_process_ray
+from tests.index_files import build_text_index
 
 
 @pytest.fixture(autouse=True)
@@ -24,10 +24,7 @@ def index(tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     rows = [
         f"{n}.jpg,{n} {noun} on the {place}" for n in range(4) for noun in ("dog", "bus") for place in ("road", "sea")
     ]
-    (folder / "dump.csv").write_text("\n".join(["image,caption", *rows]))
-    dumps = (str(folder / "dump.csv"),)
-    build_index(IndexConfig(dumps=dumps, out=str(folder / "index"), encoder=f"hf:{tiny_clip}", shards=2))
-    return str(folder / "index")
+    return build_text_index(folder, tiny_clip, rows)
 
 
 @pytest.fixture(scope="session")

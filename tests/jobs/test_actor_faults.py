@@ -20,8 +20,7 @@ from jobs.captioning.record import load_run_record
 from jobs.cluster.errors import GuardedActor
 from smallcap.config import CaptionConfig
 from smallcap.errors import RunError
-from tests.caption_runs import config_for, read_rows, write_images
-from tests.in_process_ray import in_process_ray
+from tests.caption_runs import config_for, rows_of, undisturbed_rows, write_images
 
 pytestmark = pytest.mark.ray
 
@@ -91,14 +90,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> str:
 def expected(images: str, index: str, tiny_smallcap: Path, tmp_path_factory: pytest.TempPathFactory) -> Rows:
     """The rows of an undisturbed run."""
     out = str(tmp_path_factory.mktemp("expected") / "out")
-    with in_process_ray():
-        caption.run(config_for(images, index, tiny_smallcap, out))
-    return rows_of(out)
-
-
-def rows_of(out: str) -> Rows:
-    rows = read_rows(out)
-    return list(zip(rows.image_id, rows.status, rows.caption, strict=True))
+    return undisturbed_rows(config_for(images, index, tiny_smallcap, out))
 
 
 @pytest.fixture

@@ -17,12 +17,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from jobs import caption
 from jobs.captioning.record import load_run_record
 from smallcap import storage
 from smallcap.output.part_files import list_parts, read_part_infos
-from tests.caption_runs import config_for, read_rows, write_images
-from tests.in_process_ray import in_process_ray
+from tests.caption_runs import config_for, read_rows, rows_of, undisturbed_rows, write_images
 from tests.job_processes import JobProcess, StartJob
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(280)]
@@ -119,17 +117,10 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def expected(
     images: str, index: str, tiny_smallcap: Path, tmp_path_factory: pytest.TempPathFactory
-) -> list[tuple[str, str]]:
-    """Ids and captions of an undisturbed run."""
+) -> list[tuple[str, str, str]]:
+    """The rows of an undisturbed run."""
     out = str(tmp_path_factory.mktemp("expected") / "out")
-    with in_process_ray():
-        caption.run(config_for(images, index, tiny_smallcap, out, *SETS))
-    return ids_and_captions(out)
-
-
-def ids_and_captions(out: str) -> list[tuple[str, str]]:
-    rows = read_rows(out)
-    return list(zip(rows.image_id, rows.caption, strict=True))
+    return undisturbed_rows(config_for(images, index, tiny_smallcap, out, *SETS))
 
 
 @pytest.fixture
@@ -142,8 +133,8 @@ def command_for(images: str, index: str, model: Path, out: str, *flags: str) -> 
     return [*command, "--out", out, *(argument for one in SETS for argument in ("--set", one)), *flags]
 
 
-def check(out: str, expected: list[tuple[str, str]], attempts: int) -> None:
-    assert ids_and_captions(out) == expected
+def check(out: str, expected: list[tuple[str, str, str]], attempts: int) -> None:
+    assert rows_of(out) == expected
     record = load_run_record(out)
     assert record is not None
     assert (record.status, len(record.attempts)) == ("complete", attempts)

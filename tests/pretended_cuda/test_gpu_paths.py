@@ -1,6 +1,5 @@
 """What decoding, encoders and the search do on a GPU only: shapes, precision, recordings, and memory that runs out."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,28 +9,12 @@ import torch
 from smallcap.config import GenerationConfig
 from smallcap.decoding.engine import Generated
 from smallcap.decoding.micro_batches import MicroBatches
-from smallcap.index.retriever import Retriever
 from smallcap.model.checkpoint import SmallCapModel, load_checkpoint
 from smallcap.model.clip_encoder import load_retrieval_encoder
-from tests.index_files import PublishIndex, unit_vectors
-from tests.oracles import ORACLE, load_decoder
+from tests.oracles import ORACLE, load_decoder, random_inputs
 from tests.pretended_cuda.torch_cuda import pretended_cuda
 
 CHECKPOINT = str(ORACLE / "gpt2_r4")
-
-
-@pytest.fixture(autouse=True)
-def restored_precision() -> Iterator[None]:
-    yield
-    torch.backends.cudnn.allow_tf32 = True
-
-
-def inputs(count: int, seed: int = 0) -> tuple[torch.Tensor, list[list[int]]]:
-    """Returns the hidden states of some images, and ragged prompts."""
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(1, 60, (count,), generator=generator).tolist()
-    prompts = [torch.randint(1, 600, (length,), generator=generator).tolist() for length in lengths]
-    return torch.randn(count, 17, 64, generator=generator), prompts
 
 
 def token_ids(generated: list[list[Generated]]) -> list[list[list[int]]]:
@@ -39,7 +22,7 @@ def token_ids(generated: list[list[Generated]]) -> list[list[list[int]]]:
 
 
 def caption(model: SmallCapModel, count: int, seed: int = 0) -> list[list[list[int]]]:
-    hidden_states, prompts = inputs(count, seed)
+    hidden_states, prompts = random_inputs(count, seed, longest=60)
     options = model.generation_options(GenerationConfig(max_new_tokens=10))
     return token_ids(model.generate(hidden_states.to(model.device), prompts, options))
 
@@ -110,7 +93,7 @@ def test_encoders_meet_few_shapes_and_embed_as_on_a_cpu(tiny_clip: Path) -> None
 
 def test_captions_do_not_change_where_memory_runs_out() -> None:
     expected = caption(load_checkpoint(CHECKPOINT), 24)
-    hidden_states, prompts = inputs(24)
+    hidden_states, prompts = random_inputs(24, longest=60)
     with pretended_cuda() as cuda:
         model = load_checkpoint(CHECKPOINT, "cuda")
         options = model.generation_options(GenerationConfig(max_new_tokens=10))
@@ -126,16 +109,3 @@ def test_captions_do_not_change_where_memory_runs_out() -> None:
             generated = micro_batches.run(24, lambda rows: model.generate(on_gpu[rows], prompts[rows], options))
             assert token_ids(generated) == expected
         assert micro_batches.limit is not None and micro_batches.limit < 24
-
-
-def test_an_uploaded_index_is_complete_for_every_stream(tmp_path: Path, publish_index: PublishIndex) -> None:
-    publish_index(f"{tmp_path}/index", unit_vectors(300), [str(number) for number in range(300)])
-    retriever = Retriever.open(f"{tmp_path}/index", cache_dir=f"{tmp_path}/cache")
-    queries = unit_vectors(9, seed=1)
-    expected = retriever.search(queries, 4)
-    with pretended_cuda() as cuda:
-        retriever.use_device("cuda")
-        with torch.cuda.stream(torch.cuda.Stream()):
-            assert retriever.search(queries, 4) == expected
-        assert retriever.search_backend == "gpu-exact"
-        assert not cuda.hazards

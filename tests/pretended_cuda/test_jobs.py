@@ -8,17 +8,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from index_builder.build import build_index
 from jobs import caption
 from jobs.train import open_record
 from jobs.training.features import store_features
 from jobs.training.inputs import list_inputs
-from smallcap.config import IndexConfig
 from smallcap.model.checkpoint import load_crop_plan
 from smallcap.output.part_files import list_parts
 from smallcap.training.feature_store import FeatureRows, QueryRows, read_features, read_queries
 from tests.caption_runs import config_for, write_images
 from tests.in_process_ray import NODE, in_process_ray
+from tests.index_files import build_text_index
 from tests.pretended_cuda.conftest import TEXTS
 from tests.pretended_cuda.torch_cuda import pretended_cuda
 from tests.train_runs import train_config, write_captioned_images
@@ -28,10 +27,7 @@ from tests.train_runs import train_config, write_captioned_images
 def index(tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("index")
     rows = [f"{number:03d}.jpg,{text}" for number, text in enumerate(TEXTS)]
-    (folder / "dump.csv").write_text("\n".join(["image,caption", *rows]))
-    dumps = (str(folder / "dump.csv"),)
-    build_index(IndexConfig(dumps=dumps, out=str(folder / "index"), encoder=f"hf:{tiny_clip}", shards=2))
-    return str(folder / "index")
+    return build_text_index(folder, tiny_clip, rows)
 
 
 @pytest.fixture

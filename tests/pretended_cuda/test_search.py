@@ -55,10 +55,12 @@ def test_answers_are_the_cpus_bit_by_bit(
 
 def check_order(retriever: Retriever, queries: np.ndarray, mutation: Mutation | None = None) -> None:
     """An index that has been opened can be searched on any stream."""
+    expected = retriever.search(queries, 4)
     with mutated(mutation) as cuda:
         retriever.use_device("cuda")
+        assert retriever.search_backend == "gpu-exact"
         with torch.cuda.stream(torch.cuda.Stream()):
-            retriever.search(queries, 4)
+            assert retriever.search(queries, 4) == expected
         assert not cuda.hazards, f"{[*map(str, cuda.hazards)]}"
 
 

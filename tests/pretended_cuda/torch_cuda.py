@@ -42,9 +42,19 @@ def pretended_cuda(total_bytes: int = 80 * GIB) -> Iterator[PretendedCuda]:
         # `module.to("cuda")` makes new parameters: a CPU parameter cannot become another kind of tensor.
         monkeypatch.setattr("torch.__future__._overwrite_module_params_on_conversion", True)
         _catch_threads(cuda, monkeypatch)
-        with cuda.operations():
-            yield cuda
+        try:
+            with cuda.operations():
+                yield cuda
+        finally:
+            restore_precision()  # a float32 model on a GPU switches TF32 off for the whole process
     cuda.is_pretended = False
+
+
+def restore_precision() -> None:
+    """Sets torch's switches for TF32 as they are when it is imported."""
+    torch.backends.fp32_precision = "none"
+    torch.backends.cudnn.allow_tf32 = True
+    torch.set_float32_matmul_precision("highest")
 
 
 def _stand_ins(cuda: PretendedCuda) -> dict[str, Any]:
@@ -70,6 +80,7 @@ def _stand_ins(cuda: PretendedCuda) -> dict[str, Any]:
         "memory_allocated": lambda device=None: cuda.order.allocated_bytes,
         "get_per_process_memory_fraction": _whole_card,
         "max_memory_reserved": lambda device=None: cuda.order.allocated_bytes,
+        "reset_peak_memory_stats": lambda device=None: None,
         "empty_cache": lambda: None,
         "synchronize": lambda device=None: (cuda.note("synchronize"), cuda.order.synchronize()),
         "Stream": lambda device=None, priority=0: Stream(cuda, cuda.order.take_queue(priority)),

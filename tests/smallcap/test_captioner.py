@@ -11,14 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from index_builder.build import build_index
 from smallcap.captioned import CaptionResult
 from smallcap.captioner import Captioner, CaptionerOptions
-from smallcap.config import IndexConfig
 from smallcap.errors import ConfigError, ErrorCode, IndexIntegrityError
 from smallcap.images.crops import Pixels
 from smallcap.model.checkpoint import load_crop_plan
 from tests.caption_runs import jpeg
+from tests.index_files import build_text_index
 
 CAPTIONS = [
     f"{number} {noun} on a {place}" for number in (1, 2, 3) for noun in ("dog", "bus") for place in ("road", "hill")
@@ -29,10 +28,7 @@ CAPTIONS = [
 def index(tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("captioner")
     rows = [f"photo-{number % 6}.jpg,{caption}" for number, caption in enumerate(CAPTIONS)]
-    (folder / "dump.csv").write_text("\n".join(["image,caption", *rows]))
-    dumps = (str(folder / "dump.csv"),)
-    build_index(IndexConfig(dumps=dumps, out=str(folder / "index"), encoder=f"hf:{tiny_clip}", shards=2))
-    return str(folder / "index")
+    return build_text_index(folder, tiny_clip, rows)
 
 
 @pytest.fixture(scope="module")

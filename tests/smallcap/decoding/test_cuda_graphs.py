@@ -14,7 +14,7 @@ from smallcap.decoding.cuda_graphs import GraphStepper, Run, no_recording
 from smallcap.decoding.engine import DecodingState, Generated, generate
 from smallcap.decoding.text_decoder import TextDecoder
 from smallcap.model.checkpoint import SmallCapModel, load_checkpoint
-from tests.oracles import ORACLE
+from tests.oracles import ORACLE, random_inputs
 
 
 class Recorder:
@@ -36,19 +36,6 @@ class Recorder:
         self.forgotten += 1
 
 
-@pytest.fixture(scope="module")
-def model() -> SmallCapModel:
-    return load_checkpoint(str(ORACLE / "gpt2_r4"))
-
-
-def inputs(count: int, seed: int = 0, longest: int = 30) -> tuple[torch.Tensor, list[list[int]]]:
-    """Returns the hidden states of some images, and ragged prompts."""
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(1, longest, (count,), generator=generator).tolist()
-    prompts = [torch.randint(1, 600, (length,), generator=generator).tolist() for length in lengths]
-    return torch.randn(count, 17, 64, generator=generator), prompts
-
-
 def assert_same(found: list[list[Generated]], expected: list[list[Generated]]) -> None:
     for a, b in zip(found, expected, strict=True):
         assert [caption.token_ids for caption in a] == [caption.token_ids for caption in b]
@@ -61,7 +48,7 @@ def test_recorded_steps_give_the_same_captions(model: SmallCapModel, wanted: Gen
     recorder = Recorder()
     stepper = GraphStepper(recorder)
     for count, seed in ((5, 0), (11, 1), (3, 2), (5, 0)):  # the larger batch makes the storage grow
-        given = (model.decoder, *inputs(count, seed), options)
+        given = (model.decoder, *random_inputs(count, seed), options)
         assert_same(generate(*given, stepper=stepper), generate(*given))
     recorded = recorder.recorded
     generate(*given, stepper=stepper)
@@ -82,7 +69,7 @@ def test_batches_and_prompts_of_any_size_have_few_shapes(model: SmallCapModel, m
     stepper = GraphStepper(Recorder())
     for count in (1, 2, 3, 5, 6, 11, 16, 17, 31):
         for longest in (9, 20, 40):
-            generate(model.decoder, *inputs(count, count, longest), options, stepper=stepper)
+            generate(model.decoder, *random_inputs(count, count, longest), options, stepper=stepper)
     steps = {(rows, tokens) for rows, tokens in shapes if tokens == 2}
     assert steps <= {(1 << n, 2) for n in range(6)}
     assert shapes - steps <= {(1 << n, 16 * m) for n in range(6) for m in range(1, 4)}
@@ -98,7 +85,7 @@ def test_a_batch_is_copied_together_only_where_its_rows_become_fewer(
         taken.append((len(state.position), len(rows)))
         return take(state, rows)
 
-    given = (model.decoder, *inputs(40), model.generation_options(GenerationConfig()))
+    given = (model.decoder, *random_inputs(40), model.generation_options(GenerationConfig()))
     expected = generate(*given)
     stepper = GraphStepper(Recorder())
     generate(*given, stepper=stepper)  # which makes the static tensors
@@ -121,14 +108,14 @@ def test_any_batch_is_that_of_eager_steps(
 ) -> None:
     model = load_checkpoint(str(ORACLE / "gpt2_r4"))
     wanted = GenerationConfig(num_beams=num_beams, max_new_tokens=max_new_tokens, do_sample=sample)
-    given = (model.decoder, *inputs(count, seed), model.generation_options(wanted))
+    given = (model.decoder, *random_inputs(count, seed), model.generation_options(wanted))
     assert_same(generate(*given, stepper=GraphStepper(Recorder())), generate(*given))
 
 
 def test_freed_memory_is_taken_anew(model: SmallCapModel) -> None:
     recorder = Recorder()
     stepper = GraphStepper(recorder)
-    given = (model.decoder, *inputs(5), model.generation_options(GenerationConfig()))
+    given = (model.decoder, *random_inputs(5), model.generation_options(GenerationConfig()))
     expected = generate(*given, stepper=stepper)
     recorded, forgotten = recorder.recorded, recorder.forgotten
     stepper.free()
@@ -140,7 +127,7 @@ def test_freed_memory_is_taken_anew(model: SmallCapModel) -> None:
 def test_a_recording_that_fails_leaves_nothing_behind(model: SmallCapModel) -> None:
     recorder = Recorder()
     stepper = GraphStepper(recorder)
-    given = (model.decoder, *inputs(5), model.generation_options(GenerationConfig()))
+    given = (model.decoder, *random_inputs(5), model.generation_options(GenerationConfig()))
     recorder.failing = True
     with pytest.raises(torch.OutOfMemoryError):
         generate(*given, stepper=stepper)

@@ -13,20 +13,7 @@ from smallcap.decoding.sampling import draw, split_mix
 from smallcap.decoding.strategy import GenerationOptions, SamplingOptions, top_logits
 from smallcap.errors import ConfigError
 from smallcap.model.checkpoint import SmallCapModel, load_checkpoint
-from tests.oracles import ORACLE
-
-
-@pytest.fixture(scope="module")
-def model() -> SmallCapModel:
-    return load_checkpoint(str(ORACLE / "gpt2_r4"))
-
-
-def inputs(count: int, seed: int = 0) -> tuple[torch.Tensor, list[list[int]]]:
-    """Returns the hidden states of some images, and ragged prompts."""
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(1, 30, (count,), generator=generator).tolist()
-    prompts = [torch.randint(1, 600, (length,), generator=generator).tolist() for length in lengths]
-    return torch.randn(count, 17, 64, generator=generator), prompts
+from tests.oracles import ORACLE, random_inputs
 
 
 @settings(max_examples=30, deadline=None)
@@ -45,7 +32,7 @@ def test_top_logits_are_topk_and_logsumexp(vocab: int, k: int, seed: int) -> Non
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_no_ngram_is_said_twice(model: SmallCapModel, size: int) -> None:
-    hidden_states, prompts = inputs(16)
+    hidden_states, prompts = random_inputs(16)
     free = GenerationOptions(1, 40, 0.0, eos_token_id=-1, pad_token_id=0)  # without an end, captions come to repeat
     bound = replace(free, no_repeat_ngram_size=size)
 
@@ -59,7 +46,7 @@ def test_no_ngram_is_said_twice(model: SmallCapModel, size: int) -> None:
 
 
 def test_the_best_captions_are_the_beams_own_and_no_more_than_beams(model: SmallCapModel) -> None:
-    hidden_states, prompts = inputs(5)
+    hidden_states, prompts = random_inputs(5)
     best_only, several = (
         model.generate(hidden_states, prompts, model.generation_options(GenerationConfig(num_beams=4, num_captions=n)))
         for n in (1, 3)
@@ -79,7 +66,7 @@ def test_the_best_captions_are_the_beams_own_and_no_more_than_beams(model: Small
 @given(order=st.permutations(range(6)), cut=st.integers(1, 5), seed=st.integers(0, 3))
 def test_samples_do_not_depend_on_the_batch(order: list[int], cut: int, seed: int) -> None:
     model = load_checkpoint(str(ORACLE / "gpt2_r4"))
-    hidden_states, prompts = inputs(6)
+    hidden_states, prompts = random_inputs(6)
     options = model.generation_options(
         GenerationConfig(do_sample=True, temperature=1.2, top_p=0.9, num_captions=3, seed=seed, max_new_tokens=12)
     )
@@ -94,7 +81,7 @@ def test_samples_do_not_depend_on_the_batch(order: list[int], cut: int, seed: in
 
 
 def test_another_seed_or_image_draws_other_captions(model: SmallCapModel) -> None:
-    hidden_states, prompts = inputs(1)
+    hidden_states, prompts = random_inputs(1)
 
     def sample(seed: int, key: int) -> list[list[int]]:
         wanted = GenerationConfig(do_sample=True, num_captions=2, seed=seed)
@@ -109,7 +96,7 @@ def test_another_seed_or_image_draws_other_captions(model: SmallCapModel) -> Non
 
 def test_a_sampled_captions_score_is_the_models_own(model: SmallCapModel) -> None:
     """Near zero temperature sampling is greedy, and its score must be the greedy one, untempered."""
-    hidden_states, prompts = inputs(4)
+    hidden_states, prompts = random_inputs(4)
     cold = model.generation_options(GenerationConfig(do_sample=True, temperature=1e-4))
     greedy = model.generation_options(GenerationConfig(num_beams=1))
     sampled, searched = (model.generate(hidden_states, prompts, options) for options in (cold, greedy))

@@ -12,6 +12,7 @@ from smallcap.doctor import captioning
 from smallcap.doctor.captioning import Effort, prove_captioning
 from smallcap.doctor.report import Finding
 from smallcap.index.gpu_search import ExactBlocks
+from tests.pretended_cuda.torch_cuda import pretended_cuda
 
 LITTLE = Effort(images=5, batches=4, largest_batch=3)
 
@@ -97,10 +98,9 @@ def test_a_precision_that_loses_too_much(logprob: float, status: str, monkeypatc
 
 
 def test_a_gpu_is_compared_with_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretended = pytest.importorskip("tests.pretended_cuda.torch_cuda")
     least = Effort(images=2, batches=2, largest_batch=2)
     candidates = ExactBlocks.candidates
-    with pretended.pretended_cuda():
+    with pretended_cuda():
         assert statuses(prove_captioning("cuda", least)) == {"gpu against cpu": "ok"} | SOUND | {"precision": "ok"}
         monkeypatch.setattr(ExactBlocks, "candidates", lambda self, queries, count: candidates(self, -queries, count))
         assert statuses(prove_captioning("cuda", least))["gpu against cpu"] == "fail"

@@ -5,6 +5,7 @@ import pytest
 from smallcap.doctor.searching import prove_search
 from smallcap.index.gpu_search import ExactBlocks
 from smallcap.index.retriever import NeighbourSearch
+from tests.pretended_cuda.torch_cuda import pretended_cuda
 
 
 def test_a_sound_search() -> None:
@@ -25,8 +26,7 @@ def test_a_search_that_misses_the_nearest(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_gpus_search_is_compared_with_the_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretended = pytest.importorskip("tests.pretended_cuda.torch_cuda")
-    with pretended.pretended_cuda():
+    with pretended_cuda():
         assert [finding.status for finding in prove_search("cuda", rows=500)] == ["ok", "ok", "ok"]
         candidates = ExactBlocks.candidates
 

@@ -15,6 +15,7 @@ from smallcap.doctor.speed import measure
 from smallcap.index.retriever import Retriever
 from smallcap.model.clip_encoder import load_retrieval_encoder
 from tests.index_files import unit_vectors
+from tests.pretended_cuda.torch_cuda import pretended_cuda
 
 
 @pytest.fixture(autouse=True)
@@ -55,10 +56,8 @@ def test_a_batch_that_takes_more_than_its_estimate(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretended = pytest.importorskip("tests.pretended_cuda.torch_cuda")
     monkeypatch.setitem(speed._SIZES, "cuda", speed._SIZES["cpu"])
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
-    with pretended.pretended_cuda():
+    with pretended_cuda():
         memory, *_ = measure("cuda")
     assert (
         memory.status != "fail"

@@ -128,19 +128,19 @@ def test_json_values_stay_what_they_are(tmp_path: Path, suffix: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content"),
+    ("name", "content", "message"),
     [
-        ("list.parquet", b"not parquet"),
-        ("list.csv", b""),
-        ("list.json", b'[{"image_uri": "a.jpg"}, {"image_uri":'),
-        ("list.json", b'{"images": []}'),
-        ("list.json", b"[1, 2]"),
-        ("list.txt", b"a.jpg\n\xff\xfe\n"),
+        ("list.parquet", b"not parquet", "cannot be read"),
+        ("list.csv", b"", "lacks the column"),
+        ("list.json", b'[{"image_uri": "a.jpg"}, {"image_uri":', "cannot be read"),
+        ("list.json", b'{"images": []}', "cannot be read"),
+        ("list.json", b"[1, 2]", "cannot be read"),
+        ("list.txt", b"a.jpg\n\xff\xfe\n", "not UTF-8"),
     ],
 )
-def test_a_damaged_list_is_named(tmp_path: Path, name: str, content: bytes) -> None:
+def test_a_damaged_list_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(SchemaError, match=r"cannot be read|not UTF-8|lacks the column") as damaged:
+    with pytest.raises(SchemaError, match=message) as damaged:
         read(tmp_path / name)
     assert name in str(damaged.value)
 

@@ -28,7 +28,9 @@ def test_faiss_has_the_cuda_that_its_package_requires(
     monkeypatch: pytest.MonkeyPatch, package: str, requirement: str, runtime: str | None
 ) -> None:
     installed = {package: "1.15.1", "nvidia-cuda-runtime": "13.2.86", "nvidia-cuda-runtime-cu12": "12.9.79"}
-    monkeypatch.setattr(description, "_version", installed.get)
+    monkeypatch.setattr(
+        description, "installed_versions", lambda names: {name: installed[name] for name in names if name in installed}
+    )
     monkeypatch.setattr(description, "requires", lambda _: ["packaging", requirement])
     found = describe_cuda()
     assert found["faiss"] == {package: "1.15.1"}

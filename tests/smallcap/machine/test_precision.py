@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from smallcap.machine.precision import keep_float32_exact, resolve_dtype
+from tests.pretended_cuda.torch_cuda import restore_precision
 
 
 @pytest.mark.parametrize(("native", "expected"), [(True, "bfloat16"), (False, "float16")])
@@ -31,9 +32,7 @@ def tf32() -> tuple[bool, bool, str]:
 @pytest.fixture
 def restored() -> Iterator[None]:
     yield
-    torch.backends.fp32_precision = "none"
-    torch.backends.cudnn.allow_tf32 = True
-    torch.set_float32_matmul_precision("highest")
+    restore_precision()
 
 
 @pytest.mark.usefixtures("restored")
