@@ -2,10 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' smallcap/__init__.py)
 # The tests of a file run in one process, as do all tests on Ray: see tests/conftest.py.
 PARALLEL := --numprocesses=auto --maxprocesses=4
 
-.PHONY: help setup demo test test-all lint format audit docs bench demo-model claims clean
+.PHONY: help setup demo test test-all lint format audit docs site build release bench demo-model claims clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -44,6 +45,25 @@ audit: $(INSTALLED) ## Look for known vulnerabilities in the packages of constra
 docs: $(INSTALLED) ## Write docs/options.md from the declarations of the options
 	$(BIN)/python -m jobs.options > docs/options.md
 
+# With --quiet mkdocs would count no warnings, and --strict would find nothing.
+site: $(INSTALLED) ## Build the documentation as a site in out/site/; a broken link or anchor fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+build: $(INSTALLED) ## Build the sdist and the wheel into dist/, check them, install the wheel elsewhere and run it
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python -m pytest tests/test_wheel.py
+
+release: ## Build and check what is committed, and tag it with the version in smallcap/__init__.py
+	@git diff --quiet HEAD || { echo "Commit or stash your changes first: a release is what is committed."; exit 1; }
+	@! git rev-parse --quiet --verify refs/tags/v$(VERSION) || { echo "v$(VERSION) is tagged: raise the version in smallcap/__init__.py."; exit 1; }
+	@grep -q '^## $(VERSION)' CHANGELOG.md || { echo "CHANGELOG.md has no heading \"## $(VERSION)\"."; exit 1; }
+	.ci/run
+	$(MAKE) build
+	git tag --annotate v$(VERSION) --message 'smallcap $(VERSION)'
+	@echo "Tagged v$(VERSION). Publish it with: git push origin v$(VERSION) && $(BIN)/twine upload dist/*"
+
 bench: $(INSTALLED) ## Measure every stage on this machine
 	$(BIN)/smallcap bench
 
@@ -54,4 +74,4 @@ claims: $(INSTALLED) ## Measure the paper's claims on the demo world (trains var
 	$(BIN)/python -m demo.claims
 
 clean: ## Remove the files that the demo and the tools wrote
-	rm -rf out .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf out dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

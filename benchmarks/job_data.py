@@ -15,7 +15,7 @@ from smallcap import storage
 from smallcap.benchmark import random_content
 from smallcap.index.manifest import manifest_uri, write_pointer
 from smallcap.model.checkpoint import save_checkpoint
-from smallcap.model.clip_encoder import resolve_encoder_identity
+from smallcap.model.encoder_spec import resolve_encoder_identity
 
 DEMO_INDEX = "out/demo/index"
 _SUFFIXES = (".jpg", ".jpeg", ".png")

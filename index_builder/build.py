@@ -14,26 +14,34 @@ from importlib.metadata import version
 from typing import Any
 
 from index_builder.dumps.cleaning import RULES_VERSION, describe_filters
-from index_builder.dumps.files import find_dumps, scan_dump
+from index_builder.dumps.files import check_columns, find_dumps, scan_dump
 from index_builder.embedding.encoding import Encoding
+from index_builder.embedding.image_queries import plan_image_queries
 from index_builder.embedding.slices import VectorSlices
 from index_builder.gathering import GatheredCaptions, gather_captions, most_captions_per_image
-from index_builder.inputs import open_inputs
-from index_builder.plan import IndexPlan, plan_index, plan_shards, with_open_nlist
+from index_builder.inputs import open_inputs, resolve_encoder
+from index_builder.plan import IndexPlan, check_trainable, plan_index, plan_shards, with_open_nlist
 from index_builder.recall.calibration import Calibration
 from index_builder.recall.measurement import Embeddings
 from index_builder.shards.filling import GrowTask, ShardTask, WrittenShard, grow_captions, write_shard
-from index_builder.shards.template import TrainTask, make_index, train_template
+from index_builder.shards.template import (
+    TrainTask,
+    check_index_key,
+    least_training_rows,
+    make_index,
+    train_template,
+)
 from index_builder.stored import StoredIndex
 from index_builder.versions.publish import load_current, publish_version
 from index_builder.versions.removal import draft_removal
-from index_builder.work.stage_runner import Progress, StageRunner
+from index_builder.work.stage_runner import Progress, Sizes, StageRunner
 from index_builder.work.staging import Staging
 from index_builder.work.task_runner import LocalRunner, TaskRunner
 from smallcap import storage
 from smallcap.captions.rows import CaptionColumns
 from smallcap.config import IndexConfig
 from smallcap.index.manifest import FileEntry, IndexManifest, ShardEntry, utc_now
+from smallcap.model.encoder_spec import check_encoder_spec
 from smallcap.tables import announce
 
 DEFAULT_RECALL = 0.99  # of recall@4
@@ -127,14 +135,22 @@ class Build:
     def __init__(self, config: IndexConfig, runner: TaskRunner | None = None, progress: Progress | None = None) -> None:
         self._config = config
         self._index_uri = storage.absolute(config.out)
+        if config.encoder is not None:
+            check_encoder_spec(config.encoder)
         self._current = load_current(self._index_uri)
-        self._inputs, identity = open_inputs(config, self._index_uri, self._current)
+        self._inputs = open_inputs(config, self._index_uri, self._current)
         self._dumps = find_dumps(config.dumps) if config.dumps else []
+        columns = CaptionColumns(config.text_column, config.image_id_column, embedding=config.embedding_column)
+        check_columns(self._dumps, columns)
+        images, queries = config.recall.calibration_images, 2 * config.recall.queries
+        self._image_queries = plan_image_queries(images, queries) if images else []
+        identity = resolve_encoder(config, self._inputs)
+        if self._inputs.base is None:
+            check_index_key(config.index_key, identity.dim)
         dtype = "float32" if config.compute.dtype == "auto" else config.compute.dtype
         self._runner = StageRunner(runner or LocalRunner(), config.compute, progress or _ignore)
         self._encoding = Encoding(identity, dtype, self._runner)
-        columns = CaptionColumns(config.text_column, config.image_id_column)
-        self._columns = columns._replace(embedding=config.embedding_column, dim=identity.dim)
+        self._columns = columns._replace(dim=identity.dim)
         self._filters = {  # read once: if the blocklist changes meanwhile, the manifest must not contradict itself
             "rules": RULES_VERSION,
             "text_column": config.text_column,
@@ -243,7 +259,9 @@ class Build:
             index_key = with_open_nlist(self._current.index_key)
         if base is None:
             budget_bytes = None if budget is None else budget * 1e9
-            return plan_index(new_captions, self._encoding.encoder.dim, index_key, self._config.shards, budget_bytes)
+            plan = plan_index(new_captions, self._encoding.encoder.dim, index_key, self._config.shards, budget_bytes)
+            check_trainable(plan, least_training_rows(make_index(plan.index_key, plan.dim)))
+            return plan
         manifest = base.manifest
         shards = tuple(plan_shards(new_captions, self._config.shards))
         return IndexPlan(manifest.index_key, new_captions, manifest.dim, 0, shards)
@@ -254,9 +272,8 @@ class Build:
         plan = self._plan_index(len(captions))
         self._runner.check_memory("template", plan.training_bytes if plan.training_rows else 0)
         self._runner.check_memory("shard", plan.shard_bytes)
-        if base is None:
-            make_index(plan.index_key, plan.dim)  # a wrong key then fails before hours of embedding
         most = most_captions_per_image(gathered, self._runner)
+        staging.keep()
         vectors = self._embed(gathered)
         template = base.manifest.template if base else self._train(plan, vectors, staging)
         sources = self._inputs.sources(gathered.rows)
@@ -306,9 +323,8 @@ class Build:
 
     def _train(self, plan: IndexPlan, vectors: VectorSlices, staging: Staging) -> FileEntry:
         task = TrainTask(self._index_uri, plan, vectors)
-        [template] = self._runner.run_recorded(
-            staging, "template", FileEntry, train_template, [task], plan.training_bytes
-        )
+        sizes = Sizes([1], memory_bytes=plan.training_bytes)
+        [template] = self._runner.run_recorded(staging, "template", FileEntry, train_template, [task], sizes)
         return template
 
     def _shard(
@@ -335,7 +351,8 @@ class Build:
             )
             for start, stop in plan.shards
         ]
-        return self._runner.run_recorded(staging, "shard", WrittenShard, write_shard, tasks, plan.shard_bytes)
+        sizes = Sizes([stop - start for start, stop in plan.shards], memory_bytes=plan.shard_bytes)
+        return self._runner.run_recorded(staging, "shard", WrittenShard, write_shard, tasks, sizes)
 
     def _grow(self, gathered: GatheredCaptions, names: tuple[str, ...], staging: Staging) -> list[ShardEntry]:
         """Rewrites the caption files of the base in which captions have gained sources or images."""
@@ -351,8 +368,8 @@ class Build:
     def _calibrate(self, draft: IndexManifest, embeddings: Sequence[Embeddings]) -> IndexManifest:
         with self._runner.stage("calibrate"):
             recall = self._config.recall
-            images = recall.calibration_images
-            queries = self._encoding.image_queries(images, 2 * recall.queries) if images else None
+            images, tasks = recall.calibration_images, self._image_queries
+            queries = self._encoding.image_queries(images, tasks) if images else None
             if self._config.remove:  # captions that must go are removed even if the recall suffers
                 recall = recall.model_copy(update={"accept": True})
             index = StoredIndex(self._index_uri, draft, self._config.cache_dir)

@@ -19,7 +19,7 @@ from index_builder.dumps.buckets import (
 )
 from index_builder.inputs import Inputs
 from index_builder.stored import DealStoredTask, deal_shard
-from index_builder.work.stage_runner import StageRunner
+from index_builder.work.stage_runner import Sizes, StageRunner
 from index_builder.work.staging import Staging
 from smallcap.captions.rows import CaptionColumns
 from smallcap.config import IndexConfig
@@ -70,12 +70,16 @@ def gather_captions(
         ConfigError: No caption is left, and there is no index to add to.
     """
     tasks, buckets = inputs.deal_tasks(staging.work_uri, columns, config.cleaning, encoder)
-    dealt = runner.run_recorded(staging, "clean", Dealt, _deal, tasks)
+    about = [_estimate_rows(task) for task in tasks]
+    sizes = Sizes(about, lambda position, result: sum(result.rows) if result.rows else about[position])
+    dealt = runner.run_recorded(staging, "clean", Dealt, _deal, tasks, sizes)
     deduped: list[Deduped] = []
     chunks = tuple(chunk for result in dealt for chunk in result.chunks)
     if chunks:
         dedupe_tasks = [DedupeTask(staging.work_uri, bucket, chunks) for bucket in range(buckets)]
-        deduped = runner.run_recorded(staging, "dedupe", Deduped, dedupe_bucket, dedupe_tasks)
+        share = sum(about) // buckets
+        sizes = Sizes([share] * buckets, lambda _, result: result.captions + result.grown + result.duplicates)
+        deduped = runner.run_recorded(staging, "dedupe", Deduped, dedupe_bucket, dedupe_tasks, sizes)
     captions = UniqueCaptions(staging.work_uri, [bucket.captions for bucket in deduped])
     dropped = _count_dropped(inputs, dealt, deduped)
     if not len(captions) and inputs.base is None:
@@ -91,6 +95,12 @@ def gather_captions(
 
 def _deal(task: DealTask | DealStoredTask) -> Dealt:
     return deal_dumps(task) if isinstance(task, DealTask) else deal_shard(task)
+
+
+def _estimate_rows(task: DealTask | DealStoredTask) -> int:
+    if isinstance(task, DealTask):
+        return sum(scan.about_rows for scan, _ in task.dumps)
+    return task.index.manifest.captions[task.shard].rows
 
 
 def _count_dropped(inputs: Inputs, dealt: Sequence[Dealt], deduped: Sequence[Deduped]) -> dict[str, int]:

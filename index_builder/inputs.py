@@ -17,6 +17,7 @@ from smallcap.captions.rows import CaptionColumns
 from smallcap.config import CleaningConfig, IndexConfig
 from smallcap.errors import ConfigError, ManifestError
 from smallcap.index.manifest import EncoderIdentity, IndexManifest, SourceEntry, load_manifest
+from smallcap.model.encoder_spec import resolve_encoder_identity
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class Inputs:
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
-def open_inputs(config: IndexConfig, index_uri: str, current: IndexManifest | None) -> tuple[Inputs, EncoderIdentity]:
+def open_inputs(config: IndexConfig, index_uri: str, current: IndexManifest | None) -> Inputs:
     """Opens the indexes that a build reads; its dumps are scanned later.
 
     Args:
@@ -113,14 +114,10 @@ def open_inputs(config: IndexConfig, index_uri: str, current: IndexManifest | No
         index_uri: Where the build publishes.
         current: The version that is current there.
 
-    Returns:
-        The inputs, and the encoder of the new version.
-
     Raises:
         ConfigError: The options contradict the index that is added to.
         ManifestError: An index does not exist.
-        IndexIntegrityError: The index that is added to was made by another encoder.
-        CheckpointError: The encoder cannot be found.
+        IndexIntegrityError: The files of an index do not fit together.
     """
 
     def stored(uri: str, manifest: IndexManifest | None = None) -> StoredIndex:
@@ -145,19 +142,23 @@ def open_inputs(config: IndexConfig, index_uri: str, current: IndexManifest | No
     inputs = Inputs(base, indexes, (), tuple(map(stored, config.reuse)))
     for parent in inputs.parents:
         parent.check_pairs()
-    encoder = _resolve_encoder(config, inputs.parents)
-    if base is not None:
-        base.manifest.check_encoder(encoder, index_uri)
-    return inputs, encoder
+    return inputs
 
 
-def _resolve_encoder(config: IndexConfig, parents: Sequence[StoredIndex]) -> EncoderIdentity:
-    """Returns the encoder's identity; where nothing is embedded, its weights are not needed."""
+def resolve_encoder(config: IndexConfig, inputs: Inputs) -> EncoderIdentity:
+    """Returns the identity of the new version's encoder; where nothing is embedded, its weights are not needed.
+
+    Raises:
+        CheckpointError: The encoder cannot be found.
+        IndexIntegrityError: The index that is added to was made by another encoder.
+    """
+    parents, base = inputs.parents, inputs.base
     if config.encoder is None and not config.dumps:
         return parents[0].manifest.encoder
-    from smallcap.model.clip_encoder import resolve_encoder_identity  # torch
-
-    return resolve_encoder_identity(config.encoder or parents[0].manifest.encoder.spec)
+    encoder = resolve_encoder_identity(config.encoder or parents[0].manifest.encoder.spec)
+    if base is not None:
+        base.manifest.check_encoder(encoder, base.uri)
+    return encoder
 
 
 def _with_unique_names(entries: Iterable[SourceEntry]) -> tuple[SourceEntry, ...]:

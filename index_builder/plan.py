@@ -27,6 +27,8 @@ _BASE_BYTES = 512 << 20  # memory of a process with faiss and Arrow
 _OPEN_NLIST = re.compile(r"IVF,(SQfp16|SQ8|Flat)")
 _CHOSEN_NLIST = re.compile(r"IVF\d+(_HNSW32)?,(SQfp16|SQ8|Flat)")
 _NLIST = re.compile(r"IVF(\d+)")
+_NUMBER = re.compile(r"(IVF|x)?([0-9]+)")
+_MOST_LISTS, _MOST_BITS, _MOST = 1 << 22, 16, 1 << 16  # in a key; faiss itself would allocate whatever it says
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,45 @@ def plan_index(
         )
     training = 0 if key == "Flat" else min(rows, max(_SAMPLE_PER_LIST * (nlist or 0), 100_000))
     return IndexPlan(key, rows, dim, training, tuple(plan_shards(rows, shards)))
+
+
+def with_one_list(index_key: str) -> str:
+    """Returns a key with one list in place of those that it names or leaves open: a cheap index of the same kind.
+
+    Raises:
+        ConfigError: A number in the key is 0, or out of reason.
+    """
+    for kind, number in _NUMBER.findall(index_key):
+        most = {"IVF": _MOST_LISTS, "x": _MOST_BITS}.get(kind, _MOST)
+        if not 1 <= int(number[:20]) <= most:
+            raise ConfigError(
+                "A number in the index key is out of reason.",
+                where=f"index_key={index_key}",
+                expected={"IVF": f"1 to {most:,} lists", "x": f"1 to {most} bits"}.get(kind, f"1 to {most:,}"),
+                found=f"{kind}{number}",
+                remedy="Use --index-key auto, Flat, IVF,SQfp16 or IVF,SQ8, which choose the number of lists.",
+            )
+    return re.sub(r"^(.*,)?IVF[0-9]*(?=[_,])", r"\1IVF1", index_key)
+
+
+def check_trainable(plan: IndexPlan, needed: int) -> None:
+    """Checks that there are enough captions to train an index.
+
+    Args:
+        plan: The plan.
+        needed: How many vectors its codes need at least.
+
+    Raises:
+        ConfigError: There are fewer.
+    """
+    if plan.rows < needed:
+        raise ConfigError(
+            "There are too few captions to train an index of this key.",
+            where=f"index_key={plan.index_key}",
+            expected=f"at least {needed:,} captions",
+            found=f"{plan.rows:,}",
+            remedy="Use --index-key auto, or a key with coarser or no codes.",
+        )
 
 
 def _choose_key(rows: int, dim: int, budget: float | None) -> str:

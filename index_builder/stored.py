@@ -16,6 +16,7 @@ import pyarrow as pa
 from index_builder.dumps.buckets import ChunkWriter, Dealt
 from index_builder.dumps.cleaning import caption_key
 from index_builder.dumps.deduplication import Row
+from index_builder.work.reports import report_rows
 from smallcap import storage
 from smallcap.errors import IndexIntegrityError
 from smallcap.index.caption_store import open_caption_file, open_removed
@@ -131,6 +132,7 @@ def deal_shard(task: DealStoredTask) -> Dealt:
         first_id = task.index.manifest.captions[task.shard].first_id + start
         live = ~np.isin(np.arange(first_id, first_id + stop - start), removed, assume_unique=True)
         writer.add(row for row, is_live in zip(rows, live, strict=True) if is_live)
+        report_rows(stop)
     return Dealt(writer.close(), (), {})
 
 

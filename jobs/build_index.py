@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from index_builder.build import Build, BuildPlan, BuildReport
 from index_builder.plan import plan_index, with_open_nlist
 from index_builder.versions.removal import COMPACT_ABOVE
-from jobs.cluster.session import connect
-from jobs.cluster.tasks import RayRunner
+from jobs.cluster.display import Activity, Display, on_shown_ray
+from jobs.cluster.side_actor import SideActor, run_side_actor
+from jobs.cluster.stopping import GOES_ON, stoppable
+from jobs.cluster.tasks import ItemRows, RayRunner
 from smallcap.config import IndexConfig
 from smallcap.index.manifest import IndexManifest
 from smallcap.phrasing import describe_count, describe_gb
 
+_STAGES = {  # what people read of a stage, and what is counted
+    "scan": ("Reading the dumps for their checksums", "file"),
+    "clean": ("Cleaning captions", "row"),
+    "dedupe": ("Removing duplicates", "caption"),
+    "count images": ("Counting the captions of each image", ""),
+    "probe": ("Trying the encoder on a few captions", ""),
+    "embed": ("Embedding captions", "caption"),
+    "template": ("Training the index", ""),
+    "shard": ("Filling shards", "caption"),
+    "grow": ("Adding sources to captions", "shard"),
+    "remove": ("Removing captions", "shard"),
+    "embed images": ("Embedding images to calibrate with", "group"),
+    "verify": ("Reading the index back", "shard"),
+    "calibrate": ("Choosing how lists are searched", "shard"),
+}
 _RETRAIN_ABOVE = 2.0  # times the number of captions that the template was trained for
 
 
@@ -21,8 +40,10 @@ def run(config: IndexConfig, address: str | None = None) -> BuildReport:
 
     Raises:
         RunError: See `index_builder.build.build_index`.
+        Stopped: A signal came; work items that had ended are kept.
     """
-    return _open(config, address).run()
+    with _shown(config, address, f"The finished work items of the build are kept below {config.out}.") as build:
+        return build.run()
 
 
 def plan(config: IndexConfig, address: str | None = None) -> BuildPlan:
@@ -30,14 +51,72 @@ def plan(config: IndexConfig, address: str | None = None) -> BuildPlan:
 
     Raises:
         RunError: See `index_builder.build.Build.plan`.
+        Stopped: A signal came.
     """
-    return _open(config, address).plan()
+    with _shown(config, address, "A dry run writes nothing.") as build:
+        return build.plan()
 
 
-def _open(config: IndexConfig, address: str | None) -> Build:
-    build = Build(config, RayRunner(), _print_progress)  # finds wrong options before Ray starts
-    connect(address)
-    return build
+@contextmanager
+def _shown(config: IndexConfig, address: str | None, kept: str) -> Iterator[Build]:
+    """Yields a build, and shows and stops what the block does with it; `kept` says what is left if Ray dies."""
+    with stoppable() as signals, Display(signals) as display, StageDisplay(display) as stages:
+        try:
+            runner = RayRunner()
+            build = Build(config, runner, stages.tell)  # finds wrong options before Ray starts
+            with on_shown_ray(display, address, lambda: kept), run_side_actor(ItemRows) as runner.item_rows:
+                stages.item_rows = runner.item_rows
+                yield build
+        except KeyboardInterrupt:
+            raise signals.stopped(f"Stopped{stages.place()}; what has ended is kept, {GOES_ON}") from None
+
+
+class StageDisplay:
+    """Shows a build's stages, one after the other.
+
+    Args:
+        display: Where they are shown.
+
+    Attributes:
+        item_rows: An actor that knows the rows of the items that run; None for nobody.
+    """
+
+    item_rows: SideActor | None = None
+
+    def __init__(self, display: Display) -> None:
+        self._display = display
+        self._shown = ExitStack()
+        self._stage: str | None = None
+        self._activity: Activity | None = None
+
+    def __enter__(self) -> StageDisplay:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._shown.__exit__(*error)
+
+    def tell(self, stage: str, done: int, total: int) -> None:
+        """Takes the progress of a stage; see `index_builder.work.stage_runner.Progress`."""
+        if self._activity is None or stage != self._stage or done < self._activity.done:  # or another round of it
+            self._shown.close()
+            text, noun = _STAGES[stage]
+            self._activity = self._shown.enter_context(self._display.activity(text, noun))
+            self._activity.count_also(self._running_rows)
+            self._stage = stage
+        self._activity.done, self._activity.total = done, total
+
+    def _running_rows(self) -> int:
+        rows = self.item_rows.ask("running", timeout_s=1.0) if self.item_rows is not None else None
+        return rows or 0
+
+    def place(self) -> str:
+        """Returns where the build is, in words that follow `Stopped`."""
+        if self._stage is None or self._activity is None:
+            return ""
+        text, noun = _STAGES[self._stage]
+        of = f" of {self._activity.total:,}" if self._activity.total else ""
+        counted = f" ({self._activity.done:,}{of} {noun}s done)" if noun else ""
+        return f" while {text[0].lower()}{text[1:]}{counted}"
 
 
 def describe(report: BuildReport) -> str:
@@ -113,11 +192,6 @@ def _recall(manifest: IndexManifest) -> str:
 
 def _counts(dropped: dict[str, int]) -> str:
     return ", ".join(f"{count:,} {reason}" for reason, count in dropped.items() if count) or "none"
-
-
-def _print_progress(stage: str, done: int, total: int) -> None:
-    if done == total:
-        print(f"{stage}: {done:,} done", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -2,35 +2,37 @@
 
     remaining images → load (fetch and decode, CPU tasks) → caption (actor pool) → write parts
 
-Runs as `smallcap caption …` or, for `ray job submit`, as `python -m jobs.caption …` with the same options.
+Runs as `smallcap caption …`, also under `ray job submit`, or as `python -m jobs.caption …` with the same options.
 """
 
 from __future__ import annotations
 
-import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
-from jobs.captioning.layout import count_images, lay_out, load_spec
-from jobs.captioning.progress import show_progress, stage_table
+from jobs.captioning.layout import CaptionLayout, count_images, lay_out, load_spec
+from jobs.captioning.progress import PipelineView, stage_table
 from jobs.captioning.record import (
     Attempt,
     ImageCounts,
     Input,
     RunRecord,
     describe_passed_over,
-    most_counted,
+    load_run_record,
     run_lock,
     write_run_record,
 )
 from jobs.captioning.stage_report import Snapshot
 from jobs.captioning.watch import watch_run
-from jobs.captioning.work import finish_run, list_work, open_record, remaining_items
+from jobs.captioning.work import describe_kept, finish_run, list_work, open_record, remaining_items
+from jobs.cluster.addresses import check_address
+from jobs.cluster.display import Display, on_shown_ray
 from jobs.cluster.errors import unwrapped_errors
-from jobs.cluster.session import connect
+from jobs.cluster.stopping import GOES_ON, stoppable
 from jobs.cluster.tasks import map_in_actors
 from jobs.terminal.command_line import EXIT_TOO_MANY_ERRORS
 from smallcap.config import CaptionConfig
@@ -42,6 +44,7 @@ from smallcap.phrasing import describe_count, describe_counts
 
 if TYPE_CHECKING:
     from jobs.captioning.retrieval_actors import Partitions
+    from jobs.captioning.write import PartWriter
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,13 @@ class RunSummary:
         return self.images.error / self.images.total if self.images.total else 0.0
 
 
+class _Todo(NamedTuple):
+    """All of a run's fragments, and what of them is left."""
+
+    work: WorkList
+    items: Sequence[WorkItem]
+
+
 def run(
     config: CaptionConfig, address: str | None = None, *, retry_failed: bool = False, relist: bool = False
 ) -> RunSummary:
@@ -67,7 +77,7 @@ def run(
 
     Args:
         config: What to caption, with which model and index, and where to write.
-        address: Address of a Ray cluster; by default the one this process belongs to, or a new local one.
+        address: Address of a Ray cluster; see `jobs.cluster.session.connect` for the default.
         retry_failed: Whether to try images again whose rows are errors.
         relist: Whether to list the input again and add new images; by default a run keeps its first list.
 
@@ -76,20 +86,37 @@ def run(
 
     Raises:
         ConfigError: The options are wrong, or the output holds a run with other options.
-        RunError: Storage, index or checkpoint cannot be used.
+        RunError: Storage, index, checkpoint or Ray cannot be used.
+        Stopped: A signal came; what was captioned by then is written.
     """
-    with run_lock(config.out):
-        record = open_record(config)
-        if record.is_done(config.limit) and not (retry_failed or relist):
-            return RunSummary(config.out, record, 0, record.images)
+    with run_lock(config.out), stoppable() as signals, Display(signals) as display:
+        try:
+            return _run(config, address, retry_failed, relist, display)
+        except KeyboardInterrupt:
+            record = load_run_record(config.out)
+            if record is not None and record.status == "running":
+                write_run_record(config.out, record.model_copy(update={"status": "stopped"}))
+            raise
+
+
+def _run(config: CaptionConfig, address: str | None, retry_failed: bool, relist: bool, display: Display) -> RunSummary:
+    """Runs the job; see `run`."""
+    record = open_record(config)
+    if record.is_done(config.limit) and not (retry_failed or relist):
+        return RunSummary(config.out, record, 0, record.images)
+    check_address(address)  # before what may take long
+    with display.activity(f"Listing the images of {', '.join(config.images)}"):
         work = list_work(config, record, relist)
         record = record.model_copy(update={"input": Input.of(work)})
         items = remaining_items(config, work, retry_failed)
-        new_images = 0
-        stages: tuple[str, ...] = ()
-        if items:
-            record, stages = _caption(config, record, work, items, address)
-            new_images = record.attempts[-1].images
+    new_images = 0
+    stages: tuple[str, ...] = ()
+    if items:
+        # before Ray Data is imported, which reads some of its settings then
+        with on_shown_ray(display, address, partial(describe_kept, config.out)):
+            record, stages = _caption(config, record, _Todo(work, items), display)
+        new_images = record.attempts[-1].images
+    with display.activity(f"Checking what is written to {config.out}"):
         record = finish_run(config, record, work)
     return RunSummary(config.out, record, new_images, record.images, stages)
 
@@ -114,39 +141,56 @@ def describe(summary: RunSummary) -> str:
 
 
 def _caption(
-    config: CaptionConfig, record: RunRecord, work: WorkList, items: Sequence[WorkItem], address: str | None
+    config: CaptionConfig, record: RunRecord, todo: _Todo, display: Display
 ) -> tuple[RunRecord, tuple[str, ...]]:
     """Runs one attempt of the pipeline; returns the run's record and where the time went."""
-    connect(address)  # before Ray Data is imported: it reads some of its settings then
+    from jobs.captioning.write import PartWriter
 
-    from jobs.captioning.caption import CaptionerSpec, CaptionImages
-    from jobs.captioning.load import load_images, start_loading
-    from jobs.captioning.write import PartSink
-
-    layout = lay_out(config, record)
+    with display.activity("Looking at the cluster, and choosing a precision"):
+        layout = lay_out(config, record)
     actors = layout.actors
     attempt = Attempt(
         token=uuid.uuid4().hex, started_at=utc_now(), actors=actors.num_actors, device=actors.device, dtype=actors.dtype
     )
-    attempts = (*record.attempts, attempt)
-    record = record.model_copy(update={"status": "running", "attempts": attempts})
+    earlier = record.attempts
+    record = record.model_copy(update={"status": "running", "attempts": (*earlier, attempt)})
     write_run_record(config.out, record)
+    writer = PartWriter(len(record.attempts), layout.rows_per_part)
+    fast = config.input.decode == "fast"
+    try:
+        snapshot = _run_pipeline(config, record, todo, layout, writer, display)
+    except KeyboardInterrupt:
+        ended = _measured(attempt, None, writer.rows, display.seconds, fast)
+        stopped = record.model_copy(update={"status": "stopped", "attempts": (*earlier, ended)})
+        write_run_record(config.out, stopped)
+        raise display.signals.stopped(_describe_stop(config, record, todo.items, writer.rows)) from None
+    seconds = display.seconds
+    stages = stage_table(snapshot, seconds, actors, layout.load_tasks, fast) if snapshot else ()
+    ended = _measured(attempt, snapshot, writer.rows, seconds, fast)
+    return record.model_copy(update={"attempts": (*earlier, ended)}), tuple(stages)
 
-    schema = caption_schema(record.run_id, record.model_id, record.index_id or "", work.kept_columns)
-    started = time.perf_counter()
-    watching = watch_run(record.run_id, count_images(items), len(items))
+
+def _run_pipeline(
+    config: CaptionConfig, record: RunRecord, todo: _Todo, layout: CaptionLayout, writer: PartWriter, display: Display
+) -> Snapshot | None:
+    """Runs the pipeline of the record's last attempt; returns its figures."""
+    from jobs.captioning.caption import CaptionerSpec, CaptionImages
+    from jobs.captioning.load import load_images, start_loading
+    from jobs.captioning.write import PartSink
+
+    schema = caption_schema(record.run_id, record.model_id, record.index_id or "", todo.work.kept_columns)
+    actors, before_s = layout.actors, display.seconds
+    models = config.model if config.index is None else f"{config.model} and the index {config.index}"
+    watching = watch_run(record.run_id, count_images(todo.items), len(todo.items))
     with (
         unwrapped_errors(),
         watching as watch,
-        show_progress(watch.monitor),
+        display.show(PipelineView(watch.monitor, before_s, models)),
         _partitions(config, record) as partitions,
     ):
-        loading = load_spec(config, record, work, layout, watch)
+        loading = load_spec(config, record, todo.work, layout, watch)
         captioning = CaptionerSpec(config, layout, record.index_id, record.retrieval_encoder, watch.monitor, partitions)
-        sink = PartSink(config.out, attempt, len(attempts), schema, layout, watch.monitor)
-        loaded = start_loading(items, load_images, loading, layout.images_per_block, actors.cpus_per_task)
-        # Writing asks for no CPU: it would wait until loading, which always has more to do, has loaded everything, and
-        # a kill would cost all captions.
+        loaded = start_loading(todo.items, load_images, loading, layout.images_per_block, actors.cpus_per_task)
         captioned = map_in_actors(
             loaded,
             CaptionImages,
@@ -156,28 +200,37 @@ def _caption(
             watch.fault_guard,
             layout.calls_at_once,
         )
-        captioned.write_datasink(sink, ray_remote_args={"num_cpus": 0})
+        writer.write_all(captioned, PartSink(config.out, record.attempts[-1], schema, layout.parts, watch.monitor))
         snapshot = watch.monitor.snapshot()
-    seconds = time.perf_counter() - started
-    fast = config.input.decode == "fast"
-    stages = stage_table(snapshot, seconds, actors, layout.load_tasks, fast) if snapshot else ()
-    attempt = _measured(attempt, snapshot, seconds, fast)
-    return record.model_copy(update={"attempts": (*attempts[:-1], attempt)}), tuple(stages)
+    return snapshot.after(before_s) if snapshot else None
 
 
-def _measured(attempt: Attempt, snapshot: Snapshot | None, seconds: float, fast_decode: bool) -> Attempt:
-    """Returns the record of a finished attempt, with what its stages reported."""
-    ended = attempt.model_copy(update={"finished_at": utc_now(), "seconds": round(seconds, 3)})
+def _describe_stop(config: CaptionConfig, record: RunRecord, items: Sequence[WorkItem], new: int) -> str:
+    """Returns what to tell who has stopped a run.
+
+    Args:
+        config: The run's config.
+        record: The run's record.
+        items: What was left when the command began.
+        new: The images that it has written.
+    """
+    images, left = record.input.images if record.input else None, count_images(items)
+    if images is None or left is None:  # tars that have not been counted
+        return f"Stopped: {describe_count(new, 'image')} written by this command; {GOES_ON}"
+    total = images if config.limit is None else min(images, config.limit)
+    return f"Stopped: {total - left + new:,} of {total:,} written; {GOES_ON}"
+
+
+def _measured(attempt: Attempt, snapshot: Snapshot | None, images: int, seconds: float, fast_decode: bool) -> Attempt:
+    """Returns the record of an attempt that has ended, with what its stages reported."""
+    ended = attempt.model_copy(update={"finished_at": utc_now(), "seconds": round(seconds, 3), "images": images})
     if snapshot is None:
         return ended
     return ended.model_copy(
         update={
-            "images": snapshot.write.images,
             "decode_s": round(snapshot.load.seconds, 3),
             "fetch_s": round(snapshot.load.fetch_s, 3),
             "fetch_retries": snapshot.load.retries,
-            "repeated_ids": snapshot.load.duplicates,
-            "passed_over": most_counted(snapshot.load.passed_over),
             "caption_s": round(snapshot.caption.seconds, 3),
             "write_s": round(snapshot.write.seconds, 3),
             "actors": max(snapshot.actors, 1),

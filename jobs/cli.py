@@ -1,24 +1,25 @@
 """The `smallcap` command: all jobs and look-ups.
 
-A command's options are the fields of the classes that its function takes. Exit codes: 0 done, 1 run error (or a
-check of `doctor` fails), 2 usage error, 3 done with more failed rows than `--max-error-rate` allows.
+A command's options are the fields of the classes that its function takes. docs/options.md lists the exit codes.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Annotated, Any
 
 import typer
 
+from jobs.screen import say, say_json, say_lines
 from jobs.terminal.call_options import (
     BenchCall,
     CaptionCall,
     DemoOptions,
     DoctorOptions,
     EvaluateCall,
+    ExportOptions,
     IndexGcOptions,
     IndexListOptions,
     IndexUseOptions,
@@ -29,29 +30,43 @@ from jobs.terminal.call_options import (
 from jobs.terminal.command_line import EXIT_RUN_ERROR, Base, Command, Run, run_app
 from smallcap import __version__, storage
 from smallcap.config import BenchmarkOptions, CaptionConfig, EvaluateConfig, IndexConfig
+from smallcap.local_files import as_text
 from smallcap.training.config import TrainConfig
 
 app = typer.Typer(
     name="smallcap",
     help="Retrieval-augmented image captioning for millions of images on a Ray cluster.",
     no_args_is_help=True,
+    add_help_option=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
-index_app = typer.Typer(help="List the versions of an index, go back to one, remove old ones.", no_args_is_help=True)
+index_app = typer.Typer(
+    help="List the versions of an index, go back to one, remove old ones.", no_args_is_help=True, add_help_option=False
+)
 app.add_typer(index_app, name="index")
 COMMANDS: list[Command] = []
 
 
 def main(*command: str) -> None:
     """Runs the command line; a job's module names its command, so that `python -m jobs.NAME` does the same."""
-    run_app(app, [*command, *sys.argv[1:]])
+    run_app(app, [*command, *map(as_text, sys.argv[1:])])  # a path may be no UTF-8
 
 
 def _version(show: bool) -> None:
     if show:
-        print(__version__)
+        say(__version__)
         raise typer.Exit
+
+
+def _help(context: typer.Context, show: bool) -> None:
+    if show:
+        say(context.get_help())
+        raise typer.Exit
+
+
+_Help = Annotated[bool, typer.Option("-h", "--help", callback=_help, is_eager=True, help="Show this message and exit.")]
 
 
 @app.callback()
@@ -59,8 +74,21 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
+    show_help: _Help = False,
 ) -> None:
     pass
+
+
+@index_app.callback()
+def _index(show_help: _Help = False) -> None:
+    pass
+
+
+def show_loading() -> AbstractContextManager[None]:
+    """Shows that modules are imported while the block runs, if that takes more than a moment."""
+    from jobs.cluster.display import show_while
+
+    return show_while("Loading smallcap and its libraries")
 
 
 def _command(name: str, example: str, base: Base | None = None) -> Callable[[Run], Run]:
@@ -81,23 +109,24 @@ def demo(options: DemoOptions) -> None:
     from jobs.terminal import console
 
     result = run_demo(options.out, options.address)
-    print(f"Index: {'built' if result.index_was_built else 'up to date'}, {result.index}")
-    print(caption_job.describe(result.summary), end="\n\n")
+    say(f"Index: {'built' if result.index_was_built else 'up to date'}, {result.index}")
+    say(f"{caption_job.describe(result.summary)}\n")
     console.print_samples(result.summary.out, options.show)
-    print("\nScenes from domains that the model was not trained on, before and after the datastore was swapped:\n")
+    say("\nScenes from domains that the model was not trained on, before and after the datastore was swapped:\n")
     console.print_swap(compare_swap(result.swap)[: options.show])
-    print(f"\nParquet: {result.swap.before.out} and {result.swap.after.out}")
+    say(f"\nParquet: {result.swap.before.out} and {result.swap.after.out}")
 
 
 @_command("build-index", "captions.csv --out s3://bucket/index --encoder open_clip:RN50x64/openai")
 def build_index(config: IndexConfig, call: RayCall) -> None:
     """Build an index from caption dumps and publish it; add captions to an index, or remove captions."""
-    from jobs import build_index as job  # imports torch and Ray; a wrong option fails before
+    with show_loading():  # torch and Ray; a wrong option fails before
+        from jobs import build_index as job
 
     if call.dry_run:
-        print(job.describe_plan(job.plan(config, call.address)))
+        say(job.describe_plan(job.plan(config, call.address)))
     else:
-        print(job.describe(job.run(config, call.address)))
+        say(job.describe(job.run(config, call.address)))
 
 
 @_command("index list", "s3://bucket/index")
@@ -108,7 +137,7 @@ def index_list(options: IndexListOptions) -> None:
 
     versions = job.list_index(options.index)
     if options.as_json:
-        print(json.dumps(versions))
+        say_json(versions)
     else:
         console.print_versions(versions)
 
@@ -118,7 +147,7 @@ def index_use(options: IndexUseOptions) -> None:
     """Make another version the current one; runs that have begun keep the version they began with."""
     from index_builder.versions.lifecycle import use_version
 
-    print(f"Current version of {options.index}: {use_version(options.index, options.version).index_id}")
+    say(f"Current version of {options.index}: {use_version(options.index, options.version).index_id}")
 
 
 @_command("index gc", "s3://bucket/index --grace 7d --dry-run")
@@ -127,7 +156,10 @@ def index_gc(options: IndexGcOptions) -> None:
     from jobs import index as job
 
     garbage = job.collect(options.index, options.grace, options.keep, options.dry_run)
-    print(json.dumps(garbage) if options.as_json else job.describe_garbage(garbage, options.dry_run))
+    if options.as_json:
+        say_json(garbage)
+    else:
+        say(job.describe_garbage(garbage, options.dry_run))
 
 
 def _run_to_retry(flags: dict[str, Any], call: CaptionCall) -> Mapping[str, Any] | None:
@@ -155,24 +187,32 @@ def _run_to_retry(flags: dict[str, Any], call: CaptionCall) -> Mapping[str, Any]
 )
 def caption(config: CaptionConfig, call: CaptionCall) -> int:
     """Caption images. To resume a stopped run, repeat the command."""
-    from jobs import caption as job  # imports torch and Ray; a wrong option fails before
+    with show_loading():  # torch and Ray; a wrong option fails before
+        from jobs import caption as job
 
     if call.dry_run:
         from jobs.captioning.plan import dry_run
+        from jobs.cluster.display import show_while
 
-        print("\n".join(dry_run(config, call.address, call.gpu_hour_cost).lines()))
+        with show_while("Listing the images, and trying the model on a few"):
+            plan = dry_run(config, call.address, call.gpu_hour_cost)
+        say_lines(plan.lines())
         return 0
     summary = job.run(config, call.address, retry_failed=call.retry_failed, relist=call.relist)
-    print(job.describe(summary))
+    say(job.describe(summary))
     return job.exit_status(config, summary)
 
 
 @_command("train", "dataset_coco.json --index s3://bucket/index --model Yova/SmallCap7M --out s3://bucket/training")
 def train(config: TrainConfig, call: RayCall) -> None:
     """Train cross-attention. To resume a stopped run from its newest checkpoint, repeat the command."""
-    from jobs import train as job  # imports torch and Ray; a wrong option fails before
+    with show_loading():  # torch and Ray; a wrong option fails before
+        from jobs import train as job
 
-    print("\n".join(job.plan_lines(config)) if call.dry_run else job.describe(job.run(config, call.address)))
+    if call.dry_run:
+        say_lines(job.plan_lines(config))
+    else:
+        say(job.describe(job.run(config, call.address)))
 
 
 @_command("search", "--index s3://bucket/index --text 'a dog on a beach'")
@@ -185,34 +225,43 @@ def search(options: SearchOptions) -> None:
 
     neighbours = job.search(options)
     if options.as_json:
-        print(json.dumps([asdict(neighbour) for neighbour in neighbours]))
+        say_json([asdict(neighbour) for neighbour in neighbours])
     else:
         console.print_neighbours(neighbours)
 
 
 @_command("inspect", "s3://bucket/captions")
 def inspect(options: InspectOptions) -> None:
-    """Describe an index or a run: counts, settings, sample rows."""
+    """Describe an index, a run, a training run, a model or tars: counts, settings, sample rows or failed images."""
     from jobs.inspect import inspect_path
     from jobs.terminal import console
 
-    facts = inspect_path(options.path, options.samples)
+    facts = inspect_path(options.path, options.samples, options.errors)
     if options.as_json:
-        print(json.dumps(facts))
+        say_json(facts)
     else:
         console.print_facts(facts)
+
+
+@_command("export", "s3://bucket/captions --to jsonl --out captions.jsonl.gz")
+def export(options: ExportOptions) -> None:
+    """Copy a run's captions to JSON Lines or CSV, or write a card that describes them."""
+    from jobs import export as job
+
+    say(job.run(options))
 
 
 @_command("evaluate", "s3://bucket/captions --references captions_val2014.json")
 def evaluate(config: EvaluateConfig, call: EvaluateCall) -> None:
     """Score a run's captions against references, or compare two runs, with confidence intervals."""
-    from jobs import evaluate as job
+    with show_loading():
+        from jobs import evaluate as job
     from jobs.terminal.evaluation_table import print_evaluation
 
     result = job.run(config)
     print_evaluation(result)
     if call.as_json:
-        print(json.dumps(result))
+        say_json(result)
 
 
 @_command("doctor", "--storage s3://bucket/captions --index s3://bucket/index --model Yova/SmallCap7M")
@@ -222,13 +271,17 @@ def doctor(options: DoctorOptions) -> int:
 
     counts = job.run(options)
     if not options.as_json:
-        print(job.summarise(counts))
+        say(job.summarise(counts))
     return EXIT_RUN_ERROR if counts["fail"] else 0
 
 
 @_command("bench", "--json bench.json")
 def bench(options: BenchmarkOptions, call: BenchCall) -> None:
     """Measure every stage and the whole captioner on this machine, at real sizes with random weights."""
+    from smallcap.model.encoder_spec import open_clip_config
+
+    if options.retrieval_encoder != "shared":
+        open_clip_config(options.retrieval_encoder)  # before torch is imported
     from jobs import bench as job
     from jobs.terminal import console
 
@@ -240,7 +293,7 @@ def bench(options: BenchmarkOptions, call: BenchCall) -> None:
         result = job.run(options)
         console.print_benchmark(result)
         line = result.to_json()
-    print(line)
+    say(line)
     if call.json_file:
         storage.write_bytes(call.json_file, f"{line}\n".encode())
 

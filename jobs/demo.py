@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from index_builder.build import BuildReport
 from jobs import build_index, caption
-from jobs.captioning.record import read_parts
 from smallcap import storage
 from smallcap.config import CaptionConfig, CleaningConfig, IndexConfig
 from smallcap.model.files import DEMO, demo_folder
+from smallcap.output.reading import read_captions
 from smallcap.output.schema import STATUS_OK
 
 HELD_OUT = "held-out"  # in file names: domains that the model's cross-attention was not trained on
@@ -71,8 +71,8 @@ def compare_swap(swap: SwapResult) -> list[dict[str, str]]:
     names = {image["id"]: image["file_name"] for image in references["images"]}
     rows: dict[str, dict[str, str]] = defaultdict(dict)
     for column, run in (("before", swap.before), ("after", swap.after)):
-        for _, part in read_parts(run.out, ["image_id", "caption", "status"]):
-            for row in part.to_pylist():
+        for batch in read_captions(run.out, ["image_id", "caption", "status"]):
+            for row in batch.to_pylist():
                 rows[row["image_id"]][column] = row["caption"] if row["status"] == STATUS_OK else "(no caption)"
     for annotation in reversed(references["annotations"]):
         rows[names[annotation["image_id"]]]["reference"] = annotation["caption"]  # each image's first one stays

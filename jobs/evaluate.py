@@ -13,7 +13,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from jobs.captioning.record import RunRecord, load_existing_run, read_parts
+from jobs.captioning.record import RunRecord, load_existing_run
+from jobs.cluster.display import Activity, Display
+from jobs.cluster.stopping import stoppable
 from smallcap import storage
 from smallcap.captions.rows import CaptionColumns
 from smallcap.config import EvaluateConfig
@@ -21,6 +23,10 @@ from smallcap.evaluation.figures import evaluate_runs, expand_metrics
 from smallcap.evaluation.references import References, load_references
 from smallcap.evaluation.run_captions import COLUMNS, RunCaptions, collect_run
 from smallcap.index.caption_store import read_texts
+from smallcap.output.reading import read_captions
+from smallcap.phrasing import describe_count
+
+_ROWS_AT_ONCE = 1_000
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
@@ -30,14 +36,22 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         ConfigError: A folder holds no run, no image has references, or pycocoevalcap is not installed.
         SchemaError: The references or the run's parts are malformed.
         RunError: A Java program or the storage fails.
+        Stopped: A signal came; nothing is written.
     """
     columns = CaptionColumns(config.text_column, config.image_id_column)
-    references = load_references(config.references, columns, config.split)
-    records = [load_existing_run(path) for path in config.runs]
-    runs = [collect_run(_tables(path), references, path) for path in config.runs]
-    datastore = read_texts(config.index) if config.index is not None else None
-    metrics = expand_metrics(config.metrics)
-    evaluation = evaluate_runs(runs, references, metrics, config.bootstrap, config.seed, datastore)
+    with stoppable("nothing is written") as signals, Display(signals) as display:
+        with display.activity(f"Reading the references: {config.references}"):
+            references = load_references(config.references, columns, config.split)
+        records = [load_existing_run(path) for path in config.runs]
+        runs = []
+        for path, record in zip(config.runs, records, strict=True):
+            with display.activity(f"Reading {path}", "row", record.images.total) as activity:
+                runs.append(collect_run(_tables(path, activity), references, path))
+        datastore = read_texts(config.index) if config.index is not None else None
+        metrics = expand_metrics(config.metrics)
+        captions = describe_count(sum(len(run.captions) for run in runs), "caption")
+        with display.activity(f"Scoring {captions}: {', '.join(metrics)}; {config.bootstrap:,} draws of the bootstrap"):
+            evaluation = evaluate_runs(runs, references, metrics, config.bootstrap, config.seed, datastore)
     result = {
         "references": {
             "uri": config.references,
@@ -59,8 +73,13 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     return result
 
 
-def _tables(path: str) -> Iterator[pa.Table]:
-    return (table for _, table in read_parts(path, list(COLUMNS)))
+def _tables(path: str, activity: Activity) -> Iterator[pa.RecordBatch]:
+    """Yields a run's rows, and counts them when they have been taken."""
+    for batch in read_captions(path, COLUMNS):
+        for start in range(0, len(batch), _ROWS_AT_ONCE):
+            rows = batch.slice(start, _ROWS_AT_ONCE)
+            yield rows
+            activity.done += len(rows)
 
 
 def _describe_run(path: str, record: RunRecord, rows: RunCaptions, measured: Any, images: int) -> dict[str, Any]:

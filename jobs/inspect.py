@@ -1,41 +1,95 @@
-"""Describes an index or a run: its facts and sample rows, as plain values that print as JSON or as tables."""
+"""Describes what smallcap has written: its facts and sample rows, as plain values that print as JSON or as tables.
+
+An index, a captioning run and its tars, a training run, or a model. Only the last two need torch.
+"""
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from itertools import islice
 from typing import Any
 
-from jobs.captioning.record import RUN_FILE, load_existing_run, read_parts
+from jobs.captioning.record import load_existing_run
 from smallcap import storage
 from smallcap.errors import ConfigError
 from smallcap.index.caption_store import load_caption_sample
 from smallcap.index.manifest import POINTER_FILE
-from smallcap.output.part_files import list_parts
+from smallcap.model.files import DEMO, demo_folder
+from smallcap.output.part_files import RUN_FILE, list_parts, read_part_infos
+from smallcap.output.reading import read_captions
 from smallcap.output.schema import CAPTION_COLUMNS
+from smallcap.output.webdataset import read_samples
+from smallcap.phrasing import describe_count
 
 _MOST_SAMPLES = 10_000
+_CONFIG_FILE = "config.json"
+_TAR = ".tar"
+_ERROR_COLUMNS = ("image_id", "image_uri", "error_code", "error_message")
+
+Facts = dict[str, Any]
 
 
-def inspect_path(path: str, samples: int) -> dict[str, Any]:
-    """Returns the facts of an index or a run; `kind` says which.
+def inspect_path(path: str, samples: int, errors: bool = False) -> Facts:
+    """Returns the facts of whatever is at a path; `kind` says what it is.
 
     Args:
-        path: The folder or prefix of an index or a run.
+        path: The folder or prefix of an index, a run, a training run or a model; a WebDataset tar, or a folder of them.
         samples: The number of rows to show.
+        errors: Whether to list the images that failed, as `errors`, in place of the samples.
 
     Raises:
-        ConfigError: The path is neither an index nor a run.
-        RunError: The index or the run is malformed.
+        ConfigError: There is nothing that smallcap knows, or nothing of this kind fails image by image.
+        RunError: What is there is malformed.
     """
-    if storage.exists(storage.join(path, POINTER_FILE)):
-        return _inspect_index(path, samples)
-    if storage.exists(storage.join(path, RUN_FILE)):
-        return _inspect_run(path, samples)
+    look = _kind_of(path)
+    facts = look(path, samples)
+    if not errors:
+        return facts
+    if look is _inspect_run:
+        failed = _failed_captions(path)
+    elif look is _inspect_training:
+        failed = _failed_features(path)
+    else:
+        raise ConfigError(
+            "Only runs have failed images.",
+            where=path,
+            expected="a captioning run or a training run",
+            found=facts["kind"],
+            remedy="Leave --errors out, or give the run's folder.",
+        )
+    del facts["samples"]
+    return facts | {"errors": list(failed)}
+
+
+def _kind_of(path: str) -> Callable[[str, int], Facts]:
+    if path.lower().endswith(_TAR):
+        return _inspect_tars
+    names = {uri.rpartition("/")[2] for uri in storage.list_folder(path)}
+    if POINTER_FILE in names:
+        return _inspect_index
+    if RUN_FILE in names:
+        return _inspect_run
+    if any(name.endswith(_TAR) for name in names):
+        return _inspect_tars
+    if _CONFIG_FILE in names or path == DEMO:
+        return _inspect_model
+    from jobs.training.record import RECORD_FILE
+
+    if RECORD_FILE in names:
+        return _inspect_training
     raise ConfigError(
-        "This is neither an index nor a run.", where=path, expected=f"a folder with {POINTER_FILE} or {RUN_FILE}"
+        "There is nothing here that smallcap has written.",
+        where=path,
+        expected=f"an index ({POINTER_FILE}), a run ({RUN_FILE}), a training run ({RECORD_FILE}), "
+        f"a model ({_CONFIG_FILE}), or WebDataset tars",
+        found=describe_count(len(names), "other file") if names else "no such folder, or an empty one",
     )
 
 
-def _inspect_index(path: str, samples: int) -> dict[str, Any]:
+def _inspect_index(path: str, samples: int) -> Facts:
     manifest, rows = load_caption_sample(path, min(samples, _MOST_SAMPLES))
     return {
         "kind": "index",
@@ -60,17 +114,107 @@ def _inspect_index(path: str, samples: int) -> dict[str, Any]:
     }
 
 
-def _inspect_run(path: str, samples: int) -> dict[str, Any]:
+def _inspect_run(path: str, samples: int) -> Facts:
     record = load_existing_run(path)
-    rows: list[dict[str, Any]] = []
-    for _, table in read_parts(path, CAPTION_COLUMNS.names):
-        rows += table.slice(0, samples - len(rows)).to_pylist()
-        if len(rows) >= samples:
-            break
+    rows = (row for batch in read_captions(path, CAPTION_COLUMNS.names) for row in batch.to_pylist())
     return {
         "kind": "run",
         "path": path,
         "parts": len(list_parts(path)),
         **record.model_dump(mode="json"),
-        "samples": rows,
+        "samples": list(islice(rows, samples)),
     }
+
+
+def _failed_captions(path: str) -> Iterator[dict[str, Any]]:
+    for batch in read_captions(path, _ERROR_COLUMNS, status="error"):
+        yield from batch.to_pylist()
+
+
+def _inspect_tars(path: str, samples: int) -> Facts:
+    """Describes WebDataset tars; the images of a run's tars are counted by the footers of its parts."""
+    tars = list(storage.iter_files(path, (_TAR,)))
+    run = storage.absolute(path).rpartition("/")[0]
+    of_run = storage.exists(storage.join(run, RUN_FILE))
+    if of_run:
+        names = {tar.rpartition("/")[2].removesuffix(_TAR) for tar in tars}
+        images = sum(info.ok for name, info in read_part_infos(run) if name.removesuffix(".parquet") in names)
+    else:
+        images = sum(1 for tar in tars for _ in read_samples(tar))
+    rows = (row for tar in tars for row in read_samples(tar))
+    return {
+        "kind": "webdataset",
+        "path": path,
+        "run": run if of_run else None,
+        "tars": len(tars),
+        "bytes": sum(storage.size(tar) or 0 for tar in tars),
+        "images": images,
+        "samples": list(islice(rows, samples)),
+    }
+
+
+def _inspect_model(path: str, samples: int) -> Facts:
+    """Describes a checkpoint by its config and the header of its weights, which are not loaded."""
+    from smallcap.model.checkpoint import load_config
+
+    folder = str(demo_folder() / "model" / "smallcap") if path == DEMO else path
+    files = storage.list_folder(folder)
+    with storage.local_file(storage.join(folder, _CONFIG_FILE)) as file:
+        config = load_config(file.parent)
+    weights = [uri for uri in files if uri.endswith((".safetensors", ".bin"))]
+    vision = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
+    return {
+        "kind": "model",
+        "path": path,
+        "parameters": sum(map(_count_parameters, weights)) if all(map(_has_header, weights)) else None,
+        "files": {uri.rpartition("/")[2]: storage.size(uri) for uri in files},
+        "encoder": {name: config.vision[name] for name in vision if name in config.vision},
+        "decoder": asdict(config.decoder),
+        "k": config.k if config.rag else 0,
+        "retrieval_encoder": config.retrieval_encoder,
+        "num_beams": config.num_beams,
+        "max_new_tokens": config.max_new_tokens,
+        "length_penalty": config.length_penalty,
+        "template": asdict(config.template),
+        "samples": [],
+    }
+
+
+def _has_header(uri: str) -> bool:
+    return uri.endswith(".safetensors")  # a .bin file would have to be unpickled
+
+
+def _count_parameters(uri: str) -> int:
+    with storage.open_ranged(uri) as file:
+        tensors = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return sum(math.prod(tensor["shape"]) for name, tensor in tensors.items() if name != "__metadata__")
+
+
+def _inspect_training(path: str, samples: int) -> Facts:
+    from jobs.training.log import read_log_lines
+    from jobs.training.record import load_train_record
+    from smallcap.training.checkpoints import find_train_checkpoint
+
+    record = load_train_record(path)
+    assert record is not None, "_kind_of has found it"
+    checkpoint = find_train_checkpoint(path)
+    lines = read_log_lines(path)
+    model = storage.join(path, "model")
+    return {
+        "kind": "training run",
+        "path": path,
+        "model": model if storage.exists(storage.join(model, _CONFIG_FILE)) else None,
+        "steps_done": len(lines),
+        "checkpoint": checkpoint.folder if checkpoint else None,
+        **record.model_dump(mode="json"),
+        "samples": [json.loads(line) for line in lines[max(0, len(lines) - samples) :]],
+    }
+
+
+def _failed_features(path: str) -> Iterator[dict[str, Any]]:
+    from jobs.training.record import load_train_record
+    from smallcap.training.feature_store import read_failures
+
+    record = load_train_record(path)
+    assert record is not None, "_kind_of has found it"
+    yield from read_failures(record.config["features"] or storage.join(path, "features"), _ERROR_COLUMNS)

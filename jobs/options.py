@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from itertools import groupby
 
 from jobs.cli import COMMANDS
+from jobs.screen import say
 from jobs.terminal.command_line import Command, list_facts, show_usage
 from smallcap.options import Option
 
@@ -16,7 +17,22 @@ All commands with all their options. `make docs` generates this page from the de
 
 A *key* is an option's name in a `--config` file and for `--set`. A config file wins over the defaults, flags win over
 both, and `--set` wins over all. N is a whole number, X any number. `--no-add` turns off the switch `--add`.
-`python -m jobs.build_index`, `jobs.caption`, `jobs.train` and `jobs.evaluate` take the same options as the commands.
+`python -m smallcap` is the same as `smallcap`; `python -m jobs.build_index`, `jobs.caption`, `jobs.train` and
+`jobs.evaluate` take the same options as the commands.
+`-h` and `--help` explain a command.
+
+A config file is YAML without aliases. Numbers are finite and at most 2^53 in size. Texts are UTF-8 and not empty, with
+control codes only in names of input files, in tokens, and in the text of a search. Whatever else is given is a usage
+error, which names the option before anything is read, started or written.
+
+| exit code | meaning |
+|---|---|
+| 0 | Done, or there was nothing to do. |
+| 1 | The run failed: storage, an index, a model, a file or the cluster cannot be used. For `doctor`: a check failed. |
+| 2 | Usage error: an option, a config file or what it names is wrong, missing, or contradicts the run in the folder. |
+| 3 | `caption` is done, and more of the run's rows are errors than `--max-error-rate` allows. |
+| 130, 143 | Ctrl-C or SIGTERM stopped the command; what was done is kept, and the same command goes on. |
+| 141 | Whoever read the output left before its end, as `head` does. |
 """
 
 
@@ -39,4 +55,4 @@ def _render_row(option: Option) -> str:
 
 
 if __name__ == "__main__":
-    print(render_page(), end="")
+    say(render_page().removesuffix("\n"))

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from jobs.captioning.record import run_lock
-from jobs.cluster.session import connect
-from jobs.training.export import write_model
-from jobs.training.inputs import TrainInputs, list_inputs
-from jobs.training.progress import show_training
+from jobs.cluster.display import Display, on_shown_ray
+from jobs.cluster.stopping import GOES_ON, stoppable
+from jobs.training.inputs import LISTS_FOLDER, TrainInputs, list_inputs
 from jobs.training.record import (
+    RECORD_FILE,
     TrainAttempt,
     TrainData,
     TrainRecord,
@@ -30,18 +31,17 @@ from smallcap import storage
 from smallcap.errors import ConfigError, RunError
 from smallcap.images.crops import CropPlan
 from smallcap.index.manifest import load_manifest, utc_now
-from smallcap.model.checkpoint import SmallCapModel
-from smallcap.model.clip_encoder import load_preprocessing, resolve_encoder_identity
+from smallcap.model.encoder_spec import check_encoder_spec, load_preprocessing, resolve_encoder_identity
 from smallcap.phrasing import describe_count, describe_counts
 from smallcap.training.checkpoints import find_train_checkpoint
 from smallcap.training.config import TrainConfig
 from smallcap.training.example_stream import ExampleStream
 from smallcap.training.feature_store import Split, StoreManifest
-from smallcap.training.objective import frozen_sha256, weights_sha256
 
 if TYPE_CHECKING:
     from jobs.training.fit import TrainPlan
     from jobs.training.loop import WorkerSpec
+    from smallcap.model.checkpoint import SmallCapModel
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def run(config: TrainConfig, address: str | None = None) -> TrainSummary:
 
     Args:
         config: What to train on, what to start from, and where to write.
-        address: Address of a Ray cluster; by default the one this process belongs to, or a new local one.
+        address: Address of a Ray cluster; see `jobs.cluster.session.connect` for the default.
 
     Returns:
         The finished run. Where everything is done already, nothing is computed and Ray does not start.
@@ -66,12 +66,32 @@ def run(config: TrainConfig, address: str | None = None) -> TrainSummary:
     Raises:
         ConfigError: The options are wrong, or the output holds a run with other options.
         RunError: Storage, index or a model cannot be used.
+        Stopped: A signal came; a checkpoint is kept.
     """
-    with run_lock(config.out):
-        record, start = open_record(config)
-        if record.status == "complete":
-            return TrainSummary(config.out, record, 0)
-        return _train(config, record, start, address)
+    with run_lock(config.out, RECORD_FILE, LISTS_FOLDER), stoppable() as signals, Display(signals) as display:
+        try:
+            record, start = open_record(config)
+            if record.status == "complete":
+                return TrainSummary(config.out, record, 0)
+            # before Ray and torch are loaded: what is wrong is told at once
+            with display.activity(f"Listing the images of {', '.join(config.sources)}"):
+                inputs = list_inputs(config, config.out)
+            with on_shown_ray(
+                display, address, partial(_describe_kept, config)
+            ):  # before Ray Data, which reads its settings
+                return _train(config, record, start, inputs, display)
+        except KeyboardInterrupt:
+            raise signals.stopped(_record_stop(config.out)) from None
+
+
+def _record_stop(out: str) -> str:
+    """Writes into a run's record that it was stopped; returns what to tell who has stopped it."""
+    record, newest = load_train_record(out), find_train_checkpoint(out)
+    if record is not None and record.status == "running":
+        write_train_record(out, record.model_copy(update={"status": "stopped"}))
+    if record is None or newest is None:
+        return f"Stopped before the first checkpoint; {GOES_ON}"
+    return f"Stopped: {newest.step:,} of {record.steps or newest.step:,} steps are in a checkpoint; {GOES_ON}"
 
 
 def open_record(config: TrainConfig) -> tuple[TrainRecord, ModelStart]:
@@ -84,8 +104,10 @@ def open_record(config: TrainConfig) -> tuple[TrainRecord, ModelStart]:
     record = load_train_record(config.out)
     if record is not None:
         start = ModelStart(config, record.retrieval_encoder)
-        record.check_same_run(config, start.model_id())
+        record.check_same_run(config, start.model_id)
         return record, start
+    if config.retrieval_encoder is not None:
+        check_encoder_spec(config.retrieval_encoder)  # before the index and the models are looked at
     manifest = load_manifest(config.index) if config.index and config.retrieval.k else None
     encoder = config.retrieval_encoder or (manifest.encoder.spec if manifest else None)
     if manifest and encoder:
@@ -94,32 +116,45 @@ def open_record(config: TrainConfig) -> tuple[TrainRecord, ModelStart]:
     return TrainRecord.new(config, manifest.index_id if manifest else None, encoder, start_id=start.model_id()), start
 
 
-def _train(config: TrainConfig, record: TrainRecord, start: ModelStart, address: str | None) -> TrainSummary:
-    """Runs one attempt of all stages."""
-    connect(address)  # before Ray Data is imported: it reads some of its settings then
+def _describe_kept(config: TrainConfig) -> str:
+    newest = find_train_checkpoint(config.out)
+    if newest is None:
+        return f"Features and candidates that were stored are kept below {config.out}."
+    return f"The checkpoint after step {newest.step:,} is kept in {config.out}."
 
+
+def _train(
+    config: TrainConfig, record: TrainRecord, start: ModelStart, inputs: TrainInputs, display: Display
+) -> TrainSummary:
+    """Runs one attempt of all stages."""
     from jobs.training.candidates import count_leaks, store_candidates
-    from jobs.training.features import store_features
+    from jobs.training.features import VisionSide, store_features
     from jobs.training.fit import check_installed, plan_training
     from jobs.training.loop import WorkerSpec
+    from smallcap.training.objective import frozen_sha256
 
     check_installed()
-    model = start.load()
+    plan = plan_training(config, record.dtype)
+    with display.activity("Loading the model"):
+        model = start.load()
     record = record.model_copy(
         update={
+            "status": "running",
             "frozen_sha256": frozen_sha256(model, model.decoder),
             "trained_parameters": sum(p.numel() for p in model.decoder.cross_attention_parameters().values()),
         }
     )
     write_train_record(config.out, record)
     folders = (config.features or storage.join(config.out, "features"), storage.join(config.out, "candidates"))
-    inputs = list_inputs(config, config.out)
-    features = store_features(config, start, inputs, _crop_plan(model, start), _vision_sha256(model), folders[0])
+    vision = VisionSide(_crop_plan(model, start), _vision_sha256(model))
+    with display.activity("Encoding images", "image") as activity:
+        features = store_features(config, start, inputs, vision, folders[0], activity)
     leaks = None
     if record.index_id is not None:
-        store_candidates(config, load_manifest(config.index or "", record.index_id), features, folders)
+        with display.activity("Searching for captions of the images", "image") as activity:
+            manifest = load_manifest(config.index or "", record.index_id)
+            store_candidates(config, manifest, features, folders, activity)
         leaks = record.data.leaks if record.data else count_leaks(features, folders)
-    plan = plan_training(config, record.dtype)
     streams = [_stream(config, features, folders, split) for split in ("train", "validation")]
     record = record.model_copy(
         update={
@@ -128,11 +163,16 @@ def _train(config: TrainConfig, record: TrainRecord, start: ModelStart, address:
             "steps": streams[0].batches_per_epoch * config.optimizer.epochs,
         }
     )
-    record, new_steps = _fit(config, record, WorkerSpec(config, start, plan.dtype, streams[0], streams[1]), plan)
-    return TrainSummary(config.out, _finish(config, record, start), new_steps)
+    spec = WorkerSpec(config, start, plan.dtype, streams[0], streams[1])
+    record, new_steps = _fit(config, record, spec, plan, display)
+    with display.activity("Writing the model"):
+        record = _finish(config, record, start)
+    return TrainSummary(config.out, record, new_steps)
 
 
-def _fit(config: TrainConfig, record: TrainRecord, spec: WorkerSpec, plan: TrainPlan) -> tuple[TrainRecord, int]:
+def _fit(
+    config: TrainConfig, record: TrainRecord, spec: WorkerSpec, plan: TrainPlan, display: Display
+) -> tuple[TrainRecord, int]:
     """Trains the remaining steps; returns the record with this attempt, and how many steps it took."""
     if not spec.examples.examples:
         raise ConfigError(
@@ -151,8 +191,7 @@ def _fit(config: TrainConfig, record: TrainRecord, spec: WorkerSpec, plan: Train
     record = record.model_copy(update={"attempts": attempts})
     write_train_record(config.out, record)
     started = time.perf_counter()
-    with show_training(config.out, record.steps or 0):
-        fit(spec, plan, record.run_id)
+    fit(spec, plan, record.run_id, display)
     finished = attempt.model_copy(update={"finished_at": utc_now(), "seconds": round(time.perf_counter() - started, 3)})
     new_steps = (record.steps or 0) - attempt.first_step
     return record.model_copy(update={"attempts": (*attempts[:-1], finished)}), new_steps
@@ -160,6 +199,8 @@ def _fit(config: TrainConfig, record: TrainRecord, spec: WorkerSpec, plan: Train
 
 def _finish(config: TrainConfig, record: TrainRecord, start: ModelStart) -> TrainRecord:
     """Writes the model of the best epoch, and then the record that says so."""
+    from jobs.training.export import write_model
+
     last = find_train_checkpoint(config.out)
     if last is None or len(last.epochs) != config.optimizer.epochs:
         raise RunError("Training ended without its last checkpoint.", where=config.out)
@@ -184,6 +225,8 @@ def _crop_plan(model: SmallCapModel, start: ModelStart) -> CropPlan:
 
 
 def _vision_sha256(model: SmallCapModel) -> str:
+    from smallcap.training.objective import weights_sha256
+
     return weights_sha256(model.encoder.named_parameters())
 
 
@@ -218,9 +261,9 @@ def plan_lines(config: TrainConfig) -> list[str]:
         RunError: Storage, index or a model cannot be used.
     """
     record, start = open_record(config)
-    model = start.load()
     with storage.scratch_folder() as scratch:
         inputs = list_inputs(config, str(scratch))
+    model = start.load()
     trained = sum(p.numel() for p in model.decoder.cross_attention_parameters().values())
     vision = model.config.vision
     patches = (vision.get("image_size", 224) // vision.get("patch_size", 32)) ** 2 + 1

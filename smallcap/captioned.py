@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from html import escape
 
 import numpy as np
 import pyarrow as pa
@@ -37,6 +38,24 @@ class CaptionResult:
     width: int | None = None  # px
     height: int | None = None  # px
     error: RowError | None = None
+
+    def __repr__(self) -> str:
+        if self.error is not None:
+            where = f", where={self.error.where!r}" if self.error.where else ""
+            return f"CaptionResult(error={self.error.code.value!r}, {self.error.what!r}{where})"
+        score = "" if self.clip_score is None else f", clip_score={self.clip_score:.3f}"
+        return f"CaptionResult({self.caption!r}{score}, neighbours={len(self.neighbours)})"
+
+    def _repr_html_(self) -> str:
+        """Returns what a notebook shows: the captions, and what was retrieved for them; all text is escaped."""
+        if self.error is not None:
+            lines = escape(str(self.error)).replace("\n", "<br>")
+            return f"<p><b>{escape(self.error.code.value)}</b>: {lines}</p>"
+        score = "" if self.clip_score is None else f" (clip score {self.clip_score:.2f})"
+        others = "".join(f"<br>{escape(other.caption)}" for other in self.alternatives)
+        rows = "".join(f"<tr><td>{one.score:.2f}</td><td>{escape(one.text)}</td></tr>" for one in self.neighbours)
+        retrieved = f"<table><tr><th>score</th><th>retrieved</th></tr>{rows}</table>" if rows else ""
+        return f"<p><b>{escape(self.caption or '')}</b>{score}{others}</p>{retrieved}"
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,14 @@ Source: Ramos et al. 2023, figure 2.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
@@ -23,23 +24,21 @@ from smallcap.captioned import CaptionedBatch, CaptionResult, PreparedBatch, Sco
 from smallcap.config import Dtype, GenerationConfig, SearchDevice
 from smallcap.decoding.cuda_graphs import no_recording
 from smallcap.decoding.engine import Generated
-from smallcap.decoding.micro_batches import MicroBatches, is_out_of_memory
+from smallcap.decoding.micro_batches import MicroBatches
 from smallcap.decoding.sampling import Sampling
 from smallcap.errors import ConfigError, RowError
 from smallcap.images.crops import CropPlan, Pixels
 from smallcap.images.decode import Preprocessing
+from smallcap.images.given import GivenImage, crop_given
 from smallcap.images.opening import MAX_IMAGE_PIXELS
 from smallcap.index.manifest import load_manifest
 from smallcap.index.retriever import Neighbours, NeighbourSearch, Retriever
-from smallcap.machine.precision import resolve_dtype
+from smallcap.machine.gpu import on_device
+from smallcap.machine.precision import choose_kernels, resolve_device, resolve_dtype
 from smallcap.machine.side_thread import SideThread
 from smallcap.model.checkpoint import SmallCapModel, load_checkpoint, tokenizer_source
-from smallcap.model.clip_encoder import (
-    RetrievalEncoder,
-    load_retrieval_encoder,
-    normalise_pixels,
-    resolve_encoder_identity,
-)
+from smallcap.model.clip_encoder import RetrievalEncoder, load_retrieval_encoder, normalise_pixels
+from smallcap.model.encoder_spec import resolve_encoder_identity
 from smallcap.model.prompt import decode_captions, load_tokenizer
 from smallcap.model.prompt_builder import PromptBuilder
 from smallcap.options import load_config
@@ -49,13 +48,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+_MORE_ROOM = "Set search_device to cpu, let fewer actors share the GPU (gpus_per_actor)"  # on a GPU
+
+
 class CaptionerOptions(GenerationConfig):
     """How images are captioned: the options of decoding and of loading."""
 
     k: int | None = Field(None, ge=0)
     """Retrieved captions per prompt; by default the checkpoint's number. 0 needs no index."""
-    device: str = "cpu"
-    """A torch device."""
+    device: str = "auto"
+    """A torch device. `auto` takes a GPU if there is one, else the CPU."""
     dtype: Dtype = "auto"
     """`auto` is what `smallcap.machine.precision` finds fastest on the device."""
     retrieval_encoder: str | None = None
@@ -107,16 +109,22 @@ class Captioner:
             raise ConfigError(
                 "Retrieval needs an index and its encoder.", where=f"k={self.k}", remedy="Give an index, or set k to 0."
             )
+        choose_kernels(model.dtype, model.device)  # not every model was loaded where it is
         self.model, self.tokenizer = model, tokenizer
         self.retrieval_encoder, self.retriever = retrieval_encoder, retriever
         self.generation = model.generation_options(options)
         self._scores_captions = options.clip_score
         self._prompts = PromptBuilder(tokenizer, model.config.template, model.config.bos_token_id)
-        self._micro_batches = MicroBatches(model.free_memory)
         self._generating = Lock()
+        self._preparing = MicroBatches("the encoders or the search", self._free_memory, relief=_MORE_ROOM)
+        self._decoding = MicroBatches(
+            "the decoder", model.free_memory, relief=f"Use fewer beams or captions. {_MORE_ROOM}"
+        )
+        self._scoring = MicroBatches(
+            "the text encoder", self._free_memory, relief=f"Set clip_score to false. {_MORE_ROOM}"
+        )
         self._encoding: Callable[[], AbstractContextManager[None]] = nullcontext
         self._beside = SideThread(model.device, "prepare")
-        self._prepared_together: int | None = None  # images; None until memory ran out in preparing more
         self.shares_encoder = retrieval_encoder is not None and retrieval_encoder.share_weights_with(model.encoder)
         self.crop_plan = CropPlan.of(
             model.encoder.preprocessing, retrieval_encoder.preprocessing if retrieval_encoder else None
@@ -127,7 +135,7 @@ class Captioner:
         cls,
         model: str,
         index: str | NeighbourSearch | None = None,
-        options: CaptionerOptions | None = None,
+        options: GenerationConfig | None = None,
         **changes: Any,
     ) -> Captioner:
         """Loads a captioner, as in `from_pretrained("demo", "s3://bucket/index", k=4, num_beams=3)`.
@@ -135,7 +143,7 @@ class Captioner:
         Args:
             model: `demo`, a checkpoint folder, or a hub id.
             index: URI of a published index, or an open index; not needed with k=0.
-            options: How to load and to caption.
+            options: How to load and to caption, as `CaptionerOptions`, or only how to decode.
             changes: Single options by name; they win over `options`.
 
         Raises:
@@ -145,7 +153,8 @@ class Captioner:
             IndexIntegrityError: The index is damaged, or was built with another encoder.
         """
         options = load_config(CaptionerOptions, flags=changes, base=options.model_dump() if options else None)
-        dtype = resolve_dtype(options.dtype, options.device)
+        device = resolve_device(options.device)
+        dtype = resolve_dtype(options.dtype, device)
         spec, retriever = options.retrieval_encoder, None
         if index is not None and options.k != 0:  # the index is checked before any model is loaded
             opened = None if isinstance(index, str) else index
@@ -153,10 +162,10 @@ class Captioner:
             spec = spec or manifest.encoder.spec
             manifest.check_encoder(resolve_encoder_identity(spec), where=manifest.index_id if opened else str(index))
             retriever = opened or Retriever.open(str(index), cache_dir=options.cache_dir, index_id=manifest.index_id)
-        encoder = load_retrieval_encoder(spec, options.device, dtype) if spec else None
-        loaded = load_checkpoint(model, options.device, dtype)
+        encoder = load_retrieval_encoder(spec, device, dtype) if spec else None
+        loaded = load_checkpoint(model, device, dtype)
         if isinstance(retriever, Retriever):
-            retriever.use_device(options.device, options.search_device)
+            retriever.use_device(device, options.search_device)
         captioner = cls(loaded, load_tokenizer(tokenizer_source(model)), encoder, retriever, options)
         captioner.pack()
         if options.compile_encoders:
@@ -178,32 +187,32 @@ class Captioner:
 
     def caption(
         self,
-        images: Sequence[bytes | Image.Image],
-        image_ids: Sequence[str | None] | None = None,
+        images: Iterable[GivenImage],
+        image_ids: Iterable[str | None] | None = None,
         max_pixels: int = MAX_IMAGE_PIXELS,
     ) -> list[CaptionResult]:
-        """Captions images in one batch; an undecodable one gets an error instead of a caption.
+        """Captions images in one batch; one that cannot be fetched or decoded gets an error instead of a caption.
 
         Args:
-            images: Encoded image files, or PIL images.
+            images: Paths, URIs, encoded image files as bytes, PIL images, or uint8 arrays, in any mix.
             image_ids: Ids of the images. Captions whose source image has the same id are not retrieved for it.
-            max_pixels: Images with more pixels become errors.
+            max_pixels: Files with more pixels become errors.
 
         Returns:
             One result per image, in order.
+
+        Raises:
+            TypeError: Something is no image, or a single image is given in place of several.
+            ValueError: There are more or fewer ids than images.
+            StorageError: An object store fails as a whole.
         """
-        results: list[CaptionResult | None] = [None] * len(images)
-        decoded: dict[int, Pixels] = {}
-        for position, data in enumerate(images):
-            try:
-                decoded[position] = self.crop_plan.crop(data, max_pixels)
-            except RowError as error:
-                results[position] = CaptionResult(error=error)
-        ids = None if image_ids is None else [image_ids[position] for position in decoded]
-        captioned = self.caption_batch(list(decoded.values()), ids)
-        for position, result in zip(decoded, captioned, strict=True):
-            results[position] = result
-        return [result for result in results if result is not None]
+        cropped = crop_given(images, self.crop_plan, max_pixels)
+        ids: list[str | None] = [None] * len(cropped) if image_ids is None else list(image_ids)
+        if len(ids) != len(cropped):
+            raise ValueError(f"image_ids: expected {len(cropped)} ids, one for each image, found {len(ids)}.")
+        known = [(one, own_id) for one, own_id in zip(cropped, ids, strict=True) if isinstance(one, Pixels)]
+        captioned = iter(self.caption_batch([pixels for pixels, _ in known], [own_id for _, own_id in known]))
+        return [CaptionResult(error=one) if isinstance(one, RowError) else next(captioned) for one in cropped]
 
     def caption_batch(
         self, pixels: Sequence[Pixels], exclude_image_ids: Sequence[str | None] | None = None
@@ -219,20 +228,22 @@ class Captioner:
         """
         return self._finish(self._prepare(pixels, exclude_image_ids)).to_results()
 
-    def _prepare(
-        self, pixels: Sequence[Pixels], exclude_image_ids: Sequence[str | None] | None
-    ) -> PreparedBatch | None:
-        if not pixels:
-            return None
-        hidden_states, class_tokens = self.encode(pixels)
-        embeddings = self.embed(pixels, class_tokens)
-        neighbours = self.retrieve(embeddings, exclude_image_ids)
-        prompts = self.prompt(neighbours)
-        return PreparedBatch(pixels, hidden_states, embeddings, neighbours, prompts)
+    def _prepare(self, pixels: Sequence[Pixels], exclude_image_ids: Sequence[str | None] | None) -> list[PreparedBatch]:
+        """Returns a batch for which captions can be generated: whole, or in parts where memory runs out."""
 
-    def _finish(self, prepared: PreparedBatch | None) -> CaptionedBatch:
-        if prepared is None:
-            return CaptionedBatch.nothing()
+        def prepare(rows: slice) -> PreparedBatch:
+            hidden_states, class_tokens = self.encode(pixels[rows])
+            embeddings = self.embed(pixels[rows], class_tokens)
+            neighbours = self.retrieve(embeddings, exclude_image_ids and exclude_image_ids[rows])
+            return PreparedBatch(pixels[rows], hidden_states, embeddings, neighbours, self.prompt(neighbours))
+
+        with on_device(self.model.device):  # for pinned memory
+            return self._preparing.run(len(pixels), prepare)
+
+    def _finish(self, parts: Sequence[PreparedBatch]) -> CaptionedBatch:
+        return CaptionedBatch.join([self._finish_part(part) for part in parts])
+
+    def _finish_part(self, prepared: PreparedBatch) -> CaptionedBatch:
         pixels, embeddings, hidden_states = prepared.pixels, prepared.embeddings, prepared.hidden_states
         if hidden_states.is_cuda:  # its memory may have come from another stream
             hidden_states.record_stream(torch.cuda.current_stream(hidden_states.device))
@@ -245,6 +256,11 @@ class Captioner:
             embeddings=embeddings if self.retrieval_encoder else None,
             sizes=np.array([(image.width, image.height) for image in pixels], np.int32),
         )
+
+    def _free_memory(self) -> None:
+        """Gives back what the model keeps for speed, between two generations."""
+        with self._generating:
+            self.model.free_memory()
 
     @torch.inference_mode()
     def encode(self, pixels: Sequence[Pixels]) -> tuple[Tensor, Tensor]:
@@ -299,12 +315,13 @@ class Captioner:
         """
         keys = [image.content_key for image in pixels] if self.generation.strategy is Sampling else None
         with self._generating:
-            return self._micro_batches.run(
+            parts = self._decoding.run(
                 len(prompts),
                 lambda rows: self.model.generate(
                     hidden_states[rows], prompts[rows], self.generation, keys and keys[rows]
                 ),
             )
+        return [*chain.from_iterable(parts)]
 
     def detokenise(self, generated: Sequence[Sequence[Generated]]) -> ScoredCaptions:
         """Returns each image's captions as text; their scores lose the length penalty."""
@@ -316,9 +333,11 @@ class Captioner:
 
     def clip_scores(self, embeddings: np.ndarray, captions: Sequence[str]) -> np.ndarray | None:
         """Returns the cosine of each embedding, [B, dim], and its caption: [B] float32; None if they are not wanted."""
-        if self.retrieval_encoder is None or not self._scores_captions:
+        encoder = self.retrieval_encoder
+        if encoder is None or not self._scores_captions:
             return None
-        return np.sum(embeddings * self.retrieval_encoder.encode_texts(captions), axis=1)
+        parts = self._scoring.run(len(captions), lambda rows: encoder.encode_texts(captions[rows]))
+        return np.sum(embeddings * np.concatenate([np.empty((0, encoder.dim), np.float32), *parts]), axis=1)
 
     def caption_batches(
         self, batches: Iterable[tuple[Sequence[Pixels], Sequence[str | None] | None]]
@@ -346,45 +365,14 @@ class Captioner:
     def _caption_overlapped(
         self, batches: Iterable[tuple[Sequence[Pixels], Sequence[str | None] | None]]
     ) -> Iterator[CaptionedBatch]:
-        finish: Callable[[], CaptionedBatch] | None = None
+        waiting: Future[list[PreparedBatch]] | None = None
         for batch in batches:
-            finish_next = self._begin(*batch)
-            if finish is not None:
-                yield finish()
-            finish = finish_next
-        if finish is not None:
-            yield finish()
-
-    def _begin(
-        self, pixels: Sequence[Pixels], exclude_image_ids: Sequence[str | None] | None
-    ) -> Callable[[], CaptionedBatch]:
-        """Begins with a batch in the other thread, and returns a function that finishes it."""
-        limit = self._prepared_together
-        if limit is not None and len(pixels) > limit:
-            parts = [
-                self._begin(
-                    pixels[start : start + limit], exclude_image_ids and exclude_image_ids[start : start + limit]
-                )
-                for start in range(0, len(pixels), limit)
-            ]
-            return lambda: CaptionedBatch.join([finish_part() for finish_part in parts])
-        future = self._beside.submit(self._prepare, pixels, exclude_image_ids)
-
-        def finish() -> CaptionedBatch:
-            try:
-                prepared = future.result()
-            except RuntimeError as error:
-                if not is_out_of_memory(error) or len(pixels) == 1:
-                    raise
-                error.with_traceback(None)  # it keeps the tensors of the failed attempt
-            else:
-                return self._finish(prepared)
-            with self._generating:
-                self.model.free_memory()
-            self._prepared_together = len(pixels) // 2
-            return self._begin(pixels, exclude_image_ids)()
-
-        return finish
+            following = self._beside.submit(self._prepare, *batch)
+            if waiting is not None:
+                yield self._finish(waiting.result())
+            waiting = following
+        if waiting is not None:
+            yield self._finish(waiting.result())
 
     def _to_pixel_values(self, crops: Sequence[np.ndarray], preprocessing: Preprocessing) -> Tensor:
         stacked = self._stack(crops)

@@ -5,11 +5,11 @@ The job decides what depends on the machine (device, free memory) and records it
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from smallcap.options import POSITIONAL, Config, Flag
+from smallcap.options import POSITIONAL, POSITIONAL_FILES, Config, Flag
 from smallcap.storage import DEFAULT_CACHE_DIR
 
 CaptionMetric = Literal["cider", "bleu", "rouge_l", "meteor", "spice"]
@@ -20,7 +20,15 @@ JunkFilter = Literal["urls", "markup", "repeats"]
 SearchDevice = Literal["auto", "cpu", "cuda"]
 TarIds = Literal["auto", "key", "tar/key"]
 AutoCount = Literal["auto"] | Annotated[int, Field(ge=1)]
-Required = Annotated[str, Field(min_length=1)]
+AutoBatch = Literal["auto"] | Annotated[int, Field(ge=1, le=4096)]
+
+
+def _number(value: Any) -> Any:
+    """Returns the number that a text is; pydantic itself compares a text with numbers as it is."""
+    return int(value) if isinstance(value, str) and value.isdecimal() and len(value) < 4 else value
+
+
+ReduceFactor = Annotated[Literal[1, 2, 4, 8, 16], BeforeValidator(_number)]
 
 
 class GenerationConfig(Config):
@@ -30,7 +38,7 @@ class GenerationConfig(Config):
     """Beams of the search (the paper: 3). 1 decodes greedily."""
     max_new_tokens: int | None = Field(None, ge=1, le=512)
     """The most tokens that a caption may have, its end token included (the paper: 25)."""
-    length_penalty: float | None = None
+    length_penalty: float | None = Field(None, ge=-10, le=10)
     """A caption's score is divided by its length to this power (the paper: 0, which leaves plain sums)."""
     no_repeat_ngram_size: int = Field(0, ge=0)
     """No caption repeats a sequence of this many tokens; 0 allows it. Captions may quote the prompt."""
@@ -38,15 +46,17 @@ class GenerationConfig(Config):
     """Captions per image, best first. A search gives at most `num_beams`."""
     do_sample: bool = False
     """Draw captions at random instead of searching for the most likely one."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, ge=0.01, le=100)
     """Divides the logits before sampling. Below 1, likely tokens become likelier."""
     top_p: float = Field(1.0, gt=0, le=1)
     """Sample only from the most likely tokens that have this probability together."""
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     """Seed of sampling. The same seed draws the same captions, in any batch and on any number of actors."""
 
     @model_validator(mode="after")
-    def _sampling_is_asked_for(self) -> Self:
+    def _search_and_sampling_are_apart(self) -> Self:
+        if not self.do_sample and self.num_beams is not None and self.num_captions > self.num_beams:
+            raise ValueError(f"--num-captions is {self.num_captions}, but --num-beams {self.num_beams} finds no more")
         if not self.do_sample and (self.temperature, self.top_p) != (1.0, 1.0):
             raise ValueError("--temperature and --top-p need --do-sample")
         return self
@@ -92,9 +102,9 @@ class InputConfig(Config):
     """Images with more pixels are not decoded; they become `too_large` rows."""
     decode: DecodeMode = "exact"
     """`exact` prepares images as CLIP does, to the bit; `fast` decodes a JPEG at a fraction of its size."""
-    fetch_timeout_s: float = Field(30.0, gt=0)
+    fetch_timeout_s: float = Field(30.0, gt=0, le=86_400)
     """Seconds that one request for an image may take, its body included."""
-    fetch_attempts: int = Field(6, ge=1)
+    fetch_attempts: int = Field(6, ge=1, le=100)
     """Requests for an image before it becomes a `timeout` or `unavailable` row; the waits between them grow."""
 
 
@@ -109,7 +119,7 @@ class ComputeConfig(Config):
     index `auto` is float32 everywhere."""
     compile: bool = False
     """Compile the encoders with torch.compile (captioning only). Takes minutes at the start; then a GPU is faster."""
-    batch_size: AutoCount = "auto"
+    batch_size: AutoBatch = "auto"
     """Images captioned together. `auto` is what fits into free memory, at most 64 on a CPU and 256 on a GPU."""
     num_actors: AutoCount = "auto"
     """Model actors that a job starts with. `auto` is as many as the GPUs of the cluster hold at that time, or one per
@@ -120,7 +130,7 @@ class ComputeConfig(Config):
     gpus_per_actor: float = Field(1.0, ge=0.01)
     """GPUs per actor. With a fraction several actors share one GPU; each keeps to that share of its memory. Above 1 it
     must be a whole number."""
-    stall_timeout_s: float = Field(600.0, gt=0)
+    stall_timeout_s: float = Field(600.0, gt=0, le=604_800)
     """Seconds without a finished batch after which an actor is started again, and takes the batch again (captioning
     only). Its first batch may take three times as long, for it compiles."""
 
@@ -142,8 +152,8 @@ class OutputConfig(Config):
     """What is written besides the captions, and in what portions."""
 
     rows_per_part: AutoCount = "auto"
-    """The fewest rows of a Parquet part, except the last. An interrupted run can lose this many. `auto` is 5,000 on a
-    CPU, 50,000 on a GPU, and 2,000 if tars are written."""
+    """The fewest rows of a Parquet part, except the last of an attempt. What is captioned before a part is full is kept
+    in interim parts meanwhile. `auto` is 5,000 on a CPU, 50,000 on a GPU, and 2,000 if tars are written."""
     rows_per_row_group: int = Field(10_000, ge=1)
     """The most rows of a row group."""
     clip_score: bool = True
@@ -157,14 +167,14 @@ class OutputConfig(Config):
 class CaptionConfig(Config):
     """A captioning run."""
 
-    images: Annotated[tuple[str, ...], POSITIONAL] = Field(min_length=1)
+    images: Annotated[tuple[str, ...], POSITIONAL_FILES] = Field(min_length=1)
     """Folders, prefixes, globs and files: images, WebDataset tars (.tar, .tar.gz, .tgz), Parquet with image bytes, or
     lists of URIs (.parquet, .csv, .tsv, .jsonl, .json, .txt)."""
     index: str | None = None
     """Published index; needed unless `-k` is 0."""
-    model: Required
+    model: str
     """`demo`, a checkpoint folder, or a Hugging Face id."""
-    out: Required
+    out: str
     """Output folder or prefix."""
     limit: int | None = Field(None, ge=1)
     """Caption only the first N images: those of lists and folders in the order of their ids, then those of tars."""
@@ -225,9 +235,9 @@ class RecallConfig(Config):
 class IndexConfig(Config):
     """An index build, an addition to an index, or a removal from it."""
 
-    dumps: Annotated[tuple[str, ...], POSITIONAL] = ()
+    dumps: Annotated[tuple[str, ...], POSITIONAL_FILES] = ()
     """Caption dumps, as files or prefixes: CSV, TSV, JSONL, Parquet, COCO captions JSON, folders with embeddings."""
-    out: Required
+    out: str
     """The index's folder or prefix. Versions are published below it."""
     encoder: str | None = None
     """Retrieval encoder: `demo`, `open_clip:MODEL/PRETRAINED`, or `hf:ID-OR-PATH`; by default the encoder of the index
@@ -272,10 +282,13 @@ class IndexConfig(Config):
             raise ValueError("--remove stands alone: add or compact in another call")
         if self.compact and (inputs or self.add):
             raise ValueError("--compact stands alone: add captions in another call")
+        missing = []
         if not (self.remove or self.compact or inputs):
-            raise ValueError("caption dumps are needed: give DUMPS, or --from, --remove or --compact")
+            missing.append("caption dumps are needed: give DUMPS, or --from, --remove or --compact")
         if self.encoder is None and not (self.add or self.remove or self.compact or self.from_indexes):
-            raise ValueError("a retrieval encoder is needed: give --encoder")
+            missing.append("a retrieval encoder is needed: give --encoder")
+        if missing:
+            raise ValueError("; ".join(missing))
         return self
 
     @field_validator("remove")
@@ -293,7 +306,7 @@ class EvaluateConfig(Config):
 
     runs: Annotated[tuple[str, ...], POSITIONAL] = Field(min_length=1, max_length=2)
     """Output of a captioning run, or of two to compare on the same images."""
-    references: Required
+    references: str
     """Reference captions: COCO captions or Karpathy's splits (.json), or a table of images and captions (.csv, .tsv,
     .jsonl, .parquet)."""
     split: str | None = None
@@ -306,9 +319,9 @@ class EvaluateConfig(Config):
     """Caption metrics to compute: `a,b,c`. Those that cannot run on this machine are named and left out."""
     index: str | None = None
     """Published index. Captions that its datastore holds do not count as novel."""
-    bootstrap: int = Field(1000, ge=0)
+    bootstrap: int = Field(1000, ge=0, le=1_000_000)
     """Draws for the 95% confidence intervals; 0 computes none."""
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     """Seed of the draws."""
     out: str | None = None
     """File for the result as JSON."""
@@ -317,21 +330,21 @@ class EvaluateConfig(Config):
 class BenchmarkOptions(Config):
     """A measurement of one machine."""
 
-    photos: Annotated[tuple[str, ...], POSITIONAL] = ()
+    photos: Annotated[tuple[str, ...], POSITIONAL_FILES] = ()
     """Image files; by default the benchmark makes one."""
-    images: int = Field(64, ge=1)
+    images: int = Field(64, ge=1, le=1_000_000)
     """Images that the whole loop captions."""
-    batch_size: int = Field(64, ge=1)
+    batch_size: int = Field(64, ge=1, le=4096)
     """Images captioned together."""
-    k: Annotated[int, Flag(("-k", "--k"))] = Field(4, ge=1)
+    k: Annotated[int, Flag(("-k", "--k"))] = Field(4, ge=1, le=64)
     """Retrieved captions in the prompt."""
-    num_beams: int = Field(3, ge=1)
+    num_beams: int = Field(3, ge=1, le=64)
     """Beams of the search. 1 decodes greedily."""
-    reduce_factor: int = Field(4, ge=1)
-    """Factor by which the heads of the cross-attention are smaller: 1, 2, 4, 8 or 16."""
+    reduce_factor: ReduceFactor = 4
+    """Factor by which the heads of the cross-attention are smaller."""
     retrieval_encoder: str = "shared"
     """`shared`, or an architecture of open_clip such as RN50x64."""
-    captions: int = Field(100_000, ge=10)
+    captions: int = Field(100_000, ge=10, le=100_000_000)
     """Captions in the index."""
     device: Device = "auto"
     """Device of the model. `auto` takes a GPU if there is one, else the CPU."""
@@ -340,7 +353,7 @@ class BenchmarkOptions(Config):
     and the faster of float32 and bfloat16 on a CPU."""
     compile: bool = False
     """Compile the encoders with torch.compile."""
-    repeats: int = Field(3, ge=1)
+    repeats: int = Field(3, ge=1, le=1000)
     """Runs of each stage; the fastest counts."""
     host: bool = False
     """Measure only what an actor's CPU does for a GPU, on any machine; the GPU's answers are made before."""

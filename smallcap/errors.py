@@ -10,6 +10,8 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Any
 
+from smallcap.phrasing import one_line, visible
+
 __all__ = [
     "CheckpointError",
     "ConfigError",
@@ -24,6 +26,8 @@ __all__ = [
     "StorageError",
 ]
 
+_LONGEST_VALUE = 500  # characters; a message with more is not read
+
 
 class ErrorCode(StrEnum):
     """Why one image has no caption; the values are part of the schema."""
@@ -35,7 +39,7 @@ class ErrorCode(StrEnum):
     TRUNCATED = "truncated"  # an image whose data ends early or is damaged
     TOO_LARGE = "too_large"  # more pixels, bytes, memory or work than a decoder may take
     UNSUPPORTED = "unsupported"  # an image format or mode that the decoder refuses
-    INVALID_URI = "invalid_uri"  # malformed, or of a kind that cannot be read here
+    INVALID_URI = "invalid_uri"  # the row that names the image is malformed, or its URI cannot be read here
     TIMEOUT = "timeout"  # no complete answer in time, in every attempt
     UNAVAILABLE = "unavailable"  # the service failed or refused, in every attempt
     CRASHED = "crashed"  # the image ended the process that decoded it
@@ -57,11 +61,22 @@ class SmallCapError(Exception):
         super().__init__(what)
 
     def __str__(self) -> str:
-        named = (("where", self.where), ("expected", self.expected), ("found", self.found), ("remedy", self.remedy))
-        return "\n  ".join([self.what, *(f"{name}: {text}" for name, text in named if text)])
+        """Returns one line for each thing that is said; what comes from elsewhere is escaped and shortened."""
+        named = (
+            ("where", _shown_place(self.where)),
+            ("expected", one_line(self.expected)),
+            ("found", one_line(self.found, _LONGEST_VALUE)),
+            ("remedy", one_line(self.remedy)),
+        )
+        return "\n  ".join([one_line(self.what), *(f"{name}: {text}" for name, text in named if text)])
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), self.__dict__.copy())
+
+
+def _shown_place(where: str) -> str:
+    """Returns a place in one line; line breaks of a name are part of it."""
+    return one_line(visible(where, kept=""), _LONGEST_VALUE)
 
 
 def _rebuild(cls: type[SmallCapError], state: dict[str, Any]) -> SmallCapError:
@@ -72,11 +87,17 @@ def _rebuild(cls: type[SmallCapError], state: dict[str, Any]) -> SmallCapError:
 
 
 class RowError(SmallCapError):
-    """One image cannot be captioned; the others can."""
+    """One image cannot be captioned; the others can. Its message is one line, for it is a cell of a table."""
 
     def __init__(self, code: ErrorCode, what: str, *, where: str = "", remedy: str = "") -> None:
         super().__init__(what, where=where, remedy=remedy)
         self.code = code
+
+    def __str__(self) -> str:
+        what = one_line(self.what, _LONGEST_VALUE)
+        if self.where:
+            what = f"{what.removesuffix('.')} ({_shown_place(self.where)})."
+        return f"{what} {one_line(self.remedy)}".rstrip()
 
 
 class RunError(SmallCapError):

@@ -1,10 +1,11 @@
-"""The names of files on local disks: folders and links walked in order, patterns, and bytes that are no text."""
+"""Files on local disks: folders and links walked in order, patterns, names that are no text, and empty folders."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from itertools import chain, islice
 from pathlib import Path
 
@@ -18,12 +19,12 @@ def has_marks(name: str) -> bool:
     return any(mark in name for mark in _MARKS)
 
 
-def fixed_part(pattern: str) -> str:
-    r"""Returns the folder in which a pattern begins; one that exists on this disk may have marks in its name."""
+def fixed_part(pattern: str, is_folder: Callable[[str], bool]) -> str:
+    r"""Returns the folder in which a pattern begins; one that exists may have marks in its name."""
     parts = pattern.split("/")
     for count in range(len(parts) - 1, 0, -1):
         folder = "/".join(parts[:count])
-        if not has_marks(folder) or os.path.isdir(folder):
+        if not has_marks(folder) or is_folder(folder):
             return folder
     return ""
 
@@ -44,6 +45,18 @@ def local_path(path: str) -> Path:
     return Path(os.fsdecode(_ESCAPED_BYTE.sub(lambda found: bytes.fromhex(found[1].decode()), path.encode())))
 
 
+@contextmanager
+def no_empty_folders(folder: Path) -> Iterator[None]:
+    """Removes a folder, and those above it, at the end of a block that has made them and left them empty."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    finally:
+        for path in missing:
+            with suppress(OSError):  # it was never made, or something is in it
+                path.rmdir()
+
+
 def walk(root: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
     """Yields the files below a folder as text, in the order of their whole paths unless a folder is huge.
 
@@ -53,6 +66,7 @@ def walk(root: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator
         root: A folder, or a file.
         above: Device and inode of the folders that `root` lies in.
     """
+    root = str(local_path(root))
     if os.path.isfile(root):
         yield as_text(root)
         return

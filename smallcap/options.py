@@ -9,26 +9,34 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+import reprlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeGuard, TypeVar, Union, get_args, get_origin
 
-import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+)
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
-from smallcap import storage
 from smallcap.errors import ConfigError
+from smallcap.option_files import parse_value, read_option_file
 
 ConfigT = TypeVar("ConfigT", bound="Config")
 
-
-class Config(BaseModel):
-    """Base of all option groups: frozen, and unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+_LARGEST_NUMBER = 2**53  # up to it a number is the same as an integer and as a float; no option needs a larger one
+_PLAIN = (str, int, float, list, tuple, type(None))  # pydantic would take a mapping or bytes for a list
+_CONTROL_CODES = re.compile("[\x00-\x1f\x7f-\x9f]")
+_HALF_CHARACTERS = re.compile("[\ud800-\udfff]")  # what Python makes of bytes that are not UTF-8, too
 
 
 @dataclass(frozen=True)
@@ -38,9 +46,42 @@ class Flag:
     names: tuple[str, ...] = ()  # such as -k and --k; empty for the field's own name
     has_commas: bool = False  # one flag may name several values: a,b,c
     is_positional: bool = False
+    any_text: bool = False  # it may hold control codes, as the names of existing files and tokens do
 
 
 POSITIONAL = Flag(is_positional=True)
+POSITIONAL_FILES = Flag(is_positional=True, any_text=True)
+
+
+class Config(BaseModel):
+    """Base of all option groups: frozen, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _is_no_junk(cls, value: Any, validate: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+        """Refuses what pydantic would take, and what no option can mean: true as a number, text that is no name."""
+        field = cls.model_fields[info.field_name or ""]
+        is_no_switch = isinstance(value, bool) and field.annotation is not bool
+        if is_no_switch or not (isinstance(value, _PLAIN) or _is_group(field.annotation)):
+            raise PydanticCustomError("wrong_kind", "another kind of value")
+        result = validate(value)
+        for part in result if isinstance(result, tuple) else [result]:
+            if isinstance(part, str):
+                _check_text(part, any(isinstance(entry, Flag) and entry.any_text for entry in field.metadata))
+            elif isinstance(part, int | float) and abs(part) > _LARGEST_NUMBER:
+                raise ValueError(f"a number between -{_LARGEST_NUMBER:,} and {_LARGEST_NUMBER:,}")
+        return result
+
+
+def _check_text(text: str, any_text: bool) -> None:
+    if not (text if any_text else text.strip()):
+        raise ValueError("a text that is not empty")
+    if _HALF_CHARACTERS.search(text):
+        raise ValueError("a text in UTF-8")
+    if "\0" in text or (not any_text and _CONTROL_CODES.search(text)):
+        raise ValueError("a text without control codes")
 
 
 @dataclass(frozen=True)
@@ -58,6 +99,7 @@ class Option:
     is_switch: bool  # its flag takes no value
     is_list: bool  # its flag may be repeated
     has_commas: bool  # its flag may name several values: a,b,c
+    any_text: bool  # it may hold control codes
 
 
 def list_options(kind: type[Config], prefix: str = "") -> Iterator[Option]:
@@ -69,13 +111,16 @@ def list_options(kind: type[Config], prefix: str = "") -> Iterator[Option]:
     """
     groups = {}
     for name, field in kind.model_fields.items():
-        annotation = field.annotation
-        if isinstance(annotation, type) and issubclass(annotation, Config):
-            groups[f"{prefix}{name}."] = annotation
+        if _is_group(field.annotation):
+            groups[f"{prefix}{name}."] = field.annotation
         else:
             yield _describe_field(f"{prefix}{name}", kind, field)
     for inner, group in groups.items():
         yield from list_options(group, inner)
+
+
+def _is_group(annotation: Any) -> TypeGuard[type[Config]]:
+    return isinstance(annotation, type) and issubclass(annotation, Config)
 
 
 def _describe_field(key: str, group: type[Config], field: FieldInfo) -> Option:
@@ -96,6 +141,7 @@ def _describe_field(key: str, group: type[Config], field: FieldInfo) -> Option:
         is_switch=field.annotation is bool,
         is_list=is_list,
         has_commas=flag.has_commas or (is_list and values.startswith("one of")),
+        any_text=flag.any_text,
     )
 
 
@@ -106,7 +152,7 @@ def _describe_type(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     if origin in (Union, UnionType):
         return " or ".join(_describe_type(kind, metadata) for kind in arguments if kind is not type(None))
     if origin is Literal:
-        return str(arguments[0]) if len(arguments) == 1 else f"one of {', '.join(arguments)}"
+        return str(arguments[0]) if len(arguments) == 1 else f"one of {', '.join(map(str, arguments))}"
     if origin is tuple:
         return _describe_type(arguments[0])
     noun = {int: "a whole number", float: "a number"}.get(annotation, "")
@@ -116,7 +162,7 @@ def _describe_type(annotation: Any, metadata: Sequence[Any] = ()) -> str:
 def _describe_bounds(metadata: Sequence[Any]) -> str:
     entries = [inner for entry in metadata for inner in (entry.metadata if isinstance(entry, FieldInfo) else [entry])]
     words = {"ge": "of at least", "gt": "above", "le": "at most", "lt": "below"}
-    bounds = {name: getattr(entry, name) for entry in entries for name in words if hasattr(entry, name)}
+    bounds = {name: f"{getattr(entry, name):,}" for entry in entries for name in words if hasattr(entry, name)}
     if bounds.keys() == {"ge", "le"}:
         return f" from {bounds['ge']} to {bounds['le']}"
     return ",".join(f" {words[name]} {bound}" for name, bound in bounds.items())
@@ -142,20 +188,23 @@ def load_config(
         ConfigError: An option is unknown, missing or wrong, or the file is not a YAML mapping.
     """
     values: dict[str, Any] = copy.deepcopy(dict(base)) if base else {}
-    values |= _read_yaml(file) if file else {}
-    flag_values = {key: value for key, value in (flags or {}).items() if value is not None}
-    for key, value in flag_values.items():
-        _assign(values, key, value)
+    values |= read_option_file(file) if file else {}
+    given_as: dict[str, str] = {}  # where the values come from, if not from the file
+    names = {option.key: option.names[-1] for option in list_options(kind)}
+    for key, value in (flags or {}).items():
+        if value is not None:
+            _assign(values, key, value)
+            given_as[key] = names.get(key, key)
     for setting in sets:
-        key, equals, text = setting.partition("=")
-        if not equals:
-            raise ConfigError("--set needs a name and a value.", where=setting, expected="--set a.b=c")
-        _assign(values, key.strip(), _parse_yaml(text, f"--set {setting}"))
-        flag_values.pop(key.strip(), None)
+        key, equals, text = (part.strip() for part in setting.partition("="))
+        if not equals or not all(key.split(".")):
+            raise ConfigError("--set needs a name and a value.", where=shown(setting), expected="--set a.b=c")
+        _assign(values, key, parse_value(text, f"--set {key}"))
+        given_as[key] = key
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise _as_config_error(kind, error, flag_values, file) from error
+        raise _as_config_error(kind, error, values, given_as, file) from error
 
 
 def config_difference(old: Mapping[str, Any], new: Mapping[str, Any], free: Collection[str] = ()) -> list[str]:
@@ -182,82 +231,128 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield f"{prefix}{name}", list(value) if isinstance(value, tuple) else value
 
 
-def _parse_yaml(text: str | bytes, where: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError("This is not YAML.", where=where, found=str(error)) from error
-
-
-def _read_yaml(file: str) -> dict[str, Any]:
-    values = _parse_yaml(storage.read_bytes(file), file)
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ConfigError(
-            "The config file must hold a mapping.",
-            where=file,
-            expected="name: value lines",
-            found=type(values).__name__,
-        )
-    return values
-
-
 def _assign(values: dict[str, Any], key: str, value: Any) -> None:
     *groups, name = key.split(".")
     for group in groups:
         inner = values.setdefault(group, {})
         if not isinstance(inner, dict):
-            raise ConfigError("A setting names an option inside another that is not a group.", where=key)
+            raise ConfigError(
+                "A setting names an option inside another that is not a group.", where=key, found=shown(inner)
+            )
         values = inner
     values[name] = value
 
 
 def _as_config_error(
-    kind: type[Config], error: ValidationError, flags: Collection[str], file: str | None
+    kind: type[Config], error: ValidationError, values: dict[str, Any], given_as: Mapping[str, str], file: str | None
 ) -> ConfigError:
-    """Says in plain words what is wrong: an unknown key, all missing options, or a wrong value.
+    """Says in plain words what is wrong: an unknown key, all that is missing, or a wrong value.
 
     Args:
         kind: The config class.
         error: pydantic's report.
-        flags: Keys of the options that were given as flags; the error names the flag.
+        values: What was to be a config.
+        given_as: The names under which options were given, for those that are not from the file.
         file: The config file.
     """
     options = {option.key: option for option in list_options(kind)}
     problems = [(problem["type"], [str(step) for step in problem["loc"]], problem) for problem in error.errors()]
-    if unknown := next((path for fault, path, _ in problems if fault == "extra_forbidden"), None):
+    unknown = next((path for fault, path, _ in problems if fault in ("extra_forbidden", "invalid_key")), None)
+    if unknown:
         return _unknown_key(".".join(unknown), options)
-    if missing := [options[".".join(path)].names[-1] for fault, path, _ in problems if fault == "missing"]:
-        *first, last = missing
-        what = "Options are missing." if first else "An option is missing."
-        return ConfigError(what, where=file or "", remedy=f"Give {', '.join(first)}{' and ' if first else ''}{last}.")
+    if missing := [options[".".join(path)] for fault, path, _ in problems if fault == "missing"]:
+        wrong = [_option_at(path, options) for fault, path, _ in problems if fault != "missing"]
+        return _missing(kind, missing, {option.key for option in wrong if option}, values, file)
     fault, path, problem = problems[0]
-    reason = problem["msg"].removeprefix("Value error, ")
-    keys = (".".join(path[:end]) for end in range(len(path), 0, -1))  # a list position or a type may follow a key
-    option = next((options[key] for key in keys if key in options), None)
-    if option is None:
-        where = ".".join(path) or file or ""
-        return ConfigError("The options do not fit together.", where=where, expected=reason)
+    reason, found = problem["msg"].removeprefix("Value error, "), shown(problem["input"])
+    option = _option_at(path, options)
+    key = option.key if option else ".".join(path)
+    where = given_as.get(key, f"{key} in {file}" if file and key else key)
+    if option is not None:
+        is_no_list = key == ".".join(path) and not isinstance(problem["input"], list | tuple)
+        expected = reason if fault == "value_error" else _expected(option, is_no_list, problem.get("ctx", {}))
+        return ConfigError("An option's value is wrong.", where=where, expected=expected, found=found)
+    if fault == "value_error":
+        return ConfigError("The options do not fit together.", where=where or file or "", expected=reason)
+    expected = f"a mapping with {', '.join(_siblings(f'{key}.', options))}"
+    return ConfigError("A group of options has no options in it.", where=where, expected=expected, found=found)
+
+
+def _option_at(path: Sequence[str], options: Mapping[str, Option]) -> Option | None:
+    """Returns the option that pydantic means; a place in a list, or a type, may follow its key."""
+    keys = (".".join(path[:end]) for end in range(len(path), 0, -1))
+    return next((options[key] for key in keys if key in options), None)
+
+
+def _expected(option: Option, is_no_list: bool, bounds: Mapping[str, Any]) -> str:
+    """Returns in words what an option may be; `bounds` are those that pydantic names, with the length of a list."""
+    kind = "true or false" if option.is_switch else option.values or "text"
+    if option.is_list and is_no_list:
+        return f"a list such as [a, b], each {kind}"
+    words = {"min_length": "at least", "max_length": "at most"}
+    return next((f"{word} {bounds[name]} of them" for name, word in words.items() if name in bounds), kind)
+
+
+def _missing(
+    kind: type[Config], missing: Sequence[Option], wrong: Collection[str], values: dict[str, Any], file: str | None
+) -> ConfigError:
+    """Names all that is missing: required options, and what the options as a whole would lack if they were there.
+
+    Args:
+        kind: The config class.
+        missing: The required options.
+        wrong: Keys of options whose values are wrong; they are told once nothing is missing.
+        values: What was to be a config.
+        file: The config file.
+    """
+    filled: dict[str, Any] = {}
+    for key, value in _flatten(values):
+        if key not in wrong:
+            _assign(filled, key, value)
+    for option in missing:
+        _assign(filled, option.key, ["given"] if option.is_list else "given")
+    besides = ""
+    try:
+        kind.model_validate(filled)
+    except ValidationError as error:
+        reasons = [problem["msg"] for problem in error.errors() if problem["type"] == "value_error"]
+        besides = f" Besides, {reasons[0].removeprefix('Value error, ')}." if reasons else ""
+    *first, last = (option.names[-1] for option in missing)
     return ConfigError(
-        "An option's value is wrong.",
-        where=option.names[-1] if option.key in flags else option.key,
-        expected=reason if fault == "value_error" else option.values or reason,
-        found=repr(problem["input"]),
+        "Options are missing." if first else "An option is missing.",
+        where=file or "",
+        remedy=f"Give {', '.join(first)}{' and ' if first else ''}{last}.{besides}",
     )
+
+
+def shown(value: Any) -> str:
+    """Returns a value as a person gave it, in a line of bounded length."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # Python writes no number of many thousand digits
+        return "a very large number"
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 200
 
 
 def _unknown_key(key: str, options: Mapping[str, Option]) -> ConfigError:
     """Lists the valid keys of the same group, and names the nearest one, in another group if need be."""
     group, _, name = key.rpartition(".")
     prefix = f"{group}." if group else ""
-    siblings = sorted({valid.removeprefix(prefix).partition(".")[0] for valid in options if valid.startswith(prefix)})
+    siblings = _siblings(prefix, options)
     others = {valid.rpartition(".")[2]: valid for valid in options}
     nearest = [prefix + close for close in get_close_matches(name, siblings, n=1)]
     nearest += [others[close] for close in get_close_matches(name, others, n=1)]
     return ConfigError(
         "There is no such option.",
-        where=key,
+        where=key if key.isprintable() else shown(key),
         expected=", ".join(siblings),
         remedy=f"Did you mean {nearest[0]}?" if nearest else "",
     )
+
+
+def _siblings(prefix: str, options: Mapping[str, Option]) -> list[str]:
+    """Returns the names of a group's options and groups, sorted."""
+    return sorted({valid.removeprefix(prefix).partition(".")[0] for valid in options if valid.startswith(prefix)})

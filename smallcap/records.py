@@ -1,4 +1,4 @@
-"""Writes and reads the JSON files that say what a folder holds (`run.json`, `manifest.json`, …)."""
+"""Writes and reads the JSON files that say what a folder holds (`_run.json`, `manifest.json`, …)."""
 
 from __future__ import annotations
 

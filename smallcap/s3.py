@@ -16,8 +16,10 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from typing import IO, TYPE_CHECKING, Any, cast
+from urllib.parse import urlsplit
 
 from smallcap.errors import StorageError
+from smallcap.storage_faults import brief, diagnose, storage_error
 
 if TYPE_CHECKING:
     from obstore.store import S3Credential, S3Store
@@ -29,8 +31,28 @@ _CREDENTIALS_LIFETIME = timedelta(minutes=5)  # after which botocore is asked wh
 
 
 def s3_endpoint() -> str | None:
-    """Returns the address of the S3 service; None for Amazon's."""
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    """Returns the address of the S3 service; None for Amazon's.
+
+    Raises:
+        StorageError: What is set is no address; obstore would end in a panic of Rust's.
+    """
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if endpoint and not _is_address(endpoint):
+        raise StorageError(
+            "The endpoint of S3 is not an address.",
+            where="AWS_ENDPOINT_URL_S3" if os.environ.get("AWS_ENDPOINT_URL_S3") else "AWS_ENDPOINT_URL",
+            expected="http://HOST:PORT or https://HOST",
+            found=repr(endpoint),
+        )
+    return endpoint
+
+
+def _is_address(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and text.split() == [text]
+    except ValueError:  # a port that is none
+        return False
 
 
 @lru_cache
@@ -44,13 +66,17 @@ def s3_store(bucket: str, endpoint: str | None, max_retries: int = 10, timeout_s
         timeout_s: Seconds that one request may take.
 
     Raises:
-        StorageError: There are no credentials.
+        StorageError: There are no credentials, or they cannot be looked for.
     """
     import botocore.session
+    from botocore.exceptions import BotoCoreError
     from obstore.store import S3Store
 
     session = botocore.session.get_session()
-    credentials = session.get_credentials()
+    try:
+        credentials = session.get_credentials()
+    except BotoCoreError as error:  # a profile that does not exist, half of a key …
+        raise storage_error(error, "open this bucket", f"s3://{bucket}", endpoint) from error
     if credentials is None:
         raise StorageError(
             "There are no credentials for S3.",
@@ -68,7 +94,7 @@ def s3_store(bucket: str, endpoint: str | None, max_retries: int = 10, timeout_s
     return S3Store(
         bucket,
         endpoint=endpoint,
-        region=session.get_config_variable("region") or "us-east-1",
+        region=os.environ.get("AWS_REGION") or session.get_config_variable("region") or "us-east-1",
         client_options={
             "allow_http": bool(endpoint and endpoint.startswith("http://")),
             "timeout": timedelta(seconds=timeout_s),
@@ -149,6 +175,21 @@ def read_object_tail(uri: str, length: int) -> bytes:
         raise
 
 
+def error_of_reading(uri: str) -> Exception | None:
+    """Reads the first byte of an object, and returns the exception: it says what the answer to HEAD cannot say."""
+    import obstore
+    from obstore.exceptions import BaseError
+
+    store, key = open_bucket(uri)
+    if not key or not is_plain_key(key):
+        return None
+    try:
+        obstore.get(store, key, options={"range": (0, 1)}).bytes()
+    except (BaseError, OSError) as error:
+        return error
+    return None
+
+
 def update_object(uri: str, update: Callable[[bytes | None], bytes]) -> None:
     """Replaces an object only if it is still the one that was read; starts again if it is not.
 
@@ -201,6 +242,8 @@ class _ObjectFile(io.RawIOBase):
             meta = obstore.head(self._store, self._key)
         except PermissionDeniedError as error:
             raise PermissionError(str(error)) from error
+        except FileNotFoundError as error:
+            raise error_of_reading(uri) or error from error  # it may be the bucket that does not exist
         self._size, self._e_tag, self._position = meta["size"], meta["e_tag"], 0
 
     def readable(self) -> bool:
@@ -238,13 +281,13 @@ class _ObjectFile(io.RawIOBase):
             if attempt:
                 time.sleep(0.5 * 2**attempt)
             try:
-                options: Any = {"range": (start, stop), "if_match": self._e_tag}
+                options: Any = {"range": (start, stop)} | ({"if_match": self._e_tag} if self._e_tag else {})
                 data = memoryview(obstore.get(self._store, self._key, options=options).bytes())
             except (FileNotFoundError, PermissionDeniedError, PreconditionError) as error:
                 raise StorageError(
                     "The object changed while it was read.",
                     where=self._uri,
-                    found=f"{type(error).__name__}: {error}",
+                    found=brief(error),
                     remedy="Run the same command again when nobody writes to the object.",
                 ) from error
             except (BaseError, OSError) as error:
@@ -253,9 +296,10 @@ class _ObjectFile(io.RawIOBase):
             if len(data) == stop - start:
                 return data
             problem = EOFError(f"{len(data)} bytes instead of {stop - start}")
+        assert problem is not None
+        fault = diagnose(problem)
         raise StorageError(
-            "The object store fails after retries.",
+            f"The object store fails after retries: {fault.describe()}.",
             where=self._uri,
-            found=f"{type(problem).__name__}: {problem}",
-            remedy="Check AWS_ENDPOINT_URL, the credentials and the service; then run the same command again.",
+            remedy=fault.remedy(self._uri),
         ) from problem

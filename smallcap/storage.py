@@ -19,12 +19,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, cast
+from typing import IO
 
 import fsspec
 from fsspec.core import url_to_fs
 
-from smallcap.errors import RunError, StorageError
+from smallcap.errors import StorageError
 from smallcap.local_files import as_text, fixed_part, has_marks, local_path, walk
 from smallcap.s3 import (
     S3_RETRIES,
@@ -35,6 +35,8 @@ from smallcap.s3 import (
     update_object,
     walk_objects,
 )
+from smallcap.storage_faults import brief
+from smallcap.translated import translated, translated_file
 
 DEFAULT_CACHE_DIR = "~/.cache/smallcap"  # where a node keeps copies of remote files
 _CHUNK_BYTES = 8 << 20
@@ -80,7 +82,7 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
         StorageError: The protocol is unknown, its package is missing, or it cannot be opened.
     """
     if is_local(uri):
-        return fsspec.filesystem("file"), absolute(uri)
+        return fsspec.filesystem("file"), str(local_path(absolute(uri)))
     # With the endpoint named, fsspec does not reuse the filesystem of another endpoint.
     s3_options = {"endpoint_url": s3_endpoint(), "config_kwargs": {"retries": {"max_attempts": S3_RETRIES}}}
     try:
@@ -92,47 +94,30 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
         raise StorageError(
             "Cannot open this kind of URI.",
             where=uri,
-            found=f"{type(error).__name__}: {error}",
+            found=brief(error),
             remedy="Use a local path, s3://…, or install the fsspec package of that protocol.",
         ) from error
     return fs, path
 
 
-@contextmanager
-def _translated(uri: str, doing: str) -> Iterator[None]:
-    """Turns the many exceptions of storage clients into one `StorageError`."""
-    try:
-        yield
-    except RunError:
-        raise
-    except FileNotFoundError as error:
-        raise StorageError(f"Cannot {doing}: it does not exist.", where=uri, remedy="Check the path.") from error
-    except PermissionError as error:
-        raise StorageError(
-            f"Cannot {doing}: access denied.", where=uri, found=str(error), remedy="Check the credentials."
-        ) from error
-    except Exception as error:  # botocore, aiohttp, google-auth … share no base class
-        raise StorageError(f"Cannot {doing}.", where=uri, found=f"{type(error).__name__}: {error}") from error
-
-
 def exists(uri: str) -> bool:
     """Says whether a file or folder exists at `uri`."""
     fs, path = filesystem(uri)
-    with _translated(uri, "look at this path"):
+    with translated(uri, "look at this path"):
         return bool(fs.exists(path))
 
 
 def is_folder(uri: str) -> bool:
     """Says whether `uri` is a folder, or a prefix with objects below it."""
     fs, path = filesystem(uri)
-    with _translated(uri, "look at this path"):
+    with translated(uri, "look at this path"):
         return bool(fs.isdir(path))
 
 
 def size(uri: str) -> int | None:
     """Returns a file's size in bytes; None if it does not exist."""
     fs, path = filesystem(uri)
-    with _translated(uri, "look at this path"):
+    with translated(uri, "look at this path"):
         try:
             return int(fs.size(path))
         except FileNotFoundError:
@@ -142,7 +127,7 @@ def size(uri: str) -> int | None:
 def modified_at(uri: str) -> datetime:
     """Returns the time of a file's last change, with a time zone."""
     fs, path = filesystem(uri)
-    with _translated(uri, "look at this path"):
+    with translated(uri, "look at this path"):
         modified: datetime = fs.modified(path)
     return modified if modified.tzinfo else modified.replace(tzinfo=UTC)
 
@@ -150,7 +135,7 @@ def modified_at(uri: str) -> datetime:
 def list_folder(uri: str) -> list[str]:
     """Lists the entries of a folder or prefix as sorted URIs, hidden ones included; empty if it does not exist."""
     fs, root = filesystem(uri)
-    with _translated(uri, "list this path"):
+    with translated(uri, "list this path"):
         try:
             names = fs.ls(root, detail=False)
         except FileNotFoundError:
@@ -163,7 +148,9 @@ def list_files(uri: str, suffixes: Sequence[str] = ()) -> list[str]:
     return sorted(iter_files(uri, suffixes))
 
 
-def iter_files(uri: str, suffixes: Sequence[str] = (), left_out: Callable[[str], None] | None = None) -> Iterator[str]:
+def iter_files(
+    uri: str, suffixes: Sequence[str] = (), left_out: Callable[[str, bool], None] | None = None
+) -> Iterator[str]:
     """Lists the files below a folder or prefix as a stream: memory does not grow with their number.
 
     A file's URI yields itself. Hidden files (a component starting with `.` or `_`) are left out, as Hadoop's
@@ -172,14 +159,14 @@ def iter_files(uri: str, suffixes: Sequence[str] = (), left_out: Callable[[str],
     Args:
         uri: Folder, prefix, glob pattern, or file.
         suffixes: Lower-case endings to keep, such as `(".jpg", ".png")`; all files when empty.
-        left_out: A function that is called with the URI of each file that is left out.
+        left_out: A function that is called with the URI of each file that is left out, and whether it is hidden.
 
     Raises:
         StorageError: Nothing exists at `uri`, or the service fails.
     """
     root = fixed = absolute(uri)  # fixed: what every file's URI begins with
     if is_glob(root):
-        fixed = fixed_part(root)
+        fixed = fixed_part(root, is_folder)
         paths = _glob(root, fixed)
     elif is_local(root):
         paths = walk(root)
@@ -190,7 +177,7 @@ def iter_files(uri: str, suffixes: Sequence[str] = (), left_out: Callable[[str],
     endings = tuple(suffixes)
     any_file = False
     while True:
-        with _translated(uri, "list this path"):  # not around the yield: a caller's errors are not the storage's
+        with translated(uri, "list this path"):  # not around the yield: a caller's errors are not the storage's
             path = next(paths, None)
         if path is None:
             break
@@ -202,15 +189,15 @@ def iter_files(uri: str, suffixes: Sequence[str] = (), left_out: Callable[[str],
         if not hidden and (not endings or path.lower().endswith(endings)):
             yield path
         elif left_out is not None:
-            left_out(path)
+            left_out(path, hidden)
     if not any_file and not exists(uri):
         raise StorageError("Cannot list this path: it does not exist.", where=uri, remedy="Check the path.")
 
 
 def _glob(root: str, fixed: str) -> Iterator[str]:
     fs, pattern = filesystem(root)
-    if is_local(root):
-        pattern = glob.escape(fixed) + root[len(fixed) :]
+    if fixed and is_local(fixed) == is_local(root):  # else the pattern begins in the bucket's name
+        pattern = glob.escape(filesystem(fixed)[1]) + root[len(fixed) :]
     yield from sorted(_uri(root, path) for path in fs.glob(pattern) if not fs.isdir(path))
 
 
@@ -235,13 +222,13 @@ def open_ranged(uri: str, buffer_bytes: int = 0) -> IO[bytes]:
         StorageError: It is missing (caused by a `FileNotFoundError`), forbidden (`PermissionError`), or the service
             fails. Reading from the opened file raises the same.
     """
-    with _translated(uri, "read this file"):
+    with translated(uri, "read this file"):
         if is_local(uri):
             return open(local_path(absolute(uri)), "rb", buffering=max(buffer_bytes, io.DEFAULT_BUFFER_SIZE))
         if uri.startswith("s3://") and is_plain_key(uri[len("s3://") :]):
             return open_object(uri, buffer_bytes)
         fs, path = filesystem(uri)
-        return cast("IO[bytes]", fs.open(path, "rb"))
+        return translated_file(uri, fs.open(path, "rb"), buffer_bytes)
 
 
 def read_bytes(uri: str) -> bytes:
@@ -251,7 +238,7 @@ def read_bytes(uri: str) -> bytes:
         StorageError: It is missing, forbidden, or the service fails.
     """
     fs, path = filesystem(uri)
-    with _translated(uri, "read this file"):
+    with translated(uri, "read this file"):
         return bytes(fs.cat_file(path))
 
 
@@ -261,7 +248,7 @@ def read_tail(uri: str, length: int) -> bytes:
     Raises:
         StorageError: It is missing, forbidden, or the service fails.
     """
-    with _translated(uri, "read this file"):
+    with translated(uri, "read this file"):
         if uri.startswith("s3://"):
             return read_object_tail(uri, length)
         fs, path = filesystem(uri)
@@ -287,7 +274,7 @@ def write_bytes(uri: str, data: bytes) -> None:
     Raises:
         StorageError: The target cannot be written.
     """
-    with _translated(uri, "write this file"):
+    with translated(uri, "write this file"):
         if is_local(uri):
             with _staged(uri) as staged, staged.open("wb") as file:
                 file.write(data)
@@ -315,13 +302,13 @@ def update_bytes(uri: str, update: Callable[[bytes | None], bytes]) -> None:
     """
     if is_local(uri):
         target = Path(absolute(uri))
-        with _translated(uri, "write this file"):
+        with translated(uri, "write this file"):
             target.parent.mkdir(parents=True, exist_ok=True)
             with target.with_name(f".{target.name}.lock").open("w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 write_bytes(uri, update(target.read_bytes() if target.exists() else None))
     elif uri.startswith("s3://"):
-        with _translated(uri, "write this file"):
+        with translated(uri, "write this file"):
             update_object(uri, update)
     else:
         write_bytes(uri, update(read_bytes(uri) if exists(uri) else None))
@@ -329,7 +316,7 @@ def update_bytes(uri: str, update: Callable[[bytes | None], bytes]) -> None:
 
 def upload(local_path: str | Path, uri: str) -> None:
     """Copies a local file to `uri`, atomically for readers of `uri`."""
-    with _translated(uri, "write this file"):
+    with translated(uri, "write this file"):
         if is_local(uri):
             with _staged(uri) as staged:
                 shutil.copyfile(local_path, staged)
@@ -343,14 +330,14 @@ def move_in(local_path: Path, uri: str) -> None:
     if not is_local(uri):
         upload(local_path, uri)
         return
-    with _translated(uri, "write this file"), _staged(uri) as staged:
+    with translated(uri, "write this file"), _staged(uri) as staged:
         shutil.move(local_path, staged)
 
 
 def download(uri: str, local_path: str | Path) -> None:
     """Copies `uri` to a local file whose folder exists."""
     fs, path = filesystem(uri)
-    with _translated(uri, "download this file"):
+    with translated(uri, "download this file"):
         fs.get_file(path, str(local_path))
 
 
@@ -358,7 +345,7 @@ def download(uri: str, local_path: str | Path) -> None:
 def local_file(uri: str) -> Iterator[Path]:
     """Gives a local path to a file: its own if it is local, else that of a temporary download of the same name."""
     if is_local(uri):
-        yield Path(absolute(uri))
+        yield local_path(absolute(uri))
         return
     with scratch_folder() as folder:
         path = folder / uri.rsplit("/", 1)[-1]
@@ -369,8 +356,11 @@ def local_file(uri: str) -> Iterator[Path]:
 def remove(uri: str) -> None:
     """Deletes a file, or a folder with all that is in it; does nothing if it does not exist."""
     fs, path = filesystem(uri)
-    with _translated(uri, "delete this path"):
-        if fs.exists(path):
+    with translated(uri, "delete this path"):
+        if not is_local(uri) and has_marks(path):  # rm() would take it for a pattern, and delete what fits
+            for file in fs.find(path):
+                fs.rm_file(file)
+        elif fs.exists(path):
             fs.rm(path, recursive=True)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import gzip
 import io
-import json
 import logging
 import re
 import zlib
@@ -20,16 +19,16 @@ from functools import lru_cache
 from itertools import chain
 from typing import IO, Any, NamedTuple, cast
 
-import pyarrow as pa
-
 from smallcap import storage
 from smallcap.errors import SchemaError
+from smallcap.field_values import decode_json
 
 LINE_FORMATS = (".csv", ".tsv", ".jsonl", ".ndjson")
 TABLE_SUFFIXES = (*LINE_FORMATS, *(f"{suffix}.gz" for suffix in LINE_FORMATS), ".json", ".json.gz", ".parquet")
 """Endings of the tables that captions and lists of images are read from."""
 
 _log = logging.getLogger(__name__)
+_JSON_BLANKS = " \t\r\n"
 _PROBE_BYTES = 1 << 16
 _SHOWN_CHARACTERS = 100
 _ENCODINGS = ((b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"), (b"\xef\xbb\xbf", "utf-8-sig"))
@@ -118,11 +117,12 @@ def json_lines(file: IO[bytes], uri: str) -> Iterator[tuple[int, dict[str, Any] 
     """
     for number, line in text_lines(file, uri):
         if line.strip():
+            text = line.strip(_JSON_BLANKS)
             try:
-                entry = json.loads(line)
+                entry, end = decode_json(text)
             except (ValueError, RecursionError):
-                entry = None
-            yield number, entry if isinstance(entry, dict) else line
+                entry, end = None, 0
+            yield number, entry if isinstance(entry, dict) and end == len(text) else line
 
 
 def text_lines(file: IO[bytes], uri: str) -> Iterator[tuple[int, str]]:
@@ -181,22 +181,6 @@ def open_text(file: IO[bytes]) -> io.TextIOWrapper:
     line_end = "\n" if "\n" in characters or "\r" not in characters else "\r"
     errors = "strict" if encoding == "utf-16" else "surrogateescape"
     return io.TextIOWrapper(file, encoding, errors, newline=line_end)
-
-
-def id_text(value: Any) -> str | None:
-    """Returns an id as text: numbers as they are written, 7.0 as 7; None where the value cannot be an id."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, float) and value - value == 0:  # neither NaN nor infinite
-        return str(int(value)) if value.is_integer() else repr(value)
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def id_strings(values: pa.Array) -> pa.Array:
-    """Returns a column of ids as strings; a column of numbers may be float because it has nulls."""
-    if pa.types.is_floating(values.type):
-        return pa.array(map(id_text, values.to_pylist()), pa.string())
-    return values.cast(pa.string())
 
 
 def decompressed(file: IO[bytes]) -> IO[bytes]:
@@ -273,4 +257,4 @@ def _rows(lines: Iterator[tuple[int, str]], mark: str, width: int) -> Iterator[t
         if len(fields) != width and len(read) > 1:
             again.extendleft(reversed(read[1:]))
             reader = csv.reader(following(), delimiter=mark, strict=True)  # the file may have ended for the other
-        yield number, fields if len(fields) == width else line
+        yield number, fields if len(fields) == width else line.rstrip("\r\n")

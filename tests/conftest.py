@@ -179,7 +179,7 @@ def ray_session(s3_server: str) -> Iterator[None]:
 
     from jobs.cluster.session import connect
 
-    connect()
+    connect("local")  # whatever runs on this machine
     yield
     ray.shutdown()
 

@@ -29,11 +29,11 @@ CONTEXT = SimpleNamespace(
 def in_process_ray() -> Iterator[None]:
     """Puts the stand-ins in Ray's place for a while."""
     stand_ins = {
-        "init": lambda *_, **__: None,
         "nodes": lambda: [NODE],
         "remote": _remote,
         "put": lambda value: _Answer(lambda: value),
         "get": _get,
+        "wait": lambda answers, timeout=None: (answers, []),
         "kill": lambda actor: None,
         "get_runtime_context": lambda: CONTEXT,
         "data.from_arrow": Dataset,
@@ -42,6 +42,9 @@ def in_process_ray() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         for name, stand_in in stand_ins.items():
             monkeypatch.setattr(f"ray.{name}", stand_in)
+        for module in ("session", "nodes"):
+            monkeypatch.setattr(f"jobs.cluster.{module}.connect", lambda *_: None)
+        monkeypatch.setattr("jobs.cluster.liveness.ray_places", list)
         # Nor is this a process that does nothing but caption.
         monkeypatch.setattr("jobs.captioning.caption.keep_freed_memory", lambda: None)
         yield
@@ -75,21 +78,10 @@ class Dataset:
         following._blocks = _mapped(self._blocks, *given, batch_size)
         return following
 
-    def write_datasink(self, sink: Any, **placement: Any) -> None:
-        gathered: list[pa.Table] = []
-        written = 0
+    def iter_internal_ref_bundles(self) -> Iterator[Any]:
         for block in self._blocks:
-            gathered.append(block)
-            if sum(map(len, gathered)) >= sink.min_rows_per_write:
-                _pickled(sink).write(gathered, SimpleNamespace(task_idx=written))
-                gathered, written = [], written + 1
-        _pickled(sink).write(gathered, SimpleNamespace(task_idx=written))
-
-    def materialize(self) -> Dataset:
-        return Dataset(list(self._blocks))
-
-    def iter_rows(self) -> Iterator[dict[str, Any]]:
-        return (row for block in self._blocks for row in block.to_pylist())
+            answer = _Answer(lambda block=block: block)
+            yield SimpleNamespace(block_refs=[answer], num_rows=lambda block=block: len(block))
 
 
 def _mapped(

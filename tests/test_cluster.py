@@ -18,7 +18,7 @@ import yaml
 from smallcap.config import CaptionConfig
 from smallcap.index.manifest import IndexManifest
 from smallcap.machine.actor_plan import plan_actors
-from smallcap.model.clip_encoder import resolve_encoder_identity
+from smallcap.model.encoder_spec import resolve_encoder_identity
 from smallcap.options import load_config
 from tests.caption_runs import read_rows, write_images
 from tests.job_processes import StartJob
@@ -173,4 +173,4 @@ def test_a_job_is_submitted_to_a_cluster_that_asks_for_a_token(
     with pytest.raises(subprocess.CalledProcessError) as refused:
         run_python(wrong, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN[::-1])
     assert "InvalidAuthToken" in refused.value.stderr
-    assert "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN" in refused.value.stderr
+    assert "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN" in refused.value.stderr

@@ -28,6 +28,7 @@ import pyarrow as pa
 from index_builder.dumps.cleaning import KEY_BYTES, Cleaner
 from index_builder.dumps.deduplication import Deduplicator, Row, UniqueCaption
 from index_builder.dumps.files import DumpScan, open_dump
+from index_builder.work.reports import report_rows
 from smallcap import storage
 from smallcap.captions.rows import CaptionColumns
 from smallcap.config import CleaningConfig
@@ -163,6 +164,7 @@ def deal_dumps(task: DealTask) -> Dealt:
             while batch := list(islice(reader, _CLEANED_AT_ONCE)):
                 kept, reasons = cleaner.clean(batch, (source,))
                 rows[number] += len(batch)
+                report_rows(sum(rows))
                 dropped += reasons
                 writer.add(kept)
     return Dealt(writer.close(), tuple(rows), dict(dropped))

@@ -11,12 +11,18 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow.parquet as pq
+
 from index_builder.dumps.embedded import find_embeddings, read_embedded_rows
 from smallcap import storage
-from smallcap.captions.reader import FORMATS, note_of, read_captions
+from smallcap.captions.reader import FORMATS, note_of, open_captions, read_captions
 from smallcap.captions.rows import CaptionColumns, CaptionRow
 from smallcap.errors import ConfigError
 from smallcap.tables import TABLE_SUFFIXES, format_of
+
+_CHECKED_EARLY = 10  # dumps; each is a request or two
+_SAMPLE_BYTES = 1 << 20
+_LONG_ROW_BYTES = 200
 
 
 @dataclass(frozen=True)
@@ -42,12 +48,14 @@ class DumpScan:
         dump: The file.
         bytes: The size of the file and of its embeddings.
         sha256: The sha256 of its content. With embeddings: of the lines "SHA256-OF-CAPTIONS", "SHA256-OF-EMBEDDINGS".
+        about_rows: An estimate of the number of rows.
         note: How the file is read, where its first line does not say it.
     """
 
     dump: DumpFile
     bytes: int
     sha256: str
+    about_rows: int
     note: str = ""
 
 
@@ -85,6 +93,22 @@ def _is_named(file: str, uri: str) -> bool:
     return format_of(file) in FORMATS and file == storage.absolute(uri)
 
 
+def check_columns(dumps: Sequence[DumpFile], columns: CaptionColumns) -> None:
+    """Reads the first row of some dumps, so that a wrong column is told before anything is loaded or started.
+
+    Args:
+        dumps: The dumps, of which all are scanned later. JSON has no columns, and is read as a whole.
+        columns: The requested columns.
+
+    Raises:
+        SchemaError: A dump lacks a column, or contradicts its suffix.
+    """
+    tables = [dump for dump in dumps if dump.embeddings is None and format_of(dump.uri) != ".json"]
+    for dump in tables[:_CHECKED_EARLY]:
+        with open_captions(dump.uri, columns) as rows:
+            next(rows, None)
+
+
 def scan_dump(task: tuple[DumpFile, CaptionColumns]) -> DumpScan:
     """Computes a dump's checksum, and reads its first row to check that it has the requested columns.
 
@@ -99,7 +123,19 @@ def scan_dump(task: tuple[DumpFile, CaptionColumns]) -> DumpScan:
         digest = digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
         with paths[0].open("rb") as file:
             note = note_of(file, dump.uri, columns)
-        return DumpScan(dump, sum(path.stat().st_size for path in paths), digest, note)
+        about_rows = _estimate_rows(paths[0], dump.uri)
+        return DumpScan(dump, sum(path.stat().st_size for path in paths), digest, about_rows, note)
+
+
+def _estimate_rows(path: Path, uri: str) -> int:
+    """Returns about how many rows a dump has, from its beginning, or exactly for Parquet."""
+    if format_of(uri) == ".parquet":
+        return int(pq.read_metadata(path).num_rows)
+    with path.open("rb") as file:
+        sample = file.read(_SAMPLE_BYTES)
+    bytes_per_line = len(sample) / max(1, sample.count(b"\n"))
+    # Compressed files and arrays without line breaks have few lines, or none.
+    return round(path.stat().st_size / max(1, min(bytes_per_line, _LONG_ROW_BYTES)))
 
 
 @contextmanager

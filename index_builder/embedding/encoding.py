@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from index_builder.dumps.buckets import UniqueCaptions
+from index_builder.embedding.image_queries import LEAST_IMAGES, EmbedImages
 from index_builder.embedding.slices import EmbedSlices, Probe, ProbeEncoder, VectorSlices
-from index_builder.work.stage_runner import StageRunner
+from index_builder.work.stage_runner import Sizes, StageRunner
 from smallcap.errors import ConfigError
 from smallcap.index.manifest import EncoderIdentity
 
@@ -44,7 +45,7 @@ class Encoding:
                 EmbedSlices,
                 lambda device: (encoder, device, self.dtype, captions, vectors),
                 missing,
-                [vectors.rows_of(number) for number in missing],
+                Sizes([vectors.rows_of(number) for number in missing]),
             )
         return vectors
 
@@ -77,23 +78,21 @@ class Encoding:
         )
         return probe
 
-    def image_queries(self, images: Sequence[str], count: int) -> np.ndarray:
-        """Embeds up to `count` images as calibration queries, [Q, dim] float32.
+    def image_queries(self, images: Sequence[str], tasks: Sequence[Sequence[str]]) -> np.ndarray:
+        """Embeds images as calibration queries, [Q, dim] float32.
 
         Args:
-            images: Image files, folders, prefixes, and lists of images.
-            count: The most images to embed.
+            images: The image files, folders, prefixes and lists that the user named, for errors.
+            tasks: The images' URIs, as `plan_image_queries` returns them.
 
         Raises:
             ConfigError: Too few images can be read.
         """
-        from index_builder.embedding.image_queries import LEAST_IMAGES, EmbedImages, plan_image_queries  # torch
-
         embedded = self._runner.run_actors(
             "embed images",
             EmbedImages,
             lambda device: (self.encoder.spec, device, self.dtype),
-            plan_image_queries(images, count),
+            tasks,
         )
         queries = np.concatenate([batch.vectors for batch in embedded])
         if len(queries) < LEAST_IMAGES:

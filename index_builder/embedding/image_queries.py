@@ -1,4 +1,4 @@
-"""Embeds a sample of images as calibration queries, in actors."""
+"""Embeds a sample of images as calibration queries, in actors, which import torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from smallcap import storage
 from smallcap.config import InputConfig
@@ -17,7 +16,6 @@ from smallcap.images.fetching import fetch_objects
 from smallcap.images.listing import no_images
 from smallcap.images.sorting import Duplicates, sort_images, unique_images
 from smallcap.images.sources import ImageSources
-from smallcap.model.clip_encoder import load_retrieval_encoder, normalise_pixels
 
 IMAGES_PER_TASK = 64
 LEAST_IMAGES = 32
@@ -41,11 +39,17 @@ class EmbedImages:
     """
 
     def __init__(self, spec: str, device: str, dtype: str) -> None:
+        from smallcap.model.clip_encoder import load_retrieval_encoder
+
         self._encoder = load_retrieval_encoder(spec, device=device, dtype=dtype)
-        self._device, self._dtype = torch.device(device), getattr(torch, dtype)
+        self._dtype = dtype
 
     def __call__(self, uris: Sequence[str]) -> EmbeddedImages:
         """Embeds images, and counts those that cannot be read."""
+        import torch
+
+        from smallcap.model.clip_encoder import normalise_pixels
+
         crops = []
         for uri, data in zip(uris, fetch_objects(uris).data, strict=True):
             try:
@@ -56,8 +60,8 @@ class EmbedImages:
                 continue
         vectors = np.zeros((0, self._encoder.dim), np.float32)
         if crops:
-            pixels = torch.from_numpy(np.stack(crops)).to(self._device)
-            pixel_values = normalise_pixels(pixels, self._encoder.preprocessing, self._dtype)
+            pixels = torch.from_numpy(np.stack(crops)).to(self._encoder.device)
+            pixel_values = normalise_pixels(pixels, self._encoder.preprocessing, getattr(torch, self._dtype))
             vectors = self._encoder.encode_images(pixel_values).cpu().numpy()
         return EmbeddedImages(vectors, len(uris) - len(crops))
 

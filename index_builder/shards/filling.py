@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from index_builder.dumps.buckets import Deduped, UniqueCaptions, read_grown
 from index_builder.embedding.slices import VectorSlices
 from index_builder.stored import StoredIndex
+from index_builder.work.reports import report_rows
 from smallcap import storage
 from smallcap.errors import ConfigError
 from smallcap.index.caption_store import CAPTION_STORE_COLUMNS, write_caption_file
@@ -103,6 +104,7 @@ def _write_vectors(task: ShardTask, shard_path: Path, vectors_path: Path | None)
         if exact is not None:
             exact[start : start + len(vectors)] = vectors
         start += len(vectors)
+        report_rows(start)
     if exact is not None:
         exact.flush()
     faiss.write_index(index, str(shard_path))

@@ -10,10 +10,10 @@ import faiss
 import numpy as np
 
 from index_builder.embedding.slices import VectorSlices
-from index_builder.plan import IndexPlan
+from index_builder.plan import IndexPlan, with_one_list
 from smallcap import storage
 from smallcap.errors import ConfigError
-from smallcap.index.faiss_index import check_faiss, inverted_file_of, is_readable
+from smallcap.index.faiss_index import check_faiss, inverted_file_of, is_readable, transforms_of
 from smallcap.index.manifest import FileEntry
 
 _SEED = 20
@@ -52,29 +52,37 @@ def train_template(task: TrainTask) -> FileEntry:
         return FileEntry.adopt(path, task.index_uri, "template")
 
 
-def make_index(index_key: str, dim: int) -> Any:
+def make_index(index_key: str, dim: int, asked_key: str = "") -> Any:
     """Makes an untrained index for a key.
+
+    Args:
+        index_key: The key.
+        dim: Length of a vector.
+        asked_key: The key that errors name, if it is another one.
 
     Raises:
         ConfigError: faiss does not know the key, or this release cannot serve such an index.
     """
+    where = f"index_key={asked_key or index_key}"
     try:
         index = faiss.index_factory(dim, index_key, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
         raise ConfigError(
             "faiss does not know this index key.",
-            where=f"index_key={index_key}",
+            where=where,
             expected="such as Flat, IVF,SQfp16, IVF4096,SQ8 or IVF65536_HNSW32,PQ64",
             found=_first_line(error),
         ) from error
     if not is_readable(index):
         raise ConfigError(
             "An index with this key can be built, but not served.",
-            where=f"index_key={index_key}",
+            where=where,
             expected="Flat, SQ, PQ, HNSW or RaBitQ codes, with or without IVF and a transform before it",
             found=type(index).__name__,
             remedy="Leave out IDMap and Refine: smallcap does ids and re-ranking itself.",
         )
+    if contradiction := _contradiction(index):
+        raise ConfigError("faiss cannot train an index of this key.", where=where, **contradiction)
     inverted = inverted_file_of(index)
     if isinstance(inverted, faiss.IndexIVFScalarQuantizer) and inverted.sq.qtype == faiss.ScalarQuantizer.QT_fp16:
         inverted.by_residual = False  # a list then holds float16(vector), which can be read back unchanged
@@ -86,10 +94,49 @@ def make_index(index_key: str, dim: int) -> Any:
     return index
 
 
+def _contradiction(index: Any) -> dict[str, str]:
+    """Returns what faiss would find only in training, as `expected` and `found`; empty where there is nothing."""
+    for transform in transforms_of(index):
+        if isinstance(transform, faiss.PCAMatrix) and transform.d_out > transform.d_in:
+            return {"expected": f"PCA to at most {transform.d_in} dimensions", "found": str(transform.d_out)}
+    inverted = inverted_file_of(index)
+    if inverted is None:
+        return {}
+    quantizer = faiss.downcast_index(inverted.quantizer)
+    if isinstance(quantizer, faiss.ResidualCoarseQuantizer) and 1 << quantizer.rq.tot_bits != inverted.nlist:
+        return {"expected": f"IVF{1 << quantizer.rq.tot_bits} with this quantizer", "found": f"IVF{inverted.nlist}"}
+    return {}
+
+
+def check_index_key(index_key: str, dim: int) -> None:
+    """Checks that faiss can build an index of a key, before any caption is read.
+
+    Args:
+        index_key: The key, or `auto`.
+        dim: Length of a vector.
+
+    Raises:
+        ConfigError: faiss does not know the key, it does not suit the vectors, or this release cannot serve it.
+    """
+    if index_key != "auto":
+        make_index(with_one_list(index_key), dim, index_key)
+
+
+def least_training_rows(index: Any) -> int:
+    """Returns how many vectors the codes of an untrained index need at least: one for each of a quantizer's centroids.
+
+    OPQ makes a quantizer of 8 bits of its own.
+    """
+    chain = transforms_of(index)
+    quantizers = [getattr(nested, "pq", None) for nested in _nested_indexes(index)]
+    needed = [quantizer.ksub for quantizer in quantizers if quantizer is not None]
+    return max([0, *needed, *(256 for transform in chain if isinstance(transform, faiss.OPQMatrix))])
+
+
 def _nested_indexes(index: Any) -> Iterator[Any]:
     """Yields an index and those inside it that hold its vectors."""
     yield index
-    for name in ("index", "storage"):
+    for name in ("index", "storage", "quantizer"):
         inner = getattr(index, name, None)
         if isinstance(inner, faiss.Index):
             yield from _nested_indexes(faiss.downcast_index(inner))

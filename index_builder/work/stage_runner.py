@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -18,7 +19,25 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 Progress = Callable[[str, int, int], None]
-"""Called with a stage's name, the number of its units that are done, and the number of all its units."""
+"""Called with a stage's name, the number of its units that are done, and the number of all its units, as far as known.
+
+It is called when a stage begins, and whenever an item has ended. Units are rows, or items where rows are not counted.
+"""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large the items of a stage are.
+
+    Attributes:
+        of_items: The rows of each item, or 1 where items are counted.
+        counted: A function of an item's position and result that counts its rows, where `of_items` are estimates.
+        memory_bytes: How much memory one task needs, where that is much.
+    """
+
+    of_items: Sequence[int]
+    counted: Callable[[int, Any], int] | None = None
+    memory_bytes: int | None = None
 
 
 class StageRunner:
@@ -53,7 +72,7 @@ class StageRunner:
 
     def run(self, stage: str, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
         """Runs a function over items in tasks; returns the results in order."""
-        return self._collect(stage, self._tasks.run_tasks(function, items) if items else (), len(items))
+        return self._collect(stage, self._tasks.run_tasks(function, items) if items else (), Sizes([1] * len(items)))
 
     def run_recorded(
         self,
@@ -62,7 +81,7 @@ class StageRunner:
         kind: type[Result],
         function: Callable[[Any], Result],
         items: Sequence[Any],
-        memory_bytes: int | None = None,
+        sizes: Sizes | None = None,
     ) -> list[Result]:
         """Does the same as `run`, but skips items that have a recorded result.
 
@@ -72,10 +91,11 @@ class StageRunner:
             kind: The type of the results.
             function: See `TaskRunner`.
             items: The work.
-            memory_bytes: How much memory one task needs, where that is much.
+            sizes: How large the items are; by default they are counted.
         """
-        run = partial(self._tasks.run_tasks, memory_bytes=memory_bytes)
-        return self._collect(stage, run_recorded(staging.results(stage, kind), function, items, run), len(items))
+        sizes = sizes or Sizes([1] * len(items))
+        run = partial(self._tasks.run_tasks, memory_bytes=sizes.memory_bytes)
+        return self._collect(stage, run_recorded(staging.results(stage, kind), function, items, run), sizes)
 
     def run_actors(
         self,
@@ -83,7 +103,7 @@ class StageRunner:
         actor: Callable[..., Callable[[Item], Result]],
         arguments: Callable[[str], tuple[Any, ...]],
         items: Sequence[Item],
-        sizes: Sequence[int] | None = None,
+        sizes: Sizes | None = None,
     ) -> list[Result]:
         """Runs items in actors that load a model; returns the results in order.
 
@@ -92,11 +112,11 @@ class StageRunner:
             actor: The actors' class.
             arguments: A function of the torch device that returns the arguments of each actor.
             items: The work.
-            sizes: The size of each item, in the units of the stage's progress; by default 1.
+            sizes: How large the items are; by default they are counted.
         """
         plan = self.plan_actors()
         results = self._tasks.run_actors(actor, arguments(plan.device), items, plan)
-        return self._collect(stage, results, len(items), sizes)
+        return self._collect(stage, results, sizes or Sizes([1] * len(items)))
 
     def plan_actors(self) -> ActorPlan:
         """Returns how many actors there is room for, and which device they use."""
@@ -118,16 +138,17 @@ class StageRunner:
                 remedy="Use more --shards, an --index-key with fewer lists, or a larger node.",
             )
 
-    def _collect(
-        self, stage: str, results: Iterable[tuple[int, Result]], items: int, sizes: Sequence[int] | None = None
-    ) -> list[Result]:
+    def _collect(self, stage: str, results: Iterable[tuple[int, Result]], sizes: Sizes) -> list[Result]:
         """Gathers results in the order of their items, and tells the progress."""
-        sizes = sizes or [1] * items
-        done, total = 0, sum(sizes)
+        done, total = 0, sum(sizes.of_items)
         gathered: dict[int, Result] = {}
         with self.stage(stage):
+            if sizes.of_items:
+                self.progress(stage, 0, total)
             for position, result in results:
                 gathered[position] = result
-                done += sizes[position]
+                size = sizes.of_items[position]
+                rows = sizes.counted(position, result) if sizes.counted else size
+                done, total = done + rows, total + rows - size
                 self.progress(stage, done, total)
-        return [gathered[position] for position in range(items)]
+        return [gathered[position] for position in range(len(sizes.of_items))]

@@ -19,18 +19,20 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from pydantic import TypeAdapter
 
 from smallcap import storage
-from smallcap.errors import ConflictError, SmallCapError, StorageError
+from smallcap.errors import ConfigError, ConflictError, SmallCapError, StorageError
 from smallcap.images.fetching import fetch_objects
+from smallcap.local_files import no_empty_folders
 
 STAGING_PREFIX = ".staging-"
 ABANDONED_AFTER = timedelta(days=1)
@@ -54,6 +56,9 @@ class Staging:
     died more than a day ago. A build is dead when its process is gone, or, on another machine, when it has not renewed
     its owner file for ten minutes.
 
+    An error of the options also removes a folder that this call has made, because other options have another folder;
+    `keep` ends that.
+
     Args:
         index_uri: The index.
         fingerprint: The fingerprint of everything that decides the outcome.
@@ -63,11 +68,14 @@ class Staging:
         self._index_uri = index_uri
         self.uri = storage.join(index_uri, f"{STAGING_PREFIX}{fingerprint[:_FINGERPRINT_DIGITS]}")
         self.work_uri = storage.join(self.uri, "work")
+        self._is_kept = False
+        self._folders = no_empty_folders(Path(index_uri)) if storage.is_local(index_uri) else nullcontext()
         self._stopped = threading.Event()
         self._heart = threading.Thread(target=self._beat, daemon=True)
 
     def __enter__(self) -> Staging:
         """Claims the folder; raises `ConflictError` where the same build is running."""
+        self._folders.__enter__()
         for uri in staging_folders(self._index_uri):
             if uri != self.uri and is_abandoned(uri, ABANDONED_AFTER):
                 _log.info("Removing %s, left by a build that no longer runs.", uri)
@@ -82,12 +90,18 @@ class Staging:
         self._stopped.set()
         self._heart.join()
         try:
-            if kind is None:
+            if kind is None or (issubclass(kind, ConfigError) and not self._is_kept):
                 storage.remove(self.uri)
             else:
                 storage.write_bytes(storage.join(self.uri, _OWNER_FILE), _owner(pid=None))
         except SmallCapError as failure:  # a later build removes the folder; the block's error matters more
             _log.warning("The staging folder %s could not be removed: %s", self.uri, failure)
+        finally:
+            self._folders.__exit__(kind, error, traceback)
+
+    def keep(self) -> None:
+        """Keeps the folder for the next call, whatever error ends this one."""
+        self._is_kept = True
 
     def results(self, stage: str, kind: type[Result]) -> Results[Result]:
         """Returns the recorded results of a stage, which are of type `kind`."""
@@ -95,6 +109,7 @@ class Staging:
 
     def _claim(self) -> None:
         def claim(found: bytes | None) -> bytes:
+            self._is_kept = found is not None
             if found is not None and _is_alive(found):
                 raise ConflictError(
                     "The same build is already running.",

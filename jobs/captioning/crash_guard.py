@@ -1,20 +1,27 @@
-"""Finds images that kill the process that decodes them: such an image becomes an error row, and is not tried forever.
+"""Finds images that kill the process that decodes them, or keep it busy: they become error rows, not tried again.
 
 `CrashGuard` is a plain class that remembers what was begun and never finished. Loading tasks ask it through a
-`CrashGuardClient`; if the guard is lost, they decode unguarded.
+`CrashGuardClient`; if the guard is lost, they decode unguarded. A `DecodeClock` ends a process from which a decoder
+does not come back: nothing else stops one that is written in C.
 """
 
 from __future__ import annotations
 
+import os
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Self, TypeVar
 
 from jobs.cluster.side_actor import SideActor
 
 Result = TypeVar("Result")
 
+DECODE_LIMIT_S = 120.0  # of CPU time for one image: many times what the largest take
 _BEGUN_IN_VAIN = 2  # how often a batch dies before its images are tried one by one
+_LOOK_EVERY_S = 5.0
+_ANSWER_S = 10.0
 
 
 class CrashGuard:
@@ -24,6 +31,7 @@ class CrashGuard:
         self._begun: Counter[tuple[int, int]] = Counter()  # how often each was begun and not cleared
         self._alone: set[tuple[int, int]] = set()  # those that were begun alone the last time
         self._crashed: set[tuple[int, int]] = set()
+        self._too_slow: set[tuple[int, int]] = set()  # those of them that were given up
 
     def begin(self, fragment: int, rows: Sequence[int]) -> list[int]:
         """Marks rows as begun; to be called before they are decoded.
@@ -51,6 +59,16 @@ class CrashGuard:
         """Forgets rows that were decoded, or that failed without killing their process."""
         for row in rows:
             self._forget((fragment, row))
+
+    def give_up(self, fragment: int, row: int) -> None:
+        """Lets `begin` leave out an image from now on, because it kept its process busy for too long."""
+        self._too_slow.add((fragment, row))
+        self._crashed.add((fragment, row))
+        self._forget((fragment, row))
+
+    def too_slow(self, fragment: int, rows: Sequence[int]) -> list[int]:
+        """Returns those of the rows that were given up."""
+        return [row for row in rows if (fragment, row) in self._too_slow]
 
     def _forget(self, image: tuple[int, int]) -> None:
         self._begun.pop(image, None)
@@ -81,7 +99,7 @@ class CrashGuardClient:
             work: A function that takes rows and returns a result for each.
 
         Returns:
-            A result for each row; None for rows that were left out, which are `crashed`.
+            A result for each row; None for rows that were left out: `too_slow` ones, or else crashed.
         """
         results: dict[int, Result] = {}
         suspicious = self._actor.ask("is_suspicious", fragment, list(rows))
@@ -92,3 +110,59 @@ class CrashGuardClient:
                 results |= zip(todo, work(todo), strict=True)
                 self._actor.tell("clear", fragment, todo)
         return [results.get(row) for row in rows]
+
+    def give_up(self, fragment: int, row: int) -> None:
+        """Does what `CrashGuard.give_up` does, before this process ends."""
+        self._actor.ask("give_up", fragment, row, timeout_s=_ANSWER_S)
+
+    def too_slow(self, fragment: int, rows: Sequence[int]) -> list[int]:
+        """Returns those of the rows that were given up."""
+        return self._actor.ask("too_slow", fragment, list(rows)) or []
+
+
+def _end_process() -> None:
+    os._exit(1)
+
+
+class DecodeClock:
+    """Ends this process when one image has kept it busy for too long; a thread looks at the clock, within a `with`.
+
+    Args:
+        give_up: A function that is called with the image's row before.
+        limit_s: The process's CPU time in seconds that an image may take. A machine that is busy with others does not
+            count against it.
+        look_every_s: How often the thread looks, in seconds.
+        end: What ends the process.
+    """
+
+    def __init__(
+        self,
+        give_up: Callable[[int], None],
+        limit_s: float = DECODE_LIMIT_S,
+        look_every_s: float = _LOOK_EVERY_S,
+        end: Callable[[], None] = _end_process,
+    ) -> None:
+        self._give_up, self._limit_s, self._look_every_s, self._end = give_up, limit_s, look_every_s, end
+        self._row: int | None = None
+        self._began_s = 0.0
+        self._closed = threading.Event()
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._watch, name="decode-clock", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed.set()
+
+    def begin(self, row: int | None) -> None:
+        """Says that the image of a row is decoded from now on; None says that none is."""
+        self._began_s = time.process_time()
+        self._row = row
+
+    def _watch(self) -> None:
+        while not self._closed.wait(self._look_every_s):
+            row, began_s = self._row, self._began_s
+            if row is not None and time.process_time() - began_s > self._limit_s:
+                self._give_up(row)
+                self._end()
+                return

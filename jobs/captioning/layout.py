@@ -1,6 +1,6 @@
 """Lays a captioning run out on its cluster: actors, batches, and what its tasks and actors are told.
 
-Ray is imported only when a cluster is asked for its resources.
+Ray is imported only when a cluster is asked for its resources, and torch only then.
 """
 
 from __future__ import annotations
@@ -11,13 +11,10 @@ from typing import TYPE_CHECKING
 
 from jobs.captioning.record import RunRecord
 from jobs.cluster.resources import node_resources
-from smallcap.batch_size import LARGEST_BATCH
 from smallcap.config import CaptionConfig
 from smallcap.images.fragments import FRAGMENT_ROWS
 from smallcap.images.work_list import WorkList
 from smallcap.machine.actor_plan import ActorPlan, actors_on, plan_actors, tasks_beside
-from smallcap.machine.precision import fastest_cpu_dtype
-from smallcap.model.checkpoint import load_crop_plan
 from smallcap.output.coverage import WorkItem
 from smallcap.output.part_files import PartOptions
 
@@ -91,6 +88,8 @@ class CaptionLayout:
 
 def lay_out(config: CaptionConfig, record: RunRecord) -> CaptionLayout:
     """Lays a run out on the cluster that this process is connected to."""
+    from smallcap.batch_size import LARGEST_BATCH  # torch
+
     nodes = tuple(node_resources())
     actors = plan_actors(config.compute, nodes)
     if actors.device == "cpu" and config.compute.dtype == "auto":
@@ -111,6 +110,8 @@ def _cpu_dtype(record: RunRecord) -> str:
     """Returns what `auto` means on CPU: the precision of earlier attempts, or else the fastest, which is measured."""
     import ray
 
+    from smallcap.machine.precision import fastest_cpu_dtype
+
     earlier = [attempt.dtype for attempt in record.attempts if attempt.device == "cpu" and attempt.dtype]
     if earlier:
         return earlier[0]
@@ -123,6 +124,7 @@ def load_spec(
 ) -> LoadSpec:
     """Returns what loading tasks are told."""
     from jobs.captioning.load import LoadSpec
+    from smallcap.model.checkpoint import load_crop_plan
 
     crops = load_crop_plan(config.model, record.retrieval_encoder, config.input.decode)
     keep_bytes = layout.parts.webdataset

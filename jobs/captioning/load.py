@@ -17,7 +17,7 @@ import pyarrow as pa
 import ray.data
 from ray.data.extensions import ArrowTensorArray
 
-from jobs.captioning.crash_guard import CrashGuardClient
+from jobs.captioning.crash_guard import DECODE_LIMIT_S, CrashGuardClient, DecodeClock
 from jobs.captioning.monitor import MonitorClient
 from jobs.captioning.stage_report import StageReport
 from jobs.cluster.session import limit_blocks
@@ -33,12 +33,14 @@ from smallcap.output.schema import (
     FRAGMENT,
     FRAGMENT_ROW,
     IMAGE_BYTES_COLUMN,
+    LEFT_OUT,
     STATUS_ERROR,
     STATUS_OK,
 )
 
 VISION_PIXELS, RETRIEVAL_PIXELS = "smallcap.vision_pixels", "smallcap.retrieval_pixels"
 CONTENT_KEY = "smallcap.content_key"  # what sampling tells images apart by
+_LEFT_OUT_TYPE = pa.list_(pa.int32())
 # For a block's files, its crops, and one large image being decoded. It also makes the task differ from an actor with
 # one CPU, into which Ray would otherwise fuse it.
 _LOAD_MEMORY_BYTES = 512 << 20
@@ -48,6 +50,7 @@ _CRASHED = RowError(
     "The process that decoded this image died more than once.",
     remedy="Look at the image alone; --retry-failed tries it again.",
 )
+_TOO_SLOW = RowError(ErrorCode.TOO_LARGE, f"Decoding the image took more than {DECODE_LIMIT_S:g} s of CPU time.")
 
 
 @dataclass(frozen=True)
@@ -143,8 +146,6 @@ def load_batch(number: int, images: InputBatch, spec: LoadSpec) -> pa.Table:
             seconds=loaded.seconds,
             fetch_s=loaded.fetch_s,
             retries=loaded.retries,
-            duplicates=images.duplicates,
-            passed_over=images.passed_over,
             bytes=loaded.fetched_bytes,
             by_pillow=sum(isinstance(image, Pixels) and image.by_pillow for image in loaded.images),
             ended_fragments=int(ended),
@@ -165,14 +166,20 @@ def _load(number: int, images: InputBatch, spec: LoadSpec) -> _Loaded:
         for start in range(0, len(rows), FETCH_CONCURRENCY):  # bounds the files in memory; their crops are small
             positions = [position_of[row] for row in rows[start : start + FETCH_CONCURRENCY]]
             files = _files(images, positions, spec, loaded)
-            for position, data in zip(positions, files, strict=True):
+            for row, position, data in zip(rows[start:], positions, files, strict=False):
+                clock.begin(row)
                 pixels = _decode(data, spec, images.image_uris[position])
                 kept = data if spec.keep_bytes and isinstance(pixels, Pixels) else None
                 done.append((pixels, kept if isinstance(kept, bytes) else None))
+            clock.begin(None)
         return done
 
-    for result in spec.crash_guard.run_guarded(number, list(position_of), load_rows):
-        pixels, data = result or (_CRASHED, None)
+    with DecodeClock(lambda row: spec.crash_guard.give_up(number, row)) as clock:
+        results = spec.crash_guard.run_guarded(number, list(position_of), load_rows)
+    left_out = [row for row, result in zip(position_of, results, strict=True) if result is None]
+    too_slow = spec.crash_guard.too_slow(number, left_out) if left_out else []
+    for row, result in zip(position_of, results, strict=True):
+        pixels, data = result or (_TOO_SLOW if row in too_slow else _CRASHED, None)
         loaded.images.append(pixels)
         loaded.files.append(data)
     loaded.seconds = time.perf_counter() - started
@@ -222,6 +229,7 @@ def _loaded_table(number: int, images: InputBatch, loaded: _Loaded, spec: LoadSp
         FRAGMENT: pa.array(np.full(count, number, np.int32)),
         FRAGMENT_ROW: pa.array(images.rows, pa.int32()),
         ENDS_FRAGMENT: pa.array(ends),
+        LEFT_OUT: pa.array([*[None] * (count - 1), images.left_out if any(images.left_out) else None], _LEFT_OUT_TYPE),
         **pixel_columns(pixels),
     }
     if spec.keys:  # here and not in the actor: it takes longer than all else that an actor's CPU does for an image

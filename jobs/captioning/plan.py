@@ -14,8 +14,9 @@ from jobs.captioning.layout import CaptionLayout, count_images, lay_out, load_sp
 from jobs.captioning.record import RunRecord
 from jobs.captioning.watch import watch_run
 from jobs.captioning.work import list_work, open_record, remaining_items
+from jobs.cluster.addresses import check_address
 from jobs.cluster.errors import unwrapped_errors
-from jobs.cluster.session import connect
+from jobs.cluster.session import on_ray
 from smallcap import storage
 from smallcap.config import CaptionConfig
 from smallcap.errors import ConfigError
@@ -219,7 +220,7 @@ def dry_run(config: CaptionConfig, address: str | None = None, gpu_hour_cost: fl
 
     Args:
         config: The run's config.
-        address: Address of a Ray cluster; by default the one this process belongs to, or a new local one.
+        address: Address of a Ray cluster; see `jobs.cluster.session.connect` for the default.
         gpu_hour_cost: Cost of one GPU for an hour, in $.
 
     Raises:
@@ -227,6 +228,7 @@ def dry_run(config: CaptionConfig, address: str | None = None, gpu_hour_cost: fl
         RunError: Storage, index or checkpoint cannot be used.
     """
     record = open_record(config)
+    check_address(address)  # before what may take long
     with storage.scratch_folder() as scratch:
         if record.input is None:  # the run has not begun
             work = make_work_list(config.images, config.input, str(scratch), config.keep_columns)
@@ -234,24 +236,23 @@ def dry_run(config: CaptionConfig, address: str | None = None, gpu_hour_cost: fl
         else:
             work = list_work(config, record)
             items = remaining_items(config, work)
-        connect(address)  # before Ray Data is imported: it reads some of its settings then
+        with on_ray(address, lambda: "A dry run writes nothing."):  # before Ray Data, which reads its settings
+            from jobs.captioning.caption import CaptionerSpec, CaptionImages
 
-        from jobs.captioning.caption import CaptionerSpec, CaptionImages
-
-        layout = lay_out(config, record)
-        sample = _sample(config, work, items, layout.batch_size)
-        loaded = sum(len(images.rows) for _, images in sample)
-        is_all = loaded < _SAMPLE_BATCHES * layout.batch_size
-        with unwrapped_errors(), watch_run(record.run_id, None, None) as watch:
-            loading = load_spec(config, record, work, layout, watch)
-            captioning = CaptionerSpec(config, layout, record.index_id, record.retrieval_encoder, watch.monitor)
-            measured = calibrate(
-                partial(_load_sample, sample, loading),
-                partial(CaptionImages, captioning),
-                layout.actors,
-                min(loaded, layout.images_per_call) if is_all else layout.images_per_call,
-                layout.calls_at_once,
-            )
+            layout = lay_out(config, record)
+            sample = _sample(config, work, items, layout.batch_size)
+            loaded = sum(len(images.rows) for _, images in sample)
+            is_all = loaded < _SAMPLE_BATCHES * layout.batch_size
+            with unwrapped_errors(), watch_run(record.run_id, None, None) as watch:
+                loading = load_spec(config, record, work, layout, watch)
+                captioning = CaptionerSpec(config, layout, record.index_id, record.retrieval_encoder, watch.monitor)
+                measured = calibrate(
+                    partial(_load_sample, sample, loading),
+                    partial(CaptionImages, captioning),
+                    layout.actors,
+                    min(loaded, layout.images_per_call) if is_all else layout.images_per_call,
+                    layout.calls_at_once,
+                )
     return RunPlan(
         images=count_images(items),
         fragments=len(items),

@@ -1,118 +1,87 @@
-"""Shows a run to people: a live display while it goes on, and at the end a table of where its time went."""
+"""Puts a run's figures into words for people: while it goes on, and at the end a table of where its time went."""
 
 from __future__ import annotations
 
-import sys
-import threading
-from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, Protocol, TextIO
+from typing import Protocol
 
-from rich.console import Console, Group
-from rich.live import Live
+from rich.console import Group, RenderableType
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from jobs.captioning.stage_report import STAGES, Snapshot, Stage
+from jobs.cluster.display import ETA_OVER_S, RATE_OVER_S, Rate
 from smallcap.machine.actor_plan import ActorPlan
 from smallcap.phrasing import describe_count, describe_counts, describe_duration
 
-_POLL_S = 0.5  # at a terminal
-_LINE_EVERY_S = 30.0  # without one
-_RATE_OVER_S, _ETA_OVER_S = 10.0, 60.0
-_LEAST_CHANGES = 3  # a rate spans at least these, where batches take longer than the times above
+_STARTING = "Starting the pipeline"
 _NAMES: dict[Stage, str] = {"load": "fetch and decode", "caption": "caption", "write": "write"}
 _PAST: dict[Stage, str] = {"load": "loaded", "caption": "captioned", "write": "written"}
 _BUSY, _HALF = 0.8, 0.5  # fractions of the time
 
 
 class SnapshotSource(Protocol):
-    """Where a display gets its figures: a `MonitorClient`."""
+    """Where a view gets its figures: a `MonitorClient`."""
 
     def snapshot(self) -> Snapshot | None:
         """Returns the figures so far; None where there is no answer."""
 
 
 class RecentRates:
-    """Images/s of each stage over the last seconds, from one snapshot to the next.
-
-    Where batches take longer than that, a rate spans the last few of them. It falls while none ends.
-    """
+    """Images/s of each stage over the last seconds, from one snapshot to the next."""
 
     def __init__(self) -> None:
-        self._changes: dict[Stage, deque[tuple[float, int]]] = {stage: deque() for stage in STAGES}
-        self._now = 0.0
+        self._rates = {stage: Rate() for stage in STAGES}
 
     def add(self, snapshot: Snapshot) -> None:
         """Adds a snapshot, later than those before."""
-        self._now = snapshot.elapsed_s
-        for stage, changes in self._changes.items():
-            images = snapshot.of(stage).images
-            if images and (not changes or changes[-1][1] != images):
-                changes.append((self._now, images))
-            while len(changes) > _LEAST_CHANGES and changes[1][0] < self._now - _ETA_OVER_S:
-                changes.popleft()
+        for stage, rate in self._rates.items():
+            rate.add(snapshot.elapsed_s, snapshot.of(stage).images)
 
-    def of(self, stage: Stage, over_s: float = _RATE_OVER_S) -> float | None:
+    def of(self, stage: Stage, over_s: float = RATE_OVER_S) -> float | None:
         """Returns the images/s of a stage; None before its second batch has ended."""
-        changes = list(self._changes[stage])
-        recent = [change for change in changes if change[0] >= self._now - over_s]
-        if len(recent) < _LEAST_CHANGES:
-            recent = changes[-_LEAST_CHANGES:]
-        if len(recent) < 2 or self._now <= recent[0][0]:
-            return None
-        return (recent[-1][1] - recent[0][1]) / (self._now - recent[0][0])
+        return self._rates[stage].over(over_s)
 
 
-@contextmanager
-def show_progress(monitor: SnapshotSource, stream: TextIO | None = None) -> Iterator[None]:
-    """Shows a run's progress while the block runs: live at a terminal, or else a line every 30 s.
+class PipelineView:
+    """What a display shows of a running pipeline.
 
     Args:
         monitor: Where the figures come from.
-        stream: Where they are shown; by default stderr.
+        before_s: Seconds that the job took before the monitor was there.
+        models: What the actors load, in words.
     """
-    stream = stream or sys.stderr
-    with run_in_thread(_draw_live if stream.isatty() else _print_lines, monitor, stream):
-        yield
+
+    def __init__(self, monitor: SnapshotSource, before_s: float = 0.0, models: str = "") -> None:
+        self._monitor, self._before_s, self._models = monitor, before_s, models
+        self._rates = RecentRates()
+        self._last: Snapshot | None = None
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether an image has been captioned."""
+        return self._last is not None and self._last.caption.images > 0
+
+    def render(self) -> RenderableType:
+        """Returns the stages as a table."""
+        snapshot = self._newest()
+        return render(snapshot, self._rates, self._models) if snapshot else Text(_STARTING)
+
+    def line(self) -> str:
+        """Returns the stages in a line."""
+        snapshot = self._newest()
+        return progress_line(snapshot, self._rates, self._models) if snapshot else _STARTING
+
+    def _newest(self) -> Snapshot | None:
+        snapshot = self._monitor.snapshot()
+        if snapshot is not None:
+            self._last = snapshot.after(self._before_s)
+            self._rates.add(self._last)
+        return self._last
 
 
-@contextmanager
-def run_in_thread(show: Callable[..., None], *arguments: Any) -> Iterator[None]:
-    """Runs `show(*arguments, ended)` in a thread while the block runs; then sets the event `ended`, and joins it."""
-    ended = threading.Event()
-    thread = threading.Thread(target=show, args=(*arguments, ended), name="progress", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-
-
-def _draw_live(monitor: SnapshotSource, stream: TextIO, ended: threading.Event) -> None:
-    rates = RecentRates()
-    with Live(console=Console(file=stream), auto_refresh=False, transient=True) as live:
-        while not ended.wait(_POLL_S):
-            snapshot = monitor.snapshot()
-            if snapshot is not None:
-                rates.add(snapshot)
-                live.update(render(snapshot, rates), refresh=True)
-
-
-def _print_lines(monitor: SnapshotSource, stream: TextIO, ended: threading.Event) -> None:
-    rates = RecentRates()
-    while not ended.wait(_LINE_EVERY_S):
-        snapshot = monitor.snapshot()
-        if snapshot is not None and snapshot.load.images:
-            rates.add(snapshot)
-            print(progress_line(snapshot, rates), file=stream, flush=True)
-
-
-def render(snapshot: Snapshot, rates: RecentRates) -> Group:
-    """Returns the live display at one moment."""
+def render(snapshot: Snapshot, rates: RecentRates, models: str = "") -> Group:
+    """Returns the live display at one moment; `models` says what the actors load."""
     table = Table(box=None, pad_edge=False, show_header=True, header_style="dim")
     for header, justify in (("", "left"), ("images", "right"), ("images/s", "right"), ("", "left")):
         table.add_column(header, justify=justify)  # type: ignore[arg-type]
@@ -127,18 +96,20 @@ def render(snapshot: Snapshot, rates: RecentRates) -> Group:
         lines.append(Text("errors: " + describe_counts(snapshot.errors), style="yellow"))
     if snapshot.restarts:
         lines.append(Text(_restarts(snapshot), style="yellow"))
-    return Group(*lines, Text(f"{describe_duration(snapshot.elapsed_s)}, {_outlook(snapshot, rates)}", style="dim"))
+    return Group(
+        *lines, Text(f"{describe_duration(snapshot.elapsed_s)}, {_outlook(snapshot, rates, models)}", style="dim")
+    )
 
 
-def progress_line(snapshot: Snapshot, rates: RecentRates) -> str:
-    """Returns one line for a log."""
+def progress_line(snapshot: Snapshot, rates: RecentRates, models: str = "") -> str:
+    """Returns one line for a log; `models` says what the actors load."""
     done = []
     for stage, verb in _PAST.items():
         rate = rates.of(stage)
         done.append(f"{verb} {snapshot.of(stage).images:,}" + ("" if rate is None else f" ({rate:,.1f}/s)"))
     errors = f"; errors: {describe_counts(snapshot.errors)}" if snapshot.errors else ""
     errors += f"; {_restarts(snapshot)}" if snapshot.restarts else ""
-    return f"{describe_duration(snapshot.elapsed_s)}: {', '.join(done)}{errors}; {_outlook(snapshot, rates)}"
+    return f"{describe_duration(snapshot.elapsed_s)}: {', '.join(done)}{errors}; {_outlook(snapshot, rates, models)}"
 
 
 def _restarts(snapshot: Snapshot) -> str:
@@ -147,18 +118,18 @@ def _restarts(snapshot: Snapshot) -> str:
     return f"actors started again: {snapshot.restarts:,}" + (f" (faults: {faults})" if faults else "")
 
 
-def _outlook(snapshot: Snapshot, rates: RecentRates) -> str:
+def _outlook(snapshot: Snapshot, rates: RecentRates, models: str) -> str:
     """Says how many images there are and how long the rest takes, or why that is not known yet."""
     expected = snapshot.expected_images
     captioned = snapshot.caption.images
     if not snapshot.actors and not captioned:
-        return "starting actors"
+        return "starting actors" + (f", which load {models}" if models else "")
     if expected is None:
         return "the number of images is unknown until a tar has been read"
     total = f"of {'' if snapshot.images is not None else 'about '}{describe_count(expected, 'image')}"
     if captioned >= expected:
         return f"{total}: writing the last captions"
-    rate = rates.of("caption", _ETA_OVER_S)
+    rate = rates.of("caption", ETA_OVER_S)
     if not rate:
         return f"{total}: waiting for the first captions" if not captioned else f"{total}: no time estimate yet"
     return f"{total}: about {describe_duration((expected - captioned) / rate)} left"

@@ -1,4 +1,4 @@
-"""The record of a captioning run, `run.json`: what is pinned for all its attempts, and what each attempt did.
+"""The record of a captioning run, `_run.json`: what is pinned for all its attempts, and what each attempt did.
 
 The record does not say which images are done: only the parts do (`smallcap.output.coverage`).
 """
@@ -7,27 +7,28 @@ from __future__ import annotations
 
 import fcntl
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from os import fstat
+from os.path import samestat
 from pathlib import Path
 from typing import Literal
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import Field
 
 from jobs.cluster.pinned import PinnedRecord, check_same_options
 from smallcap import storage
 from smallcap.config import CaptionConfig
-from smallcap.errors import ConfigError, ConflictError, SchemaError, StorageError
-from smallcap.images.sources import HIDDEN, NO_ENDING, OTHER_ENDING
-from smallcap.images.work_list import WorkList
-from smallcap.output.part_files import PartInfo, damaged_part, list_parts
-from smallcap.output.schema import check_caption_schema
-from smallcap.phrasing import describe_count
+from smallcap.errors import ConfigError, ConflictError, SchemaError, SmallCapError, StorageError
+from smallcap.images.fragments import FragmentTable
+from smallcap.images.sources import ARCHIVE, HIDDEN, NO_ENDING, NOT_LOOKED_INTO, OTHER_ENDING, PARQUET
+from smallcap.images.work_list import WORK_FOLDER, WorkList
+from smallcap.local_files import no_empty_folders
+from smallcap.output.coverage import Coverage
+from smallcap.output.part_files import RUN_FILE, PartInfo
+from smallcap.phrasing import describe_count, one_line
 from smallcap.records import Record, load_record
 
-RUN_FILE = "run.json"
 # Options that may differ between the attempts of one run: where it runs, how it fetches, how much input it takes.
 _FREE = (
     *(f"compute.{name}" for name in ("device", "compile", "batch_size", "num_actors", "max_actors", "gpus_per_actor")),
@@ -40,9 +41,12 @@ _FREE = (
 
 _NAMED, _SHOWN = 100, 3  # tars that are named in the record, and in the terminal
 _REASONS = {
-    HIDDEN: "with the ending of an image, but with a name or folder that begins with . or _",
+    HIDDEN: "with the ending of an image or a tar, but with a name or folder that begins with . or _",
     OTHER_ENDING: "with the ending of an image that is not taken from folders",
-    NO_ENDING: "without an ending that begin like images; a list of URIs can name them",
+    NO_ENDING: "with the first bytes of an image and another ending; a list of URIs can name them",
+    NOT_LOOKED_INTO: "with an unknown ending, whose first bytes were not read",
+    ARCHIVE: "with the ending of an archive that is not read; unpack them, or pack them as .tar",
+    PARQUET: "of Parquet with images, beside images or tars; name them as a source of their own",
 }
 
 
@@ -57,8 +61,7 @@ class Attempt(Record):
     decode_s: float | None = None  # fetching and decoding, summed over CPU tasks
     fetch_s: float | None = None  # the share of fetching in decode_s
     fetch_retries: int | None = None  # requests that were repeated
-    repeated_ids: int = 0  # images left out because they came before in the same tar
-    passed_over: dict[str, int] = Field(default_factory=dict)  # members like images that are none, by their tar
+    repeated_ids: int = 0  # in runs of older releases: images left out because they came before in the same tar
     caption_s: float | None = None  # summed over actors, without loading the models
     write_s: float | None = None  # summed over the tasks that write parts
     actors: int | None = None  # the most at a time
@@ -108,6 +111,21 @@ class Input(Record):
         )
 
 
+class TarContents(Record):
+    """What tars that were read to their ends hold besides the run's images."""
+
+    repeats: int = 0  # images that came before in the same tar, with the same name and content
+    passed_over: dict[str, int] = Field(default_factory=dict)  # members like images that are none, by their tar
+
+    @classmethod
+    def of(cls, coverage: Coverage, fragments: FragmentTable) -> TarContents:
+        """Sums what the footers of parts say, for each tar once."""
+        counts = {fragments[number].uri: left_out for number, left_out in coverage.left_out.items()}
+        passed_over = {uri: left_out.passed_over for uri, left_out in counts.items() if left_out.passed_over}
+        repeats = sum(left_out.repeats for left_out in counts.values())
+        return cls(repeats=repeats, passed_over=most_counted(passed_over))
+
+
 class Account(Record):
     """What became of everything that looked like an image in the run's input, or in its first `limit` images."""
 
@@ -150,7 +168,7 @@ def describe_passed_over(counts: Mapping[str, int]) -> list[str]:
         if count := counts.get(reason):
             lines.append(f"Passed over: {describe_count(count, 'file')} {text}.")
     for name, count in Counter(tars).most_common(_SHOWN):
-        members = f"{describe_count(count, 'file')} of {name.rpartition('/')[2]}"
+        members = f"{describe_count(count, 'file')} of {one_line(name.rpartition('/')[2])}"
         lines.append(f"Passed over: {members} like images, but hidden, links, or beside the image of their sample.")
     if len(tars) > _SHOWN:
         more = sum(tars.values()) - sum(count for _, count in Counter(tars).most_common(_SHOWN))
@@ -159,12 +177,13 @@ def describe_passed_over(counts: Mapping[str, int]) -> list[str]:
 
 
 class RunRecord(PinnedRecord):
-    """The content of `run.json`."""
+    """The content of `_run.json`."""
 
     format_version: Literal[1] = 1
     model_id: str
     input: Input | None = None
     images: ImageCounts = ImageCounts()
+    tars: TarContents = TarContents()  # at the end of the run
     repeated_ids: int = 0  # images left out by releases that took an id of two files for one image
     account: Account | None = None  # of all images, at the end of the run
     limit: int | None = None  # the option of the attempt that completed the run
@@ -178,17 +197,15 @@ class RunRecord(PinnedRecord):
     def count_repeated(self) -> int:
         """Returns how many images were named more than once, in lists, within a tar, or in two files."""
         listed = self.input.duplicates if self.input else 0
-        return listed + self.repeated_ids + sum(attempt.repeated_ids for attempt in self.attempts)
+        before = self.repeated_ids + sum(attempt.repeated_ids for attempt in self.attempts)
+        return listed + before + self.tars.repeats
 
     def count_passed_over(self) -> dict[str, int]:
         """Returns how many files and members look like images but were not taken, by reason or tar."""
-        counts = Counter(self.input.passed_over if self.input else {})
-        for attempt in self.attempts:
-            counts.update(attempt.passed_over)
-        return dict(counts)
+        return {**(self.input.passed_over if self.input else {}), **self.tars.passed_over}
 
-    def check_same_run(self, config: CaptionConfig, model_id: str, out: str) -> None:
-        """Checks that a command continues this run.
+    def check_same_run(self, config: CaptionConfig, model_id: Callable[[], str], out: str) -> None:
+        """Checks that a command continues this run; `model_id` fingerprints its model.
 
         Raises:
             ConfigError: The config or the model differs, so that the output would mix two runs.
@@ -200,7 +217,7 @@ def load_run_record(out: str) -> RunRecord | None:
     """Loads a run's record; returns None where no run has begun.
 
     Raises:
-        SchemaError: `run.json` is malformed, or of an unknown format version.
+        SchemaError: `_run.json` is malformed, or of an unknown format version.
     """
     return load_record(RunRecord, storage.join(out, RUN_FILE), SchemaError)
 
@@ -210,7 +227,7 @@ def load_existing_run(out: str) -> RunRecord:
 
     Raises:
         ConfigError: There is no run, or no folder is named.
-        SchemaError: `run.json` is malformed, or of an unknown format version.
+        SchemaError: `_run.json` is malformed, or of an unknown format version.
     """
     record = load_run_record(out) if out else None
     if record is None:
@@ -219,7 +236,7 @@ def load_existing_run(out: str) -> RunRecord:
 
 
 def write_run_record(out: str, record: RunRecord) -> None:
-    """Writes `run.json` atomically."""
+    """Writes `_run.json` atomically."""
     record.write(storage.join(out, RUN_FILE))
 
 
@@ -237,50 +254,60 @@ def check_attempt(out: str, attempt: Attempt) -> None:
             "Another process has started this run again, so this one stops.",
             where=out,
             expected=f"the attempt of {attempt.started_at}",
-            found=f"the attempt of {record.attempts[-1].started_at}" if record and record.attempts else "no run.json",
+            found=f"the attempt of {record.attempts[-1].started_at}"
+            if record and record.attempts
+            else f"no {RUN_FILE}",
             remedy="Let the other process finish.",
         )
 
 
 @contextmanager
-def run_lock(out: str) -> Iterator[None]:
-    """Keeps a second driver on this machine out of the output folder while the first one runs.
+def run_lock(out: str, record_file: str = RUN_FILE, list_folder: str = WORK_FOLDER) -> Iterator[None]:
+    """Keeps a second driver on this machine out of the output folder; a run that is refused leaves nothing in it.
 
     An object store has no such lock: there, `check_attempt` stops the earlier of two drivers.
+
+    Args:
+        out: The output folder.
+        record_file: Name of the record, whose first writing begins a run.
+        list_folder: Name of the folder with the lists that are made before.
 
     Raises:
         ConfigError: Another driver holds the folder.
     """
-    if not storage.is_local(out):
-        yield
-        return
-    folder = Path(storage.absolute(out))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
-    except OSError as error:
-        raise StorageError("The output folder cannot be written.", where=out, found=str(error)) from error
-    with file:
+    with _locked(out) as lock:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(
-                "Another process is writing to this output folder.", where=out, remedy="Wait for it, or stop it."
-            ) from error
-        yield
+            yield
+        except BaseException:
+            with suppress(SmallCapError):  # the error of the block matters more
+                if not storage.exists(storage.join(out, record_file)):
+                    storage.remove(storage.join(out, list_folder))
+                    if lock is not None:
+                        lock.unlink(missing_ok=True)
+            raise
 
 
-def read_parts(out: str, columns: list[str]) -> Iterator[tuple[str, pa.Table]]:
-    """Reads columns of every part, one part at a time.
-
-    Raises:
-        SchemaError: A part is not Parquet, or has another schema version.
-    """
-    for uri in list_parts(out):
-        with storage.open_ranged(uri) as file:
+@contextmanager
+def _locked(out: str) -> Iterator[Path | None]:
+    """Yields the lock file of a local folder while it is held; a folder that was made and stays empty is removed."""
+    if not storage.is_local(out):
+        yield None
+        return
+    path = Path(storage.absolute(out)) / ".lock"
+    with no_empty_folders(path.parent):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("w")
+        except OSError as error:
+            raise StorageError("The output folder cannot be written.", where=out, found=str(error)) from error
+        with file:
             try:
-                part = pq.ParquetFile(file)
-                check_caption_schema(part.schema_arrow, uri)
-                yield uri, part.read(columns).select(columns)
-            except pa.ArrowInvalid as error:
-                raise damaged_part(uri, error) from error
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                is_held = path.exists() and samestat(path.stat(), fstat(file.fileno()))  # else it was just removed
+            except BlockingIOError:
+                is_held = False
+            if not is_held:
+                raise ConfigError(
+                    "Another process is writing to this output folder.", where=out, remedy="Wait for it, or stop it."
+                )
+            yield path

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 Stage = Literal["load", "caption", "write"]
 STAGES: tuple[Stage, ...] = ("load", "caption", "write")
@@ -20,8 +20,6 @@ class StageReport:
     seconds: float = 0.0  # that the task or the actor was busy with these images
     errors: Mapping[str, int] = field(default_factory=dict)  # by code; only from `write`, whose tasks count once
     retries: int = 0  # requests that fetching repeated
-    duplicates: int = 0  # images left out because they came before in the same tar
-    passed_over: Mapping[str, int] = field(default_factory=dict)  # members like images that are none, by their tar
     fetch_s: float = 0.0  # the share of fetching in `seconds`
     bytes: int = 0  # fetched
     start_s: float = 0.0  # that an actor took to load; a report without images says that it is ready
@@ -37,16 +35,13 @@ class StageReport:
         """Returns the sum of two reports of one stage."""
         sums = {name: getattr(self, name) + getattr(other, name) for name in _SUMMED}
         unions = {name: getattr(self, name) | getattr(other, name) for name in _UNITED}
-        counted: dict[str, Any] = {
-            name: dict(Counter(getattr(self, name)) + Counter(getattr(other, name))) for name in _COUNTED
-        }
-        return replace(self, **sums, **unions, **counted, worker="")
+        errors = dict(Counter(self.errors) + Counter(other.errors))
+        return replace(self, **sums, **unions, errors=errors, worker="")
 
 
 _UNITED = ("searched_by", "dtypes")
-_COUNTED = ("errors", "passed_over")
 _SUMMED = tuple(
-    name for name in StageReport.__dataclass_fields__ if name not in ("stage", "worker", *_UNITED, *_COUNTED)
+    name for name in StageReport.__dataclass_fields__ if name not in ("stage", "worker", "errors", *_UNITED)
 )
 
 
@@ -64,6 +59,11 @@ class Snapshot:
     first_caption_s: float | None  # from the start until the first batch was given to an actor
     restarts: int = 0  # processes of actors that took the place of one that had ended
     faults: Mapping[str, int] = field(default_factory=dict)  # of actors, by kind
+
+    def after(self, seconds: float) -> Snapshot:
+        """Returns the same figures with times that count from so many seconds earlier."""
+        first = None if self.first_caption_s is None else self.first_caption_s + seconds
+        return replace(self, elapsed_s=self.elapsed_s + seconds, first_caption_s=first)
 
     def of(self, stage: Stage) -> StageReport:
         """Returns the sums of one stage."""

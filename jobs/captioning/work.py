@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
-from jobs.captioning.record import Account, ImageCounts, RunRecord, check_attempt, load_run_record, write_run_record
+from jobs.captioning.record import (
+    Account,
+    ImageCounts,
+    RunRecord,
+    TarContents,
+    check_attempt,
+    load_run_record,
+    write_run_record,
+)
 from smallcap import storage
 from smallcap.config import CaptionConfig
 from smallcap.errors import ConfigError
@@ -12,8 +22,9 @@ from smallcap.images.fragments import Fragment
 from smallcap.images.listing import extend_work_list, make_work_list
 from smallcap.images.work_list import WORK_FOLDER, WorkList, count_images, load_work_list
 from smallcap.index.manifest import load_manifest
-from smallcap.model.checkpoint import checkpoint_id
-from smallcap.model.clip_encoder import resolve_encoder_identity
+from smallcap.index.partition import share_of
+from smallcap.model.encoder_spec import check_encoder_spec, resolve_encoder_identity
+from smallcap.model.files import checkpoint_id
 from smallcap.output.coverage import (
     Coverage,
     NamedPart,
@@ -22,8 +33,10 @@ from smallcap.output.coverage import (
     settle,
     work_left,
 )
+from smallcap.output.interim_parts import join_interim_parts, remove_replaced
 from smallcap.output.part_files import read_part_infos, remove_orphans
 from smallcap.output.schema import check_kept_columns
+from smallcap.phrasing import describe_count
 
 
 def open_record(config: CaptionConfig) -> RunRecord:
@@ -34,12 +47,15 @@ def open_record(config: CaptionConfig) -> RunRecord:
         RunError: The index or the checkpoint cannot be used.
     """
     check_kept_columns(config.keep_columns)
-    model_id = checkpoint_id(config.model)
     record = load_run_record(config.out)
     if record is not None:
-        record.check_same_run(config, model_id, config.out)
+        record.check_same_run(config, partial(checkpoint_id, config.model), config.out)
         return record
+    if config.retrieval.encoder is not None:
+        check_encoder_spec(config.retrieval.encoder)  # before the index and the model are looked at
     manifest = load_manifest(config.index) if config.index and config.retrieval.k != 0 else None
+    if manifest:
+        share_of(manifest.shards, (0, config.retrieval.partitions))  # refuses what their actors would refuse later
     encoder = config.retrieval.encoder or (manifest.encoder.spec if manifest else None)
     if manifest and encoder:
         manifest.check_encoder(resolve_encoder_identity(encoder), config.index or "")
@@ -49,6 +65,7 @@ def open_record(config: CaptionConfig) -> RunRecord:
             where="output.save_embeddings",
             remedy="Give --index, or --set retrieval.encoder=SPEC.",
         )
+    model_id = checkpoint_id(config.model)
     return RunRecord.new(config, manifest.index_id if manifest else None, encoder, model_id=model_id)
 
 
@@ -65,6 +82,7 @@ def list_work(config: CaptionConfig, record: RunRecord, relist: bool = False) ->
 
 def _read_parts(out: str, work: WorkList) -> list[NamedPart]:
     """Returns the footers of all parts, after rows that two parts have were removed from one of them."""
+    remove_replaced(out)
     parts = list(read_part_infos(out))
     return list(read_part_infos(out)) if settle(out, parts, work.fragments) else parts
 
@@ -80,20 +98,29 @@ def remaining_items(config: CaptionConfig, work: WorkList, retry_failed: bool = 
 
 
 def finish_run(config: CaptionConfig, record: RunRecord, work: WorkList) -> RunRecord:
-    """Removes repeated ids and orphans from the finished output, counts it, and records that the run is complete."""
+    """Removes repeated ids, interim parts and orphans from the finished output, counts it, and records its end."""
     parts = _read_parts(config.out, work)
     if any(fragment.kind != "uris" for fragment in work.fragments):
         qualify_repeated_ids(config.out, parts)  # which changes no count
     if record.attempts:
         check_attempt(config.out, record.attempts[-1])
+    join_interim_parts(config.out, parts, config.output.rows_per_row_group)
     remove_orphans(config.out)
     images = ImageCounts.of(info for _, info in parts)
-    record = record.model_copy(update={"status": "complete", "images": images, "limit": config.limit})
-    account = _account(record, work, Coverage(parts))
+    coverage = Coverage(parts)
+    tars = TarContents.of(coverage, work.fragments)
+    record = record.model_copy(update={"status": "complete", "images": images, "limit": config.limit, "tars": tars})
+    account = _account(record, work, coverage)
     account.check(config.out)
     record = record.model_copy(update={"account": account})
     write_run_record(config.out, record)
     return record
+
+
+def describe_kept(out: str) -> str:
+    """Returns in a sentence what of a run is written, for a message that the run has stopped."""
+    images = ImageCounts.of(info for _, info in read_part_infos(out))
+    return f"The rows of {describe_count(images.total, 'image')} are written in {out}."
 
 
 def _account(record: RunRecord, work: WorkList, coverage: Coverage) -> Account:

@@ -1,73 +1,175 @@
-"""The last stage: writes rows as parts, sorted by id, atomically, under names that a repeated task overwrites."""
+"""The last stage: gathers captioned rows and writes them, in tasks, as parts: sorted by id, whole or not at all.
+
+A part is written when it is full. What has come until then is saved in interim parts every few seconds, so that a kill
+costs little; the full part replaces them. A repeated task overwrites its file.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from ray.data import Datasink
-from ray.data.block import BlockAccessor
 
-from jobs.captioning.layout import CaptionLayout
 from jobs.captioning.monitor import MonitorClient
 from jobs.captioning.record import Attempt, check_attempt
 from jobs.captioning.stage_report import StageReport
-from smallcap.images.fragments import qualified_id
+from smallcap.images.fragments import LeftOut, qualified_id
 from smallcap.images.row_ranges import RowRanges
 from smallcap.output.coverage import count_rows
-from smallcap.output.part_files import PartInfo, write_part
-from smallcap.output.schema import ENDS_FRAGMENT, FRAGMENT, FRAGMENT_ROW, STATUS_ERROR
+from smallcap.output.interim_parts import remove_parts
+from smallcap.output.part_files import PartInfo, PartOptions, part_name, write_part
+from smallcap.output.schema import ENDS_FRAGMENT, FRAGMENT, FRAGMENT_ROW, LEFT_OUT, STATUS_ERROR
+
+if TYPE_CHECKING:
+    import ray.data
+
+# Rows wait at most this long and one batch's time more: with what is being captioned, a kill costs less than a minute.
+_SAVE_EVERY_S = 20.0
+_WRITES_AT_ONCE = 32  # more would hold the captions of the whole cluster in memory where storage is slow
+_ATTEMPTS = 10  # of a task whose process or node is lost
 
 
-class PartSink(Datasink[None]):
-    """Writes each task's rows as one part.
+@dataclass(frozen=True)
+class PartSink:
+    """Writes parts; small and picklable.
 
     Args:
         out: The run's folder.
         attempt: The attempt that writes.
-        number: The attempt's number, from 1.
         schema: The schema of the parts.
-        layout: How parts are written, and what is written with them.
+        options: How parts are written, and what is written with them.
         monitor: What is told of written rows.
     """
 
-    def __init__(
-        self,
-        out: str,
-        attempt: Attempt,
-        number: int,
-        schema: pa.Schema,
-        layout: CaptionLayout,
-        monitor: MonitorClient,
-    ) -> None:
-        self._out, self._attempt, self._number, self._schema = out, attempt, number, schema
-        self._layout, self._monitor = layout, monitor
+    out: str
+    attempt: Attempt
+    schema: pa.Schema
+    options: PartOptions
+    monitor: MonitorClient
 
-    def write(self, blocks: Iterable[Any], ctx: Any) -> None:
-        """Writes one task's blocks."""
+    def write(self, name: str, blocks: Sequence[pa.Table], replaced: Sequence[str], saved: int) -> int:
+        """Writes a part; returns how many of its rows are new.
+
+        Args:
+            name: The part's name.
+            blocks: Its rows.
+            replaced: The interim parts whose rows it has, to be deleted.
+            saved: The first so many blocks are in these interim parts.
+        """
         started = time.perf_counter()
-        tables = [BlockAccessor.for_block(block).to_arrow() for block in blocks]
-        filled = [table for table in tables if table.num_rows]
-        if not filled:
-            return
-        table = pa.concat_tables(filled)
+        table = pa.concat_tables(block for block in blocks if len(block))  # an empty one may have other columns
         info = describe_part(table)
-        table = _with_unique_ids(table)
-        check_attempt(self._out, self._attempt)
-        name = f"part-{self._number:03d}-{ctx.task_idx:06d}.parquet"
-        write_part(self._out, name, table, info, self._schema, self._layout.parts)
+        check_attempt(self.out, self.attempt)
+        write_part(self.out, name, _with_unique_ids(table), info, self.schema, self.options)
+        remove_parts(self.out, replaced)
+        new = table.slice(sum(map(len, blocks[:saved])))
+        errors = count_rows(new)["errors"]
         seconds = time.perf_counter() - started
-        self._monitor.report(StageReport(stage="write", images=table.num_rows, seconds=seconds, errors=info.errors))
+        self.monitor.report(StageReport(stage="write", images=len(new), seconds=seconds, errors=errors))
+        return len(new)
 
-    @property
-    def min_rows_per_write(self) -> int:
-        """How many rows Ray gathers for one part."""
-        return self._layout.rows_per_part
+
+class PartWriter:
+    """Takes the blocks of a pipeline on the driver, which holds references only, and has them written in tasks.
+
+    The tasks ask for no CPU: they would wait until loading, which always has more to do, has loaded everything, and a
+    kill would cost all captions.
+
+    Args:
+        attempt: The attempt's number, from 1.
+        rows_per_part: Rows of a full part.
+
+    Attributes:
+        rows: The rows that are written.
+    """
+
+    def __init__(self, attempt: int, rows_per_part: int) -> None:
+        self._attempt, self._rows_per_part = attempt, rows_per_part
+        self._part = 0  # the number of the part that is being filled
+        self._begin_part()
+        self._running: list[Any] = []  # what the tasks that write will return
+        self._wrote_at: float | None = None
+        self.rows = 0
+
+    def _begin_part(self) -> None:
+        self._blocks: list[Any] = []
+        self._rows, self._saved = 0, 0  # rows of the part so far, and how many blocks are in interim parts
+        self._interim: list[str] = []
+
+    def write_all(self, captioned: ray.data.Dataset, sink: PartSink) -> None:
+        """Runs a pipeline to its end, and writes what it yields; where a signal stops it, what it has yielded.
+
+        Raises:
+            KeyboardInterrupt: A signal came.
+        """
+        self._sink = sink
+        try:
+            for bundle in captioned.iter_internal_ref_bundles():
+                self._add(bundle.block_refs, bundle.num_rows())
+            if self._rows:
+                self._write_full()
+            self._wait(0)
+        except KeyboardInterrupt:
+            self._save()
+            self._wait(0)
+            raise
+
+    def _add(self, blocks: Sequence[Any], rows: int) -> None:
+        now = time.monotonic()
+        self._wrote_at = self._wrote_at or now
+        if rows:
+            self._blocks += blocks
+            self._rows += rows
+        if self._rows >= self._rows_per_part:
+            self._write_full()
+        elif now - self._wrote_at >= _SAVE_EVERY_S:
+            self._save()
+        self._wait(_WRITES_AT_ONCE)
+
+    def _write_full(self) -> None:
+        if self._interim:
+            self._wait(0)  # else one of them might appear after they are deleted
+        self._start(part_name(self._attempt, self._part), self._blocks, self._interim, self._saved)
+        self._part += 1
+        self._begin_part()
+
+    def _save(self) -> None:
+        """Writes the blocks that are in no interim part yet as one."""
+        unsaved = self._blocks[self._saved :]
+        if unsaved:
+            self._interim.append(part_name(self._attempt, self._part, len(self._interim)))
+            self._start(self._interim[-1], unsaved, (), 0)
+            self._saved = len(self._blocks)
+
+    def _start(self, name: str, blocks: Sequence[Any], replaced: Sequence[str], saved: int) -> None:
+        import ray
+
+        task = ray.remote(_write).options(name="Write", num_cpus=0, max_retries=_ATTEMPTS)
+        self._running.append(task.remote(self._sink, name, tuple(replaced), saved, *blocks))
+        self._wrote_at = time.monotonic()
+
+    def _wait(self, most: int) -> None:
+        """Counts what is written, and raises what went wrong, until at most so many tasks are left."""
+        import ray
+
+        while self._running:
+            more = len(self._running) > most
+            done, self._running = ray.wait(self._running, timeout=None if more else 0)
+            self.rows += sum(ray.get(done))
+            if not done:
+                return
+
+
+def _write(sink: PartSink, name: str, replaced: Sequence[str], saved: int, *blocks: Any) -> int:
+    from ray.data.block import BlockAccessor
+
+    return sink.write(name, [BlockAccessor.for_block(block).to_arrow() for block in blocks], replaced, saved)
 
 
 def describe_part(table: pa.Table) -> PartInfo:
@@ -85,6 +187,11 @@ def describe_part(table: pa.Table) -> PartInfo:
             int(number): RowRanges.of(rows[failed & (fragments == number)]) for number in np.unique(fragments[failed])
         },
         ends=tuple(sorted(set(ends.tolist()))),
+        left_out={
+            int(number): LeftOut(*counts)
+            for number, counts in zip(fragments, table[LEFT_OUT].to_pylist(), strict=True)
+            if counts
+        },
         **count_rows(table),
     )
 

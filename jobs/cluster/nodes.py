@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import re
-import socket
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,9 +15,7 @@ from smallcap.doctor.installation import describe_installation
 from smallcap.doctor.report import Finding, fail, ok
 from smallcap.phrasing import describe_count, describe_gb
 
-_PROBE_S = 5.0  # for a connection to the head node
 _ANSWER_S = 60.0  # for a task on a node, whose first worker imports smallcap
-_HOST_AND_PORT = re.compile(r"(?:ray://)?(?P<host>\[.+\]|[^:/\[\]]+):(?P<port>\d+)")
 _SHOWN = 3  # nodes that a line names
 _SAME = "Install the same smallcap, Python and Ray on all nodes, and from the same checkout."
 
@@ -54,11 +50,9 @@ def check_cluster(address: str) -> Iterator[Finding]:
         address: As a job takes it.
 
     Raises:
-        OSError: Nothing listens at the address.
+        RunError: There is no cluster, or it refuses this process.
     """
     subject = f"cluster {address}"
-    if parts := _HOST_AND_PORT.fullmatch(address):
-        socket.create_connection((parts["host"].strip("[]"), int(parts["port"])), timeout=_PROBE_S).close()
     connect(address)
     nodes = living_nodes()
     yield ok(subject, f"{describe_count(len(nodes), 'node')}: {_describe_resources(nodes)}")

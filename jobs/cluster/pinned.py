@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import platform
 import uuid
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from importlib.metadata import version
 from typing import Any, Literal, Self
 
 from smallcap.errors import ConfigError
-from smallcap.options import Config, config_difference
+from smallcap.options import Config, config_difference, load_config
 from smallcap.records import VersionedRecord
 
 _PACKAGES = ("smallcap", "torch", "transformers", "open_clip_torch", "pyarrow", "ray")
@@ -19,7 +19,7 @@ class PinnedRecord(VersionedRecord):
     """What the first attempt of a run settles for all its attempts."""
 
     run_id: str
-    status: Literal["running", "complete"] = "running"
+    status: Literal["running", "stopped", "complete"] = "running"  # `stopped` by a signal; `running` also if killed
     config: dict[str, Any]
     index_id: str | None
     retrieval_encoder: str | None
@@ -39,7 +39,7 @@ class PinnedRecord(VersionedRecord):
 
 
 def check_same_options(
-    record: PinnedRecord, config: Config, free: Collection[str], weights: tuple[str, str], out: str
+    record: PinnedRecord, config: Config, free: Collection[str], weights: tuple[str, Callable[[], str]], out: str
 ) -> None:
     """Checks that a command continues a run.
 
@@ -47,17 +47,18 @@ def check_same_options(
         record: The run's record.
         config: The command's config.
         free: Dotted names of options that may differ between the attempts of one run.
-        weights: Fingerprints of the run's model and of the command's model.
+        weights: Fingerprint of the run's model, and a function that returns that of the command's model. It is called
+            only if the options agree: it reads the weights.
         out: The run's folder.
 
     Raises:
         ConfigError: The config or the model differs.
     """
     # A record lacks options that are newer than its run: they get their defaults.
-    with_defaults = type(config).model_validate(record.config).model_dump(mode="json")
+    with_defaults = load_config(type(config), base=record.config).model_dump(mode="json")
     changes = config_difference(with_defaults, config.model_dump(mode="json"), free)
-    if weights[0] != weights[1]:
-        changes.append(f"model weights: {weights[0]} → {weights[1]}")
+    if not changes and (given := weights[1]()) != weights[0]:
+        changes.append(f"model weights: {weights[0]} → {given}")
     if changes:
         raise ConfigError(
             "The output folder holds a run with other options.",

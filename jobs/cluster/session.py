@@ -1,35 +1,102 @@
-"""Connects a job to Ray: to a given cluster, to the one this process runs in, or to a local one."""
+"""Connects a job to Ray: to a given cluster, to the one this process runs in or that runs here, or to a local one."""
 
 from __future__ import annotations
 
 import logging
 import os
-import secrets
 import sys
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from smallcap.errors import RunError
+from jobs.cluster.addresses import (
+    Address,
+    NoClusterError,
+    ask_head,
+    find_running,
+    parse_address,
+    reach,
+    wanted_address,
+)
+from jobs.cluster.liveness import watch_ray
+from jobs.cluster.own_packages import worker_environment
+from jobs.cluster.start_errors import explain_join, explain_start
+from jobs.cluster.tokens import check_token_for_cluster, make_token_for_local_ray
+from jobs.screen import tell
+from smallcap.errors import SmallCapError
+from smallcap.phrasing import describe_duration
 
 if TYPE_CHECKING:
     import ray.data
 
 _LOCAL_CPUS = 4  # at least; a pool of actors and the tasks that feed it must fit on small machines as well
+# How long Ray's client of a head (GCS) tries: twice the first, and the second. By default that is 40 s.
+_HEAD_TIMEOUTS = {"RAY_gcs_rpc_server_connect_timeout_s": "2", "RAY_py_gcs_connect_timeout_s": "4"}
+_SILENCE_S = 5.0  # before a line says what takes long; the next ones come after the double of it
+
+
+@contextmanager
+def on_ray(address: str | None, kept: Callable[[], str]) -> Iterator[None]:
+    """Connects to Ray, and watches it while the block runs; its death ends the process with a message, exit code 1.
+
+    Args:
+        address: See `connect`.
+        kept: Returns in a sentence what of the job's work is kept, for that message.
+
+    Raises:
+        RunError: See `connect`; or Ray has died.
+    """
+    connect(address)
+    with watch_ray(kept):
+        yield
 
 
 def connect(address: str | None = None) -> None:
     """Connects to a Ray cluster, once per process.
 
     Args:
-        address: An address for `ray.init`; by default RAY_ADDRESS where it is set (as in `ray job submit`), or else a
-            local Ray that starts for this process.
+        address: Host and port of a cluster's head; `auto` for the one that runs on this machine, `local` for a new one
+            that ends with this process. By default it is RAY_ADDRESS (set in `ray job submit`), else the Ray that
+            `ray start` has started on this machine, else a new local one.
 
     Raises:
-        RunError: The cluster does not answer, or refuses this process.
+        ConfigError: The address is none.
+        RunError: The cluster does not answer, or refuses this process; or a local Ray does not start.
     """
+    _make_settings()
+    import ray
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False  # jobs show their own progress
+    context.print_on_execution_start = False
+    context.raise_original_map_exception = True  # see `jobs.cluster.errors`
+    logger = logging.getLogger("ray.data")
+    logger.setLevel(logging.CRITICAL)  # an exception of a task reaches the caller, which reports it
+    if ray.is_initialized():
+        return
+    cluster = _find_cluster(address)
+    with _quiet_start(f"Connecting to Ray at {cluster.text}" if cluster else "Starting Ray") as printed:
+        try:
+            if cluster:
+                _join(cluster)
+            else:
+                _start()
+        except SmallCapError:
+            raise
+        except Exception as error:
+            raise (explain_join(error, cluster, printed()) if cluster else explain_start(error, printed())) from error
+    if cluster and cluster.was_found:
+        tell(
+            f"Joined the Ray cluster at {cluster.text}, which already runs on this machine; "
+            "--address local starts one for this job alone."
+        )
+
+
+def _make_settings() -> None:
+    """Makes the settings that Ray reads when it is imported, and those that its processes inherit."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # An actor shares its cores with loading tasks: threads that spin while they wait would slow down both.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -38,62 +105,91 @@ def connect(address: str | None = None) -> None:
     # Loading pauses when the images that wait for the actors are a few times those that the actors hold, not only when
     # half of the object store is full: memory stays flat, and a kill costs few loaded images.
     os.environ.setdefault("RAY_DATA_DOWNSTREAM_CAPACITY_OBJECT_STORE_BUDGET_UTIL_THRESHOLD", "0")
+    for name, seconds in _HEAD_TIMEOUTS.items():
+        os.environ.setdefault(name, seconds)
+
+
+def _find_cluster(address: str | None) -> Address | None:
+    """Returns the cluster to join, where something listens; None where a local Ray is to be started."""
+    text, named_by = wanted_address(address)
+    if text == "local":
+        return None
+    if text not in ("", "auto"):
+        cluster = parse_address(text, named_by)
+        reach(cluster)
+        return cluster
+    with _quiet_start("Looking for the Ray that runs on this machine"):
+        running = find_running(by_process=text == "auto")
+    if running is None and text == "auto":
+        raise NoClusterError(
+            "No Ray cluster runs on this machine.",
+            where=f"{named_by} auto",
+            remedy="Start one (ray start --head), give the address of another, or --address local for a new local Ray.",
+        )
+    return running
+
+
+def _join(cluster: Address) -> None:
     import ray
-    from ray.data import DataContext
+    from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
-    context = DataContext.get_current()
-    context.enable_progress_bars = False  # see stage_progress
-    context.enable_rich_progress_bars = True
-    context.use_ray_tqdm = False
-    context.print_on_execution_start = False
-    context.raise_original_map_exception = True  # see `jobs.cluster.errors`
-    logger = logging.getLogger("ray.data")
-    logger.setLevel(logging.CRITICAL)  # an exception of a task reaches the caller, which reports it
-    if ray.is_initialized():
-        return
-    address = address or os.environ.get("RAY_ADDRESS")
-    with _quiet_start():
-        if address and address != "local":
-            _join(address)
-        else:
-            if not os.access(Path.home(), os.W_OK) and "RAY_AUTH_TOKEN_PATH" not in os.environ:
-                os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # Ray would write one to ~/.ray
-            cpus = max(_LOCAL_CPUS, os.cpu_count() or 1)
-            ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    if cluster.was_found:  # only then does Ray take a token unasked: this machine's Ray is no stranger
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    check_token_for_cluster()
+    if not cluster.is_client:
+        ask_head(cluster)
+    ray.init(address=cluster.text, log_to_driver=False, logging_level=logging.ERROR, runtime_env=worker_environment())
 
 
-def _join(address: str) -> None:
+def _start() -> None:
     import ray
 
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ray.exceptions.AuthenticationError) as error:
-        raise RunError(
-            "This process cannot join the Ray cluster.",
-            where=address,
-            expected="a cluster that answers, with this environment's versions of Ray and Python",
-            found=str(error),
-            remedy="If the cluster asks for a token, set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to the token (or keep "
-            "it in ~/.ray/auth_token). Otherwise check the address and the versions there.",
-        ) from error
+    for name, seconds in _HEAD_TIMEOUTS.items():  # which this process has read; its Ray keeps Ray's own
+        if os.environ.get(name) == seconds:
+            del os.environ[name]
+    make_token_for_local_ray()
+    cpus = max(_LOCAL_CPUS, os.cpu_count() or 1)
+    ray.init(
+        address="local",
+        num_cpus=cpus,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        runtime_env=worker_environment(),
+    )
 
 
 @contextmanager
-def _quiet_start() -> Iterator[None]:
-    """Hides what Ray's C++ side prints while it starts (that its log level was set), unless the start fails."""
+def _quiet_start(doing: str) -> Iterator[Callable[[], str]]:
+    """Holds back what Ray prints while it starts (that its log level was set); says what goes on if it takes long.
+
+    Yields:
+        A function that returns what was held back.
+    """
     sys.stderr.flush()
     terminal = os.dup(2)
+    ended = threading.Event()
+    speaker = threading.Thread(target=_speak, args=(doing, terminal, ended), daemon=True)
     with tempfile.TemporaryFile() as held_back:
         os.dup2(held_back.fileno(), 2)
+        speaker.start()
         try:
-            yield
-        except BaseException:
-            held_back.seek(0)
-            os.write(terminal, held_back.read())
-            raise
+            yield lambda: os.pread(held_back.fileno(), 1 << 20, 0).decode(errors="replace")
         finally:
+            ended.set()
+            speaker.join()
+            sys.stderr.flush()
             os.dup2(terminal, 2)
             os.close(terminal)
+
+
+def _speak(doing: str, terminal: int, ended: threading.Event) -> None:
+    waited, pause = 0.0, _SILENCE_S
+    while not ended.wait(pause):
+        waited += pause
+        more = f" ({describe_duration(waited)})" if waited > _SILENCE_S else ""
+        os.write(terminal, f"{doing} …{more}\n".encode())
+        pause = 2 * _SILENCE_S
 
 
 def limit_blocks(dataset: ray.data.Dataset, most_bytes: int) -> None:
@@ -104,16 +200,3 @@ def limit_blocks(dataset: ray.data.Dataset, most_bytes: int) -> None:
     from ray.data.context import DEFAULT_TARGET_MAX_BLOCK_SIZE
 
     dataset.context.target_max_block_size = min(most_bytes, DEFAULT_TARGET_MAX_BLOCK_SIZE)
-
-
-@contextmanager
-def stage_progress() -> Iterator[None]:
-    """Shows Ray Data's progress by stage at a terminal, and not in a log file."""
-    from ray.data import DataContext
-
-    context = DataContext.get_current()
-    context.enable_progress_bars = sys.stderr.isatty()
-    try:
-        yield
-    finally:
-        context.enable_progress_bars = False

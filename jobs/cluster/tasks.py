@@ -4,27 +4,53 @@ from __future__ import annotations
 
 import pickle
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
 
+from index_builder.work.reports import rows_reported_to
 from jobs.cluster.errors import GuardedActor, unwrapped_errors
 from jobs.cluster.faults import FaultGuard, FaultGuardClient
 from jobs.cluster.resources import node_resources, set_faiss_threads, use_threads
-from jobs.cluster.side_actor import run_side_actor
+from jobs.cluster.side_actor import SideActor, run_side_actor
 from smallcap.machine.actor_plan import ActorPlan
 
 if TYPE_CHECKING:
     import ray.data
 
+_TELL_EVERY_S = 0.5
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+class ItemRows:
+    """How many rows are done of the work items that run; an actor on the driver's node."""
+
+    def __init__(self) -> None:
+        self._rows: dict[int, int] = {}
+
+    def note(self, position: int, rows: int) -> None:
+        """Takes how many rows of an item are done; 0 when it has ended."""
+        self._rows[position] = rows
+
+    def running(self) -> int:
+        """Returns the rows of all items that have not ended."""
+        return sum(self._rows.values())
+
+
 class RayRunner:
-    """The connected cluster as an `index_builder.work.task_runner.TaskRunner`, which documents the methods."""
+    """The connected cluster as an `index_builder.work.task_runner.TaskRunner`, which documents the methods.
+
+    Attributes:
+        item_rows: An actor of `ItemRows`, which is told how far the items of `run_tasks` are; None for nobody.
+    """
+
+    item_rows: SideActor | None = None
 
     def node_resources(self) -> list[dict[str, float]]:
         """Returns the resources of each living node."""
@@ -38,7 +64,11 @@ class RayRunner:
         cpus = _cpus_per_task(len(items))
         yield from _results(
             _dataset(items).map_batches(
-                _OnItems(function, cpus), batch_size=1, batch_format="pyarrow", num_cpus=cpus, memory=memory
+                _OnItems(function, cpus, self.item_rows),
+                batch_size=1,
+                batch_format="pyarrow",
+                num_cpus=cpus,
+                memory=memory,
             )
         )
 
@@ -112,21 +142,60 @@ def _dataset(items: Sequence[Any]) -> ray.data.Dataset:
 
 def _results(dataset: ray.data.Dataset) -> Iterator[tuple[int, Any]]:
     with unwrapped_errors():
-        for row in dataset.iter_rows():
+        for row in iter_small_rows(dataset):
             yield row["position"], pickle.loads(row["result"])  # noqa: S301 - a worker of this job wrote it
 
 
-class _OnItems:
-    """Runs a function on a row's item; `cpus` are those of the task, or None in an actor, which has its threads."""
+def iter_small_rows(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
+    """Runs a pipeline, and yields its rows as they come; an exception of the caller's thread ends the pipeline.
 
-    def __init__(self, function: Callable[[Any], Any], cpus: int | None) -> None:
-        self._function, self._cpus = function, cpus
+    Ray Data's `iter_rows` takes blocks in a thread of its own, so that Ctrl-C would leave the pipeline running.
+    """
+    import ray
+    from ray.data.block import BlockAccessor
+
+    for bundle in dataset.iter_internal_ref_bundles():
+        for block in ray.get(bundle.block_refs):
+            yield from BlockAccessor.for_block(block).to_arrow().to_pylist()
+
+
+class _OnItems:
+    """Runs a function on a row's item.
+
+    Args:
+        function: The function.
+        cpus: Those of the task, or None in an actor, which has its threads.
+        item_rows: What is told how far the item is.
+    """
+
+    def __init__(self, function: Callable[[Any], Any], cpus: int | None, item_rows: SideActor | None = None) -> None:
+        self._function, self._cpus, self._item_rows = function, cpus, item_rows
 
     def __call__(self, row: pa.Table) -> pa.Table:
         if self._cpus and (self._cpus > 1 or "faiss" in sys.modules):  # otherwise this would only import faiss
             set_faiss_threads(self._cpus)
-        result = self._function(pickle.loads(row["item"][0].as_py()))  # noqa: S301 - this job's driver wrote it
+        with self._rows_reported(row["position"][0].as_py()):
+            result = self._function(pickle.loads(row["item"][0].as_py()))  # noqa: S301 - this job's driver wrote it
         return pa.table({"position": row["position"], "result": pa.array([pickle.dumps(result)], pa.large_binary())})
+
+    @contextmanager
+    def _rows_reported(self, position: int) -> Iterator[None]:
+        """Tells `item_rows` now and then what the block reports of the item at this position."""
+        item_rows = self._item_rows
+        if item_rows is None:
+            yield
+            return
+        told_at = time.monotonic()
+
+        def tell(rows: int) -> None:
+            nonlocal told_at
+            if time.monotonic() - told_at >= _TELL_EVERY_S:
+                told_at = time.monotonic()
+                item_rows.tell("note", position, rows)
+
+        with rows_reported_to(tell):
+            yield
+        item_rows.tell("note", position, 0)
 
 
 class _ItemActor(GuardedActor):

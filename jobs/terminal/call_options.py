@@ -5,15 +5,19 @@ They are not recorded with a run. Nothing heavy is imported here, so that help a
 
 from __future__ import annotations
 
-from typing import Annotated
+import re
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from jobs.cluster.addresses import check_form
 from smallcap.config import Device
 from smallcap.options import POSITIONAL, Config, Flag
 from smallcap.storage import DEFAULT_CACHE_DIR
 
 AsJson = Annotated[bool, Flag(("--json",))]
+RayAddress = Annotated[str | None, AfterValidator(check_form)]
+ExportKind = Literal["jsonl", "csv", "card"]
 
 
 class JobCall(Config):
@@ -21,7 +25,7 @@ class JobCall(Config):
 
     config: str | None = None
     """YAML file with options, at any URI. Flags win over it."""
-    settings: Annotated[tuple[str, ...], Flag(("--set",))] = ()
+    settings: Annotated[tuple[str, ...], Flag(("--set",), any_text=True)] = ()
     """Any option by its key, as `a.b=c`; the value is YAML, and wins over a flag."""
 
 
@@ -30,8 +34,8 @@ class RayCall(JobCall):
 
     dry_run: bool = False
     """Say what there is to do and what it takes; write nothing to the output."""
-    address: str | None = None
-    """Address of a Ray cluster; by default the one to which the job was submitted, or a new local one."""
+    address: RayAddress = None
+    """Ray cluster's HOST:PORT, or `local`; by default RAY_ADDRESS, the Ray that runs here, or else a new local one."""
 
 
 class CaptionCall(RayCall):
@@ -66,8 +70,8 @@ class DemoOptions(Config):
     """Folder for the demo's indexes and captions."""
     show: int = Field(6, ge=0)
     """Number of images to show."""
-    address: str | None = None
-    """Address of a Ray cluster; by default a local one is started."""
+    address: RayAddress = None
+    """Ray cluster's HOST:PORT, or `local`; by default RAY_ADDRESS, the Ray that runs here, or else a new local one."""
 
 
 class SearchOptions(Config):
@@ -75,27 +79,53 @@ class SearchOptions(Config):
 
     index: str
     """Published index."""
-    image: str | None = None
+    image: Annotated[str | None, Flag(any_text=True)] = None
     """Image to search with."""
-    text: str | None = None
+    text: Annotated[str | None, Flag(any_text=True)] = None
     """Text to search with."""
-    k: Annotated[int, Flag(("-k", "--k"))] = Field(10, ge=1)
+    k: Annotated[int, Flag(("-k", "--k"))] = Field(10, ge=1, le=10_000)
     """Number of captions to find."""
     encoder: str | None = None
     """Retrieval encoder: `open_clip:MODEL/PRETRAINED` or `hf:ID-OR-PATH`; by default the index's encoder."""
     as_json: AsJson = False
     """Print JSON."""
 
+    @model_validator(mode="after")
+    def _has_one_query(self) -> Self:
+        if (self.image is None) == (self.text is None):
+            raise ValueError("a search takes one query: give either --image or --text")
+        return self
+
 
 class InspectOptions(Config):
-    """A look at an index or a run."""
+    """A look at what smallcap has written."""
 
     path: Annotated[str, POSITIONAL]
-    """An index or a captioning run."""
+    """An index, a captioning run, a training run, a model, or WebDataset tars."""
     samples: int = Field(5, ge=0)
     """Number of rows to show."""
+    errors: bool = False
+    """List a run's failed images and the reasons, in place of sample rows."""
     as_json: AsJson = False
     """Print JSON."""
+
+
+class ExportOptions(Config):
+    """A copy of a run's captions."""
+
+    run: Annotated[str, POSITIONAL]
+    """A captioning run."""
+    to: ExportKind
+    """`jsonl` and `csv` copy the captions. `card` describes them in a README.md for the Hugging Face hub."""
+    out: str
+    """The file to write; `.gz` at its end compresses it."""
+    columns: Annotated[tuple[str, ...], Flag(has_commas=True)] = ()
+    """Columns to copy, in this order: `a,b,c`; by default all."""
+    failed: bool = False
+    """Copy failed images as well, with their error codes."""
+    raw: bool = False
+    """Leave texts in CSV as they are. Otherwise an apostrophe precedes those that a spreadsheet would run as
+    formulas."""
 
 
 class DoctorOptions(Config):
@@ -109,7 +139,7 @@ class DoctorOptions(Config):
     """Retrieval encoder for the index; by default the one that it names."""
     storage: tuple[str, ...] = ()
     """Folder or prefix in which a small file is written, read, replaced on a condition, and deleted."""
-    address: str | None = None
+    address: RayAddress = None
     """Address of a Ray cluster, whose nodes are asked what they have installed; by default a local Ray is tried."""
     device: Device = "auto"
     """Device to prove. `auto` takes a GPU if there is one, else the CPU."""
@@ -151,3 +181,10 @@ class IndexGcOptions(IndexListOptions):
     """Number of former versions to keep in any case."""
     dry_run: bool = False
     """Say what would be removed; remove nothing."""
+
+    @field_validator("grace")
+    @classmethod
+    def _is_a_duration(cls, grace: str) -> str:
+        if not re.fullmatch("[0-9]{1,6}[smhd]", grace):
+            raise ValueError("a duration such as 90s, 30m, 12h or 7d")
+        return grace

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -12,6 +13,8 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from jobs.cluster.stopping import Stopped, leave
+from jobs.screen import VisibleConsole, finish, prepare, tell
 from smallcap.errors import ConfigError, SmallCapError
 from smallcap.options import Config, Option, list_options, load_config
 
@@ -101,7 +104,7 @@ class Command:
             self(**typed)
 
         types = {_parameter_name(option): _parameter_type(option) for option in self.options()}
-        types["help"] = Annotated[bool | None, typer.Option("--help")]
+        types["help"] = Annotated[bool | None, typer.Option("--help", "-h")]
         call.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
             [
                 inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=None)
@@ -127,11 +130,10 @@ def _parameter_type(option: Option) -> Any:
 
 def print_help(command: Command) -> None:
     """Prints what a command does, how it is called, and all its options."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(highlight=False)
+    console = VisibleConsole()
     options = command.options()
     positional = [
         show_usage(option) if option.is_required else f"[{show_usage(option)}]"
@@ -181,18 +183,26 @@ def show_usage(option: Option) -> str:
 
 def run_app(app: Callable[..., Any], arguments: Sequence[str] | None = None) -> None:
     """Runs a command line and exits; prints smallcap's errors, and wrong flags, in smallcap's format."""
+    prepare()
     try:
-        sys.exit(app(arguments, prog_name="smallcap", standalone_mode=False) or 0)
+        status = app(arguments, prog_name="smallcap", standalone_mode=False) or 0
+        finish()
+        sys.exit(status)
     except _UsageError as error:
         message = error.format_message()
         if message.startswith("Usage:"):  # a command group without a command
-            print(message, file=sys.stderr)
+            tell(message)
         else:
             _print_error(_unknown_flag(error) if hasattr(error, "possibilities") else ConfigError(message))
         sys.exit(EXIT_USAGE)
+    except Stopped as stopped:
+        leave(stopped)
     except SmallCapError as error:
         _print_error(error)
         sys.exit(EXIT_USAGE if isinstance(error, ConfigError) else EXIT_RUN_ERROR)
+    except Exception:  # noqa: BLE001 - a fault of ours, whose text may come from anywhere
+        tell(traceback.format_exc())
+        sys.exit(EXIT_RUN_ERROR)
 
 
 def _unknown_flag(error: Any) -> ConfigError:
@@ -203,9 +213,8 @@ def _unknown_flag(error: Any) -> ConfigError:
 
 
 def _print_error(error: SmallCapError) -> None:
-    from rich.console import Console
     from rich.text import Text
 
     message = Text("error: ", style="bold red")
     message.append(str(error), style="default")
-    Console(stderr=True, highlight=False).print(message, soft_wrap=True)
+    VisibleConsole(sys.stderr).print(message, soft_wrap=True)

@@ -5,45 +5,48 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jobs.captioning.record import read_parts
+from jobs.screen import VisibleConsole
 from smallcap.index.retriever import Neighbour
-from smallcap.output.schema import STATUS_OK
-from smallcap.phrasing import describe_count
+from smallcap.output.reading import read_captions
+from smallcap.phrasing import describe_count, visible
 
 if TYPE_CHECKING:  # it imports torch, which most commands do not need
     from smallcap.benchmark.ready_captioner import HostResult
     from smallcap.benchmark.stages import BenchmarkResult
 
-_SAMPLE_COLUMNS = ("image_id", "caption_id", "caption", "text", "clip_score", "status", "error_code")
+_SAMPLE_COLUMNS = (
+    *("image_id", "key", "files", "caption_id", "caption", "text", "clip_score", "status", "error_code"),
+    *("step", "epoch", "loss", "tokens"),
+)
+_ERROR_COLUMNS = ("image_id", "error_code", "error_message")
 
-out = Console(highlight=False)
+out = VisibleConsole()
 
 
 def print_neighbours(neighbours: Sequence[Neighbour]) -> None:
     """Prints retrieved captions, nearest first."""
     table = _table("score", "id", "caption", right=("score", "id"))
     for neighbour in neighbours:
-        table.add_row(f"{neighbour.score:.4f}", str(neighbour.caption_id), Text(neighbour.text))
+        table.add_row(f"{neighbour.score:.4f}", str(neighbour.caption_id), cell(neighbour.text))
     out.print(table)
 
 
 def print_samples(run: str, count: int) -> None:
     """Prints up to `count` captioned images of a run, with the captions that were retrieved for them."""
     shown = 0
-    for _, part in read_parts(run, ["image_id", "caption", "clip_score", "neighbours", "status"]):
-        for row in part.to_pylist():
+    for batch in read_captions(run, ["image_id", "caption", "clip_score", "neighbours"], status="ok"):
+        for row in batch.to_pylist():
             if shown == count:
                 return
-            if row["status"] == STATUS_OK:
-                shown += 1
-                score = f"  (clip score {row['clip_score']:.2f})" if row["clip_score"] is not None else ""
-                out.print(Text.assemble((row["image_id"], "cyan"), "  ", (row["caption"], "bold"), (score, "dim")))
-                for neighbour in row["neighbours"]:
-                    out.print(Text(f"    {neighbour['score']:.2f}  {neighbour['text']}", style="dim"))
+            shown += 1
+            score = f"  (clip score {row['clip_score']:.2f})" if row["clip_score"] is not None else ""
+            shown_id, caption = cell(row["image_id"], "cyan"), cell(row["caption"], "bold")
+            out.print(Text.assemble(shown_id, "  ", caption, (score, "dim")))
+            for neighbour in row["neighbours"]:
+                out.print(cell(f"    {neighbour['score']:.2f}  {neighbour['text']}", "dim"))
 
 
 def print_swap(rows: Sequence[Mapping[str, str]]) -> None:
@@ -51,10 +54,7 @@ def print_swap(rows: Sequence[Mapping[str, str]]) -> None:
     table = _table("image", "before the swap", "after the swap", "reference")
     for row in rows:
         table.add_row(
-            Text(row["image"], style="cyan"),
-            Text(row["before"]),
-            Text(row["after"], style="bold"),
-            Text(row["reference"], style="dim"),
+            cell(row["image"], "cyan"), cell(row["before"]), cell(row["after"], "bold"), cell(row["reference"], "dim")
         )
     out.print(table)
 
@@ -68,27 +68,28 @@ def print_versions(versions: Sequence[Mapping[str, Any]]) -> None:
         made = version["created_at"][:16].replace("T", " ")
         values = (version[name] for name in ("operation", "ntotal", "index_key"))
         recall = version["recall"].get("recall@4")
-        table.add_row(mark, version["index_id"], made, *(_compact(value) for value in (*values, recall)))
+        described = (cell(_compact(value)) for value in (*values, recall))
+        table.add_row(mark, cell(version["index_id"]), cell(made), *described)
     out.print(table)
 
 
 def print_facts(facts: Mapping[str, Any]) -> None:
-    """Prints nested facts as an aligned list, with `samples` at the end as a table."""
+    """Prints nested facts as an aligned list, with `samples`, or `errors` in place of them, at the end as a table."""
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in facts.items():
-        if name != "samples":
-            table.add_row(name, Text(_compact(value)))
+        if name not in ("samples", "errors"):
+            table.add_row(name, cell(_compact(value)))
     out.print(table)
-    samples = facts.get("samples") or []
-    if samples:
+    wanted, rows = (_ERROR_COLUMNS, facts["errors"]) if "errors" in facts else (_SAMPLE_COLUMNS, facts["samples"])
+    if rows:
         out.print()
-        columns = [name for name in _SAMPLE_COLUMNS if name in samples[0]]
-        rows = _table(*columns)
-        for sample in samples:
-            rows.add_row(*(Text(_compact(sample[name])) for name in columns))
-        out.print(rows)
+        columns = [name for name in wanted if name in rows[0]]
+        listed = _table(*columns)
+        for row in rows:
+            listed.add_row(*(cell(_compact(row.get(name))) for name in columns))
+        out.print(listed)
 
 
 def print_benchmark(result: BenchmarkResult) -> None:
@@ -131,6 +132,11 @@ def print_host_benchmark(result: HostResult) -> None:
     out.print(
         f"CPU time of the process; at most {result.images_per_s:,.0f} images/s for one Python thread", soft_wrap=True
     )
+
+
+def cell(value: str, style: str = "") -> Text:
+    """Returns a value of a file or a store as text that stays in its line, also where it holds line breaks."""
+    return Text(visible(value, kept=""), style=style)
 
 
 def _table(*headers: str, right: Sequence[str] = ()) -> Table:

@@ -8,8 +8,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from jobs.terminal.console import out
-from smallcap.phrasing import describe_count, describe_counts
+from jobs.terminal.console import cell, out
+from smallcap.phrasing import describe_count, describe_counts, one_line
 
 _UNSCALED = ("clip_score", "clip_cosine", "words", "tokens")  # other figures are shown times 100, as in papers
 _NAMES = {
@@ -35,16 +35,16 @@ def print_evaluation(result: Mapping[str, Any]) -> None:
     """Prints the result of `jobs.evaluate.run`: figures with their intervals, what was left out, and warnings."""
     runs = result["runs"]
     for number, run in enumerate(runs, start=1):
-        out.print(Text(f"{_label(number, len(runs))}: {run['run']}", style="cyan"), soft_wrap=True)
-        out.print(Text(f"  {_counts(run, result)}"), soft_wrap=True)
+        out.print(cell(f"{_label(number, len(runs))}: {run['run']}", "cyan"), soft_wrap=True)
+        out.print(cell(f"  {_counts(run, result)}"), soft_wrap=True)
     out.print()
     out.print(_figures(result))
     images = describe_count(result["images"], "image")
     out.print(f"{images}, {result['captions_per_image']:.1f} references each; {_method(result)}")
     for metric, reason in result["unavailable"].items():
-        out.print(Text(f"{_NAMES[metric]} did not run. {reason}", style="yellow"), soft_wrap=True)
+        out.print(cell(f"{_NAMES[metric]} did not run. {one_line(reason)}", "yellow"), soft_wrap=True)
     for warning in result["warnings"]:
-        out.print(Text(warning, style="yellow"), soft_wrap=True)
+        out.print(cell(warning, "yellow"), soft_wrap=True)
 
 
 def _figures(result: Mapping[str, Any]) -> Table:

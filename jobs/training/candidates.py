@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from jobs.cluster.display import Activity
 from jobs.cluster.resources import node_resources
 from jobs.cluster.tasks import RayRunner
 from smallcap import storage
@@ -40,7 +41,11 @@ class CandidateSpec:
 
 
 def store_candidates(
-    config: TrainConfig, manifest: IndexManifest, features: StoreManifest, folders: tuple[str, str]
+    config: TrainConfig,
+    manifest: IndexManifest,
+    features: StoreManifest,
+    folders: tuple[str, str],
+    activity: Activity,
 ) -> None:
     """Searches for all images that have no candidates yet; where there are any, a cluster must be connected.
 
@@ -49,6 +54,7 @@ def store_candidates(
         manifest: The pinned version of the index.
         features: The images.
         folders: The folder of features and the folder of candidates.
+        activity: Counts the images.
 
     Raises:
         ConfigError: The folder holds candidates of other images, or of another index.
@@ -66,8 +72,9 @@ def store_candidates(
         assert config.index is not None  # TrainConfig has checked it
         cache_dir = config.retrieval.cache_dir
         spec = CandidateSpec(config.index, manifest.index_id, cache_dir, depth, plan.device, *folders)
-        for _ in RayRunner().run_actors(FindCandidates, (spec,), left, plan):
-            pass
+        activity.total = sum(part.images for part in left)
+        for _, images in RayRunner().run_actors(FindCandidates, (spec,), left, plan):
+            activity.done += images
     store.model_copy(update={"complete": True}).write(uri)
 
 

@@ -12,29 +12,32 @@ import json
 import pickle
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs.captioning.caption_table import pixels_of
+from jobs.captioning.layout import count_images
 from jobs.captioning.load import LoadSpec, load_batch, start_loading
 from jobs.captioning.watch import watch_run
+from jobs.cluster.display import Activity
 from jobs.cluster.errors import GuardedActor, unwrapped_errors
 from jobs.cluster.resources import node_resources, use_threads
-from jobs.cluster.session import stage_progress
-from jobs.cluster.tasks import map_in_actors
+from jobs.cluster.tasks import iter_small_rows, map_in_actors
 from jobs.training.inputs import TrainInputs, TrainItem
 from jobs.training.pairs import captions_of
 from jobs.training.start import ModelStart
 from smallcap import storage
 from smallcap.captioner import Captioner, CaptionerOptions
+from smallcap.decoding.micro_batches import MicroBatches
 from smallcap.images.crops import CropPlan
 from smallcap.images.fragments import FRAGMENT_ROWS
 from smallcap.images.work_list import read_fragment
 from smallcap.machine.actor_plan import plan_actors
-from smallcap.model.clip_encoder import load_retrieval_encoder, resolve_encoder_identity
+from smallcap.model.clip_encoder import load_retrieval_encoder
+from smallcap.model.encoder_spec import resolve_encoder_identity
 from smallcap.output.schema import STATUS_OK
 from smallcap.training.config import TrainConfig
 from smallcap.training.feature_store import (
@@ -51,14 +54,21 @@ from smallcap.training.feature_store import (
 _ENCODED_TOGETHER = 64  # images
 
 
-def features_identity(start: ModelStart, inputs: TrainInputs, plan: CropPlan, vision_sha256: str) -> dict[str, Any]:
+class VisionSide(NamedTuple):
+    """What the model's encoders see, and the fingerprint of the vision encoder's weights."""
+
+    plan: CropPlan
+    sha256: str
+
+
+def features_identity(start: ModelStart, inputs: TrainInputs, vision: VisionSide) -> dict[str, Any]:
     """Returns everything that decides the stored features."""
     spec = start.retrieval_encoder
     retrieval = resolve_encoder_identity(spec) if spec else None
     return {
-        "vision_encoder_sha256": vision_sha256,
+        "vision_encoder_sha256": vision.sha256,
         "retrieval_encoder": retrieval.model_dump(include={"weights_sha256", "dim"}) if retrieval else None,
-        "preprocessing": json.loads(json.dumps(asdict(plan))),
+        "preprocessing": json.loads(json.dumps(asdict(vision.plan))),
         "inputs_sha256": inputs.sha256,
         "max_image_pixels": start.config.data.max_image_pixels,
         "limit": start.config.limit,
@@ -67,7 +77,12 @@ def features_identity(start: ModelStart, inputs: TrainInputs, plan: CropPlan, vi
 
 
 def store_features(
-    config: TrainConfig, start: ModelStart, inputs: TrainInputs, plan: CropPlan, vision_sha256: str, folder: str
+    config: TrainConfig,
+    start: ModelStart,
+    inputs: TrainInputs,
+    vision: VisionSide,
+    folder: str,
+    activity: Activity,
 ) -> StoreManifest:
     """Computes the features of all images that have none yet; where there are any, a cluster must be connected.
 
@@ -75,37 +90,44 @@ def store_features(
         config: The run's config.
         start: The model before training.
         inputs: What there is to train on.
-        plan: The crops that the encoders take.
-        vision_sha256: Fingerprint of the vision encoder's weights.
+        vision: What the encoders see.
         folder: The folder of features.
+        activity: Counts the images.
 
     Raises:
         ConfigError: The folder holds features of other images or encoders.
         RunError: Storage or a model fails.
     """
     uri = storage.join(folder, FEATURES_FILE)
-    manifest = open_store(uri, features_identity(start, inputs, plan, vision_sha256))
+    manifest = open_store(uri, features_identity(start, inputs, vision))
     if manifest.complete:
         return manifest
     done = {split: finished_fragments(folder, split) for split in ("train", "validation")}
     left = [item for item in inputs.items if item.work.fragment.number not in done[item.split]]
     if left:
-        _encode_all(config, start, left, plan, folder)
+        activity.total = count_images([item.work for item in left])
+        for images in _encode_all(config, start, left, vision.plan, folder):
+            activity.done += images
     manifest = manifest.model_copy(update={"complete": True, "parts": list_parts(folder)})
     manifest.write(uri)
     return manifest
 
 
-def _encode_all(config: TrainConfig, start: ModelStart, items: list[TrainItem], plan: CropPlan, folder: str) -> None:
+def _encode_all(
+    config: TrainConfig, start: ModelStart, items: list[TrainItem], plan: CropPlan, folder: str
+) -> Iterator[int]:
+    """Encodes and stores the images of all items; yields the numbers of images in the parts."""
     actors = plan_actors(config.compute.to_compute_config(), node_resources())
-    with unwrapped_errors(), stage_progress(), watch_run("features", None, len(items)) as watch:
+    with unwrapped_errors(), watch_run("features", None, len(items)) as watch:
         loading = LoadSpec(plan, config.data, pa.schema([]), False, watch.monitor, watch.crash_guard)
         loaded = start_loading(items, load_items, loading, FRAGMENT_ROWS, actors.cpus_per_task)
         arguments = (start, actors.device, actors.threads)
         encoded = map_in_actors(loaded, EncodeImages, arguments, 1, actors, watch.fault_guard)
-        encoded.map_batches(
+        stored = encoded.map_batches(
             store_part, batch_size=1, batch_format="pyarrow", fn_kwargs={"folder": folder}, num_cpus=0
-        ).materialize()
+        )
+        for row in iter_small_rows(stored):
+            yield row["images"]
 
 
 def load_items(batch: pa.Table, spec: LoadSpec) -> Iterator[pa.Table]:
@@ -144,6 +166,8 @@ class EncodeImages(GuardedActor):
         retrieval = load_retrieval_encoder(encoder, device) if encoder else None
         options = CaptionerOptions(k=0, clip_score=False)
         self._encoders = Captioner(start.load().to(device), start.load_tokenizer(), retrieval, options=options)
+        free = self._encoders.model.free_memory
+        self._together = MicroBatches("the encoders", free, "Give --device cpu", _ENCODED_TOGETHER)
 
     def process(self, batch: pa.Table) -> pa.Table:
         """Maps a row of `load_items` to a row whose `images` are the features of a part."""
@@ -156,11 +180,13 @@ class EncodeImages(GuardedActor):
 
     def _encode(self, images: pa.Table, rows: list[int]) -> tuple[np.ndarray, np.ndarray | None]:
         """Returns features [n, P, Hv] float16 and embeddings [n, dim] of the given rows, which may be none."""
-        encoded = []
-        for start in range(0, max(1, len(rows)), _ENCODED_TOGETHER):
-            pixels = pixels_of(images, rows[start : start + _ENCODED_TOGETHER] or [0])  # a failed row's pixels are 0
+
+        def encode(some: slice) -> tuple[np.ndarray, np.ndarray]:
+            pixels = pixels_of(images, rows[some] or [0])  # a failed row's pixels are 0
             hidden_states, class_tokens = self._encoders.encode(pixels)
-            encoded.append((hidden_states.half().cpu().numpy(), self._encoders.embed(pixels, class_tokens)))
+            return hidden_states.half().cpu().numpy(), self._encoders.embed(pixels, class_tokens)
+
+        encoded = self._together.run(max(1, len(rows)), encode)
         features = np.concatenate([features for features, _ in encoded])[: len(rows)]
         if self._encoders.retrieval_encoder is None:
             return features, None
@@ -168,11 +194,11 @@ class EncodeImages(GuardedActor):
 
 
 def store_part(batch: pa.Table, folder: str) -> pa.Table:
-    """Writes a row from `EncodeImages` as a part."""
+    """Writes a row from `EncodeImages` as a part; returns how many images it has."""
     row = batch.select(["split", "name"]).to_pylist()[0]
     table = pa.ipc.open_stream(batch["images"][0].as_buffer()).read_all()
     write_part(storage.join(folder, row["split"], row["name"]), table)
-    return batch.select(["name"])
+    return pa.table({"images": [len(table)]})
 
 
 def _as_row(values: dict[str, Any], table: pa.Table) -> pa.Table:

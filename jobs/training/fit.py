@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import os
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
+from typing import Any
 
+from jobs.cluster.display import Display
 from jobs.cluster.errors import unwrapped_errors
 from jobs.cluster.resources import node_resources
+from jobs.cluster.side_actor import SideActor, run_side_actor
 from jobs.training.loop import WorkerSpec, train_worker
+from jobs.training.progress import TrainView, TrainWatch
 from smallcap import storage
 from smallcap.errors import ConfigError
 from smallcap.machine.actor_plan import plan_actors
 from smallcap.training.config import TrainConfig
 
 _MAX_FAILURES = 3  # of workers, before the run fails; after each, training resumes from the newest checkpoint
+_LAST_CHECKPOINT_S = 60.0  # a step, or a validation, may take longer; then the newest checkpoint stands
 
 
 @dataclass(frozen=True)
@@ -71,21 +73,27 @@ def plan_training(config: TrainConfig, dtype: str | None) -> TrainPlan:
     return TrainPlan(device, dtype, workers, cpus_per_worker)
 
 
-def fit(spec: WorkerSpec, plan: TrainPlan, run_id: str) -> None:
+def fit(spec: WorkerSpec, plan: TrainPlan, run_id: str, display: Display) -> None:
     """Trains to the end; a worker that dies is replaced, and all workers resume from the newest checkpoint.
 
     Raises:
         RunError: A worker raised it.
+        KeyboardInterrupt: A signal came; the workers have written a checkpoint, if they had begun.
         ray.train.TrainingFailedError: Workers died too often.
     """
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # paths in the config are relative to where the job was started
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
-    from ray.train.torch import TorchTrainer
 
-    with storage.scratch_folder() as scratch, _kept_interrupt(), unwrapped_errors():
-        trainer = TorchTrainer(
+    steps = spec.examples.batches_per_epoch * spec.config.optimizer.epochs
+    with (
+        storage.scratch_folder() as scratch,
+        unwrapped_errors(),
+        run_side_actor(TrainWatch) as watch,
+        display.show(TrainView(watch, steps)),
+    ):
+        trainer = _trainer_class()(
             train_worker,
-            train_loop_config={"spec": spec},
+            train_loop_config={"spec": replace(spec, watch=watch)},
             scaling_config=ScalingConfig(
                 num_workers=plan.workers,
                 use_gpu=plan.device == "cuda",
@@ -102,14 +110,36 @@ def fit(spec: WorkerSpec, plan: TrainPlan, run_id: str) -> None:
             trainer.fit()
         except WorkerGroupError as error:
             raise next(iter(error.worker_failures.values())) from None
+        except KeyboardInterrupt:
+            _end(watch, trainer.controller)
+            raise
 
 
-@contextmanager
-def _kept_interrupt() -> Iterator[None]:
-    """Restores the handler of Ctrl-C, which Ray Train replaces."""
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():  # in other threads Ray Train sets none
-            signal.signal(signal.SIGINT, before)
+def _trainer_class() -> Any:
+    from ray.train.torch import TorchTrainer
+
+    class Trainer(TorchTrainer):
+        """Leaves Ctrl-C to the job, where Ray Train would take it over and end without a checkpoint.
+
+        Attributes:
+            controller: The actor that controls the workers; they end with it.
+        """
+
+        controller: Any = None
+
+        def _register_sigint_handler(self, controller: Any) -> None:
+            self.controller = controller
+
+    return Trainer
+
+
+def _end(watch: SideActor, controller: Any) -> None:
+    """Lets the workers write a checkpoint if they train, and ends them."""
+    import ray
+
+    watch.tell("ask_to_end")
+    deadline = time.monotonic() + _LAST_CHECKPOINT_S
+    while watch.ask("is_waited_for", timeout_s=1.0) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    if controller is not None:
+        ray.kill(controller)

@@ -33,6 +33,7 @@ from smallcap.tables import TABLE_SUFFIXES, format_of
 from smallcap.training.config import TrainConfig
 from smallcap.training.feature_store import SPLITS, Split
 
+LISTS_FOLDER = "_lists"
 _CAPTIONS = pa.field("captions", pa.list_(pa.string()))
 
 
@@ -106,7 +107,8 @@ class _Listing:
 
     def __init__(self, config: TrainConfig, folder: str) -> None:
         self._config, self._folder = config, folder
-        self._images: dict[Split, dict[str, tuple[str, list[str]]]] = {split: {} for split in SPLITS}
+        # By id and URI: files of two folders may call other images the same.
+        self._images: dict[Split, dict[tuple[str, str], list[str]]] = {split: {} for split in SPLITS}
         self._tars: dict[Split, dict[str, str]] = {split: {} for split in SPLITS}
         self._parquet: dict[Split, dict[str, tuple[str, ParquetOutline]]] = {split: {} for split in SPLITS}
         self._numbers = count()
@@ -140,8 +142,7 @@ class _Listing:
             if pair is None:
                 self._inputs.malformed += 1
             elif pair.split == wanted or (wanted == "train" and not self._config.validation):
-                _, captions = self._images[pair.split].setdefault(pair.image_id, (pair.image_uri, []))
-                captions.append(pair.caption)
+                self._images[pair.split].setdefault((pair.image_id, pair.image_uri), []).append(pair.caption)
 
     def finish(self) -> TrainInputs:
         """Stores the lists and returns all items."""
@@ -162,7 +163,7 @@ class _Listing:
             self._inputs.items += [TrainItem(split, work, kept_of[work.fragment.number]) for work in items]
         listed = list(self._images["train"].values())[: self._config.limit]
         self._inputs.listed_images = len(listed)
-        self._inputs.listed_examples = sum(len(captions) for _, captions in listed)
+        self._inputs.listed_examples = sum(map(len, listed))
         self._inputs.sha256 = digest.hexdigest()
         return self._inputs
 
@@ -170,11 +171,11 @@ class _Listing:
         images = self._images[split]
         if not images:
             return
-        for image_id, (_, captions) in images.items():
+        for (image_id, _), captions in images.items():
             digest.update(json.dumps([split, image_id, captions]).encode())
-        uri = storage.join(self._folder, "_lists", f"{split}.parquet")
-        uris, texts = zip(*images.values(), strict=True)
-        table = pa.table([list(images), uris, texts], pa.schema([*IMAGE_COLUMNS, _CAPTIONS]))
+        uri = storage.join(self._folder, LISTS_FOLDER, f"{split}.parquet")
+        ids, uris = zip(*images, strict=True)
+        table = pa.table([ids, uris, list(images.values())], pa.schema([*IMAGE_COLUMNS, _CAPTIONS]))
         buffer = io.BytesIO()
         pq.write_table(table, buffer, row_group_size=FRAGMENT_ROWS, compression="zstd")
         storage.write_bytes(uri, buffer.getvalue())

@@ -6,6 +6,7 @@ examples and takes its share; only dropout depends on the share.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ import torch
 import torch.distributed as dist
 
 from jobs.cluster.resources import use_threads
+from jobs.cluster.side_actor import SideActor
 from jobs.training.log import TrainLog
+from jobs.training.progress import TrainStep
 from jobs.training.record import choose_best
 from jobs.training.start import ModelStart
 from smallcap.config import GenerationConfig
@@ -45,6 +48,7 @@ if TYPE_CHECKING:
 
 Entry = TypeVar("Entry")
 _KEPT_CHECKPOINTS = 2  # the newest, besides that of the best epoch
+_TELL_EVERY_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class WorkerSpec:
     dtype: str
     examples: ExampleStream
     validation: ExampleStream
+    watch: SideActor | None = None  # a `TrainWatch`, which is told how far training is
 
 
 def train_worker(config: Mapping[str, Any]) -> None:
@@ -96,6 +101,7 @@ class Worker:
             self._resume(newest)
         self.log = TrainLog(spec.config.out, self.progress.step)
         self._saved: tuple[int, ...] = (self.progress.step,)  # steps of the newest checkpoints
+        self._told_at, self._ends = 0.0, False
 
     def _resume(self, checkpoint: TrainCheckpoint) -> None:
         out = self.spec.config.out
@@ -107,24 +113,45 @@ class Worker:
         self.progress = checkpoint
 
     def run(self) -> None:
-        """Trains the remaining epochs."""
-        while len(self.progress.epochs) < self.options.epochs:
+        """Trains the remaining epochs, or until the driver asks to end."""
+        while len(self.progress.epochs) < self.options.epochs and not self._ends:
             self._finish_epoch()
+        if self.spec.watch is not None and self.rank == 0:
+            self.spec.watch.ask("note_end")
 
     def _finish_epoch(self) -> None:
-        """Takes the remaining steps of the epoch, validates, and saves."""
+        """Takes the remaining steps of the epoch, validates, and saves; or saves before that, if it is asked to end."""
         epoch = len(self.progress.epochs)
         first = self.progress.step - epoch * self.steps_per_epoch
         every = self.spec.config.checkpoint_steps
         for place, batches in enumerate(self._prepared(epoch, first), start=first):
-            self._count(self.trainer.step(self.progress.step, batches), epoch)
-            if every and self.progress.step % every == 0 and place + 1 < self.steps_per_epoch:
-                self._save()
+            report = self.trainer.step(self.progress.step, batches)
+            self._count(report, epoch)
+            if place + 1 < self.steps_per_epoch:
+                self._ends = self._is_asked_to_end(report.loss, epoch)
+                if self._ends or (every and self.progress.step % every == 0):
+                    self._save()
+                if self._ends:
+                    return
         loss = self.progress.epoch_loss / self.progress.epoch_tokens
         result = EpochResult(epoch=epoch + 1, step=self.progress.step, loss=loss, **self._validate())
         epochs = (*self.progress.epochs, result)
         self.progress = self.progress.model_copy(update={"epochs": epochs, "epoch_loss": 0.0, "epoch_tokens": 0})
         self._save()
+
+    def _is_asked_to_end(self, loss: float, epoch: int) -> bool:
+        """Tells the driver of the newest step; returns whether it asks to end, the same in all workers."""
+        asked, watch = False, self.spec.watch
+        if watch is None:
+            return False
+        if self.rank == 0 and time.monotonic() - self._told_at >= _TELL_EVERY_S:
+            asked = bool(watch.ask("note_step", TrainStep(self.progress.step, epoch + 1, loss), timeout_s=1.0))
+            self._told_at = time.monotonic()
+        if self.world_size > 1:
+            shared = torch.tensor(int(asked), device=self.trainer.device)
+            dist.broadcast(shared, src=0)
+            asked = bool(shared)
+        return asked
 
     def _count(self, report: StepReport, epoch: int) -> None:
         if self.rank == 0:

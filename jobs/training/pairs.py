@@ -15,6 +15,7 @@ from smallcap import storage
 from smallcap.captions.reader import open_captions
 from smallcap.captions.rows import CaptionColumns, CaptionRow
 from smallcap.errors import SchemaError
+from smallcap.field_values import is_text, whole_number
 from smallcap.training.config import TrainConfig
 from smallcap.training.feature_store import Split
 
@@ -95,7 +96,7 @@ def read_pairs(uri: str, config: TrainConfig, split: Split) -> Iterator[Pair | N
 
 
 def captions_of(table: pa.Table, json_field: str) -> list[list[str]]:
-    """Returns each image's captions.
+    """Returns each image's captions, without those that are no text.
 
     Args:
         table: The columns with captions, and no others: `txt` and `json` from a tar, or else one column of strings or
@@ -111,7 +112,9 @@ def captions_of(table: pa.Table, json_field: str) -> list[list[str]]:
     else:
         values = table[0].to_pylist()
     lists = [[value] if isinstance(value, str) else value or [] for value in values]
-    return [[clean(text) for text in texts if isinstance(text, str) and text.strip()] for texts in lists]
+    return [
+        [clean(text) for text in texts if isinstance(text, str) and text.strip() and is_text(text)] for texts in lists
+    ]
 
 
 def clean(text: str) -> str:
@@ -121,8 +124,8 @@ def clean(text: str) -> str:
 
 def _json_field(text: str | None, name: str) -> Any:
     try:
-        fields = json.loads(text or "null")
-    except ValueError:
+        fields = json.loads(text or "null", parse_int=whole_number)
+    except (ValueError, RecursionError):
         return None
     return fields.get(name) if isinstance(fields, dict) else None
 

@@ -1,43 +1,97 @@
-"""Shows people how far training is, from the log that a worker writes: a line when there is news."""
+"""What training workers tell the driver while they train, how it is shown, and how they are asked to end."""
 
 from __future__ import annotations
 
-import json
-import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from dataclasses import dataclass
 
-from jobs.captioning.progress import run_in_thread
-from jobs.training.log import FLUSH_S, read_log_lines
-from smallcap.errors import StorageError
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from jobs.cluster.display import ETA_OVER_S, RATE_OVER_S, Rate
+from jobs.cluster.side_actor import SideActor
+from smallcap.phrasing import describe_duration
 
 
-@contextmanager
-def show_training(out: str, steps: int) -> Iterator[None]:
-    """Prints the newest step and its loss to the terminal while training goes on.
+@dataclass(frozen=True)
+class TrainStep:
+    """The newest step of a run."""
+
+    step: int  # from 1
+    epoch: int  # from 1
+    loss: float  # nats per token
+
+
+class TrainWatch:
+    """Knows the newest step, and whether the workers are asked to end; an actor on the driver's node."""
+
+    def __init__(self) -> None:
+        self._newest: TrainStep | None = None
+        self._asked, self._ended = False, False
+
+    def note_step(self, step: TrainStep) -> bool:
+        """Takes a step; returns whether the workers are to write a checkpoint and end."""
+        self._newest = step
+        return self._asked
+
+    def newest(self) -> TrainStep | None:
+        """Returns the newest step."""
+        return self._newest
+
+    def ask_to_end(self) -> None:
+        """Asks the workers to write a checkpoint and end."""
+        self._asked = True
+
+    def note_end(self) -> None:
+        """Says that the checkpoint is written."""
+        self._ended = True
+
+    def is_waited_for(self) -> bool:
+        """Returns whether workers that train have not written their last checkpoint yet."""
+        return self._newest is not None and not self._ended
+
+
+class TrainView:
+    """Shows training on a display.
 
     Args:
-        out: The run's folder.
+        watch: The actor of a `TrainWatch`.
         steps: The number of steps of the whole run.
     """
-    with run_in_thread(_watch, out, steps):
-        yield
+
+    def __init__(self, watch: SideActor, steps: int) -> None:
+        self._watch, self._steps = watch, steps
+        self._rate = Rate()
+        self._newest: TrainStep | None = None
+        self._began = time.monotonic()
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether there was a step."""
+        return self._newest is not None
+
+    def render(self) -> Table:
+        """Returns the line, with a bar."""
+        table = Table.grid(padding=(0, 2))
+        line = Text(self.line())
+        done = self._newest.step if self._newest else 0
+        table.add_row(line, ProgressBar(total=max(self._steps, 1), completed=done, width=30))
+        return table
+
+    def line(self) -> str:
+        """Returns the newest step, the rate and the time that is left."""
+        self._newest = self._watch.ask("newest", timeout_s=3.0) or self._newest
+        elapsed = time.monotonic() - self._began
+        if self._newest is None:
+            return f"Training: starting workers, which load the model; {describe_duration(elapsed)} so far"
+        self._rate.add(elapsed, self._newest.step)
+        return describe_step(self._newest, self._steps, self._rate)
 
 
-def _watch(out: str, steps: int, ended: threading.Event) -> None:
-    shown = ""
-    while not ended.wait(FLUSH_S):
-        try:
-            line = (read_log_lines(out) or [""])[-1]
-        except StorageError:  # the worker will say so, if it matters
-            continue
-        if line and line != shown:
-            print(progress_line(line, steps), file=sys.stderr, flush=True)
-            shown = line
-
-
-def progress_line(line: str, steps: int) -> str:
-    """Returns a line of the log, in words."""
-    values = json.loads(line)
-    return f"step {values['step']:,} of {steps:,}, epoch {values['epoch']}: loss {values['loss']:.4f}"
+def describe_step(newest: TrainStep, steps: int, rate: Rate) -> str:
+    """Returns a step in words, with the rate and the time that is left as far as they are known."""
+    now, longer = rate.over(RATE_OVER_S), rate.over(ETA_OVER_S)
+    per_s = "" if now is None else f" ({now:,.2f}/s)"
+    left = f"; about {describe_duration((steps - newest.step) / longer)} left" if longer else ""
+    return f"step {newest.step:,} of {steps:,}{per_s}, epoch {newest.epoch}: loss {newest.loss:.4f}{left}"

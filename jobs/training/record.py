@@ -5,6 +5,7 @@ Only the checkpoints say how far the run is (`smallcap.training.checkpoints`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 from jobs.cluster.pinned import PinnedRecord, check_same_options
@@ -61,8 +62,8 @@ class TrainRecord(PinnedRecord):
     best_epoch: int | None = None
     attempts: tuple[TrainAttempt, ...] = ()
 
-    def check_same_run(self, config: TrainConfig, start_id: str) -> None:
-        """Checks that a command continues this run.
+    def check_same_run(self, config: TrainConfig, start_id: Callable[[], str]) -> None:
+        """Checks that a command continues this run; `start_id` fingerprints what it starts from.
 
         Raises:
             ConfigError: The config or the start differs.

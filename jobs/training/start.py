@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from smallcap.model.assembly import join_frozen_models, joined_model_id
-from smallcap.model.checkpoint import SmallCapModel, checkpoint_id, load_checkpoint, tokenizer_source
-from smallcap.model.prompt import load_tokenizer
+from smallcap.model.files import checkpoint_id, joined_model_id
 from smallcap.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from smallcap.model.checkpoint import SmallCapModel
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,9 @@ class ModelStart:
             CheckpointError: The checkpoint, the encoder or the decoder cannot be loaded.
             ConfigError: The encoder and the decoder do not fit.
         """
+        from smallcap.model.assembly import join_frozen_models  # torch
+        from smallcap.model.checkpoint import load_checkpoint
+
         config, k, encoder = self.config, self.config.retrieval.k, self.retrieval_encoder or ""
         if config.model is None:
             assert config.vision_encoder is not None and config.decoder is not None  # TrainConfig has checked it
@@ -53,6 +56,9 @@ class ModelStart:
         Raises:
             CheckpointError: There is no tokenizer.
         """
+        from smallcap.model.checkpoint import tokenizer_source  # torch
+        from smallcap.model.prompt import load_tokenizer
+
         config = self.config
         return load_tokenizer(tokenizer_source(config.model) if config.model else config.decoder or "")
 

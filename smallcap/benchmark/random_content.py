@@ -25,7 +25,6 @@ from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 from smallcap.decoding.beam_search import BeamSearch
 from smallcap.decoding.strategy import GenerationOptions
 from smallcap.decoding.text_decoder import DecoderConfig
-from smallcap.errors import ConfigError
 from smallcap.index.caption_store import CAPTION_STORE_COLUMNS, write_caption_file
 from smallcap.index.manifest import EncoderIdentity, FileEntry, IndexManifest, ShardEntry, SourceEntry
 from smallcap.index.retriever import Retriever
@@ -34,8 +33,8 @@ from smallcap.model.clip_encoder import (
     HFRetrievalEncoder,
     OpenCLIPRetrievalEncoder,
     RetrievalEncoder,
-    open_clip_preprocessing,
 )
+from smallcap.model.encoder_spec import open_clip_config, open_clip_preprocessing
 
 VIT_B_32 = {
     "hidden_size": 768,
@@ -95,9 +94,7 @@ def build_retrieval_encoder(name: str, model: SmallCapModel) -> RetrievalEncoder
         return HFRetrievalEncoder(build_clip(model).to(model.device, model.dtype), tokenizer, identity)
     import open_clip
 
-    config = open_clip.get_model_config(name)
-    if config is None:
-        raise ConfigError("open_clip has no such architecture.", where=name, remedy="See open_clip.list_models().")
+    config = open_clip_config(name)
     identity = EncoderIdentity(spec=f"open_clip:{name}/random", weights_sha256="0" * 64, dim=config["embed_dim"])
     clip, tokenizer = open_clip.create_model(name).to(model.device, model.dtype), open_clip.get_tokenizer(name)
     return OpenCLIPRetrievalEncoder(clip, tokenizer, identity, open_clip_preprocessing(name), model.device)

@@ -9,6 +9,7 @@ from typing import IO, Any
 
 from smallcap.captions.rows import CaptionColumns, CaptionRow, json_row, malformed_row
 from smallcap.errors import SchemaError
+from smallcap.field_values import id_text, whole_number
 from smallcap.tables import decompressed
 
 
@@ -34,13 +35,13 @@ def read_json(file: IO[bytes], uri: str, columns: CaptionColumns) -> Iterator[Ca
 
 
 def load_json(file: IO[bytes], uri: str) -> Any:
-    """Returns the content of a JSON file.
+    """Returns the content of a JSON file; an integer with too many digits is infinite.
 
     Raises:
         SchemaError: The file is not JSON.
     """
     try:
-        return json.loads(decompressed(file).read())
+        return json.loads(decompressed(file).read(), parse_int=whole_number)
     except (ValueError, RecursionError, EOFError, OSError, zlib.error) as error:  # UnicodeDecodeError is one
         raise SchemaError("This is not a JSON file.", where=uri, found=str(error)) from error
 
@@ -56,16 +57,17 @@ def _coco_rows(images: list[Any], annotations: list[Any]) -> Iterator[CaptionRow
     for number, image in enumerate(images, start=1):
         entry = image if isinstance(image, dict) else {}
         name = entry.get("file_name")
-        if not isinstance(entry.get("id"), str | int) or not (name is None or isinstance(name, str)):
+        image_id = id_text(entry.get("id"))
+        if image_id is None or not (name is None or isinstance(name, str)):
             yield malformed_row(number, image, entries="images")
         elif name:
-            names[str(entry["id"])] = name
+            names[image_id] = name
     for number, annotation in enumerate(annotations, start=1):
         if not isinstance(annotation, dict):
             yield malformed_row(number, annotation, entries="annotations")
             continue
         image_id = annotation.get("image_id")
-        dataset_id = str(image_id) if isinstance(image_id, str | int) else None
+        dataset_id = id_text(image_id)
         image = image_id if dataset_id is None else names.get(dataset_id, dataset_id)
         text = annotation.get("caption")
         yield json_row(text, image, number, annotation, dataset_id=dataset_id, entries="annotations")
@@ -78,14 +80,15 @@ def _karpathy_rows(images: list[Any], columns: CaptionColumns) -> Iterator[Capti
             yield malformed_row(place + 1, image, entries="images")
             continue
         name, folder, split, coco_id = (image.get(key) for key in ("filename", "filepath", "split", "cocoid"))
+        dataset_id = id_text(coco_id)
         facts = {
             "image_path": f"{folder}/{name}" if folder else None,
-            "dataset_id": None if coco_id is None else str(coco_id),
+            "dataset_id": dataset_id,
             "split": None if split is None else str(split),
             "entries": f"images[{place}].sentences",
         }
         for number, sentence in enumerate(sentences, start=1):
-            if isinstance(sentence, dict):
+            if isinstance(sentence, dict) and (coco_id is None or dataset_id is not None):
                 yield json_row(_karpathy_text(sentence, columns), name, number, sentence, **facts)
             else:
                 yield malformed_row(number, sentence, **facts)

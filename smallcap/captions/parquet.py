@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from smallcap.captions.rows import CaptionColumns, CaptionRow, find_column
 from smallcap.captions.vectors import ROWS_AT_ONCE, check_dim, unit_vectors
 from smallcap.errors import SchemaError
-from smallcap.tables import id_strings
+from smallcap.field_values import id_strings
 
 _BATCH_ROWS = 10_000
 
@@ -80,12 +80,12 @@ def _texts(column: pa.Array, where: str, several: bool, remedy: str) -> list[lis
 
 
 def _ids(column: pa.Array, where: str, remedy: str) -> list[str | None]:
-    """Returns the names of images; a struct of an image holds its path, and numbers may be float or all null."""
-    if _holds_path(column.type):
-        column = pc.struct_field(column, "path")
-    if pa.types.is_floating(column.type) or pa.types.is_null(column.type):
-        column = id_strings(column)
-    return _strings(column, where, remedy)
+    """Returns the names of images."""
+    try:
+        names = id_strings(column)
+    except pa.ArrowException as error:
+        raise _wrong_type(column, where, remedy) from error
+    return _strings(names, where, remedy)
 
 
 def _holds_path(kind: pa.DataType) -> bool:
@@ -96,9 +96,7 @@ def _strings(column: pa.Array, where: str, remedy: str) -> list[str | None]:
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
     if not (is_text or pa.types.is_integer(kind)):
-        raise SchemaError(
-            "A column has the wrong type.", where=where, expected="string", found=str(column.type), remedy=remedy
-        )
+        raise _wrong_type(column, where, remedy)
     try:
         strings: list[str | None] = column.cast(pa.string()).to_pylist()
     except UnicodeDecodeError as error:
@@ -109,6 +107,12 @@ def _strings(column: pa.Array, where: str, remedy: str) -> list[str | None]:
             remedy="Write the column again as UTF-8 strings.",
         ) from error
     return strings
+
+
+def _wrong_type(column: pa.Array, where: str, remedy: str) -> SchemaError:
+    return SchemaError(
+        "A column has the wrong type.", where=where, expected="string", found=str(column.type), remedy=remedy
+    )
 
 
 def _vectors(column: pa.Array, where: str, dim: int | None) -> tuple[list[bytes | None], list[str], int | None]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from smallcap.errors import SchemaError
-from smallcap.tables import id_text
+from smallcap.field_values import id_text, is_text
 
 MALFORMED = "malformed"
-_NO_TEXT = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ud800-\udfff]")  # control codes, half a surrogate pair
 _FOUND_CHARACTERS = 200
 
 
@@ -96,7 +94,7 @@ def malformed_row(line: int, entry: Any, **facts: Any) -> CaptionRow:
 def readable(row: CaptionRow) -> CaptionRow:
     """Returns the row, or a malformed one where its text or the names of its image hold what no text holds."""
     for field in (row.text, row.image_id, row.image_path, row.dataset_id, row.split):
-        if field and not field.isprintable() and _NO_TEXT.search(field):
+        if field and not is_text(field):
             entry = repr(field)[:_FOUND_CHARACTERS]
             return row._replace(text="", image_id=None, image_path=None, problem=MALFORMED, found=entry)
     return row

@@ -7,7 +7,8 @@ batch that runs out is run again in halves, and later batches are cut alike. No 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+import platform
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -16,60 +17,63 @@ from smallcap.errors import RunError
 
 _OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")  # of what torch's own allocator did not allocate
 
-Row = TypeVar("Row")
+Part = TypeVar("Part")
 
 _log = logging.getLogger(__name__)
 
 
 class MicroBatches:
-    """Runs batches whole, or in parts that fit once memory has run out; for one thread at a time.
+    """Runs one step of captioning on whole batches, or on parts that fit once memory has run out.
 
-    An instance lives as long as the model, because it remembers what fits:
+    An instance lives as long as the model, because it remembers what fits. Several threads may use it if `free` allows
+    that.
 
-        micro_batches = MicroBatches(model.free_memory)
-        captions = micro_batches.run(len(prompts), lambda rows: model.generate(hidden_states[rows], prompts[rows]))
+        decoding = MicroBatches("the decoder", model.free_memory, relief="Use fewer beams")
+        parts = decoding.run(len(prompts), lambda rows: model.generate(hidden_states[rows], prompts[rows]))
 
     Args:
+        step: What is run, as messages name it.
         free: Gives memory back that is only kept for speed, such as recorded graphs. It is called by `run`, in its
             thread, when nothing of the failed attempt is referenced any more.
+        relief: What the user can do so that this step takes less memory; the beginning of a sentence.
+        limit: Most rows that are run together at first; None for whole batches.
 
     Attributes:
-        limit: Most rows that are run together; None until memory has run out.
+        limit: Most rows that are run together.
     """
 
-    def __init__(self, free: Callable[[], None]) -> None:
-        self._free = free
-        self.limit: int | None = None
+    def __init__(self, step: str, free: Callable[[], None], relief: str, limit: int | None = None) -> None:
+        self._step, self._free, self._relief, self.limit = step, free, relief, limit
 
-    def run(self, size: int, run_rows: Callable[[slice], Sequence[Row]]) -> list[Row]:
+    def run(self, size: int, run_rows: Callable[[slice], Part]) -> list[Part]:
         """Runs all rows of a batch.
 
         Args:
             size: Number of rows.
-            run_rows: Maps a slice of the rows to their results. It is repeated for rows whose run has failed, so it
-                changes nothing.
+            run_rows: Maps a slice of the rows to a result, which is not None. It is repeated for rows whose run has
+                failed, so it changes nothing.
 
         Returns:
-            One result per row, in order.
+            One result for each part, in the order of the rows; none for a batch without rows.
 
         Raises:
             RunError: The memory does not suffice for one row.
         """
-        results: list[Row] = []
-        last_try = False
-        while len(results) < size:
-            start = len(results)
+        parts: list[Part] = []
+        start, last_try = 0, False
+        while start < size:
             count = min(self.limit or size, size - start)
             done = self._attempt(slice(start, start + count), run_rows, last_try)
             if done is None:
                 self._free()
             else:
-                results += done
+                parts.append(done)
+                start += count
             last_try = done is None and count == 1  # with all memory freed
-        return results
+        return parts
 
-    def _attempt(self, rows: slice, run_rows: Callable[[slice], Sequence[Row]], last_try: bool) -> Sequence[Row] | None:
-        """Returns the results of some rows, or None where memory ran out; the limit is then lower.
+    def _attempt(self, rows: slice, run_rows: Callable[[slice], Part], last_try: bool) -> Part | None:
+        """Returns the result of some rows, or None where memory ran out; the limit is then lower.
 
         The error's traceback keeps the failed attempt's tensors alive, so it must be gone before memory is freed.
         """
@@ -82,13 +86,18 @@ class MicroBatches:
             if last_try:
                 raise RunError(
                     "The GPU's memory does not suffice for one image.",
+                    where=f"{self._step}, on {platform.node()}",
                     found=str(error).partition("\n")[0],
-                    remedy="Set search_device to cpu, use fewer beams or captions, let fewer actors share the GPU "
-                    "(gpus_per_actor), or end what else runs on it.",
+                    remedy=f"{self._relief}, or end what else runs on the GPU.",
                 ) from error
         if count > 1:
             self.limit = 1 << (count - 1).bit_length() - 1  # the power of two below, to which batches are padded
-            _log.warning("The GPU's memory ran out with %d images; captioning goes on with %d.", count, self.limit)
+            _log.warning(
+                "The GPU's memory ran out with %d images in %s; captioning goes on with %d.",
+                count,
+                self._step,
+                self.limit,
+            )
         return None
 
 

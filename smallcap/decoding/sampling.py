@@ -41,7 +41,7 @@ class Sampling(DecodingStrategy):
 
     def advance(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Draws the next token of every sequence; one that has ended is carried along unchanged."""
-        logits = self._without_repeats(logits).expand(-1, self.options.num_captions, -1)
+        logits = self._without_repeats(logits.float()).expand(-1, self.options.num_captions, -1)
         tokens = draw(logits, self._uniform(), self.options.sampling)  # [B, N]
         log_probs = logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(-1)
         alive = ~self._ended

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 _CHUNK = 256  # logits; a chunk's maximum decides whether its members can be among the k largest
+_CPU_ROWS = 48  # of logits at once on a CPU: a batch's as float32 are 38 MB, which no cache holds
 
 
 @dataclass(frozen=True)
@@ -105,15 +106,14 @@ class DecodingStrategy(ABC):
             setattr(self, name, getattr(self, name)[rows])
 
     def _without_repeats(self, logits: Tensor) -> Tensor:
-        """Returns float32 logits with -inf for each token that would repeat n tokens of its caption."""
-        logits = logits.float()
+        """Returns the logits with -inf for each token that would repeat n tokens of its caption."""
         n = self.options.no_repeat_ngram_size
         if n == 0 or self.step < n:
             return logits
         ngrams = self.tokens[:, :, : self.step].unfold(2, n, 1)  # [B, N, step - n + 1, n]
         latest = self.tokens[:, :, None, self.step - n + 1 : self.step]  # [B, N, 1, n - 1]
         repeats = (ngrams[..., :-1] == latest).all(-1)
-        bans = torch.where(repeats, -torch.inf, torch.inf)
+        bans = torch.where(repeats, -torch.inf, torch.inf).to(logits.dtype)
         return logits.scatter_reduce(-1, ngrams[..., -1], bans, "amin")
 
 
@@ -123,12 +123,22 @@ def top_logits(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     The k largest values lie in the k chunks with the largest maxima, so only those are searched.
 
     Args:
-        logits: [..., V] float32.
+        logits: [..., V], of any floating-point dtype.
         k: Number of logits to find, at most V.
 
     Returns:
-        Values [..., k] in descending order, their indices [..., k] int64, and log(sum(exp(logits))) [..., 1].
+        Values [..., k] float32 in descending order, their indices [..., k] int64, and log(sum(exp(logits))) [..., 1]
+        float32.
     """
+    rows = logits.flatten(0, -2)
+    blocks = (rows,) if logits.is_cuda else torch.split(rows, _CPU_ROWS)
+    found = zip(*(_top_of_rows(block.float(), k) for block in blocks), strict=True)
+    values, indices, normaliser = (torch.cat(parts).view(*logits.shape[:-1], -1) for parts in found)
+    return values, indices, normaliser
+
+
+def _top_of_rows(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Does what `top_logits` does for [rows, V] float32."""
     size = logits.shape[-1]
     chunks = size // _CHUNK
     if chunks < 4 * k:

@@ -1,18 +1,25 @@
-"""Checks the model and the index that a run is to use: that they are there, are whole, fit each other and the disk."""
+"""Checks the model, the index and the encoder that a run is to use: that they are there, whole, and fit each other."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from smallcap import storage
-from smallcap.doctor.report import Finding, fail, ok, warn
+from smallcap.doctor.report import Finding, attempt, fail, ok, warn
+from smallcap.errors import CheckpointError
 from smallcap.index.manifest import IndexManifest, load_manifest
 from smallcap.index.node_cache import missing_files
 from smallcap.phrasing import describe_count, describe_gb
 
+ENCODER_REMEDY = (
+    "Give --retrieval-encoder a CLIP that can be reached from here: demo, hf:ID-OR-PATH, or "
+    "open_clip:MODEL/PRETRAINED-OR-PATH."
+)
+_CACHE_REMEDY = "Name a folder that can be written, on a disk with room, by --cache-dir."
 _SHOWN = 3  # files that a line names
 
 
@@ -33,6 +40,18 @@ def check_model(model: str) -> Iterator[Finding]:
     yield ok("model", f"{loaded.model_id}: {parameters / 1e6:,.1f} million parameters, loaded in {seconds:.1f} s")
 
 
+def check_encoder(spec: str) -> Iterator[Finding]:
+    """Looks for a retrieval encoder, and names its weights by their checksum.
+
+    Raises:
+        RunError: It cannot be found.
+    """
+    from smallcap.model.encoder_spec import resolve_encoder_identity
+
+    identity = resolve_encoder_identity(spec)
+    yield ok("retrieval encoder", f"{spec}: weights {identity.weights_sha256[:12]}, {identity.dim} dimensions")
+
+
 def check_index(index: str, model: str, retrieval_encoder: str | None, cache_dir: str) -> Iterator[Finding]:
     """Checks an index's manifest, its files, its encoder, and the disk that copies of it need.
 
@@ -40,10 +59,10 @@ def check_index(index: str, model: str, retrieval_encoder: str | None, cache_dir
         index: URI of a published index.
         model: The checkpoint to use it with.
         retrieval_encoder: Spec of the retrieval encoder; by default the one that the index names.
-        cache_dir: Folder for copies of remote indexes.
+        cache_dir: Folder for copies of remote indexes, and for what is known of local ones.
 
     Raises:
-        RunError: There is no index, or its encoder cannot be found or is another one.
+        RunError: There is no index.
     """
     manifest = load_manifest(index)
     size = sum(entry.bytes for entry in manifest.files)
@@ -57,17 +76,20 @@ def check_index(index: str, model: str, retrieval_encoder: str | None, cache_dir
         )
     else:
         yield ok("index", found)
-    yield _check_cache(index, manifest, cache_dir)
-    yield from _check_encoder(index, manifest, model, retrieval_encoder)
+    yield from attempt("index cache", lambda: [_check_cache(index, manifest, cache_dir)], _CACHE_REMEDY)
+    encoders = (index, manifest, model, retrieval_encoder)
+    yield from attempt("index encoder", lambda: [_compare_encoders(*encoders)], ENCODER_REMEDY)
 
 
 def _check_cache(index: str, manifest: IndexManifest, cache_dir: str) -> Finding:
     """Compares the free disk with what is still to be downloaded."""
+    folder = Path(cache_dir).expanduser().absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        return fail("index cache", f"{there} is not a folder that can be written", _CACHE_REMEDY)
     if storage.is_local(index):
         return ok("index cache", "a local index is used in place")
     needed = sum(entry.bytes for entry in missing_files(index, manifest, cache_dir))
-    folder = Path(cache_dir).expanduser().absolute()
-    there = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(there).free
     found = f"{describe_gb(needed)} to download to {cache_dir}, {describe_gb(free)} free"
     if needed > free:
@@ -75,20 +97,24 @@ def _check_cache(index: str, manifest: IndexManifest, cache_dir: str) -> Finding
     return ok("index cache", found)
 
 
-def _check_encoder(index: str, manifest: IndexManifest, model: str, retrieval_encoder: str | None) -> Iterator[Finding]:
+def _compare_encoders(index: str, manifest: IndexManifest, model: str, retrieval_encoder: str | None) -> Finding:
     """Compares the index's encoder with the one that would make the queries, and with the checkpoint's."""
     from smallcap.model.checkpoint import load_config
-    from smallcap.model.clip_encoder import resolve_encoder_identity
+    from smallcap.model.encoder_spec import resolve_encoder_identity
     from smallcap.model.files import resolve_folder
 
+    subject = "index encoder"
     identity = resolve_encoder_identity(retrieval_encoder or manifest.encoder.spec)
     manifest.check_encoder(identity, where=index)
-    named = load_config(resolve_folder(model, demo_model="smallcap")).retrieval_encoder
+    fits = f"{identity.spec}, as the index was built"
+    try:
+        named = load_config(resolve_folder(model, demo_model="smallcap")).retrieval_encoder
+    except CheckpointError:  # as the model's own line says
+        return warn(subject, f"{fits}; not compared with the model's, because of model", "Mend model first.")
     if named and named != identity.spec:  # by name: to compare weights would download the other encoder
-        yield warn(
-            "index encoder",
+        return warn(
+            subject,
             f"the index was built with {identity.spec}, and the model was trained with {named}",
             "The model sees captions chosen in another way than in training; build the index with its encoder.",
         )
-        return
-    yield ok("index encoder", f"{identity.spec}, as the index was built")
+    return ok(subject, fits)

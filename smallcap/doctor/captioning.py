@@ -34,15 +34,16 @@ _TIE = 1e-3  # nats by which two captions' log probabilities may differ and stil
 # What a precision may change: the demo's captions in bfloat16 were 83% float32's, 0.0026 nats per token off.
 _LEAST_EQUAL, _MOST_LOSS = 0.5, 0.02
 _SPARE_BYTES, _SPARE_SHARE = 64 << 20, 0.1  # growth of memory between two halves that no leak makes
-_REMEDY = (
-    "Do not caption here with this device: try --device cpu, another driver, or the versions of constraints.txt, "
-    "and report the line."
-)
+_REMEDIES = {
+    "cpu": "Do not caption on this machine: install the versions of constraints.txt, and report the line.",
+    "cuda": "Do not caption on this GPU: try --device cpu, another driver, or the versions of constraints.txt, and "
+    "report the line.",
+}
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is tried."""
+    """How much is tried: on a CPU, what takes some seconds there."""
 
     images: int  # at most the demo's 48
     batches: int
@@ -57,7 +58,7 @@ def prove_captioning(wanted: Device, effort: Effort | None = None) -> Iterator[F
 
     Args:
         wanted: The device.
-        effort: How much to try; by default as much as the device does in less than a minute.
+        effort: How much to try; by default `EFFORTS`.
     """
     device = resolve_device(wanted)
     effort = effort or EFFORTS[device]
@@ -77,7 +78,7 @@ def prove_captioning(wanted: Device, effort: Effort | None = None) -> Iterator[F
             other = Retriever(retriever.manifest, folder)  # which searches on the CPU
             tests = {"gpu against cpu": lambda: _compare_devices(other, pool, expected)} | tests
         for subject, test in tests.items():
-            yield from attempt(subject, test, _REMEDY)
+            yield from attempt(subject, test, _REMEDIES[device])
 
 
 def build_demo_index(folder: Path) -> Retriever:
@@ -95,16 +96,17 @@ def _compare_devices(retriever: Retriever, pool: Sequence[Pixels], found: Sequen
     """Compares this GPU's captions in float32, and what its search found, with the CPU's."""
     on_cpu = _load(retriever, "cpu", "float32")
     expected = [result for crops in pool for result in on_cpu.caption_batch([crops])]
-    yield _judge("gpu against cpu", "captions in float32", _captions(found), _captions(expected))
-    yield _judge("gpu against cpu", "retrieved captions", _retrieved(found), _retrieved(expected))
+    yield _judge("gpu against cpu", "captions in float32", _captions(found), _captions(expected), "cuda")
+    yield _judge("gpu against cpu", "retrieved captions", _retrieved(found), _retrieved(expected), "cuda")
 
 
 def _compare_batches(
     captioner: Captioner, pool: Sequence[Pixels], expected: Sequence[CaptionResult]
 ) -> Iterator[Finding]:
     """Compares captions of one large batch with those of batches of one."""
-    together = captioner.caption_batch(pool)
-    yield _judge("batch of one", f"captions of a batch of {len(pool)}", _captions(together), _captions(expected))
+    together, device = captioner.caption_batch(pool), captioner.model.device.type
+    what = f"captions of a batch of {len(pool)}"
+    yield _judge("batch of one", what, _captions(together), _captions(expected), device)
 
 
 def _compare_steps(captioner: Captioner, pool: Sequence[Pixels]) -> Iterator[Finding]:
@@ -112,7 +114,8 @@ def _compare_steps(captioner: Captioner, pool: Sequence[Pixels]) -> Iterator[Fin
     hidden_states, class_tokens = captioner.encode(pool)
     prompts = captioner.prompt(captioner.retrieve(captioner.embed(pool, class_tokens)))
     given = (captioner.model.decoder, hidden_states, prompts, captioner.generation)
-    on_gpu = captioner.model.device.type == "cuda"
+    device = captioner.model.device.type
+    on_gpu = device == "cuda"
     stepper = GraphStepper(None if on_gpu else _Runs())
     expected = [(tuple(best.token_ids), best.score) for best, *_ in generate(*given)]
     found = []
@@ -120,7 +123,7 @@ def _compare_steps(captioner: Captioner, pool: Sequence[Pixels]) -> Iterator[Fin
         recorded = generate(*given, stepper=stepper)
         found += [(tuple(best.token_ids), best.score) for best, *_ in recorded]
     what = "captions by CUDA graphs" if on_gpu else "captions by the steps that a GPU records, run here"
-    yield _judge("recorded steps", what, found, expected * 2)
+    yield _judge("recorded steps", what, found, expected * 2, device)
 
 
 class _Runs:
@@ -140,7 +143,7 @@ def _compare_pipeline(
     captioner: Captioner, pool: Sequence[Pixels], expected: Sequence[CaptionResult], effort: Effort
 ) -> Iterator[Finding]:
     """Compares captions of random batches in a row with those of batches of one; looks at memory half-way and after."""
-    subject = "random batches"
+    subject, device = "random batches", captioner.model.device.type
     rng = np.random.default_rng(0)
     sizes = rng.integers(1, min(effort.largest_batch, len(pool)) + 1, effort.batches)
     batches = [rng.choice(len(pool), size, replace=False).tolist() for size in sizes]
@@ -152,11 +155,12 @@ def _compare_pipeline(
         if number in (effort.batches // 2, effort.batches):
             memory.append(_memory(captioner.model.device))
     wanted = [expected[place] for batch in batches for place in batch]
-    yield _judge(subject, f"captions of {effort.batches} batches in a row", _captions(found), _captions(wanted))
+    what = f"captions of {effort.batches} random batches in a row"
+    yield _judge(subject, what, _captions(found), _captions(wanted), device)
     middle, end = memory
     grown = f"the process holds {describe_gb(end)} after them, {describe_gb(middle)} half-way"
     if end - middle > max(_SPARE_BYTES, _SPARE_SHARE * middle):
-        yield fail(subject, f"memory grows: {grown}", _REMEDY)
+        yield fail(subject, f"memory grows: {grown}", _REMEDIES[device])
     else:
         yield ok(subject, f"memory is steady: {grown}")
 
@@ -199,17 +203,21 @@ def _retrieved(results: Sequence[CaptionResult]) -> list[tuple[object, float]]:
 
 
 def _judge(
-    subject: str, what: str, found: Sequence[tuple[object, float]], expected: Sequence[tuple[object, float]]
+    subject: str,
+    what: str,
+    found: Sequence[tuple[object, float]],
+    expected: Sequence[tuple[object, float]],
+    device: str,
 ) -> Finding:
     """Compares pairs of something and its score, of which those with nearly the same score are ties."""
     if len(found) != len(expected):
-        return fail(subject, f"{len(found)} {what} instead of {len(expected)}", _REMEDY)
+        return fail(subject, f"{len(found)} {what} instead of {len(expected)}", _REMEDIES[device])
     ties = others = 0
     for (one, score), (other, other_score) in zip(found, expected, strict=True):
         is_near = abs(score - other_score) <= _TIE  # false for NaN
         ties += one != other and is_near
         others += not is_near
     if others:
-        return fail(subject, f"{others} of {len(found)} {what} differ", _REMEDY)
+        return fail(subject, f"{others} of {len(found)} {what} differ", _REMEDIES[device])
     tied = f", {ties} of them other ones with the same score" if ties else ""
     return ok(subject, f"{len(found)} {what} are equal{tied}")

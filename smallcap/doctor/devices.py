@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import torch
 
 from smallcap.config import Device
+from smallcap.doctor.fatbins import architectures_of
 from smallcap.doctor.report import Finding, attempt, fail, ok, warn
 from smallcap.machine.description import describe_cuda
 from smallcap.machine.precision import matrix_rate, resolve_device, resolve_dtype
@@ -28,8 +30,9 @@ def check_devices(wanted: Device) -> Iterator[Finding]:
     cuda = "Install torch and faiss again, with constraints.txt."
     yield from attempt("cuda", lambda: [check_combination(describe_cuda())], cuda)
     if torch.cuda.is_available():
+        of_faiss = faiss_architectures()
         for number in range(torch.cuda.device_count()):
-            yield from attempt(f"gpu {number}", lambda number=number: [check_architecture(number)], driver)  # type: ignore[misc]
+            yield from attempt(f"gpu {number}", lambda number=number: [check_architecture(number, of_faiss)], driver)  # type: ignore[misc]
     device = resolve_device(wanted)
     if device == "cuda" and not torch.cuda.is_available():
         return  # the driver's line says so
@@ -98,8 +101,21 @@ def check_combination(found: dict[str, Any]) -> Finding:
     return ok("cuda", named)
 
 
-def check_architecture(number: int) -> Finding:
-    """Checks that torch holds code for a GPU, and shows the GPU's memory."""
+def faiss_architectures() -> set[str]:
+    """Returns the architectures for which the installed faiss holds code; none where it has no GPU indexes."""
+    import faiss
+
+    libraries = Path(faiss.__file__).parent.glob("*.so")
+    return {architecture for library in libraries for architecture in architectures_of(library)}
+
+
+def check_architecture(number: int, of_faiss: Collection[str]) -> Finding:
+    """Checks that torch and faiss hold code for a GPU, and shows the GPU's memory.
+
+    Args:
+        number: The GPU's number.
+        of_faiss: As `faiss_architectures` returns them.
+    """
     major, minor = torch.cuda.get_device_capability(number)
     built = torch.cuda.get_arch_list()
     free, total = torch.cuda.mem_get_info(number)
@@ -111,10 +127,17 @@ def check_architecture(number: int) -> Finding:
             f"{shown}; torch has code for {', '.join(built) or 'no GPU'}",
             "Install a torch that was built for this GPU.",
         )
+    if of_faiss and not covers(of_faiss, (major, minor)):
+        return warn(
+            f"gpu {number}",
+            f"{shown}; faiss has code for {', '.join(sorted(of_faiss))}",
+            "Install a faiss that was built for this GPU. Without one, an index that is too large for an exact search "
+            "there is searched on the CPU.",
+        )
     return ok(f"gpu {number}", shown)
 
 
-def covers(built: Sequence[str], capability: tuple[int, int]) -> bool:
+def covers(built: Collection[str], capability: tuple[int, int]) -> bool:
     """Says whether code for some architectures runs on a GPU.
 
     Code of `sm_80` runs on 8.0 and later minor versions of 8; `compute_80` is compiled for any later GPU when it is
@@ -137,14 +160,11 @@ _ARCHITECTURE = re.compile(r"(sm|compute)_(\d{2,3})([a-z]?)")
 
 
 def check_dtype(device: str) -> Finding:
-    """Says which precision `auto` takes for captioning on a device, and why; warns where it is only imitated."""
+    """Says which precision `auto` takes for captioning on a device, and why; warns of a CPU that imitates bfloat16."""
     chosen = resolve_dtype("auto", device)
     if device != "cpu":
-        if chosen == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-            return warn(
-                "dtype", "auto takes bfloat16, which this GPU has no instructions for", "Caption with --dtype float16."
-            )
-        return ok("dtype", f"auto takes {chosen} on this GPU")
+        reason = "" if chosen == "bfloat16" else ", which only imitates bfloat16"
+        return ok("dtype", f"auto takes {chosen} on this GPU{reason}")
     rates = {name: matrix_rate(getattr(torch, name)) for name in ("float32", "bfloat16")}
     gain = rates["bfloat16"] / rates["float32"]
     found = (

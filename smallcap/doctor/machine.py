@@ -1,10 +1,11 @@
-"""Checks what the machine, or the container, gives to a run: cores, threads, memory, shared memory, open files."""
+"""Checks what the machine, or the container, gives to a run: cores, memory, open files, room for temporary files."""
 
 from __future__ import annotations
 
 import os
 import resource
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from smallcap.phrasing import describe_count, describe_gb
 _LEAST_MEMORY = 4 << 30  # Ray, a captioner of the published sizes and two loading tasks
 _LEAST_SHARED = 2 << 30  # below it Ray keeps its object store on disk
 _LEAST_FILES = 8192  # Ray's own recommendation
+_LEAST_TEMPORARY = 1 << 30  # the index that proves a GPU's search takes 0.6 GB
 _REMEDY = "Look at /proc and /sys/fs/cgroup; this is a Linux of an unusual kind."
 
 
@@ -30,6 +32,8 @@ def check_machine(shared: Path = Path("/dev/shm")) -> Iterator[Finding]:
     yield from attempt("memory", lambda: [check_memory(available_bytes())], _REMEDY)
     yield from attempt("shared memory", lambda: [check_shared_memory(shared)], "Mount a tmpfs at /dev/shm.")
     yield from attempt("open files", lambda: [check_open_files(*resource.getrlimit(resource.RLIMIT_NOFILE))], _REMEDY)
+    remedy = "Name a folder that can be written in the environment variable TMPDIR."
+    yield from attempt("temporary files", lambda: [check_temporary_files()], remedy)
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:
@@ -57,14 +61,18 @@ def check_threads(cores: int, quota: float | None, environment: Mapping[str, str
         quota: CPUs whose time it may use; None without a limit.
         environment: The environment variables.
     """
-    wanted = environment.get("OMP_NUM_THREADS", "")
-    found = describe_count(cores, "core") + (f", OMP_NUM_THREADS={wanted}" if wanted else "")
+    given = environment.get("OMP_NUM_THREADS", "")
+    found = describe_count(cores, "core") + (f", OMP_NUM_THREADS={given}" if given else "")
+    first = given.partition(",")[0].strip()  # further numbers are for threads that start threads
+    if given and not first.isdecimal():
+        return warn("threads", found, f"Set OMP_NUM_THREADS to a number, {cores} at most, or leave it unset.")
+    wanted = int(first or 0)
     if quota is not None and quota < cores:
         found += f", of whose time the container may use {quota:g}"
         threads = max(1, int(quota))
-        if not wanted or int(wanted) > threads:
+        if not given or wanted > threads:
             return warn("threads", found, f"Set OMP_NUM_THREADS={threads}, or raise the container's limit.")
-    if wanted and not 1 <= int(wanted) <= cores:
+    if given and not 1 <= wanted <= cores:
         return warn("threads", found, f"Set OMP_NUM_THREADS to {cores} at most, or leave it unset.")
     return ok("threads", found)
 
@@ -98,3 +106,17 @@ def check_open_files(soft: int, hard: int) -> Finding:
         most = _LEAST_FILES if hard == unlimited else min(hard, _LEAST_FILES)
         return warn("open files", found, f"ulimit -n {most}, or raise nofile in /etc/security/limits.conf.")
     return ok("open files", found)
+
+
+def check_temporary_files() -> Finding:
+    """Looks at the folder for temporary files.
+
+    Raises:
+        FileNotFoundError: None can be written.
+    """
+    folder = tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    found = f"{describe_gb(free)} free in {folder}"
+    if free < _LEAST_TEMPORARY:
+        return warn("temporary files", found, "Free space there, or name a folder on a larger disk in TMPDIR.")
+    return ok("temporary files", found)

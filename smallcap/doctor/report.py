@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from smallcap.errors import SmallCapError
+from smallcap.storage_faults import brief
 
 Status = Literal["ok", "warn", "fail"]
 
@@ -46,7 +47,7 @@ def failed_by(subject: str, error: Exception, remedy: str) -> Finding:
         details = "; ".join(f"{name}{_one_line(text)}" for name, text in named if text)
         found = f"{error.what.rstrip('.')}: {details}" if details else error.what
         return fail(subject, found, error.remedy or remedy)
-    return fail(subject, f"{type(error).__name__}: {_one_line(str(error))}", remedy)
+    return fail(subject, brief(error), remedy)
 
 
 def _one_line(text: str) -> str:

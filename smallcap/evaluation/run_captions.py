@@ -52,11 +52,11 @@ class RunCaptions:
         return np.array([self.values[image][place] for image in images], np.float64)
 
 
-def collect_run(tables: Iterable[pa.Table], references: References, where: str) -> RunCaptions:
+def collect_run(tables: Iterable[pa.Table | pa.RecordBatch], references: References, where: str) -> RunCaptions:
     """Collects a run's captions, one table at a time.
 
     Args:
-        tables: Tables with `COLUMNS`.
+        tables: Tables or batches with `COLUMNS`.
         references: References of the images.
         where: Name of the run in errors.
 
@@ -65,7 +65,7 @@ def collect_run(tables: Iterable[pa.Table], references: References, where: str) 
     """
     run = RunCaptions()
     ids: dict[str, str] = {}
-    for row in _rows(tables):
+    for row in (row for table in tables for row in _rows(table)):
         run.rows += 1
         if row["status"] != STATUS_OK:
             run.errors[row["error_code"]] += 1
@@ -88,10 +88,9 @@ def collect_run(tables: Iterable[pa.Table], references: References, where: str) 
     return run
 
 
-def _rows(tables: Iterable[pa.Table]) -> Iterator[dict[str, Any]]:
-    for table in tables:
-        for batch in table.to_batches(_ROWS_AT_ONCE):
-            yield from batch.to_pylist()
+def _rows(table: pa.Table | pa.RecordBatch) -> Iterator[dict[str, Any]]:
+    for start in range(0, len(table), _ROWS_AT_ONCE):
+        yield from table.slice(start, _ROWS_AT_ONCE).to_pylist()
 
 
 def _values(row: dict[str, Any], references: tuple[str, ...]) -> tuple[float, ...]:

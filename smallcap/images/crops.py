@@ -13,7 +13,7 @@ from PIL import Image
 
 from smallcap.config import DecodeMode
 from smallcap.images.decode import Preprocessing, ScaledImage, as_rgb, crop_pixels, decode_image, decode_scaled
-from smallcap.images.opening import MAX_IMAGE_PIXELS
+from smallcap.images.opening import MAX_IMAGE_PIXELS, damaged
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,19 @@ class CropPlan:
             RowError: The image cannot be decoded.
         """
         if isinstance(data, Image.Image):
-            return self._cut(ScaledImage.whole(as_rgb(data, where)))
+            return self._cut(ScaledImage.whole(as_rgb(data, where)), where)
         if self.decode == "exact":
-            return self._cut(ScaledImage.whole(decode_image(data, max_pixels, where)))
+            return self._cut(ScaledImage.whole(decode_image(data, max_pixels, where)), where)
         least_px = max(crop.size_px for crop in (self.vision, self.retrieval) if crop)
-        return self._cut(decode_scaled(data, least_px, max_pixels, where))
+        return self._cut(decode_scaled(data, least_px, max_pixels, where), where)
 
-    def _cut(self, decoded: ScaledImage) -> Pixels:
+    def _cut(self, decoded: ScaledImage, where: str) -> Pixels:
+        try:
+            return self._crops(decoded)
+        except MemoryError as error:
+            raise damaged(error, "The image cannot be resized", where) from error
+
+    def _crops(self, decoded: ScaledImage) -> Pixels:
         return Pixels(
             vision=crop_pixels(decoded.image, self.vision),
             retrieval=crop_pixels(decoded.image, self.retrieval) if self.retrieval else None,

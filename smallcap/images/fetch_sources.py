@@ -24,6 +24,16 @@ from smallcap import storage
 from smallcap.errors import ErrorCode, StorageError
 from smallcap.local_files import local_path
 from smallcap.s3 import is_plain_key, s3_endpoint, s3_store
+from smallcap.storage_faults import (
+    OF_THE_CONNECTION,
+    OF_THE_PLACE,
+    WORTH_REPEATING,
+    Cause,
+    Fault,
+    brief,
+    diagnose,
+    error_of,
+)
 
 if TYPE_CHECKING:
     import aiohttp
@@ -35,22 +45,7 @@ _WEB = ("http", "https")
 _CHUNK_BYTES = 256 << 10
 _NOT_IN_HTTP = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # names on disks and in object stores may have them
 _BUCKET = re.compile(r"[A-Za-z0-9$][A-Za-z0-9$._-]*")
-_WORTH_REPEATING = {408, 429, 500, 502, 503, 504}
 _SLOW_DOWN = {429, 503}
-_NO_BUCKET = {"NoSuchBucket", "ContainerNotFound"}
-# The services' codes for credentials that are wrong for every object.
-_CREDENTIALS_REFUSED = {
-    *("AccountProblem", "ExpiredToken", "InvalidAccessKeyId", "InvalidClientTokenId", "InvalidSecurity"),
-    *("InvalidToken", "NotSignedUp", "RequestExpired", "RequestTimeTooSkewed", "SignatureDoesNotMatch"),
-    *("TokenRefreshRequired", "XAmzContentSHA256Mismatch"),
-    *("AuthenticationRequired", "AuthenticationFailed", "InvalidAuthenticationInfo", "NoAuthenticationInformation"),
-}
-_WRONG_REGION = {"AuthorizationHeaderMalformed", "PermanentRedirect"}
-_CREDENTIALS_OF = {
-    "s3": "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (AWS_SESSION_TOKEN for temporary ones), or AWS_PROFILE.",
-    "gs": "Set GOOGLE_APPLICATION_CREDENTIALS to a key file, or give the machine a service account.",
-    "az": "Set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, or give the machine a managed identity.",
-}
 
 
 @dataclass(eq=False)
@@ -137,7 +132,7 @@ class Sources:
         except FetchFailure:
             raise
         except Exception as error:  # obstore tells most things only in the text
-            raise _object_store_failure(error, f"{scheme}://{bucket}/{key}") from error
+            raise _object_store_failure(error, f"{scheme}://{bucket}/{key}", endpoint) from error
 
     async def _get_from_web(self, uri: str) -> bytes:
         import aiohttp
@@ -159,15 +154,15 @@ class Sources:
         except (aiohttp.InvalidURL, ValueError) as error:
             raise FetchFailure(ErrorCode.INVALID_URI, f"This is not a web address: {error}") from error
         except (aiohttp.ClientConnectorCertificateError, aiohttp.TooManyRedirects) as error:
-            raise FetchFailure(ErrorCode.UNAVAILABLE, f"The server cannot be used: {_named(error)}") from error
+            raise FetchFailure(ErrorCode.UNAVAILABLE, f"The server cannot be used: {_reason(error)}.") from error
         except TimeoutError:
             raise
         except aiohttp.ClientError as error:
-            raise FetchFailure(ErrorCode.UNAVAILABLE, f"The server failed: {_named(error)}", repeat=True) from error
+            raise FetchFailure(ErrorCode.UNAVAILABLE, f"The server failed: {_reason(error)}.", repeat=True) from error
 
 
-def _named(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+def _reason(error: BaseException) -> str:
+    return diagnose(error).describe()
 
 
 def _check_size(size: int, max_bytes: int) -> None:
@@ -186,7 +181,7 @@ def _check_status(status: int, reason: str, retry_after: str | None) -> None:
     raise FetchFailure(
         ErrorCode.UNAVAILABLE,
         answer,
-        repeat=status in _WORTH_REPEATING,
+        repeat=status in WORTH_REPEATING,
         retry_after_s=_seconds(retry_after),
         slow_down=status in _SLOW_DOWN,
     )
@@ -222,7 +217,7 @@ def _read_local(uri: str, max_bytes: int) -> bytes:
     except OSError as error:  # a name that is too long is malformed; a network disk may come back
         if error.errno == errno.ENAMETOOLONG:
             raise FetchFailure(ErrorCode.INVALID_URI, f"This is not a path: {error.strerror}") from error
-        raise FetchFailure(ErrorCode.UNAVAILABLE, f"The disk failed: {_named(error)}", repeat=True) from error
+        raise FetchFailure(ErrorCode.UNAVAILABLE, f"The disk failed: {_reason(error)}.", repeat=True) from error
 
 
 def _read_by_fsspec(uri: str, max_bytes: int) -> bytes:
@@ -231,9 +226,9 @@ def _read_by_fsspec(uri: str, max_bytes: int) -> bytes:
     except StorageError as error:
         cause = error.__cause__
         unreached = getattr(cause, "errno", None) in (errno.EHOSTUNREACH, errno.ENETUNREACH)
-        if unreached or isinstance(cause, ConnectionError | TimeoutError | socket.gaierror):
-            raise FetchFailure(ErrorCode.UNAVAILABLE, f"The service failed: {error.found}", repeat=True) from error
-        raise FetchFailure(ErrorCode.INVALID_URI, f"URIs of this kind cannot be read: {error.found}") from error
+        if cause is not None and (unreached or isinstance(cause, ConnectionError | TimeoutError | socket.gaierror)):
+            raise FetchFailure(ErrorCode.UNAVAILABLE, f"The service failed: {_reason(cause)}.", repeat=True) from error
+        raise FetchFailure(ErrorCode.INVALID_URI, f"URIs of this kind cannot be read: {error.found}.") from error
     try:
         _check_size(int(fs.size(path) or 0), max_bytes)
         return bytes(fs.cat_file(path))
@@ -244,7 +239,7 @@ def _read_by_fsspec(uri: str, max_bytes: int) -> bytes:
     except FetchFailure:
         raise
     except Exception as error:  # the errors of filesystems have no common base class
-        raise FetchFailure(ErrorCode.UNAVAILABLE, f"The service failed: {_named(error)}", repeat=True) from error
+        raise FetchFailure(ErrorCode.UNAVAILABLE, f"The service failed: {_reason(error)}.", repeat=True) from error
 
 
 @lru_cache
@@ -261,57 +256,30 @@ def _object_store(scheme: str, bucket: str, endpoint: str | None, timeout_s: flo
     try:
         return GCSStore(bucket, **options) if scheme == "gs" else AzureStore(bucket, **options)
     except (BaseError, ValueError) as error:
-        where = f"{scheme}://{bucket}"
-        raise StorageError(
-            "The bucket cannot be opened.", where=where, found=_brief(error), remedy=_CREDENTIALS_OF[scheme]
-        ) from error
+        fault = Fault(Cause.BAD_PROFILE, brief(error))
+        raise error_of(fault, "open this bucket", f"{scheme}://{bucket}") from error
 
 
-def _brief(error: Exception) -> str:
-    """Describes an error without obstore's debugging text, which repeats the message."""
-    return f"{type(error).__name__}: {str(error).split(chr(10) + chr(10) + 'Debug source', 1)[0]}"
-
-
-def _object_store_failure(error: Exception, uri: str) -> FetchFailure:
+def _object_store_failure(error: Exception, uri: str, endpoint: str | None) -> FetchFailure:
     """Says what an obstore error means for its object.
 
-    obstore gives the answer of the service only as text: `status code: 503 …: <Error><Code>SlowDown</Code>…`, or the
-    kind of the failed connection.
+    Raises:
+        StorageError: It means as much for all others.
     """
-    from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
-
-    text, found = str(error), _brief(error)
-    status = int(match[1]) if (match := re.search(r"status code: (\d{3})", text)) else None
-    code = match[1] if (match := re.search(r"<Code>\s*(\w+)", text)) else ""
-    if code in _NO_BUCKET:
-        raise StorageError("The bucket does not exist.", where=uri, remedy="Check the bucket's name.") from error
-    unreached = bool(re.search(r"kind: Connect\b|Error\(\s*Connect\b", text))
-    refused = status is not None and status not in _WORTH_REPEATING and code != "RequestTimeout"
-    without_token = "token request" in text and (
-        refused or unreached
-    )  # there is neither a key file nor a metadata service
-    if code in _CREDENTIALS_REFUSED or without_token or isinstance(error, UnauthenticatedError):
-        raise StorageError(
-            "The object store does not accept the credentials: they are missing, wrong or expired.",
-            where=uri,
-            found=found,
-            remedy=f"{_CREDENTIALS_OF[uri.split(':', maxsplit=1)[0]]} Then run the same command again.",
-        ) from error
-    if code in _WRONG_REGION or "redirect without LOCATION" in text:
-        raise StorageError(
-            "The bucket is in another region.", where=uri, found=found, remedy="Set AWS_REGION to the bucket's region."
-        ) from error
-    if isinstance(error, FileNotFoundError):
+    fault = diagnose(error)
+    if fault.cause in OF_THE_PLACE:
+        raise error_of(fault, "fetch images", uri, endpoint) from error
+    if fault.cause is Cause.MISSING:
         return FetchFailure(ErrorCode.NOT_FOUND, "The image does not exist.")
-    if isinstance(error, PermissionDeniedError):
-        answer = f" ({code})" if code else ""
+    if fault.cause is Cause.FORBIDDEN:
+        answer = f" ({fault.code})" if fault.code else ""
         return FetchFailure(ErrorCode.FORBIDDEN, f"These credentials may not read the image{answer}.")
-    if re.search(r"kind: Timeout|timed out", text):
+    if fault.cause is Cause.TIMEOUT:
         return FetchFailure(ErrorCode.TIMEOUT, "The object store did not answer in time.", repeat=True)
     return FetchFailure(
         ErrorCode.UNAVAILABLE,
-        f"The object store failed: {found}",
-        repeat=not refused,
-        slow_down=status in _SLOW_DOWN,
-        unreached=unreached,
+        f"The object store failed: {fault.describe()}.",
+        repeat=fault.status is None or fault.status in WORTH_REPEATING,
+        slow_down=fault.status in _SLOW_DOWN,
+        unreached=fault.cause in OF_THE_CONNECTION,
     )

@@ -189,8 +189,8 @@ class _Fetching:
             attempt += 1
             self.retries += 1
         self._count(name, place, uri, failure)
-        tried = f" (in each of {attempt} attempts)" if attempt > 1 else ""
-        return RowError(failure.code, failure.what + tried, where=uri)
+        tried = f", in each of {attempt} attempts" if attempt > 1 else ""
+        return RowError(failure.code, f"{failure.what.removesuffix('.')}{tried}.", where=uri)
 
     async def _attempt(self, uri: str, place: _Place) -> bytes:
         slow_down = False
@@ -235,9 +235,10 @@ class _Fetching:
 def _outage(name: str, place: _Place) -> StorageError:
     uri, failure = next(iter(place.failures.items()))
     unreached = all(failure.unreached for failure in place.failures.values())
+    endpoint = "the endpoint (AWS_ENDPOINT_URL), " if name.startswith("s3://") else ""
     return StorageError(
         "The storage service cannot be reached." if unreached else "The storage service failed in all attempts.",
         where=name,
         found=f"no object was fetched, and {len(place.failures)} failed; {uri}: {failure.what}",
-        remedy="Check the endpoint (AWS_ENDPOINT_URL), the network and the service; then run the same command again.",
+        remedy=f"Check {endpoint}the network and the service; then run the same command again.",
     )

@@ -6,9 +6,9 @@ This module holds only the types; it reads nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal, overload
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, overload
 
 import numpy as np
 import pyarrow as pa
@@ -105,6 +105,21 @@ class FragmentTable(Sequence[Fragment]):
         return self._table
 
 
+class LeftOut(NamedTuple):
+    """What a tar holds besides its images.
+
+    Attributes:
+        repeats: Images that came before in it, with the same name and content.
+        passed_over: Members that look like images and are none of the tar's.
+    """
+
+    repeats: int = 0
+    passed_over: int = 0
+
+
+_NOTHING = LeftOut()
+
+
 @dataclass(frozen=True)
 class InputBatch:
     """At most 256 images of one fragment.
@@ -116,8 +131,7 @@ class InputBatch:
         data: The bytes or the error of each image; None where they are to be fetched by their URIs.
         kept: n rows of the kept columns; None where there are none.
         ends_fragment: Whether the fragment's last row is among these.
-        duplicates: The number of images that were left out next to these, because they came before.
-        passed_over: The number of members next to these that look like images and are none of the tar's, by its URI.
+        left_out: What was left out of the whole fragment, where its last row is among these.
     """
 
     rows: np.ndarray
@@ -126,8 +140,7 @@ class InputBatch:
     data: list[bytes | RowError] | None
     kept: pa.Table | None
     ends_fragment: bool
-    duplicates: int = 0
-    passed_over: Mapping[str, int] = field(default_factory=dict)
+    left_out: LeftOut = _NOTHING
 
     def only(self, wanted: RowRanges | None) -> InputBatch | None:
         """Returns the wanted rows of the batch, all of them for None; None where there are none."""
@@ -150,9 +163,12 @@ class InputBatch:
 
 
 def qualified_id(image_id: str, image_uri: str) -> str:
-    """Returns the id of an image whose own id another image has: its URI, and its id where the URI does not say it."""
+    """Returns the id of an image whose own id another image has: its URI, and its id where the URI does not say it.
+
+    It is always another id than the one before.
+    """
     says_id = image_uri.endswith(image_id) or image_uri.partition("#")[2].startswith(image_id)
-    return image_uri if says_id else f"{image_uri}#{image_id}"
+    return image_uri if says_id and image_uri != image_id else f"{image_uri}#{image_id}"
 
 
 def unreadable_file(error: StorageError, uri: str) -> RowError:

@@ -9,25 +9,38 @@ IMAGE_EXTENSIONS = (
 IMAGE_SUFFIXES = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
 # Files that are no photographs as a rule: they are counted where they are found, and not taken.
 OTHER_IMAGE_SUFFIXES = (
-    *(".ico", ".icns", ".psd", ".svg", ".tga", ".pcx", ".dds", ".exr", ".hdr", ".eps", ".dib"),
-    *(".jpx", ".avifs"),
-    *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf"),
+    *(".ico", ".icns", ".cur", ".psd", ".psb", ".xcf", ".svg", ".svgz", ".eps", ".wmf", ".emf", ".djvu"),
+    *(".tga", ".pcx", ".dds", ".dib", ".sgi", ".ras", ".xbm", ".xpm", ".pam", ".pfm", ".qoi", ".exr", ".hdr", ".fits"),
+    *(".jif", ".jfi", ".pjp", ".pjpeg", ".jps", ".mpo", ".jpx", ".jpf", ".j2c", ".jpc", ".jph", ".jxr", ".wdp"),
+    *(".avifs", ".heics", ".heifs", ".jpg_large", ".jpg_orig"),
+    *(".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".sr2", ".srw", ".orf", ".rw2", ".raf", ".pef", ".x3f"),
 )
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+# They may hold images, but are not read: they are counted where they are found.
+ARCHIVE_SUFFIXES = (
+    *(".zip", ".7z", ".rar", ".tar.zst", ".tzst", ".tar.lz4", ".tar.lzma", ".tlz", ".tar.br", ".tar.z", ".tbz", ".tb2"),
+    *(".cbz", ".cbr", ".cpio"),
+)
+# What lies beside images by the thousand and is not opened to see whether it begins like one.
+SIDECAR_SUFFIXES = (
+    *(".txt", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".xml", ".npy", ".npz", ".gz", ".md", ".html"),
+    *(".caption", ".cls", ".yaml", ".yml", ".log", ".py", ".pt", ".safetensors", ".mp4", ".wav", ".pdf"),
+)
 
 MAX_IMAGE_BYTES = 256 << 20  # of a file; larger ones are `too_large`
 
 SIGNATURE_BYTES = 16  # are enough for `begins_like_image`
 _SIGNATURES = (
     *(b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*"),
-    *(b"\0\0\0\x0cjP  \r\n\x87\n", jpeg_xl.CONTAINER, jpeg_xl.BARE),
+    *(b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51", jpeg_xl.CONTAINER, jpeg_xl.BARE),
+    *(b"II+\0", b"MM\0+", b"8BPS", b"icns", b"\0\0\x01\0", b"DDS ", b"qoif", b"#?RADIANCE", b"\x76\x2f\x31\x01"),
 )
-_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"hevc", b"mif1", b"msf1")
+_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 
 def ends_like_image(name: str) -> bool:
     """Says whether a name ends like that of an image, taken or not."""
-    return name.lower().endswith((*IMAGE_SUFFIXES, *OTHER_IMAGE_SUFFIXES))
+    return name.lower().removesuffix(".gz").endswith((*IMAGE_SUFFIXES, *OTHER_IMAGE_SUFFIXES))
 
 
 def begins_like_image(start: bytes) -> bool:

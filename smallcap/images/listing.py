@@ -9,8 +9,9 @@ from __future__ import annotations
 import base64
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
-from itertools import chain, islice
+from itertools import chain, count, islice
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from smallcap.images.kinds import IMAGE_SUFFIXES
 from smallcap.images.lists import LIST_SUFFIXES
 from smallcap.images.parquet import ids_repeat
 from smallcap.images.sorting import (
+    DuplicateExample,
     Duplicates,
     UnsortedError,
     checked_order,
@@ -33,7 +35,7 @@ from smallcap.images.sorting import (
     unique_images,
     without_known,
 )
-from smallcap.images.sources import ImageSources
+from smallcap.images.sources import IMAGE_COLUMNS, ImageSources
 from smallcap.images.tars import choose_tar_ids
 from smallcap.images.work_list import (
     Marker,
@@ -45,8 +47,8 @@ from smallcap.images.work_list import (
     write_fragments,
 )
 
-_IMAGE_FILES = ("images", "qualified")  # each sorted by id
 _FILES_DESCRIBED = 10_000
+_NO_FRAGMENTS = FRAGMENT_COLUMNS.empty_table()
 FILE_ROWS = 1 << 16  # in one file of images: its 256 row groups keep the footer within one small read
 
 
@@ -74,9 +76,10 @@ def make_work_list(sources: Sequence[str], config: InputConfig, out: str, keep_c
 
 
 def extend_work_list(sources: Sequence[str], config: InputConfig, out: str) -> WorkList:
-    """Lists again, and adds the images whose ids are not in the stored list as new fragments.
+    """Lists again, and adds the images that are not in the stored list as new fragments.
 
-    Tars and Parquet files with images are known by their URIs. Nothing is written where nothing is new.
+    An image is known by its id and its URI, a tar or a Parquet file with images by its URI. Nothing is written where
+    nothing is new.
 
     Raises:
         ConfigError: There is no stored list to extend, or columns to keep have other types than before.
@@ -96,7 +99,7 @@ def extend_work_list(sources: Sequence[str], config: InputConfig, out: str) -> W
     )
     listing.write()
     if not listing.fragments:
-        return known
+        return replace(known, passed_over=listing.passed_over)
     listing.finish()
     return _loaded(out)
 
@@ -141,9 +144,15 @@ class _Listing:
         self, out: str, number: int, sources: ImageSources, known: pa.Table | None = None, tar_ids: str | None = None
     ) -> None:
         self._out, self._number, self._sources, self._tar_ids = storage.absolute(out), number, sources, tar_ids
-        self._known = known if known is not None else FRAGMENT_COLUMNS.empty_table()
-        self._duplicates: Duplicates | None = None
+        self._known = known if known is not None else _NO_FRAGMENTS
+        self._repeats = 0
+        self._examples: list[DuplicateExample] = []
         self.fragments: list[pa.Table] = []
+
+    @property
+    def passed_over(self) -> dict[str, int]:
+        """How many files were left out though they look like images, by the reason."""
+        return dict(sorted(self._sources.passed_over.items()))
 
     def write(self) -> None:
         """Lists the sources and writes the images that have URIs of their own."""
@@ -159,7 +168,6 @@ class _Listing:
 
     def finish(self) -> None:
         """Writes the fragments and then the marker, which makes the listing valid."""
-        assert self._duplicates is not None  # `write` came before
         fragments = pa.concat_tables(self.fragments)
         write_fragments(self._out, self._number, fragments)
         kept = self._sources.kept if self._sources.kept is not None else pa.schema([])
@@ -167,12 +175,12 @@ class _Listing:
             sources=tuple(self._sources.sources),
             listed_at=datetime.now(UTC).isoformat(timespec="seconds"),
             images=FragmentTable(fragments).images,
-            duplicates=self._duplicates.count,
-            examples=tuple(self._duplicates.examples),
+            duplicates=self._repeats,
+            examples=tuple(self._examples),
             kept_columns={column.name: str(column.type) for column in kept},
             kept_schema=base64.b64encode(kept.serialize().to_pybytes()).decode(),
             tar_ids=self._tar_ids,
-            passed_over=dict(sorted(self._sources.passed_over.items())),
+            passed_over=self.passed_over,
         )
         marker.write(work_uri(self._out, f"{listing_name(self._number)}.json"))
 
@@ -183,25 +191,27 @@ class _Listing:
                 storage.remove(uri)
 
     def _write_images(self, tables: Iterator[pa.Table], scratch: Path) -> None:
-        self._duplicates, self.fragments = Duplicates(scratch / "aside.arrow"), []
-        tables = self._without_stored(tables)
-        self._write_files("images", unique_images(tables, self._duplicates), scratch)
-        if self._duplicates.aside:
-            # Their ids are new, so they are sorted again; one may be the URI by which a list names the same image.
-            folder = scratch / "aside"
+        """Writes the images of tables in the order of id and URI; those whose ids others have, under qualified ids."""
+        self._repeats, self._examples, self.fragments = 0, [], []
+        for turn in count():
+            name = "images" if turn == 0 else f"qualified{turn if turn > 1 else ''}"
+            duplicates = Duplicates(scratch / f"{name}.arrow")
+            self._write_files(name, unique_images(self._without_stored(tables, duplicates), duplicates), scratch)
+            self._repeats += duplicates.count
+            self._examples = self._examples or duplicates.examples
+            if not duplicates.aside:
+                break
+            # Their ids are new, so they are sorted again. One may be the URI by which a list names the same image, or,
+            # in an odd list, the id of another.
+            folder = scratch / name
             folder.mkdir(exist_ok=True)
-            aside = self._without_stored(sort_images(self._duplicates.rows_aside(), folder))
-            if self.fragments:
-                first = f"{listing_name(self._number)}-images-"
-                aside = without_known(aside, _stored_ids(pa.concat_tables(self.fragments), first))
-            written = self._write_files("qualified", aside, scratch)
-            self._duplicates.count += self._duplicates.aside - written
+            tables = sort_images(duplicates.rows_aside(), folder)
 
-    def _without_stored(self, tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
-        """Leaves out the images of earlier listings."""
-        for listing in range(self._number):
-            for name in _IMAGE_FILES:
-                tables = without_known(tables, _stored_ids(self._known, f"{listing_name(listing)}-{name}-"))
+    def _without_stored(self, tables: Iterator[pa.Table], duplicates: Duplicates) -> Iterator[pa.Table]:
+        """Leaves out the images of earlier listings, and those that this one has written."""
+        for fragments, own in ((self._known, False), (pa.concat_tables([_NO_FRAGMENTS, *self.fragments]), True)):
+            for files in _image_files(fragments):
+                tables = without_known(tables, _stored_images(files), duplicates, repeats=own)
         return tables
 
     def _write_files(self, name: str, tables: Iterator[pa.Table], scratch: Path) -> int:
@@ -278,9 +288,16 @@ def _regrouped(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
         yield pa.concat_tables(held).combine_chunks()
 
 
-def _stored_ids(fragments: pa.Table, prefix: str) -> Iterator[pa.Array]:
-    """Yields the ids in the image files whose names begin like this, in their order."""
+def _image_files(fragments: pa.Table) -> list[list[str]]:
+    """Returns the URIs of stored images files; those of one list are sorted by id as a whole."""
+    files: dict[str, list[str]] = {}
     for uri in fragments.filter(pc.equal(fragments["kind"], "uris"))["uri"].unique().to_pylist():
-        if uri.rpartition("/")[2].startswith(prefix):
-            with storage.open_ranged(uri) as file:
-                yield pq.ParquetFile(file).read(columns=["image_id"])["image_id"].combine_chunks()
+        files.setdefault(uri.rpartition("-")[0], []).append(uri)
+    return list(files.values())
+
+
+def _stored_images(files: Sequence[str]) -> Iterator[pa.Table]:
+    """Yields the ids and URIs in images files, in their order."""
+    for uri in files:
+        with storage.open_ranged(uri) as file:
+            yield pq.ParquetFile(file).read(columns=IMAGE_COLUMNS.names)

@@ -22,12 +22,15 @@ import pyarrow.parquet as pq
 from smallcap import storage
 from smallcap.config import InputConfig
 from smallcap.errors import SchemaError
-from smallcap.tables import announce, format_of, id_strings, id_text, json_lines, open_text, read_table, text_lines
+from smallcap.field_values import decode_json, id_strings, id_text, no_text, undecodable
+from smallcap.tables import announce, format_of, json_lines, open_text, read_table, text_lines
 
 BATCH_ROWS = 65_536
 _BLOCK_BYTES = 16 << 20
+_BLANKS = " \t\r\n\f\v"  # names may end with others
 TEXT_COLUMN = "image_uri"  # the one column of a .txt list, and of a JSON array of strings
 
+_DAMAGED = (pa.ArrowException, UnicodeError, json.JSONDecodeError, RecursionError, OSError, EOFError, zlib.error)
 _UNFIT = (pa.ArrowException, OverflowError, UnicodeEncodeError)  # of a value that a column cannot hold
 
 # A reader passes the list's column names to `_Choose`, and then yields tables with the columns that it returns. A row
@@ -59,8 +62,8 @@ class ImageList:
     def tables(self) -> Iterator[pa.Table]:
         """Yields `image_id` and `image_uri` (string, absolute, never null) and the kept columns.
 
-        A row without an id has its URI as id. A row without a URI, or one that cannot be read, has an empty URI, whose
-        image is an error, and where it has no id either, that of its place: `LIST#row=ROW`.
+        A row without an id has its URI as id. A row without a URI, or one that cannot be read or whose id is no text,
+        has an empty URI, whose image is an error, and where it has no id either, that of its place: `LIST#row=ROW`.
 
         Raises:
             SchemaError: The list is damaged or lacks a column.
@@ -79,7 +82,7 @@ class ImageList:
             while True:
                 try:
                     table = next(rows, None)
-                except (pa.ArrowException, UnicodeError, json.JSONDecodeError, OSError, EOFError, zlib.error) as error:
+                except _DAMAGED as error:
                     text = str(error)[:500]
                     raise SchemaError("The list of images cannot be read.", where=self.uri, found=text) from error
                 if table is None:
@@ -106,8 +109,11 @@ class ImageList:
 
     def _images(self, table: pa.Table, first_row: int) -> pa.Table:
         names = table.column_names
-        uris = self._strings(table, names[0])
-        ids = self._strings(table, self.config.id_column) if self.config.id_column in names else uris
+        uris = ids = self._strings(table, names[0])
+        if self.config.id_column in names:
+            ids = self._strings(table, self.config.id_column)
+            if (wrong := no_text(ids)).any():
+                uris, ids = (pc.if_else(pa.array(wrong), "", column) for column in (uris, ids))
         missing = pc.equal(uris, "")
         absolute = pc.if_else(missing, "", self._absolute(uris))
         ids = pc.if_else(pc.equal(ids, ""), uris, ids)
@@ -123,7 +129,7 @@ class ImageList:
     def _strings(self, table: pa.Table, name: str) -> pa.Array:
         """Returns a column of URIs or ids as strings; a missing one is empty."""
         try:
-            values = id_strings(plain(table[name]).combine_chunks())
+            values = id_strings(table[name].combine_chunks())
         except pa.ArrowException as error:
             raise SchemaError(
                 "The list has URIs or ids that are not strings.",
@@ -171,7 +177,8 @@ def _read_parquet(open_file: _Open, uri: str, config: InputConfig, choose: _Choo
     parquet = pq.ParquetFile(open_file(), buffer_size=8 << 20)
     columns = choose(parquet.schema_arrow.names)
     for batch in parquet.iter_batches(BATCH_ROWS, columns=columns):
-        yield pa.Table.from_batches([batch]).select(columns)
+        table = pa.Table.from_batches([batch]).select(columns)
+        yield with_nulls(table, np.logical_or.reduce([undecodable(column) for column in batch.columns]))
 
 
 def _batches(rows: Iterable[_T]) -> Iterator[list[_T]]:
@@ -186,16 +193,17 @@ def _read_csv(open_file: _Open, uri: str, config: InputConfig, choose: _Choose) 
         announce(table.note)
     columns = choose(table.names, table.seen, table.image)
     places = [table.names.index(name) for name in columns]
-    nothing = [None] * len(columns)
-    for rows in _batches(table.rows):
-        chosen = [nothing if isinstance(row, str) else [row[place] or None for place in places] for _, row in rows]
+    nothing = [""] * len(table.names)
+    for batch in _batches(table.rows):
+        rows = [nothing if isinstance(row, str) else row for _, row in batch]
         # A CSV has no types. As strings, late rows cannot contradict the first ones, and 007 stays 007.
-        yield pa.table([pa.array(values, pa.string()) for values in zip(*chosen, strict=True)], columns)
+        arrays = [pa.array([row[place] for row in rows], pa.string()) for place in places]
+        yield pa.table([pc.if_else(pc.equal(array, ""), None, array) for array in arrays], columns)
 
 
 def _read_text(open_file: _Open, uri: str, config: InputConfig, choose: _Choose) -> _Rows:
     choose([TEXT_COLUMN])
-    lines = (line.strip() for _, line in text_lines(open_file(), uri))
+    lines = (line.strip(_BLANKS) for _, line in text_lines(open_file(), uri))
     for rows in _batches(filter(None, lines)):
         yield pa.table({TEXT_COLUMN: pa.array(rows, pa.string())})
 
@@ -213,21 +221,34 @@ def _read_json(open_file: _Open, uri: str, config: InputConfig, choose: _Choose)
 def _json_tables(entries: Iterator[dict[str, Any] | str], config: InputConfig, choose: _Choose) -> _Rows:
     """Yields the chosen columns of JSON objects; what is no object, or has a value of no use, is a row of nulls."""
     columns: list[str] = []
-    kinds = {config.id_column: pa.string()}
+    kinds: dict[str, pa.DataType] = {}
     for batch in _batches(entries):
         objects = [entry if isinstance(entry, dict) else {} for entry in batch]
         if not columns:
             columns = choose(list(dict.fromkeys(chain.from_iterable(objects))))
-            kinds[columns[0]] = pa.string()
-        arrays = {name: _json_column([entry.get(name) for entry in objects], kinds.get(name)) for name in columns}
+        arrays = {}
+        for name in columns:
+            values = [entry.get(name) for entry in objects]
+            is_name = name in (columns[0], config.id_column)
+            arrays[name] = _json_names(values) if is_name else _json_column(values, kinds.get(name))
         kinds = {name: array.type for name, (array, _) in arrays.items()}
-        wrong = sorted(set().union(*(rows for _, rows in arrays.values())))
-        table = pa.table({name: array for name, (array, _) in arrays.items()})
-        if wrong:
-            mask = np.zeros(len(batch), bool)
-            mask[wrong] = True
-            table = pa.table([pc.if_else(pa.array(mask), None, column) for column in table.columns], table.schema)
-        yield table
+        wrong = np.zeros(len(batch), bool)
+        wrong[sorted(set().union(*(rows for _, rows in arrays.values())))] = True
+        yield with_nulls(pa.table({name: array for name, (array, _) in arrays.items()}), wrong)
+
+
+def with_nulls(table: pa.Table, wrong: np.ndarray) -> pa.Table:
+    """Returns a table whose rows are nulls where they cannot be read."""
+    if not wrong.any():
+        return table
+    return pa.table([pc.if_else(pa.array(wrong), None, column) for column in table.columns], table.schema)
+
+
+def _json_names(values: list[Any]) -> tuple[pa.Array, list[int]]:
+    """Returns a column of URIs or ids, and the rows whose values are none."""
+    names = [id_text(value) for value in values]
+    array, wrong = _json_column(names, pa.string())
+    return array, wrong + [row for row, value in enumerate(values) if value is not None and names[row] is None]
 
 
 def _json_column(values: list[Any], kind: pa.DataType | None) -> tuple[pa.Array, list[int]]:
@@ -236,13 +257,16 @@ def _json_column(values: list[Any], kind: pa.DataType | None) -> tuple[pa.Array,
     The first values decide the type; values without a common type make it a column of strings.
     """
     if kind == pa.string():
-        values = [value if value is None else id_text(value) or json.dumps(value) for value in values]
+        values = [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]
     try:
         array = pa.array(values, kind)
-        return (array.cast(pa.string()) if pa.types.is_null(array.type) else array), []
     except _UNFIT:
         if kind is None:
             return _json_column(values, pa.string())
+    else:
+        if pa.types.is_floating(array.type):  # 1e999 is out of range
+            return array, np.flatnonzero(pc.fill_null(pc.is_inf(array), False)).tolist()
+        return (array.cast(pa.string()) if pa.types.is_null(array.type) else array), []
     wrong = []
     for row, value in enumerate(values):
         try:
@@ -255,7 +279,6 @@ def _json_column(values: list[Any], kind: pa.DataType | None) -> tuple[pa.Array,
 
 def _json_items(text: io.TextIOWrapper) -> Iterator[dict[str, Any] | str]:
     """Yields the elements of a JSON array, which must be objects or strings."""
-    decoder = json.JSONDecoder()
     buffer = text.read(_BLOCK_BYTES).lstrip()
     if not buffer.startswith("["):
         raise json.JSONDecodeError("not an array of objects or strings", buffer[:100], 0)
@@ -269,7 +292,7 @@ def _json_items(text: io.TextIOWrapper) -> Iterator[dict[str, Any] | str]:
         try:
             if not buffer.startswith(("{", '"'), position):
                 raise json.JSONDecodeError("expected an object or a string", buffer[position : position + 100], 0)
-            item, position = decoder.raw_decode(buffer, position)
+            item, position = decode_json(buffer, position)
         except json.JSONDecodeError:  # the block may end within the element
             more = text.read(_BLOCK_BYTES)
             if not more:

@@ -18,13 +18,14 @@ import pyarrow.parquet as pq
 from smallcap import storage
 from smallcap.config import InputConfig
 from smallcap.errors import ErrorCode, RowError, SchemaError, StorageError
+from smallcap.field_values import id_strings, no_text, undecodable
 from smallcap.images.fragments import FRAGMENT_ROWS, Fragment, InputBatch, unreadable_file
-from smallcap.images.lists import plain
+from smallcap.images.lists import plain, with_nulls
 from smallcap.images.row_ranges import RowRanges
 
 _BUFFER_BYTES = 8 << 20  # read ahead of each column: a row group of gigabytes is never held whole
 _FOOTERS_AT_ONCE = 32
-_DAMAGED = (pa.ArrowException, OSError)
+_DAMAGED = (pa.ArrowException, OSError, UnicodeDecodeError)  # the last for a column's name
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,32 @@ def _read_outline(uri: str) -> ParquetOutline:
     with storage.open_ranged(uri) as file:
         try:
             parquet = pq.ParquetFile(file)
+            schema = parquet.schema_arrow
+            len(schema.names)  # which decodes them
         except _DAMAGED as error:
             return ParquetOutline(uri, pa.schema([]), (), problem=str(error))
         metadata = parquet.metadata
         rows = tuple(metadata.row_group(number).num_rows for number in range(metadata.num_row_groups))
-        return ParquetOutline(uri, parquet.schema_arrow, rows)
+        return ParquetOutline(uri, schema, rows)
+
+
+def with_images(uris: Sequence[str], config: InputConfig) -> Iterator[str]:
+    """Yields those of many Parquet files that hold images; one that cannot be read holds none."""
+    if not uris:
+        return
+    with ThreadPoolExecutor(min(_FOOTERS_AT_ONCE, len(uris))) as pool:
+        for uri, holds in zip(uris, pool.map(lambda uri: _holds_images(uri, config), uris), strict=True):
+            if holds:
+                yield uri
+
+
+def _holds_images(uri: str, config: InputConfig) -> bool:
+    try:
+        return image_bytes_column(_read_outline(uri).schema, config, uri) is not None
+    except StorageError:
+        return False
+    except SchemaError:  # in several columns
+        return True
 
 
 def ids_repeat(uris: Sequence[str], config: InputConfig) -> bool:
@@ -88,21 +110,36 @@ def _first_ids(uri: str, config: InputConfig) -> list[str]:
             table = parquet.read_row_group(0, columns=[column]) if parquet.num_row_groups else None
             if table is None or not table.num_columns:
                 return []
-            values = table[0].combine_chunks()
-            return (
-                _ids(pc.struct_field(values, "path") if pa.types.is_struct(values.type) else values)
-                .drop_null()
-                .to_pylist()
-            )
+            return list(filter(None, _names(table[0])[0]))
     except (StorageError, *_DAMAGED):
         return []
 
 
-def _ids(values: pa.ChunkedArray | pa.Array) -> pa.ChunkedArray:
-    """Returns ids as strings; a null stands where a row has none."""
-    chunks = values if isinstance(values, pa.ChunkedArray) else pa.chunked_array([values])
-    strings = plain(chunks).cast(pa.string())
-    return pc.if_else(pc.equal(strings, ""), None, strings)
+def _names(values: pa.ChunkedArray) -> tuple[list[str | None], np.ndarray]:
+    """Returns the ids of n rows, and which of them are no text, [n] bool; these, too, are None."""
+    strings = id_strings(values.combine_chunks())
+    wrong = no_text(strings)
+    return pc.if_else(pa.array(wrong), None, strings).to_pylist(), wrong
+
+
+def check_id_column(schema: pa.Schema, config: InputConfig, where: str) -> None:
+    """Checks that the column of ids, if there is one, can hold ids.
+
+    Raises:
+        SchemaError: It cannot.
+    """
+    if config.id_column in schema.names:
+        kind = schema.field(config.id_column).type
+        try:
+            id_strings(pa.array([], kind))
+        except pa.ArrowException as error:
+            raise SchemaError(
+                "The column of ids has the wrong type.",
+                where=f"{where}: {config.id_column}",
+                expected="strings, numbers, dates or images",
+                found=str(kind),
+                remedy="Name another column: --set input.id_column=NAME.",
+            ) from error
 
 
 def image_bytes_column(schema: pa.Schema, config: InputConfig, where: str) -> str | None:
@@ -183,8 +220,11 @@ def _row_group(
         raise SchemaError(
             "This Parquet file has no column of images.", where=fragment.uri, found=", ".join(schema.names)
         )
-    ids = [config.id_column] if config.id_column in schema.names else []
-    columns = list(dict.fromkeys([column, *ids, *kept_columns.names]))
+    names = config.id_column if config.id_column in schema.names else None
+    kind = schema.field(column).type
+    if names is None and pa.types.is_struct(kind) and kind.get_field_index("path") >= 0:
+        names = column
+    columns = list(dict.fromkeys([column, *([names] if names else []), *kept_columns.names]))
     groups = [parquet.metadata.row_group(number).num_rows for number in range(fragment.row_group + 1)]
     before = list(accumulate(groups, initial=0))[fragment.row_group]  # rows of the file before this row group
     read = 0
@@ -193,29 +233,29 @@ def _row_group(
         rows = np.arange(read, read + len(table), dtype=np.int32)
         read += len(table)
         uris = [f"{fragment.uri}#row={before + row}" for row in rows]
-        data, paths = _contents(table[column].combine_chunks(), uris)
+        data = _contents(table[column].combine_chunks(), uris)
         numbered = [f"{fragment.id_prefix}{before + row}" for row in rows]
-        named = _ids(table[ids[0]]).to_pylist() if ids else paths
+        named, wrong = _names(table[names]) if names else ([None] * len(rows), np.zeros(len(rows), bool))
         start = fragment.id_prefix if fragment.qualified else ""
         kept = [plain(table[name]).cast(kept_columns.field(name).type) for name in kept_columns.names]
+        wrong = np.logical_or.reduce([wrong, *(undecodable(values.combine_chunks()) for values in kept)])
+        for row in np.flatnonzero(wrong).tolist():
+            data[row] = RowError(ErrorCode.INVALID_URI, "The row's id or a column to keep is no text.", where=uris[row])
         yield InputBatch(
             rows=rows,
             image_ids=[start + name if name else number for name, number in zip(named, numbered, strict=True)],
             image_uris=uris,
             data=data,
-            kept=pa.table(kept, schema=kept_columns) if kept else None,
+            kept=with_nulls(pa.table(kept, schema=kept_columns), wrong) if kept else None,
             ends_fragment=read == groups[-1],
         )
 
 
-def _contents(images: pa.Array, uris: list[str]) -> tuple[list[bytes | RowError], list[str | None]]:
-    """Returns the image files of a column and their paths, where it has paths."""
-    paths: list[str | None] = [None] * len(images)
+def _contents(images: pa.Array, uris: list[str]) -> list[bytes | RowError]:
+    """Returns the image files of a column."""
     if pa.types.is_struct(images.type):
-        if images.type.get_field_index("path") >= 0:
-            paths = pc.struct_field(images, "path").cast(pa.string()).to_pylist()
         images = pc.struct_field(images, "bytes")
     return [
         RowError(ErrorCode.EMPTY, "The row has no image bytes.", where=uri) if value is None else value
         for value, uri in zip(images.to_pylist(), uris, strict=True)
-    ], paths
+    ]

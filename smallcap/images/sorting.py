@@ -143,28 +143,39 @@ def _qualified(table: pa.Table) -> pa.Table:
     return table.set_column(0, table.schema.field("image_id"), ids)
 
 
-def without_known(tables: Iterable[pa.Table], known: Iterable[pa.Array]) -> Iterator[pa.Table]:
-    """Leaves out the rows whose id is known.
+def without_known(
+    tables: Iterable[pa.Table], known: Iterable[pa.Table], duplicates: Duplicates, *, repeats: bool
+) -> Iterator[pa.Table]:
+    """Leaves out the images that are known; another image with the id of a known one is set aside.
 
     Args:
-        tables: Tables in the order of their ids.
-        known: Known ids in order, in arrays of any length; only a few arrays are held at a time.
+        tables: Tables in the order of id and URI.
+        known: `image_id` and `image_uri` of known images, each id once, in the order of the ids, in tables of any
+            length; only a few of them are held at a time.
+        duplicates: The object that takes the images set aside, with the id that `qualified_id` gives them.
+        repeats: Whether it also counts the known images, as named again.
     """
-    chunks = (chunk for chunk in known if len(chunk))
+    chunks = (chunk.combine_chunks() for chunk in known if len(chunk))
     chunk = next(chunks, None)
     for table in tables:
         if not table.num_rows:
             continue
-        ids = table["image_id"].combine_chunks()
+        ids, uris = table["image_id"].combine_chunks(), table["image_uri"].combine_chunks()
         last = ids[-1].as_py()
-        seen = np.zeros(len(ids), dtype=bool)
+        taken, same = np.zeros((2, len(ids)), dtype=bool)
         while chunk is not None:
-            seen |= pc.is_in(ids, value_set=chunk).to_numpy(zero_copy_only=False)
-            if chunk[-1].as_py() >= last:
+            places = pc.index_in(ids, value_set=chunk["image_id"].combine_chunks())
+            taken |= places.is_valid().to_numpy(zero_copy_only=False)
+            equal = pc.equal(uris, chunk["image_uri"].combine_chunks().take(places))
+            same |= pc.fill_null(equal, False).to_numpy(zero_copy_only=False)
+            if chunk["image_id"][-1].as_py() >= last:
                 break  # the next table may have ids of this chunk
             chunk = next(chunks, None)
-        if not seen.all():
-            yield table.filter(pa.array(~seen)) if seen.any() else table
+        duplicates.count += int(same.sum()) if repeats else 0
+        if (other := taken & ~same).any():
+            duplicates.set_aside(_qualified(table.filter(pa.array(other))))
+        if not taken.all():
+            yield table.filter(pa.array(~taken)) if taken.any() else table
 
 
 def sort_table(table: pa.Table) -> pa.Table:

@@ -6,8 +6,9 @@ list's id column, or its URI where the list has no such column.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import pyarrow as pa
@@ -16,7 +17,9 @@ from smallcap import storage
 from smallcap.config import InputConfig
 from smallcap.errors import ConfigError, SchemaError, StorageError
 from smallcap.images.kinds import (
+    ARCHIVE_SUFFIXES,
     IMAGE_SUFFIXES,
+    SIDECAR_SUFFIXES,
     SIGNATURE_BYTES,
     TAR_SUFFIXES,
     begins_like_image,
@@ -24,10 +27,20 @@ from smallcap.images.kinds import (
     without_tar_suffix,
 )
 from smallcap.images.lists import BATCH_ROWS, LIST_SUFFIXES, ImageList, check_kept_columns
-from smallcap.images.parquet import ParquetOutline, image_bytes_column, read_outlines
+from smallcap.images.parquet import (
+    ParquetOutline,
+    check_id_column,
+    image_bytes_column,
+    read_outlines,
+    with_images,
+)
 from smallcap.tables import format_of
 
-HIDDEN, OTHER_ENDING, NO_ENDING = "hidden", "other_ending", "no_ending"  # why a file was passed over
+# Why a file was passed over.
+HIDDEN, OTHER_ENDING, NO_ENDING, ARCHIVE, PARQUET = "hidden", "other_ending", "no_ending", "archive", "parquet"
+NOT_LOOKED_INTO = "not_looked_into"
+_OBJECTS_LOOKED_INTO = 256  # not on a local disk: each takes a request or two
+_OWN_NAMES = ("part-", "_")  # what a run writes into OUT begins so
 IMAGE_COLUMNS = pa.schema([pa.field("image_id", pa.string()), pa.field("image_uri", pa.string())])
 
 
@@ -55,7 +68,7 @@ class ImageSources:
         sources: Folders, prefixes, globs, images, tars, Parquet files, and lists of URIs.
         config: The input's config, which names the columns of lists and Parquet files.
         keep_columns: Columns that pass through to the output.
-        out: The run's output folder, whose files are no input.
+        out: The run's output folder, whose files are no input, except to a source that lies in it.
         passed_over: How many files were left out though they look like images, by the reason.
         kept: The types of these columns, from the first source.
         tars: The tars, by URI.
@@ -70,6 +83,8 @@ class ImageSources:
     kept: pa.Schema | None = None
     tars: dict[str, TarFile] = field(default_factory=dict)
     parquet: dict[str, ParquetImages] = field(default_factory=dict)
+    _known: set[str] = field(default_factory=set, init=False)  # files that are not to be counted (again)
+    _looked_into: int = field(default=0, init=False)
 
     def tables(self) -> Iterator[pa.Table]:
         """Yields `image_id`, `image_uri` and the kept columns of all images that have URIs of their own.
@@ -80,6 +95,7 @@ class ImageSources:
             StorageError: A source does not exist, or the service fails.
         """
         self.tars, self.parquet, self.passed_over = {}, {}, Counter()
+        self._known, self._looked_into = set(map(storage.absolute, self.sources)), 0
         for source in self.sources:
             for table in self._list(storage.absolute(source)):
                 self._check_kept_types(table.select(self.keep_columns).schema, source)
@@ -105,10 +121,9 @@ class ImageSources:
         uris: list[str] = []
         for uri in self._files(source, wanted):
             if uri.lower().endswith(".parquet"):
-                if not has_images_or_tars:
-                    parquet.append(uri)
+                parquet.append(uri)
                 continue
-            has_images_or_tars, parquet = True, []
+            has_images_or_tars = True
             if uri.lower().endswith(IMAGE_SUFFIXES):
                 uris.append(uri)
             else:
@@ -118,25 +133,55 @@ class ImageSources:
                 uris = []
         if uris:
             yield self._files_table(source, uris)
-        yield from self._list_parquet(source, sorted(parquet))
+        if has_images_or_tars:
+            self._count_parquet(parquet)
+        else:
+            yield from self._list_parquet(source, sorted(parquet))
+
+    def _count_parquet(self, uris: list[str]) -> None:
+        """Counts the Parquet files with images among those that lie beside images or tars; others are metadata."""
+        tars = {without_tar_suffix(uri) for uri in self.tars}  # img2dataset writes NAME.parquet beside NAME.tar
+        for uri in with_images([uri for uri in uris if uri.removesuffix(".parquet") not in tars], self.config):
+            self._pass_over(uri, PARQUET)
 
     def _files(self, source: str, suffixes: tuple[str, ...]) -> Iterator[str]:
-        own = storage.join(storage.absolute(self.out), "") if self.out else None
-        for uri in storage.iter_files(source, suffixes, self._count_left_out):
-            if own is None or not uri.startswith(own):
+        is_own: Callable[[str], bool] = _OwnFiles(self.out, source) if self.out else lambda uri: False
+
+        def count_left_out(uri: str, hidden: bool) -> None:
+            if not is_own(uri) and (reason := self._why_left_out(uri, hidden)):
+                self._pass_over(uri, reason)
+
+        for uri in storage.iter_files(source, suffixes, count_left_out):
+            if not is_own(uri):
                 yield uri
 
-    def _count_left_out(self, uri: str) -> None:
-        """Counts a file that looks like an image but is hidden, or has another ending or none."""
-        name = uri.rpartition("/")[2]
-        if name.startswith("._"):  # macOS adds ._NAME to each file
+    def _pass_over(self, uri: str, reason: str) -> None:
+        """Counts a file once, and not at all where it is a source of its own."""
+        if uri in self._known:
             return
-        if name.lower().endswith(IMAGE_SUFFIXES):
-            self.passed_over[HIDDEN] += 1
-        elif ends_like_image(name):
-            self.passed_over[OTHER_ENDING] += 1
-        elif not storage.suffix_of(uri) and storage.is_local(uri) and _begins_like_image(uri):
-            self.passed_over[NO_ENDING] += 1
+        if len(self.sources) > 1:  # which may overlap
+            self._known.add(uri)
+        self.passed_over[reason] += 1
+
+    def _why_left_out(self, uri: str, hidden: bool) -> str | None:
+        """Returns why a file is not taken that looks like an image, or may hold images; None for other files."""
+        name = uri.rpartition("/")[2].lower()
+        if name.startswith("._"):  # macOS adds ._NAME to each file
+            return None
+        endings = {
+            HIDDEN: name.endswith((*IMAGE_SUFFIXES, *TAR_SUFFIXES)),
+            OTHER_ENDING: ends_like_image(name),
+            ARCHIVE: name.endswith(ARCHIVE_SUFFIXES),
+        }
+        if any(endings.values()):
+            return next(reason for reason, fits in endings.items() if fits)
+        if hidden or name.endswith(SIDECAR_SUFFIXES):
+            return None
+        if not storage.is_local(uri):
+            self._looked_into += 1
+            if self._looked_into > _OBJECTS_LOOKED_INTO:
+                return NOT_LOOKED_INTO
+        return NO_ENDING if _begins_like_image(uri) else None
 
     def _files_table(self, source: str, uris: list[str]) -> pa.Table:
         check_kept_columns(self.keep_columns, (), f"{source} (files have no columns)")
@@ -159,6 +204,7 @@ class ImageSources:
             elif image_bytes_column(outline.schema, self.config, outline.uri) is None:
                 yield from self._read_list(outline.uri)
             else:
+                check_id_column(outline.schema, self.config, outline.uri)
                 check_kept_columns(self.keep_columns, outline.schema.names, outline.uri)
                 kept = pa.schema([_plain_field(outline.schema.field(column)) for column in self.keep_columns])
                 self._check_kept_types(kept, outline.uri)
@@ -180,6 +226,31 @@ class ImageSources:
                 found=_describe(kept),
                 remedy="Give each column one type (CSV and tars have strings), or caption in separate runs.",
             )
+
+
+class _OwnFiles:
+    """Says of files whether they are a run's own: those in its folder, by whatever links they are reached.
+
+    Args:
+        out: The run's folder.
+        source: The source that is listed. Where it lies in that folder, only what the run writes there is its own.
+    """
+
+    def __init__(self, out: str, source: str) -> None:
+        self._out = self._resolved(storage.absolute(out))
+        inside = self._resolved(source).startswith(self._out)
+        self._own = tuple(self._out + name for name in _OWN_NAMES) if inside else (self._out,)
+        self._folder = self._resolved_folder = ""  # the last one, as files of one folder come one after the other
+
+    @staticmethod
+    def _resolved(folder: str) -> str:
+        return storage.join(os.path.realpath(folder) if storage.is_local(folder) else folder, "")
+
+    def __call__(self, uri: str) -> bool:
+        folder, _, name = uri.rpartition("/")
+        if folder != self._folder:
+            self._folder, self._resolved_folder = folder, self._resolved(folder)
+        return f"{self._resolved_folder}{name}".startswith(self._own)
 
 
 def _begins_like_image(uri: str) -> bool:

@@ -13,6 +13,7 @@ import gzip
 import io
 import json
 import lzma
+import math
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +26,8 @@ import pyarrow as pa
 
 from smallcap import storage
 from smallcap.errors import ErrorCode, RowError, StorageError
-from smallcap.images.fragments import FRAGMENT_ROWS, Fragment, InputBatch, unreadable_file
+from smallcap.field_values import whole_number
+from smallcap.images.fragments import FRAGMENT_ROWS, Fragment, InputBatch, LeftOut, unreadable_file
 from smallcap.images.kinds import IMAGE_EXTENSIONS, SIGNATURE_BYTES, begins_like_image, ends_like_image
 from smallcap.images.row_ranges import RowRanges
 from smallcap.phrasing import describe_count
@@ -112,7 +114,6 @@ def read_tar(fragment: Fragment, wanted: RowRanges | None, kept_columns: pa.Sche
 
 def _batch(images: list[_Image], kept_columns: pa.Schema, reader: _TarReader, ends: bool = False) -> InputBatch:
     kept = pa.Table.from_pylist([image.kept for image in images], schema=kept_columns) if len(kept_columns) else None
-    duplicates, passed_over = reader.take_counts()
     return InputBatch(
         rows=np.array([image.row for image in images], dtype=np.int32),
         image_ids=[image.image_id for image in images],
@@ -120,8 +121,7 @@ def _batch(images: list[_Image], kept_columns: pa.Schema, reader: _TarReader, en
         data=[image.data for image in images],
         kept=kept,
         ends_fragment=ends,
-        duplicates=duplicates,
-        passed_over={reader.uri: passed_over} if passed_over else {},
+        left_out=LeftOut(reader.repeats, reader.passed_over) if ends else LeftOut(),
     )
 
 
@@ -131,8 +131,7 @@ class _TarReader:
     Attributes:
         uri: The tar.
         rows: The number of rows so far, wanted or not.
-        duplicates: Images that came again, with the same name and content, since the counts were taken.
-        passed_over: Members that look like images and are none of the tar's images, since then.
+        repeats, passed_over: What was left out so far, beside rows that are wanted or not; see `LeftOut`.
     """
 
     def __init__(self, fragment: Fragment, wanted: RowRanges | None, columns: Sequence[str]) -> None:
@@ -142,13 +141,7 @@ class _TarReader:
         self._texts |= {"json"} if set(columns) - {"json", "txt"} else set()
         self._ids: set[str] = set()
         self._contents: dict[str, tuple[tuple[int, int], ...]] = {}  # sizes and checksums, by the image's name
-        self.rows = self.duplicates = self.passed_over = 0
-
-    def take_counts(self) -> tuple[int, int]:
-        """Returns `duplicates` and `passed_over`, which begin at 0 again."""
-        counts = self.duplicates, self.passed_over
-        self.duplicates = self.passed_over = 0
-        return counts
+        self.rows = self.repeats = self.passed_over = 0
 
     def images(self) -> Iterator[_Image]:
         """Yields the wanted images, and then the error where there is one; counts all rows."""
@@ -209,15 +202,13 @@ class _TarReader:
         own = [] if sample.has_rows else [image for image in sample.images if image.key == sample.key][:1]
         for image in own or sample.images:
             yield from self._row(image, sample)
-        for _ in range(len(sample.images) - len(own) if own else 0):
-            self._pass_over()
+        self.passed_over += len(sample.images) - len(own) if own else 0
 
     def _row(self, image: _Member, sample: _Sample) -> Iterator[_Image]:
         content = len(image.data), zlib.crc32(image.data)
         before = self._contents.get(image.name, ())
         if content in before:
-            # It counts with the row before it, so that it counts only once when a tar is read again.
-            self.duplicates += self._is_wanted(self.rows - 1)
+            self.repeats += 1
             return
         self._contents[image.name] = (*before, content)
         place = f"{image.name}#{len(before) + 1}" if before else image.name
@@ -227,8 +218,15 @@ class _TarReader:
         if self._is_wanted(self.rows - 1):
             uri = f"{self.uri}#{place}"
             texts = {name: sample.texts.get(f"{image.key}.{name}") for name in self._texts}
-            kept = {name: _kept_value(name, texts) for name in self._columns}
-            yield _Image(self.rows - 1, self._fragment.id_prefix + image_id, uri, image.data, kept)
+            data: bytes | RowError = image.data
+            kept = dict.fromkeys(self._columns)
+            for name in self._columns:
+                try:
+                    kept[name] = _kept_value(name, texts)
+                except ValueError:
+                    what = f"The field {name} of the sample's JSON is no text, or a number out of range."
+                    data = RowError(ErrorCode.INVALID_URI, what, where=uri)
+            yield _Image(self.rows - 1, self._fragment.id_prefix + image_id, uri, data, kept)
 
     def _count_other(self, tar: tarfile.TarFile, member: tarfile.TarInfo, name: str) -> None:
         """Counts a member that is no image of a sample but looks like one: a link, a hidden file, another name."""
@@ -236,10 +234,7 @@ class _TarReader:
         if base.startswith("._") or not (member.isfile() or member.islnk() or member.issym()):
             return  # macOS adds ._NAME to each file
         if ends_like_image(base) or (member.isfile() and begins_like_image(_start(tar, member))):
-            self._pass_over()
-
-    def _pass_over(self) -> None:
-        self.passed_over += self._is_wanted(max(self.rows - 1, 0))  # as for duplicates
+            self.passed_over += 1
 
     def _is_wanted(self, row: int) -> bool:
         return self._wanted is None or bool(self._wanted.contains(np.array([row]))[0])
@@ -253,7 +248,7 @@ def _open_tar(file: IO[bytes]) -> tarfile.TarFile:
     for signature, open_compressed in _COMPRESSED.items():
         if start.startswith(signature):
             data = io.BufferedReader(open_compressed(file), 1 << 20)
-    return tarfile.open(fileobj=data, mode="r|", bufsize=1 << 20, tarinfo=_StrictTarInfo, encoding="utf-8")
+    return tarfile.open(fileobj=data, mode="r|", bufsize=1 << 20, tarinfo=StrictTarInfo, encoding="utf-8")
 
 
 def _decoded(name: str) -> str:
@@ -284,14 +279,25 @@ def _start(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 def _kept_value(name: str, texts: dict[str, str | None]) -> str | None:
+    """Returns a text of a sample, or a field of its JSON as text; None where it lacks it, or the JSON cannot be read.
+
+    Raises:
+        ValueError: The field holds half a surrogate pair, or is a number out of range.
+    """
     if name in ("json", "txt"):
         return texts.get(name)
     try:
-        fields = json.loads(texts.get("json") or "null")
-    except ValueError:
+        fields = json.loads(texts.get("json") or "null", parse_int=whole_number)
+    except (ValueError, RecursionError):
         return None
     value: Any = fields.get(name) if isinstance(fields, dict) else None
-    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if value is None:
+        return None
+    if isinstance(value, float) and math.isinf(value):
+        raise ValueError(f"{name} is out of range")
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text.encode()
+    return text
 
 
 def _first_key(uri: str) -> str | None:
@@ -313,11 +319,16 @@ class _NoBytes(tarfile.ReadError):
     """The tar has zero bytes, or what it holds compressed has."""
 
 
-class _StrictTarInfo(tarfile.TarInfo):
+class StrictTarInfo(tarfile.TarInfo):
     """A header that raises an error for a damaged tar, where tarfile just stops."""
 
     @classmethod
-    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> _StrictTarInfo:
+    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> StrictTarInfo:
+        """Reads the next header.
+
+        Raises:
+            tarfile.ReadError: The tar is damaged, or ends without an end mark.
+        """
         try:
             return super().fromtarfile(tarfile_)
         except tarfile.EmptyHeaderError as error:  # type: ignore[attr-defined]

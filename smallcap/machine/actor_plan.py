@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from smallcap.config import ComputeConfig
 from smallcap.errors import ConfigError
+from smallcap.phrasing import describe_count
 
 Node = Mapping[str, float]
 """A node's `CPU` and `GPU`, as Ray counts them."""
@@ -19,6 +20,7 @@ _UNIT = 10_000  # in one CPU or GPU; Ray cuts off what is finer
 _MOST_CPUS_PER_ACTOR = 4  # more threads than that help one batch of images or texts little
 _CPUS_PER_LOADING_CPU = 16  # one CPU decodes for about as many that caption
 _WELL_USED = 0.75  # share of the CPUs that could be used, with which fewer actors of more threads are preferred
+_MOST_ACTORS_PER_CPU = 2  # more share cores and memory without captioning more
 _MOST_CPUS_BESIDE_GPU = 2  # one thread launches kernels, another prepares the next batch
 _SHARE_BESIDE_GPU = 4  # an actor on a GPU takes one of so many of its node's CPUs; the others feed it
 _MOST_THREADS = 16  # for a search on the CPU
@@ -176,6 +178,8 @@ def _plan_on_cpus(compute: ComputeConfig, nodes: Sequence[Node]) -> ActorPlan:
     if not any(cpus):  # an autoscaler is to bring them
         cpus = [4 * _UNIT]
     asked = None if compute.num_actors == "auto" else compute.num_actors
+    if asked is not None and compute.max_actors is None and asked * _UNIT > _MOST_ACTORS_PER_CPU * sum(cpus):
+        raise _too_many_on_cpus(asked, cpus)
     num_actors, of_actor = _whole_cpus(cpus, asked, compute.max_actors) or (asked or 1, 0)
     of_task = _UNIT
     if not of_actor:
@@ -223,11 +227,17 @@ def _equal_shares(cpus: Sequence[int], actors: int) -> int:
         units = _UNIT // parts
         if sum(there // units for there in cpus) > actors:  # one task besides
             return units
-    raise ConfigError(
+    raise _too_many_on_cpus(actors, cpus)
+
+
+def _too_many_on_cpus(actors: int, cpus: Sequence[int]) -> ConfigError:
+    there = sum(cpus) / _UNIT
+    return ConfigError(
         "The cluster's CPUs do not hold so many actors.",
         where="compute.num_actors",
-        expected="fewer",
+        expected=f"auto, or at most {_MOST_ACTORS_PER_CPU * sum(cpus) // _UNIT} on {describe_count(there, 'CPU')}",
         found=str(actors),
+        remedy="Leave it at auto, which is fastest on CPUs; if an autoscaler brings nodes, set compute.max_actors.",
     )
 
 

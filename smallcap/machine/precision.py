@@ -1,11 +1,18 @@
-"""Which precision a machine computes in: the fastest is measured, because a supported data type may be emulated."""
+"""Which precision a machine computes in, and with which kernels.
+
+The fastest precision of a CPU is measured, because a supported data type may be emulated.
+"""
 
 from __future__ import annotations
 
+import re
 import time
 from functools import cache
 
 import torch
+
+from smallcap.errors import ConfigError
+from smallcap.machine.gpu import on_device
 
 _ROWS, _IN, _OUT = 512, 768, 3072  # a feed-forward layer of GPT-2 over some prompts
 _LEAST_GAIN = 1.3  # speed-up of bfloat16 over float32 that justifies its rounding
@@ -36,7 +43,7 @@ def matrix_rate(
             start = time.perf_counter()
             torch.nn.functional.linear(left, right)
             if left.is_cuda:
-                torch.cuda.synchronize()
+                torch.cuda.synchronize(left.device)
             elapsed = time.perf_counter() - start
             warm_ups -= 1
             if warm_ups < 0:
@@ -56,6 +63,32 @@ def _gain(rows: int) -> float:
     return matrix_rate(torch.bfloat16, shape=shape) / matrix_rate(torch.float32, shape=shape)
 
 
+def find_device(name: str) -> torch.device:
+    """Returns the torch device of a name.
+
+    Args:
+        name: `cpu`, `cuda`, or `cuda:N` for the GPU of that number.
+
+    Raises:
+        ConfigError: The name is another one, or torch cannot use such a GPU here.
+    """
+    match = re.fullmatch(r"cpu|cuda(?::([0-9]{1,4}))?", name)
+    if match is None:
+        raise ConfigError("There is no such device.", where="device", expected="cpu, cuda or cuda:N", found=repr(name))
+    if name == "cpu":
+        return torch.device(name)
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(match[1] or 0) >= gpus:
+        raise ConfigError(
+            "torch cannot use this GPU here.",
+            where=f"device {name}",
+            expected=f"cpu, or one of {gpus} GPUs, counted from cuda:0" if gpus else "cpu",
+            found=f"GPUs that torch {torch.__version__} can use: {gpus}",
+            remedy="Use device cpu, or look with smallcap doctor why the GPU is not found.",
+        )
+    return torch.device(name)
+
+
 def resolve_device(device: str) -> str:
     """Returns what was asked for, or, for `auto`, `cuda` if torch can use a GPU, else `cpu`."""
     return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -65,12 +98,27 @@ def resolve_dtype(dtype: str, device: str) -> str:
     """Returns the name of a torch dtype: what was asked for, or, for `auto`, what suits the device, which must be here.
 
     GPUs before Ampere, as the T4 is, only emulate bfloat16; float16 is fast on all of them.
+
+    Raises:
+        ConfigError: The device is not here.
     """
     if dtype != "auto":
         return dtype
-    if not device.startswith("cuda"):
+    if find_device(device).type == "cpu":
         return fastest_cpu_dtype()
-    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    with on_device(torch.device(device)):
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+
+
+def choose_kernels(dtype: torch.dtype, device: torch.device) -> None:
+    """Switches off, in the whole process, what a model on a GPU must not meet: TF32 in float32, and cuDNN's attention.
+
+    torch prefers cuDNN's attention on Hopper and Blackwell. It makes a plan for each new shape, in each thread, and
+    keeps it for ever; decoding meets new shapes at every step. The other kernels for attention need no plans.
+    """
+    keep_float32_exact(dtype, device)
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def keep_float32_exact(dtype: torch.dtype, device: torch.device) -> None:

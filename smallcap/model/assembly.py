@@ -19,9 +19,8 @@ from transformers import CLIPModel, CLIPVisionModel, GPT2LMHeadModel, OPTForCaus
 
 from smallcap.errors import CheckpointError, ConfigError
 from smallcap.model.checkpoint import DECODER_KINDS, SmallCapConfig, SmallCapModel
-from smallcap.model.files import resolve_folder, weights_file
+from smallcap.model.files import joined_model_id, resolve_folder, weights_file
 from smallcap.model.prompt import load_tokenizer
-from smallcap.storage import sha256_file
 
 if TYPE_CHECKING:
     from smallcap.decoding.text_decoder import DecoderConfig
@@ -105,20 +104,6 @@ def join_frozen_models(
     _fill_decoder(model, language_model, decoder)
     model.model_id = joined_model_id(vision_encoder, decoder)
     return model.eval().requires_grad_(False)
-
-
-def joined_model_id(vision_encoder: str, decoder: str) -> str:
-    """Returns an id of two models joined: their names and the first digits of their weights' sha256.
-
-    Raises:
-        CheckpointError: One of them cannot be found.
-    """
-    names = []
-    for source, demo_model in ((vision_encoder, "clip"), (decoder, "smallcap")):
-        folder = resolve_folder(source, demo_model)
-        name = folder.name if Path(source).is_dir() else source
-        names.append(f"{name}@{sha256_file(weights_file(folder))[:12]}")
-    return " + ".join(names)
 
 
 def _load_vision(source: str) -> tuple[nn.Module, dict[str, Any]]:

@@ -30,14 +30,15 @@ from smallcap.decoding.strategy import GenerationOptions, SamplingOptions
 from smallcap.decoding.text_decoder import DecoderConfig, TextDecoder
 from smallcap.errors import CheckpointError, ConfigError
 from smallcap.images.crops import CropPlan
-from smallcap.machine.precision import keep_float32_exact
-from smallcap.model.clip_encoder import VisionEncoder, load_preprocessing, vision_preprocessing
-from smallcap.model.files import resolve_folder, weights_file
+from smallcap.machine.gpu import on_device
+from smallcap.machine.precision import choose_kernels, find_device
+from smallcap.model.clip_encoder import VisionEncoder
+from smallcap.model.encoder_spec import load_preprocessing, vision_preprocessing
+from smallcap.model.files import checkpoint_id, read_checkpoint_config, resolve_folder, weights_file
 from smallcap.model.gpt2 import GPT2Decoder, dump_gpt2_config, parse_gpt2_config
 from smallcap.model.opt import OPTDecoder, dump_opt_config, parse_opt_config
 from smallcap.model.prompt import PromptTemplate
 from smallcap.model.xglm import XGLM_FORMAT, XGLMDecoder
-from smallcap.storage import sha256_file
 
 
 @dataclass(frozen=True)
@@ -177,8 +178,9 @@ class SmallCapModel(nn.Module):
             The captions of each image, best first, without the prompts.
         """
         options = options or self.generation_options(GenerationConfig())
-        hidden_states = encoder_hidden_states.to(self.device, self.dtype)
-        return generate(self.decoder, hidden_states, prompts, options, keys, self.stepper)
+        with on_device(self.device):  # for what is recorded
+            hidden_states = encoder_hidden_states.to(self.device, self.dtype)
+            return generate(self.decoder, hidden_states, prompts, options, keys, self.stepper)
 
     @property
     def stepper(self) -> Stepper:
@@ -204,13 +206,14 @@ def load_checkpoint(source: str, device: str = "cpu", dtype: str = "float32") ->
 
     Args:
         source: `demo`, a folder, or a Hugging Face id such as `Yova/SmallCap7M`.
-        device: A torch device.
-        dtype: `float32`, `bfloat16` or `float16`. float32 on a GPU switches TF32 off in the whole process.
+        device: `cpu`, `cuda` or `cuda:N`. For a GPU, see `choose_kernels`, which concerns the whole process.
+        dtype: `float32`, `bfloat16` or `float16`.
 
     Returns:
         The model in eval mode, all parameters frozen.
 
     Raises:
+        ConfigError: The device is not here.
         CheckpointError: It is missing, incomplete or of an unknown kind, or loading it would execute code.
     """
     folder = resolve_folder(source, demo_model="smallcap")
@@ -218,15 +221,9 @@ def load_checkpoint(source: str, device: str = "cpu", dtype: str = "float32") ->
     path = weights_file(folder)
     load_weights(model, _read_tensors(path), str(path))
     model.model_id = checkpoint_id(source)
-    torch_device, torch_dtype = torch.device(device), getattr(torch, dtype)
-    keep_float32_exact(torch_dtype, torch_device)
+    torch_device, torch_dtype = find_device(device), getattr(torch, dtype)
+    choose_kernels(torch_dtype, torch_device)
     return model.to(device=torch_device, dtype=torch_dtype).eval().requires_grad_(False)
-
-
-def checkpoint_id(source: str) -> str:
-    """Returns a checkpoint's id: its name and the first digits of its weights' sha256; the weights are not loaded."""
-    name = Path(source).name if Path(source).is_dir() else source
-    return f"{name}@{sha256_file(weights_file(resolve_folder(source, demo_model='smallcap')))[:12]}"
 
 
 def load_config(folder: Path) -> SmallCapConfig:
@@ -235,14 +232,9 @@ def load_config(folder: Path) -> SmallCapConfig:
     Raises:
         CheckpointError: It is missing, not a SmallCap config, or of an unknown decoder kind.
     """
-    path = folder / "config.json"
+    values, path = read_checkpoint_config(folder), folder / "config.json"
     try:
-        values = json.loads(path.read_bytes())
         kind = values["decoder"]["model_type"]
-        if values["model_type"] != "smallcap":
-            raise CheckpointError(
-                "This is not a SmallCap checkpoint.", where=str(path), expected="smallcap", found=values["model_type"]
-            )
         if kind not in DECODER_KINDS:
             raise CheckpointError(
                 "The checkpoint has a decoder of an unknown kind.",
@@ -262,8 +254,6 @@ def load_config(folder: Path) -> SmallCapConfig:
             bos_token_id=values["decoder"]["bos_token_id"] if DECODER_KINDS[kind].prompts_start_with_bos else None,
         )
         return replace(config, **{**generation, "template": PromptTemplate(**generation.get("template", {}))})
-    except FileNotFoundError as error:
-        raise CheckpointError("The checkpoint has no config.json.", where=str(folder)) from error
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             "The checkpoint's config.json is malformed.", where=str(path), found=f"{type(error).__name__}: {error}"

@@ -1,18 +1,14 @@
 """The two roles of CLIP: a vision encoder that feeds cross-attention, and a retrieval encoder that embeds for search.
 
-A retrieval encoder comes from transformers (`hf:ID-OR-PATH`) or from open_clip (`open_clip:MODEL/PRETRAINED-OR-PATH`,
-`open_clip:hf-hub:ID` or `open_clip:local-dir:FOLDER`); `demo` is the demo's encoder. Its identity, the checksum of
-its weights, ties an index to the only encoder whose queries it can answer, and is known before any model is loaded.
+A retrieval encoder comes from transformers or from open_clip, as its spec says (`smallcap.model.encoder_spec`).
 """
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
@@ -23,14 +19,20 @@ from transformers import AutoTokenizer, CLIPModel, CLIPVisionConfig, CLIPVisionM
 from transformers.utils import logging as transformers_logging
 
 from smallcap.decoding.packed_linear import pack_linears
-from smallcap.errors import CheckpointError, ConfigError
+from smallcap.errors import CheckpointError
 from smallcap.images.decode import Preprocessing
 from smallcap.index.manifest import EncoderIdentity
-from smallcap.machine.precision import keep_float32_exact
+from smallcap.machine.precision import choose_kernels, find_device
 from smallcap.machine.shapes import fill_up, rows_on_gpu, tokens_on_gpu
 from smallcap.model.clip_tokenizer import ClipTokenizer, pad_right
-from smallcap.model.files import DEMO, resolve_folder, weights_file
-from smallcap.storage import sha256_file
+from smallcap.model.encoder_spec import (
+    check_encoder_spec,
+    open_clip_preprocessing,
+    resolve_encoder_identity,
+    uses_quick_gelu,
+    vision_preprocessing,
+)
+from smallcap.model.files import resolve_folder
 
 _TEXT_BATCH = 256
 
@@ -40,11 +42,6 @@ def normalise_pixels(pixels: Tensor, preprocessing: Preprocessing, dtype: torch.
     mean = torch.tensor(preprocessing.mean, device=pixels.device) * 255
     std = torch.tensor(preprocessing.std, device=pixels.device) * 255
     return ((pixels.float() - mean) / std).permute(0, 3, 1, 2).to(dtype)
-
-
-def vision_preprocessing(config: dict[str, Any]) -> Preprocessing:
-    """Returns how a transformers CLIP wants its images prepared, from its vision config."""
-    return Preprocessing(size_px=config.get("image_size", 224))
 
 
 class VisionEncoder(nn.Module):
@@ -211,7 +208,7 @@ class OpenCLIPRetrievalEncoder(RetrievalEncoder):
             pretrained=pretrained,
             precision={torch.float32: "fp32", torch.bfloat16: "pure_bf16", torch.float16: "pure_fp16"}[dtype],
             device=device,
-            force_quick_gelu=_open_clip_tag(name, pretrained).get("quick_gelu", False),
+            force_quick_gelu=uses_quick_gelu(name, pretrained),
             require_pretrained=True,
         )
         return cls(model, open_clip.get_tokenizer(name), identity, open_clip_preprocessing(name, pretrained), device)
@@ -232,150 +229,28 @@ class OpenCLIPRetrievalEncoder(RetrievalEncoder):
         return self._model.encode_text(ids.to(self.device))
 
 
-def resolve_encoder_identity(spec: str) -> EncoderIdentity:
-    """Returns the identity of a retrieval encoder without loading its model.
-
-    Raises:
-        ConfigError: The spec has no known form.
-        CheckpointError: What it names cannot be found.
-    """
-    backend, name, pretrained = _parse_spec(spec)
-    if backend == "hf":
-        folder = resolve_folder(name, demo_model="clip")
-        weights, dim = weights_file(folder), _read_json(folder / "config.json").get("projection_dim", 512)
-    else:
-        dim = _open_clip_config(name)["embed_dim"]
-        weights = _open_clip_weights(name, pretrained, spec)
-    return EncoderIdentity(spec=spec, weights_sha256=sha256_file(weights), dim=dim)
-
-
-def load_preprocessing(spec: str) -> Preprocessing:
-    """Returns how a retrieval encoder wants its images prepared, without loading its model.
-
-    Raises:
-        ConfigError: The spec has no known form.
-        CheckpointError: What it names cannot be found.
-    """
-    backend, name, pretrained = _parse_spec(spec)
-    if backend == "open_clip":
-        return open_clip_preprocessing(name, pretrained)
-    return vision_preprocessing(_read_json(resolve_folder(name, demo_model="clip") / "config.json")["vision_config"])
-
-
 def load_retrieval_encoder(spec: str, device: str = "cpu", dtype: str = "float32") -> RetrievalEncoder:
     """Loads a retrieval encoder.
 
     Args:
         spec: `demo`, `hf:ID-OR-PATH`, or `open_clip:MODEL/PRETRAINED-OR-PATH`.
-        device: A torch device.
-        dtype: `float32`, `bfloat16` or `float16`. float32 on a GPU switches TF32 off in the whole process.
+        device: `cpu`, `cuda` or `cuda:N`. For a GPU, see `choose_kernels`, which concerns the whole process.
+        dtype: `float32`, `bfloat16` or `float16`.
 
     Raises:
-        ConfigError: The spec has no known form.
+        ConfigError: The spec has no known form, or the device is not here.
         CheckpointError: What it names cannot be found or is not a CLIP model.
     """
     identity = resolve_encoder_identity(spec)
-    backend, name, pretrained = _parse_spec(spec)
-    torch_device, torch_dtype = torch.device(device), getattr(torch, dtype)
-    keep_float32_exact(torch_dtype, torch_device)
+    backend, name, pretrained = check_encoder_spec(spec)
+    torch_device, torch_dtype = find_device(device), getattr(torch, dtype)
+    choose_kernels(torch_dtype, torch_device)
     try:
         if backend == "hf":
             return HFRetrievalEncoder.load(resolve_folder(name, demo_model="clip"), identity, torch_device, torch_dtype)
         return OpenCLIPRetrievalEncoder.load(name, pretrained, identity, torch_device, torch_dtype)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise CheckpointError("The retrieval encoder cannot be loaded.", where=spec, found=str(error)) from error
-
-
-def _parse_spec(spec: str) -> tuple[Literal["hf", "open_clip"], str, str | None]:
-    """Splits a spec into backend, model name and open_clip's pretrained tag or path."""
-    if spec == DEMO:
-        return "hf", DEMO, None
-    backend, colon, name = spec.partition(":")
-    if colon and name and backend == "hf":
-        return "hf", name, None
-    if colon and name and backend == "open_clip":
-        if name.startswith(("hf-hub:", "local-dir:")):
-            return "open_clip", name, None
-        model, slash, pretrained = name.partition("/")
-        if slash and pretrained:
-            return "open_clip", model, pretrained
-    raise ConfigError(
-        "This is not a retrieval encoder spec.",
-        where=spec,
-        expected="demo, hf:ID-OR-PATH, or open_clip:MODEL/PRETRAINED-OR-PATH",
-        remedy="For the paper's encoder write open_clip:RN50x64/openai.",
-    )
-
-
-def _open_clip_tag(name: str, pretrained: str | None) -> dict[str, Any]:
-    """Returns open_clip's registry entry of a pretrained tag; empty for a path or a schema name."""
-    from open_clip.pretrained import get_pretrained_cfg
-
-    return get_pretrained_cfg(name, pretrained) or {} if pretrained else {}
-
-
-def _open_clip_folder(name: str) -> Path:
-    """Returns the folder of a `hf-hub:` or `local-dir:` name."""
-    return resolve_folder(name.partition(":")[2], demo_model="clip")
-
-
-def _open_clip_config(name: str) -> dict[str, Any]:
-    """Returns an open_clip architecture's config."""
-    import open_clip
-
-    if ":" in name:
-        model_config: dict[str, Any] = _read_json(_open_clip_folder(name) / "open_clip_config.json")["model_cfg"]
-        return model_config
-    config: dict[str, Any] | None = open_clip.get_model_config(name)
-    if config is None:
-        raise CheckpointError("open_clip has no such architecture.", where=name, remedy="See open_clip.list_models().")
-    return config
-
-
-def open_clip_preprocessing(name: str, pretrained: str | None = None) -> Preprocessing:
-    """Returns how an open_clip architecture with a pretrained tag wants images prepared."""
-    values = _open_clip_tag(name, pretrained)
-    if ":" in name:
-        values = _read_json(_open_clip_folder(name) / "open_clip_config.json").get("preprocess_cfg", {})
-    size = _open_clip_config(name)["vision_cfg"].get("image_size", 224)
-    default = Preprocessing(size if isinstance(size, int) else size[0], crop_rounding="nearest")
-    return replace(default, mean=tuple(values.get("mean") or default.mean), std=tuple(values.get("std") or default.std))
-
-
-def _open_clip_weights(name: str, pretrained: str | None, spec: str) -> Path:
-    """Returns the weights file of an open_clip model, downloaded if necessary."""
-    import open_clip
-    from open_clip.pretrained import download_pretrained
-
-    if pretrained is None:
-        return weights_file(_open_clip_folder(name))
-    tag = _open_clip_tag(name, pretrained)
-    if not tag:
-        if Path(pretrained).is_file():
-            return Path(pretrained)
-        raise CheckpointError(
-            "The pretrained weights are neither a tag of this architecture nor a file.",
-            where=spec,
-            expected=", ".join(open_clip.list_pretrained_tags_by_model(name)) or "a file",
-            found=pretrained,
-        )
-    try:
-        return Path(download_pretrained(tag))
-    except Exception as error:  # those of huggingface_hub, urllib and open_clip have no common base
-        raise CheckpointError(
-            "open_clip's pretrained weights cannot be downloaded.",
-            where=spec,
-            found=f"{type(error).__name__}: {error}",
-            remedy="Check the network, or give a local weights file: open_clip:MODEL/PATH.",
-        ) from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values: dict[str, Any] = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError) as error:
-        raise CheckpointError("The encoder's config cannot be read.", where=str(path), found=str(error)) from error
-    return values
 
 
 def _same_tensors(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:

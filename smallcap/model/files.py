@@ -6,10 +6,13 @@ It downloads only what a hub id names, and never loads or runs what it finds.
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from smallcap.errors import CheckpointError
+from smallcap.storage import sha256_file
 
 DEMO = "demo"
 GPT2 = "gpt2"
@@ -108,3 +111,51 @@ def weights_file(folder: Path) -> Path:
         expected=" or ".join(names),
         found=", ".join(present),
     )
+
+
+def checkpoint_id(source: str) -> str:
+    """Returns a checkpoint's id: its name and the first digits of its weights' sha256; the weights are not loaded.
+
+    Raises:
+        CheckpointError: It cannot be found, or is no SmallCap checkpoint.
+    """
+    folder = resolve_folder(source, demo_model="smallcap")
+    read_checkpoint_config(folder)
+    return _named_by_weights(source, folder)
+
+
+def joined_model_id(vision_encoder: str, decoder: str) -> str:
+    """Returns an id of two models joined: their names and the first digits of their weights' sha256.
+
+    Raises:
+        CheckpointError: One of them cannot be found.
+    """
+    folders = (vision_encoder, resolve_folder(vision_encoder, "clip")), (decoder, resolve_folder(decoder, "smallcap"))
+    return " + ".join(_named_by_weights(source, folder) for source, folder in folders)
+
+
+def _named_by_weights(source: str, folder: Path) -> str:
+    name = folder.name if Path(source).is_dir() else source
+    return f"{name}@{sha256_file(weights_file(folder))[:12]}"
+
+
+def read_checkpoint_config(folder: Path) -> dict[str, Any]:
+    """Reads the `config.json` of a SmallCap checkpoint.
+
+    Raises:
+        CheckpointError: It is missing, malformed, or that of another kind of model.
+    """
+    path = folder / "config.json"
+    try:
+        values: dict[str, Any] = json.loads(path.read_bytes())
+        kind = values["model_type"]
+    except FileNotFoundError as error:
+        raise CheckpointError("The checkpoint has no config.json.", where=str(folder)) from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            "The checkpoint's config.json is malformed.", where=str(path), found=f"{type(error).__name__}: {error}"
+        ) from error
+    if kind != "smallcap":
+        where, found = str(path), str(kind)
+        raise CheckpointError("This is not a SmallCap checkpoint.", where=where, expected="smallcap", found=found)
+    return values

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from smallcap import storage
-from smallcap.images.fragments import Fragment, qualified_id
+from smallcap.images.fragments import Fragment, LeftOut, qualified_id
 from smallcap.images.row_ranges import RowRanges
 from smallcap.output.part_files import PartInfo, drop_rows, rename_rows
 from smallcap.output.schema import STATUS_ERROR
@@ -44,13 +44,19 @@ class Coverage:
     Args:
         parts: All parts of the run.
         retry_failed: Whether a failed row counts as not done.
+
+    Attributes:
+        images: How many rows are done.
+        left_out: What fragments hold besides their rows, where that is known from the part with the last row. All
+            parts that have this row say the same, however often a tar was read.
     """
 
     def __init__(self, parts: Iterable[NamedPart], retry_failed: bool = False) -> None:
         self._done: dict[int, RowRanges] = {}
         self._row_counts: dict[int, int] = {}  # for fragments whose end is known from a part
-        self.images = 0
+        self.left_out: dict[int, LeftOut] = {}
         for _, info in parts:
+            self.left_out |= info.left_out
             for fragment, rows in info.rows.items():
                 done = rows.subtract(info.failed[fragment]) if retry_failed and fragment in info.failed else rows
                 self._done[fragment] = self._done[fragment].union(done) if fragment in self._done else done
@@ -104,8 +110,22 @@ def count_rows(table: pa.Table) -> dict[str, Any]:
     return {"ok": len(table) - sum(errors.values()), "errors": errors}
 
 
-def settle(out: str, parts: Sequence[NamedPart], fragments: Sequence[Fragment]) -> int:
-    """Removes rows that two parts have from one of them; returns how many it removed.
+@dataclass(frozen=True)
+class Superseded:
+    """The rows of a part whose images another part keeps."""
+
+    name: str  # the part's name within the output
+    image_ids: pa.Array  # strings, of these rows
+    left: PartInfo  # what is true of the part without them
+
+
+def is_settled(parts: Sequence[NamedPart]) -> bool:
+    """Says whether no row of the input is in two parts."""
+    return not _losing_rows([info for _, info in parts])
+
+
+def find_superseded(out: str, parts: Sequence[NamedPart], fragments: Sequence[Fragment]) -> Iterator[Superseded]:
+    """Finds the rows that two parts have, in the part that does not keep them.
 
     A caption is kept rather than an error, the older of two captions, and the newer of two errors.
 
@@ -114,7 +134,6 @@ def settle(out: str, parts: Sequence[NamedPart], fragments: Sequence[Fragment]) 
         parts: The run's parts, oldest first.
         fragments: The run's fragments.
     """
-    dropped = 0
     for position, losing in _losing_rows([info for _, info in parts]).items():
         name, info = parts[position]
         table = _read(out, name)
@@ -122,22 +141,30 @@ def settle(out: str, parts: Sequence[NamedPart], fragments: Sequence[Fragment]) 
         for number in losing:
             superseded = pc.or_(superseded, _ends_unread_shard(fragments[number], table))
         rows = _subtract(info.rows, losing)
-        info = replace(
+        ends = [number for number in info.ends if number in rows and rows[number].stop == info.rows[number].stop]
+        left = replace(
             info,
             rows=rows,
             failed=_subtract(info.failed, losing),
-            ends=tuple(
-                number for number in info.ends if number in rows and rows[number].stop == info.rows[number].stop
-            ),
+            ends=tuple(ends),
+            left_out={number: info.left_out[number] for number in ends if number in info.left_out},
+            **count_rows(table.filter(pc.invert(superseded))),
         )
-        dropped += _drop(out, name, table, superseded, info)
-    return dropped
+        yield Superseded(name, table.filter(superseded)["image_id"].combine_chunks(), left)
+
+
+def settle(out: str, parts: Sequence[NamedPart], fragments: Sequence[Fragment]) -> int:
+    """Removes what `find_superseded` finds; returns how many rows it removed."""
+    found = list(find_superseded(out, parts, fragments))  # before a part disappears with which others are compared
+    for part in found:
+        drop_rows(out, part.name, part.image_ids, part.left)
+    return sum(len(part.image_ids) for part in found)
 
 
 def _superseded(
     out: str, parts: Sequence[NamedPart], position: int, losing: Sequence[Fragment], table: pa.Table
 ) -> pa.ChunkedArray:
-    """Says for each row of a part whether another part keeps its image, by the rule of `settle`."""
+    """Says for each row of a part whether another part keeps its image, by the rule of `find_superseded`."""
     ids, failed = _names(table, losing), _failed(table)
     superseded = pc.and_(failed, False)
     for other, (name, info) in enumerate(parts):
@@ -187,13 +214,6 @@ def _read(out: str, name: str) -> pa.Table:
 
 def _failed(table: pa.Table) -> pa.ChunkedArray:
     return pc.equal(table["status"], STATUS_ERROR)
-
-
-def _drop(out: str, name: str, table: pa.Table, drop: pa.ChunkedArray, info: PartInfo) -> int:
-    """Removes rows from a part and lets its footer count those left; returns how many it removed."""
-    left = table.filter(pc.invert(drop))
-    drop_rows(out, name, table.filter(drop)["image_id"].combine_chunks(), replace(info, **count_rows(left)))
-    return len(table) - len(left)
 
 
 def _losing_rows(infos: Sequence[PartInfo]) -> dict[int, dict[int, RowRanges]]:

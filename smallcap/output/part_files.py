@@ -1,15 +1,20 @@
 """Writes and reads the output files of a captioning run: parts, their footers, and their sidecars.
 
 The footer of a part says which rows of which fragments of the work list it holds, so that a run which goes on reads
-footers instead of ids. Sidecars (`_embeddings/`, `webdataset/`) have the name of their part and are written before it:
+footers instead of ids. Sidecars (`_embeddings/`, `_webdataset/`) have the name of their part and are written before it:
 a sidecar without a part does not count. This module knows nothing of how fragments are read.
+
+What has been captioned before a part is full is written in interim parts, `part-AAA-TTTTTT-NNNN.parquet`. They do not
+count any more once `part-AAA-TTTTTT.parquet` exists, which holds all their rows.
 """
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +25,7 @@ import pyarrow.parquet as pq
 
 from smallcap import storage
 from smallcap.errors import SchemaError
+from smallcap.images.fragments import LeftOut
 from smallcap.images.row_ranges import RowRanges
 from smallcap.output.schema import (
     CAPTION_COLUMNS,
@@ -31,9 +37,13 @@ from smallcap.output.schema import (
 )
 from smallcap.output.webdataset import Sample, rewrite_samples, write_samples
 
-EMBEDDINGS_FOLDER = "_embeddings"  # hidden from Hadoop-style readers of the whole output
-WEBDATASET_FOLDER = "webdataset"
+# What begins with _ is hidden from readers that take the whole output as a data set.
+RUN_FILE = "_run.json"  # the record, which the job writes
+EMBEDDINGS_FOLDER = "_embeddings"
+WEBDATASET_FOLDER = "_webdataset"
+SIDECAR_FOLDERS = (EMBEDDINGS_FOLDER, WEBDATASET_FOLDER)
 
+_INTERIM = re.compile(r"(part-\d+-\d+)-\d+\.parquet")
 _INFO_KEY = b"smallcap.part"
 _MAGIC = b"PAR1"
 _FOOTER_READ_BYTES = 64 << 10  # most footers are smaller, and a store answers as quickly as for a byte
@@ -54,6 +64,7 @@ class PartInfo:
     ends: tuple[int, ...] = ()  # fragments whose last row is held
     ok: int = 0  # rows with a caption
     errors: dict[str, int] = field(default_factory=dict)  # rows without one, by error code
+    left_out: dict[int, LeftOut] = field(default_factory=dict)  # of fragments in `ends` that hold more than their rows
 
     def to_json(self) -> str:
         """Returns the text for the footer's metadata."""
@@ -63,8 +74,24 @@ class PartInfo:
             "ends": sorted(self.ends),
             "ok": self.ok,
             "errors": dict(sorted(self.errors.items())),
+            "left_out": {str(fragment): left_out for fragment, left_out in sorted(self.left_out.items())},
         }
         return json.dumps(values, separators=(",", ":"))
+
+    @classmethod
+    def joined(cls, infos: Sequence[PartInfo]) -> PartInfo:
+        """Returns what the footer of one part says that has the rows of several; no row is in two of them."""
+        rows: dict[int, RowRanges] = {}
+        failed: dict[int, RowRanges] = {}
+        errors = Counter[str]()
+        for info in infos:
+            for known, more in ((rows, info.rows), (failed, info.failed)):
+                for fragment, ranges in more.items():
+                    known[fragment] = known[fragment].union(ranges) if fragment in known else ranges
+            errors.update(info.errors)
+        ends = sorted({fragment for info in infos for fragment in info.ends})
+        left_out = {fragment: counts for info in infos for fragment, counts in info.left_out.items()}
+        return cls(rows, failed, tuple(ends), sum(info.ok for info in infos), dict(sorted(errors.items())), left_out)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> PartInfo:
@@ -81,6 +108,7 @@ class PartInfo:
                 tuple(int(fragment) for fragment in values["ends"]),
                 int(values["ok"]),
                 {str(code): int(count) for code, count in values["errors"].items()},
+                {int(fragment): LeftOut(*map(int, counts)) for fragment, counts in values.get("left_out", {}).items()},
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise SchemaError(
@@ -97,9 +125,29 @@ class PartOptions:
     webdataset: bool = False  # the rows have a column `image_bytes`, which goes to a tar with the captions
 
 
+def part_name(attempt: int, number: int, interim: int | None = None) -> str:
+    """Returns the name of a part: of an attempt's full part, or of the interim part of that number."""
+    end = "" if interim is None else f"-{interim:04d}"
+    return f"part-{attempt:03d}-{number:06d}{end}.parquet"
+
+
+def full_name(name: str) -> str | None:
+    """Returns the name of the full part for which an interim part stands; None for a part that is none."""
+    interim = _INTERIM.fullmatch(name)
+    return f"{interim[1]}.parquet" if interim else None
+
+
 def list_parts(out: str) -> list[str]:
-    """Lists the URIs of a run's parts, oldest attempt first; empty where the folder does not exist."""
-    return [uri for uri in storage.list_folder(out) if _name(uri).startswith("part-") and uri.endswith(".parquet")]
+    """Lists the URIs of the parts that count, oldest attempt first; empty where the folder does not exist."""
+    return tell_parts(out)[0]
+
+
+def tell_parts(out: str) -> tuple[list[str], list[str]]:
+    """Returns the URIs of the parts that count, and of the interim parts whose full part exists."""
+    uris = [uri for uri in storage.list_folder(out) if _name(uri).startswith("part-") and uri.endswith(".parquet")]
+    names = set(map(_name, uris))
+    replaced = [uri for uri in uris if full_name(_name(uri)) in names]
+    return [uri for uri in uris if full_name(_name(uri)) not in names], replaced
 
 
 def write_part(
@@ -121,12 +169,12 @@ def write_part(
     if options.embeddings:
         embeddings = _embeddings(table, order).replace_schema_metadata(schema.metadata)
         if len(embeddings):
-            _write_parquet(_sidecar(out, EMBEDDINGS_FOLDER, name), embeddings, options.rows_per_row_group)
+            write_parquet(sidecar_uri(out, EMBEDDINGS_FOLDER, name), embeddings, options.rows_per_row_group)
     if options.webdataset:
         samples = _samples(table, order, kept_columns(schema))
-        _write_tar(_sidecar(out, WEBDATASET_FOLDER, name), lambda path: write_samples(path, samples))
+        write_tar(sidecar_uri(out, WEBDATASET_FOLDER, name), lambda path: write_samples(path, samples))
     rows = table.select(schema.names).take(order).cast(schema)
-    _write_parquet(storage.join(out, name), _with_info(rows, info), options.rows_per_row_group)
+    write_parquet(storage.join(out, name), with_info(rows, info), options.rows_per_row_group)
 
 
 def read_part_infos(out: str) -> Iterator[tuple[str, PartInfo]]:
@@ -165,7 +213,7 @@ def drop_rows(out: str, name: str, image_ids: pa.Array, info: PartInfo) -> None:
 
     if dropped:
         _rewrite_sidecars(out, name, drop, lambda image_id: None if image_id in dropped else image_id)
-    _rewrite_parquet(storage.join(out, name), lambda rows: _with_info(drop(rows), info))
+    _rewrite_parquet(storage.join(out, name), lambda rows: with_info(drop(rows), info))
 
 
 def rename_rows(out: str, name: str, new_ids: Mapping[str, str]) -> None:
@@ -192,12 +240,12 @@ def rename_rows(out: str, name: str, new_ids: Mapping[str, str]) -> None:
 def _rewrite_sidecars(
     out: str, name: str, change: Callable[[pa.Table], pa.Table], new_id: Callable[[str], str | None]
 ) -> None:
-    embeddings, tar = _sidecar(out, EMBEDDINGS_FOLDER, name), _sidecar(out, WEBDATASET_FOLDER, name)
+    embeddings, tar = sidecar_uri(out, EMBEDDINGS_FOLDER, name), sidecar_uri(out, WEBDATASET_FOLDER, name)
     if storage.exists(embeddings):
         _rewrite_parquet(embeddings, change)
     if storage.exists(tar):
         with storage.local_file(tar) as source:
-            _write_tar(tar, lambda path: rewrite_samples(source, path, new_id))
+            write_tar(tar, lambda path: rewrite_samples(source, path, new_id))
 
 
 def remove_orphans(out: str) -> list[str]:
@@ -205,9 +253,8 @@ def remove_orphans(out: str) -> list[str]:
 
     Call it only while no other process writes parts: their sidecars are orphans for a moment.
     """
-    folders = (EMBEDDINGS_FOLDER, WEBDATASET_FOLDER)
-    wanted = {_sidecar(out, folder, _name(part)) for part in list_parts(out) for folder in folders}
-    sidecars = [uri for folder in folders for uri in storage.list_folder(storage.join(out, folder))]
+    wanted = {sidecar_uri(out, folder, _name(part)) for part in list_parts(out) for folder in SIDECAR_FOLDERS}
+    sidecars = [uri for folder in SIDECAR_FOLDERS for uri in storage.list_folder(storage.join(out, folder))]
     orphans = [uri for uri in sidecars if uri not in wanted and _name(uri).startswith("part-")]
     for uri in orphans:
         storage.remove(uri)
@@ -218,11 +265,13 @@ def _name(uri: str) -> str:
     return uri.rsplit("/", 1)[-1]
 
 
-def _sidecar(out: str, folder: str, name: str) -> str:
+def sidecar_uri(out: str, folder: str, name: str) -> str:
+    """Returns the URI of a part's sidecar in one of the `SIDECAR_FOLDERS`."""
     return storage.join(out, folder, name if folder == EMBEDDINGS_FOLDER else f"{name.removesuffix('.parquet')}.tar")
 
 
-def _with_info(rows: pa.Table, info: PartInfo) -> pa.Table:
+def with_info(rows: pa.Table, info: PartInfo) -> pa.Table:
+    """Returns rows with a footer that says which they are."""
     return rows.replace_schema_metadata({**rows.schema.metadata, _INFO_KEY: info.to_json().encode()})
 
 
@@ -251,7 +300,8 @@ def _samples(table: pa.Table, order: pa.Array, kept: list[str]) -> Iterator[Samp
             yield Sample(record.pop("image_id"), images[position].as_py(), record.pop("caption"), record)
 
 
-def _write_parquet(uri: str, table: pa.Table, rows_per_row_group: int) -> None:
+def write_parquet(uri: str, table: pa.Table, rows_per_row_group: int) -> None:
+    """Writes a file of rows that are sorted by image id."""
     buffer = io.BytesIO()
     pq.write_table(
         table,
@@ -278,7 +328,7 @@ def _dictionary_columns(table: pa.Table) -> list[str]:
     return [name for name in (*_DICTIONARY_COLUMNS, *few) if name in table.column_names]
 
 
-def _write_tar(uri: str, write: Callable[[Path], int]) -> None:
+def write_tar(uri: str, write: Callable[[Path], int]) -> None:
     """Writes a tar and moves it to its URI; a tar without samples is removed from there."""
     with storage.scratch_folder() as folder:
         path = folder / _name(uri)
@@ -290,16 +340,21 @@ def _write_tar(uri: str, write: Callable[[Path], int]) -> None:
 
 def _rewrite_parquet(uri: str, change: Callable[[pa.Table], pa.Table]) -> None:
     """Replaces a file by one with changed rows; removes it where no row is left."""
-    try:
-        file = pq.ParquetFile(io.BytesIO(storage.read_bytes(uri)))
-        table = file.read()
-    except (pa.ArrowInvalid, OSError) as error:
-        raise damaged_part(uri, error) from error
+    table, rows_per_row_group = read_parquet(uri)
     left = change(table)
     if not len(left):
         storage.remove(uri)
     else:
-        _write_parquet(uri, left, file.metadata.row_group(0).num_rows)
+        write_parquet(uri, left, rows_per_row_group)
+
+
+def read_parquet(uri: str) -> tuple[pa.Table, int]:
+    """Returns a file's rows, and how many of them its first row group has."""
+    try:
+        file = pq.ParquetFile(io.BytesIO(storage.read_bytes(uri)))
+        return file.read(), file.metadata.row_group(0).num_rows
+    except (pa.ArrowInvalid, OSError) as error:
+        raise damaged_part(uri, error) from error
 
 
 def _read_info(uri: str) -> PartInfo:

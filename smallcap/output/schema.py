@@ -58,6 +58,7 @@ EMBEDDING_COLUMN = "embedding"
 IMAGE_BYTES_COLUMN = "image_bytes"
 # These three name a row's place in the run's input, for the part's footer.
 FRAGMENT, FRAGMENT_ROW, ENDS_FRAGMENT = "smallcap.fragment", "smallcap.fragment_row", "smallcap.ends_fragment"
+LEFT_OUT = "smallcap.left_out"  # list<int32>: the `LeftOut` of a fragment at its last row, null elsewhere
 # `logprob` is what a tar's JSON files call `caption_logprob`.
 _TAKEN_NAMES = (*CAPTION_COLUMNS.names, EMBEDDING_COLUMN, IMAGE_BYTES_COLUMN, "logprob")
 _RESERVED_PREFIX = "smallcap."

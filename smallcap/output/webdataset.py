@@ -1,4 +1,4 @@
-"""Writes WebDataset tars of captioned images: `KEY.jpg`, `KEY.txt` and `KEY.json` for each, as trainers read them.
+"""Writes and reads WebDataset tars of captioned images: `KEY.jpg`, `KEY.txt` and `KEY.json` for each, for trainers.
 
 It knows tars, keys and image signatures, but nothing of runs or parts. The same samples give the same bytes.
 """
@@ -11,13 +11,17 @@ import json
 import math
 import re
 import tarfile
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from smallcap import storage
 from smallcap.errors import SchemaError
 from smallcap.images.kinds import IMAGE_EXTENSIONS
+from smallcap.images.tars import StrictTarInfo
 
 _EXTENSIONS = {
     b"\xff\xd8\xff": "jpg",
@@ -83,7 +87,7 @@ def write_samples(path: Path, samples: Iterable[Sample]) -> int:
         for sample in samples:
             key = sample_key(sample.image_id, taken)
             taken.add(key)
-            record = _plain({"image_id": sample.image_id, "caption": sample.caption} | sample.record)
+            record = plain_values({"image_id": sample.image_id, "caption": sample.caption} | sample.record)
             _add(tar, f"{key}.{image_extension(sample.data)}", sample.data)
             _add(tar, f"{key}.txt", sample.caption.encode())
             _add(tar, f"{key}.json", json.dumps(record, ensure_ascii=False).encode())
@@ -117,13 +121,80 @@ def rewrite_samples(source: Path, target: Path, new_id: Callable[[str], str | No
                         content = json.dumps({**records[key], "image_id": new_ids[key]}, ensure_ascii=False).encode()
                     _add(copy, member.name, content)
     except (tarfile.TarError, ValueError, KeyError) as error:
-        raise SchemaError(
-            "A WebDataset tar of the output cannot be read.",
-            where=str(source),
-            found=str(error),
-            remedy="Delete it and the part of the same name, and start the run again to redo its images.",
-        ) from error
+        raise _damaged(source, error) from error
     return len(kept)
+
+
+def join_samples(sources: Sequence[Path], target: Path) -> int:
+    """Copies the samples of several tars to one, in the order of their image ids; returns how many there are.
+
+    Args:
+        sources: The tars; no image is in two of them.
+        target: The joined tar.
+
+    Raises:
+        SchemaError: A tar is damaged.
+    """
+    samples: list[tuple[str, str, tarfile.TarFile, list[tarfile.TarInfo]]] = []
+    taken: set[str] = set()
+    with ExitStack() as opened:
+        for source in sources:
+            try:
+                tar = opened.enter_context(tarfile.open(source))
+                members = tar.getmembers()
+                records = [json.loads(_content(tar, member)) for member in members if member.name.endswith(".json")]
+            except (tarfile.TarError, ValueError) as error:
+                raise _damaged(source, error) from error
+            by_key = {key: list(group) for key, group in groupby(members, lambda member: _key(member.name))}
+            ids = [record["image_id"] for record in records]
+            samples += [(image_id, key, tar, by_key[key]) for image_id, key in zip(ids, by_key, strict=True)]
+        with tarfile.open(target, "w", format=tarfile.PAX_FORMAT) as joined:
+            for image_id, old_key, tar, members in sorted(samples, key=lambda sample: sample[0]):
+                key = sample_key(image_id, taken)
+                taken.add(key)
+                for member in members:
+                    _add(joined, key + member.name.removeprefix(old_key), _content(tar, member))
+    return len(taken)
+
+
+def _damaged(source: Path, error: Exception) -> SchemaError:
+    return SchemaError(
+        "A WebDataset tar of the output cannot be read.",
+        where=str(source),
+        found=str(error),
+        remedy="Delete it and the part of the same name, and start the run again to redo its images.",
+    )
+
+
+def read_samples(uri: str) -> Iterator[dict[str, Any]]:
+    """Yields the samples of a tar: their `key`, the `files` by ending, and what their text and JSON say; no images.
+
+    Args:
+        uri: Any WebDataset tar that is not compressed.
+
+    Raises:
+        SchemaError: The tar is damaged.
+        StorageError: It is missing, or the service fails.
+    """
+    try:
+        with storage.open_ranged(uri) as file, tarfile.open(fileobj=file, mode="r:", tarinfo=StrictTarInfo) as tar:
+            for key, members in groupby(
+                (member for member in tar if member.isfile()), lambda member: _key(member.name)
+            ):
+                sample: dict[str, Any] = {"key": key, "files": []}
+                for member in members:
+                    ending = member.name[len(key) + 1 :]
+                    sample["files"].append(ending)
+                    if ending == "txt":
+                        sample["caption"] = _content(tar, member).decode(errors="replace")
+                    elif ending == "json":
+                        record = json.loads(_content(tar, member))
+                        sample = (record if isinstance(record, dict) else {}) | sample
+                yield sample
+    except (tarfile.TarError, ValueError) as error:
+        raise SchemaError(
+            "A tar cannot be read as WebDataset.", where=uri, expected="samples of files with one key", found=str(error)
+        ) from error
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -143,8 +214,12 @@ def _key(name: str) -> str:
     return folder + slash + base.split(".", 1)[0]
 
 
+def plain_values(row: dict[str, Any]) -> dict[str, Any]:
+    """Returns a row as JSON can hold it: bytes as base64, inf and nan as null, dates and decimals as text."""
+    return {name: _plain(value) for name, value in row.items()}
+
+
 def _plain(value: Any) -> Any:
-    """Returns a value as JSON can hold it: bytes as base64, inf and nan as null, dates and decimals as text."""
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):

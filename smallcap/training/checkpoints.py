@@ -4,7 +4,8 @@
     OUT/checkpoints/step-000001200/state.pt               optimiser and scaler
     OUT/checkpoints/step-000001200/checkpoint.json        written last: a folder without it does not exist
 
-No state of random numbers is stored: they are functions of the seed, the step and the worker.
+No state of random numbers is stored: they are functions of the seed, the step and the worker. torch is imported only to
+read and write weights.
 """
 
 from __future__ import annotations
@@ -13,15 +14,14 @@ import hashlib
 import io
 import pickle
 from collections.abc import Collection, Mapping
-from typing import Any, Literal
-
-import torch
-from safetensors.torch import load, save
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal
 
 from smallcap import storage
 from smallcap.errors import CheckpointError
 from smallcap.records import Record, VersionedRecord, load_record
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FOLDER = "checkpoints"
 MARKER, WEIGHTS_FILE, STATE_FILE = "checkpoint.json", "trained.safetensors", "state.pt"
@@ -63,6 +63,9 @@ def save_train_checkpoint(
     out: str, checkpoint: TrainCheckpoint, weights: Mapping[str, Tensor], state: Mapping[str, Any]
 ) -> TrainCheckpoint:
     """Writes a checkpoint, its marker last; returns it with its files' checksums."""
+    import torch
+    from safetensors.torch import save
+
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
     tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
@@ -94,19 +97,23 @@ def load_trained_weights(out: str, step: int, sha256: str | None = None) -> dict
     Raises:
         CheckpointError: The file's checksum is not `sha256`.
     """
+    from safetensors.torch import load
+
     return load(_read(storage.join(out, FOLDER, folder_name(step), WEIGHTS_FILE), sha256))
 
 
-@torch.no_grad()
 def restore_trained_weights(weights: Mapping[str, Tensor], out: str, step: int, sha256: str | None = None) -> None:
     """Copies the trained weights of the checkpoint after `step` steps into `weights`, by name.
 
     Raises:
         CheckpointError: The file's checksum is not `sha256`.
     """
+    import torch
+
     trained = load_trained_weights(out, step, sha256)
-    for name, weight in weights.items():
-        weight.copy_(trained[name])
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight.copy_(trained[name])
 
 
 def load_train_state(out: str, checkpoint: TrainCheckpoint) -> dict[str, Any]:
@@ -115,6 +122,8 @@ def load_train_state(out: str, checkpoint: TrainCheckpoint) -> dict[str, Any]:
     Raises:
         CheckpointError: The file does not match its marker.
     """
+    import torch
+
     uri = storage.join(out, FOLDER, checkpoint.folder, STATE_FILE)
     data = _read(uri, checkpoint.sha256[STATE_FILE])
     try:

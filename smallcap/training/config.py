@@ -6,8 +6,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from smallcap.config import AutoCount, ComputeConfig, Device, Dtype, InputConfig, Required
-from smallcap.options import POSITIONAL, Config, Flag
+from smallcap.config import AutoCount, ComputeConfig, Device, Dtype, InputConfig, ReduceFactor
+from smallcap.options import POSITIONAL_FILES, Config, Flag
 from smallcap.storage import DEFAULT_CACHE_DIR
 from smallcap.training.retrieval_sampling import RetrievalMode
 
@@ -50,13 +50,13 @@ class OptimizerConfig(Config):
     """Longer gradients are shortened to this norm."""
     epochs: int = Field(10, ge=1)
     """Passes over all examples. An image has as many examples as captions."""
-    batch_size: int = Field(64, ge=1)
+    batch_size: int = Field(64, ge=1, le=1_000_000)
     """Examples of a step, over all workers and accumulated batches."""
-    accumulate: int = Field(1, ge=1)
+    accumulate: int = Field(1, ge=1, le=1_000_000)
     """Batches that the examples of a step are split into, to save memory."""
-    max_caption_tokens: int = Field(25, ge=1)
+    max_caption_tokens: int = Field(25, ge=1, le=512)
     """Longer captions are cut to this number of tokens."""
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     """Seed of new cross-attention, shuffling, dropout and drawn captions."""
     shuffle_parts: int = Field(16, ge=1)
     """Parts of stored features (at most 256 images each) that are held in memory and shuffled together."""
@@ -78,7 +78,7 @@ class TrainComputeConfig(Config):
 class TrainConfig(Config):
     """A training run."""
 
-    sources: Annotated[tuple[str, ...], POSITIONAL] = Field(min_length=1)
+    sources: Annotated[tuple[str, ...], POSITIONAL_FILES] = Field(min_length=1)
     """Images with captions: COCO captions or Karpathy's JSON, CSV, TSV, JSONL, Parquet, or WebDataset tars."""
     validation: tuple[str, ...] = ()
     """Images with captions to choose the best epoch by; by default the `val` split of Karpathy's JSON among the
@@ -87,7 +87,7 @@ class TrainConfig(Config):
     """Folder or prefix that the images' paths are relative to; by default the source file's folder."""
     index: str | None = None
     """Published index that prompts are made from; needed unless `-k` is 0."""
-    out: Required
+    out: str
     """Output folder or prefix. The trained model is written to OUT/model."""
     model: str | None = None
     """Checkpoint to train further. Otherwise the model is made of a vision encoder and a decoder."""
@@ -95,11 +95,11 @@ class TrainConfig(Config):
     """CLIP whose vision tower is taken: a folder or a hub id such as openai/clip-vit-base-patch32."""
     decoder: str | None = None
     """Language model: a folder or a hub id such as gpt2, facebook/opt-125m, facebook/xglm-564M."""
-    reduce_factor: int = Field(4, ge=1)
-    """Factor by which the heads of a new cross-attention are smaller: 1, 2, 4, 8 or 16."""
-    eos_token: str = "."
+    reduce_factor: ReduceFactor = 4
+    """Factor by which the heads of a new cross-attention are smaller."""
+    eos_token: Annotated[str, Flag(any_text=True)] = "."
     """Token that ends a new model's captions."""
-    pad_token: str = "!"
+    pad_token: Annotated[str, Flag(any_text=True)] = "!"
     """Token that fills a new model's batches."""
     retrieval_encoder: str | None = None
     """Retrieval encoder: `open_clip:MODEL/PRETRAINED` or `hf:ID-OR-PATH`; by default the one that the index names."""
@@ -120,9 +120,11 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _starts_somewhere(self) -> Self:
-        parts = (self.vision_encoder, self.decoder)
+        parts, missing = (self.vision_encoder, self.decoder), []
         if (self.model is None) != all(parts) or (self.model is not None and any(parts)):
-            raise ValueError("give --model, or both --vision-encoder and --decoder")
+            missing.append("a model to start from is needed: give --model, or both --vision-encoder and --decoder")
         if self.index is None and self.retrieval.k:
-            raise ValueError("an index is needed for retrieval: give --index, or -k 0 to train without retrieval")
+            missing.append("an index is needed for retrieval: give --index, or -k 0 to train without retrieval")
+        if missing:
+            raise ValueError("; ".join(missing))
         return self

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -158,6 +158,16 @@ def _describe(folder: str, split: Split, name: str) -> PartEntry:
         examples=pc.sum(pc.list_value_length(table.filter(good)["captions"]), min_count=0).as_py(),
         errors={entry["values"]: entry["counts"] for entry in counted},
     )
+
+
+def read_failures(folder: str, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yields these columns of the images without features, in a folder that may not be complete yet."""
+    manifest = load_record(StoreManifest, storage.join(folder, FEATURES_FILE), SchemaError)
+    parts = manifest.parts if manifest and manifest.complete else list_parts(folder)
+    for part in parts:
+        if part.errors:
+            rows = _read(storage.join(folder, part.split, part.name), columns)
+            yield from rows.filter(pc.is_valid(rows["error_code"])).to_pylist()
 
 
 def feature_table(

@@ -52,14 +52,14 @@ def main(config_file: str, stage: str, done: int, victim: str) -> None:
     config = IndexConfig.model_validate(json.loads(Path(config_file).read_text()))
     runner: TaskRunner = LocalRunner()
     if victim != "process":
-        connect()
+        connect("local")
         runner = RayRunner()
     if stage == "pointer":
         publish_module.switch_pointer = die
     killers: list[threading.Thread] = []
 
     def watch(name: str, finished: int, total: int) -> None:
-        if name == stage and finished >= min(done, total) and not killers:
+        if name == stage and finished and finished >= min(done, total) and not killers:
             if victim != "worker":
                 die()
             killers.append(threading.Thread(target=kill_a_worker))

@@ -17,7 +17,8 @@ from smallcap.config import CleaningConfig, IndexConfig
 from smallcap.errors import CheckpointError, ConfigError, RunError, SchemaError
 from smallcap.index.manifest import load_pointer
 from smallcap.index.retriever import Retriever
-from smallcap.model.clip_encoder import load_retrieval_encoder, resolve_encoder_identity
+from smallcap.model.clip_encoder import load_retrieval_encoder
+from smallcap.model.encoder_spec import resolve_encoder_identity
 
 COLOURS = ("red", "green", "blue", "grey", "white")
 THINGS = ("dog", "cat", "ball", "boat", "tree", "kite", "house", "bird")
@@ -191,6 +192,23 @@ def test_dumps_and_encoders_that_cannot_be_read(tmp_path: Path, dump: Path, tiny
     with pytest.raises(SchemaError, match=r"not UTF-8(.|\n)*line 3"):
         build_index(config(dump.parent, tmp_path / "index", tiny_clip))
     assert not (tmp_path / "index" / "current.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [("IVF41,Flat", "fewer captions than lists"), ("PQ8", "too few captions"), ("PQ5", "faiss does")],
+)
+def test_a_key_that_does_not_suit_the_captions_is_refused_before_they_are_embedded(
+    key: str, message: str, tmp_path: Path, dump: Path, tiny_clip: Path
+) -> None:
+    stages: list[str] = []
+    with pytest.raises(ConfigError, match=message):
+        build_index(
+            config(dump, tmp_path / "new" / "index", tiny_clip, index_key=key),
+            progress=lambda stage, done, total: stages.append(stage),
+        )
+    assert "embed" not in stages
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.ray

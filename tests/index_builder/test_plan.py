@@ -4,9 +4,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from index_builder.plan import bytes_per_vector, choose_nlist, nlist_of, plan_index, plan_shards, with_open_nlist
-from index_builder.shards.template import make_index, uniform_sample
+from index_builder.plan import (
+    bytes_per_vector,
+    check_trainable,
+    choose_nlist,
+    nlist_of,
+    plan_index,
+    plan_shards,
+    with_open_nlist,
+)
+from index_builder.shards.template import check_index_key, least_training_rows, make_index, uniform_sample
 from smallcap.errors import ConfigError
+from tests.index_files import unit_vectors
 
 
 @pytest.mark.parametrize(
@@ -78,6 +87,45 @@ def test_samples_are_sorted_spread_and_inside(rows: int, count: int) -> None:
     assert (np.diff(sample) >= 0).all()
     if rows >= 2 * count:
         assert len(np.unique(sample)) > count // 2
+
+
+NO_KEYS = {
+    "out of reason": "IVF0,Flat IVF99999999999999999999,Flat IVF5000000,Flat PQ0 PQ8x20 PQ8x0 HNSW0 PQ99999 PCA0,Flat",
+    "does not know": "banana Flat, ,Flat flat IVF10, IVF10 IVF-5,Flat PQ7 IVF10,PQ7 OPQ7,PQ7 PQ64 BFlat BIVF10 SQ5 "
+    "SQ8,SQ8 IVF10,IVF10,Flat IVF٣,Flat IVF10,Flat(abc) ZnLattice3x10_6 LSH ITQ,LSH IMI2x4,PQ8",
+    "not served": "NSG32 RQ8x8 LSQ8x8 IVF10,RQ8x8 PRQ2x2x4 IDMap,Flat IDMap2,Flat Flat,RFlat IVF10,Flat,RFlat",
+    "cannot train": "PCA64,Flat PCAR33,SQ8 IVF10(RCQ2x5),Flat",
+}
+KEYS = (
+    "auto Flat IVF,Flat IVF,SQfp16 IVF,SQ8 IVF4096,SQ8 IVF65536_HNSW32,PQ8 PQ8 PQ16x4fs PQ8x12 HNSW32 HNSW32_SQ8 "
+    "HNSW32,PQ8 SQ4 SQfp16 SQbf16 OPQ8,IVF10,PQ8 OPQ8_16,PQ8 PCA16,IVF10,Flat RR16,Flat L2norm,Flat RaBitQ "
+    "IVF10,RaBitQ4 IVF1024(RCQ2x5),Flat"
+)
+
+
+@pytest.mark.parametrize(("message", "key"), [(m, key) for m, keys in NO_KEYS.items() for key in keys.split(" ")])
+def test_a_key_that_cannot_be_built_is_refused_before_anything_is_read(message: str, key: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        check_index_key(key, 32)
+    assert caught.value.where == f"index_key={key}"
+    assert caught.value.expected
+
+
+@pytest.mark.parametrize("key", KEYS.split())
+def test_a_key_that_can_be_built_is_trained_with_the_captions_it_asks_for(key: str) -> None:
+    check_index_key(key, 32)
+    plan = plan_index(70_000, 32, key, 1)
+    needed = least_training_rows(make_index(plan.index_key, 32))
+    check_trainable(plan, needed)
+    assert needed == {"PQ8x12": 4096, "PQ16x4fs": 16}.get(key, 256 if "PQ" in key else 0)
+    if 0 < needed <= 256 and "IVF" not in key:
+        enough = plan_index(needed, 32, key, 1)
+        check_trainable(enough, needed)
+        make_index(key, 32).train(unit_vectors(needed))  # which raises an error if they are too few
+        with pytest.raises(
+            ConfigError, match=rf"too few captions(.|\n)*at least {needed} (.|\n)*found: {needed - 1}\n"
+        ):
+            check_trainable(plan_index(needed - 1, 32, key, 1), needed)
 
 
 @pytest.mark.parametrize("key", ["PQ8", "IVF4,PQ8", "OPQ8,IVF4,PQ8", "HNSW8_PQ8"])

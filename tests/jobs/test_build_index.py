@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import io
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -7,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from jobs import build_index
+from jobs.cluster.display import Display
+from jobs.cluster.stopping import StopSignals
 from smallcap.config import IndexConfig
 from smallcap.errors import CheckpointError, ManifestError, StorageError
 from smallcap.index.manifest import load_manifest
@@ -32,7 +36,6 @@ def test_command_line_and_what_it_prints(
     assert load_manifest(f"{tmp_path}/index").index_id in printed.out
     assert "2 captions of 3 rows in 2 shards, Flat; dropped: 1 duplicate" in printed.out
     assert "recall@4 1.0000" in printed.out
-    assert "embed: 2 done" in printed.err
     with pytest.raises(SystemExit, match="0"):
         runpy.run_module("jobs.build_index", run_name="__main__")
     assert capsys.readouterr().out.startswith("Nothing to do")
@@ -60,7 +63,7 @@ def test_module_starts_its_own_ray(tmp_path: Path, arguments: list[str], start_j
 def test_what_is_missing_is_named_before_ray_starts(
     tmp_path: Path, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build_index, "connect", lambda _: pytest.fail("Ray was started for nothing"))
+    monkeypatch.setattr(build_index, "on_shown_ray", lambda *_: pytest.fail("Ray was started for nothing"))
     (tmp_path / "captions.csv").write_text("caption\na dog\n")
     there = IndexConfig(dumps=(f"{tmp_path}/captions.csv",), out=f"{tmp_path}/index", encoder=f"hf:{tiny_clip}")
     for changed, error, message in (
@@ -71,3 +74,25 @@ def test_what_is_missing_is_named_before_ray_starts(
         for function in (build_index.run, build_index.plan):
             with pytest.raises(error, match=message):
                 function(there.model_copy(update=changed))
+
+
+def test_every_stage_has_words_for_people() -> None:
+    """The names of stages as the builder's code gives them."""
+    calls = r'(?:run|run_actors)\(\s*"([a-z ]+)"|run_recorded\(\s*staging, "([a-z ]+)"|_run\("([a-z ]+)"'
+    code = "".join(path.read_text() for path in Path(build_index.__file__).parents[1].glob("index_builder/**/*.py"))
+    named = {name for found in re.findall(calls, code) for name in found if name}
+    assert named == set(build_index._STAGES)
+
+
+def test_stages_are_shown_one_after_the_other() -> None:
+    stream = io.StringIO()
+    with Display(StopSignals(), stream) as display, build_index.StageDisplay(display) as stages:
+        assert stages.place() == ""
+        stages.tell("clean", 0, 1_000)
+        stages.tell("clean", 600, 1_100)
+        assert stages.place() == " while cleaning captions (600 of 1,100 rows done)"
+        stages.tell("template", 0, 1)
+        assert stages.place() == " while training the index"
+        stages.tell("calibrate", 2, 2)
+        stages.tell("calibrate", 0, 2)  # another round
+        assert stages.place() == " while choosing how lists are searched (0 of 2 shards done)"

@@ -49,7 +49,7 @@ def test_images_become_rows_with_captions_and_neighbours(s3: str, index: str, ti
         schema = pq.read_schema(io.BytesIO(storage.read_bytes(part)))
         check_caption_schema(schema, part)
         assert schema.metadata[b"smallcap.run_id"].decode() == summary.record.run_id
-    record = json.loads(storage.read_bytes(storage.join(out, "run.json")))
+    record = json.loads(storage.read_bytes(storage.join(out, "_run.json")))
     assert record["status"] == "complete"
     assert record["images"] == {"total": 20, "ok": 20, "error": 0, "errors_by_code": {}}
     assert record["attempts"][0]["caption_s"] > 0
@@ -229,7 +229,7 @@ def test_what_is_missing_is_named_before_ray_starts(tmp_path: Path, index: str, 
         caption.run(config_for(images, str(tmp_path / "nothing"), tiny_smallcap, out))
     with pytest.raises(CheckpointError, match="no such model folder"):
         caption.run(config_for(images, index, tmp_path / "no" / "model", out))
-    assert not (tmp_path / "out" / "run.json").exists()
+    assert not (tmp_path / "out" / "_run.json").exists()
 
 
 def test_a_foreign_parquet_file_in_the_output_is_refused(tmp_path: Path, index: str, tiny_smallcap: Path) -> None:

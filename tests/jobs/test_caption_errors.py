@@ -15,8 +15,8 @@ from jobs.cli import app
 from smallcap import storage
 from smallcap.config import CaptionConfig
 from smallcap.errors import ConfigError, ConflictError, StorageError
-from smallcap.output.part_files import list_parts
-from smallcap.output.schema import ENDS_FRAGMENT, FRAGMENT, FRAGMENT_ROW
+from smallcap.output.part_files import PartInfo, list_parts
+from smallcap.output.schema import ENDS_FRAGMENT, FRAGMENT, FRAGMENT_ROW, LEFT_OUT
 from tests.caption_runs import config_for, jpeg, read_rows, write_images
 
 
@@ -72,8 +72,8 @@ def test_rows_that_an_orphaned_worker_wrote_again_are_taken_out(tmp_path: Path, 
     whole = read_rows(str(out))
     part = Path(list_parts(str(out))[0])
     (out / "part-001-000099.parquet").write_bytes(part.read_bytes())
-    record = json.loads((out / "run.json").read_text())
-    (out / "run.json").write_text(json.dumps(record | {"status": "running"}))
+    record = json.loads((out / "_run.json").read_text())
+    (out / "_run.json").write_text(json.dumps(record | {"status": "running"}))
     summary = caption.run(finished_run.model_copy(update={"out": str(out)}))
     assert summary.new_images == 0
     assert list(read_rows(str(out)).image_id) == list(whole.image_id)
@@ -88,6 +88,19 @@ def test_an_unwritable_output_stops_the_run(tmp_path: Path, index: str, tiny_sma
         caption.run(config_for(images, index, tiny_smallcap, str(out)))
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [("compute.num_actors=64", "at most 8 on 4 CPUs"), ("compute.device=cuda", "No node of the cluster has a GPU")],
+)
+def test_what_the_cluster_cannot_hold_is_refused_and_leaves_nothing(
+    wrong: str, message: str, tmp_path: Path, index: str, tiny_smallcap: Path
+) -> None:
+    write_images(f"{tmp_path}/images", 2)
+    with pytest.raises(ConfigError, match=message):
+        caption.run(config_for(f"{tmp_path}/images", index, tiny_smallcap, f"{tmp_path}/new/out", wrong))
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
 def test_a_part_says_which_rows_it_holds() -> None:
     table = pa.table(
         {
@@ -95,6 +108,7 @@ def test_a_part_says_which_rows_it_holds() -> None:
             FRAGMENT: pa.array([3, 3, 4, 4], pa.int32()),
             FRAGMENT_ROW: pa.array([7, 5, 0, 1], pa.int32()),
             ENDS_FRAGMENT: [True, False, False, False],
+            LEFT_OUT: [[1, 2], None, None, None],
             "status": ["ok", "error", "ok", "ok"],
             "error_code": [None, "empty", None, None],
         }
@@ -103,3 +117,5 @@ def test_a_part_says_which_rows_it_holds() -> None:
     assert {number: rows.to_json() for number, rows in info.rows.items()} == {3: [[5, 6], [7, 8]], 4: [[0, 2]]}
     assert {number: rows.to_json() for number, rows in info.failed.items()} == {3: [[5, 6]]}
     assert (info.ends, info.ok, info.errors) == ((3,), 3, {"empty": 1})
+    assert info.left_out == {3: (1, 2)}
+    assert PartInfo.from_json(info.to_json()) == info

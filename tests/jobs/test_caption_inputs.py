@@ -4,13 +4,15 @@ import io
 import json
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from jobs import caption
-from jobs.captioning.record import Account
+from jobs.captioning import write
+from jobs.captioning.record import Account, load_run_record
 from jobs.captioning.work import finish_run, list_work
 from smallcap import storage
 from smallcap.captioner import Captioner
@@ -156,10 +158,89 @@ def test_the_account_of_a_run(tmp_path: Path, index: str, tiny_smallcap: Path) -
         assert summary.record.account == Account(seen=9, captioned=5, errors=1, repeats=1, passed_over=2)
     text = caption.describe(summary)
     assert "1 file of in.tar like images, but hidden, links, or beside the image of their sample" in text
-    assert "1 file with the ending of an image, but with a name or folder that begins with . or _" in text
+    assert "1 file with the ending of an image or a tar, but with a name or folder that begins with . or _" in text
     Path(list_parts(out)[0]).unlink()
     with pytest.raises(SchemaError, match="do not add up"):
         finish_run(config, summary.record, list_work(config, summary.record))
+
+
+@pytest.fixture
+def odd_tars(tmp_path: Path) -> str:
+    """Two tars with nine members like images: five rows, two repeats, and two that are passed over."""
+    first = [
+        ("c.jpg", b"no image"),
+        ("a.jpg", jpeg(1)),
+        ("a.mask.png", jpeg(2)),
+        ("b.jpg", jpeg(3)),
+        ("a.jpg", jpeg(1)),
+    ]
+    second = [("d.jpg", jpeg(4)), ("e.psd", b"8BPS"), ("f.jpg", jpeg(5)), ("d.jpg", jpeg(4))]
+    for name, members in (("0.tar", first), ("1.tar", second)):
+        storage.write_bytes(f"{tmp_path}/in/{name}", make_tar(*members))
+    return f"{tmp_path}/in"
+
+
+ODD = Account(seen=9, captioned=4, errors=1, repeats=2, passed_over=2)
+
+
+@pytest.mark.parametrize("written", range(4))
+def test_the_account_of_a_run_that_was_stopped_is_that_of_an_undisturbed_one(
+    odd_tars: str, tmp_path: Path, index: str, tiny_smallcap: Path, written: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets = ("output.rows_per_part=2", "compute.batch_size=1")
+    config = config_for(odd_tars, index, tiny_smallcap, f"{tmp_path}/out", *sets)
+    parts: list[str] = []
+    write_part = write.write_part
+
+    def write_some(out: str, name: str, *arguments: Any) -> None:
+        if len(parts) == written:
+            raise RuntimeError("stopped")
+        write_part(out, name, *arguments)
+        parts.append(name)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(write, "write_part", write_some)
+        if written < 3:  # else it is done
+            with pytest.raises(RuntimeError, match="stopped"):
+                caption.run(config)
+        else:
+            caption.run(config)
+    for retry_failed in (False, True):
+        record = caption.run(config, retry_failed=retry_failed).record
+        assert record.account == ODD
+        assert record.tars.passed_over == {f"{odd_tars}/{number}.tar": 1 for number in range(2)}
+        assert load_run_record(config.out) == record
+
+
+def test_the_account_of_a_limited_run_has_the_tars_that_were_read_to_their_ends(
+    odd_tars: str, tmp_path: Path, index: str, tiny_smallcap: Path
+) -> None:
+    for limit, account in (
+        (2, Account(seen=2, captioned=1, errors=1, repeats=0, passed_over=0)),
+        (4, Account(seen=6, captioned=3, errors=1, repeats=1, passed_over=1)),
+        (9, ODD),
+    ):
+        config = config_for(odd_tars, index, tiny_smallcap, f"{tmp_path}/out", f"limit={limit}")
+        assert caption.run(config).record.account == account
+
+
+def test_a_folder_with_marks_of_patterns_in_its_name_holds_everything(
+    anywhere: str, tmp_path: Path, index: str, tiny_smallcap: Path
+) -> None:
+    folder, decoy = f"{anywhere}/run [12]*?", f"{anywhere}/run 1xy"
+    for number in range(3):
+        storage.write_bytes(f"{folder}/in [a]/{number}.jpg", jpeg(number))
+    storage.write_bytes(f"{decoy}/in a/9.jpg", jpeg(9))
+    for uri in storage.list_files(index):
+        storage.write_bytes(f"{folder}/index{uri.removeprefix(index)}", storage.read_bytes(uri))
+    storage.write_bytes(f"{folder}/list [1].csv", b"image_uri\nin [a]/0.jpg\n")
+    for source, rows in (("in [a]", 3), ("list [1].csv", 1), ("in [a]/*.jpg", 3), ("in [a]/1.jpg", 1)):
+        out = f"{folder}/out [{rows}] of {source.replace('/', ' ')}"
+        config = config_for(f"{folder}/{source}", f"{folder}/index", tiny_smallcap, out, "output.write=[webdataset]")
+        summary = caption.run(config)
+        assert (summary.images.ok, len(read_rows(out))) == (rows, rows)
+        assert caption.run(config, relist=True).new_images == 0
+    assert storage.list_files(decoy) == [f"{decoy}/in a/9.jpg"]
 
 
 def test_rows_of_a_list_that_cannot_be_read_are_errors_and_take_no_image_with_them(
@@ -198,7 +279,7 @@ def test_outputs_beside_the_parts(s3: str, index: str, tiny_smallcap: Path) -> N
     assert alone.embedding is not None
     assert by_id["007.jpg"] == pytest.approx(alone.embedding.tolist(), abs=2e-3)
     members: dict[str, bytes] = {}
-    for uri in storage.list_files(storage.join(out, "webdataset")):
+    for uri in storage.list_files(storage.join(out, "_webdataset")):
         with tarfile.open(fileobj=io.BytesIO(storage.read_bytes(uri))) as tar:
             members |= {entry.name: tar.extractfile(entry).read() for entry in tar}  # type: ignore[union-attr]
     assert len(members) == 30

@@ -138,9 +138,9 @@ def test_version() -> None:
         (["caption", "photos", "--index", "i", "--model", "demo"], 2, "Give --out"),
         (["caption", "photos", "--model", "demo", "--out", "o"], 2, "give --index"),
         (["caption", "p", "--index", "i", "--model", "m", "--out", "o", "--set", "retrival.k=1"], 2, "retrieval"),
-        (["caption", "p", "--config", "/nowhere.yaml"], 1, "/nowhere.yaml"),
+        (["caption", "p", "--config", "/nowhere.yaml"], 2, "/nowhere.yaml"),
         (["caption", "--retry-failed", "/nowhere"], 2, "no run in this folder"),
-        (["inspect", "/nowhere"], 2, "neither an index nor a run"),
+        (["inspect", "/nowhere"], 2, "nothing here that smallcap has written"),
         (["search", "--index", "/nowhere", "--text", "x"], 1, "no published index"),
         (["search", "--index", "/nowhere"], 2, "either --image or --text"),
         (["build-index", "/nowhere.csv", "--out", "o", "--encoder", "RN50"], 2, "open_clip:RN50x64/openai"),
@@ -148,7 +148,7 @@ def test_version() -> None:
         (["build-index", "a.csv", "--out", "o"], 2, "give --encoder"),
         (["build-index", "--remove", "everything", "--out", "o"], 2, "source=NAME"),
         (["index", "list", "/nowhere"], 1, "no published index"),
-        (["index", "gc", "/nowhere", "--grace", "soon"], 2, "not a duration"),
+        (["index", "gc", "/nowhere", "--grace", "soon"], 2, "a duration such as 90s"),
         (["no-such-command"], 2, "No such command"),
     ],
 )
@@ -171,4 +171,5 @@ def test_a_process_ends_with_one_message_and_the_status() -> None:
     command = [sys.executable, "-m", "jobs.cli", "caption", "photos", "--batch-size", "many"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
     assert done.returncode == 2
-    assert "error: Options are missing.\n  remedy: Give --model and --out.\n" == done.stderr
+    index = "Besides, an index is needed for retrieval: give --index, or -k 0 to caption without retrieval."
+    assert done.stderr == f"error: Options are missing.\n  remedy: Give --model and --out. {index}\n"

@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from jobs import doctor
 from jobs.cli import app
 from jobs.doctor import examine, list_checks
 from jobs.terminal.call_options import DoctorOptions
-from smallcap.doctor.isolation import Check
+from smallcap.doctor.isolation import Check, Isolation
 from smallcap.doctor.report import Finding, fail, ok, warn
 
 runner = CliRunner()
@@ -30,16 +29,17 @@ def found(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Finding]]:
     """What each check finds, by its subject; the checks themselves do not run."""
     findings: dict[str, list[Finding]] = {}
 
-    def answer(check: Check, on_wait: Any) -> Iterator[Finding]:
+    def answer(self: Isolation, check: Check) -> Iterator[Finding]:
         yield from findings.get(check.subject, [ok(check.subject, "is well")])
 
-    monkeypatch.setattr(doctor, "run_check", answer)
+    monkeypatch.setattr(Isolation, "run", answer)
     return findings
 
 
 def test_every_check_names_a_function() -> None:
     options = DoctorOptions(index="i", storage=("a", "b"), address="auto")
-    for check in (*list_checks(options), *list_checks(DoctorOptions())):
+    without_index = DoctorOptions(retrieval_encoder="hf:e", quick=True)
+    for check in (*list_checks(options), *list_checks(DoctorOptions()), *list_checks(without_index)):
         assert callable(resolve_name(check.run))
         assert check.remedy.endswith(".")
     assert [check.subject for check in list_checks(options)] == [
@@ -49,6 +49,21 @@ def test_every_check_names_a_function() -> None:
     assert [check.subject for check in list_checks(DoctorOptions(quick=True))] == [
         *("packages", "machine", "imports", "devices", "model"),
     ]
+    assert list_checks(without_index)[-1].subject == "retrieval encoder"
+
+
+def test_a_remedy_is_that_of_the_place_which_was_given() -> None:
+    """A folder needs no credentials, and a bucket no disk."""
+    for uri, words in (
+        ("out/run", "a folder that can be made"),
+        ("s3://bucket/run", "AWS_ENDPOINT_URL"),
+        ("gs://bucket/run", "the credentials and the network"),
+    ):
+        (remedy,) = [c.remedy for c in list_checks(DoctorOptions(storage=(uri,))) if c.subject == f"storage {uri}"]
+        assert words in remedy
+    for uri, words in (("out/index", "build-index"), ("s3://bucket/index", "AWS_ENDPOINT_URL")):
+        (remedy,) = [check.remedy for check in list_checks(DoctorOptions(index=uri)) if check.subject == "index"]
+        assert words in remedy
 
 
 def test_what_needs_a_failed_check_is_left_out(found: dict[str, list[Finding]]) -> None:
@@ -56,8 +71,19 @@ def test_what_needs_a_failed_check_is_left_out(found: dict[str, list[Finding]]) 
     findings = {finding.subject: finding for finding in examine(list_checks(DoctorOptions(storage=("s",))))}
     left_out = [subject for subject, finding in findings.items() if finding.status == "warn"]
     assert left_out == ["devices", "model", "search", "captions", "speed"]
-    assert findings["search"].found == "not looked at, because of devices"
+    assert findings["search"].found == "not looked at, because of imports"  # not of devices, which nobody looked at
     assert findings["storage s"].status == "ok"
+
+
+def test_what_is_left_out_names_the_line_that_failed(found: dict[str, list[Finding]]) -> None:
+    """`devices` and `machine` are no lines of the report."""
+    found["devices"] = [fail("gpu driver", "is old", "Update it."), fail("cuda", "two of them", "Remove one.")]
+    findings = {finding.subject: finding for finding in examine(list_checks(DoctorOptions()))}
+    assert findings["speed"] == warn("speed", "not looked at, because of gpu driver", "Mend gpu driver first.")
+    assert findings["model"].status == "ok"
+    found["devices"], found["machine"] = [], [fail("temporary files", "nowhere", "Name a folder.")]
+    findings = {finding.subject: finding for finding in examine(list_checks(DoctorOptions()))}
+    assert findings["captions"].found == "not looked at, because of temporary files"
 
 
 def test_the_report_is_text_and_its_exit_code_says_whether_anything_fails(found: dict[str, list[Finding]]) -> None:
@@ -82,5 +108,6 @@ def test_broken_set_ups_end_in_failures_with_remedies(tmp_path: Path) -> None:
     assert code == 1
     assert failed.keys() >= {f"storage {tmp_path}/file/folder", "index", "model", "cluster 127.0.0.1:1"}
     assert all(finding["remedy"] for finding in failed.values())
+    assert not [subject for subject, finding in failed.items() if "AWS" in finding["remedy"]]  # all is on this disk
     assert "Connection refused" in failed["cluster 127.0.0.1:1"]["found"]
     assert {"python", "packages", "memory", "dtype"} <= {f["subject"] for f in findings if f["status"] == "ok"}

@@ -159,8 +159,10 @@ def test_metrics_that_cannot_run_are_named_and_the_others_run(tmp_path: Path) ->
 
 def test_an_incomplete_run_is_said_to_be_one(tmp_path: Path) -> None:
     stored = copy_run(RUN, str(tmp_path / "run"))
-    record = json.loads((tmp_path / "run" / "run.json").read_text())
-    (tmp_path / "run" / "run.json").write_text(json.dumps(record | {"status": "running", "retrieval_encoder": "other"}))
+    record = json.loads((tmp_path / "run" / "_run.json").read_text())
+    (tmp_path / "run" / "_run.json").write_text(
+        json.dumps(record | {"status": "running", "retrieval_encoder": "other"})
+    )
     warnings = evaluate([stored, RUN], write_coco(str(tmp_path)))["warnings"]
     assert any("is not complete" in warning for warning in warnings)
     assert any("different encoders" in warning for warning in warnings)

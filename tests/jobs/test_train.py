@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from jobs import train
 from jobs.cli import app
+from jobs.inspect import inspect_path
 from smallcap import storage
 from smallcap.captioner import Captioner
 from smallcap.errors import CheckpointError, ConfigError
@@ -107,6 +108,10 @@ def test_bad_images_are_counted(finished: train.TrainSummary) -> None:
     assert (data.images, data.examples, data.validation_images) == (IMAGES, 2 * IMAGES, IMAGES)
     assert data.errors == {"not_an_image": 2, "not_found": 2}  # of training and validation
     assert "left out" in train.describe(finished)
+    facts = inspect_path(finished.out, 2, errors=True)
+    assert (facts["kind"], facts["steps_done"], facts["model"]) == ("training run", 12, f"{finished.out}/model")
+    reasons = [(row["image_id"], row["error_code"]) for row in facts["errors"]]
+    assert reasons == [("broken.jpg", "not_an_image"), ("missing.jpg", "not_found")] * 2
 
 
 def test_the_best_epoch_is_chosen_by_cider(finished: train.TrainSummary) -> None:
@@ -201,5 +206,5 @@ def test_a_workers_own_error_is_the_runs(source: Path, index: str, tiny_smallcap
 
 
 def test_a_wrong_model_is_told_before_ray_starts(source: Path, index: str, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no weights file"):
+    with pytest.raises(CheckpointError, match="no config.json"):
         train.run(train_config(source, index, tmp_path, tmp_path / "out"))

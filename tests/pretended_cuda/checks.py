@@ -15,9 +15,9 @@ Mutation = Callable[[pytest.MonkeyPatch], None]
 
 
 @contextmanager
-def mutated(mutation: Mutation | None) -> Iterator[PretendedCuda]:
+def mutated(mutation: Mutation | None, cards: int = 1) -> Iterator[PretendedCuda]:
     """A pretended device with a fault in the code that runs on it, or without one."""
-    with pretended_cuda() as cuda, pytest.MonkeyPatch.context() as monkeypatch:
+    with pretended_cuda(cards=cards) as cuda, pytest.MonkeyPatch.context() as monkeypatch:
         if mutation is not None:
             mutation(monkeypatch)
         yield cuda

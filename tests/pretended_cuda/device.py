@@ -1,8 +1,10 @@
 """A pretended GPU: tensors that say `cuda:0`, whose values are computed on the CPU under the rules of CUDA.
 
-`with pretended_cuda() as cuda:` makes torch believe in it, in all threads that start meanwhile. It notices
+`with pretended_cuda() as cuda:` makes torch believe in it, or in several, in all threads that start meanwhile. It
+notices
 
 * tensors of different devices in one operation: it raises what torch raises on a GPU;
+* work on another GPU than the one that captures, and every GPU that is used at all;
 * each wait of the host and each upload, with its source line; inside a capture they raise;
 * captures that read or write other memory than a replay finds (see `tests.pretended_cuda.graphs`);
 * reads that no wait orders after their write on another stream (see `tests.pretended_cuda.streams`);
@@ -29,7 +31,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.pretended_cuda.graphs import CaptureError, Recording
-from tests.pretended_cuda.rules import CUDA, aten, leaves, mapped, rule_of, signature_of, transfers_of
+from tests.pretended_cuda.rules import aten, leaves, mapped, rule_of, signature_of, transfers_of
 from tests.pretended_cuda.streams import Memory, Order, Queue, Stream
 
 _ROOT = Path(__file__).parents[2]
@@ -78,7 +80,7 @@ class OnCuda(Tensor):
                 strides=inner.stride(),
                 storage_offset=inner.storage_offset(),
                 dtype=inner.dtype,
-                device=CUDA,
+                device=memory.home.device,
             )
         made.inner, made.memory = inner, memory
         return made
@@ -115,20 +117,19 @@ class PretendedCuda:
         replays: How often graphs were replayed.
         attention_shapes: How often attention met which shapes: query, key, and mask if there is one.
         threads: The threads that launched something, each with its streams. Libraries keep plans of kernels by thread.
+        cards_used: Numbers of the GPUs on which something was launched, or for which memory was pinned: a process has
+            a context on each, which takes hundreds of megabytes.
     """
 
-    torch_device = CUDA
-
-    def __init__(self, total_bytes: int) -> None:
+    def __init__(self, total_bytes: int, cards: int) -> None:
         self.events: Counter[Event] = Counter()
         self.hazards: Counter[Event] = Counter()
         self.captures: list[Capture] = []
         self.replays = 0
         self.attention_shapes: Counter[tuple[tuple[int, ...], ...]] = Counter()
         self.threads: defaultdict[threading.Thread, set[Queue]] = defaultdict(set)
-        self.order = Order(total_bytes, self._report_hazard)
-        self.default_stream = Stream(self, self.order.default)
-        self.capture_stream = Stream(self, self.order.take_queue(0))
+        self.cards_used: set[int] = set()
+        self.order = Order(total_bytes, cards, self._report_hazard)
         self.is_pretended = True
         self._local = threading.local()
         self._capturing: dict[int, str] = {}  # threads, and what their captures forbid
@@ -160,25 +161,64 @@ class PretendedCuda:
         if self.is_pretended:
             self.hazards[_event(what)] += 1
 
-    # --- streams and captures
+    # --- GPUs, streams and captures
 
-    def current_stream(self, device: Any = None) -> Stream:
-        """Returns this thread's stream."""
-        return getattr(self._local, "stream", self.default_stream)
+    def current_device(self) -> int:
+        """Returns the number of this thread's GPU."""
+        return getattr(self._local, "card", 0)
 
-    def set_stream(self, stream: Stream) -> None:
-        """Changes this thread's stream."""
-        self._local.stream = stream
+    def set_device(self, device: Any) -> None:
+        """Changes this thread's GPU."""
+        self._local.card = self.card_of(device)
 
     @contextmanager
-    def on_stream(self, stream: Stream | None) -> Iterator[None]:
-        """Changes this thread's stream for a while; None leaves it."""
-        before = self.current_stream()
-        self.set_stream(stream or before)
+    def on_device(self, device: Any) -> Iterator[None]:
+        """Changes this thread's GPU for a while."""
+        before = self.current_device()
+        self.set_device(device)
         try:
             yield
         finally:
-            self.set_stream(before)
+            self.set_device(before)
+
+    def card_of(self, device: Any) -> int:
+        """Returns the number of a GPU; without one in `device`, that of this thread."""
+        index = device if isinstance(device, int) else None if device is None else torch.device(device).index
+        return self.current_device() if index is None else index
+
+    def default_stream(self, device: Any = None) -> Stream:
+        """Returns the stream of a GPU that threads have at first."""
+        return Stream(self, self.order.defaults[self.card_of(device)])
+
+    def new_stream(self, device: Any = None, priority: int = 0) -> Stream:
+        """Returns a stream of a GPU."""
+        return Stream(self, self.order.take_queue(self.card_of(device), priority))
+
+    def current_stream(self, device: Any = None) -> Stream:
+        """Returns this thread's stream on a GPU."""
+        return self._streams().get(self.card_of(device)) or self.default_stream(device)
+
+    def set_stream(self, stream: Stream) -> None:
+        """Changes this thread's stream on a GPU, which becomes its GPU."""
+        self._local.card = stream.device.index
+        self._streams()[stream.device.index] = stream
+
+    def _streams(self) -> dict[int, Stream]:
+        return self._local.__dict__.setdefault("streams", {})
+
+    @contextmanager
+    def on_stream(self, stream: Stream | None) -> Iterator[None]:
+        """Changes this thread's stream and GPU for a while; None leaves them."""
+        if stream is None:
+            yield
+            return
+        with self.on_device(stream.device):
+            before = self.current_stream()
+            self.set_stream(stream)
+            try:
+                yield
+            finally:
+                self.set_stream(before)
 
     def begin_capture(self, recording: Recording, pool: Any, error_mode: str) -> None:
         """Records what this thread does from now on."""
@@ -198,13 +238,14 @@ class PretendedCuda:
         """Launches a recording."""
         self.replays += 1
         overwritten = [memory for ref in recording.overwritten if (memory := ref()) is not None]
-        self.order.launch(self.current_stream().queue, list(recording.found), overwritten)
+        self.order.launch(self.current_stream(recording.device).queue, list(recording.found), overwritten)
         recording.replay()
 
     # --- pinned memory
 
     def pin(self, tensor: Tensor) -> Tensor:
         """Marks a CPU tensor's memory as pinned."""
+        self.cards_used.add(self.current_device())
         self._pinned[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
@@ -233,8 +274,9 @@ class PretendedCuda:
             CaptureError: It waits or uploads inside a capture.
         """
         given = leaves([*args, *kwargs.values()])
-        used = [value for value in given if isinstance(value, OnCuda)]
-        if not used and not any(isinstance(value, torch.device) and value.type == "cuda" for value in given):
+        if not any(isinstance(value, OnCuda) for value in given) and not any(
+            isinstance(value, torch.device) and value.type == "cuda" for value in given
+        ):
             pins = kwargs.get("pin_memory")
             result = func(*args, **kwargs | ({"pin_memory": False} if pins else {}))
             return self.pin(result) if pins else result
@@ -245,12 +287,18 @@ class PretendedCuda:
         for kind in (*transfers_of(func, args, kwargs), *(["value"] if rule.waits else [])):
             self.note(kind)
             if kind in WAITS:
-                self.order.wait_on_host(self.current_stream().queue.known())
-        return self._compute(func, args, kwargs, used, rule.on_cuda)
+                self.order.wait_on_host(self._queue_of(given).known())
+        return self._compute(func, args, kwargs, given, rule.on_cuda)
+
+    def _queue_of(self, given: list[Any]) -> Queue:
+        """Returns where an operation with these arguments is launched: on the GPU it names, else on its tensors'."""
+        named = [value for value in given if isinstance(value, torch.device) and value.type == "cuda"]
+        return self.current_stream([*named, *(value.device for value in given if isinstance(value, OnCuda))][0]).queue
 
     def _compute(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], used: list[OnCuda], on_cuda: bool
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Any], on_cuda: bool
     ) -> Any:
+        used = [value for value in given if isinstance(value, OnCuda)]
         inner_args = [mapped(_inner, value) for value in args]
         inner_kwargs = {name: mapped(_inner, value) for name, value in kwargs.items() if name != "pin_memory"}
         if inner_kwargs.get("device") is not None:
@@ -260,12 +308,15 @@ class PretendedCuda:
             memory = used[0].memory
             return mapped(lambda value: OnCuda(value, memory), func(*inner_args, **inner_kwargs))
 
-        queue = self.current_stream().queue
+        queue = self._queue_of(given)
         self.threads[threading.current_thread()].add(queue)
+        self.cards_used.add(queue.device.index)
         memories = [tensor.memory for tensor in used]
         written = [tensor for tensor in signature.written(args, kwargs) if isinstance(tensor, OnCuda)]
         recording: Recording | None = getattr(self._local, "recording", None)
         if recording is not None:
+            if queue.device != recording.device:
+                raise CaptureError(f"Inside a capture on {recording.device}: {func} on {queue.device}.")
             recording.before(memories, [(tensor.memory, tensor.inner) for tensor in written])
         compute = _ON_CPU.get(func, func)
         result = compute(*inner_args, **inner_kwargs)

@@ -36,7 +36,8 @@ def new_pool() -> tuple[int, int]:
 class Recording:
     """The operations of one capture, and the memory that they use."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.operations: list[Callable[[], None]] = []
         self.made: set[Memory] = set()
         self.found: dict[Memory, Any] = weakref.WeakKeyDictionary()  # type: ignore[assignment]
@@ -104,7 +105,7 @@ class CUDAGraph:
 
     def capture_begin(self, pool: Any = None, capture_error_mode: str = "global", **_: Any) -> None:
         self._pool = pool or new_pool()
-        self._recording = Recording()
+        self._recording = Recording(self._cuda.current_stream().device)
         self._cuda.begin_capture(self._recording, self._pool, capture_error_mode)
 
     def capture_end(self) -> None:
@@ -132,7 +133,7 @@ def capturing(
     """Stands in for `torch.cuda.graph`."""
     pool = pool.pool() if isinstance(pool, CUDAGraph) else pool
     cuda.order.synchronize()
-    with cuda.on_stream(stream or cuda.capture_stream):
+    with cuda.on_stream(stream or cuda.new_stream()):
         cuda_graph.capture_begin(pool, capture_error_mode)
         try:
             yield

@@ -18,7 +18,6 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import _disable_current_modes
 
 aten = torch.ops.aten
-CUDA = torch.device("cuda", 0)
 
 # A composite operation falls into simpler ones, except where the CPU has a kernel for the whole.
 _WHOLE = (aten.linear.default, aten.matmul.default)
@@ -81,7 +80,7 @@ def signature_of(func: Any) -> Signature:
 def _described(value: Any) -> Any:
     """Returns all of an argument that decides which rule applies."""
     if isinstance(value, Tensor):
-        return value.device.type, value.dtype, value.dim() == 0
+        return value.device, value.dtype, value.dim() == 0
     return value if isinstance(value, torch.device) else type(value)
 
 

@@ -18,8 +18,8 @@ STREAMS_PER_PRIORITY = 32  # torch hands out the same ones again after that many
 class Queue:
     """A stream of the driver, for which several of torch's `Stream` objects may stand."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, card: int) -> None:
+        self.name, self.device = name, torch.device("cuda", card)
         self.launched = 0
         self.waited_for: dict[Queue, int] = {}
 
@@ -52,22 +52,24 @@ class Order:
     """What is known to be done before what.
 
     Args:
-        total_bytes: Memory of the device.
+        total_bytes: Memory of all GPUs together.
+        cards: Number of GPUs.
         report: Is told of each hazard.
     """
 
-    def __init__(self, total_bytes: int, report: Callable[[str], None]) -> None:
+    def __init__(self, total_bytes: int, cards: int, report: Callable[[str], None]) -> None:
         self.total_bytes, self.allocated_bytes = total_bytes, 0
-        self.default = Queue("default stream")
+        self.defaults = [Queue("default stream", card) for card in range(cards)]
         self._report = report
         self._done: dict[Queue, int] = {}  # what the host has waited for
-        self._pools: dict[int, list[Queue]] = {}  # by priority, the one that was taken last at the end
+        # By GPU and priority, the one that was taken last at the end.
+        self._pools: dict[tuple[int, int], list[Queue]] = {}
 
-    def take_queue(self, priority: int) -> Queue:
-        """Returns the next stream of a priority, as torch does: they come round again."""
-        pool = self._pools.setdefault(priority, [])
+    def take_queue(self, card: int, priority: int) -> Queue:
+        """Returns the next stream of a GPU and a priority, as torch does: they come round again."""
+        pool = self._pools.setdefault((card, priority), [])
         is_full = len(pool) == STREAMS_PER_PRIORITY
-        pool.append(pool.pop(0) if is_full else Queue(f"stream {len(pool)} of priority {priority}"))
+        pool.append(pool.pop(0) if is_full else Queue(f"stream {len(pool)} of priority {priority}", card))
         return pool[-1]
 
     def allocate(self, size: int, queue: Queue) -> Memory:
@@ -107,7 +109,7 @@ class Order:
 
     def synchronize(self) -> None:
         """Lets the host wait for all streams."""
-        for queue in [self.default, *(queue for pool in self._pools.values() for queue in pool)]:
+        for queue in [*self.defaults, *(queue for pool in self._pools.values() for queue in pool)]:
             merge(self._done, queue.known())
 
     def _is_before(self, queue: Queue, other: Queue, count: int) -> bool:
@@ -120,7 +122,7 @@ class Stream:
 
     def __init__(self, cuda: Any, queue: Queue) -> None:
         self._cuda, self.queue = cuda, queue
-        self.device = cuda.torch_device
+        self.device = queue.device
 
     def wait_stream(self, other: Stream) -> None:
         merge(self.queue.waited_for, other.queue.known())

@@ -1,14 +1,21 @@
 """The whole captioner on the pretended device: the CPU's captions, few waits for each batch, and lasting threads."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from smallcap.captioner import Captioner, CaptionResult
+from smallcap import captioner as captioner_module
+from smallcap.captioner import Captioner, CaptionerOptions, CaptionResult
+from smallcap.errors import RunError
 from smallcap.images.crops import Pixels
+from smallcap.model import checkpoint
+from smallcap.model.prompt import load_tokenizer
 from tests.caption_runs import jpeg
 from tests.pretended_cuda.checks import Mutation, check_waits, mutated
 from tests.pretended_cuda.conftest import MakeCaptioner
@@ -147,3 +154,128 @@ def test_the_next_batch_is_prepared_on_another_stream(make_captioner: MakeCaptio
         (here,) = [streams for thread, streams in cuda.threads.items() if thread is threading.current_thread()]
         (beside,) = [streams for thread, streams in cuda.threads.items() if thread is not threading.current_thread()]
     assert not here & beside
+
+
+# --- the second GPU
+
+
+def check_second_gpu(make_captioner: MakeCaptioner, mutation: Mutation | None = None) -> None:
+    """On the second GPU the captions are the CPU's, and the process has nothing on the first one."""
+    on_cpu = make_captioner("cpu", max_new_tokens=5)
+    batches = batches_for(on_cpu, sizes=(3, 2))
+    expected = comparable(caption(on_cpu, batches))
+    with mutated(mutation, cards=2) as cuda:
+        captioner = make_captioner("cuda:1", max_new_tokens=5)
+        assert captioner.retriever.search_backend == "gpu-exact"
+        alone = [result for batch in batches for result in captioner.caption_batch(*batch)]
+        assert comparable(alone) == comparable(caption(captioner, batches)) == expected
+        assert cuda.captures and not cuda.hazards
+        assert cuda.cards_used == {1}, f"GPUs that were used: {cuda.cards_used}"
+        assert torch.cuda.current_device() == 0  # as the caller had it
+
+
+def test_a_captioner_on_the_second_gpu_leaves_the_first_alone(make_captioner: MakeCaptioner) -> None:
+    check_second_gpu(make_captioner)
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [(checkpoint, "Inside a capture on cuda:0"), (captioner_module, "GPUs that were used")],
+    ids=["decoding", "preparing"],
+)
+def test_work_on_another_gpu_than_the_current_one_is_noticed(
+    module: Any, message: str, make_captioner: MakeCaptioner
+) -> None:
+    def leave_out(monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(module, "on_device", lambda device: nullcontext())
+
+    with pytest.raises((AssertionError, RuntimeError), match=message):
+        check_second_gpu(make_captioner, leave_out)
+
+
+# --- kernels
+
+
+def test_attention_has_no_plans_for_shapes_and_float32_is_exact_wherever_a_model_was_loaded(
+    tiny_smallcap: Path,
+) -> None:
+    source = str(tiny_smallcap)
+    with pretended_cuda():
+        model = checkpoint.load_checkpoint(source)
+        assert torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cudnn.allow_tf32
+        tokenizer = load_tokenizer(checkpoint.tokenizer_source(source))
+        Captioner(model.to("cuda"), tokenizer, options=CaptionerOptions(k=0))
+        assert not torch.backends.cuda.cudnn_sdp_enabled() and not torch.backends.cudnn.allow_tf32
+
+
+# --- memory that runs out beside the decoder
+
+MIB = 1 << 20
+STEPS: dict[str, Callable[[Captioner], tuple[Any, str]]] = {
+    "the encoders or the search: encode": lambda captioner: (captioner, "encode"),
+    "the encoders or the search: embed": lambda captioner: (captioner, "embed"),
+    "the encoders or the search: retrieve": lambda captioner: (captioner, "retrieve"),
+    "the text encoder": lambda captioner: (captioner.retrieval_encoder, "encode_texts"),
+}
+
+
+@pytest.fixture(params=STEPS)
+def step(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def take_memory(captioner: Captioner, step: str, image_bytes: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Lets a step take so much memory for each image; returns a list of the sizes that it is tried with."""
+    owner, name = STEPS[step](captioner)
+    run, sizes = getattr(owner, name), list[int]()
+
+    def hungry(rows: Any, *rest: Any) -> Any:
+        sizes.append(len(rows))
+        taken = torch.empty(len(rows) * image_bytes, dtype=torch.uint8, device="cuda")
+        result = run(rows, *rest)
+        del taken
+        return result
+
+    monkeypatch.setattr(owner, name, hungry)
+    return sizes
+
+
+def test_each_step_goes_on_in_halves_where_memory_runs_out(
+    make_captioner: MakeCaptioner, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_cpu = make_captioner("cpu", num_beams=1, max_new_tokens=3)
+    batches = batches_for(on_cpu, sizes=(6, 3))
+    expected = comparable(caption(on_cpu, batches))
+    with pretended_cuda() as cuda:
+        captioner = make_captioner("cuda", num_beams=1, max_new_tokens=3)
+        sizes = take_memory(captioner, step, 16 * MIB, monkeypatch)
+        freed: list[bool] = []
+        free = captioner.model.free_memory
+        monkeypatch.setattr(
+            captioner.model, "free_memory", lambda: (freed.append(captioner._generating.locked()), free())
+        )
+        cuda.order.total_bytes = cuda.order.allocated_bytes + 60 * MIB
+        assert comparable(caption(captioner, batches)) == expected
+        assert sizes[:3] == [6, 4, 2]
+        assert sorted(sizes[3:]) == [1, 2, 2, 2]  # later batches are cut at once
+        assert freed == [True, True]  # never beside a generation of another thread
+        assert comparable([result for batch in batches for result in captioner.caption_batch(*batch)]) == expected
+        assert max(sizes[3:]) == 2
+        assert not cuda.hazards
+
+
+def test_one_image_for_which_memory_does_not_suffice_ends_with_a_remedy(
+    make_captioner: MakeCaptioner, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pretended_cuda() as cuda:
+        captioner = make_captioner("cuda", num_beams=1, max_new_tokens=3)
+        (batch,) = batches_for(captioner, sizes=(3,))
+        sizes = take_memory(captioner, step, 80 * MIB, monkeypatch)
+        cuda.order.total_bytes = cuda.order.allocated_bytes + 60 * MIB
+        for captioned in (lambda: caption(captioner, [batch]), lambda: captioner.caption_batch(*batch)):
+            with pytest.raises(RunError, match="does not suffice for one image") as raised:
+                captioned()
+            assert raised.value.where.startswith(step.partition(":")[0])
+            assert "CUDA out of memory" in raised.value.found
+            assert "gpus_per_actor" in raised.value.remedy
+        assert sizes == [3, 2, 1, 1, 1, 1]  # the last try comes after memory was freed

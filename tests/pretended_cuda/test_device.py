@@ -89,6 +89,46 @@ def test_waits_and_transfers_are_counted_and_forbidden_in_captures(
         operation(tensor)  # the capture has ended
 
 
+def test_several_gpus_have_their_own_streams_and_one_is_current() -> None:
+    with pretended_cuda(cards=2) as cuda:
+        assert torch.cuda.device_count() == 2
+        on_first, on_second = torch.ones(2, device="cuda"), torch.ones(2, device="cuda:1")
+        assert (on_first.device.index, on_second.device.index, (on_second + 1).device.index) == (0, 1, 1)
+        assert torch.cuda.current_stream() != torch.cuda.current_stream("cuda:1")
+        with pytest.raises(RuntimeError, match="device"):
+            on_first + on_second
+        assert on_first.to("cuda:1").device.index == 1
+        stream = torch.cuda.Stream("cuda:1")
+        with torch.cuda.stream(stream):  # which makes its GPU the current one
+            assert torch.cuda.current_device() == 1
+            assert torch.ones(1, device="cuda").device.index == 1
+            assert torch.cuda.current_stream() == stream
+        with torch.cuda.device(1):
+            assert torch.cuda.Stream().device.index == 1
+            assert torch.cuda.current_stream() == torch.cuda.default_stream("cuda:1")
+        assert torch.cuda.current_device() == 0
+        assert cuda.cards_used == {0, 1}
+
+
+def test_memory_is_pinned_for_the_current_gpu() -> None:
+    with pretended_cuda(cards=2) as cuda:
+        with torch.cuda.device(1):
+            torch.empty(4, pin_memory=True)
+        assert cuda.cards_used == {1}
+
+
+def test_a_capture_is_of_one_gpu() -> None:
+    with pretended_cuda(cards=2) as cuda:
+        tensor = torch.ones(4, device="cuda:1")
+        with pytest.raises(CaptureError, match=r"Inside a capture on cuda:0: aten\.add\.Tensor on cuda:1"):
+            captured(lambda: tensor + 1)
+        with torch.cuda.device(1):
+            graph = captured(lambda: tensor.add_(1))
+        graph.replay()
+        assert tensor.tolist() == [2, 2, 2, 2]
+        assert cuda.captures[-1].stream.device == tensor.device
+
+
 def test_what_stays_on_the_device_waits_for_nothing() -> None:
     with pretended_cuda() as cuda:
         tensor = torch.arange(6, device="cuda").view(2, 3).float()

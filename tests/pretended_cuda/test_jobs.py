@@ -9,8 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs import caption
+from jobs.cluster.display import Activity
 from jobs.train import open_record
-from jobs.training.features import store_features
+from jobs.training.features import VisionSide, store_features
 from jobs.training.inputs import list_inputs
 from smallcap.model.checkpoint import load_crop_plan
 from smallcap.output.part_files import list_parts
@@ -90,7 +91,8 @@ def test_features_for_training_are_the_cpus(index: str, tiny_smallcap: Path, tmp
         plan = load_crop_plan(str(tiny_smallcap), start.retrieval_encoder)
         folder = f"{tmp_path}/{device}/features"
         with in_process_ray():
-            manifest = store_features(config, start, list_inputs(config, config.out), plan, "0" * 64, folder)
+            inputs, vision = list_inputs(config, config.out), VisionSide(plan, "0" * 64)
+            manifest = store_features(config, start, inputs, vision, folder, Activity("Encoding images"))
         (part,) = manifest.parts
         uri = f"{folder}/{part.split}/{part.name}"
         return read_features(uri), read_queries(uri)

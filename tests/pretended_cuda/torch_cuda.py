@@ -18,7 +18,7 @@ from torch.cuda._utils import _get_device_index
 from tests.pretended_cuda import graphs
 from tests.pretended_cuda.backward import run_backward
 from tests.pretended_cuda.device import OnCuda, PretendedCuda
-from tests.pretended_cuda.streams import Event, Stream
+from tests.pretended_cuda.streams import Event
 
 NAME = "pretended GPU"
 GIB = 1 << 30
@@ -28,14 +28,15 @@ _engine = torch.autograd._engine_run_backward
 
 
 @contextmanager
-def pretended_cuda(total_bytes: int = 80 * GIB) -> Iterator[PretendedCuda]:
-    """Pretends a GPU until the block ends, in this thread and in those that start meanwhile.
+def pretended_cuda(total_bytes: int = 80 * GIB, cards: int = 1) -> Iterator[PretendedCuda]:
+    """Pretends GPUs until the block ends, in this thread and in those that start meanwhile.
 
     Args:
-        total_bytes: The GPU's memory; `torch.OutOfMemoryError` is raised where tensors would need more.
+        total_bytes: The memory of all GPUs together; `torch.OutOfMemoryError` is raised where tensors would need more.
+        cards: The number of GPUs.
     """
     torch._C._ensureCUDADeviceGuardSet()  # a guard that does nothing, where there is no real GPU
-    cuda = PretendedCuda(total_bytes)
+    cuda = PretendedCuda(total_bytes, cards)
     with pytest.MonkeyPatch.context() as monkeypatch:
         for name, stand_in in _stand_ins(cuda).items():
             monkeypatch.setattr(f"torch.{name}", stand_in)
@@ -46,12 +47,13 @@ def pretended_cuda(total_bytes: int = 80 * GIB) -> Iterator[PretendedCuda]:
             with cuda.operations():
                 yield cuda
         finally:
-            restore_precision()  # a float32 model on a GPU switches TF32 off for the whole process
+            restore_kernels()  # a model on a GPU changes them for the whole process
     cuda.is_pretended = False
 
 
-def restore_precision() -> None:
-    """Sets torch's switches for TF32 as they are when it is imported."""
+def restore_kernels() -> None:
+    """Sets torch's switches for TF32 and cuDNN's attention as they are when it is imported."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
     torch.backends.fp32_precision = "none"
     torch.backends.cudnn.allow_tf32 = True
     torch.set_float32_matmul_precision("highest")
@@ -66,9 +68,10 @@ def _stand_ins(cuda: PretendedCuda) -> dict[str, Any]:
         "_lazy_init": lambda: None,
         "_lazy_call": lambda *_, **__: None,
         "manual_seed_all": lambda seed: None,
-        "device_count": lambda: 1,
-        "current_device": lambda: 0,
-        "set_device": lambda device: None,
+        "device_count": lambda: len(cuda.order.defaults),
+        "current_device": cuda.current_device,
+        "set_device": cuda.set_device,
+        "device": cuda.on_device,
         "get_device_name": lambda device=None: NAME,
         "get_device_properties": lambda device=None: properties,
         "get_device_capability": lambda device=None: (properties.major, properties.minor),
@@ -83,12 +86,12 @@ def _stand_ins(cuda: PretendedCuda) -> dict[str, Any]:
         "reset_peak_memory_stats": lambda device=None: None,
         "empty_cache": lambda: None,
         "synchronize": lambda device=None: (cuda.note("synchronize"), cuda.order.synchronize()),
-        "Stream": lambda device=None, priority=0: Stream(cuda, cuda.order.take_queue(priority)),
+        "Stream": cuda.new_stream,
         "Event": lambda **_: Event(cuda),
         "stream": cuda.on_stream,
         "set_stream": cuda.set_stream,
         "current_stream": cuda.current_stream,
-        "default_stream": lambda device=None: cuda.default_stream,
+        "default_stream": cuda.default_stream,
         "CUDAGraph": lambda keep_graph=False: graphs.CUDAGraph(cuda),
         "graph": partial(graphs.capturing, cuda),
         "graph_pool_handle": graphs.new_pool,

@@ -11,11 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
+import smallcap
 from smallcap.captioned import CaptionResult
 from smallcap.captioner import Captioner, CaptionerOptions
 from smallcap.errors import ConfigError, ErrorCode, IndexIntegrityError
 from smallcap.images.crops import Pixels
-from smallcap.model.checkpoint import load_crop_plan
+from smallcap.model.checkpoint import load_checkpoint, load_crop_plan
 from tests.caption_runs import jpeg
 from tests.index_files import build_text_index
 
@@ -80,6 +81,26 @@ def test_a_bad_image_is_a_result_with_an_error_among_the_others(captioner: Capti
     assert captioner.caption([]) == []
 
 
+def test_an_image_is_captioned_alike_in_every_form(captioner: Captioner, tmp_path: Path) -> None:
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(jpeg(3))
+    opened = Image.open(path)
+    given = [str(path), path, f"file://{path}", jpeg(3), opened, np.asarray(opened)]
+    assert captioner.caption(given) == captioner.caption([jpeg(3)] * len(given))
+    missing, found = captioner.caption(iter([tmp_path / "no.jpg", path]), image_ids=("no", None))
+    assert missing.error is not None and (missing.error.code, missing.error.where) == (
+        ErrorCode.NOT_FOUND,
+        f"{tmp_path}/no.jpg",
+    )
+    assert found.caption is not None
+    with pytest.raises(TypeError, match=r"images\[1\]: .* found NoneType"):
+        captioner.caption([path, None])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match=r"found str\. For one image write \[image\]"):
+        captioner.caption(str(path))
+    with pytest.raises(ValueError, match="expected 2 ids"):
+        captioner.caption([path, path], image_ids=["a"])
+
+
 def test_an_images_own_captions_can_be_excluded(captioner: Captioner) -> None:
     (plain,) = captioner.caption([jpeg(0)])
     store = captioner.retriever.captions  # type: ignore[union-attr]
@@ -129,6 +150,9 @@ def test_options_are_fields_and_keywords_and_without_retrieval_no_index_is_neede
     options = CaptionerOptions(k=0, num_beams=2, dtype="float32")
     captioner = Captioner.from_pretrained(str(tiny_smallcap), options=options, num_beams=1)
     assert (captioner.k, captioner.generation.num_beams, captioner.model.dtype) == (0, 1, torch.float32)
+    decoding = smallcap.GenerationConfig(num_beams=1, max_new_tokens=3)
+    only_decoding = Captioner.from_pretrained(str(tiny_smallcap), options=decoding, k=0)
+    assert (only_decoding.generation.num_beams, only_decoding.generation.max_new_tokens) == (1, 3)
     (result,) = captioner.caption([jpeg(0)])
     assert result.caption is not None
     assert result.neighbours == ()
@@ -137,6 +161,21 @@ def test_options_are_fields_and_keywords_and_without_retrieval_no_index_is_neede
         Captioner.from_pretrained(str(tiny_smallcap))
     with pytest.raises(ConfigError, match="Did you mean num_beams"):
         Captioner.from_pretrained(str(tiny_smallcap), num_beam=1)
+
+
+@pytest.mark.parametrize("gpu_is_there", [False, True])
+def test_by_default_the_model_goes_to_a_gpu_if_there_is_one(
+    gpu_is_there: bool, tiny_smallcap: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu_is_there)
+    monkeypatch.setattr(
+        "smallcap.captioner.load_checkpoint",
+        lambda model, device, dtype: (asked.append(device), load_checkpoint(model, "cpu", dtype))[1],
+    )
+    for options in ({}, {"device": "auto"}, {"device": "cpu"}):
+        Captioner.from_pretrained(str(tiny_smallcap), k=0, dtype="float32", **options)
+    assert asked == ["cuda" if gpu_is_there else "cpu"] * 2 + ["cpu"]
 
 
 def test_batches_that_are_prepared_beside_each_other_are_those_alone(captioner: Captioner) -> None:
@@ -187,10 +226,10 @@ def test_a_batch_too_large_to_prepare_goes_on_in_halves(captioner: Captioner, mo
         return encode(pixels)
 
     monkeypatch.setattr(captioner, "encode", encode_few)
-    monkeypatch.setattr(captioner.model, "free_memory", lambda: freed.append(threading.get_ident()))
-    monkeypatch.setattr(captioner, "_prepared_together", None)
+    monkeypatch.setattr(captioner.model, "free_memory", lambda: freed.append(captioner._generating.locked()))
+    monkeypatch.setattr(captioner._preparing, "limit", None)
     assert [_texts(columns.to_results()) for columns in captioner._caption_overlapped(batches)] == expected
-    assert set(freed) == {threading.get_ident()}  # never beside a generation
+    assert freed == [True, True]  # never beside a generation
     sizes.clear()
     list(captioner._caption_overlapped(batches))
     assert max(sizes) <= 2  # it remembers

@@ -169,6 +169,30 @@ def test_keys_that_obstore_refuses_are_listed_among_the_others(s3: str) -> None:
     assert list(storage.iter_files(f"{s3}/in/b/")) == [uri for uri in listed if "/b/" in uri]
 
 
+def test_a_listed_file_whose_name_is_not_utf8_is_read_in_every_way(tmp_path: Path) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/d\xe8/caf\xe9.csv"))
+    path.parent.mkdir()
+    path.write_bytes(b"x")
+    (uri,) = storage.list_files(str(tmp_path))
+    assert uri == f"{tmp_path}/d\\xe8/caf\\xe9.csv"
+    assert storage.list_files(f"{tmp_path}/d\\xe8") == [uri]  # as the command line has it
+    assert storage.is_folder(f"{tmp_path}/d\\xe8")
+    assert storage.exists(uri)
+    assert storage.size(uri) == 1
+    assert storage.read_bytes(uri) == b"x"
+    with storage.open_ranged(uri) as file, storage.local_file(uri) as local:
+        assert file.read() == local.read_bytes() == b"x"
+
+
+def test_what_is_removed_is_a_path_whatever_marks_its_name_has(anywhere: str) -> None:
+    for name in ("run [12]/a", "run [12]/b/c", "run 1/a", "run 2", "run [*]"):
+        storage.write_bytes(f"{anywhere}/{name}", b"x")
+    storage.remove(f"{anywhere}/run [12]")
+    storage.remove(f"{anywhere}/run [*]")
+    storage.remove(f"{anywhere}/run [1-9]")  # which does not exist
+    assert storage.list_files(anywhere) == [f"{anywhere}/run 1/a", f"{anywhere}/run 2"]
+
+
 def test_a_file_is_read_in_ranges(anywhere: str) -> None:
     data, uri = bytes(range(256)) * 40, f"{anywhere}/ü #%20+.bin"
     storage.write_bytes(uri, data)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from index_builder.work.staging import ABANDONED_AFTER, Staging, run_recorded
-from smallcap.errors import ConflictError, RunError
+from smallcap.errors import ConfigError, ConflictError, RunError
 
 PLAN = "0123456789abcdef" * 4
 
@@ -40,6 +40,22 @@ def test_the_folder_outlasts_a_block_that_fails(tmp_path: Path) -> None:
         raise RunError("stopped")
     with Staging(str(tmp_path), PLAN) as again:  # its owner has ended, although the process lives on
         assert again.results("stage", int).load() == {3: 7}
+
+
+def test_an_error_of_the_options_leaves_nothing_that_is_not_worth_keeping(tmp_path: Path) -> None:
+    index = tmp_path / "new" / "index"
+    with pytest.raises(ConfigError), Staging(str(index), PLAN) as staging:
+        staging.results("stage", int).save(3, 7)
+        raise ConfigError("wrong")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ConfigError), Staging(str(index), PLAN) as staging:
+        staging.results("stage", int).save(3, 7)
+        staging.keep()
+        raise ConfigError("wrong")
+    with pytest.raises(ConfigError), Staging(str(index), PLAN) as again:
+        assert again.results("stage", int).load() == {3: 7}
+        raise ConfigError("wrong again, but there is work of an earlier call")
+    assert Path(again.uri).is_dir()
 
 
 @pytest.mark.parametrize("host", [socket.gethostname(), "far"])

@@ -1,13 +1,14 @@
 """The guard finds the image that kills its process."""
 
 import os
+import threading
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.captioning.crash_guard import CrashGuard, CrashGuardClient
+from jobs.captioning.crash_guard import CrashGuard, CrashGuardClient, DecodeClock
 from jobs.cluster.side_actor import SideActor, run_side_actor
 
 
@@ -67,6 +68,30 @@ def test_a_batch_of_one_may_die_once() -> None:
     assert guard.begin(0, [3]) == [3]
 
 
+def test_an_image_that_is_given_up_is_left_out_and_no_other() -> None:
+    guard = CrashGuard()
+    client = CrashGuardClient(LocalActor(guard))
+    assert guard.begin(0, [3, 4]) == []
+    client.give_up(0, 3)
+    assert client.run_guarded(0, [3, 4], lambda rows: [str(row) for row in rows]) == [None, "4"]
+    assert client.too_slow(0, [3, 4]) == [3]
+    assert client.too_slow(1, [3]) == []
+
+
+def test_a_clock_ends_a_process_that_one_image_keeps_busy() -> None:
+    given_up: list[int] = []
+    ended = threading.Event()
+    with DecodeClock(given_up.append, limit_s=0.05, look_every_s=0.01, end=ended.set) as clock:
+        clock.begin(7)
+        while not ended.is_set():
+            sum(range(1000))
+    assert given_up == [7]
+    with DecodeClock(given_up.append, limit_s=0.0, look_every_s=0.001, end=ended.set) as clock:
+        clock.begin(None)
+        sum(range(1_000_000))  # no image's
+    assert given_up == [7]
+
+
 @given(st.lists(st.tuples(st.integers(0, 3), st.lists(st.integers(0, 20), unique=True)), max_size=30))
 def test_what_is_cleared_takes_no_memory(batches: list[tuple[int, list[int]]]) -> None:
     guard = CrashGuard()
@@ -75,6 +100,27 @@ def test_what_is_cleared_takes_no_memory(batches: list[tuple[int, list[int]]]) -
         guard.clear(fragment, rows)
     assert not guard._begun
     assert not guard._alone
+
+
+@pytest.mark.ray
+def test_an_image_without_end_costs_one_more_attempt() -> None:
+    import ray
+
+    with run_side_actor(CrashGuard) as actor:
+        client = CrashGuardClient(actor)
+
+        def decode(rows: list[int]) -> list[str]:
+            with DecodeClock(lambda row: client.give_up(2, row), limit_s=0.5, look_every_s=0.1) as clock:
+                for row in rows:
+                    clock.begin(row)
+                    while row == 5:
+                        pass
+            return [f"image {row}" for row in rows]
+
+        task = ray.remote(max_retries=1)(lambda: client.run_guarded(2, list(range(8)), decode))
+        expected = [None if row == 5 else f"image {row}" for row in range(8)]
+        assert ray.get(task.remote(), timeout=120) == expected
+        assert client.too_slow(2, list(range(8))) == [5]
 
 
 @pytest.mark.ray

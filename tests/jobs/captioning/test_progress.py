@@ -1,19 +1,17 @@
 """What people see while a run goes on and at its end, from made-up figures."""
 
 import io
-import threading
 from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
-from jobs.captioning import progress
 from jobs.captioning.progress import (
+    PipelineView,
     RecentRates,
     find_bottleneck,
     progress_line,
     render,
-    show_progress,
     stage_table,
 )
 from jobs.captioning.stage_report import Snapshot, StageReport
@@ -45,49 +43,17 @@ FULL = replace(
 
 
 class Recorded:
-    """Gives one snapshot after the other."""
+    """Gives one snapshot after the other, the last one for ever."""
 
     def __init__(self, *snapshots: Snapshot | None) -> None:
         self._snapshots = list(snapshots)
-        self.drawn = threading.Event()  # all of them: the last one has been asked for again
-        self._asked_for_last = False
 
     def snapshot(self) -> Snapshot | None:
-        if len(self._snapshots) > 1:
-            return self._snapshots.pop(0)
-        if self._asked_for_last:
-            self.drawn.set()
-        self._asked_for_last = True
-        return self._snapshots[0]
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
+        return self._snapshots.pop(0) if len(self._snapshots) > 1 else self._snapshots[0]
 
 
 def at(elapsed_s: float, captioned: int, **changes: object) -> Snapshot:
     return replace(NOTHING, elapsed_s=elapsed_s, actors=1, caption=StageReport("caption", captioned), **changes)  # type: ignore[arg-type]
-
-
-def test_a_rate_is_of_the_latest_seconds_and_needs_two_batches() -> None:
-    rates = RecentRates()
-    rates.add(at(30, 0))
-    rates.add(at(31, 100))
-    assert rates.of("caption") is None  # the first batch says nothing of the next: actors were starting
-    for second in range(2, 30):
-        rates.add(at(30 + second, 100 * second))
-    assert rates.of("caption") == pytest.approx(100)
-    for second in range(30, 41):
-        rates.add(at(30 + second, 2900))
-    assert rates.of("caption") == pytest.approx(200 / 13)  # nothing has ended for a while: it falls
-
-
-def test_a_rate_of_slow_batches_spans_several() -> None:
-    rates = RecentRates()
-    for second in range(100):
-        rates.add(at(second, 64 * (second // 20)))
-    assert rates.of("caption") == pytest.approx(128 / 59)  # 64 images every 20 s
 
 
 def test_the_outlook_says_what_is_not_known_yet() -> None:
@@ -116,34 +82,19 @@ def test_actors_that_were_started_again_are_told() -> None:
     assert "started again" not in progress_line(FULL, RecentRates())
 
 
-def test_a_terminal_gets_a_live_display(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "_POLL_S", 0.01)
-    stream = Terminal()
-    source = Recorded(None, NOTHING, at(10, 10), FULL)
-    with show_progress(source, stream):
-        assert source.drawn.wait(60)
-    text = stream.getvalue()
-    assert "starting actors" in text
-    assert "fetch and decode" in text
-    assert "30 truncated, 2 empty" in text
-
-
-def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    stream = io.StringIO()
-    with show_progress(Recorded(FULL), stream):
-        pass
-    assert stream.getvalue() == ""  # a short run
-    monkeypatch.setattr(progress, "_LINE_EVERY_S", 0.02)
-    source = Recorded(NOTHING, NOTHING, FULL)
-    with show_progress(source, stream):
-        assert source.drawn.wait(60)
-    first, *_ = stream.getvalue().splitlines()
-    assert first.startswith("1 min 40 s: loaded 1,000, captioned 1,000, written 1,000; errors: 30 truncated, 2 empty;")
-
-
-def test_an_error_of_the_run_passes_and_ends_the_display() -> None:
-    with pytest.raises(ZeroDivisionError), show_progress(Recorded(FULL), Terminal()):
-        _ = 1 / 0
+def test_a_view_counts_from_the_start_of_the_job_and_says_what_is_loaded() -> None:
+    view = PipelineView(Recorded(None, NOTHING, FULL, None), before_s=20.0, models="MODEL and the index INDEX")
+    assert view.line() == "Starting the pipeline"
+    assert not view.is_under_way
+    line = view.line()
+    assert line == "25 s: loaded 0, captioned 0, written 0; starting actors, which load MODEL and the index INDEX"
+    assert not view.is_under_way
+    assert view.line().startswith("2 min: loaded 1,000, captioned 1,000, written 1,000; errors: 30 truncated, 2 empty;")
+    assert view.is_under_way
+    assert view.line().startswith("2 min: ")  # the monitor does not answer: the figures stay
+    console = Console(file=io.StringIO(), width=100)
+    console.print(view.render())
+    assert "fetch and decode" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ from jobs.captioning.record import (
     describe_passed_over,
     load_run_record,
     most_counted,
-    read_parts,
     run_lock,
     write_run_record,
 )
+from smallcap import storage
 from smallcap.config import CaptionConfig
 from smallcap.errors import ConfigError, SchemaError
 from smallcap.options import load_config
@@ -29,25 +29,25 @@ def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     record = RunRecord.new(config(), "abcd", "demo", model_id="demo@1234")
     write_run_record(str(tmp_path), record)
     assert load_run_record(str(tmp_path)) == record
-    record.check_same_run(config(), "demo@1234", "out")
+    record.check_same_run(config(), lambda: "demo@1234", "out")
     with pytest.raises(ConfigError, match="model weights: demo@1234 → demo@5678"):
-        record.check_same_run(config(), "demo@5678", "out")
+        record.check_same_run(config(), lambda: "demo@5678", "out")
     with pytest.raises(ConfigError, match=r"num_captions: 1 → 2"):
-        record.check_same_run(config(generation={"num_captions": 2}), "demo@1234", "out")
+        record.check_same_run(config(generation={"num_captions": 2}), lambda: "demo@1234", "out")
 
 
 def test_options_that_came_after_a_run_began_have_their_defaults() -> None:
     record = RunRecord.new(config(), "abcd", "demo", model_id="demo@1234")
     generation = {name: value for name, value in record.config["generation"].items() if name != "num_captions"}
     older = record.model_copy(update={"config": record.config | {"generation": generation}})
-    older.check_same_run(config(), "demo@1234", "out")
+    older.check_same_run(config(), lambda: "demo@1234", "out")
     with pytest.raises(ConfigError, match=r"num_captions: 1 → 2"):
-        older.check_same_run(config(generation={"num_captions": 2}), "demo@1234", "out")
+        older.check_same_run(config(generation={"num_captions": 2}), lambda: "demo@1234", "out")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"format_version": 1}', '{"format_version": 99}'])
 def test_a_malformed_record_is_refused(tmp_path: Path, text: str) -> None:
-    (tmp_path / "run.json").write_text(text)
+    (tmp_path / "_run.json").write_text(text)
     with pytest.raises(SchemaError, match=r"run\.json"):
         load_run_record(str(tmp_path))
 
@@ -69,16 +69,36 @@ def test_a_run_is_done_as_far_as_it_was_asked(finished: int | None, asked: int |
     assert record.model_copy(update={"status": "complete", "limit": finished}).is_done(asked) == done
 
 
-def test_a_damaged_part_is_named_with_its_remedy(tmp_path: Path) -> None:
-    (tmp_path / "part-000-000000.parquet").write_bytes(b"PAR1 and nothing more")
-    with pytest.raises(SchemaError, match="Delete the part"):
-        list(read_parts(str(tmp_path), ["image_id"]))
-
-
 def test_a_second_driver_is_kept_out(tmp_path: Path) -> None:
     with run_lock(str(tmp_path)), pytest.raises(ConfigError, match="Another process"), run_lock(str(tmp_path)):
         pass
     with run_lock(str(tmp_path)):
+        pass
+
+
+def test_a_run_that_never_began_leaves_nothing(tmp_path: Path, anywhere: str) -> None:
+    out = f"{anywhere}/new/out"
+    with pytest.raises(ConfigError, match="wrong"), run_lock(out):
+        storage.write_bytes(f"{out}/_work/list", b"")
+        raise ConfigError("wrong")
+    assert not storage.exists(anywhere)
+    storage.write_bytes(f"{out}/mine", b"")
+    with pytest.raises(ConfigError, match="wrong"), run_lock(out):
+        raise ConfigError("wrong")
+    assert storage.list_folder(out) == [f"{out}/mine"]
+    with pytest.raises(ConfigError, match="wrong"), run_lock(out):
+        write_run_record(out, RunRecord.new(config(), "abcd", "demo", model_id="demo@1234"))
+        storage.write_bytes(f"{out}/_work/list", b"")
+        raise ConfigError("wrong, but the run has begun")
+    assert storage.exists(f"{out}/_work/list")
+
+
+def test_a_lock_that_was_removed_meanwhile_is_held_by_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lock_too_late(file: object, operation: int) -> None:
+        (tmp_path / ".lock").unlink()
+
+    monkeypatch.setattr("fcntl.flock", lock_too_late)
+    with pytest.raises(ConfigError, match="Another process"), run_lock(str(tmp_path)):
         pass
 
 

@@ -7,9 +7,11 @@ import pytest
 
 from jobs.cluster import nodes
 from jobs.cluster.nodes import check_cluster, check_local_ray, compare_nodes
+from jobs.cluster.session import connect
 from smallcap.doctor.installation import describe_installation
-from smallcap.doctor.isolation import Check, run_check
+from smallcap.doctor.isolation import Check, Isolation
 from smallcap.doctor.report import Finding
+from smallcap.errors import RunError
 from tests.in_process_ray import in_process_ray
 
 NAMES = {"a": "head", "b": "worker-1", "c": "worker-2"}
@@ -62,9 +64,11 @@ def test_a_node_that_cannot_run_the_task(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (local.status, local.found) == ("fail", "a task does not run: RuntimeError: No module named 'torch'")
 
 
-def test_nothing_listens_at_the_address() -> None:
-    with pytest.raises(OSError, match="refused"):
-        list(check_cluster("ray://127.0.0.1:1"))
+def test_nothing_listens_at_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr(nodes, "connect", connect)
+    with pytest.raises(RunError, match="nothing listens"):
+        list(check_cluster("127.0.0.1:1"))
 
 
 @pytest.mark.ray
@@ -72,10 +76,11 @@ def test_a_real_cluster_and_a_real_local_ray() -> None:
     import ray
 
     address = ray.get_runtime_context().gcs_address
-    check = Check("cluster", f"{nodes.__name__}:check_cluster", (address,), 100, "Look.")
-    resources, same = run_check(check, lambda *_: None)
+    cluster = Check("cluster", f"{nodes.__name__}:check_cluster", (address,), 100, "Look.")
+    local = Check("ray", f"{nodes.__name__}:check_local_ray", (), 100, "Look.")
+    with Isolation(lambda *_: None) as isolation:
+        resources, same = isolation.run(cluster)
+        (started,) = isolation.run(local)
     assert (resources.status, same.status) == ("ok", "ok"), (resources, same)
     assert "1 node: 4 CPUs" in resources.found
-    check = Check("ray", f"{nodes.__name__}:check_local_ray", (), 100, "Look.")
-    (local,) = run_check(check, lambda *_: None)
-    assert local.status == "ok", local
+    assert started.status == "ok", started

@@ -1,17 +1,23 @@
 """Every option of every command: its flag, its help, and what is said of a wrong value. Nothing heavy is imported."""
 
+import io
 import re
 import runpy
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from typer.main import get_command
 
 from jobs.cli import COMMANDS, app
 from jobs.terminal.command_line import Command, run_app, show_usage
-from smallcap.options import Option
+from smallcap.options import Option, list_options
 
 SMALLCAP = get_command(app)  # built once
 ROOT = Path(__file__).parents[3]
@@ -28,17 +34,26 @@ def exit_status(*arguments: str) -> int:
     return int(caught.value.code or 0)
 
 
+def valid_for(option: Option) -> list[str]:
+    """Returns arguments that give a required option a value of its form."""
+    value = re.sub("^one of |,.*", "", option.values) or "given"
+    return [value] if option.is_positional else [option.names[-1], value]
+
+
 def with_what_is_required(command: Command, *arguments: str) -> list[str]:
     given = [*command.name.split(), *arguments]
     for option in command.options():
         if option.is_required and not set(option.names) & set(arguments):
-            given += ["given"] if option.is_positional else [option.names[-1], "given"]
+            given += valid_for(option)
     return given
 
 
+@pytest.mark.parametrize("help_flag", ["-h", "--help"])
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
-def test_help_says_everything_of_a_command(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
-    assert exit_status(*command.name.split(), "--help") == 0
+def test_help_says_everything_of_a_command(
+    command: Command, help_flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_status(*command.name.split(), help_flag) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert f"Usage: smallcap {command.name}" in printed
     assert command.example in printed
@@ -49,15 +64,27 @@ def test_help_says_everything_of_a_command(command: Command, capsys: pytest.Capt
         assert option.is_switch or not option.default or f"default: {option.default}]" in printed
 
 
+@pytest.mark.parametrize("group", [(), ("index",)])
+@pytest.mark.parametrize("help_flag", ["-h", "--help"])
+def test_groups_of_commands_have_help(
+    group: tuple[str, ...], help_flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_status(*group, help_flag) == 0
+    assert "Usage: smallcap " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
 def test_no_two_options_share_a_flag(command: Command) -> None:
     names = [name for option in command.options() for name in option.names]
     assert len(names) == len(set(names))
 
 
+OTHERS = ("--shm-size", "--pids-limit", "--head")  # of docker run and ray start
+
+
 def test_all_flags_and_keys_that_texts_name_exist() -> None:
     options = [option for command in COMMANDS for option in command.options()]
-    flags = {name for option in options for name in option.names} | {"--help", "--version", "--its-name"}
+    flags = {name for option in options for name in option.names} | {"--help", "--version", "--its-name", *OTHERS}
     keys = {option.key for option in options} | {"a.b"}
     code = [path for folder in ("smallcap", "index_builder", "jobs") for path in (ROOT / folder).rglob("*.py")]
     for path in [ROOT / "README.md", ROOT / "docs" / "reproduce.md", *code]:
@@ -80,6 +107,93 @@ def test_junk_is_refused_with_what_was_expected(
     if not option.is_positional:
         assert exit_status(*command.name.split(), f"{flag}x", "junk") == 2
         assert f"There is no such option.\n  where: {flag}x\n  remedy: Did you mean --" in capsys.readouterr().err
+
+
+NO_TEXT = ["", "\0", "a\0b", "\udcff", "caf\udce9"]
+NO_NAME = ["  ", "\t", "a\x1b[2Jb", "\x7f", "\x85"]
+NO_NUMBER = ["junk", "-1000", "nan", "-inf", "1e999", "9" * 30, "9" * 5000, "0x10", "1.5.2", "1,5", "٣٫٣", "true", "$N"]
+NO_YAML = ["@id", "[1", "'", "%x", "a: b: c", "!!int ''", "0b_", "2020-13-45", "&a [*a]", "\x07", "? [a]"]
+NO_VALUES: list[Any] = [{}, {"a": 1}, [{}], [[1]], [None], b"\xff", float("nan"), -float("inf"), 10**40]
+
+
+def is_a_number(text: str) -> bool:
+    try:
+        return abs(float(text.strip().replace("_", ""))) < 1e6
+    except ValueError:
+        return False
+
+
+def junk_texts(option: Option) -> st.SearchStrategy[str]:
+    """Returns what may be typed for an option, and is no value of it."""
+    texts = st.sampled_from([*NO_TEXT, *(() if option.any_text else NO_NAME)])
+    if option.values:
+        words = {"", *re.findall(r"[\w/-]+", option.values)}
+        texts |= st.sampled_from(NO_NUMBER)
+        texts |= st.text().filter(lambda text: not is_a_number(text) and not {*text.split(",")} & words)
+    return texts
+
+
+def refusal(*arguments: str) -> str:
+    """Runs a command line that is wrong; returns its only message."""
+    printed, said = io.StringIO(), io.StringIO()
+    with redirect_stdout(printed), redirect_stderr(said):
+        assert exit_status(*arguments) == 2
+    assert not printed.getvalue()
+    message = said.getvalue()
+    assert message.startswith("error: ")
+    assert message.count("error: ") == 1
+    assert "Traceback" not in message
+    assert len(message) < 2000
+    return message
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+@settings(max_examples=120, deadline=None)
+@given(data=st.data())
+def test_no_junk_in_any_option_starts_anything(
+    command: Command, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("junk")
+    config = folder / "config.yaml"
+    option = data.draw(st.sampled_from([option for option in command.options() if not option.is_switch]))
+    flag, in_config = option.names[-1], len(command.kinds) > 1 and option.group in groups_of(command.kinds[0])
+    how = data.draw(st.sampled_from(["flag", *(["set", "set text", "file"] if in_config else [])]))
+    if how == "flag":
+        typed = [*([] if option.is_positional else [flag]), data.draw(junk_texts(option))]
+        name = flag
+    elif how == "set text":
+        typed = ["--set", f"{option.key}={data.draw(st.sampled_from(NO_YAML))}"]
+        name = f"(--set )?{option.key}"
+    else:
+        value = yaml.safe_dump({"value": data.draw(st.sampled_from(NO_VALUES))})[len("value:") :].strip()
+        typed = ["--set", f"{option.key}={value}"]
+        name = option.key
+        if how == "file":
+            *outer, last = option.key.split(".")
+            inner = value.replace("\n", "\n    ")
+            config.write_text("".join(f"{group}:\n  " for group in outer) + f"{last}:\n    {inner}\n")
+            typed = ["--config", str(config)]
+            name = f"{option.key} in {re.escape(str(config))}"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(folder)
+        message = refusal(*in_place_of(option, command, typed))
+    assert re.search(rf"where: {name}\n  expected: .+\n  found: .", message), message
+    assert [path for path in folder.iterdir() if path != config] == []
+
+
+def groups_of(kind: Any) -> set[Any]:
+    return {option.group for option in list_options(kind)}
+
+
+def in_place_of(option: Option, command: Command, typed: list[str]) -> list[str]:
+    """Returns a command line with all that is required, and with these arguments where the option would be."""
+    arguments = command.name.split()
+    for other in command.options():
+        if other.key == option.key:
+            arguments += typed
+        elif other.is_required:
+            arguments += valid_for(other)
+    return arguments
 
 
 @pytest.mark.parametrize(

@@ -179,6 +179,34 @@ def test_flickr8ks_file_is_read_where_it_is_named_and_rows_without_images_are_co
     assert (inputs.listed_examples, inputs.malformed) == (1, 1)
 
 
+def test_other_images_with_one_name_keep_their_own_captions(tmp_path: Path) -> None:
+    for folder, text in (("a", "a dog"), ("b", "a bus")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "captions.csv").write_text(f"image,caption\n1.jpg,{text}\n1.jpg,so {text}\n")
+    inputs = inputs_of(tmp_path, tmp_path)
+    found = []
+    for item in inputs.items:
+        config = train_config("x", "i", Path("m"), "o").data
+        for batch in read_fragment(item.work.fragment, item.work.wanted, config, item.kept):
+            assert batch.kept is not None
+            captions = captions_of(batch.kept, "caption")
+            found += list(zip(batch.image_ids, batch.image_uris, captions, strict=True))
+    assert found == [
+        ("1.jpg", f"{tmp_path}/a/1.jpg", ["a dog", "so a dog"]),
+        ("1.jpg", f"{tmp_path}/b/1.jpg", ["a bus", "so a bus"]),
+    ]
+    assert (inputs.listed_images, inputs.listed_examples) == (2, 4)
+
+
+def test_captions_of_shards_that_are_no_text_are_left_out() -> None:
+    table = pa.table(
+        {"txt": ["a \x01 code", "a dog"], "json": ['{"caption": ["half \\ud800", "whole"]}', "[" * 100_000]}
+    )
+    assert captions_of(table, "caption") == [["whole"], ["a dog"]]
+    table = pa.table({"txt": ["a \x01 code"], "json": ['{"caption": "half \\ud800"}']})
+    assert captions_of(table, "caption") == [[]]
+
+
 def test_sources_without_images_or_captions_are_refused(tmp_path: Path) -> None:
     (tmp_path / "texts.csv").write_text("caption\na dog\n")
     with pytest.raises(SchemaError, match="No caption names its image"):

@@ -1,7 +1,6 @@
 import json
 
 from jobs.training.log import TrainLog, read_log_lines
-from jobs.training.progress import progress_line
 from smallcap import storage
 
 
@@ -19,8 +18,3 @@ def test_steps_that_are_done_again_stand_once(anywhere: str) -> None:
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert [line["loss"] for line in lines] == [1.0] * 4 + [2.0] * 2
     assert len(storage.list_folder(anywhere)) == 1
-
-
-def test_a_line_in_words() -> None:
-    line = json.dumps({"step": 1200, "epoch": 2, "loss": 2.34567, "tokens": 700})
-    assert progress_line(line, 88_450) == "step 1,200 of 88,450, epoch 2: loss 2.3457"

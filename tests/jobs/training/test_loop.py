@@ -3,11 +3,13 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from jobs.training.loop import Worker, WorkerSpec
+from jobs.training.progress import TrainStep, TrainWatch
 from jobs.training.record import choose_best
 from jobs.training.start import ModelStart
 from smallcap.errors import ConfigError
@@ -66,6 +68,34 @@ def test_an_interrupted_run_has_the_curve_of_an_undisturbed_one(spec: WorkerSpec
     weights, others = (load_trained_weights(spec.config.out, STEPS) for spec in specs)
     assert all(torch.equal(weight, others[name]) for name, weight in weights.items())
     assert find_train_checkpoint(specs[1].config.out).epochs == straight.progress.epochs
+
+
+class AskedToEnd(TrainWatch):
+    """A watch in this process that asks to end after so many steps."""
+
+    def ask(self, method: str, *arguments: Any, timeout_s: float | None = None) -> Any:
+        if method == "note_step" and arguments[0].step == 4:
+            self.ask_to_end()
+        return getattr(self, method)(*arguments)
+
+
+def test_a_worker_that_is_asked_to_end_keeps_its_steps(
+    spec: WorkerSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.training.loop._TELL_EVERY_S", 0.0)
+    quiet = spec.config.model_copy(update={"checkpoint_steps": None})
+    specs = [
+        replace(spec, config=quiet.model_copy(update={"out": str(tmp_path / out)})) for out in ("straight", "asked")
+    ]
+    run_to_end(specs[0])
+    watch = AskedToEnd()
+    run_to_end(replace(specs[1], watch=watch))  # type: ignore[arg-type]
+    assert not watch.is_waited_for()
+    assert watch.newest() == TrainStep(4, 2, pytest.approx(loss_curve(specs[0].config.out)[3]))
+    assert find_train_checkpoint(specs[1].config.out).step == 4  # type: ignore[union-attr]
+    run_to_end(specs[1])
+    curves = [loss_curve(spec.config.out).tolist() for spec in specs]
+    assert curves[0] == curves[1]
 
 
 def test_a_finished_worker_does_nothing(spec: WorkerSpec) -> None:

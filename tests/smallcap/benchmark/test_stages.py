@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from smallcap.benchmark import stages
 from smallcap.benchmark.operations import decode_flops, prefill_flops, torch_flops, vision_flops
 from smallcap.benchmark.random_content import GPT2_124M, PlannedLengths, build_model, random_captions, realistic_lengths
 from smallcap.benchmark.stages import run_benchmark
@@ -51,7 +52,9 @@ def test_planned_lengths_are_kept_and_stand_for_real_captions(model: SmallCapMod
     assert BeamSearch in PlannedLengths.__mro__
 
 
-def test_a_run_measures_every_stage_and_the_loop() -> None:
+def test_a_run_measures_every_stage_and_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products alone were measured at a slow moment, and yet nothing is said to be faster than the machine."""
+    monkeypatch.setattr(stages, "matrix_rate", lambda *_, **__: 1e6)
     batches_seen = []
 
     def make_loop(captioner: Captioner, batches: Sequence[Sequence[Pixels]]) -> Callable[[], int]:
@@ -68,8 +71,9 @@ def test_a_run_measures_every_stage_and_the_loop() -> None:
         "detokenise", "load JPEG, 640 px, fast", "load JPEG, 256 px, fast",
     }  # fmt: skip
     assert all(stage["images_per_s"] > 0 for stage in values["stages"])
-    assert all(0 < stage["share"] <= 1 for stage in values["stages"] if stage["share"] is not None)
-    assert 0 < result.mfu < 1
+    shares = [stage["share"] for stage in values["stages"] if stage["share"] is not None]
+    assert all(0 < share <= 1 for share in (*shares, result.mfu, result.mfu_full_length))
+    assert max(*shares, result.mfu, result.mfu_full_length) == 1
     (vision,) = (stage for stage in result.stages if stage.stage == "vision encoder")
     assert vision.gflop_per_image == pytest.approx(8.8, rel=0.01)  # ViT-B/32 on 224 px
     assert GPT2_124M.vocab_size == 50257

@@ -242,6 +242,26 @@ def test_coco_joins_file_names(tmp_path: Path) -> None:
     ]
 
 
+def test_numbers_of_coco_and_karpathy_are_one_whether_whole_or_not(tmp_path: Path) -> None:
+    long = "9" * 5000
+    content = f"""{{"images": [{{"id": 7.0, "file_name": "one.jpg"}}, {{"id": {long}}}],
+        "annotations": [{{"image_id": 7, "caption": "a"}}, {{"image_id": 7.0, "caption": "b"}},
+        {{"image_id": 1e999, "caption": "c"}}, {{"image_id": {long}, "caption": "d"}},
+        {{"image_id": "\\ud800", "caption": "e"}}, {{"image_id": 7, "caption": "\\udfff"}}]}}"""
+    rows = rows_of(tmp_path / "d.json", content.encode())
+    assert [(row.image_id, row.text, row.problem) for row in rows] == [
+        (None, "", "malformed"),
+        ("one.jpg", "a", ""),
+        ("one.jpg", "b", ""),
+        *[(None, "", "malformed")] * 4,
+    ]
+    sentence = '{"raw": "x"}'
+    for number, problem in (("7", ""), ("7.0", ""), ("1e999", "malformed"), (long, "malformed"), ("null", "")):
+        content = f'{{"images": [{{"filename": "a.jpg", "cocoid": {number}, "sentences": [{sentence}]}}]}}'
+        (row,) = rows_of(tmp_path / "d.json", content.encode())
+        assert (row.problem, row.dataset_id) == (problem, "7" if number.startswith("7") else None)
+
+
 def test_karpathy_sentences(tmp_path: Path) -> None:
     sentences = [{"raw": "A.", "tokens": ["a"]}, {"raw": "b"}, {"tokens": ["c"]}, 5]
     image = {"filename": "one.jpg", "filepath": "2014", "cocoid": 7, "split": "val", "sentences": sentences}

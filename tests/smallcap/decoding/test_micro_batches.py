@@ -1,6 +1,9 @@
 """Batches whose memory runs out."""
 
+import platform
 import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +13,14 @@ from smallcap.decoding.micro_batches import MicroBatches, is_out_of_memory
 from smallcap.errors import RunError
 from smallcap.model.checkpoint import load_checkpoint
 from tests.oracles import ORACLE
+
+
+def micro_batches_of(free: Callable[[], None]) -> MicroBatches:
+    return MicroBatches("the step", free, relief="Use fewer beams")
+
+
+def joined(parts: Sequence[Sequence[Any]]) -> list[Any]:
+    return [row for part in parts for row in part]
 
 
 class Device:
@@ -31,11 +42,11 @@ class Device:
 
 def test_a_batch_is_halved_until_it_fits_and_the_size_is_remembered() -> None:
     device = Device(room=40)
-    micro_batches = MicroBatches(device.free)
-    assert micro_batches.run(200, device.run) == list(range(200))
+    micro_batches = micro_batches_of(device.free)
+    assert joined(micro_batches.run(200, device.run)) == list(range(200))
     assert device.sizes == [200, 128, 64, 32, 32, 32, 32, 32, 32, 8]
     assert (device.freed, micro_batches.limit) == (3, 32)
-    assert micro_batches.run(40, device.run) == list(range(40))
+    assert joined(micro_batches.run(40, device.run)) == list(range(40))
     assert device.sizes[-2:] == [32, 8]
 
 
@@ -48,24 +59,25 @@ def test_rows_that_are_done_are_not_run_again() -> None:
             raise torch.OutOfMemoryError
         return list(range(rows.start, rows.stop))
 
-    micro_batches = MicroBatches(lambda: None)
+    micro_batches = micro_batches_of(lambda: None)
     micro_batches.limit = 4
-    assert micro_batches.run(8, run) == list(range(8))
+    assert micro_batches.run(8, run) == [[0, 1, 2, 3], [4, 5], [6, 7]]
     assert starts == [0, 4, 4, 6]
 
 
 def test_a_batch_of_nothing_runs_nothing() -> None:
     device = Device(room=1)
-    assert MicroBatches(device.free).run(0, device.run) == []
+    assert micro_batches_of(device.free).run(0, device.run) == []
     assert device.sizes == []
 
 
 def test_one_image_that_does_not_fit_stops_the_run() -> None:
     device = Device(room=0)
     with pytest.raises(RunError, match="one image") as raised:
-        MicroBatches(device.free).run(4, device.run)
-    assert "Tried to allocate 2 GiB" in str(raised.value)
-    assert "gpus_per_actor" in str(raised.value)
+        micro_batches_of(device.free).run(4, device.run)
+    assert raised.value.where == f"the step, on {platform.node()}"
+    assert raised.value.found == "CUDA out of memory. Tried to allocate 2 GiB."
+    assert raised.value.remedy == "Use fewer beams, or end what else runs on the GPU."
     assert device.sizes == [4, 2, 1, 1]
 
 
@@ -77,13 +89,13 @@ def test_one_image_gets_the_memory_that_was_only_kept() -> None:
             raise torch.OutOfMemoryError
         return [rows.start]
 
-    assert MicroBatches(lambda: kept.__setitem__(0, False)).run(1, run) == [0]
+    assert micro_batches_of(lambda: kept.__setitem__(0, False)).run(1, run) == [[0]]
 
 
 def test_other_errors_pass() -> None:
     device = Device(room=0, error=RuntimeError("an illegal memory access was encountered"))
     with pytest.raises(RuntimeError, match="illegal"):
-        MicroBatches(device.free).run(4, device.run)
+        micro_batches_of(device.free).run(4, device.run)
     assert (device.sizes, device.freed) == ([4], 0)
 
 
@@ -111,7 +123,7 @@ def test_the_failed_attempts_tensors_are_gone_before_memory_is_freed() -> None:
             raise torch.OutOfMemoryError
         return [0] * len(tensor)
 
-    MicroBatches(lambda: alive.append(sum(tensor() is not None for tensor in tensors))).run(4, run)
+    micro_batches_of(lambda: alive.append(sum(tensor() is not None for tensor in tensors))).run(4, run)
     assert alive == [0, 0]
 
 
@@ -130,4 +142,6 @@ def test_captions_in_parts_are_those_of_the_whole(sample: bool) -> None:
         return [[caption.token_ids for caption in captions] for captions in generated]
 
     whole = model.generate(hidden_states, prompts, options, keys)
-    assert MicroBatches(lambda: None).run(11, run) == [[c.token_ids for c in captions] for captions in whole]
+    assert joined(micro_batches_of(lambda: None).run(11, run)) == [
+        [c.token_ids for c in captions] for captions in whole
+    ]

@@ -4,9 +4,9 @@ import pytest
 
 from smallcap import storage
 from smallcap.doctor import access
-from smallcap.doctor.access import check_index, check_model
+from smallcap.doctor.access import check_encoder, check_index, check_model
 from smallcap.doctor.report import Finding, attempt
-from smallcap.model.clip_encoder import resolve_encoder_identity
+from smallcap.model.encoder_spec import resolve_encoder_identity
 from tests.index_files import PublishIndex, unit_vectors
 
 
@@ -27,6 +27,13 @@ def test_a_model_that_loads_and_one_that_is_missing(tiny_smallcap: Path) -> None
     assert (finding.status, finding.found.startswith(f"{tiny_smallcap.name}@")) == ("ok", True)
     (finding,) = attempt("model", lambda: check_model("/nowhere/model"), "Look.")
     assert (finding.status, "There is no such model folder" in finding.found) == ("fail", True)
+
+
+def test_a_retrieval_encoder_that_is_there_and_one_that_is_missing(tiny_clip: Path) -> None:
+    (finding,) = check_encoder(f"hf:{tiny_clip}")
+    assert finding.status == "ok"
+    (finding,) = attempt("retrieval encoder", lambda: check_encoder("hf:/nowhere/clip"), "Look.")
+    assert (finding.status, finding.subject) == ("fail", "retrieval encoder")
 
 
 def test_a_sound_index(anywhere: str, publish: PublishIndex, tiny_smallcap: Path, tmp_path: Path) -> None:
@@ -58,7 +65,9 @@ def test_an_index_of_another_encoder(
     uri = str(tmp_path / "index")
     publish(uri)
     *_, last = findings(uri, tiny_smallcap, tmp_path, f"hf:{other_clip}")
-    assert (last.status, "built with another retrieval encoder" in last.found) == ("fail", True)
+    assert (last.subject, last.status) == ("index encoder", "fail")
+    assert "built with another retrieval encoder" in last.found
+    assert "rebuild the index" in last.remedy
     *_, last = findings(uri, "demo", tmp_path)
     assert (last.status, "the model was trained with demo" in last.found) == ("warn", True)
 
@@ -72,3 +81,31 @@ def test_no_index_and_a_full_disk(
     monkeypatch.setattr(access.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100}))
     _, cache, _ = findings(f"{s3}/index", tiny_smallcap, tmp_path / "cache")
     assert (cache.status, "0.0 GB free" in cache.found) == ("fail", True)
+
+
+def test_each_missing_input_fails_in_its_own_line_with_its_own_remedy(
+    publish: PublishIndex, tiny_smallcap: Path, tiny_clip: Path, tmp_path: Path
+) -> None:
+    uri, cache, missing = str(tmp_path / "index"), tmp_path / "cache", tmp_path / "none"
+    publish(uri)
+    (tmp_path / "file").touch()
+    lines = {
+        "index": findings(str(missing), tiny_smallcap, cache),
+        "index cache": findings(uri, tiny_smallcap, tmp_path / "file" / "cache"),
+        "index encoder": findings(uri, tiny_smallcap, cache, f"hf:{missing}"),
+    }
+    remedies = {"index": "build-index", "index cache": "--cache-dir", "index encoder": "--retrieval-encoder"}
+    for subject, found in lines.items():
+        (failed,) = [finding for finding in found if finding.status != "ok"]
+        assert (failed.subject, failed.status, remedies[subject] in failed.remedy) == (subject, "fail", True), failed
+
+
+def test_without_a_model_the_index_says_what_it_waits_for(
+    publish: PublishIndex, tiny_clip: Path, tmp_path: Path
+) -> None:
+    uri = str(tmp_path / "index")
+    publish(uri)
+    index, cache, encoder = findings(uri, tmp_path / "none", tmp_path)
+    assert (index.status, cache.status) == ("ok", "ok")
+    assert (encoder.status, encoder.remedy) == ("warn", "Mend model first.")
+    assert encoder.found.endswith("as the index was built; not compared with the model's, because of model")

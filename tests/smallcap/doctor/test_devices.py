@@ -81,13 +81,24 @@ def test_code_for_an_architecture_runs_on(built: list[str], capability: tuple[in
     assert covers(built, capability) is expected
 
 
-@pytest.mark.parametrize(("built", "status"), [(["sm_80", "sm_90"], "ok"), (["sm_75"], "fail")])
-def test_a_gpu_without_code_for_it_is_a_failure(built: list[str], status: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("built", "of_faiss", "status"),
+    [
+        (["sm_80", "sm_90"], {"sm_90"}, "ok"),
+        (["sm_80", "sm_90"], {"compute_80"}, "ok"),
+        (["sm_80", "sm_90"], set(), "ok"),  # a faiss for CPUs
+        (["sm_80", "sm_90"], {"sm_75"}, "warn"),
+        (["sm_75"], {"sm_90"}, "fail"),
+    ],
+)
+def test_a_gpu_without_code_for_it_is_a_failure(
+    built: list[str], of_faiss: set[str], status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: (100 << 30, 140 << 30))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: "Card")
-    finding = check_architecture(0)
+    finding = check_architecture(0, of_faiss)
     assert finding.status == status
     assert "Card, capability 9.0, 107.4 GB of 150.3 GB free" in finding.found
 
@@ -122,6 +133,19 @@ def test_imitated_bfloat16_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None
         "warn",
         True,
     )
-    monkeypatch.setattr(devices, "resolve_dtype", lambda dtype, device: "bfloat16")
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
-    assert check_dtype("cuda").status == "warn"
+
+
+@pytest.mark.parametrize(
+    ("is_native", "found"),
+    [
+        (True, "auto takes bfloat16 on this GPU"),
+        (False, "auto takes float16 on this GPU, which only imitates bfloat16"),
+    ],
+)
+def test_a_gpus_precision_is_named_with_its_reason(
+    is_native: bool, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: is_native or including_emulation)
+    assert check_dtype("cuda") == ok("dtype", found)

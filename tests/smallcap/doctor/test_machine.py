@@ -1,9 +1,18 @@
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from smallcap.doctor import machine
-from smallcap.doctor.machine import check_memory, check_open_files, check_shared_memory, check_threads, cpu_quota
+from smallcap.doctor.machine import (
+    check_machine,
+    check_memory,
+    check_open_files,
+    check_shared_memory,
+    check_temporary_files,
+    check_threads,
+    cpu_quota,
+)
 
 
 @pytest.mark.parametrize(
@@ -29,6 +38,8 @@ def test_a_containers_share_of_the_cores(files: dict[str, str], quota: float | N
     [
         (8, None, "", ""),
         (8, None, "4", ""),
+        (8, None, "4,2", ""),
+        (8, None, "many", "to a number, 8 at most"),
         (8, 2.5, "2", ""),
         (8, 16.0, "", ""),
         (8, 2.5, "", "OMP_NUM_THREADS=2"),
@@ -48,3 +59,17 @@ def test_little_memory_and_few_files_are_warnings(tmp_path: Path, monkeypatch: p
     assert check_open_files(-1, -1).status == "ok"
     monkeypatch.setattr(machine, "_LEAST_SHARED", 1 << 60)
     assert check_shared_memory(tmp_path).status == "warn"
+
+
+def test_a_machine_without_room_for_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert f"free in {tmp_path}" in check_temporary_files().found
+    monkeypatch.setattr(machine, "_LEAST_TEMPORARY", 1 << 60)
+    assert check_temporary_files().status == "warn"
+
+    def find_none() -> str:
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", find_none)
+    *_, last = check_machine(tmp_path)
+    assert (last.subject, last.status, "TMPDIR" in last.remedy) == ("temporary files", "fail", True)

@@ -23,6 +23,7 @@ def test_a_search_that_misses_the_nearest(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(NeighbourSearch, "search", one_late)
     (finding,) = prove_search("cpu", rows=500)
     assert (finding.status, "63 do not get their nearest captions" in finding.found) == ("fail", True)
+    assert "--search-device" not in finding.remedy  # it is the CPU's
 
 
 def test_a_gpus_search_is_compared_with_the_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,3 +37,11 @@ def test_a_gpus_search_is_compared_with_the_cpus(monkeypatch: pytest.MonkeyPatch
 
         monkeypatch.setattr(ExactBlocks, "candidates", swapped)
         assert [finding.status for finding in prove_search("cuda", rows=500)] == ["ok", "fail", "fail"]
+
+
+def test_a_gpu_without_room_for_the_index_fails_in_its_own_line() -> None:
+    with pretended_cuda(total_bytes=1 << 20):
+        search, on_gpu = prove_search("cuda", rows=500)
+    assert (search.subject, search.status) == ("search", "ok")
+    assert (on_gpu.subject, on_gpu.status) == ("gpu search", "fail")
+    assert "cannot be searched on the GPU" in on_gpu.found

@@ -1,4 +1,4 @@
-"""What `measure` reports; `run_benchmark` and `build_captioner`, which it calls, have tests of their own."""
+"""What `measure` reports; `measure_captioner` and `build_captioner`, which it calls, have tests of their own."""
 
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,13 @@ def small_sizes(tiny_smallcap: Path, tiny_clip: Path, monkeypatch: pytest.Monkey
     stages = (StageResult("vision encoder", 1234.5), StageResult("search", 71.25))
     result = BenchmarkResult(7.5, 6, 1, 0.5, 0.5, 1, stages, 60, 10, 0, {}, {"dtype": "float32"})
     monkeypatch.setattr(speed, "build_captioner", build)
-    monkeypatch.setattr(speed, "run_benchmark", lambda options, make_loop: result)
+    monkeypatch.setattr(speed, "measure_captioner", lambda captioner, options, make_loop: result)
 
 
 def test_memory_and_rates() -> None:
     memory, stages, loop = measure("cpu")
     assert [finding.status for finding in (memory, stages, loop)] == ["ok", "ok", "ok"]
-    assert memory.found.startswith("8 images took ")
+    assert memory.found.startswith("4 images took ")
     assert stages.found == "images/s in float32, each stage alone; vision encoder: 1,234; search: 71.2"
     assert loop.found == "all from crops to captions: 7.5 images/s"
 
@@ -51,8 +51,8 @@ def test_a_batch_that_takes_more_than_its_estimate(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(Captioner, "caption_batch", wasteful)
     memory, *_ = measure("cpu")
-    assert (memory.status, memory.remedy) == ("warn", "Give --batch-size 4 or less.")
-    assert memory.found.startswith("8 images took 1,")
+    assert (memory.status, memory.remedy) == ("warn", "Give --batch-size 2 or less.")
+    assert memory.found.startswith("4 images took 1,")
 
 
 def test_the_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,3 +63,17 @@ def test_the_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         memory.status != "fail"
     )  # how much it is means nothing: what is recorded there keeps all intermediate tensors
     assert "; such batches begin at" in memory.found
+
+
+def test_a_system_that_does_not_say_what_a_batch_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    write = Path.write_text
+
+    def refuse(path: Path, text: str) -> int:
+        if str(path).startswith("/proc"):
+            raise PermissionError
+        return write(path, text)
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    memory, *_ = measure("cpu")
+    assert memory.status == "ok"
+    assert memory.found.startswith("this system does not say what 4 images took; such batches begin at ")

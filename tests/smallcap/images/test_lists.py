@@ -87,6 +87,23 @@ def test_a_row_without_uri_or_id_is_a_row_of_its_own(
             b'{"image_uri": "/a.jpg", "alt": "x"}\n{"image_uri": "/b", "alt": "\\ud800"}\n'
             b'{"image_uri": "/c.jpg", "alt": "z"}\n',
         ),
+        (
+            "list.jsonl",
+            b'{"image_uri": "/a.jpg", "alt": "x"}\n{"image_uri": "/b", "image_id": ' + b"9" * 5000 + b"}\n"
+            b'{"image_uri": "/c.jpg", "alt": "z"}\n',
+        ),
+        (
+            "list.json",
+            b'[{"image_uri": "/a.jpg", "alt": "x"}, {"image_uri": "/b", "image_id": ' + b"9" * 5000 + b"},"
+            b'{"image_uri": "/c.jpg", "alt": "z"}]',
+        ),
+        ("list.csv", b"image_id,image_uri,alt\n,/a.jpg,x\na\x01,/b.jpg,\n,/c.jpg,z\n"),
+        ("list.tsv", "image_id\timage_uri\talt\n\t/a.jpg\tx\na\x85\x80\t/b.jpg\t\n\t/c.jpg\tz\n".encode()),
+        (
+            "list.jsonl",
+            b'{"image_uri": "/a.jpg", "alt": "x"}\n{"image_id": "\\udfff", "image_uri": "/b", "alt": "y"}\n'
+            b'{"image_uri": "/c.jpg", "alt": "z"}\n',
+        ),
     ],
 )
 def test_a_malformed_row_takes_no_other_with_it(tmp_path: Path, name: str, content: bytes) -> None:
@@ -98,6 +115,21 @@ def test_a_malformed_row_takes_no_other_with_it(tmp_path: Path, name: str, conte
     ]
 
 
+@pytest.mark.parametrize("column", ["image_uri", "image_id", "alt", "tags"])
+def test_a_row_of_parquet_that_is_not_utf8_takes_no_other_with_it(tmp_path: Path, column: str) -> None:
+    columns = {
+        name: pa.array([f"/{name}{row}" for row in range(3)]) for name in ("image_uri", "image_id", "alt", "tags")
+    }
+    columns[column] = pa.array([b"/fine", b"/caf\xe9", b"/fine too"]).view(pa.string())
+    columns["tags"] = pa.ListArray.from_arrays([0, 1, 2, 3], columns["tags"])
+    pq.write_table(pa.table(columns), tmp_path / "list.parquet")
+    rows = read(tmp_path / "list.parquet", ("alt", "tags"))
+    assert rows[1] == {"image_id": f"{tmp_path}/list.parquet#row=2", "image_uri": "", "alt": None, "tags": None}
+    assert [rows[0][column], rows[2][column]] == (
+        [["/fine"], ["/fine too"]] if column == "tags" else ["/fine", "/fine too"]
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "content", "uris"),
     [
@@ -107,6 +139,7 @@ def test_a_malformed_row_takes_no_other_with_it(tmp_path: Path, name: str, conte
         ("utf16.csv", "image_uri,a\n/\u00fc,x\n".encode("utf-16"), ["/\u00fc"]),
         ("cc3m.tsv", b"a bus\thttp://x/1\n", ["http://x/1"]),
         ("zipped.txt.gz", gzip.compress(b"/1  \n\n/2\t\n", mtime=0), ["/1", "/2"]),
+        ("blanks.txt", "/\u30001\u00a0\n".encode(), ["/\u30001\u00a0"]),
         ("zipped.jsonl.gz", gzip.compress(b'{"image_uri": "/1"}\n', mtime=0), ["/1"]),
         ("zipped.json.gz", gzip.compress(b'["/1"]', mtime=0), ["/1"]),
     ],
@@ -119,12 +152,34 @@ def test_shapes_of_the_field_need_no_options(tmp_path: Path, name: str, content:
 @pytest.mark.parametrize("suffix", [".jsonl", ".json"])
 def test_json_values_stay_what_they_are(tmp_path: Path, suffix: str) -> None:
     ids = [1, 2**53 + 1, 2**64, "2024-01-02T03:04:05", 7.0]
-    notes = [2**64, 1, None, "x", {"a": 1}]
+    notes = [2**64, 1, "", "x", {"a": 1}]
     rows = [{"image_id": each, "image_uri": f"/{n}", "note": notes[n]} for n, each in enumerate(ids)]
     write(tmp_path / f"list{suffix}", rows)
     found = read(tmp_path / f"list{suffix}", ("note",))
     assert [row["image_id"] for row in found] == ["1", "9007199254740993", str(2**64), "2024-01-02T03:04:05", "7"]
-    assert [row["note"] for row in found] == [str(2**64), "1", None, "x", '{"a": 1}']
+    assert [row["note"] for row in found] == [str(2**64), "1", "", "x", '{"a": 1}']
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+@pytest.mark.parametrize("column", ["image_uri", "image_id", "note"])
+@pytest.mark.parametrize("value", ["1e999", "true", "[1]", '"\\ud800"'])
+def test_what_is_no_name_and_a_number_out_of_range_is_a_malformed_row(
+    tmp_path: Path, suffix: str, column: str, value: str
+) -> None:
+    rows = [
+        {"image_id": '"i"', "image_uri": '"/i"', "note": "1.5"},
+        {"image_id": '""', "image_uri": '"/j"', "note": "2"},
+    ]
+    rows.insert(1, {**rows[0], column: value})
+    lines = ["{" + ", ".join(f'"{name}": {text}' for name, text in row.items()) + "}" for row in rows]
+    file = tmp_path / f"list{suffix}"
+    file.write_text("\n".join(lines) if suffix == ".jsonl" else f"[{','.join(lines)}]")
+    first, wrong, last = read(file, ("note",))
+    assert (first["image_uri"], last["image_uri"], last["image_id"]) == ("/i", "/j", "/j")
+    if column != "note" or value in ("1e999", '"\\ud800"'):
+        assert (wrong["image_uri"], wrong["image_id"]) == ("", f"{file}#row=2")
+    else:  # any JSON is a note
+        assert (wrong["image_uri"], wrong["image_id"]) == ("/i", "i")
 
 
 @pytest.mark.parametrize(
@@ -135,6 +190,7 @@ def test_json_values_stay_what_they_are(tmp_path: Path, suffix: str) -> None:
         ("list.json", b'[{"image_uri": "a.jpg"}, {"image_uri":', "cannot be read"),
         ("list.json", b'{"images": []}', "cannot be read"),
         ("list.json", b"[1, 2]", "cannot be read"),
+        ("list.json", b'[{"a":' * 100_000, "cannot be read"),
         ("list.txt", b"a.jpg\n\xff\xfe\n", "not UTF-8"),
     ],
 )

@@ -72,6 +72,47 @@ def test_plain_bytes_with_ids(tmp_path: Path, kind: pa.DataType) -> None:
     assert batch.data[1].code == ErrorCode.EMPTY
 
 
+BROKEN = pa.array([b"fine", b"caf\xe9", None, b"\xed\xa0\x80", b"a\x01", b"a\tb"]).view(pa.string())
+
+
+@pytest.mark.parametrize("place", ["id", "path", "kept"])
+def test_an_id_or_a_kept_text_that_is_none_is_its_rows_error(tmp_path: Path, place: str) -> None:
+    files = pa.array([b"%d" % n for n in range(6)])
+    paths = BROKEN if place == "path" else pa.array([f"{n}.jpg" for n in range(6)])
+    columns = {"image": pa.StructArray.from_arrays([files, paths], ["bytes", "path"])}
+    columns |= {"image_id": BROKEN} if place == "id" else {"text": BROKEN} if place == "kept" else {}
+    pq.write_table(pa.table(columns), tmp_path / "file.parquet")
+    kept = pa.schema([("text", pa.string())]) if place == "kept" else NOTHING
+    (batch,) = read(tmp_path / "file.parquet", 0, 6, kept=kept)
+    wrong = [1, 3] if place == "kept" else [1, 3, 4]  # what is kept may hold any code
+    assert batch.data is not None
+    assert [row for row, data in enumerate(batch.data) if isinstance(data, RowError)] == wrong
+    assert {data.code for data in batch.data if isinstance(data, RowError)} == {ErrorCode.INVALID_URI}
+    if place == "kept":
+        assert batch.image_ids == [f"{n}.jpg" for n in range(6)]
+        assert batch.kept is not None
+        assert batch.kept["text"].to_pylist() == ["fine", None, None, None, "a\x01", "a\tb"]
+    else:
+        assert batch.image_ids == ["fine", *(f"sub/file/{n}" for n in range(1, 5)), "a\tb"]
+    assert not ids_repeat([str(tmp_path / "file.parquet")], InputConfig())
+
+
+def test_a_whole_number_of_a_float_column_is_written_without_a_point(tmp_path: Path) -> None:
+    table = pa.table({"image": [b"x"] * 4, "image_id": [7.0, None, 0.5, float("nan")]})
+    pq.write_table(table, tmp_path / "file.parquet")
+    (batch,) = read(tmp_path / "file.parquet", 0, 4)
+    assert batch.image_ids == ["7", "sub/file/1", "0.5", "sub/file/3"]
+    assert not any(isinstance(data, RowError) for data in batch.data or ())
+
+
+def test_a_column_with_a_name_that_is_no_text_spoils_its_file(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [b"x"], "xxxx": [1]}), tmp_path / "file.parquet")
+    data = (tmp_path / "file.parquet").read_bytes().replace(b"xxxx", b"x\xff\xfex")
+    (tmp_path / "file.parquet").write_bytes(data)
+    (outline,) = read_outlines([str(tmp_path / "file.parquet")])
+    assert outline.problem
+
+
 def test_a_long_row_group_comes_in_batches_of_what_is_wanted(tmp_path: Path) -> None:
     pq.write_table(hf_table(600), tmp_path / "file.parquet")
     batches = read(tmp_path / "file.parquet", 0, 600)

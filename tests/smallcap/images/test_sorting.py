@@ -75,12 +75,20 @@ def test_each_id_is_there_once_with_its_first_uri(rows: list[tuple[str, str]], p
 
 
 @settings(deadline=None)
-@given(ROWS, st.lists(st.sampled_from("abcdeü😀")), PER_TABLE, PER_TABLE)
-def test_known_ids_are_left_out(rows: list[tuple[str, str]], known: list[str], per_table: int, per_chunk: int) -> None:
-    ids = sorted(set(known))
-    chunks = [pa.array(ids[start : start + per_chunk], pa.string()) for start in range(0, len(ids), per_chunk)]
-    left = _rows(list(without_known(_tables(sorted(rows), per_table), chunks)))
+@given(ROWS, ROWS, PER_TABLE, PER_TABLE, st.booleans())
+def test_known_images_are_left_out_and_others_with_their_ids_set_aside(
+    rows: list[tuple[str, str]], known: list[tuple[str, str]], per_table: int, per_chunk: int, repeats: bool
+) -> None:
+    ids = dict(known)
+    chunks = _tables(sorted(ids.items()), per_chunk)
+    with TemporaryDirectory() as folder:
+        found = Duplicates(Path(folder) / "aside.arrow")
+        left = _rows(list(without_known(_tables(sorted(rows), per_table), chunks, found, repeats=repeats)))
+        aside = _rows(list(found.rows_aside()))
     assert left == [row for row in sorted(rows) if row[0] not in ids]
+    others = [(image_id, uri) for image_id, uri in sorted(rows) if ids.get(image_id, uri) != uri]
+    assert aside == [(qualified_id(image_id, uri), uri) for image_id, uri in others]
+    assert found.count == (len(rows) - len(left) - len(others) if repeats else 0)
 
 
 @settings(deadline=None)

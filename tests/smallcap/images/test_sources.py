@@ -8,6 +8,7 @@ import pytest
 from smallcap import storage
 from smallcap.config import InputConfig
 from smallcap.errors import ConfigError, SchemaError, StorageError
+from smallcap.images import sources
 from smallcap.images.fetching import fetch_objects
 from smallcap.images.sources import ImageSources
 from tests.input_files import make_tar, write_files
@@ -121,17 +122,76 @@ def test_a_path_with_brackets_is_a_path_where_it_exists(tmp_path: Path) -> None:
     assert list(listed(folder / "list.csv")[0].values()) == [f"{folder}/a.jpg"]
 
 
-def test_the_runs_own_files_are_no_input(tmp_path: Path) -> None:
-    write_files(tmp_path, "a.jpg", "out/webdataset/part-001-000000.tar", "out/b.jpg", "out2/c.jpg")
-    found = ImageSources([str(tmp_path)], InputConfig(), out=str(tmp_path / "out"))
-    assert [uri for table in found.tables() for uri in table["image_id"].to_pylist()] == ["a.jpg", "out2/c.jpg"]
+OWN = ("part-001-000000.parquet", "_run.json", "_work/x.parquet", "_x/y.jpg", "_webdataset/part-001-000000.tar")
+
+
+@pytest.mark.parametrize(
+    ("source", "out", "names"),
+    [
+        (".", "out", ["a.jpg", "out2/c.jpg"]),
+        ("*", "out", ["a.jpg"]),
+        (".", "out/", ["a.jpg", "out2/c.jpg"]),
+        (".", "link", ["a.jpg", "out2/c.jpg"]),  # to `out`
+        (".", ".", ["a.jpg", "out/b.jpg", "out2/c.jpg"]),
+        ("out", ".", ["out/b.jpg"]),
+        ("out", "out", ["out/b.jpg"]),
+        ("out/b.jpg", "out", ["out/b.jpg"]),
+    ],
+)
+def test_the_runs_own_files_are_no_input(tmp_path: Path, source: str, out: str, names: list[str]) -> None:
+    write_files(tmp_path, "a.jpg", "out/b.jpg", "out2/c.jpg")
+    if out == "link":
+        (tmp_path / "link").symlink_to("out")
+    write_files(tmp_path / out, *OWN)
+    found = ImageSources([os.path.normpath(tmp_path / source)], InputConfig(), out=str(tmp_path / out))
+    uris = [uri for table in found.tables() for uri in table["image_uri"].to_pylist()]
+    assert sorted(uri.removeprefix(f"{tmp_path}/") for uri in uris) == names
     assert not found.tars
+    assert not found.parquet
+    assert not found.passed_over
+
+
+JPEG_START = b"\xff\xd8\xff\xe0 and more"
 
 
 def test_files_that_look_like_images_and_are_none_of_them_are_counted(tmp_path: Path) -> None:
-    write_files(tmp_path, "a.jpg", "_x/b.jpg", ".c.JPEG", "._a.jpg", "d.psd", "e.txt", "f", "g.json")
-    write_files(tmp_path, "h", content=b"\xff\xd8\xff\xe0 and more")
+    write_files(
+        tmp_path, "a.jpg", "_x/b.jpg", ".c.JPEG", "_d.tar", "._a.jpg", "d.psd", "d.jpg.gz", "e.txt", "f", "g.json"
+    )
+    write_files(tmp_path, "i.zip", "j.tar.zst", "k.TAR.Z", "._l.zip")
+    write_files(tmp_path, "h", "l.dat", "m.jpg~", "_x/n", content=JPEG_START)
     (tmp_path / "broken").symlink_to("nothing")
     images, found = listed(tmp_path)
     assert list(images) == ["a.jpg"]
-    assert found.passed_over == {"hidden": 2, "other_ending": 1, "no_ending": 1}
+    counts = {"hidden": 3, "other_ending": 2, "no_ending": 3, "archive": 3}
+    assert found.passed_over == counts
+    assert listed(tmp_path, tmp_path, f"{tmp_path}/*")[1].passed_over == counts  # each file once
+    _, found = listed(tmp_path, tmp_path / "_d.tar")
+    assert found.passed_over == counts | {"hidden": 2}  # what is named is taken
+
+
+def test_objects_are_looked_into_up_to_a_number(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "_OBJECTS_LOOKED_INTO", 2)
+    for name, content in (("a", JPEG_START), ("b", b"x"), ("c", JPEG_START), ("d.jpg", b"x"), ("e.zip", b"x")):
+        storage.write_bytes(f"{s3}/in/{name}", content)
+    assert listed(f"{s3}/in")[1].passed_over == {"no_ending": 1, "not_looked_into": 1, "archive": 1}
+
+
+def test_parquet_files_with_images_beside_images_are_counted(tmp_path: Path) -> None:
+    write_files(tmp_path, "a.jpg", "0.tar", "2.parquet")
+    for name in ("0", "1", "3"):
+        pq.write_table(pa.table({"image": [b"1"]}), tmp_path / f"{name}.parquet")
+    pq.write_table(pa.table({"image": [b"1"], "thumb": [b"1"]}), tmp_path / "4.parquet")
+    pq.write_table(pa.table({"image_uri": ["/a.jpg"]}), tmp_path / "list.parquet")
+    images, found = listed(tmp_path)
+    assert list(images) == ["a.jpg"]
+    assert not found.parquet
+    assert found.passed_over == {"parquet": 3}  # that of 0.tar belongs to it
+    _, found = listed(tmp_path, tmp_path / "3.parquet")
+    assert (list(found.parquet), found.passed_over) == ([f"{tmp_path}/3.parquet"], {"parquet": 2})
+
+
+def test_ids_of_a_wrong_type_are_named_when_the_input_is_listed(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [b"1"], "image_id": [[1]]}), tmp_path / "a.parquet")
+    with pytest.raises(SchemaError, match=r"column of ids(.|\n)*a.parquet: image_id(.|\n)*list<"):
+        listed(tmp_path)

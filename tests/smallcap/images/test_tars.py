@@ -9,11 +9,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from smallcap import storage
 from smallcap.errors import ErrorCode, RowError, StorageError
 from smallcap.images import tars as tar_shards
-from smallcap.images.fragments import Fragment, InputBatch
+from smallcap.images.fragments import Fragment, InputBatch, LeftOut
+from smallcap.images.kinds import begins_like_image, ends_like_image
 from smallcap.images.row_ranges import RowRanges
 from smallcap.images.tars import choose_tar_ids, read_tar
 from tests.input_files import make_tar
@@ -85,10 +88,10 @@ def test_a_repeated_key_is_read_once_and_counted(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(make_tar(*members))
     (batch,) = read(tmp_path / "a.tar")
     assert images([batch]) == {key: f"image {key}".encode() for key in "abc"}
-    assert (batch.duplicates, sum(batch.passed_over.values())) == (1, 1)
-    for row, counts in enumerate(((0, 1), (1, 0), (0, 0))):
+    assert batch.left_out == LeftOut(repeats=1, passed_over=1)
+    for row, left_out in enumerate([LeftOut(), LeftOut(), LeftOut(1, 1)]):  # it is said with the last row
         (batch,) = read(tmp_path / "a.tar", RowRanges.span(row, row + 1))
-        assert (batch.duplicates, sum(batch.passed_over.values())) == counts
+        assert batch.left_out == left_out
 
 
 def test_what_is_no_image_is_passed_over(tmp_path: Path) -> None:
@@ -99,7 +102,7 @@ def test_what_is_no_image_is_passed_over(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(folder.tobuf() + link.tobuf() + make_tar(*members))
     (batch,) = read(tmp_path / "a.tar")
     assert images([batch]) == {"a": b"x", "c.mask": b"m", "é" * 120: b"long"}
-    assert sum(batch.passed_over.values()) == 1  # the link; a folder is none, nor is what macOS adds
+    assert batch.left_out.passed_over == 1  # the link; a folder is none, nor is what macOS adds
 
 
 def test_names_with_dots(tmp_path: Path) -> None:
@@ -108,7 +111,7 @@ def test_names_with_dots(tmp_path: Path) -> None:
     (batch,) = read(tmp_path / "in.tar")
     assert images([batch]) == {name.rpartition(".")[0]: name.encode() for name in names}
     assert batch.image_uris == [f"{tmp_path}/in.tar#{name}" for name in names]
-    assert sum(batch.passed_over.values()) == 0
+    assert batch.left_out.passed_over == 0
 
 
 def test_a_sample_with_an_image_of_its_own_has_no_other(tmp_path: Path) -> None:
@@ -116,7 +119,7 @@ def test_a_sample_with_an_image_of_its_own_has_no_other(tmp_path: Path) -> None:
     (tmp_path / "in.tar").write_bytes(make_tar(*members))
     (batch,) = read(tmp_path / "in.tar", kept=pa.schema([("json", pa.string())]))
     assert images([batch]) == {"0": b"0", "1": b"1"}
-    assert sum(batch.passed_over.values()) == 2
+    assert batch.left_out.passed_over == 2
     assert batch.kept is not None
     assert batch.kept["json"].to_pylist() == ["{}", None]
 
@@ -138,7 +141,7 @@ def test_equal_names_of_other_images(tmp_path: Path) -> None:
     (batch,) = read(tmp_path / "in.tar")
     assert images([batch]) == {"a": b"1", "b": b"2", "a.jpg#2": b"3", "c": b"5", "a.png": b"6"}
     assert len(set(batch.image_uris)) == 5
-    assert (batch.duplicates, sum(batch.passed_over.values())) == (0, 1)
+    assert batch.left_out == LeftOut(repeats=0, passed_over=1)
 
 
 def test_names_that_are_not_utf8_stay_different(tmp_path: Path) -> None:
@@ -153,12 +156,56 @@ def test_members_that_only_begin_like_images_are_counted(tmp_path: Path) -> None
     members = [("a.jpg", b"a"), ("b", png), ("c.data", png), ("d.txt", b"d"), ("e.psd", b"e"), (".f.jpg", b"f")]
     (tmp_path / "in.tar").write_bytes(make_tar(*members))
     (batch,) = read(tmp_path / "in.tar")
-    assert (images([batch]), sum(batch.passed_over.values())) == ({"a": b"a"}, 4)
+    assert (images([batch]), batch.left_out.passed_over) == ({"a": b"a"}, 4)
     (tmp_path / "in.tar").write_bytes(make_tar(*members[1:]))
     (batch,) = read(tmp_path / "in.tar")
-    assert sum(batch.passed_over.values()) == 4
+    assert batch.left_out.passed_over == 4
     assert batch.data is not None
     assert "it has 4 members like images" in str(batch.data[0])
+
+
+NAMES = ("a.jpg", "a.png", "A.JPG", "a.mask.png", "a.json", "22.05.jpg", "22.06.jpg", "b", "c.data", "d.psd", ".e.jpg")
+CONTENTS = (b"1", b"2", b"\x89PNG\r\n\x1a\n and more")
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(NAMES), st.sampled_from(CONTENTS)), max_size=30))
+def test_every_member_like_an_image_is_a_row_a_repeat_or_passed_over(
+    tmp_path: Path, members: list[tuple[str, bytes]]
+) -> None:
+    (tmp_path / "in.tar").write_bytes(make_tar(*members))
+    batches = read(tmp_path / "in.tar")
+    rows = [data for batch in batches for data in batch.data or () if isinstance(data, bytes)]
+    like_images = [name for name, content in members if ends_like_image(name) or begins_like_image(content)]
+    assert len(like_images) == len(rows) + sum(batches[-1].left_out)
+    ids = [image_id for batch in batches for image_id in batch.image_ids]
+    assert len(set(ids)) == len(ids)
+
+
+def test_a_field_of_the_json_that_is_no_text_is_its_images_error(tmp_path: Path) -> None:
+    fields = {
+        "half": '"\\ud800"',
+        "inside": '["\\udfff"]',
+        "large": "1e999",
+        "long": "9" * 5000,
+        "fine": '"\\ud83d\\ude00"',
+    }
+    members = [(f"{key}.{end}", text.encode()) for key, value in fields.items() for end, text in
+               (("jpg", key), ("json", f'{{"url": {value}, "width": 3}}'))]  # fmt: skip
+    members += [("deep.jpg", b"deep"), ("deep.json", b"[" * 100_000)]
+    (tmp_path / "a.tar").write_bytes(make_tar(*members))
+    (batch,) = read(tmp_path / "a.tar", kept=TEXTS)
+    assert images([batch]) == {
+        **dict.fromkeys(("half", "inside", "large", "long"), ErrorCode.INVALID_URI),
+        "fine": b"fine",
+        "deep": b"deep",
+    }
+    assert batch.kept is not None
+    assert batch.kept["url"].to_pylist() == [None, None, None, None, "😀", None]
+    assert batch.kept["width"].to_pylist() == ["3", "3", "3", "3", "3", None]
+    (batch,) = read(tmp_path / "a.tar", kept=pa.schema([("width", pa.string())]))
+    assert set(images([batch])) == {*fields, "deep"}
+    assert ErrorCode.INVALID_URI not in images([batch]).values()  # what is not asked for does not matter
 
 
 @pytest.mark.parametrize("name", ["a.tar", "a.tar.gz"])

@@ -1,11 +1,14 @@
 import json
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from smallcap import storage
 from smallcap.config import InputConfig
@@ -131,6 +134,54 @@ def test_images_of_equal_names_in_two_folders_are_all_listed(tmp_path: Path) -> 
     write_files(b, "3.jpg")
     again = extend_work_list(sources, InputConfig(), str(out))
     assert read(again) == expected | {"3.jpg": f"{b}/3.jpg"}
+    write_files(a, "3.jpg")  # which has the id of an image that is known
+    again = extend_work_list(sources, InputConfig(), str(out))
+    assert read(again) == expected | {"3.jpg": f"{b}/3.jpg", f"{a}/3.jpg": f"{a}/3.jpg"}
+    assert len(extend_work_list(sources, InputConfig(), str(out)).fragments) == len(again.fragments)
+
+
+def test_the_id_of_one_image_may_be_the_uri_of_another(tmp_path: Path) -> None:
+    """As where ids are the addresses from which copies came."""
+    rows = [("http://x/1", "/copy/1"), ("http://x/1", "http://x/1"), ("1", "/b/1"), ("1", "/a/1"), ("/b/1", "/c/1")]
+    (tmp_path / "l.csv").write_text("image_id,image_uri\n" + "".join(f"{i},{uri}\n" for i, uri in rows))
+    work = make(tmp_path / "out", tmp_path / "l.csv")
+    assert read(work) == {
+        "http://x/1": "/copy/1",
+        "http://x/1#http://x/1": "http://x/1",
+        "1": "/a/1",
+        "/b/1": "/c/1",
+        "/b/1#/b/1": "/b/1",
+    }
+    assert work.duplicates == 0
+    assert len(extend_work_list([str(tmp_path / "l.csv")], InputConfig(), str(tmp_path / "out")).fragments) == 3
+
+
+ROWS = st.lists(
+    st.tuples(st.sampled_from(["1", "2", "/x/1", "/y/1", "/y/1#1"]), st.sampled_from(["/x/1", "/y/1", "/z"]))
+)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(ROWS.filter(bool), min_size=1, max_size=3))
+def test_every_image_of_every_listing_is_there_once(listings: list[list[tuple[str, str]]]) -> None:
+    with TemporaryDirectory() as folder:
+        source, out = Path(folder) / "l.csv", Path(folder) / "out"
+        for number, rows in enumerate(listings):
+            source.write_text("image_id,image_uri\n" + "".join(f"{i},{uri}\n" for i, uri in rows))
+            work = extend_work_list([str(source)], InputConfig(), str(out)) if number else make(out, source)
+            if not number:
+                assert work.images is not None
+                assert work.images + work.duplicates == len(rows)
+        found = [(batch.image_ids, batch.image_uris) for fragment in work.fragments
+                 for batch in read_fragment(fragment, None, InputConfig(), work.kept_columns)]  # fmt: skip
+    ids = [image_id for ids, _ in found for image_id in ids]
+    assert len(set(ids)) == len(ids)
+    named = {row for rows in listings for row in rows}
+    for uri in {uri for _, uri in named}:
+        # Two rows are one image only where one has the id that the other is given: its URI.
+        times = sum(uris.count(uri) for _, uris in found)
+        assert times in (len({i for i, each in named if each == uri}), len({i for i, each in named if each == uri}) - 1)
+        assert times > 0
 
 
 def test_tars_parquet_and_uris_together(tmp_path: Path, s3: str) -> None:
@@ -296,8 +347,12 @@ def test_format_1_is_still_written(tmp_path: Path) -> None:
     make(tmp_path / "out", write_list(tmp_path / "l.csv", ["b", "a", "a"]), keep=("alt",))
     folder, golden = tmp_path / "out/_work", GOLDEN / "run/_work"
     ours, theirs = (json.loads((place / "listing-000.json").read_text()) for place in (folder, golden))
-    assert list(ours)[: len(theirs)] == list(theirs)
+    assert list(ours) == [*theirs, "passed_over"]  # which readers may do without
     assert ours["kept_schema"] == theirs["kept_schema"]
-    for name in ("listing-000-images-00000.parquet", "listing-000-fragments.parquet"):
+    added = {
+        "listing-000-images-00000.parquet": [],
+        "listing-000-fragments.parquet": [pa.field("qualified", pa.bool_(), nullable=False)],
+    }
+    for name, fields in added.items():
         before = pq.read_schema(golden / name)
-        assert list(pq.read_schema(folder / name))[: len(before)] == list(before)  # names, types and nulls
+        assert list(pq.read_schema(folder / name)) == [*before, *fields]  # names, types and nulls

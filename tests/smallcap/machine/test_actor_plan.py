@@ -94,7 +94,7 @@ CPU_CLUSTERS: list[tuple[dict[str, Any], list[float], tuple[Any, ...], int]] = [
     ({}, [4] * 100, (93, 4.0, 1.0, 4), 28),
     ({"max_actors": 1}, [8], (1, 4.0, 1.0, 4), 4),
     ({"num_actors": 2}, [4], (2, 1.0, 1.0, 1), 2),
-    ({"num_actors": 3}, [1], (3, 0.25, 0.25, 1), 1),
+    ({"num_actors": 2}, [1], (2, 0.3333, 0.3333, 1), 1),
     ({"num_actors": 16}, [8], (16, 0.3333, 0.3333, 1), 8),
     ({"max_actors": 4}, [0], (1, 3.0, 1.0, 3), 0),
 ]
@@ -146,6 +146,8 @@ def test_a_pool_has_what_the_cluster_has_and_may_grow_to_what_is_allowed(
         ({}, [node(0, 1)], "has a CPU for the tasks"),
         ({}, [node(0)], "has a CPU for the tasks"),
         ({"num_actors": 100_000, "device": "cpu"}, [node(8)], "do not hold so many actors"),
+        ({"num_actors": 64}, [node(4)], r"at most 8 on 4 CPUs\n  found: 64\n  remedy: Leave it at auto"),
+        ({"num_actors": 3}, [node(1)], r"at most 2 on 1 CPU\n"),
     ],
 )
 def test_what_can_never_start_is_refused(options: dict[str, Any], nodes: list[dict[str, float]], message: str) -> None:
@@ -210,8 +212,8 @@ def test_wherever_ray_puts_them_all_actors_start_and_are_fed(
     try:
         plan = plan_actors(ComputeConfig(gpus_per_actor=share, num_actors=num_actors, device=device), nodes)
     except ConfigError:
-        gpus = sum(resources.get("GPU", 0) for resources in nodes)
-        assert not sum(resources["CPU"] for resources in nodes) or (gpus and device == "auto")
+        cpus, gpus = (sum(resources.get(kind, 0) for resources in nodes) for kind in ("CPU", "GPU"))
+        assert not cpus or (gpus and device == "auto") or num_actors > 2 * cpus
         return
     actors, tasks = places(plan, nodes, random.Random(seed))
     assert actors == plan.num_actors

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from smallcap.machine.precision import keep_float32_exact, resolve_dtype
-from tests.pretended_cuda.torch_cuda import restore_precision
+from smallcap.errors import ConfigError
+from smallcap.machine.precision import find_device, keep_float32_exact, resolve_dtype
+from tests.pretended_cuda.torch_cuda import restore_kernels
 
 
 @pytest.mark.parametrize(("native", "expected"), [(True, "bfloat16"), (False, "float16")])
@@ -14,10 +15,27 @@ def test_auto_takes_no_emulated_bfloat16(monkeypatch: pytest.MonkeyPatch, native
     def is_supported(including_emulation: bool = True) -> bool:
         return native or including_emulation
 
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
     assert resolve_dtype("auto", "cuda") == expected
     assert resolve_dtype("bfloat16", "cuda") == "bfloat16"
     assert resolve_dtype("float32", "cuda:1") == "float32"
+
+
+def test_a_device_is_one_that_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find_device("cpu") == torch.device("cpu")
+    for name in ("gpu", "banana", "auto", "", "cuda:", "cuda:-1", "cuda:x", "cpu:0", "CUDA", "cuda:99999", "meta"):
+        with pytest.raises(ConfigError, match=r"no such device(.|\n)*cpu, cuda or cuda:N"):
+            find_device(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"cannot use this GPU here(.|\n)*expected: cpu\n(.|\n)*smallcap doctor"):
+        find_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [find_device(name).index for name in ("cuda", "cuda:0", "cuda:1")] == [None, 0, 1]
+    with pytest.raises(ConfigError, match="one of 2 GPUs"):
+        find_device("cuda:2")
 
 
 def tf32() -> tuple[bool, bool, str]:
@@ -32,7 +50,7 @@ def tf32() -> tuple[bool, bool, str]:
 @pytest.fixture
 def restored() -> Iterator[None]:
     yield
-    restore_precision()
+    restore_kernels()
 
 
 @pytest.mark.usefixtures("restored")

@@ -20,8 +20,9 @@ from transformers import (
 
 from smallcap.decoding.engine import additive_mask
 from smallcap.errors import CheckpointError, ConfigError
-from smallcap.model.assembly import join_frozen_models, joined_model_id
+from smallcap.model.assembly import join_frozen_models
 from smallcap.model.checkpoint import load_checkpoint, save_checkpoint
+from smallcap.model.files import joined_model_id
 
 VOCABULARY = 260
 

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from smallcap.errors import CheckpointError
-from smallcap.model.checkpoint import checkpoint_id, load_checkpoint, load_config, save_checkpoint, tokenizer_source
+from smallcap.model.checkpoint import load_checkpoint, load_config, save_checkpoint, tokenizer_source
+from smallcap.model.files import checkpoint_id
 from tests.oracles import ORACLE
 
 

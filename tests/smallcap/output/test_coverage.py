@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from smallcap.images.fragments import Fragment
 from smallcap.images.row_ranges import RowRanges
 from smallcap.output import coverage
-from smallcap.output.coverage import Coverage, WorkItem, qualify_repeated_ids, settle, work_left
+from smallcap.output.coverage import Coverage, WorkItem, is_settled, qualify_repeated_ids, settle, work_left
 from smallcap.output.part_files import PartInfo, PartOptions, list_parts, read_part_infos, write_part
 from smallcap.output.schema import CAPTION_COLUMNS, caption_schema
 
@@ -129,6 +129,16 @@ def test_of_two_captions_the_older_stays_and_a_caption_before_an_error(tmp_path:
     assert [part.ends for _, part in parts_of(tmp_path)] == [(), (), ()]
     assert sum(part.ok + sum(part.errors.values()) for _, part in parts_of(tmp_path)) == 5
     assert settle(str(tmp_path), parts_of(tmp_path), LIST) == 0
+
+
+def test_a_part_may_disappear_while_others_are_compared_with_it(tmp_path: Path) -> None:
+    write(tmp_path, "part-001-000000.parquet", 0, {0: "", 1: "old"})
+    write(tmp_path, "part-002-000000.parquet", 0, {0: "new"})
+    write(tmp_path, "part-003-000000.parquet", 0, {0: "newest"})
+    assert not is_settled(parts_of(tmp_path))
+    assert settle(str(tmp_path), parts_of(tmp_path), LIST) == 2
+    assert captions(tmp_path) == {"0-0": "new", "0-1": "old"}
+    assert is_settled(parts_of(tmp_path))
 
 
 def test_a_part_that_another_one_repeats_disappears(tmp_path: Path) -> None:

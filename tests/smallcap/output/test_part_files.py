@@ -91,7 +91,7 @@ def test_a_part_and_its_sidecars_are_read_as_they_were_written(anywhere: str) ->
     assert embeddings["image_id"].to_pylist() == ["a.jpg", "b.jpg", "d.jpg", "e.jpg"]
     for found, image_id in zip(embeddings["embedding"].to_pylist(), embeddings["image_id"].to_pylist(), strict=True):
         np.testing.assert_array_equal(np.array(found, np.float16), embedding_of(image_id))
-    tar = storage.join(anywhere, "webdataset", "part-000-000000.tar")
+    tar = storage.join(anywhere, "_webdataset", "part-000-000000.tar")
     assert tar_names(tar) == [f"{key}.{end}" for key in "abde" for end in ("jpg", "txt", "json")]
     with storage.open_ranged(tar) as file, tarfile.open(fileobj=file) as opened:
         contents = {name: opened.extractfile(name).read() for name in ("a.jpg", "a.txt", "a.json")}  # type: ignore[union-attr]
@@ -109,7 +109,7 @@ def test_lists_without_a_fixed_size_columns_in_pieces_and_errors_alone_are_taken
     write_part(str(tmp_path), NAME, table, INFO, SCHEMA, SIDECARS)
     embeddings = pq.read_table(tmp_path / "_embeddings" / NAME)
     assert embeddings["embedding"].type == pa.list_(pa.float16(), DIM)
-    assert tar_names(str(tmp_path / "webdataset" / "part-000-000000.tar"))[0] == "a.jpg"
+    assert tar_names(str(tmp_path / "_webdataset" / "part-000-000000.tar"))[0] == "a.jpg"
 
 
 def test_the_part_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +117,7 @@ def test_the_part_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(storage, "write_bytes", lambda uri, data: written.append(uri))
     monkeypatch.setattr(storage, "move_in", lambda path, uri: written.append(uri))
     write("OUT")
-    assert written == [f"OUT/_embeddings/{NAME}", "OUT/webdataset/part-000-000000.tar", f"OUT/{NAME}"]
+    assert written == [f"OUT/_embeddings/{NAME}", "OUT/_webdataset/part-000-000000.tar", f"OUT/{NAME}"]
 
 
 def test_dropped_rows_leave_the_part_and_its_sidecars(anywhere: str) -> None:
@@ -131,11 +131,11 @@ def test_dropped_rows_leave_the_part_and_its_sidecars(anywhere: str) -> None:
     assert table["image_id"].to_pylist() == ["d.jpg", "e.jpg"]
     embeddings = read_table(anywhere, "_embeddings", NAME)
     assert embeddings["image_id"].to_pylist() == ["d.jpg", "e.jpg"]
-    assert tar_names(storage.join(anywhere, "webdataset", "part-000-000000.tar"))[::3] == ["d.jpg", "e.jpg"]
+    assert tar_names(storage.join(anywhere, "_webdataset", "part-000-000000.tar"))[::3] == ["d.jpg", "e.jpg"]
     assert dict(read_part_infos(anywhere)) == {NAME: left, "part-001-000000.parquet": INFO}
     drop_rows(anywhere, NAME, pa.array(["d.jpg", "e.jpg"]), PartInfo())
     assert not storage.exists(storage.join(anywhere, "_embeddings", NAME))
-    assert not storage.exists(storage.join(anywhere, "webdataset", "part-000-000000.tar"))
+    assert not storage.exists(storage.join(anywhere, "_webdataset", "part-000-000000.tar"))
     assert [uri.rsplit("/", 1)[-1] for uri in list_parts(anywhere)] == ["part-001-000000.parquet"]
 
 
@@ -154,7 +154,7 @@ def test_rows_get_new_ids_in_the_part_and_its_sidecars(anywhere: str) -> None:
             row["image_id"]: row["embedding"] for row in read_table(anywhere, "_embeddings", NAME).to_pylist()
         }
         assert np.array_equal(embeddings["x/a.jpg"], embedding_of("a.jpg"))
-        assert tar_names(storage.join(anywhere, "webdataset", "part-000-000000.tar"))[0] == "a.jpg"
+        assert tar_names(storage.join(anywhere, "_webdataset", "part-000-000000.tar"))[0] == "a.jpg"
         assert dict(read_part_infos(anywhere)) == {NAME: INFO}
 
 
@@ -162,7 +162,7 @@ def test_a_drop_that_was_stopped_before_the_part_is_done_again(tmp_path: Path, m
     out, gone = str(tmp_path), pa.array(["a.jpg", "b.jpg", "c.jpg", "d.jpg", "e.jpg"])
     write(out)
     with monkeypatch.context() as patch:
-        patch.setattr("smallcap.output.part_files._with_info", None)  # the last step: what remains is not written
+        patch.setattr("smallcap.output.part_files.with_info", None)  # the last step: what remains is not written
         patch.setattr(storage, "remove", lambda uri: None if uri.endswith(f"out/{NAME}") else _remove(uri))
         with pytest.raises(TypeError):
             drop_rows(out, NAME, gone.slice(0, 4), INFO)
@@ -201,7 +201,7 @@ def test_a_footer_larger_than_the_first_read_is_read_whole(anywhere: str) -> Non
 
 def test_parts_are_listed_from_the_folder_itself_oldest_attempt_first(anywhere: str) -> None:
     assert list_parts(anywhere) == []
-    for name in ("part-001-000000.parquet", "part-000-000001.parquet", "_work/part-000-000000.parquet", "run.json"):
+    for name in ("part-001-000000.parquet", "part-000-000001.parquet", "_work/part-000-000000.parquet", "_run.json"):
         storage.write_bytes(storage.join(anywhere, name), b"x")
     storage.write_bytes(storage.join(anywhere, ".part-000-000002.parquet.0123"), b"x")
     assert [uri.rsplit("/", 1)[-1] for uri in list_parts(anywhere)] == [
@@ -216,7 +216,7 @@ def test_sidecars_without_a_part_are_removed(anywhere: str) -> None:
     write(anywhere, "part-000-000001.parquet")
     storage.remove(storage.join(anywhere, "part-000-000001.parquet"))
     orphans = remove_orphans(anywhere)
-    names = ("_embeddings/part-000-000001.parquet", "webdataset/part-000-000001.tar")
+    names = ("_embeddings/part-000-000001.parquet", "_webdataset/part-000-000001.tar")
     assert orphans == [storage.join(anywhere, name) for name in names]
     assert not any(storage.exists(uri) for uri in orphans)
     assert storage.exists(storage.join(anywhere, "_embeddings", NAME))
@@ -256,7 +256,7 @@ def test_the_golden_output_of_version_1_is_read() -> None:
     embeddings = pq.read_table(folder / "_embeddings" / name)
     assert embeddings["image_id"].to_pylist() == ["10000000.jpg", "10000001.jpg"]
     assert np.linalg.norm(np.array(embeddings["embedding"][1].as_py())) == pytest.approx(1, abs=0.01)
-    assert tar_names(str(folder / "webdataset" / "part-001-000000.tar")) == [
+    assert tar_names(str(folder / "_webdataset" / "part-001-000000.tar")) == [
         f"1000000{number}.{end}" for number in (0, 1) for end in ("jpg", "txt", "json")
     ]
 
@@ -272,13 +272,32 @@ def whole_output(tmp_path: Path) -> Path:
     write(str(tmp_path), "part-001-000000.parquet", others)
     (tmp_path / "_work").mkdir()
     pq.write_table(pa.table({"image_uri": ["a"]}), tmp_path / "_work" / "list-000000.parquet")
-    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "_run.json").write_text("{}")
     (tmp_path / ".lock").write_text("")
     return tmp_path
 
 
 IDS = [f"{letter}.jpg" for letter in "abcdefgh"]
 CAPTIONED = [f"{letter}.jpg" for letter in "abdefg"]
+
+
+def test_the_output_as_a_whole_is_a_data_set_of_the_captions(whole_output: Path) -> None:
+    import duckdb
+    import pandas as pd
+    import pyarrow.dataset
+
+    assert {path.name for path in whole_output.iterdir()} > {
+        "_run.json",
+        "_work",
+        "_embeddings",
+        "_webdataset",
+        ".lock",
+    }
+    assert pyarrow.dataset.dataset(whole_output).to_table()["image_id"].to_pylist() == IDS
+    assert pq.read_table(whole_output)["image_id"].to_pylist() == IDS
+    assert pd.read_parquet(whole_output)["image_id"].tolist() == IDS
+    found = duckdb.sql(f"SELECT image_id FROM '{whole_output}/*.parquet' ORDER BY image_id").fetchall()
+    assert [image_id for (image_id,) in found] == IDS
 
 
 def test_pandas_reads_parts_and_embeddings(whole_output: Path) -> None:
@@ -293,8 +312,6 @@ def test_pandas_reads_parts_and_embeddings(whole_output: Path) -> None:
     matrix = np.stack(embeddings["embedding"].tolist())
     assert (matrix.dtype, matrix.shape) == (np.float16, (6, DIM))
     np.testing.assert_array_equal(matrix[0], embedding_of("a.jpg"))
-    with pytest.raises(pa.ArrowInvalid):  # run.json and the tars are no Parquet: docs/formats.md names the glob
-        pd.read_parquet(whole_output)
 
 
 def test_duckdb_reads_parts_and_embeddings(whole_output: Path) -> None:
@@ -329,13 +346,14 @@ def test_duckdb_reads_only_the_row_groups_that_can_have_an_id(tmp_path: Path) ->
 def test_ray_reads_parts_embeddings_and_tars(whole_output: Path) -> None:
     import ray
 
-    parts = ray.data.read_parquet(sorted(map(str, whole_output.glob("part-*.parquet")))).to_pandas()
-    assert sorted(parts["image_id"]) == IDS
+    for given in (sorted(map(str, whole_output.glob("part-*.parquet"))), str(whole_output)):
+        parts = ray.data.read_parquet(given).to_pandas()
+        assert sorted(parts["image_id"]) == IDS
     embeddings = ray.data.read_parquet(str(whole_output / "_embeddings")).to_pandas()
     assert sorted(embeddings["image_id"]) == CAPTIONED
     found = dict(zip(embeddings["image_id"], embeddings["embedding"], strict=True))
     np.testing.assert_array_equal(np.asarray(found["a.jpg"], np.float16), embedding_of("a.jpg"))
-    samples = ray.data.read_webdataset(str(whole_output / "webdataset"), decoder=None).take_all()
+    samples = ray.data.read_webdataset(str(whole_output / "_webdataset"), decoder=None).take_all()
     assert sorted(sample["__key__"] for sample in samples) == list("abdefg")
     first = min(samples, key=lambda sample: sample["__key__"])
     assert (first["jpg"], first["txt"]) == (JPEG, b"a photo of a.jpg")
