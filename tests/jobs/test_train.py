@@ -206,5 +206,5 @@ def test_a_workers_own_error_is_the_runs(source: Path, index: str, tiny_smallcap
 
 
 def test_a_wrong_model_is_told_before_ray_starts(source: Path, index: str, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no config.json"):
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
         train.run(train_config(source, index, tmp_path, tmp_path / "out"))

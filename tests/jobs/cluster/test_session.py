@@ -183,7 +183,6 @@ def short_folder() -> Iterator[str]:
         yield folder
 
 
-@pytest.fixture
 def free_port() -> int:
     """A port outside the range of Ray's workers."""
     while True:
@@ -196,11 +195,11 @@ def free_port() -> int:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_ray_that_runs_on_the_machine(short_folder: str, free_port: int, tmp_path: Path, start_job: StartJob) -> None:
+def test_a_ray_that_runs_on_the_machine(short_folder: str, tmp_path: Path, start_job: StartJob) -> None:
     command = [
-        Path(sys.executable).parent / "ray", "start", "--head", "--block", f"--port={free_port}", "--num-cpus=3",
-        "--include-dashboard=false", "--min-worker-port=0", "--max-worker-port=0", "--ray-client-server-port=0",
-        "--dashboard-agent-listen-port=0",
+        Path(sys.executable).parent / "ray", "start", "--head", "--block", f"--port={free_port()}", "--num-cpus=3",
+        "--include-dashboard=false", "--min-worker-port=0", "--max-worker-port=0",
+        f"--ray-client-server-port={free_port()}", "--dashboard-agent-listen-port=0",
     ]  # fmt: skip
     here = {"RAY_TMPDIR": short_folder, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
     head = start_job(command, tmp_path / "head.log", **here)
