@@ -135,7 +135,8 @@ def joined_model_id(vision_encoder: str, decoder: str) -> str:
 
 
 def _named_by_weights(source: str, folder: Path) -> str:
-    name = folder.name if Path(source).is_dir() else source
+    is_folder = source != DEMO and Path(source).is_dir()  # `demo` is no folder's name, wherever a command is given
+    name = folder.name if is_folder else source
     return f"{name}@{sha256_file(weights_file(folder))[:12]}"
 
 

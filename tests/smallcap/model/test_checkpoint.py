@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from smallcap.errors import CheckpointError
 from smallcap.model.checkpoint import load_checkpoint, load_config, save_checkpoint, tokenizer_source
-from smallcap.model.files import checkpoint_id
+from smallcap.model.files import checkpoint_id, joined_model_id
 from tests.oracles import ORACLE
 
 
@@ -83,6 +83,15 @@ def test_the_id_is_that_of_the_weights(folder: Path) -> None:
     assert len(digest) == 12
     assert digest == checkpoint_id(str(ORACLE / "gpt2_r4")).partition("@")[2]
     assert load_checkpoint(str(folder)).model_id == checkpoint_id(str(folder))
+
+
+def test_the_demos_id_is_the_same_beside_a_folder_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    elsewhere = checkpoint_id("demo")
+    (tmp_path / "demo").mkdir()  # as in a checkout
+    assert checkpoint_id("demo") == elsewhere
+    assert elsewhere.startswith("demo@")
+    assert [name[:5] for name in joined_model_id("demo", "demo").split(" + ")] == ["demo@", "demo@"]
 
 
 def test_code_in_a_weights_file_is_not_run(folder: Path) -> None:
