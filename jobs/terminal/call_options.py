@@ -146,7 +146,7 @@ class DoctorOptions(Config):
     cache_dir: str = DEFAULT_CACHE_DIR
     """Folder for copies of remote indexes."""
     quick: bool = False
-    """Start no local Ray, and leave out what searches, captions and measures: a few seconds instead of minutes."""
+    """Start no local Ray, and leave out what searches, captions and measures: a few seconds instead of a minute."""
     as_json: AsJson = False
     """Print JSON, an object per line."""
 
