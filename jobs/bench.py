@@ -5,11 +5,9 @@ No Ray is started. `smallcap.benchmark` measures the stages, and calls this for 
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +17,7 @@ import torch
 from jobs.captioning.caption_table import TableCaptioner
 from jobs.captioning.layout import BATCHES_PER_CALL, CALLS_AT_ONCE
 from jobs.captioning.load import pixel_columns
+from smallcap import storage
 from smallcap.batch_size import LARGEST_BATCH
 from smallcap.benchmark.ready_captioner import IMAGE_PX, HostResult, PartTimes, ReadyCaptioner, image_id
 from smallcap.benchmark.stages import BenchmarkResult, run_benchmark
@@ -101,9 +100,9 @@ def run_host(options: BenchmarkOptions) -> HostResult:
     torch.set_num_threads(1)  # OpenMP's threads spin while they wait, which would count
     batch_size = LARGEST_BATCH["cuda"]
     images = batch_size * BATCHES_PER_CALL["cuda"]
-    with tempfile.TemporaryDirectory() as folder:
+    with storage.scratch_folder() as folder:
         wanted = CaptionerOptions(k=options.k, num_beams=options.num_beams)
-        captioner = ReadyCaptioner(Path(folder), wanted, options.captions)
+        captioner = ReadyCaptioner(folder, wanted, options.captions)
         caption = TableCaptioner(captioner, batch_size, exclude_own=True, embeds=False)
         batch = loaded_table(_random_crops(images))
         runs = [_time_calls(captioner, lambda: caption(batch)) for _ in range(options.repeats + 1)]

@@ -57,7 +57,7 @@ class CaptionerOptions(GenerationConfig):
     k: int | None = Field(None, ge=0)
     """Retrieved captions per prompt; by default the checkpoint's number. 0 needs no index."""
     device: str = "auto"
-    """A torch device. `auto` takes a GPU if there is one, else the CPU."""
+    """`cpu`, `cuda`, `cuda:N`, or `auto`, which takes a GPU if there is one, else the CPU."""
     dtype: Dtype = "auto"
     """`auto` is what `smallcap.machine.precision` finds fastest on the device."""
     retrieval_encoder: str | None = None
@@ -237,8 +237,7 @@ class Captioner:
             neighbours = self.retrieve(embeddings, exclude_image_ids and exclude_image_ids[rows])
             return PreparedBatch(pixels[rows], hidden_states, embeddings, neighbours, self.prompt(neighbours))
 
-        with on_device(self.model.device):  # for pinned memory
-            return self._preparing.run(len(pixels), prepare)
+        return self._preparing.run(len(pixels), prepare)
 
     def _finish(self, parts: Sequence[PreparedBatch]) -> CaptionedBatch:
         return CaptionedBatch.join([self._finish_part(part) for part in parts])
@@ -381,6 +380,7 @@ class Captioner:
     def _stack(self, crops: Sequence[np.ndarray]) -> Tensor:
         """Copies crops once: into [B, S, S, 3] uint8, for a GPU in pinned memory, whose upload does not wait."""
         on_gpu = self.model.device.type == "cuda"
-        stacked = torch.empty((len(crops), *crops[0].shape), dtype=torch.uint8, pin_memory=on_gpu)
+        with on_device(self.model.device):  # whose driver pins the memory
+            stacked = torch.empty((len(crops), *crops[0].shape), dtype=torch.uint8, pin_memory=on_gpu)
         np.stack(crops, out=stacked.numpy())
         return stacked

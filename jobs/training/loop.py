@@ -26,6 +26,7 @@ from jobs.training.start import ModelStart
 from smallcap.config import GenerationConfig
 from smallcap.decoding.engine import ALL_TOKENS, EAGER, EagerStepper, generate
 from smallcap.errors import CheckpointError, ConfigError
+from smallcap.machine.precision import choose_kernels
 from smallcap.model.checkpoint import SmallCapModel
 from smallcap.model.prompt import build_prompts, build_training_example, decode_captions, encode_texts
 from smallcap.training.checkpoints import (
@@ -90,6 +91,7 @@ class Worker:
         model = spec.start.load()
         self.texts = ExampleTexts(spec.config, model, spec.start.load_tokenizer())
         self.generation = model.generation_options(GenerationConfig())
+        choose_kernels(torch.float32, device)
         self.decoder = model.decoder.to(device)  # the encoders are no longer needed
         self.steps_per_epoch = spec.examples.batches_per_epoch
         total = self.steps_per_epoch * self.options.epochs

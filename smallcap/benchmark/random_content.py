@@ -115,7 +115,6 @@ class PlannedLengths(BeamSearch):
     def advance(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Makes eos impossible before an image's last step, and certain at it."""
         last = (self.lengths <= self.step + 1)[:, None]
-        logits = logits.float()
         logits[..., self.options.eos_token_id] = torch.where(last, 1e4, -torch.inf)
         is_first = self.step == 0  # it ends prefill; the others may be recorded, where nothing can wait
         chosen = super().advance(logits)

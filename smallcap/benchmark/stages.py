@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from smallcap import storage
 from smallcap.benchmark.operations import decode_flops, prefill_flops, retrieval_flops, torch_flops, vision_flops
 from smallcap.benchmark.random_content import (
     PHOTO_PX,
@@ -110,8 +110,8 @@ def run_benchmark(options: BenchmarkOptions, make_loop: MakeLoop) -> BenchmarkRe
     """
     options = options.model_copy(update={"device": str(find_device(resolve_device(options.device)))})
     dtype = resolve_dtype(options.dtype, options.device)
-    with tempfile.TemporaryDirectory() as folder:
-        return measure_captioner(build_captioner(options, dtype, Path(folder)), options, make_loop)
+    with storage.scratch_folder() as folder:
+        return measure_captioner(build_captioner(options, dtype, folder), options, make_loop)
 
 
 @torch.inference_mode()

@@ -130,15 +130,16 @@ def top_logits(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         Values [..., k] float32 in descending order, their indices [..., k] int64, and log(sum(exp(logits))) [..., 1]
         float32.
     """
-    rows = logits.flatten(0, -2)
-    blocks = (rows,) if logits.is_cuda else torch.split(rows, _CPU_ROWS)
+    if logits.is_cuda:
+        return _top_of_rows(logits.float(), k)
+    blocks = torch.split(logits.flatten(0, -2), _CPU_ROWS)
     found = zip(*(_top_of_rows(block.float(), k) for block in blocks), strict=True)
     values, indices, normaliser = (torch.cat(parts).view(*logits.shape[:-1], -1) for parts in found)
     return values, indices, normaliser
 
 
 def _top_of_rows(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Does what `top_logits` does for [rows, V] float32."""
+    """Does what `top_logits` does for [..., V] float32, all at once."""
     size = logits.shape[-1]
     chunks = size // _CHUNK
     if chunks < 4 * k:

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pkgutil import resolve_name
@@ -118,7 +119,8 @@ class _Process:
 
     def begin(self, check: Check) -> None:
         self._seen_bytes = os.fstat(self._printed.fileno()).st_size
-        self._connection.send(check)
+        with suppress(OSError):  # that the process has ended is told where findings are received
+            self._connection.send(check)
 
     def poll(self, seconds: float) -> bool:
         return self._connection.poll(seconds)

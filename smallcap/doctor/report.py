@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from smallcap.errors import SmallCapError
+from smallcap.phrasing import one_line
 from smallcap.storage_faults import brief
 
 Status = Literal["ok", "warn", "fail"]
+
+_LONGEST = 300  # characters of an error's details, each
 
 
 @dataclass(frozen=True)
@@ -44,15 +47,10 @@ def failed_by(subject: str, error: Exception, remedy: str) -> Finding:
     """Returns the finding that an exception makes; an error of smallcap says its own remedy, if it has one."""
     if isinstance(error, SmallCapError):
         named = (("at ", error.where), ("expected ", error.expected), ("found ", error.found))
-        details = "; ".join(f"{name}{_one_line(text)}" for name, text in named if text)
+        details = "; ".join(f"{name}{one_line(text, _LONGEST)}" for name, text in named if text)
         found = f"{error.what.rstrip('.')}: {details}" if details else error.what
         return fail(subject, found, error.remedy or remedy)
     return fail(subject, brief(error), remedy)
-
-
-def _one_line(text: str) -> str:
-    shown = " ".join(text.split())
-    return shown if len(shown) <= 300 else f"{shown[:300]} …"
 
 
 def attempt(subject: str, check: Callable[[], Iterable[Finding]], remedy: str) -> Iterator[Finding]:

@@ -104,9 +104,10 @@ def resolve_dtype(dtype: str, device: str) -> str:
     """
     if dtype != "auto":
         return dtype
-    if find_device(device).type == "cpu":
+    found = find_device(device)
+    if found.type == "cpu":
         return fastest_cpu_dtype()
-    with on_device(torch.device(device)):
+    with on_device(found):
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
 
 

@@ -68,20 +68,22 @@ def private_bytes() -> int:
 
 def status_bytes(field: str) -> int | None:
     """Returns a field of this process's status on Linux, such as `VmHWM`, the most resident memory; None elsewhere."""
+    return _field_bytes(Path("/proc/self/status"), field)
+
+
+def _machine_bytes(root: Path) -> int:
+    available = _field_bytes(root / "proc/meminfo", "MemAvailable")
+    if available is None:  # not Linux: all there is
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return available
+
+
+def _field_bytes(path: Path, field: str) -> int | None:
+    """Returns a field that a file of Linux's gives in kB; None where there is no such file or field."""
     try:
-        for line in Path("/proc/self/status").read_text().splitlines():
+        for line in path.read_text().splitlines():
             if line.startswith(f"{field}:"):
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
     return None
-
-
-def _machine_bytes(root: Path) -> int:
-    try:
-        for line in (root / "proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # not Linux: all there is

@@ -34,7 +34,7 @@ from smallcap.machine.gpu import on_device
 from smallcap.machine.precision import choose_kernels, find_device
 from smallcap.model.clip_encoder import VisionEncoder
 from smallcap.model.encoder_spec import load_preprocessing, vision_preprocessing
-from smallcap.model.files import checkpoint_id, read_checkpoint_config, resolve_folder, weights_file
+from smallcap.model.files import named_by_weights, read_checkpoint_config, resolve_folder, weights_file
 from smallcap.model.gpt2 import GPT2Decoder, dump_gpt2_config, parse_gpt2_config
 from smallcap.model.opt import OPTDecoder, dump_opt_config, parse_opt_config
 from smallcap.model.prompt import PromptTemplate
@@ -216,12 +216,12 @@ def load_checkpoint(source: str, device: str = "cpu", dtype: str = "float32") ->
         ConfigError: The device is not here.
         CheckpointError: It is missing, incomplete or of an unknown kind, or loading it would execute code.
     """
+    torch_device, torch_dtype = find_device(device), getattr(torch, dtype)
     folder = resolve_folder(source, demo_model="smallcap")
     model = SmallCapModel(load_config(folder))
     path = weights_file(folder)
     load_weights(model, _read_tensors(path), str(path))
-    model.model_id = checkpoint_id(source)
-    torch_device, torch_dtype = find_device(device), getattr(torch, dtype)
+    model.model_id = named_by_weights(source, folder)
     choose_kernels(torch_dtype, torch_device)
     return model.to(device=torch_device, dtype=torch_dtype).eval().requires_grad_(False)
 

@@ -241,9 +241,9 @@ def load_retrieval_encoder(spec: str, device: str = "cpu", dtype: str = "float32
         ConfigError: The spec has no known form, or the device is not here.
         CheckpointError: What it names cannot be found or is not a CLIP model.
     """
+    torch_device, torch_dtype = find_device(device), getattr(torch, dtype)
     identity = resolve_encoder_identity(spec)
     backend, name, pretrained = check_encoder_spec(spec)
-    torch_device, torch_dtype = find_device(device), getattr(torch, dtype)
     choose_kernels(torch_dtype, torch_device)
     try:
         if backend == "hf":

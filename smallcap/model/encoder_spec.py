@@ -105,7 +105,7 @@ def vision_preprocessing(config: dict[str, Any]) -> Preprocessing:
 
 def open_clip_preprocessing(name: str, pretrained: str | None = None) -> Preprocessing:
     """Returns how an open_clip architecture with a pretrained tag wants images prepared."""
-    values = open_clip_tag(name, pretrained)
+    values = _open_clip_tag(name, pretrained)
     if ":" in name:
         values = _read_json(_open_clip_folder(name) / "open_clip_config.json").get("preprocess_cfg", {})
     size = open_clip_config(name)["vision_cfg"].get("image_size", 224)
@@ -113,7 +113,7 @@ def open_clip_preprocessing(name: str, pretrained: str | None = None) -> Preproc
     return replace(default, mean=tuple(values.get("mean") or default.mean), std=tuple(values.get("std") or default.std))
 
 
-def open_clip_tag(name: str, pretrained: str | None) -> dict[str, Any]:
+def _open_clip_tag(name: str, pretrained: str | None) -> dict[str, Any]:
     """Returns open_clip's registry entry of a pretrained tag; empty for a path or a schema name."""
     from open_clip.pretrained import get_pretrained_cfg
 
@@ -126,7 +126,7 @@ def uses_quick_gelu(name: str, pretrained: str | None) -> bool:
     Its registry says so for a tag. A file does not tell. If all known weights of the architecture are OpenAI's, as
     those of RN50x64 are, it holds such weights; otherwise the name decides, as in `RN50-quickgelu`.
     """
-    if tag := open_clip_tag(name, pretrained):
+    if tag := _open_clip_tag(name, pretrained):
         return bool(tag.get("quick_gelu", False))
     known = _pretrained_tags()
     return pretrained is not None and name in known and known[name] == known.get(f"{name}-quickgelu")
@@ -215,7 +215,7 @@ def _open_clip_weights(name: str, pretrained: str | None, spec: str) -> Path:
         return weights_file(_open_clip_folder(name))
     from open_clip.pretrained import download_pretrained
 
-    tag = open_clip_tag(name, pretrained)
+    tag = _open_clip_tag(name, pretrained)
     if not tag:
         return Path(pretrained)
     try:

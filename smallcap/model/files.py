@@ -121,7 +121,7 @@ def checkpoint_id(source: str) -> str:
     """
     folder = resolve_folder(source, demo_model="smallcap")
     read_checkpoint_config(folder)
-    return _named_by_weights(source, folder)
+    return named_by_weights(source, folder)
 
 
 def joined_model_id(vision_encoder: str, decoder: str) -> str:
@@ -131,10 +131,11 @@ def joined_model_id(vision_encoder: str, decoder: str) -> str:
         CheckpointError: One of them cannot be found.
     """
     folders = (vision_encoder, resolve_folder(vision_encoder, "clip")), (decoder, resolve_folder(decoder, "smallcap"))
-    return " + ".join(_named_by_weights(source, folder) for source, folder in folders)
+    return " + ".join(named_by_weights(source, folder) for source, folder in folders)
 
 
-def _named_by_weights(source: str, folder: Path) -> str:
+def named_by_weights(source: str, folder: Path) -> str:
+    """Returns the id of a model that is in a folder, as `resolve_folder` found it."""
     is_folder = source != DEMO and Path(source).is_dir()  # `demo` is no folder's name, wherever a command is given
     name = folder.name if is_folder else source
     return f"{name}@{sha256_file(weights_file(folder))[:12]}"
