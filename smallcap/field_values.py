@@ -22,7 +22,7 @@ def id_text(value: Any) -> str | None:
     """Returns an id as text: numbers as they are written, 7.0 as 7; None where the value cannot be an id."""
     if isinstance(value, str):
         return value
-    if isinstance(value, float | np.floating) and np.isfinite(value):
+    if isinstance(value, float | np.floating) and math.isfinite(value):
         return str(int(value)) if value.is_integer() else str(value)
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else None
 
@@ -38,11 +38,16 @@ def id_strings(values: pa.Array) -> pa.Array:
     """
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
-    if pa.types.is_struct(values.type) and values.type.get_field_index("path") >= 0:
+    if holds_path(values.type):
         values = pc.struct_field(values, "path")
     if pa.types.is_floating(values.type):
         return pa.array(map(id_text, values.to_numpy(zero_copy_only=False)), pa.string())
     return values.cast(pa.string())
+
+
+def holds_path(kind: pa.DataType) -> bool:
+    """Says whether a type is a struct with a path, as Hugging Face's images are."""
+    return pa.types.is_struct(kind) and kind.get_field_index("path") >= 0
 
 
 def is_text(value: str) -> bool:
@@ -88,12 +93,35 @@ def decode_json(text: str, position: int = 0) -> tuple[Any, int]:
         return _JSON_OF_LONG_NUMBERS.raw_decode(text, position)
 
 
-def whole_number(digits: str) -> float:
-    """Returns an integer of JSON; infinity where it has more digits than Python reads."""
+def parse_json(text: str | bytes) -> Any:
+    """Returns the value of a whole JSON text; a number with too many digits is infinite.
+
+    Raises:
+        ValueError: It is not JSON.
+        RecursionError: It is nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:  # Python reads at most 4,300 digits
+        return json.loads(text, parse_int=_whole_number)
+
+
+def json_fields(text: str | None) -> dict[str, Any]:
+    """Returns the fields of a JSON object; none where the text is missing, cannot be read, or is no object."""
+    try:
+        fields = parse_json(text or "null")
+    except (ValueError, RecursionError):
+        return {}
+    return fields if isinstance(fields, dict) else {}
+
+
+def _whole_number(digits: str) -> float:
     try:
         return int(digits)
     except ValueError:
         return math.inf
 
 
-_JSON, _JSON_OF_LONG_NUMBERS = json.JSONDecoder(), json.JSONDecoder(parse_int=whole_number)
+_JSON, _JSON_OF_LONG_NUMBERS = json.JSONDecoder(), json.JSONDecoder(parse_int=_whole_number)

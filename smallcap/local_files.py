@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from itertools import chain, islice
 from pathlib import Path
 
@@ -43,18 +42,6 @@ def local_path(path: str) -> Path:
     if "\\x" not in path or os.path.lexists(path):
         return Path(path)
     return Path(os.fsdecode(_ESCAPED_BYTE.sub(lambda found: bytes.fromhex(found[1].decode()), path.encode())))
-
-
-@contextmanager
-def no_empty_folders(folder: Path) -> Iterator[None]:
-    """Removes a folder, and those above it, at the end of a block that has made them and left them empty."""
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        yield
-    finally:
-        for path in missing:
-            with suppress(OSError):  # it was never made, or something is in it
-                path.rmdir()
 
 
 def walk(root: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:

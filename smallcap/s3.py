@@ -47,6 +47,7 @@ def s3_endpoint() -> str | None:
     return endpoint
 
 
+@lru_cache
 def _is_address(text: str) -> bool:
     try:
         parts = urlsplit(text)

@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
@@ -83,11 +83,13 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """
     if is_local(uri):
         return fsspec.filesystem("file"), str(local_path(absolute(uri)))
-    # With the endpoint named, fsspec does not reuse the filesystem of another endpoint.
-    s3_options = {"endpoint_url": s3_endpoint(), "config_kwargs": {"retries": {"max_attempts": S3_RETRIES}}}
+    is_s3 = uri.startswith("s3://")
+    endpoint = s3_endpoint() if is_s3 else None
     try:
         # no cache of listings: other processes write to the same places
-        if uri.startswith("s3://"):  # a key may have ::, which joins two protocols elsewhere
+        if is_s3:  # a key may have ::, which joins two protocols elsewhere
+            # With the endpoint named, fsspec does not reuse the filesystem of another endpoint.
+            s3_options = {"endpoint_url": endpoint, "config_kwargs": {"retries": {"max_attempts": S3_RETRIES}}}
             return fsspec.filesystem("s3", use_listings_cache=False, **s3_options), absolute(uri)[len("s3://") :]
         fs, path = url_to_fs(absolute(uri), use_listings_cache=False)
     except Exception as error:  # each protocol has its own: without a host, an archive, a Java library …
@@ -371,6 +373,19 @@ def sha256_file(path: str | Path) -> str:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+@contextmanager
+def no_empty_folders(uri: str) -> Iterator[None]:
+    """Removes a local folder, and those above it, at the end of a block that has made them and left them empty."""
+    folder = Path(absolute(uri))
+    missing = [path for path in (folder, *folder.parents) if not path.exists()] if is_local(uri) else []
+    try:
+        yield
+    finally:
+        for path in missing:
+            with suppress(OSError):  # it was never made, or something is in it
+                path.rmdir()
 
 
 @contextmanager

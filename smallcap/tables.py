@@ -21,14 +21,13 @@ from typing import IO, Any, NamedTuple, cast
 
 from smallcap import storage
 from smallcap.errors import SchemaError
-from smallcap.field_values import decode_json
+from smallcap.field_values import parse_json
 
 LINE_FORMATS = (".csv", ".tsv", ".jsonl", ".ndjson")
 TABLE_SUFFIXES = (*LINE_FORMATS, *(f"{suffix}.gz" for suffix in LINE_FORMATS), ".json", ".json.gz", ".parquet")
 """Endings of the tables that captions and lists of images are read from."""
 
 _log = logging.getLogger(__name__)
-_JSON_BLANKS = " \t\r\n"
 _PROBE_BYTES = 1 << 16
 _SHOWN_CHARACTERS = 100
 _ENCODINGS = ((b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"), (b"\xef\xbb\xbf", "utf-8-sig"))
@@ -117,12 +116,11 @@ def json_lines(file: IO[bytes], uri: str) -> Iterator[tuple[int, dict[str, Any] 
     """
     for number, line in text_lines(file, uri):
         if line.strip():
-            text = line.strip(_JSON_BLANKS)
             try:
-                entry, end = decode_json(text)
+                entry = parse_json(line)
             except (ValueError, RecursionError):
-                entry, end = None, 0
-            yield number, entry if isinstance(entry, dict) and end == len(text) else line
+                entry = None
+            yield number, entry if isinstance(entry, dict) else line
 
 
 def text_lines(file: IO[bytes], uri: str) -> Iterator[tuple[int, str]]:

@@ -19,11 +19,10 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
@@ -32,7 +31,6 @@ from pydantic import TypeAdapter
 from smallcap import storage
 from smallcap.errors import ConfigError, ConflictError, SmallCapError, StorageError
 from smallcap.images.fetching import fetch_objects
-from smallcap.local_files import no_empty_folders
 
 STAGING_PREFIX = ".staging-"
 ABANDONED_AFTER = timedelta(days=1)
@@ -69,7 +67,7 @@ class Staging:
         self.uri = storage.join(index_uri, f"{STAGING_PREFIX}{fingerprint[:_FINGERPRINT_DIGITS]}")
         self.work_uri = storage.join(self.uri, "work")
         self._is_kept = False
-        self._folders = no_empty_folders(Path(index_uri)) if storage.is_local(index_uri) else nullcontext()
+        self._folders = storage.no_empty_folders(index_uri)
         self._stopped = threading.Event()
         self._heart = threading.Thread(target=self._beat, daemon=True)
 

@@ -23,7 +23,6 @@ from smallcap.errors import ConfigError, ConflictError, SchemaError, SmallCapErr
 from smallcap.images.fragments import FragmentTable
 from smallcap.images.sources import ARCHIVE, HIDDEN, NO_ENDING, NOT_LOOKED_INTO, OTHER_ENDING, PARQUET
 from smallcap.images.work_list import WORK_FOLDER, WorkList
-from smallcap.local_files import no_empty_folders
 from smallcap.output.coverage import Coverage
 from smallcap.output.part_files import RUN_FILE, PartInfo
 from smallcap.phrasing import describe_count, one_line
@@ -294,7 +293,7 @@ def _locked(out: str) -> Iterator[Path | None]:
         yield None
         return
     path = Path(storage.absolute(out)) / ".lock"
-    with no_empty_folders(path.parent):
+    with storage.no_empty_folders(out):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = path.open("w")

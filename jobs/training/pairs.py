@@ -5,9 +5,8 @@ It opens no image.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pyarrow as pa
 
@@ -15,7 +14,7 @@ from smallcap import storage
 from smallcap.captions.reader import open_captions
 from smallcap.captions.rows import CaptionColumns, CaptionRow
 from smallcap.errors import SchemaError
-from smallcap.field_values import is_text, whole_number
+from smallcap.field_values import is_text, json_fields
 from smallcap.training.config import TrainConfig
 from smallcap.training.feature_store import Split
 
@@ -106,7 +105,7 @@ def captions_of(table: pa.Table, json_field: str) -> list[list[str]]:
     """
     if "json" in table.column_names:
         values = [
-            _json_field(text, json_field) or plain
+            json_fields(text).get(json_field) or plain
             for text, plain in zip(table["json"].to_pylist(), table["txt"].to_pylist(), strict=True)
         ]
     else:
@@ -120,14 +119,6 @@ def captions_of(table: pa.Table, json_field: str) -> list[list[str]]:
 def clean(text: str) -> str:
     """Returns a caption on one line."""
     return " ".join(text.split())
-
-
-def _json_field(text: str | None, name: str) -> Any:
-    try:
-        fields = json.loads(text or "null", parse_int=whole_number)
-    except (ValueError, RecursionError):
-        return None
-    return fields.get(name) if isinstance(fields, dict) else None
 
 
 def _below(root: str, path: str) -> str:

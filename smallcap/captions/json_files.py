@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Iterator
 from typing import IO, Any
 
 from smallcap.captions.rows import CaptionColumns, CaptionRow, json_row, malformed_row
 from smallcap.errors import SchemaError
-from smallcap.field_values import id_text, whole_number
+from smallcap.field_values import id_text, parse_json
 from smallcap.tables import decompressed
 
 
@@ -41,7 +40,7 @@ def load_json(file: IO[bytes], uri: str) -> Any:
         SchemaError: The file is not JSON.
     """
     try:
-        return json.loads(decompressed(file).read(), parse_int=whole_number)
+        return parse_json(decompressed(file).read())
     except (ValueError, RecursionError, EOFError, OSError, zlib.error) as error:  # UnicodeDecodeError is one
         raise SchemaError("This is not a JSON file.", where=uri, found=str(error)) from error
 

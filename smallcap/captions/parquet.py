@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from smallcap.captions.rows import CaptionColumns, CaptionRow, find_column
 from smallcap.captions.vectors import ROWS_AT_ONCE, check_dim, unit_vectors
 from smallcap.errors import SchemaError
-from smallcap.field_values import id_strings
+from smallcap.field_values import holds_path, id_strings
 
 _BATCH_ROWS = 10_000
 
@@ -26,10 +26,10 @@ def read_parquet(file: IO[bytes], uri: str, columns: CaptionColumns) -> Iterator
     embedding = columns.embedding if columns.embedding in names else None
     images = [name if name in names else None for name in (columns.image_id, columns.image_path)]
     if columns.image_id and images == [None, None]:  # Hugging Face's images hold their paths
-        structs = [field.name for field in parquet.schema_arrow if _holds_path(field.type)]
+        structs = [field.name for field in parquet.schema_arrow if holds_path(field.type)]
         images[0] = structs[0] if len(structs) == 1 else None
     wanted = [
-        f"{name}.path" if _holds_path(parquet.schema_arrow.field(name).type) else name  # never the images' bytes
+        f"{name}.path" if holds_path(parquet.schema_arrow.field(name).type) else name  # never the images' bytes
         for name in dict.fromkeys((caption, *images, embedding))
         if name is not None
     ]
@@ -86,10 +86,6 @@ def _ids(column: pa.Array, where: str, remedy: str) -> list[str | None]:
     except pa.ArrowException as error:
         raise _wrong_type(column, where, remedy) from error
     return _strings(names, where, remedy)
-
-
-def _holds_path(kind: pa.DataType) -> bool:
-    return pa.types.is_struct(kind) and kind.get_field_index("path") >= 0
 
 
 def _strings(column: pa.Array, where: str, remedy: str) -> list[str | None]:

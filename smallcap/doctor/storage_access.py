@@ -7,8 +7,7 @@ import os
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
 
 from smallcap import storage
@@ -37,7 +36,7 @@ def check_storage(uri: str) -> Iterator[Finding]:
     start = time.monotonic()
     own = storage.join(uri, f"smallcap-doctor-{uuid.uuid4().hex}")
     storage.list_folder(own)  # a service that does not answer ends here, with nothing to clean up
-    with _folders_made_for(uri):
+    with storage.no_empty_folders(uri):
         try:
             problem = _problem(subject, storage.join(own, "probe"))
         except BaseException:
@@ -68,19 +67,6 @@ def _problem(subject: str, probe: str) -> Finding | None:
         return _precondition_problem(subject, probe)
     found = "lists, writes and reads; smallcap knows no conditional write for this kind of store"
     return warn(subject, found, "Let only one build publish to an index at a time.")
-
-
-@contextmanager
-def _folders_made_for(uri: str) -> Iterator[None]:
-    """Removes local folders that were not there before, unless something has come to lie in them."""
-    folder = Path(storage.absolute(uri))
-    missing = [path for path in (folder, *folder.parents) if not path.exists()] if storage.is_local(uri) else []
-    try:
-        yield
-    finally:
-        for path in missing:
-            with suppress(OSError):
-                path.rmdir()
 
 
 def _lock_problem(subject: str, probe: str) -> Finding | None:

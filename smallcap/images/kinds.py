@@ -35,7 +35,8 @@ _SIGNATURES = (
     *(b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51", jpeg_xl.CONTAINER, jpeg_xl.BARE),
     *(b"II+\0", b"MM\0+", b"8BPS", b"icns", b"\0\0\x01\0", b"DDS ", b"qoif", b"#?RADIANCE", b"\x76\x2f\x31\x01"),
 )
-_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+AVIF_BRANDS = (b"avif", b"avis")
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 
 def ends_like_image(name: str) -> bool:
@@ -49,7 +50,7 @@ def begins_like_image(start: bytes) -> bool:
         start.startswith(_SIGNATURES)
         or (start[:4] == b"RIFF" and start[8:12] == b"WEBP")
         or (start[:2] == b"BM" and start[6:10] == bytes(4))
-        or (start[4:8] == b"ftyp" and start[8:12] in _BRANDS)
+        or (start[4:8] == b"ftyp" and start[8:12] in AVIF_BRANDS + HEIF_BRANDS)
     )
 
 

@@ -214,9 +214,8 @@ class _Listing:
                 tables = without_known(tables, _stored_images(files), duplicates, repeats=own)
         return tables
 
-    def _write_files(self, name: str, tables: Iterator[pa.Table], scratch: Path) -> int:
-        """Writes image files and adds their fragments; returns the number of images."""
-        written = 0
+    def _write_files(self, name: str, tables: Iterator[pa.Table], scratch: Path) -> None:
+        """Writes image files and adds their fragments."""
         for number, table in enumerate(_regrouped(tables)):
             file = f"{listing_name(self._number)}-{name}-{number:05d}.parquet"
             # A row group is read whole, and statistics or dictionaries would lengthen the footer 256 times.
@@ -232,8 +231,6 @@ class _Listing:
             starts = np.arange(0, table.num_rows, FRAGMENT_ROWS)
             rows = np.minimum(table.num_rows - starts, FRAGMENT_ROWS)
             self._add("uris", work_uri(self._out, file), list(range(len(starts))), rows.tolist())
-            written += table.num_rows
-        return written
 
     def _add_tars(self) -> None:
         known = self._known_uris("tar")

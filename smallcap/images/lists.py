@@ -166,7 +166,7 @@ def check_kept_columns(keep_columns: Sequence[str], names: Sequence[str], where:
         )
 
 
-def plain(values: pa.ChunkedArray) -> pa.ChunkedArray:
+def plain(values: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
     """Decodes a dictionary column, so that all batches have one type; a column of type null becomes strings."""
     if pa.types.is_dictionary(values.type):
         return values.cast(values.type.value_type)
@@ -233,7 +233,8 @@ def _json_tables(entries: Iterator[dict[str, Any] | str], config: InputConfig, c
             arrays[name] = _json_names(values) if is_name else _json_column(values, kinds.get(name))
         kinds = {name: array.type for name, (array, _) in arrays.items()}
         wrong = np.zeros(len(batch), bool)
-        wrong[sorted(set().union(*(rows for _, rows in arrays.values())))] = True
+        for _, rows in arrays.values():
+            wrong[rows] = True
         yield with_nulls(pa.table({name: array for name, (array, _) in arrays.items()}), wrong)
 
 

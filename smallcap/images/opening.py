@@ -18,7 +18,7 @@ from PIL import AvifImagePlugin, Image, UnidentifiedImageError
 
 from smallcap.errors import ErrorCode, RowError
 from smallcap.images import jpeg_xl
-from smallcap.images.kinds import MAX_IMAGE_BYTES
+from smallcap.images.kinds import AVIF_BRANDS, HEIF_BRANDS, MAX_IMAGE_BYTES
 from smallcap.images.tiff_directory import without_stray_values
 
 MAX_IMAGE_PIXELS = 100_000_000
@@ -42,8 +42,6 @@ _FORMATS = {
     b"DDS ": "DDS",
     b"qoif": "QOI",
 }
-_AVIF_BRANDS = (b"avif", b"avis")
-_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 _EXIF_START = re.compile(rb"(?:II\*\0\x08\0\0\0|MM\0\*\0\0\0\x08)..", re.DOTALL)  # with the number of its tags
 _OPTIONAL = {"HEIF": "pillow_heif", "JXL": "pillow_jxl"}
 # Pillow knows these by name, but would run Ghostscript on them, or has no decoder for them.
@@ -178,9 +176,9 @@ def _format_of(data: bytes) -> str:
         return "JXL"
     if data[4:8] == b"ftyp":
         brands = data[8 : min(int.from_bytes(data[:4], "big"), _SNIFFED_BYTES)]
-        if any(brand in brands for brand in _AVIF_BRANDS):
+        if any(brand in brands for brand in AVIF_BRANDS):
             return "AVIF"
-        return "HEIF" if data[8:12] in _HEIF_BRANDS else ""
+        return "HEIF" if data[8:12] in HEIF_BRANDS else ""
     if data.startswith(b"RIFF") and b"WEBP".startswith(data[8:12]):
         return "WEBP"
     return next((name for signature, name in _FORMATS.items() if data.startswith(signature)), "")

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from smallcap import storage
 from smallcap.config import InputConfig
 from smallcap.errors import ErrorCode, RowError, SchemaError, StorageError
-from smallcap.field_values import id_strings, no_text, undecodable
+from smallcap.field_values import holds_path, id_strings, no_text, undecodable
 from smallcap.images.fragments import FRAGMENT_ROWS, Fragment, InputBatch, unreadable_file
 from smallcap.images.lists import plain, with_nulls
 from smallcap.images.row_ranges import RowRanges
@@ -110,14 +110,14 @@ def _first_ids(uri: str, config: InputConfig) -> list[str]:
             table = parquet.read_row_group(0, columns=[column]) if parquet.num_row_groups else None
             if table is None or not table.num_columns:
                 return []
-            return list(filter(None, _names(table[0])[0]))
+            return list(filter(None, _names(table[0].combine_chunks())[0]))
     except (StorageError, *_DAMAGED):
         return []
 
 
-def _names(values: pa.ChunkedArray) -> tuple[list[str | None], np.ndarray]:
+def _names(values: pa.Array) -> tuple[list[str | None], np.ndarray]:
     """Returns the ids of n rows, and which of them are no text, [n] bool; these, too, are None."""
-    strings = id_strings(values.combine_chunks())
+    strings = id_strings(values)
     wrong = no_text(strings)
     return pc.if_else(pa.array(wrong), None, strings).to_pylist(), wrong
 
@@ -222,23 +222,22 @@ def _row_group(
         )
     names = config.id_column if config.id_column in schema.names else None
     kind = schema.field(column).type
-    if names is None and pa.types.is_struct(kind) and kind.get_field_index("path") >= 0:
+    if names is None and holds_path(kind):
         names = column
     columns = list(dict.fromkeys([column, *([names] if names else []), *kept_columns.names]))
     groups = [parquet.metadata.row_group(number).num_rows for number in range(fragment.row_group + 1)]
     before = list(accumulate(groups, initial=0))[fragment.row_group]  # rows of the file before this row group
     read = 0
     for batch in parquet.iter_batches(FRAGMENT_ROWS, row_groups=[fragment.row_group], columns=columns):
-        table = pa.Table.from_batches([batch])
-        rows = np.arange(read, read + len(table), dtype=np.int32)
-        read += len(table)
+        rows = np.arange(read, read + len(batch), dtype=np.int32)
+        read += len(batch)
         uris = [f"{fragment.uri}#row={before + row}" for row in rows]
-        data = _contents(table[column].combine_chunks(), uris)
+        data = _contents(batch.column(column), uris)
         numbered = [f"{fragment.id_prefix}{before + row}" for row in rows]
-        named, wrong = _names(table[names]) if names else ([None] * len(rows), np.zeros(len(rows), bool))
+        named, wrong = _names(batch.column(names)) if names else ([None] * len(rows), np.zeros(len(rows), bool))
         start = fragment.id_prefix if fragment.qualified else ""
-        kept = [plain(table[name]).cast(kept_columns.field(name).type) for name in kept_columns.names]
-        wrong = np.logical_or.reduce([wrong, *(undecodable(values.combine_chunks()) for values in kept)])
+        kept = [plain(batch.column(name)).cast(kept_columns.field(name).type) for name in kept_columns.names]
+        wrong = np.logical_or.reduce([wrong, *(undecodable(values) for values in kept)])
         for row in np.flatnonzero(wrong).tolist():
             data[row] = RowError(ErrorCode.INVALID_URI, "The row's id or a column to keep is no text.", where=uris[row])
         yield InputBatch(

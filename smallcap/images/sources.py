@@ -34,6 +34,7 @@ from smallcap.images.parquet import (
     read_outlines,
     with_images,
 )
+from smallcap.local_files import local_path
 from smallcap.tables import format_of
 
 # Why a file was passed over.
@@ -173,10 +174,9 @@ class ImageSources:
             OTHER_ENDING: ends_like_image(name),
             ARCHIVE: name.endswith(ARCHIVE_SUFFIXES),
         }
-        if any(endings.values()):
-            return next(reason for reason, fits in endings.items() if fits)
-        if hidden or name.endswith(SIDECAR_SUFFIXES):
-            return None
+        reason = next((reason for reason, fits in endings.items() if fits), None)
+        if reason or hidden or name.endswith(SIDECAR_SUFFIXES):
+            return reason
         if not storage.is_local(uri):
             self._looked_into += 1
             if self._looked_into > _OBJECTS_LOOKED_INTO:
@@ -254,6 +254,8 @@ class _OwnFiles:
 
 
 def _begins_like_image(uri: str) -> bool:
+    if storage.is_local(uri) and not local_path(storage.absolute(uri)).is_file():  # a pipe would not end
+        return False
     try:
         with storage.open_ranged(uri) as file:
             return begins_like_image(file.read(SIGNATURE_BYTES))

@@ -26,7 +26,7 @@ import pyarrow as pa
 
 from smallcap import storage
 from smallcap.errors import ErrorCode, RowError, StorageError
-from smallcap.field_values import whole_number
+from smallcap.field_values import json_fields
 from smallcap.images.fragments import FRAGMENT_ROWS, Fragment, InputBatch, LeftOut, unreadable_file
 from smallcap.images.kinds import IMAGE_EXTENSIONS, SIGNATURE_BYTES, begins_like_image, ends_like_image
 from smallcap.images.row_ranges import RowRanges
@@ -37,6 +37,7 @@ _BATCH_BYTES = 64 << 20  # a batch ends with the image that reaches it
 _PEEK_BYTES = 16 << 10
 _PEEKS_AT_ONCE = 32
 _SAMPLE_IMAGES = 8  # the most images with one key that are held to see whether one of them is the sample's own
+_WHOLE_TEXTS = {"json", "txt"}  # columns that keep a text of a sample as it is; others are fields of its JSON
 _COMPRESSED: dict[bytes, Callable[[IO[bytes]], Any]] = {
     b"\x1f\x8b": gzip.open,
     b"BZh": bz2.open,
@@ -137,8 +138,8 @@ class _TarReader:
     def __init__(self, fragment: Fragment, wanted: RowRanges | None, columns: Sequence[str]) -> None:
         self.uri = fragment.uri
         self._fragment, self._wanted, self._columns = fragment, wanted, columns
-        self._texts = {name for name in ("json", "txt") if name in columns}
-        self._texts |= {"json"} if set(columns) - {"json", "txt"} else set()
+        self._has_fields = bool(set(columns) - _WHOLE_TEXTS)  # of the samples' JSON
+        self._texts = _WHOLE_TEXTS & set(columns) | ({"json"} if self._has_fields else set())
         self._ids: set[str] = set()
         self._contents: dict[str, tuple[tuple[int, int], ...]] = {}  # sizes and checksums, by the image's name
         self.rows = self.repeats = self.passed_over = 0
@@ -219,10 +220,11 @@ class _TarReader:
             uri = f"{self.uri}#{place}"
             texts = {name: sample.texts.get(f"{image.key}.{name}") for name in self._texts}
             data: bytes | RowError = image.data
+            fields = json_fields(texts["json"]) if self._has_fields else {}
             kept = dict.fromkeys(self._columns)
             for name in self._columns:
                 try:
-                    kept[name] = _kept_value(name, texts)
+                    kept[name] = texts[name] if name in _WHOLE_TEXTS else _field_text(name, fields)
                 except ValueError:
                     what = f"The field {name} of the sample's JSON is no text, or a number out of range."
                     data = RowError(ErrorCode.INVALID_URI, what, where=uri)
@@ -278,19 +280,13 @@ def _start(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     return file.read(SIGNATURE_BYTES)
 
 
-def _kept_value(name: str, texts: dict[str, str | None]) -> str | None:
-    """Returns a text of a sample, or a field of its JSON as text; None where it lacks it, or the JSON cannot be read.
+def _field_text(name: str, fields: dict[str, Any]) -> str | None:
+    """Returns a field of a sample's JSON as text; None where there is none.
 
     Raises:
         ValueError: The field holds half a surrogate pair, or is a number out of range.
     """
-    if name in ("json", "txt"):
-        return texts.get(name)
-    try:
-        fields = json.loads(texts.get("json") or "null", parse_int=whole_number)
-    except (ValueError, RecursionError):
-        return None
-    value: Any = fields.get(name) if isinstance(fields, dict) else None
+    value = fields.get(name)
     if value is None:
         return None
     if isinstance(value, float) and math.isinf(value):

@@ -161,6 +161,7 @@ def test_files_that_look_like_images_and_are_none_of_them_are_counted(tmp_path: 
     write_files(tmp_path, "i.zip", "j.tar.zst", "k.TAR.Z", "._l.zip")
     write_files(tmp_path, "h", "l.dat", "m.jpg~", "_x/n", content=JPEG_START)
     (tmp_path / "broken").symlink_to("nothing")
+    os.mkfifo(tmp_path / "pipe")  # reading it would not end
     images, found = listed(tmp_path)
     assert list(images) == ["a.jpg"]
     counts = {"hidden": 3, "other_ending": 2, "no_ending": 3, "archive": 3}
