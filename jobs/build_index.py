@@ -9,13 +9,14 @@ from typing import Any
 from index_builder.build import Build, BuildPlan, BuildReport
 from index_builder.plan import plan_index, with_open_nlist
 from index_builder.versions.removal import COMPACT_ABOVE
+from jobs.cluster.addresses import check_address
 from jobs.cluster.display import Activity, Display, on_shown_ray
 from jobs.cluster.side_actor import SideActor, run_side_actor
 from jobs.cluster.stopping import GOES_ON, stoppable
 from jobs.cluster.tasks import ItemRows, RayRunner
 from smallcap.config import IndexConfig
 from smallcap.index.manifest import IndexManifest
-from smallcap.phrasing import describe_count, describe_gb
+from smallcap.phrasing import describe_count, describe_counts, describe_gb
 
 _STAGES = {  # what people read of a stage, and what is counted
     "scan": ("Reading the dumps for their checksums", "file"),
@@ -62,6 +63,7 @@ def _shown(config: IndexConfig, address: str | None, kept: str) -> Iterator[Buil
     """Yields a build, and shows and stops what the block does with it; `kept` says what is left if Ray dies."""
     with stoppable() as signals, Display(signals) as display, StageDisplay(display) as stages:
         try:
+            check_address(address)  # before what may take long
             runner = RayRunner()
             build = Build(config, runner, stages.tell)  # finds wrong options before Ray starts
             with on_shown_ray(display, address, lambda: kept), run_side_actor(ItemRows) as runner.item_rows:
@@ -191,7 +193,7 @@ def _recall(manifest: IndexManifest) -> str:
 
 
 def _counts(dropped: dict[str, int]) -> str:
-    return ", ".join(f"{count:,} {reason}" for reason, count in dropped.items() if count) or "none"
+    return describe_counts({reason: count for reason, count in dropped.items() if count}) or "none"
 
 
 if __name__ == "__main__":

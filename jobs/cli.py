@@ -40,7 +40,6 @@ app = typer.Typer(
     add_help_option=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
 )
 index_app = typer.Typer(
     help="List the versions of an index, go back to one, remove old ones.", no_args_is_help=True, add_help_option=False
@@ -84,7 +83,7 @@ def _index(show_help: _Help = False) -> None:
     pass
 
 
-def show_loading() -> AbstractContextManager[None]:
+def _show_loading() -> AbstractContextManager[None]:
     """Shows that modules are imported while the block runs, if that takes more than a moment."""
     from jobs.cluster.display import show_while
 
@@ -120,7 +119,7 @@ def demo(options: DemoOptions) -> None:
 @_command("build-index", "captions.csv --out s3://bucket/index --encoder open_clip:RN50x64/openai")
 def build_index(config: IndexConfig, call: RayCall) -> None:
     """Build an index from caption dumps and publish it; add captions to an index, or remove captions."""
-    with show_loading():  # torch and Ray; a wrong option fails before
+    with _show_loading():  # a wrong option fails before
         from jobs import build_index as job
 
     if call.dry_run:
@@ -187,7 +186,7 @@ def _run_to_retry(flags: dict[str, Any], call: CaptionCall) -> Mapping[str, Any]
 )
 def caption(config: CaptionConfig, call: CaptionCall) -> int:
     """Caption images. To resume a stopped run, repeat the command."""
-    with show_loading():  # torch and Ray; a wrong option fails before
+    with _show_loading():  # a wrong option fails before
         from jobs import caption as job
 
     if call.dry_run:
@@ -206,7 +205,7 @@ def caption(config: CaptionConfig, call: CaptionCall) -> int:
 @_command("train", "dataset_coco.json --index s3://bucket/index --model Yova/SmallCap7M --out s3://bucket/training")
 def train(config: TrainConfig, call: RayCall) -> None:
     """Train cross-attention. To resume a stopped run from its newest checkpoint, repeat the command."""
-    with show_loading():  # torch and Ray; a wrong option fails before
+    with _show_loading():  # a wrong option fails before
         from jobs import train as job
 
     if call.dry_run:
@@ -254,7 +253,7 @@ def export(options: ExportOptions) -> None:
 @_command("evaluate", "s3://bucket/captions --references captions_val2014.json")
 def evaluate(config: EvaluateConfig, call: EvaluateCall) -> None:
     """Score a run's captions against references, or compare two runs, with confidence intervals."""
-    with show_loading():
+    with _show_loading():
         from jobs import evaluate as job
     from jobs.terminal.evaluation_table import print_evaluation
 

@@ -71,9 +71,8 @@ def compare_swap(swap: SwapResult) -> list[dict[str, str]]:
     names = {image["id"]: image["file_name"] for image in references["images"]}
     rows: dict[str, dict[str, str]] = defaultdict(dict)
     for column, run in (("before", swap.before), ("after", swap.after)):
-        for batch in read_captions(run.out, ["image_id", "caption", "status"]):
-            for row in batch.to_pylist():
-                rows[row["image_id"]][column] = row["caption"] if row["status"] == STATUS_OK else "(no caption)"
+        for row in read_captions(run.out, ["image_id", "caption", "status"]).rows():
+            rows[row["image_id"]][column] = row["caption"] if row["status"] == STATUS_OK else "(no caption)"
     for annotation in reversed(references["annotations"]):
         rows[names[annotation["image_id"]]]["reference"] = annotation["caption"]  # each image's first one stays
     return [{"image": name, **values} for name, values in sorted(rows.items())]

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 
+from jobs.cluster.start_errors import newest_logs
 from jobs.screen import say, say_json, tell
 from jobs.terminal.call_options import DoctorOptions
 from smallcap import storage
@@ -24,7 +25,6 @@ _STORE = "Check the URI, the credentials and the network."
 _INDEX = "Give the --out of a finished `smallcap build-index`, whole and readable."
 _MODEL = "Give demo, the folder of a whole checkpoint, or a hub id that can be reached from here."
 _CLUSTER = "Check the address, the firewall and the head node; there, ray status shows the cluster."
-_RAY = "Look at the newest logs in /tmp/ray/session_latest/logs."
 _DRIVER = "Look whether nvidia-smi answers, and whether torch alone finds the GPU."
 _PROOF = "smallcap bench shows errors in full; where there is a GPU, try --device cpu as well."
 _SUBJECT_WIDTH = 16
@@ -51,7 +51,8 @@ def list_checks(options: DoctorOptions) -> list[Check]:
         run = "jobs.cluster.nodes:check_cluster"
         checks.append(Check(f"cluster {given[0]}", run, given, 120, _CLUSTER, is_alone=True))
     elif not options.quick:
-        checks.append(Check("ray", "jobs.cluster.nodes:check_local_ray", (), 120, _RAY, is_alone=True))
+        logs = f"Look at the newest logs in {newest_logs()}."
+        checks.append(Check("ray", "jobs.cluster.nodes:check_local_ray", (), 120, logs, is_alone=True))
     if not options.quick:
         needs = ("machine", "devices")
         checks += [

@@ -45,13 +45,13 @@ def inspect_path(path: str, samples: int, errors: bool = False) -> Facts:
         RunError: What is there is malformed.
     """
     look = _kind_of(path)
-    facts = look(path, samples)
+    facts = look(path, 0 if errors else samples)
     if not errors:
         return facts
     if look is _inspect_run:
-        failed = _failed_captions(path)
+        failed = read_captions(path, _ERROR_COLUMNS, status="error").rows()
     elif look is _inspect_training:
-        failed = _failed_features(path)
+        failed = _failed_features(path, facts)
     else:
         raise ConfigError(
             "Only runs have failed images.",
@@ -116,19 +116,13 @@ def _inspect_index(path: str, samples: int) -> Facts:
 
 def _inspect_run(path: str, samples: int) -> Facts:
     record = load_existing_run(path)
-    rows = (row for batch in read_captions(path, CAPTION_COLUMNS.names) for row in batch.to_pylist())
     return {
         "kind": "run",
         "path": path,
         "parts": len(list_parts(path)),
         **record.model_dump(mode="json"),
-        "samples": list(islice(rows, samples)),
+        "samples": list(islice(read_captions(path, CAPTION_COLUMNS.names).rows(), samples)),
     }
-
-
-def _failed_captions(path: str) -> Iterator[dict[str, Any]]:
-    for batch in read_captions(path, _ERROR_COLUMNS, status="error"):
-        yield from batch.to_pylist()
 
 
 def _inspect_tars(path: str, samples: int) -> Facts:
@@ -211,10 +205,7 @@ def _inspect_training(path: str, samples: int) -> Facts:
     }
 
 
-def _failed_features(path: str) -> Iterator[dict[str, Any]]:
-    from jobs.training.record import load_train_record
+def _failed_features(path: str, facts: Facts) -> Iterator[dict[str, Any]]:
     from smallcap.training.feature_store import read_failures
 
-    record = load_train_record(path)
-    assert record is not None, "_kind_of has found it"
-    yield from read_failures(record.config["features"] or storage.join(path, "features"), _ERROR_COLUMNS)
+    yield from read_failures(facts["config"]["features"] or storage.join(path, "features"), _ERROR_COLUMNS)

@@ -14,7 +14,9 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from jobs.captioning.record import run_lock
+from jobs.cluster.addresses import check_address
 from jobs.cluster.display import Display, on_shown_ray
+from jobs.cluster.pinned import pin_index
 from jobs.cluster.stopping import GOES_ON, stoppable
 from jobs.training.inputs import LISTS_FOLDER, TrainInputs, list_inputs
 from jobs.training.record import (
@@ -31,7 +33,7 @@ from smallcap import storage
 from smallcap.errors import ConfigError, RunError
 from smallcap.images.crops import CropPlan
 from smallcap.index.manifest import load_manifest, utc_now
-from smallcap.model.encoder_spec import check_encoder_spec, load_preprocessing, resolve_encoder_identity
+from smallcap.model.encoder_spec import load_preprocessing
 from smallcap.phrasing import describe_count, describe_counts
 from smallcap.training.checkpoints import find_train_checkpoint
 from smallcap.training.config import TrainConfig
@@ -73,11 +75,12 @@ def run(config: TrainConfig, address: str | None = None) -> TrainSummary:
             record, start = open_record(config)
             if record.status == "complete":
                 return TrainSummary(config.out, record, 0)
+            check_address(address)  # before what may take long
             # before Ray and torch are loaded: what is wrong is told at once
             with display.activity(f"Listing the images of {', '.join(config.sources)}"):
                 inputs = list_inputs(config, config.out)
             with on_shown_ray(
-                display, address, partial(_describe_kept, config)
+                display, address, partial(_describe_kept, config.out)
             ):  # before Ray Data, which reads its settings
                 return _train(config, record, start, inputs, display)
         except KeyboardInterrupt:
@@ -106,21 +109,16 @@ def open_record(config: TrainConfig) -> tuple[TrainRecord, ModelStart]:
         start = ModelStart(config, record.retrieval_encoder)
         record.check_same_run(config, start.model_id)
         return record, start
-    if config.retrieval_encoder is not None:
-        check_encoder_spec(config.retrieval_encoder)  # before the index and the models are looked at
-    manifest = load_manifest(config.index) if config.index and config.retrieval.k else None
-    encoder = config.retrieval_encoder or (manifest.encoder.spec if manifest else None)
-    if manifest and encoder:
-        manifest.check_encoder(resolve_encoder_identity(encoder), config.index or "")
+    manifest, encoder = pin_index(config.index, config.retrieval.k, config.retrieval_encoder)
     start = ModelStart(config, encoder)
     return TrainRecord.new(config, manifest.index_id if manifest else None, encoder, start_id=start.model_id()), start
 
 
-def _describe_kept(config: TrainConfig) -> str:
-    newest = find_train_checkpoint(config.out)
+def _describe_kept(out: str) -> str:
+    newest = find_train_checkpoint(out)
     if newest is None:
-        return f"Features and candidates that were stored are kept below {config.out}."
-    return f"The checkpoint after step {newest.step:,} is kept in {config.out}."
+        return f"Features and candidates that were stored are kept below {out}."
+    return f"The checkpoint after step {newest.step:,} is kept in {out}."
 
 
 def _train(

@@ -69,7 +69,7 @@ class Config(BaseModel):
         result = validate(value)
         for part in result if isinstance(result, tuple) else [result]:
             if isinstance(part, str):
-                _check_text(part, any(isinstance(entry, Flag) and entry.any_text for entry in field.metadata))
+                _check_text(part, _flag_of(field).any_text)
             elif isinstance(part, int | float) and abs(part) > _LARGEST_NUMBER:
                 raise ValueError(f"a number between -{_LARGEST_NUMBER:,} and {_LARGEST_NUMBER:,}")
         return result
@@ -123,8 +123,12 @@ def _is_group(annotation: Any) -> TypeGuard[type[Config]]:
     return isinstance(annotation, type) and issubclass(annotation, Config)
 
 
+def _flag_of(field: FieldInfo) -> Flag:
+    return next((entry for entry in field.metadata if isinstance(entry, Flag)), Flag())
+
+
 def _describe_field(key: str, group: type[Config], field: FieldInfo) -> Option:
-    flag = next((entry for entry in field.metadata if isinstance(entry, Flag)), Flag())
+    flag = _flag_of(field)
     name = key.rpartition(".")[2].replace("_", "-")
     values = _describe_type(field.annotation, field.metadata)
     is_list = get_origin(field.annotation) is tuple

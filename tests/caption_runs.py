@@ -1,12 +1,16 @@
 """What the tests of captioning runs share: small images, configs of tiny models, and the rows of an output."""
 
 import io
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
+import pytest
 from PIL import Image
 
 from smallcap import storage
@@ -32,6 +36,12 @@ def config_for(images: str, index: str, model: Path, out: str, *sets: str) -> Ca
     return load_config(CaptionConfig, flags=flags, sets=["compute.batch_size=8", "compute.dtype=float32", *sets])
 
 
+def command_for(images: str, index: str, model: Path, out: str, *sets: str) -> list[str]:
+    """A captioning command for a process of its own."""
+    command = [sys.executable, "-m", "jobs.cli", "caption", images, "--index", index, "--model", str(model)]
+    return [*command, "--out", out, *(argument for one in sets for argument in ("--set", one))]
+
+
 def read_rows(out: str) -> pd.DataFrame:
     """All rows of a run, by image id."""
     tables = [pq.read_table(io.BytesIO(storage.read_bytes(part))).to_pandas() for part in list_parts(out)]
@@ -52,3 +62,29 @@ def undisturbed_rows(config: CaptionConfig) -> list[tuple[str, str, str]]:
     with in_process_ray():
         caption.run(config)
     return rows_of(config.out)
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+@contextmanager
+def killed_at(step: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Ends the block before the `step`-th change of an output's parts and sidecars, counted from 0."""
+    changes: list[str] = []
+
+    def counted(change: Any) -> Any:
+        def run(*arguments: Any) -> Any:
+            name = str(arguments[-1] if change.__name__ == "move_in" else arguments[0])
+            if "/part-" in name:
+                if len(changes) == step:
+                    raise Killed
+                changes.append(name)
+            return change(*arguments)
+
+        return run
+
+    with monkeypatch.context() as patch:
+        for name in ("write_bytes", "move_in", "remove"):
+            patch.setattr(storage, name, counted(getattr(storage, name)))
+        yield changes

@@ -14,7 +14,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait leave the cores to the tests' other processes
 
 import json
-import socket
 import subprocess
 import sys
 import time
@@ -47,7 +46,7 @@ from smallcap.index.manifest import (
     write_pointer,
 )
 from tests.index_files import PublishIndex
-from tests.job_processes import JobProcess, StartJob
+from tests.job_processes import JobProcess, StartJob, free_port
 
 settings.register_profile("without deadline", deadline=None)  # a busy machine is not a failure
 settings.load_profile("without deadline")
@@ -76,7 +75,7 @@ def tiny_smallcap(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Path) -> 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
     """The endpoint of an S3 server of this test session; `AWS_ENDPOINT_URL` and dummy credentials are exported."""
-    port = _free_port()
+    port = free_port()
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     endpoint = f"http://127.0.0.1:{port}"
@@ -98,12 +97,6 @@ def s3_server() -> Iterator[str]:
             os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 class FaultProxy:
     """A running `tests/fault_proxy.py`, whose `FaultPlan` is replaced by `plan` and whose counts are `done()`."""
 
@@ -122,7 +115,7 @@ class FaultProxy:
 @pytest.fixture(scope="session")
 def fault_proxy_server(s3_server: str) -> Iterator[FaultProxy]:
     """The fault proxy in front of the session's S3 server, in a process of its own."""
-    port = _free_port()
+    port = free_port()
     script = Path(__file__).with_name("fault_proxy.py")
     server = subprocess.Popen([sys.executable, script, "--port", str(port), "--target", s3_server])
     try:

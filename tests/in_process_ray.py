@@ -16,6 +16,8 @@ import pytest
 from ray import cloudpickle
 from ray.data import DataContext
 
+from jobs.cluster.side_actor import SideActor
+
 NODE = {"Alive": True, "NodeID": "0" * 56, "Resources": {"CPU": 4.0, "memory": 16e9}}
 CONTEXT = SimpleNamespace(
     get_node_id=lambda: NODE["NodeID"],
@@ -44,7 +46,7 @@ def in_process_ray() -> Iterator[None]:
             monkeypatch.setattr(f"ray.{name}", stand_in)
         for module in ("session", "nodes"):
             monkeypatch.setattr(f"jobs.cluster.{module}.connect", lambda *_: None)
-        monkeypatch.setattr("jobs.cluster.liveness.ray_places", list)
+        monkeypatch.setattr("jobs.cluster.liveness.ray_listeners", list)
         # Nor is this a process that does nothing but caption.
         monkeypatch.setattr("jobs.captioning.caption.keep_freed_memory", lambda: None)
         yield
@@ -176,3 +178,12 @@ class Handle:
             return _Answer(lambda: _pickled(method(*sent)))
 
         return SimpleNamespace(remote=remote)
+
+
+class LocalActor(SideActor):
+    """Calls here what a client calls remotely; its actor is the object itself."""
+
+    def ask(self, method: str, *arguments: Any, timeout_s: float | None = None) -> Any:
+        return getattr(self._actor, method)(*arguments)
+
+    tell = ask

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import time
 import uuid
@@ -12,6 +13,61 @@ from contextlib import suppress
 from pathlib import Path
 
 MARK = "SMALLCAP_TEST_RUN"
+SITE = """
+import asyncio, os, pathlib, time
+
+def hold():
+    held = pathlib.Path(os.environ["HELD"])
+    held.with_name(f".{os.getpid()}").write_text(str(os.getpid()))
+    held.with_name(f".{os.getpid()}").replace(held)
+
+if os.environ.get("HELD"):
+    replace = pathlib.Path.replace
+
+    def slow_replace(self, target):
+        if "/part-" in str(target):
+            hold()
+            time.sleep(1)
+        return replace(self, target)
+
+    pathlib.Path.replace = slow_replace
+    if os.environ.get("HELD_ON_S3"):
+        import s3fs
+
+        pipe = s3fs.S3FileSystem._pipe_file
+
+        async def slow_pipe(self, path, data, **options):
+            if "/part-" in path:
+                hold()
+                await asyncio.sleep(1)
+            return await pipe(self, path, data, **options)
+
+        s3fs.S3FileSystem._pipe_file = slow_pipe
+
+if os.environ.get("OPENING_TAKES"):
+    import PIL.Image
+
+    open_image = PIL.Image.open
+
+    def slow_open(*arguments, **options):
+        image = open_image(*arguments, **options)
+        time.sleep(float(os.environ["OPENING_TAKES"]))
+        if str(image.size) == os.environ.get("DEADLY_SIZE"):
+            os.kill(os.getpid(), 11)
+        return image
+
+    PIL.Image.open = slow_open
+"""
+
+
+def free_port() -> int:
+    """Returns a port on which nothing listens, outside the range of Ray's workers."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port: int = probe.getsockname()[1]
+        if port >= 20000:
+            return port
 
 
 class JobProcess:
@@ -88,3 +144,15 @@ class JobProcess:
 
 StartJob = Callable[..., JobProcess]
 """Called with a command, a log, and variables of its environment."""
+
+
+def held_parts(held: Path, out: str) -> dict[str, str]:
+    """Returns the environment in which parts are held back."""
+    return {"HELD": str(held)} | ({"HELD_ON_S3": "1"} if out.startswith("s3") else {})
+
+
+def site_in(folder: Path, paths: str) -> dict[str, str]:
+    """Returns the environment in which every Python process runs the test's `sitecustomize`."""
+    (folder / "site").mkdir(exist_ok=True)
+    (folder / "site" / "sitecustomize.py").write_text(SITE)
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(folder / "site"), paths]))}

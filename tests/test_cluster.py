@@ -2,7 +2,6 @@
 
 import os
 import re
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from smallcap.machine.actor_plan import plan_actors
 from smallcap.model.encoder_spec import resolve_encoder_identity
 from smallcap.options import load_config
 from tests.caption_runs import read_rows, write_images
-from tests.job_processes import StartJob
+from tests.job_processes import StartJob, free_port
 from tests.python_process import run_python
 
 ROOT = Path(__file__).parents[1]
@@ -84,16 +83,6 @@ def test_every_node_type_shows_its_instance_profile() -> None:
     for profile in profiles:
         assert yaml.safe_load(profile)["IamInstanceProfile"]["Arn"].startswith("arn:aws:iam::")
     assert "aws_access_key_id" not in TEXT.lower()
-
-
-def free_port() -> int:
-    """A port outside the range of Ray's workers."""
-    while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port: int = probe.getsockname()[1]
-        if port >= 20000:
-            return port
 
 
 def own_environment() -> dict[str, str]:

@@ -164,11 +164,11 @@ def _load(number: int, images: InputBatch, spec: LoadSpec) -> _Loaded:
     def load_rows(rows: list[int]) -> list[tuple[Pixels | RowError, bytes | None]]:
         done: list[tuple[Pixels | RowError, bytes | None]] = []
         for start in range(0, len(rows), FETCH_CONCURRENCY):  # bounds the files in memory; their crops are small
-            positions = [position_of[row] for row in rows[start : start + FETCH_CONCURRENCY]]
-            files = _files(images, positions, spec, loaded)
-            for row, position, data in zip(rows[start:], positions, files, strict=False):
+            some = rows[start : start + FETCH_CONCURRENCY]
+            files = _files(images, [position_of[row] for row in some], spec, loaded)
+            for row, data in zip(some, files, strict=True):
                 clock.begin(row)
-                pixels = _decode(data, spec, images.image_uris[position])
+                pixels = _decode(data, spec, images.image_uris[position_of[row]])
                 kept = data if spec.keep_bytes and isinstance(pixels, Pixels) else None
                 done.append((pixels, kept if isinstance(kept, bytes) else None))
             clock.begin(None)

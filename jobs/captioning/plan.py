@@ -235,7 +235,7 @@ def dry_run(config: CaptionConfig, address: str | None = None, gpu_hour_cost: fl
             items = list(work_left(work.fragments, Coverage([]), config.limit, _assume_all))
         else:
             work = list_work(config, record)
-            items = remaining_items(config, work)
+            items = remaining_items(config, work, settled=False)
         with on_ray(address, lambda: "A dry run writes nothing."):  # before Ray Data, which reads its settings
             from jobs.captioning.caption import CaptionerSpec, CaptionImages
 

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.captioning.stage_report import STAGES, Snapshot, Stage
-from jobs.cluster.display import ETA_OVER_S, RATE_OVER_S, Rate
+from jobs.cluster.display import RATE_OVER_S, Rate
 from smallcap.machine.actor_plan import ActorPlan
 from smallcap.phrasing import describe_count, describe_counts, describe_duration
 
@@ -41,6 +41,10 @@ class RecentRates:
     def of(self, stage: Stage, over_s: float = RATE_OVER_S) -> float | None:
         """Returns the images/s of a stage; None before its second batch has ended."""
         return self._rates[stage].over(over_s)
+
+    def time_left(self, stage: Stage, images: int) -> str:
+        """Returns in words how long a stage takes for so many images; empty while that is not known."""
+        return self._rates[stage].time_left(images)
 
 
 class PipelineView:
@@ -129,10 +133,10 @@ def _outlook(snapshot: Snapshot, rates: RecentRates, models: str) -> str:
     total = f"of {'' if snapshot.images is not None else 'about '}{describe_count(expected, 'image')}"
     if captioned >= expected:
         return f"{total}: writing the last captions"
-    rate = rates.of("caption", ETA_OVER_S)
-    if not rate:
+    left = rates.time_left("caption", expected - captioned)
+    if not left:
         return f"{total}: waiting for the first captions" if not captioned else f"{total}: no time estimate yet"
-    return f"{total}: about {describe_duration((expected - captioned) / rate)} left"
+    return f"{total}: {left}"
 
 
 def find_bottleneck(

@@ -56,7 +56,7 @@ class Attempt(Record):
     started_at: str
     finished_at: str | None = None
     images: int = 0  # how many got their row
-    seconds: float | None = None  # wall time of the pipeline, from starting Ray and loading the models
+    seconds: float | None = None  # wall time, from the listing of the images on
     decode_s: float | None = None  # fetching and decoding, summed over CPU tasks
     fetch_s: float | None = None  # the share of fetching in decode_s
     fetch_retries: int | None = None  # requests that were repeated

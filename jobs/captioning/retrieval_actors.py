@@ -19,9 +19,9 @@ from jobs.cluster.errors import GuardedActor
 from jobs.cluster.resources import set_faiss_threads
 from smallcap.config import RetrievalConfig
 from smallcap.index.caption_store import gather, open_removed
-from smallcap.index.manifest import IndexManifest, load_manifest
+from smallcap.index.manifest import IndexManifest, load_manifest, share_of
 from smallcap.index.node_cache import open_version_folder
-from smallcap.index.partition import LocalPartition, share_of
+from smallcap.index.partition import LocalPartition
 from smallcap.index.ranking import Ranking, merge_rankings
 from smallcap.index.retriever import NeighbourSearch
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import numpy as np
+import pyarrow.compute as pc
 
 from jobs.captioning.record import (
     Account,
@@ -15,15 +16,14 @@ from jobs.captioning.record import (
     load_run_record,
     write_run_record,
 )
+from jobs.cluster.pinned import pin_index
 from smallcap import storage
 from smallcap.config import CaptionConfig
 from smallcap.errors import ConfigError
 from smallcap.images.fragments import Fragment
 from smallcap.images.listing import extend_work_list, make_work_list
 from smallcap.images.work_list import WORK_FOLDER, WorkList, count_images, load_work_list
-from smallcap.index.manifest import load_manifest
-from smallcap.index.partition import share_of
-from smallcap.model.encoder_spec import check_encoder_spec, resolve_encoder_identity
+from smallcap.index.manifest import share_of
 from smallcap.model.files import checkpoint_id
 from smallcap.output.coverage import (
     Coverage,
@@ -51,14 +51,9 @@ def open_record(config: CaptionConfig) -> RunRecord:
     if record is not None:
         record.check_same_run(config, partial(checkpoint_id, config.model), config.out)
         return record
-    if config.retrieval.encoder is not None:
-        check_encoder_spec(config.retrieval.encoder)  # before the index and the model are looked at
-    manifest = load_manifest(config.index) if config.index and config.retrieval.k != 0 else None
+    manifest, encoder = pin_index(config.index, config.retrieval.k, config.retrieval.encoder)
     if manifest:
         share_of(manifest.shards, (0, config.retrieval.partitions))  # refuses what their actors would refuse later
-    encoder = config.retrieval.encoder or (manifest.encoder.spec if manifest else None)
-    if manifest and encoder:
-        manifest.check_encoder(resolve_encoder_identity(encoder), config.index or "")
     if config.output.save_embeddings and encoder is None:
         raise ConfigError(
             "There is no retrieval encoder whose embeddings could be saved.",
@@ -80,16 +75,22 @@ def list_work(config: CaptionConfig, record: RunRecord, relist: bool = False) ->
     return work
 
 
-def _read_parts(out: str, work: WorkList) -> list[NamedPart]:
+def _settled_parts(out: str, work: WorkList) -> list[NamedPart]:
     """Returns the footers of all parts, after rows that two parts have were removed from one of them."""
     remove_replaced(out)
     parts = list(read_part_infos(out))
     return list(read_part_infos(out)) if settle(out, parts, work.fragments) else parts
 
 
-def remaining_items(config: CaptionConfig, work: WorkList, retry_failed: bool = False) -> list[WorkItem]:
-    """Returns the work items without a row in the output, and, for `retry_failed`, those that failed."""
-    coverage = Coverage(_read_parts(config.out, work), retry_failed)
+def remaining_items(
+    config: CaptionConfig, work: WorkList, retry_failed: bool = False, settled: bool = True
+) -> list[WorkItem]:
+    """Returns the work items without a row in the output, and, for `retry_failed`, those that failed.
+
+    Unless `settled` is False, rows that two parts have are first removed from one of them.
+    """
+    parts = _settled_parts(config.out, work) if settled else read_part_infos(config.out)
+    coverage = Coverage(parts, retry_failed)
 
     def count(fragment: Fragment, most: int) -> int:
         return count_images(fragment, most, config.input)
@@ -99,8 +100,8 @@ def remaining_items(config: CaptionConfig, work: WorkList, retry_failed: bool = 
 
 def finish_run(config: CaptionConfig, record: RunRecord, work: WorkList) -> RunRecord:
     """Removes repeated ids, interim parts and orphans from the finished output, counts it, and records its end."""
-    parts = _read_parts(config.out, work)
-    if any(fragment.kind != "uris" for fragment in work.fragments):
+    parts = _settled_parts(config.out, work)
+    if pc.any(pc.not_equal(work.fragments.table["kind"], "uris")).as_py():
         qualify_repeated_ids(config.out, parts)  # which changes no count
     if record.attempts:
         check_attempt(config.out, record.attempts[-1])

@@ -188,9 +188,8 @@ def describe_part(table: pa.Table) -> PartInfo:
         },
         ends=tuple(sorted(set(ends.tolist()))),
         left_out={
-            int(number): LeftOut(*counts)
-            for number, counts in zip(fragments, table[LEFT_OUT].to_pylist(), strict=True)
-            if counts
+            row[FRAGMENT]: LeftOut(*row[LEFT_OUT])
+            for row in table.select([FRAGMENT, LEFT_OUT]).filter(pc.is_valid(table[LEFT_OUT])).to_pylist()
         },
         **count_rows(table),
     )

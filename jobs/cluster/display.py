@@ -62,6 +62,11 @@ class Rate:
             return None
         return (recent[-1][1] - recent[0][1]) / (self._now - recent[0][0])
 
+    def time_left(self, count: int) -> str:
+        """Returns in words how long so many more take; empty while that is not known."""
+        rate = self.over(ETA_OVER_S)
+        return f"about {describe_duration(count / rate)} left" if rate else ""
+
 
 class View(Protocol):
     """What goes on, as it is shown at one moment."""
@@ -108,11 +113,7 @@ class Activity:
     def render(self) -> RenderableType:
         """Returns the line, with a bar where the total is known."""
         text = self.line()
-        if not self.total:
-            return Text(text)
-        table = Table.grid(padding=(0, 2))
-        table.add_row(Text(text), ProgressBar(total=self.total, completed=min(self._shown, self.total), width=30))
-        return table
+        return with_bar(text, min(self._shown, self.total), self.total) if self.total else Text(text)
 
     def line(self) -> str:
         """Returns what is done, the rate, what is left, and the time so far."""
@@ -143,10 +144,14 @@ class Activity:
         return f"{self._text}: {counted}" + ("" if rate is None else f" ({rate:,.1f}/s)")
 
     def _left(self) -> str:
-        rate = self._rate.over(ETA_OVER_S)
-        if not rate or not self.total or self._shown >= self.total:
-            return ""
-        return f"about {describe_duration((self.total - self._shown) / rate)} left"
+        return self._rate.time_left(self.total - self._shown) if self.total and self._shown < self.total else ""
+
+
+def with_bar(line: str, done: int, total: int) -> Table:
+    """Returns a line for a terminal with a bar after it."""
+    table = Table.grid(padding=(0, 2))
+    table.add_row(Text(line), ProgressBar(total=total, completed=done, width=30))
+    return table
 
 
 class Display:
@@ -214,7 +219,8 @@ class Display:
                 with Live(console=self._console, auto_refresh=False, transient=True) as live:
                     while not self._ended.wait(_POLL_S):
                         self._tell_stopping()
-                        live.update(self._views[-1].render() if self._views else Text(""), refresh=True)
+                        view = self._newest_view()
+                        live.update(view.render() if view else Text(""), refresh=True)
             else:
                 while not self._ended.wait(_POLL_S):
                     self._tell_stopping()
@@ -222,10 +228,13 @@ class Display:
         except OSError:  # nobody reads it any more
             return
 
+    def _newest_view(self) -> View | None:
+        return next(reversed(self._views), None)  # in one step: the job's thread may remove it meanwhile
+
     def _print_line(self) -> None:
-        if not self._views:
+        view = self._newest_view()
+        if view is None:
             return
-        view = self._views[-1]
         line = view.line()  # rates need every moment's figures
         every_s = _LINE_EVERY_S if view.is_under_way else _WAITING_LINE_EVERY_S
         if view is not self._told or time.monotonic() - self._said_at >= every_s:

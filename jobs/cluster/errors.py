@@ -132,7 +132,7 @@ def _end_actors_kept_by(error: BaseException) -> None:
     gc.collect()
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def causes(error: BaseException | None) -> Iterator[BaseException]:
     """Yields an error and what caused it, Ray's wrappers included, down to the innermost."""
     while error is not None:
         yield error
@@ -140,7 +140,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _innermost_smallcap_error(error: BaseException) -> SmallCapError | None:
-    *_, innermost = _causes(error)  # only that: Ray's wrappers are instances as well
+    *_, innermost = causes(error)  # only that: Ray's wrappers are instances as well
     return innermost if isinstance(innermost, SmallCapError) else None
 
 
@@ -148,7 +148,7 @@ def _error_of_dead_actor(error: BaseException) -> RunError | None:
     """Returns what to raise for an actor that could not be made, for example because an import failed on its node."""
     from ray.exceptions import ActorDiedError
 
-    dead = next((cause for cause in _causes(error) if isinstance(cause, ActorDiedError)), None)
+    dead = next((cause for cause in causes(error) if isinstance(cause, ActorDiedError)), None)
     if dead is None:
         return None
     message = str(dead).strip()

@@ -20,7 +20,7 @@ from typing import NoReturn
 
 from jobs.cluster.addresses import within
 from jobs.cluster.resources import living_nodes
-from jobs.cluster.start_errors import ray_folder
+from jobs.cluster.start_errors import newest_logs
 from jobs.screen import VisibleConsole, tell
 from smallcap.errors import RunError
 from smallcap.phrasing import describe_duration
@@ -34,7 +34,7 @@ _UNREACHABLE = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN)
 
 
 @dataclass(frozen=True)
-class Place:
+class Listener:
     """Where a process of Ray listens.
 
     Args:
@@ -73,7 +73,7 @@ class Place:
         return connection
 
 
-def ray_places() -> list[Place]:
+def ray_listeners() -> list[Listener]:
     """Returns where the head and this machine's raylet of the connected cluster listen; none for a Ray Client.
 
     A place that does not answer now is left out: this process cannot tell whether it lives.
@@ -89,8 +89,8 @@ def ray_places() -> list[Place]:
     host, _, port = context.gcs_address.rpartition(":")
     patience_s = _PATIENCE * _ray_waits_s()
     places = [
-        Place(f"the head (GCS) at {context.gcs_address}", (host.strip("[]"), int(port)), patience_s),
-        Place("the raylet of this machine", node["RayletSocketName"]),
+        Listener(f"the head (GCS) at {context.gcs_address}", (host.strip("[]"), int(port)), patience_s),
+        Listener("the raylet of this machine", node["RayletSocketName"]),
     ]
     return [place for place in places if not place.ask()]
 
@@ -125,7 +125,7 @@ class RayWatch:
 
     def __init__(
         self,
-        places: Sequence[Place],
+        places: Sequence[Listener],
         kept: Callable[[], str],
         on_death: Callable[[RunError], object],
         every_s: float,
@@ -184,7 +184,7 @@ class RayWatch:
                     selector.register(held[-1], selectors.EVENT_READ)
         return held
 
-    def _error(self, place: Place, why: str, silent_s: float = 0.0) -> RunError:
+    def _error(self, place: Listener, why: str, silent_s: float = 0.0) -> RunError:
         try:
             kept = within(_KEPT_S, self._kept)
         except Exception:  # noqa: BLE001 - the storage may be lost as well, and Ray's death is the news
@@ -194,7 +194,7 @@ class RayWatch:
             where=place.name,
             found=f"{why}, for {describe_duration(silent_s)} by now" if silent_s > 1 else why,
             remedy=f"{kept} When Ray runs again, the same command goes on. Why Ray has stopped is in its logs, on this "
-            f"machine in {ray_folder()}/session_latest/logs.",
+            f"machine in {newest_logs()}.",
         )
 
 
@@ -208,7 +208,7 @@ def watch_ray(kept: Callable[[], str]) -> Iterator[None]:
     Raises:
         RunError: An exception of the block has come with Ray's death.
     """
-    watch = RayWatch(ray_places(), kept, leave, _EVERY * _ray_waits_s())
+    watch = RayWatch(ray_listeners(), kept, leave, _EVERY * _ray_waits_s())
     with watch.in_thread():
         try:
             yield

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from jobs.cluster.resources import living_nodes, node_resources
 from jobs.cluster.session import connect
+from jobs.cluster.start_errors import newest_logs
 from smallcap.doctor.installation import describe_installation
 from smallcap.doctor.report import Finding, fail, ok
 from smallcap.phrasing import describe_count, describe_gb
@@ -28,11 +29,9 @@ def check_local_ray() -> Iterator[Finding]:
     connect("local")
     try:
         started = time.monotonic() - start
-        (answer,) = _ask_nodes().values()
+        (answer,) = _ask_nodes(living_nodes()).values()
         if isinstance(answer, str):
-            yield fail(
-                "ray", f"a task does not run: {answer}", "Look at the newest logs in /tmp/ray/session_latest/logs."
-            )
+            yield fail("ray", f"a task does not run: {answer}", f"Look at the newest logs in {newest_logs()}.")
             return
         cpus = sum(resources.get("CPU", 0.0) for resources in node_resources())
         yield ok(
@@ -56,12 +55,12 @@ def check_cluster(address: str) -> Iterator[Finding]:
     connect(address)
     nodes = living_nodes()
     yield ok(subject, f"{describe_count(len(nodes), 'node')}: {_describe_resources(nodes)}")
-    answers = _ask_nodes()
+    answers = _ask_nodes(nodes)
     yield from compare_nodes(subject, answers, {node: _name(nodes[node]) for node in answers})
 
 
-def _ask_nodes() -> dict[str, dict[str, str] | str]:
-    """Returns what each living node has installed; or, in words, why it does not say so."""
+def _ask_nodes(nodes: Iterable[str]) -> dict[str, dict[str, str] | str]:
+    """Returns what each of the nodes, by their ids, has installed; or, in words, why it does not say so."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -76,7 +75,7 @@ def _ask_nodes() -> dict[str, dict[str, str] | str]:
         node: ray.remote(describe_node)
         .options(num_cpus=0, max_retries=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
         .remote()
-        for node in living_nodes()
+        for node in nodes
     }
     deadline = time.monotonic() + _ANSWER_S
     answers: dict[str, dict[str, str] | str] = {}

@@ -9,6 +9,8 @@ from importlib.metadata import version
 from typing import Any, Literal, Self
 
 from smallcap.errors import ConfigError
+from smallcap.index.manifest import IndexManifest, load_manifest
+from smallcap.model.encoder_spec import check_encoder_spec, resolve_encoder_identity
 from smallcap.options import Config, config_difference, load_config
 from smallcap.records import VersionedRecord
 
@@ -36,6 +38,27 @@ class PinnedRecord(VersionedRecord):
             versions={"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
             **pinned,
         )
+
+
+def pin_index(index: str | None, k: int | None, encoder: str | None) -> tuple[IndexManifest | None, str | None]:
+    """Returns the version of the index that a new run is to use, if it retrieves, and the spec of its encoder.
+
+    Args:
+        index: The index's URI.
+        k: Captions to retrieve; 0 for none, None for the model's own number.
+        encoder: The encoder that is asked for; by default the index's.
+
+    Raises:
+        ConfigError: The encoder's spec is wrong.
+        RunError: The index or the encoder cannot be used, or they do not belong together.
+    """
+    if encoder is not None:
+        check_encoder_spec(encoder)  # before the index is looked at
+    manifest = load_manifest(index) if index and k != 0 else None
+    spec = encoder or (manifest.encoder.spec if manifest else None)
+    if manifest and spec:
+        manifest.check_encoder(resolve_encoder_identity(spec), index or "")
+    return manifest, spec
 
 
 def check_same_options(

@@ -9,7 +9,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jobs.cluster.addresses import (
     Address,
@@ -130,7 +130,6 @@ def _find_cluster(address: str | None) -> Address | None:
 
 
 def _join(cluster: Address) -> None:
-    import ray
     from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
     if cluster.was_found:  # only then does Ray take a token unasked: this machine's Ray is no stranger
@@ -138,25 +137,23 @@ def _join(cluster: Address) -> None:
     check_token_for_cluster()
     if not cluster.is_client:
         ask_head(cluster)
-    ray.init(address=cluster.text, log_to_driver=False, logging_level=logging.ERROR, runtime_env=worker_environment())
+    _init(address=cluster.text)
 
 
 def _start() -> None:
-    import ray
 
     for name, seconds in _HEAD_TIMEOUTS.items():  # which this process has read; its Ray keeps Ray's own
         if os.environ.get(name) == seconds:
             del os.environ[name]
     make_token_for_local_ray()
     cpus = max(_LOCAL_CPUS, os.cpu_count() or 1)
-    ray.init(
-        address="local",
-        num_cpus=cpus,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        runtime_env=worker_environment(),
-    )
+    _init(address="local", num_cpus=cpus, include_dashboard=False)
+
+
+def _init(**options: Any) -> None:
+    import ray
+
+    ray.init(**options, log_to_driver=False, logging_level=logging.ERROR, runtime_env=worker_environment())
 
 
 @contextmanager

@@ -8,9 +8,9 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterator
 
 from jobs.cluster.addresses import Address
+from jobs.cluster.errors import causes
 from jobs.cluster.tokens import GET_A_TOKEN
 from smallcap.errors import RunError
 
@@ -72,6 +72,11 @@ def ray_folder() -> str:
     return os.path.join(os.environ.get("RAY_TMPDIR", os.environ.get("TMPDIR", "/tmp")), "ray")
 
 
+def newest_logs() -> str:
+    """Returns the folder in which Ray has the newest logs on this machine."""
+    return f"{ray_folder()}/session_latest/logs"
+
+
 def explain_start(error: Exception, printed: str = "") -> RunError:
     """Returns what to say where a local Ray does not start.
 
@@ -96,7 +101,7 @@ def explain_join(error: Exception, address: Address, printed: str = "") -> RunEr
         printed: What Ray's C++ side has printed.
     """
     said = _said(error)
-    if re.search(r"[Aa]uthenticat|InvalidAuthToken", " ".join([said, *(type(e).__name__ for e in _causes(error))])):
+    if re.search(r"[Aa]uthenticat|InvalidAuthToken", " ".join([said, *(type(e).__name__ for e in causes(error))])):
         alone = " --address local starts a Ray for this job alone." if address.was_found else ""
         return RunError(
             "The Ray cluster wants a token that this process does not have.",
@@ -121,23 +126,17 @@ def explain_join(error: Exception, address: Address, printed: str = "") -> RunEr
 
 
 def _kind_of(error: Exception) -> str:
-    said = " ".join(str(cause) for cause in _causes(error))
+    said = " ".join(str(cause) for cause in causes(error))
     for kind, words in _WORDS.items():
         if re.search(words, said):
             return kind
-    numbers = {cause.errno for cause in _causes(error) if isinstance(cause, OSError)}
+    numbers = {cause.errno for cause in causes(error) if isinstance(cause, OSError)}
     return next((kind for kind, known in _ERRNO_KINDS.items() if numbers.intersection(known)), "")
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__
 
 
 def _said(error: Exception) -> str:
     """Returns the words of the innermost exception in a line, without the tracebacks that Ray quotes."""
-    *_, innermost = _causes(error)
+    *_, innermost = causes(error)
     words, _, quoted = str(innermost).partition("Traceback (most recent call last):")
     lines = [" ".join(_NOISE.sub("", words).split()), *quoted.strip().splitlines()[-1:]]
     return " ".join(lines).strip()[:_LONGEST] or type(innermost).__name__

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
 
 from jobs.screen import VisibleConsole
-from smallcap.index.retriever import Neighbour
 from smallcap.output.reading import read_captions
 from smallcap.phrasing import describe_count, visible
 
-if TYPE_CHECKING:  # it imports torch, which most commands do not need
+if TYPE_CHECKING:  # they import torch and faiss, which most commands do not need
     from smallcap.benchmark.ready_captioner import HostResult
     from smallcap.benchmark.stages import BenchmarkResult
+    from smallcap.index.retriever import Neighbour
 
 _SAMPLE_COLUMNS = (
     *("image_id", "key", "files", "caption_id", "caption", "text", "clip_score", "status", "error_code"),
@@ -36,17 +37,13 @@ def print_neighbours(neighbours: Sequence[Neighbour]) -> None:
 
 def print_samples(run: str, count: int) -> None:
     """Prints up to `count` captioned images of a run, with the captions that were retrieved for them."""
-    shown = 0
-    for batch in read_captions(run, ["image_id", "caption", "clip_score", "neighbours"], status="ok"):
-        for row in batch.to_pylist():
-            if shown == count:
-                return
-            shown += 1
-            score = f"  (clip score {row['clip_score']:.2f})" if row["clip_score"] is not None else ""
-            shown_id, caption = cell(row["image_id"], "cyan"), cell(row["caption"], "bold")
-            out.print(Text.assemble(shown_id, "  ", caption, (score, "dim")))
-            for neighbour in row["neighbours"]:
-                out.print(cell(f"    {neighbour['score']:.2f}  {neighbour['text']}", "dim"))
+    captions = read_captions(run, ["image_id", "caption", "clip_score", "neighbours"], status="ok")
+    for row in islice(captions.rows(), count):
+        score = f"  (clip score {row['clip_score']:.2f})" if row["clip_score"] is not None else ""
+        shown_id, caption = cell(row["image_id"], "cyan"), cell(row["caption"], "bold")
+        out.print(Text.assemble(shown_id, "  ", caption, (score, "dim")))
+        for neighbour in row["neighbours"]:
+            out.print(cell(f"    {neighbour['score']:.2f}  {neighbour['text']}", "dim"))
 
 
 def print_swap(rows: Sequence[Mapping[str, str]]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from smallcap import storage
 
 LOG_FILE = "train_log.jsonl"
-FLUSH_S = 30.0  # between two writes, where no checkpoint comes earlier
+_FLUSH_S = 30.0  # between two writes, where no checkpoint comes earlier
 
 
 class TrainLog:
@@ -31,7 +31,7 @@ class TrainLog:
     def add(self, **values: Any) -> None:
         """Adds the line of a step."""
         self._lines.append(json.dumps(values))
-        if time.monotonic() - self._written_at > FLUSH_S:
+        if time.monotonic() - self._written_at > _FLUSH_S:
             self.flush()
 
     def flush(self) -> None:

@@ -129,8 +129,8 @@ class Worker:
         for place, batches in enumerate(self._prepared(epoch, first), start=first):
             report = self.trainer.step(self.progress.step, batches)
             self._count(report, epoch)
+            self._ends = self._is_asked_to_end(report.loss, epoch)
             if place + 1 < self.steps_per_epoch:
-                self._ends = self._is_asked_to_end(report.loss, epoch)
                 if self._ends or (every and self.progress.step % every == 0):
                     self._save()
                 if self._ends:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from rich.progress_bar import ProgressBar
 from rich.table import Table
-from rich.text import Text
 
-from jobs.cluster.display import ETA_OVER_S, RATE_OVER_S, Rate
+from jobs.cluster.display import RATE_OVER_S, Rate, with_bar
 from jobs.cluster.side_actor import SideActor
 from smallcap.phrasing import describe_duration
 
@@ -73,11 +71,8 @@ class TrainView:
 
     def render(self) -> Table:
         """Returns the line, with a bar."""
-        table = Table.grid(padding=(0, 2))
-        line = Text(self.line())
-        done = self._newest.step if self._newest else 0
-        table.add_row(line, ProgressBar(total=max(self._steps, 1), completed=done, width=30))
-        return table
+        line = self.line()  # which asks for the newest step
+        return with_bar(line, self._newest.step if self._newest else 0, max(self._steps, 1))
 
     def line(self) -> str:
         """Returns the newest step, the rate and the time that is left."""
@@ -91,7 +86,7 @@ class TrainView:
 
 def describe_step(newest: TrainStep, steps: int, rate: Rate) -> str:
     """Returns a step in words, with the rate and the time that is left as far as they are known."""
-    now, longer = rate.over(RATE_OVER_S), rate.over(ETA_OVER_S)
+    now, left = rate.over(RATE_OVER_S), rate.time_left(steps - newest.step)
     per_s = "" if now is None else f" ({now:,.2f}/s)"
-    left = f"; about {describe_duration((steps - newest.step) / longer)} left" if longer else ""
-    return f"step {newest.step:,} of {steps:,}{per_s}, epoch {newest.epoch}: loss {newest.loss:.4f}{left}"
+    described = f"step {newest.step:,} of {steps:,}{per_s}, epoch {newest.epoch}: loss {newest.loss:.4f}"
+    return f"{described}; {left}" if left else described

@@ -7,7 +7,7 @@ counted.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,6 @@ from smallcap.output.schema import STATUS_OK
 COLUMNS = ("image_id", "status", "error_code", "caption", "caption_tokens", "clip_score", "neighbours")
 VALUES = ("clip_cosine", "retrieval_recall", "copied", "words", "tokens")
 _EXAMPLES = 5
-_ROWS_AT_ONCE = 1_000
 
 
 @dataclass
@@ -65,7 +64,7 @@ def collect_run(tables: Iterable[pa.Table | pa.RecordBatch], references: Referen
     """
     run = RunCaptions()
     ids: dict[str, str] = {}
-    for row in (row for table in tables for row in _rows(table)):
+    for row in (row for table in tables for row in table.to_pylist()):
         run.rows += 1
         if row["status"] != STATUS_OK:
             run.errors[row["error_code"]] += 1
@@ -86,11 +85,6 @@ def collect_run(tables: Iterable[pa.Table | pa.RecordBatch], references: Referen
         run.captions[image] = row["caption"]
         run.values[image] = _values(row, references.captions[image])
     return run
-
-
-def _rows(table: pa.Table | pa.RecordBatch) -> Iterator[dict[str, Any]]:
-    for start in range(0, len(table), _ROWS_AT_ONCE):
-        yield from table.slice(start, _ROWS_AT_ONCE).to_pylist()
 
 
 def _values(row: dict[str, Any], references: tuple[str, ...]) -> tuple[float, ...]:

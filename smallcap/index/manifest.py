@@ -14,14 +14,17 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from bisect import bisect_left
+from collections.abc import Sequence
 from datetime import UTC, datetime
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
 from pydantic import Field, field_validator
 
 from smallcap import storage
-from smallcap.errors import ConflictError, IndexIntegrityError, ManifestError, StorageError
+from smallcap.errors import ConfigError, ConflictError, IndexIntegrityError, ManifestError, StorageError
 from smallcap.records import Record, VersionedRecord, parse_record
 
 FORMAT_VERSION: Final = 1
@@ -309,3 +312,28 @@ def load_manifest(index_uri: str, index_id: str | None = None) -> IndexManifest:
             remedy="Restore the folder from where it was published, or rebuild the index.",
         )
     return manifest
+
+
+def share_of(entries: Sequence[ShardEntry], partition: tuple[int, int]) -> Sequence[ShardEntry]:
+    """Returns the contiguous shards of one partition; all partitions have about equally many rows.
+
+    Raises:
+        ConfigError: There are fewer shards than partitions.
+    """
+    number, count = partition
+    if count > len(entries):
+        raise ConfigError(
+            "The index has fewer shards than the partitions asked for.",
+            where="retrieval.partitions",
+            expected=f"at most {len(entries)}",
+            found=str(count),
+            remedy="Ask for fewer partitions, or build the index with more --shards.",
+        )
+    ends = list(accumulate(entry.rows for entry in entries))
+    middles = [end - entry.rows / 2 for end, entry in zip(ends, entries, strict=True)]
+    starts = [bisect_left(middles, ends[-1] * place / count) for place in range(count)]
+    for place in range(1, count):  # no share is empty, however uneven the shards are
+        starts[place] = min(max(starts[place], starts[place - 1] + 1), len(entries) - (count - place))
+    bounds = list(pairwise([*starts, len(entries)]))
+    first, stop = bounds[number]
+    return entries[first:stop]

@@ -7,7 +7,6 @@ searches a partition without knowing where it lies; `LocalPartition` is memory-m
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -15,10 +14,10 @@ import faiss
 import numpy as np
 import pyarrow as pa
 
-from smallcap.errors import ConfigError, ManifestError
+from smallcap.errors import ManifestError
 from smallcap.index.caption_store import CaptionStore
 from smallcap.index.faiss_index import is_lossy
-from smallcap.index.manifest import FileEntry, IndexManifest, ShardEntry
+from smallcap.index.manifest import FileEntry, IndexManifest, ShardEntry, share_of
 from smallcap.index.node_cache import open_version_folder
 from smallcap.index.ranking import NOTHING, Ranking, merge_rankings
 from smallcap.index.vector_shard import VectorShard
@@ -169,31 +168,6 @@ class LocalPartition:
     def texts(self, caption_ids: np.ndarray) -> pa.StringArray:
         """Returns the text of each id [n]."""
         return self.captions.texts(caption_ids)
-
-
-def share_of(entries: Sequence[ShardEntry], partition: tuple[int, int]) -> Sequence[ShardEntry]:
-    """Returns the contiguous shards of one partition; all partitions have about equally many rows.
-
-    Raises:
-        ConfigError: There are fewer shards than partitions.
-    """
-    number, count = partition
-    if count > len(entries):
-        raise ConfigError(
-            "The index has fewer shards than the partitions asked for.",
-            where="retrieval.partitions",
-            expected=f"at most {len(entries)}",
-            found=str(count),
-            remedy="Ask for fewer partitions, or build the index with more --shards.",
-        )
-    rows = np.array([entry.rows for entry in entries])
-    middles = np.cumsum(rows) - rows / 2
-    starts = np.searchsorted(middles, rows.sum() * np.arange(count) / count).tolist()
-    for place in range(1, count):  # no share is empty, however uneven the shards are
-        starts[place] = min(max(starts[place], starts[place - 1] + 1), len(entries) - (count - place))
-    bounds = list(pairwise([*starts, len(entries)]))
-    first, stop = bounds[number]
-    return entries[first:stop]
 
 
 def files_of(manifest: IndexManifest, partition: tuple[int, int] = (0, 1)) -> tuple[FileEntry, ...]:

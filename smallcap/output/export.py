@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
@@ -44,8 +44,8 @@ def export_captions(captions: Captions, file: str, kind: ExportFormat, raw: bool
         with _open_text(path, compressed=file.endswith(".gz")) as text:
             write = _line_writer(text) if kind == "jsonl" else _csv_writer(text, captions.schema.names, raw)
             count = 0
-            for row in _rows(captions):
-                write(row)
+            for row in captions.rows():
+                write(plain_values(row))
                 count += 1
         storage.move_in(path, file)
     return count
@@ -55,12 +55,6 @@ def _open_text(path: Path, compressed: bool) -> IO[str]:
     if not compressed:
         return path.open("w", encoding="utf-8", newline="")
     return cast("IO[str]", gzip.open(path, "wt", encoding="utf-8", newline=""))
-
-
-def _rows(captions: Captions) -> Iterator[dict[str, Any]]:
-    for batch in captions:
-        for row in batch.to_pylist():
-            yield plain_values(row)
 
 
 def _line_writer(text: IO[str]) -> Callable[[dict[str, Any]], object]:

@@ -147,7 +147,8 @@ def tell_parts(out: str) -> tuple[list[str], list[str]]:
     uris = [uri for uri in storage.list_folder(out) if _name(uri).startswith("part-") and uri.endswith(".parquet")]
     names = set(map(_name, uris))
     replaced = [uri for uri in uris if full_name(_name(uri)) in names]
-    return [uri for uri in uris if full_name(_name(uri)) not in names], replaced
+    gone = set(replaced)
+    return [uri for uri in uris if uri not in gone], replaced
 
 
 def write_part(

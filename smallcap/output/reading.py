@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -61,6 +61,11 @@ class Captions:
         for name, info in self._parts:
             if self._count(info):
                 yield from self._read(name)
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Yields the rows one by one; errors are those of a pass over the batches."""
+        for batch in self:
+            yield from batch.to_pylist()
 
     def to_arrow(self) -> pa.Table:
         """Reads all rows into an Arrow table; errors are those of a pass over the rows."""

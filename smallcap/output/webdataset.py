@@ -108,7 +108,7 @@ def rewrite_samples(source: Path, target: Path, new_id: Callable[[str], str | No
     try:
         with tarfile.open(source) as tar:
             members = tar.getmembers()
-            records = {_key(m.name): json.loads(_content(tar, m)) for m in members if m.name.endswith(".json")}
+            records = _records(tar, members)
             new_ids = {key: new_id(record["image_id"]) for key, record in records.items()}
             kept = {key for key, image_id in new_ids.items() if image_id is not None}
             with tarfile.open(target, "w", format=tarfile.PAX_FORMAT) as copy:
@@ -142,12 +142,11 @@ def join_samples(sources: Sequence[Path], target: Path) -> int:
             try:
                 tar = opened.enter_context(tarfile.open(source))
                 members = tar.getmembers()
-                records = [json.loads(_content(tar, member)) for member in members if member.name.endswith(".json")]
-            except (tarfile.TarError, ValueError) as error:
+                records = _records(tar, members)
+                by_key = groupby(members, lambda member: _key(member.name))
+                samples += [(records[key]["image_id"], key, tar, list(group)) for key, group in by_key]
+            except (tarfile.TarError, ValueError, KeyError) as error:
                 raise _damaged(source, error) from error
-            by_key = {key: list(group) for key, group in groupby(members, lambda member: _key(member.name))}
-            ids = [record["image_id"] for record in records]
-            samples += [(image_id, key, tar, by_key[key]) for image_id, key in zip(ids, by_key, strict=True)]
         with tarfile.open(target, "w", format=tarfile.PAX_FORMAT) as joined:
             for image_id, old_key, tar, members in sorted(samples, key=lambda sample: sample[0]):
                 key = sample_key(image_id, taken)
@@ -155,6 +154,11 @@ def join_samples(sources: Sequence[Path], target: Path) -> int:
                 for member in members:
                     _add(joined, key + member.name.removeprefix(old_key), _content(tar, member))
     return len(taken)
+
+
+def _records(tar: tarfile.TarFile, members: Sequence[tarfile.TarInfo]) -> dict[str, dict[str, Any]]:
+    """Returns the JSON of each sample by its key."""
+    return {_key(member.name): json.loads(_content(tar, member)) for member in members if member.name.endswith(".json")}
 
 
 def _damaged(source: Path, error: Exception) -> SchemaError:

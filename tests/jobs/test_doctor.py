@@ -109,5 +109,5 @@ def test_broken_set_ups_end_in_failures_with_remedies(tmp_path: Path) -> None:
     assert failed.keys() >= {f"storage {tmp_path}/file/folder", "index", "model", "cluster 127.0.0.1:1"}
     assert all(finding["remedy"] for finding in failed.values())
     assert not [subject for subject, finding in failed.items() if "AWS" in finding["remedy"]]  # all is on this disk
-    assert "Connection refused" in failed["cluster 127.0.0.1:1"]["found"]
+    assert "nothing listens at that port" in failed["cluster 127.0.0.1:1"]["found"]
     assert {"python", "packages", "memory", "dtype"} <= {f["subject"] for f in findings if f["status"] == "ok"}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,74 +19,17 @@ from PIL import Image
 from jobs.captioning.record import load_run_record
 from smallcap import storage
 from smallcap.output.part_files import list_parts, read_part_infos
-from tests.caption_runs import config_for, read_rows, rows_of, undisturbed_rows, write_images
-from tests.job_processes import JobProcess, StartJob
+from tests.caption_runs import command_for, config_for, read_rows, rows_of, undisturbed_rows, write_images
+from tests.job_processes import JobProcess, StartJob, held_parts, site_in
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(280)]
 
 IMAGES = 700  # three fragments
 SETS = ("output.rows_per_part=32", "compute.batch_size=8", "compute.dtype=float32")
-SITE = """
-import asyncio, os, pathlib, time
-
-def hold():
-    held = pathlib.Path(os.environ["HELD"])
-    held.with_name(f".{os.getpid()}").write_text(str(os.getpid()))
-    held.with_name(f".{os.getpid()}").replace(held)
-
-if os.environ.get("HELD"):
-    replace = pathlib.Path.replace
-
-    def slow_replace(self, target):
-        if "/part-" in str(target):
-            hold()
-            time.sleep(1)
-        return replace(self, target)
-
-    pathlib.Path.replace = slow_replace
-    if os.environ.get("HELD_ON_S3"):
-        import s3fs
-
-        pipe = s3fs.S3FileSystem._pipe_file
-
-        async def slow_pipe(self, path, data, **options):
-            if "/part-" in path:
-                hold()
-                await asyncio.sleep(1)
-            return await pipe(self, path, data, **options)
-
-        s3fs.S3FileSystem._pipe_file = slow_pipe
-
-if os.environ.get("OPENING_TAKES"):
-    import PIL.Image
-
-    open_image = PIL.Image.open
-
-    def slow_open(*arguments, **options):
-        image = open_image(*arguments, **options)
-        time.sleep(float(os.environ["OPENING_TAKES"]))
-        if str(image.size) == os.environ.get("DEADLY_SIZE"):
-            os.kill(os.getpid(), 11)
-        return image
-
-    PIL.Image.open = slow_open
-"""
 TITLES = {
     "actor": ("ray::MapWorker(MapBatches(CaptionImages))",),
     "worker": ("ray::MapBatches(load_images)", "ray::Write"),
 }
-
-
-def held_parts(held: Path, out: str) -> dict[str, str]:
-    """Returns the environment in which parts are held back."""
-    return {"HELD": str(held)} | ({"HELD_ON_S3": "1"} if out.startswith("s3") else {})
-
-
-def site_in(folder: Path, paths: str) -> dict[str, str]:
-    """Returns the environment in which every Python process runs the test's `sitecustomize`."""
-    (folder / "site").mkdir(exist_ok=True)
-    (folder / "site" / "sitecustomize.py").write_text(SITE)
-    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(folder / "site"), paths]))}
 
 
 @pytest.fixture
@@ -128,11 +70,6 @@ def out(anywhere: str) -> str:
     return storage.join(anywhere, f"out-{uuid.uuid4().hex[:6]}")
 
 
-def command_for(images: str, index: str, model: Path, out: str, *flags: str) -> list[str]:
-    command = [sys.executable, "-m", "jobs.cli", "caption", images, "--index", index, "--model", str(model)]
-    return [*command, "--out", out, *(argument for one in SETS for argument in ("--set", one)), *flags]
-
-
 def check(out: str, expected: list[tuple[str, str, str]], attempts: int) -> None:
     assert rows_of(out) == expected
     record = load_run_record(out)
@@ -146,7 +83,7 @@ def test_a_killed_driver(
     moment: str, out: str, images: str, index: str, tiny_smallcap: Path, expected: list, start: StartJob, held: Path
 ) -> None:
     """The driver and its whole Ray; then the same command again, which does only what is left."""
-    command = command_for(images, index, tiny_smallcap, out)
+    command = command_for(images, index, tiny_smallcap, out, *SETS)
     job = start(command, **(held_parts(held, out) if moment == "during a write" else {}))
     if moment == "early":
         job.until(lambda: job.processes(TITLES["worker"]))
@@ -182,7 +119,7 @@ def test_a_killed_process_of_ray(
     environment = held_parts(held, out) if slow_writes else {}
     if victim == "actor":  # loading paces it, so that it still has work when the moment comes
         environment["OPENING_TAKES"] = "0.05"
-    job = start(command_for(images, index, tiny_smallcap, out), **environment)
+    job = start(command_for(images, index, tiny_smallcap, out, *SETS), **environment)
     if hold:
         job.until(held.exists)
     else:
@@ -228,7 +165,7 @@ def test_a_killed_node(
     """The raylet of a second node dies, and with it what ran there; the first node finishes the run."""
     address, kill_node = second_node
     flags = ("--address", address, "--set", "compute.num_actors=2")
-    job = start(command_for(images, index, tiny_smallcap, out, *flags))
+    job = start([*command_for(images, index, tiny_smallcap, out, *SETS), *flags])
     if moment == "early":
         job.until(lambda: (record := load_run_record(out)) and record.attempts)
     else:
@@ -245,7 +182,7 @@ def test_an_image_that_kills_its_process_becomes_a_row(
     images, out = str(tmp_path / "images"), str(tmp_path / "out")
     write_images(images, 40)
     Image.new("RGB", (77, 55), "red").save(tmp_path / "images" / "deadly.png")
-    start(command_for(images, index, tiny_smallcap, out), OPENING_TAKES="0", DEADLY_SIZE="(77, 55)").wait()
+    start(command_for(images, index, tiny_smallcap, out, *SETS), OPENING_TAKES="0", DEADLY_SIZE="(77, 55)").wait()
     rows = read_rows(out)
     assert len(rows) == 41
     assert rows.loc["deadly.png"].error_code == "crashed"

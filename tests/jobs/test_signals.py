@@ -18,7 +18,7 @@ import pytest
 from jobs.captioning.record import load_run_record
 from smallcap.index.manifest import load_manifest
 from smallcap.output.part_files import list_parts, read_part_infos
-from tests.caption_runs import config_for, rows_of, undisturbed_rows, write_images
+from tests.caption_runs import command_for, config_for, rows_of, undisturbed_rows, write_images
 from tests.job_processes import JobProcess, StartJob
 from tests.train_runs import loss_curve, write_captioned_images
 
@@ -58,8 +58,7 @@ def test_a_captioning_run(
     number: int, images: str, index: str, tiny_smallcap: Path, tmp_path: Path, start_job: StartJob
 ) -> None:
     out = str(tmp_path / "out")
-    command = [sys.executable, "-m", "jobs.cli", "caption", images, "--index", index, "--model", str(tiny_smallcap)]
-    command += ["--out", out, *(argument for one in SETS for argument in ("--set", one))]
+    command = command_for(images, index, tiny_smallcap, out, *SETS)
     job = start_job(command, tmp_path / "stopped.log")
     job.until(lambda: list_parts(out))
     send(job, number)
@@ -80,8 +79,7 @@ def test_a_captioning_run(
 def test_a_second_ctrl_c_leaves_nothing_running(
     images: str, index: str, tiny_smallcap: Path, tmp_path: Path, start_job: StartJob
 ) -> None:
-    command = [sys.executable, "-m", "jobs.cli", "caption", images, "--index", index, "--model", str(tiny_smallcap)]
-    job = start_job([*command, "--out", str(tmp_path / "out")], tmp_path / "job.log")
+    job = start_job(command_for(images, index, tiny_smallcap, str(tmp_path / "out")), tmp_path / "job.log")
     job.until(lambda: "starting actors" in job.printed())
     send(job, signal.SIGINT)
     time.sleep(0.5)

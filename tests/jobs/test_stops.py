@@ -18,10 +18,9 @@ from jobs import build_index, caption
 from jobs.captioning.caption import CaptionImages
 from jobs.captioning.record import load_run_record
 from jobs.cluster.stopping import SIGNALS, Stopped
-from smallcap import storage
 from smallcap.config import CaptionConfig, IndexConfig
 from smallcap.output.part_files import list_parts, read_part_infos
-from tests.caption_runs import config_for, rows_of, undisturbed_rows, write_images
+from tests.caption_runs import Killed, config_for, killed_at, rows_of, undisturbed_rows, write_images
 
 IMAGES = 20
 SETS = ("compute.batch_size=2", "output.rows_per_part=8", "output.save_embeddings=true", "output.write=[webdataset]")
@@ -135,39 +134,13 @@ def test_rows_are_saved_by_time_and_the_full_part_replaces_them(
     assert summary.record.attempts[0].images == IMAGES
 
 
-class Killed(BaseException):
-    """The process ends here."""
-
-
-@contextmanager
-def killed_at(step: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Ends the block before the `step`-th change of an output's parts and sidecars, counted from 0."""
-    changes: list[str] = []
-
-    def counted(change: Any) -> Any:
-        def run(*arguments: Any) -> Any:
-            name = str(arguments[-1] if change.__name__ == "move_in" else arguments[0])
-            if "/part-" in name:
-                if len(changes) == step:
-                    raise Killed
-                changes.append(name)
-            return change(*arguments)
-
-        return run
-
-    with monkeypatch.context() as patch:
-        patch.setattr("jobs.captioning.write._SAVE_EVERY_S", 0.0)
-        for name in ("write_bytes", "move_in", "remove"):
-            patch.setattr(storage, name, counted(getattr(storage, name)))
-        yield changes
-
-
 @pytest.mark.parametrize("step", [0, 1, 2, 3, 5, 8, 9, 11, 12, 14, 17, 19, 20, 21])
 def test_whatever_is_interrupted_each_image_has_one_row_after_the_next_attempt(
     step: int, config: CaptionConfig, expected: list[tuple[str, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The steps of the first part: three interim parts with two sidecars each, the full part, and nine removals."""
-    with killed_at(step, monkeypatch), pytest.raises(Killed):
+    with monkeypatch.context() as saving, killed_at(step, monkeypatch), pytest.raises(Killed):
+        saving.setattr("jobs.captioning.write._SAVE_EVERY_S", 0.0)
         caption.run(config)
     done = sum(len(rows) for _, info in read_part_infos(config.out) for rows in info.rows.values())
     assert caption.run(config).new_images == IMAGES - done

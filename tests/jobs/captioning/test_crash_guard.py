@@ -2,23 +2,14 @@
 
 import os
 import threading
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.captioning.crash_guard import CrashGuard, CrashGuardClient, DecodeClock
-from jobs.cluster.side_actor import SideActor, run_side_actor
-
-
-class LocalActor(SideActor):
-    """Calls here what the client calls remotely."""
-
-    def ask(self, method: str, *arguments: Any, timeout_s: float | None = None) -> Any:
-        return getattr(self._actor, method)(*arguments)
-
-    tell = ask
+from jobs.cluster.side_actor import run_side_actor
+from tests.in_process_ray import LocalActor
 
 
 def test_the_image_that_kills_its_process_is_found_at_the_fourth_attempt() -> None:

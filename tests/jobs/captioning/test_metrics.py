@@ -2,7 +2,6 @@
 
 import json
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 
 from jobs.captioning.metrics import METRICS, record_batch
 from jobs.captioning.stage_report import StageReport
+from tests.job_processes import free_port
 
 ROOT = Path(__file__).parents[3]
 
@@ -70,11 +70,13 @@ def test_without_ray_nothing_is_counted_and_nothing_fails() -> None:
 @pytest.mark.slow
 def test_metrics_of_workers_are_at_the_metrics_port() -> None:
     pytest.importorskip("opentelemetry.exporter.prometheus", reason="ray[default] is not installed")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     done = subprocess.run(
-        [sys.executable, "-c", EXPORT, str(port)], check=True, capture_output=True, text=True, cwd=ROOT, timeout=200
+        [sys.executable, "-c", EXPORT, str(free_port())],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=200,
     )
     values = {}
     for line in done.stdout.splitlines():

@@ -12,7 +12,7 @@ from jobs.cluster.faults import Fault, FaultGuard, FaultGuardClient, kind_of, st
 from jobs.cluster.places import Place
 from jobs.cluster.side_actor import SideActor
 from smallcap.errors import CheckpointError, RunError
-from tests.in_process_ray import CONTEXT, NODE
+from tests.in_process_ray import CONTEXT, NODE, LocalActor
 
 HERE = Place(str(NODE["NodeID"]), "node gpu-3 (10.0.0.3), GPU 0 (NVIDIA L4, GPU-5f)")
 THERE = Place(str(NODE["NodeID"]), "node gpu-4 (10.0.0.4), GPU 0")
@@ -150,15 +150,6 @@ def test_every_kind_has_its_remedy(kind: Any, error: str, remedy: str) -> None:
     assert remedy in stop_error([Fault(kind, error, HERE)], "").remedy
 
 
-class LocalGuard(SideActor):
-    """Calls here what the client calls remotely."""
-
-    def ask(self, method: str, *arguments: Any, timeout_s: float | None = None) -> Any:
-        return getattr(self._actor, method)(*arguments)
-
-    tell = ask
-
-
 class LostGuard(SideActor):
     """A guard that is gone."""
 
@@ -200,7 +191,7 @@ def run_to_the_end(start_errors: list[Exception], errors: list[Exception], guard
     """Does what Ray does: starts the actor again and repeats its call. Returns the result and the processes it took."""
     for processes in range(1, 10):
         try:
-            return Flaky(start_errors, errors, faults=FaultGuardClient(LocalGuard(guard)))(1), processes
+            return Flaky(start_errors, errors, faults=FaultGuardClient(LocalActor(guard)))(1), processes
         except ProcessEnded:
             continue
     raise AssertionError("It never ends.")
@@ -248,7 +239,7 @@ def test_a_fault_that_nobody_counts_stops_the_run() -> None:
 
 def test_the_calls_of_one_task_are_told_apart() -> None:
     guard = FaultGuard()
-    client = FaultGuardClient(LocalGuard(guard))
+    client = FaultGuardClient(LocalActor(guard))
     actor = Flaky([], [], faults=client)
     begun = []
     guard.begin_batch = lambda actor, batch: begun.append(batch)  # type: ignore[method-assign]
@@ -259,11 +250,11 @@ def test_the_calls_of_one_task_are_told_apart() -> None:
 def test_a_stall_ends_the_process_whatever_the_guard_says(capfd: pytest.CaptureFixture[str]) -> None:
     guard = FaultGuard()
     for _ in range(3):
-        client = FaultGuardClient(LocalGuard(guard))
+        client = FaultGuardClient(LocalActor(guard))
         assert client.begin_process() is None
         with pytest.raises(ProcessEnded):
             client.end_stalled(90.0)
     assert "test_a_stall_ends_the_process" in capfd.readouterr().err  # the stacks say where it stood still
-    stop = FaultGuardClient(LocalGuard(guard)).begin_process()
+    stop = FaultGuardClient(LocalActor(guard)).begin_process()
     assert isinstance(stop, RunError)
     assert stop.found == "No batch was done for 1 min 30 s."

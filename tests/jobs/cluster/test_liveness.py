@@ -4,7 +4,6 @@ import os
 import re
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,12 +14,11 @@ import pytest
 
 from jobs.captioning.record import load_run_record
 from jobs.cluster import liveness
-from jobs.cluster.liveness import Place, RayWatch, watch_ray
+from jobs.cluster.liveness import Listener, RayWatch, watch_ray
 from smallcap.errors import RunError, StorageError
 from smallcap.output.part_files import list_parts
-from tests.caption_runs import write_images
-from tests.job_processes import StartJob
-from tests.jobs.test_kills import site_in
+from tests.caption_runs import command_for, write_images
+from tests.job_processes import StartJob, site_in
 from tests.python_process import run_python
 
 
@@ -60,18 +58,18 @@ def kept() -> str:
 
 
 @contextmanager
-def watching(deaths: Deaths, *places: Place, kept: Callable[[], str] = kept) -> Iterator[RayWatch]:
+def watching(deaths: Deaths, *places: Listener, kept: Callable[[], str] = kept) -> Iterator[RayWatch]:
     watch = RayWatch(places, kept, deaths, every_s=0.02)
     with watch.in_thread():
         yield watch
 
 
-def head_at(server: socket.socket, patience_s: float = 0.0) -> Place:
-    return Place("the head (GCS)", server.getsockname(), patience_s)
+def head_at(server: socket.socket, patience_s: float = 0.0) -> Listener:
+    return Listener("the head (GCS)", server.getsockname(), patience_s)
 
 
-def raylet_at(server: socket.socket) -> Place:
-    return Place("the raylet of this machine", server.getsockname())
+def raylet_at(server: socket.socket) -> Listener:
+    return Listener("the raylet of this machine", server.getsockname())
 
 
 def test_what_lives_is_left_alone(deaths: Deaths, head: socket.socket, raylet: socket.socket) -> None:
@@ -147,7 +145,7 @@ def test_what_a_failed_look_means(monkeypatch: pytest.MonkeyPatch, error: OSErro
         raise error
 
     monkeypatch.setattr(socket, "create_connection", fail)
-    found = Place("the head", ("10.0.0.5", 6379)).ask()
+    found = Listener("the head", ("10.0.0.5", 6379)).ask()
     assert why in found
     assert bool(found) == bool(why)
 
@@ -172,7 +170,7 @@ def test_storage_that_is_lost_as_well_delays_nothing(
 def test_an_exception_that_comes_with_rays_death_is_that_message(
     monkeypatch: pytest.MonkeyPatch, head: socket.socket
 ) -> None:
-    monkeypatch.setattr(liveness, "ray_places", lambda: [head_at(head, 1000)])
+    monkeypatch.setattr(liveness, "ray_listeners", lambda: [head_at(head, 1000)])
     with pytest.raises(ZeroDivisionError), watch_ray(kept):
         _ = 1 / 0  # a bug
     with pytest.raises(RunError, match="Ray has stopped"), watch_ray(kept):
@@ -197,10 +195,10 @@ def test_a_job_whose_ray_dies_says_so(
 ) -> None:
     write_images(f"{tmp_path}/images", 1500)
     out = f"{tmp_path}/out"
-    sets = ("--set", "output.rows_per_part=32", "--set", "compute.batch_size=8", "--set", "compute.dtype=float32")
-    command = [sys.executable, "-m", "jobs.cli", "caption", f"{tmp_path}/images", "--index", index, "--out", out]
+    sets = ("output.rows_per_part=32", "compute.batch_size=8", "compute.dtype=float32")
+    command = command_for(f"{tmp_path}/images", index, tiny_smallcap, out, *sets)
     slow = site_in(tmp_path, os.environ.get("PYTHONPATH", "")) | {"OPENING_TAKES": "0.2"}  # it outlasts the watch
-    job = start_job([*command, "--model", tiny_smallcap, "--address", "local", *sets], tmp_path / "job.log", **slow)
+    job = start_job([*command, "--address", "local"], tmp_path / "job.log", **slow)
     job.until(lambda: list_parts(out), 200)
     pattern = re.compile(rf"/{victim}$")
     (process,) = [

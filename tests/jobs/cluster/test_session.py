@@ -16,7 +16,7 @@ from jobs.cluster import session
 from jobs.cluster.addresses import Address, NoClusterError, parse_address
 from jobs.cluster.session import connect, limit_blocks
 from smallcap.errors import RunError
-from tests.job_processes import StartJob
+from tests.job_processes import StartJob, free_port
 
 
 @pytest.mark.ray
@@ -181,16 +181,6 @@ def short_folder() -> Iterator[str]:
     """A folder for Ray with a name that leaves room for its sockets."""
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         yield folder
-
-
-def free_port() -> int:
-    """A port outside the range of Ray's workers."""
-    while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port: int = probe.getsockname()[1]
-        if port >= 20000:
-            return port
 
 
 @pytest.mark.ray

@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 import io
-from typing import Any
 
 import pytest
 from rich.console import Console
 
 from jobs.cluster.display import Rate
 from jobs.training.progress import TrainStep, TrainView, TrainWatch, describe_step
-
-
-class Beside:
-    """A `SideActor` of an object in this process."""
-
-    def __init__(self, target: Any) -> None:
-        self.target = target
-
-    def ask(self, method: str, *arguments: Any, timeout_s: float | None = None) -> Any:
-        return getattr(self.target, method)(*arguments)
+from tests.in_process_ray import LocalActor
 
 
 def test_a_step_in_words() -> None:
@@ -34,7 +24,7 @@ def test_a_step_in_words() -> None:
 
 def test_the_view_waits_for_the_first_step() -> None:
     watch = TrainWatch()
-    view = TrainView(Beside(watch), 10)  # type: ignore[arg-type]
+    view = TrainView(LocalActor(watch), 10)
     assert view.line() == "Training: starting workers, which load the model; 0 s so far"
     assert not view.is_under_way
     watch.note_step(TrainStep(3, 1, 1.5))

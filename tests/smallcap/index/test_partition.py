@@ -4,8 +4,7 @@ import faiss
 import pytest
 
 from smallcap.errors import ConfigError
-from smallcap.index.manifest import ShardEntry
-from smallcap.index.partition import share_of
+from smallcap.index.manifest import ShardEntry, share_of
 from tests.index_files import OpenIndex, unit_vectors
 
 

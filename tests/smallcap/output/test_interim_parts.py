@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from smallcap.output.part_files import (
     write_part,
 )
 from smallcap.output.schema import CAPTION_COLUMNS, caption_schema
+from tests.caption_runs import Killed, killed_at, read_rows
 
 SCHEMA = caption_schema("run", "model", "index")
 SIDECARS = PartOptions(rows_per_row_group=2, embeddings=True, webdataset=True)
@@ -67,10 +66,9 @@ def names(out: str) -> list[str]:
     return [uri.rsplit("/", 1)[-1] for uri in list_parts(out)]
 
 
-def rows_of(out: str) -> list[str]:
+def ids_of(out: str) -> list[str]:
     """The ids in the parts that count."""
-    tables = [pq.read_table(io.BytesIO(storage.read_bytes(uri))) for uri in list_parts(out)]
-    return sorted(pa.concat_tables(tables)["image_id"].to_pylist())
+    return list(read_rows(out).image_id)
 
 
 ALL = ["a.b.jpg", "a_b.png", "c.jpg", "d.jpg", "e.jpg", "f.jpg"]
@@ -107,7 +105,7 @@ def test_an_interim_part_does_not_count_beside_its_full_part(out: str) -> None:
     rows = [row("d.jpg"), row("a.b.jpg"), row("c.jpg"), row("a_b.png"), row("e.jpg", "empty")]
     write(out, FULL, rows, PartInfo(span(0, 5), ok=4, errors={"empty": 1}))
     assert names(out) == [FULL, OTHER]
-    assert rows_of(out) == ALL
+    assert ids_of(out) == ALL
     remove_replaced(out)
     files = {
         uri.rsplit("/", 1)[-1]
@@ -115,30 +113,6 @@ def test_an_interim_part_does_not_count_beside_its_full_part(out: str) -> None:
         for uri in storage.list_files(storage.join(out, folder))
     }
     assert files == {FULL, OTHER, "part-001-000000.tar", "part-002-000000.tar"}
-
-
-class Killed(BaseException):
-    """The process ends here."""
-
-
-@contextmanager
-def killed_at(step: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Ends the block before its `step`-th change of the storage, counted from 0; yields what is changed before."""
-    changes: list[str] = []
-
-    def counted(change: Any) -> Any:
-        def run(*arguments: Any) -> Any:
-            if len(changes) == step:
-                raise Killed
-            changes.append(change.__name__)
-            return change(*arguments)
-
-        return run
-
-    with monkeypatch.context() as patch:
-        for name in ("write_bytes", "move_in", "remove"):
-            patch.setattr(storage, name, counted(getattr(storage, name)))
-        yield changes
 
 
 @pytest.mark.parametrize("step", range(10))
@@ -152,13 +126,13 @@ def test_a_join_that_is_killed_is_done_again(step: int, tmp_path: Path, monkeypa
             assert len(changes) == 9  # two sidecars, the part, and the removal of two parts with two sidecars each
         except Killed:
             pass
-    assert rows_of(out) == ["a.jpg", "b.jpg"]
+    assert ids_of(out) == ["a.jpg", "b.jpg"]
     assert PartInfo.joined([info for _, info in read_part_infos(out)]).rows == span(0, 2)
     remove_replaced(out)
     join_interim_parts(out, list(read_part_infos(out)), 2)
     remove_orphans(out)
     assert names(out) == [FULL]
-    assert rows_of(out) == ["a.jpg", "b.jpg"]
+    assert ids_of(out) == ["a.jpg", "b.jpg"]
     found = sorted(path.name for path in tmp_path.rglob("*") if path.is_file())
     assert found == [FULL, FULL, "part-001-000000.tar"]
 
