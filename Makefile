@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' smallcap/__init__.py)
-# The tests of a file run in one process, as do all tests on Ray: see tests/conftest.py.
+# The tests of a file run in one process, as do all on the session's Ray: see tests/conftest.py.
 PARALLEL := --numprocesses=auto --maxprocesses=4
 
 .PHONY: help setup demo test test-all lint format audit docs site build release bench demo-model claims clean

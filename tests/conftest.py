@@ -186,7 +186,9 @@ def ray_where_it_is_marked(request: pytest.FixtureRequest) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With pytest-xdist, a file's tests run in one process; and all files on Ray in one, for Ray takes every core.
+    """With pytest-xdist, a file's tests run in one process; and all files on the session's Ray in one, where it is.
+
+    Files whose tests start a Ray of their own run beside them: they wait for much of their time.
 
     Groups of `--dist=loadgroup` would say it, but pytest-xdist 3.8 loses them under pytest 9.2.
     """

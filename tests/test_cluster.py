@@ -121,7 +121,7 @@ def answers(url: str) -> bool:
         return False
 
 
-@pytest.mark.ray
+@pytest.mark.own_ray
 @pytest.mark.slow
 def test_a_job_is_submitted_to_a_cluster_that_asks_for_a_token(
     head: tuple[str, str],

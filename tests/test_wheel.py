@@ -118,7 +118,7 @@ def test_a_folder_with_packages_of_the_same_names_does_not_disturb_it(run: Calla
         assert "Caption images." in run(tmp_path, *program, "caption", "--help")
 
 
-@pytest.mark.ray
+@pytest.mark.own_ray
 def test_the_demo_runs_from_it_beside_packages_of_the_same_names(run: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "jobs").mkdir()
     for name in ("jobs/__init__.py", "index_builder.py"):

@@ -87,14 +87,14 @@ def test_a_killed_driver(config: IndexConfig, undisturbed: IndexConfig, build: C
 
 
 @pytest.mark.slow
-@pytest.mark.ray
+@pytest.mark.own_ray
 @pytest.mark.parametrize("stage", ["clean", "dedupe", "embed", "template", "shard", "calibrate", "pointer"])
 def test_a_killed_driver_of_a_ray(config: IndexConfig, undisturbed: IndexConfig, build: Callable, stage: str) -> None:
     check_restart(config, undisturbed, stage, "driver", build)
 
 
 @pytest.mark.slow
-@pytest.mark.ray
+@pytest.mark.own_ray
 @pytest.mark.parametrize("stage", ["scan", "clean", "dedupe", "embed", "shard"])
 def test_a_killed_worker(config: IndexConfig, undisturbed: IndexConfig, build: Callable, stage: str) -> None:
     """Kills the first worker seen at work after an item of the stage is finished."""

@@ -52,7 +52,7 @@ def test_usage_errors(
     assert "Did you mean shards?" in capsys.readouterr().err
 
 
-@pytest.mark.ray
+@pytest.mark.own_ray
 @pytest.mark.slow
 def test_module_starts_its_own_ray(tmp_path: Path, arguments: list[str], start_job: StartJob) -> None:
     job = start_job([sys.executable, "-m", "jobs.build_index", *arguments], tmp_path / "build.log")

@@ -9,7 +9,7 @@ from tests.caption_runs import command_for, config_for, rows_of, undisturbed_row
 from tests.conftest import FaultProxy
 from tests.job_processes import StartJob
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.own_ray, pytest.mark.slow]
 
 RATES = {"slow_down": 0.06, "reset": 0.04, "truncated": 0.04, "lost": 0.02, "slow": 0.01}
 

@@ -22,7 +22,7 @@ from smallcap.output.part_files import list_parts, read_part_infos
 from tests.caption_runs import command_for, config_for, read_rows, rows_of, undisturbed_rows, write_images
 from tests.job_processes import JobProcess, StartJob, held_parts, site_in
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.own_ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 IMAGES = 700  # three fragments
 SETS = ("output.rows_per_part=32", "compute.batch_size=8", "compute.dtype=float32")

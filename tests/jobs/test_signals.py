@@ -22,7 +22,7 @@ from tests.caption_runs import command_for, config_for, rows_of, undisturbed_row
 from tests.job_processes import JobProcess, StartJob
 from tests.train_runs import loss_curve, write_captioned_images
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.own_ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 IMAGES = 600
 SETS = ("output.rows_per_part=64", "compute.batch_size=8", "compute.dtype=float32")

@@ -19,7 +19,7 @@ caption.run(CaptionConfig.model_validate_json(sys.argv[1]))
 """
 
 
-@pytest.mark.ray
+@pytest.mark.own_ray
 @pytest.mark.slow
 @pytest.mark.parametrize("sets", [(), ("compute.num_actors=2",)])
 def test_one_cpu_captions(sets: tuple[str, ...], index: str, tiny_smallcap: Path, tmp_path: Path) -> None:

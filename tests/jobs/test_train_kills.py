@@ -11,7 +11,7 @@ import pytest
 from tests.job_processes import StartJob
 from tests.train_runs import loss_curve, write_captioned_images
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.own_ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def test_a_killed_run(index: str, tiny_smallcap: Path, tmp_path: Path, start_job: StartJob) -> None:

@@ -66,7 +66,7 @@ def test_without_ray_nothing_is_counted_and_nothing_fails() -> None:
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
 
 
-@pytest.mark.ray
+@pytest.mark.own_ray
 @pytest.mark.slow
 def test_metrics_of_workers_are_at_the_metrics_port() -> None:
     pytest.importorskip("opentelemetry.exporter.prometheus", reason="ray[default] is not installed")

@@ -187,7 +187,7 @@ def test_leaving_prints_and_ends_the_process() -> None:
     assert run_python(script) == "error: Ray has stopped.\n  where: the head\n1\n"
 
 
-@pytest.mark.ray
+@pytest.mark.own_ray
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", ["gcs_server", "raylet"])
 def test_a_job_whose_ray_dies_says_so(

@@ -183,7 +183,7 @@ def short_folder() -> Iterator[str]:
         yield folder
 
 
-@pytest.mark.ray
+@pytest.mark.own_ray
 @pytest.mark.slow
 def test_a_ray_that_runs_on_the_machine(short_folder: str, tmp_path: Path, start_job: StartJob) -> None:
     command = [
@@ -213,7 +213,7 @@ def test_a_ray_that_runs_on_the_machine(short_folder: str, tmp_path: Path, start
     assert "Joined" not in stale.stderr
 
 
-@pytest.mark.ray
+@pytest.mark.own_ray
 @pytest.mark.slow
 def test_a_real_ray_that_does_not_start_is_one_message(tmp_path: Path) -> None:
     folder = tmp_path / ("a-name-that-leaves-no-room-for-sockets-" * 3)
@@ -225,7 +225,7 @@ def test_a_real_ray_that_does_not_start_is_one_message(tmp_path: Path) -> None:
     assert "Ray cannot use its folder" in run_job("local", RAY_TMPDIR=str(tmp_path)).stderr
 
 
-@pytest.mark.ray
+@pytest.mark.own_ray
 def test_what_listens_and_is_no_head_is_one_message() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         refused = run_job(f"127.0.0.1:{server.getsockname()[1]}")  # Ray itself tries for fourteen minutes
