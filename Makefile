@@ -53,7 +53,7 @@ build: $(INSTALLED) ## Build the sdist and the wheel into dist/, check them, ins
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation --outdir dist
 	$(BIN)/twine check --strict dist/*
-	$(BIN)/python -m pytest tests/test_wheel.py
+	SMALLCAP_DIST=dist $(BIN)/python -m pytest tests/test_wheel.py
 
 release: ## Build and check what is committed, and tag it with the version in smallcap/__init__.py
 	@git diff --quiet HEAD || { echo "Commit or stash your changes first: a release is what is committed."; exit 1; }

@@ -101,7 +101,7 @@ def _describe_run(path: str, record: RunRecord, rows: RunCaptions, measured: Any
 def _dropped(references: References) -> list[str]:
     """Returns a warning that names the rows of the references that were left out, if there are any."""
     counts = ", ".join(f"{count} {reason}" for reason, count in sorted(references.dropped.items()))
-    return [f"{references.where}: rows that are no reference were left out: {counts}."] if counts else []
+    return [f"{references.where}: rows that are not references were left out: {counts}."] if counts else []
 
 
 def _warnings(paths: tuple[str, ...], records: list[RunRecord]) -> list[str]:

@@ -202,7 +202,7 @@ class Captioner:
             One result per image, in order.
 
         Raises:
-            TypeError: Something is no image, or a single image is given in place of several.
+            TypeError: Something is not an image, or a single image is given in place of several.
             ValueError: There are more or fewer ids than images.
             StorageError: An object store fails as a whole.
         """

@@ -34,7 +34,7 @@ def id_strings(values: pa.Array) -> pa.Array:
     image of Hugging Face, whose path is its id.
 
     Raises:
-        pa.ArrowException: Values of this type are no ids.
+        pa.ArrowException: Values of this type are not ids.
     """
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
@@ -56,7 +56,7 @@ def is_text(value: str) -> bool:
 
 
 def no_text(strings: pa.Array) -> np.ndarray:
-    """Says of each string of a column, [n] bool, whether it is no text; see `is_text`. A null is none of these."""
+    """Says of each string of a column, [n] bool, whether it is not text; see `is_text`. A null is none of these."""
     wrong = undecodable(strings)
     if wrong.any():
         strings = pc.if_else(pa.array(wrong), None, strings)
@@ -109,7 +109,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def json_fields(text: str | None) -> dict[str, Any]:
-    """Returns the fields of a JSON object; none where the text is missing, cannot be read, or is no object."""
+    """Returns the fields of a JSON object; none where the text is missing, cannot be read, or is not an object."""
     try:
         fields = parse_json(text or "null")
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Files on local disks: folders and links walked in order, patterns, names that are no text, and empty folders."""
+"""Files on local disks: folders and links walked in order, patterns, names that are not text, and empty folders."""
 
 from __future__ import annotations
 

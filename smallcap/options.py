@@ -61,7 +61,7 @@ class Config(BaseModel):
     @field_validator("*", mode="wrap")
     @classmethod
     def _is_no_junk(cls, value: Any, validate: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
-        """Refuses what pydantic would take, and what no option can mean: true as a number, text that is no name."""
+        """Refuses what pydantic would take, and what no option can mean: true as a number, text that is not a name."""
         field = cls.model_fields[info.field_name or ""]
         is_no_switch = isinstance(value, bool) and field.annotation is not bool
         if is_no_switch or not (isinstance(value, _PLAIN) or _is_group(field.annotation)):

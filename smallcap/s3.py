@@ -34,7 +34,7 @@ def s3_endpoint() -> str | None:
     """Returns the address of the S3 service; None for Amazon's.
 
     Raises:
-        StorageError: What is set is no address; obstore would end in a panic of Rust's.
+        StorageError: What is set is not an address; obstore would end in a panic of Rust's.
     """
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     if endpoint and not _is_address(endpoint):

@@ -1,7 +1,7 @@
 """Reads text tables: encodings, line ends, separators, quotes, and what the first line means.
 
-Captions and lists of images share this reader. A line that is no row never takes others with it: it is given as it is,
-and the caller counts it. Only a file that is not the text it should be stops the reading.
+Captions and lists of images share this reader. A line that is not a row never takes others with it: it is given as it
+is, and the caller counts it. Only a file that is not the text it should be stops the reading.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class TextTable(NamedTuple):
 
     Attributes:
         names: The columns' names, from the first line or from the shape of the rows.
-        rows: Each row's line, counted from 1, and its fields; a string is a line that is no row of this table.
+        rows: Each row's line, counted from 1, and its fields; a string is a line that is not a row of this table.
         caption: The name of the column of captions, where the layout tells it.
         image: The name of the column of images, where the layout tells it.
         seen: The encoding, the separator and the first line, for messages.
@@ -109,7 +109,7 @@ def read_table(file: IO[bytes], uri: str, wanted: Sequence[str]) -> TextTable:
 
 
 def json_lines(file: IO[bytes], uri: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """Yields each line's number and its JSON object; a string is a line that holds none. Blank lines are no rows.
+    """Yields each line's number and its JSON object; a string is a line that holds none. Blank lines are not rows.
 
     Raises:
         SchemaError: The file is not the text that it should be.
@@ -199,7 +199,7 @@ def _encoding(start: bytes) -> str:
 
 
 def _first_fields(line: tuple[int, str], mark: str) -> list[str]:
-    """Returns the fields of a first line without blanks around them; none where it is no row."""
+    """Returns the fields of a first line without blanks around them; none where it is not a row."""
     text = line[1].strip("\r\n")
     try:
         fields = next(csv.reader([text], delimiter=mark, strict=True), []) if mark in _QUOTED else text.split(mark)
@@ -222,7 +222,7 @@ def _without_numbers(rows: Iterable[tuple[int, list[str] | str]], image: int) ->
 
 
 def _rows(lines: Iterator[tuple[int, str]], mark: str, width: int) -> Iterator[tuple[int, list[str] | str]]:
-    """Yields each record's first line and its fields, or that line where it is no record of `width` fields.
+    """Yields each record's first line and its fields, or that line where it is not a record of `width` fields.
 
     A quote that never closes, or that closes where it may not, spoils the line it stands in and no other: reading goes
     on with the next line. No field is longer than `csv.field_size_limit`, so few lines are read again.

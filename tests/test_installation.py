@@ -25,7 +25,7 @@ print(*sorted({{line.split()[-1] for line in open("/proc/self/maps") if "/nvidia
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
-@pytest.mark.parametrize("first", ["faiss", "torch"])
+@pytest.mark.parametrize("first", ["faiss", pytest.param("torch", marks=pytest.mark.slow)])
 def test_a_process_has_one_cuda_whatever_it_imports_first(first: str) -> None:
     files = run_python(_IMPORT_EVERYTHING.format(first=first)).split()
     copies = Counter(Path(file).name.partition(".so")[0] for file in files)

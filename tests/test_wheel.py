@@ -36,10 +36,13 @@ print(*(module.__path__[0] for module in (smallcap, jobs, index_builder)))
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The sdist, and the wheel that was built from it, as `make build` builds them."""
-    folder = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT]
-    subprocess.run(command, check=True, capture_output=True, text=True)
+    """The sdist and the wheel in the folder SMALLCAP_DIST, or built as `make build` builds them."""
+    if given := os.environ.get("SMALLCAP_DIST"):
+        folder = ROOT / given
+    else:
+        folder = tmp_path_factory.mktemp("dist")
+        command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT]
+        subprocess.run(command, check=True, capture_output=True, text=True)
     (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
     return sdist, wheel
 

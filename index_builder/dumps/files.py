@@ -71,7 +71,7 @@ def find_dumps(uris: Sequence[str]) -> list[DumpFile]:
     embeddings_of: dict[str, str | None] = {}
     for uri in uris:
         listed = storage.list_files(uri)
-        # Text without a table's suffix is read where it is named: a folder's notes are no captions.
+        # Text without a table's suffix is read where it is named: a folder's notes are not captions.
         files = [file for file in listed if file.lower().endswith(TABLE_SUFFIXES) or _is_named(file, uri)]
         if not files:
             raise ConfigError(

@@ -60,7 +60,7 @@ class Attempt(Record):
     decode_s: float | None = None  # fetching and decoding, summed over CPU tasks
     fetch_s: float | None = None  # the share of fetching in decode_s
     fetch_retries: int | None = None  # requests that were repeated
-    repeated_ids: int = 0  # in runs of older releases: images left out because they came before in the same tar
+    repeated_ids: int = 0  # in runs of before 0.1.0: images that came before in the same tar
     caption_s: float | None = None  # summed over actors, without loading the models
     write_s: float | None = None  # summed over the tasks that write parts
     actors: int | None = None  # the most at a time
@@ -183,7 +183,7 @@ class RunRecord(PinnedRecord):
     input: Input | None = None
     images: ImageCounts = ImageCounts()
     tars: TarContents = TarContents()  # at the end of the run
-    repeated_ids: int = 0  # images left out by releases that took an id of two files for one image
+    repeated_ids: int = 0  # in runs of before 0.1.0: images whose id another file has
     account: Account | None = None  # of all images, at the end of the run
     limit: int | None = None  # the option of the attempt that completed the run
     attempts: tuple[Attempt, ...] = ()

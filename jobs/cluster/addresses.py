@@ -72,7 +72,7 @@ def parse_address(text: str, named_by: str) -> Address:
     scheme, _, rest = text.rpartition("://")
     if scheme in ("http", "https"):
         raise ConfigError(
-            "This is the address of a dashboard, to which jobs are submitted; it is no address of a Ray cluster.",
+            "This is the address of a dashboard, to which jobs are submitted; it is not an address of a Ray cluster.",
             where=named_by,
             expected=_EXPECTED,
             found=repr(text),
@@ -81,7 +81,9 @@ def parse_address(text: str, named_by: str) -> Address:
         )
     parts = _HOST_AND_PORT.fullmatch(rest)
     if scheme not in ("", "ray") or parts is None or not 0 < int(parts["port"]) < 1 << 16:
-        raise ConfigError("This is no address of a Ray cluster.", where=named_by, expected=_EXPECTED, found=repr(text))
+        raise ConfigError(
+            "This is not an address of a Ray cluster.", where=named_by, expected=_EXPECTED, found=repr(text)
+        )
     if scheme and importlib.util.find_spec("grpc") is None:
         raise ConfigError(
             "Ray Client, which such an address is for, is not installed.",
@@ -96,7 +98,7 @@ def check_form(address: str | None) -> str | None:
     """Returns the value of `--address`, without looking whether something is there.
 
     Raises:
-        ConfigError: It is no address.
+        ConfigError: It is not an address.
     """
     if address and address not in ("auto", "local"):
         parse_address(address, "--address")
@@ -110,7 +112,7 @@ def check_address(address: str | None) -> None:
         address: As `jobs.cluster.session.connect` takes it.
 
     Raises:
-        ConfigError: It is no address.
+        ConfigError: It is not an address.
         NoClusterError: Nothing listens there.
     """
     text, named_by = wanted_address(address)
@@ -183,7 +185,7 @@ def ask_head(address: Address) -> None:
         raise
     except Exception as error:
         raise NoClusterError(
-            "What listens at this address is no head of a Ray cluster, or it does not answer.",
+            "What listens at this address is not a head of a Ray cluster, or it does not answer.",
             where=address.where,
             expected=f"an answer of Ray's GCS within {_HEAD_ANSWERS_S} s",
             found=" ".join(str(error).split())[:300],
@@ -192,7 +194,7 @@ def ask_head(address: Address) -> None:
     here = set(find_node_ids())
     if not any(node.hex() in here for node, info in nodes.items() if info.state == GcsNodeInfo.ALIVE):
         raise NoClusterError(
-            "This machine is no node of that Ray cluster, so a job cannot join it from here.",
+            "This machine is not a node of that Ray cluster, so a job cannot join it from here.",
             where=address.where,
             found=f"the head answers, and none of its {len(nodes)} nodes is on this machine",
             remedy=f"Make this machine a node (ray start --address {address.text}), or submit the job from here: "

@@ -26,5 +26,5 @@ def worker_environment() -> dict[str, Any] | None:
 def _is_found_first(name: str) -> bool:
     own = import_module(name).__file__
     found = PathFinder.find_spec(name, [str(Path.cwd()), *path])
-    assert own is not None, "it is no namespace"
+    assert own is not None, "it is not a namespace"
     return found is not None and found.origin is not None and Path(found.origin).samefile(own)

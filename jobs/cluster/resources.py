@@ -22,7 +22,7 @@ def node_resources() -> list[dict[str, float]]:
 def use_threads(threads: int) -> int:
     """Gives torch in this process, and faiss in this thread, so many threads, at most one for each core; returns them.
 
-    Ray's OMP_NUM_THREADS is no measure of them: it is 1 where an actor has less than two CPUs.
+    Ray's OMP_NUM_THREADS is not a measure of them: it is 1 where an actor has less than two CPUs.
     """
     import torch
 

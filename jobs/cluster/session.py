@@ -132,7 +132,7 @@ def _find_cluster(address: str | None) -> Address | None:
 def _join(cluster: Address) -> None:
     from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
-    if cluster.was_found:  # only then does Ray take a token unasked: this machine's Ray is no stranger
+    if cluster.was_found:  # only then does Ray take a token unasked: this machine's Ray is not a stranger
         maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     check_token_for_cluster()
     if not cluster.is_client:

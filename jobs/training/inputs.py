@@ -118,7 +118,7 @@ class _Listing:
         """Adds a file, or the files of a folder: its tars, or, where it has none, its lists and Parquet files."""
         source = storage.absolute(source)
         files = storage.list_files(source, (*TABLE_SUFFIXES, *TAR_SUFFIXES))
-        if not files and format_of(source) == ".txt":  # read where it is named: a folder's notes are no captions
+        if not files and format_of(source) == ".txt":  # read where it is named: a folder's notes are not captions
             files = [source]
         tars = [file for file in files if file.lower().endswith(TAR_SUFFIXES)]
         if tars:  # downloaders leave statistics as JSON and Parquet next to them

@@ -95,7 +95,7 @@ def read_pairs(uri: str, config: TrainConfig, split: Split) -> Iterator[Pair | N
 
 
 def captions_of(table: pa.Table, json_field: str) -> list[list[str]]:
-    """Returns each image's captions, without those that are no text.
+    """Returns each image's captions, without those that are not text.
 
     Args:
         table: The columns with captions, and no others: `txt` and `json` from a tar, or else one column of strings or

@@ -62,7 +62,7 @@ def _rounded(rate: float) -> str:
 def _compare_memory(captioner: Captioner, options: BenchmarkOptions) -> Finding:
     """Compares what a batch takes with the memory for which `largest_batch` would allow it."""
     crops = _random_crops(captioner, options.batch_size)
-    captioner.caption_batch(crops[:1])  # what comes into memory at the first use is no batch's
+    captioner.caption_batch(crops[:1])  # what comes into memory at the first use is not a batch's
     with _peak_bytes(captioner.model.device) as taken:
         results = captioner.caption_batch(crops)
     embeddings = np.stack([result.embedding for result in results if result.embedding is not None])

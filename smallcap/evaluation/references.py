@@ -41,7 +41,7 @@ class References:
     Args:
         images: Images with different names.
         where: Name of the file in errors.
-        dropped: How many rows of the file are no reference, by reason.
+        dropped: How many rows of the file are not references, by reason.
 
     Raises:
         SchemaError: There are no images, or two with the same name.

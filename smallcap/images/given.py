@@ -43,7 +43,7 @@ def crop_given(images: Iterable[GivenImage], plan: CropPlan, max_pixels: int) ->
         The crops of each image, or why there are none, in order.
 
     Raises:
-        TypeError: A single image is given in place of several, or something is no image.
+        TypeError: A single image is given in place of several, or something is not an image.
         StorageError: An object store fails as a whole.
     """
     taken = [_checked(image, position) for position, image in enumerate(_several(images))]

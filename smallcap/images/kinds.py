@@ -7,7 +7,7 @@ IMAGE_EXTENSIONS = (
     *("heic", "heif", "hif", "jxl", "jp2", "j2k", "pbm", "pgm", "ppm", "pnm"),
 )
 IMAGE_SUFFIXES = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
-# Files that are no photographs as a rule: they are counted where they are found, and not taken.
+# Files that are not photographs as a rule: they are counted where they are found, and not taken.
 OTHER_IMAGE_SUFFIXES = (
     *(".ico", ".icns", ".cur", ".psd", ".psb", ".xcf", ".svg", ".svgz", ".eps", ".wmf", ".emf", ".djvu"),
     *(".tga", ".pcx", ".dds", ".dib", ".sgi", ".ras", ".xbm", ".xpm", ".pam", ".pfm", ".qoi", ".exr", ".hdr", ".fits"),

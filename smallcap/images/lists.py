@@ -62,7 +62,7 @@ class ImageList:
     def tables(self) -> Iterator[pa.Table]:
         """Yields `image_id` and `image_uri` (string, absolute, never null) and the kept columns.
 
-        A row without an id has its URI as id. A row without a URI, or one that cannot be read or whose id is no text,
+        A row without an id has its URI as id. A row without a URI, or one that cannot be read or whose id is not text,
         has an empty URI, whose image is an error, and where it has no id either, that of its place: `LIST#row=ROW`.
 
         Raises:
@@ -219,7 +219,7 @@ def _read_json(open_file: _Open, uri: str, config: InputConfig, choose: _Choose)
 
 
 def _json_tables(entries: Iterator[dict[str, Any] | str], config: InputConfig, choose: _Choose) -> _Rows:
-    """Yields the chosen columns of JSON objects; what is no object, or has a value of no use, is a row of nulls."""
+    """Yields the chosen columns of JSON objects; what is not an object, or has a value of no use, is a row of nulls."""
     columns: list[str] = []
     kinds: dict[str, pa.DataType] = {}
     for batch in _batches(entries):
@@ -253,7 +253,7 @@ def _json_names(values: list[Any]) -> tuple[pa.Array, list[int]]:
 
 
 def _json_column(values: list[Any], kind: pa.DataType | None) -> tuple[pa.Array, list[int]]:
-    """Returns a column of JSON values, and the rows whose values do not fit its type or are no text.
+    """Returns a column of JSON values, and the rows whose values do not fit its type or are not text.
 
     The first values decide the type; values without a common type make it a column of strings.
     """

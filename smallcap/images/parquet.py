@@ -116,7 +116,7 @@ def _first_ids(uri: str, config: InputConfig) -> list[str]:
 
 
 def _names(values: pa.Array) -> tuple[list[str | None], np.ndarray]:
-    """Returns the ids of n rows, and which of them are no text, [n] bool; these, too, are None."""
+    """Returns the ids of n rows, and which of them are not text, [n] bool; these, too, are None."""
     strings = id_strings(values)
     wrong = no_text(strings)
     return pc.if_else(pa.array(wrong), None, strings).to_pylist(), wrong
@@ -239,7 +239,9 @@ def _row_group(
         kept = [plain(batch.column(name)).cast(kept_columns.field(name).type) for name in kept_columns.names]
         wrong = np.logical_or.reduce([wrong, *(undecodable(values) for values in kept)])
         for row in np.flatnonzero(wrong).tolist():
-            data[row] = RowError(ErrorCode.INVALID_URI, "The row's id or a column to keep is no text.", where=uris[row])
+            data[row] = RowError(
+                ErrorCode.INVALID_URI, "The row's id or a column to keep is not text.", where=uris[row]
+            )
         yield InputBatch(
             rows=rows,
             image_ids=[start + name if name else number for name, number in zip(named, numbered, strict=True)],

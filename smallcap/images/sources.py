@@ -69,7 +69,7 @@ class ImageSources:
         sources: Folders, prefixes, globs, images, tars, Parquet files, and lists of URIs.
         config: The input's config, which names the columns of lists and Parquet files.
         keep_columns: Columns that pass through to the output.
-        out: The run's output folder, whose files are no input, except to a source that lies in it.
+        out: The run's output folder, whose files are not input, except to a source that lies in it.
         passed_over: How many files were left out though they look like images, by the reason.
         kept: The types of these columns, from the first source.
         tars: The tars, by URI.

@@ -226,12 +226,12 @@ class _TarReader:
                 try:
                     kept[name] = texts[name] if name in _WHOLE_TEXTS else _field_text(name, fields)
                 except ValueError:
-                    what = f"The field {name} of the sample's JSON is no text, or a number out of range."
+                    what = f"The field {name} of the sample's JSON is not text, or a number out of range."
                     data = RowError(ErrorCode.INVALID_URI, what, where=uri)
             yield _Image(self.rows - 1, self._fragment.id_prefix + image_id, uri, data, kept)
 
     def _count_other(self, tar: tarfile.TarFile, member: tarfile.TarInfo, name: str) -> None:
-        """Counts a member that is no image of a sample but looks like one: a link, a hidden file, another name."""
+        """Counts a member that is not an image of a sample but looks like one: a link, a hidden file, another name."""
         base = name.rpartition("/")[2]
         if base.startswith("._") or not (member.isfile() or member.islnk() or member.issym()):
             return  # macOS adds ._NAME to each file

@@ -117,7 +117,7 @@ def checkpoint_id(source: str) -> str:
     """Returns a checkpoint's id: its name and the first digits of its weights' sha256; the weights are not loaded.
 
     Raises:
-        CheckpointError: It cannot be found, or is no SmallCap checkpoint.
+        CheckpointError: It cannot be found, or is not a SmallCap checkpoint.
     """
     folder = resolve_folder(source, demo_model="smallcap")
     read_checkpoint_config(folder)
@@ -136,7 +136,7 @@ def joined_model_id(vision_encoder: str, decoder: str) -> str:
 
 def named_by_weights(source: str, folder: Path) -> str:
     """Returns the id of a model that is in a folder, as `resolve_folder` found it."""
-    is_folder = source != DEMO and Path(source).is_dir()  # `demo` is no folder's name, wherever a command is given
+    is_folder = source != DEMO and Path(source).is_dir()  # `demo` is not a folder's name, wherever a command is given
     name = folder.name if is_folder else source
     return f"{name}@{sha256_file(weights_file(folder))[:12]}"
 

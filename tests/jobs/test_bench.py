@@ -8,6 +8,7 @@ from jobs import bench
 from smallcap.config import BenchmarkOptions
 
 
+@pytest.mark.slow
 def test_the_whole_loop_is_the_jobs() -> None:
     result = bench.run(BenchmarkOptions(device="cpu", images=4, batch_size=2, captions=200, repeats=1))
     assert result.images_per_s > 0

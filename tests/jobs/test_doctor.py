@@ -76,7 +76,7 @@ def test_what_needs_a_failed_check_is_left_out(found: dict[str, list[Finding]]) 
 
 
 def test_what_is_left_out_names_the_line_that_failed(found: dict[str, list[Finding]]) -> None:
-    """`devices` and `machine` are no lines of the report."""
+    """`devices` and `machine` are not lines of the report."""
     found["devices"] = [fail("gpu driver", "is old", "Update it."), fail("cuda", "two of them", "Remove one.")]
     findings = {finding.subject: finding for finding in examine(list_checks(DoctorOptions()))}
     assert findings["speed"] == warn("speed", "not looked at, because of gpu driver", "Mend gpu driver first.")

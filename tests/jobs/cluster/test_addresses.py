@@ -64,19 +64,19 @@ def test_what_an_address_says(text: str, host: str, port: int, is_client: bool) 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("head", "no address of a Ray cluster"),
-        ("head:", "no address of a Ray cluster"),
-        (":6379", "no address of a Ray cluster"),
-        ("head:port", "no address of a Ray cluster"),
-        ("head:0", "no address of a Ray cluster"),
-        ("head:65536", "no address of a Ray cluster"),
-        ("head:999999999", "no address of a Ray cluster"),
-        ("::1:6379", "no address of a Ray cluster"),
-        ("two words:6379", "no address of a Ray cluster"),
-        ("Auto", "no address of a Ray cluster"),
-        ("redis://head:6379", "no address of a Ray cluster"),
-        ("ray://head", "no address of a Ray cluster"),
-        ("\x1b[2J", "no address of a Ray cluster"),
+        ("head", "not an address of a Ray cluster"),
+        ("head:", "not an address of a Ray cluster"),
+        (":6379", "not an address of a Ray cluster"),
+        ("head:port", "not an address of a Ray cluster"),
+        ("head:0", "not an address of a Ray cluster"),
+        ("head:65536", "not an address of a Ray cluster"),
+        ("head:999999999", "not an address of a Ray cluster"),
+        ("::1:6379", "not an address of a Ray cluster"),
+        ("two words:6379", "not an address of a Ray cluster"),
+        ("Auto", "not an address of a Ray cluster"),
+        ("redis://head:6379", "not an address of a Ray cluster"),
+        ("ray://head", "not an address of a Ray cluster"),
+        ("\x1b[2J", "not an address of a Ray cluster"),
         ("http://head:8265", "ray job submit --address http://head:8265"),
         ("https://head", "ray job submit --address https://head"),
     ],
@@ -158,7 +158,7 @@ def test_what_listens_is_no_head(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray._raylet.GcsClient", no_head)
     with pytest.raises(NoClusterError) as caught:
         ask_head(parse_address("127.0.0.1:22", "--address"))
-    assert "no head of a Ray cluster" in caught.value.what
+    assert "not a head of a Ray cluster" in caught.value.what
     assert caught.value.found == "Timed out while waiting"
 
 
@@ -185,7 +185,7 @@ def test_a_cluster_that_this_machine_is_no_node_of(monkeypatch: pytest.MonkeyPat
     address = parse_address("10.0.0.5:6379", "--address")
     with pytest.raises(NoClusterError) as caught:
         ask_head(address)
-    assert "This machine is no node" in caught.value.what
+    assert "This machine is not a node" in caught.value.what
     assert "ray start --address 10.0.0.5:6379" in caught.value.remedy
     monkeypatch.setattr("ray._raylet.GcsClient", Cluster(there, here))
     ask_head(address)

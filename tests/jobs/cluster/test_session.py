@@ -226,7 +226,8 @@ def test_a_real_ray_that_does_not_start_is_one_message(tmp_path: Path) -> None:
 
 
 @pytest.mark.own_ray
+@pytest.mark.slow
 def test_what_listens_and_is_no_head_is_one_message() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         refused = run_job(f"127.0.0.1:{server.getsockname()[1]}")  # Ray itself tries for fourteen minutes
-        assert "no head of a Ray cluster" in refused.stderr
+        assert "not a head of a Ray cluster" in refused.stderr

@@ -24,6 +24,7 @@ def captions(count: int) -> tuple[list[str], list[list[str]]]:
 
 
 @needs_java
+@pytest.mark.slow
 def test_meteor_is_pycocoevalcaps_for_each_image_and_for_the_set() -> None:
     from pycocoevalcap.meteor.meteor import Meteor
 

@@ -62,7 +62,7 @@ def coco(tmp_path_factory: pytest.TempPathFactory) -> References:
         ("7", "val/dog.png"),
         ("photo_7.jpg", None),  # this reference's file name has nothing to do with its id
         ("000000000123.png", "000000000123.jpg"),
-        ("123", None),  # this reference's id is 9, so the number in its name is no id
+        ("123", None),  # this reference's id is 9, so the number in its name is not an id
         ("5", "5"),
         ("8", None),
         ("cat.jpg", None),

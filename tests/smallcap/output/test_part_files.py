@@ -343,6 +343,7 @@ def test_duckdb_reads_only_the_row_groups_that_can_have_an_id(tmp_path: Path) ->
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_ray_reads_parts_embeddings_and_tars(whole_output: Path) -> None:
     import ray
 
