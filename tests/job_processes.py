@@ -125,7 +125,7 @@ class JobProcess:
                     os.kill(process, signal.SIGKILL)
             time.sleep(0.05)
 
-    def until(self, condition: Callable[[], object], seconds: float = 120) -> None:
+    def until(self, condition: Callable[[], object], seconds: float = 240) -> None:
         """Waits while the job runs; fails when it ends first, or when the time is over."""
         deadline = time.monotonic() + seconds
         while not condition():

@@ -146,8 +146,14 @@ def _start() -> None:
         if os.environ.get(name) == seconds:
             del os.environ[name]
     make_token_for_local_ray()
-    cpus = max(_LOCAL_CPUS, os.cpu_count() or 1)
-    _init(address="local", num_cpus=cpus, include_dashboard=False)
+    options = {"address": "local", "num_cpus": max(_LOCAL_CPUS, os.cpu_count() or 1), "include_dashboard": False}
+    try:
+        _init(**options)
+    except Exception as error:
+        if "timed out during startup" not in str(error):
+            raise
+        # Ray gives its processes 30 s, which a busy machine may need to read their files; these are in memory now.
+        _init(**options)
 
 
 def _init(**options: Any) -> None:

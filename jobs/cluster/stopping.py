@@ -97,6 +97,7 @@ def stoppable(kept: str = GOES_ON) -> Iterator[StopSignals]:
 
 def leave(stopped: Stopped) -> None:
     """Tells why a command ends early, and ends the process; a signal that comes while it ends does so at once."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for number in SIGNALS:
+        signal.signal(number, lambda number, _: os._exit(128 + number))
     tell(str(stopped))
     sys.exit(stopped.exit_status)

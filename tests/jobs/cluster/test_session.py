@@ -93,6 +93,23 @@ class TestConnecting:
         assert capfd.readouterr().err == ""
         assert ("said by C++" in caught.value.found) == ("token" not in caught.value.what)
 
+    def test_a_busy_machine_may_start_ray_twice(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import ray
+
+        late = Exception("The current node timed out during startup. This could happen because ...")
+        errors = [late, None, late, late]
+
+        def start(**_: Any) -> None:
+            if error := errors.pop(0):
+                raise error
+
+        monkeypatch.setattr(ray, "init", start)
+        connect("local")
+        assert len(errors) == 2
+        with pytest.raises(RunError, match="does not start"):
+            connect("local")
+        assert errors == []
+
     def test_a_head_is_asked_before_ray_waits_for_it(
         self, init: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
     ) -> None:

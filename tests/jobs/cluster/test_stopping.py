@@ -43,8 +43,8 @@ def processes() -> Iterator[list[subprocess.Popen[str]]]:
         process.communicate()
 
 
-def start(processes: list[subprocess.Popen[str]], keeping_takes_s: float) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", SCRIPT, str(keeping_takes_s)]
+def start(processes: list[subprocess.Popen[str]], keeping_takes_s: float, first: str = "") -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", f"import time\n{first}\n{SCRIPT}", str(keeping_takes_s)]
     root = Path(__file__).parents[3]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     processes.append(subprocess.Popen(command, text=True, cwd=root, **pipes))  # type: ignore[call-overload]
@@ -81,10 +81,24 @@ def test_one_ctrl_c_that_comes_twice_is_one(processes: list[subprocess.Popen[str
     assert process.returncode == 130
 
 
-def test_what_does_not_say_more_says_that_the_command_goes_on() -> None:
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_while_the_process_ends_has_the_status_of_one(
+    number: int, processes: list[subprocess.Popen[str]]
+) -> None:
+    process = start(processes, 0, "import atexit; atexit.register(time.sleep, 60)")
+    process.send_signal(signal.SIGINT)
+    assert process.stderr is not None
+    assert process.stderr.readline() == "Stopped: 3 of 5 written\n"
+    time.sleep(0.4)
+    process.send_signal(number)
+    assert process.wait(timeout=30) == 128 + number
+
+
+def test_what_does_not_say_more_says_that_the_command_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Stopped, match=r"^Stopped: the same command goes on$") as stopped, stoppable():
         raise KeyboardInterrupt
     assert stopped.value.exit_status == 130
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # this process goes on
     with pytest.raises(SystemExit, match="130"):
         leave(stopped.value)
 
