@@ -12,8 +12,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import NoReturn
 
 from jobs.screen import tell
 
@@ -65,7 +66,7 @@ class StopSignals:
             raise KeyboardInterrupt
         if time.monotonic() - self._asked_at > _SAME_REQUEST_S:
             os.write(2, b"\nLeft at once.\n")
-            os._exit(128 + number)  # the local Ray's processes end with their parent
+            _end_at_once(number)
 
 
 @contextmanager
@@ -98,6 +99,17 @@ def stoppable(kept: str = GOES_ON) -> Iterator[StopSignals]:
 def leave(stopped: Stopped) -> None:
     """Tells why a command ends early, and ends the process; a signal that comes while it ends does so at once."""
     for number in SIGNALS:
-        signal.signal(number, lambda number, _: os._exit(128 + number))
+        signal.signal(number, lambda number, _: _end_at_once(number))
     tell(str(stopped))
     sys.exit(stopped.exit_status)
+
+
+def _end_at_once(number: int) -> NoReturn:
+    """Ends this process and its local Ray's; a worker that had just begun would look for its head for a minute."""
+    with suppress(ImportError):  # Ray brings it along; without Ray there are no such processes
+        import psutil  # type: ignore[import-untyped]
+
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                process.kill()
+    os._exit(128 + number)
