@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from jobs.screen import tell
+from jobs.screen import say_failure, tell, write_at
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C; `kill`, `ray job stop` and schedulers
 GOES_ON = "the same command goes on"
@@ -64,7 +64,7 @@ class StopSignals:
             self.number, self._asked_at = number, time.monotonic()
             raise KeyboardInterrupt
         if time.monotonic() - self._asked_at > _SAME_REQUEST_S:
-            os.write(2, b"\nLeft at once.\n")
+            write_at(2, "\nLeft at once.")
             os._exit(128 + number)  # the local Ray's processes end with their parent
 
 
@@ -99,4 +99,5 @@ def leave(stopped: Stopped) -> None:
     """Tells why a command ends early, and ends the process; a signal that comes while it ends does so at once."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     tell(str(stopped))
+    say_failure(stopped, stopped.exit_status)
     sys.exit(stopped.exit_status)
