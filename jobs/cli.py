@@ -134,7 +134,6 @@ def build_index(config: IndexConfig, call: RayCall) -> None:
     """Build an index from caption dumps and publish it; add captions to an index, or remove captions."""
     with _show_loading():  # a wrong option fails before
         from jobs import build_index as job
-
         from jobs import results
 
     if call.dry_run:
@@ -193,7 +192,6 @@ def _run_to_retry(flags: dict[str, Any], call: CaptionCall) -> Mapping[str, Any]
         return None
 
     from jobs.captioning.record import load_existing_run
-
     from jobs.cluster.pinned import recorded_options
 
     out = flags.get("out", "")
@@ -222,11 +220,13 @@ def caption(config: CaptionConfig, call: CaptionCall) -> int:
         return 0
     summary = job.run(config, call.address, retry_failed=call.retry_failed, relist=call.relist)
     say_report(job.describe(summary), slice(-2, None))
-    status, values = job.exit_status(config, summary), results.caption_result(summary)
-    if status:
-        values["reason"] = job.explain_exit(config, summary)
-        tell(values["reason"])
-    _say_result(call, values, _DONE if summary.new_images else _NOTHING_TO_DO, status)
+    status = job.exit_status(config, summary)
+    reason = {"reason": job.explain_exit(config, summary)} if status else {}
+    for text in reason.values():
+        tell(text)
+    if call.as_json:
+        done = _DONE if summary.new_images else _NOTHING_TO_DO
+        say_result(results.caption_result(summary) | reason, done, status)
     return status
 
 

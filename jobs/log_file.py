@@ -63,7 +63,9 @@ def open_log(path: str) -> None:
     try:
         descriptor = os.open(Path(storage.absolute(path)), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     except OSError as error:
-        raise ConfigError("The log file cannot be written.", where=where, expected=expected, found=str(error)) from error
+        raise ConfigError(
+            "The log file cannot be written.", where=where, expected=expected, found=str(error)
+        ) from error
     log_file = _LogFile(descriptor)
     root = logging.getLogger()
     if not root.handlers and logging.lastResort is not None:

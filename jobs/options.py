@@ -19,12 +19,13 @@ A *key* is an option's name in a `--config` file and for `--set`. A config file 
 both, and `--set` wins over all. N is a whole number, X any number. `--no-add` turns off the switch `--add`.
 `python -m smallcap` is the same as `smallcap`; `python -m jobs.build_index`, `jobs.caption`, `jobs.train` and
 `jobs.evaluate` take the same options as the commands.
-`-h` and `--help` explain a command. `smallcap config init caption` writes a config file with every option of `caption`, what it
-means, and its default. `smallcap --install-completion` lets the shell (bash, zsh, fish or PowerShell) complete commands, options
-and their values.
+`-h` and `--help` explain a command. `smallcap config init caption` writes a config file with every option of `caption`,
+what it means, and its default. `smallcap --install-completion` lets the shell (bash, zsh, fish or PowerShell) complete
+commands, options and their values.
 
-`-q`, `-v`, `--log-file` and `--json` say what is printed: results go to stdout; errors, warnings and news of what goes on, to
-stderr. [Formats](formats.md#what-commands-tell-programs) has the JSON.
+Results go to stdout; errors, warnings and news of what goes on go to stderr. `-q` leaves out the news, `-v` adds
+details, and `--log-file` keeps all of it. `--json` is for programs:
+[Formats](formats.md#what-commands-tell-programs) has its keys.
 
 A config file is YAML without aliases. Numbers are finite and at most 2^53 in size. Texts are UTF-8 and not empty, with
 control codes only in names of input files, in tokens, and in the text of a search. Whatever else is given is a usage

@@ -18,6 +18,7 @@ from jobs.cluster.addresses import check_address
 from jobs.cluster.display import Display, on_shown_ray
 from jobs.cluster.pinned import check_index_is_there, pin_index, pinned_encoder
 from jobs.cluster.stopping import GOES_ON, stoppable
+from jobs.screen import detail
 from jobs.training.inputs import LISTS_FOLDER, TrainInputs, list_inputs
 from jobs.training.record import (
     RECORD_FILE,
@@ -29,7 +30,6 @@ from jobs.training.record import (
     write_train_record,
 )
 from jobs.training.start import ModelStart
-from jobs.screen import detail
 from smallcap import storage
 from smallcap.errors import ConfigError, RunError
 from smallcap.images.crops import CropPlan

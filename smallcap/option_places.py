@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from smallcap import storage
@@ -45,7 +45,7 @@ def absolute_place(value: str, kind: Place, base: str = "") -> str:
         before, name = found.groups()
         path = absolute_place(name, "uri", base)
         is_file = before.endswith("/")  # open_clip:MODEL/FILE, where a tag may stand as well
-        return before + path if (os.path.isfile(path) if is_file else os.path.isdir(path)) else value
+        return before + path if (Path(path).is_file() if is_file else Path(path).is_dir()) else value
     is_whole = value.startswith(("/", "~", "file://")) or not storage.is_local(value)
-    path = storage.absolute(value if is_whole else os.path.join(base, value))
-    return path if kind == "uri" or (value != "demo" and os.path.isdir(path)) else value
+    path = storage.absolute(value if is_whole else str(Path(base, value)))
+    return path if kind == "uri" or (value != "demo" and Path(path).is_dir()) else value

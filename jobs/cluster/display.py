@@ -1,7 +1,7 @@
 """Shows people what a job does while it goes on: live at a terminal, or else a line now and then.
 
-A job has one `Display`. It is told what goes on: an activity, with or without counts, or a `View` that says more. A quiet
-command shows nothing; the log file has the lines in any case.
+A job has one `Display`. It is told what goes on: an activity, with or without counts, or a `View` that says more. A
+quiet command shows nothing; the log file has the lines in any case.
 """
 
 from __future__ import annotations

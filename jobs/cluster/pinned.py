@@ -8,6 +8,7 @@ import re
 import uuid
 from collections.abc import Callable, Collection
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from smallcap import storage
@@ -67,7 +68,7 @@ def pinned_encoder(record: PinnedRecord, out: str) -> str | None:
 def _began_in(record: PinnedRecord, out: str) -> str:
     """Returns the folder that the relative paths of a record start from; empty for the working directory."""
     typed, now = os.path.normpath(str(record.config.get("out") or ".")), storage.absolute(out)
-    is_below = storage.is_local(out) and not os.path.isabs(typed) and now.endswith(f"/{typed}")
+    is_below = storage.is_local(out) and not Path(typed).is_absolute() and now.endswith(f"/{typed}")
     return now.removesuffix(typed) if is_below else ""
 
 

@@ -151,7 +151,9 @@ def _parameter_type(option: Option) -> Any:
         return Annotated[kind, typer.Argument(metavar=option.names[0], autocompletion=_completion(option))]
     if option.is_switch:
         *short, name = option.names
-        return Annotated[bool | None, typer.Option(*short, f"{name}/--no-{name.removeprefix('--')}", help=option.summary)]
+        return Annotated[
+            bool | None, typer.Option(*short, f"{name}/--no-{name.removeprefix('--')}", help=option.summary)
+        ]
     return Annotated[kind, typer.Option(*option.names, help=option.summary, autocompletion=_completion(option))]
 
 
