@@ -226,12 +226,14 @@ def run_app(app: Callable[..., Any], arguments: Sequence[str] | None = None) -> 
     prepare()
     typed = arguments or ()
     # Until the options are read, so that an error in them is told as it was asked for.
-    choose_printing(as_json=any(word.partition("=")[0] == "--json" for word in typed))
+    as_json = any(word.partition("=")[0] == "--json" for word in typed)
+    choose_printing(as_json=as_json)
     try:
         status = app(arguments, prog_name="smallcap", standalone_mode=False) or 0
         finish()
         sys.exit(status)
     except _UsageError as error:
+        choose_printing(as_json=as_json, command=_command_of(error))
         _fail_usage(error)
     except Stopped as stopped:
         leave(stopped)
@@ -244,6 +246,13 @@ def run_app(app: Callable[..., Any], arguments: Sequence[str] | None = None) -> 
     finally:
         close_log()
         choose_printing()
+
+
+def _command_of(error: Any) -> str | None:
+    """Returns the words after `smallcap` in which something is wrong; None where they are no command."""
+    context = getattr(error, "ctx", None)
+    is_command = context is not None and not hasattr(context.command, "commands")
+    return context.command_path.removeprefix("smallcap ") if is_command else None
 
 
 def _fail_usage(error: Any) -> NoReturn:

@@ -159,9 +159,8 @@ def junk_texts(option: Option) -> st.SearchStrategy[str]:
     if option.values:
         words = {"", *re.findall(r"[\w/-]+", option.values)}
         texts |= st.sampled_from(NO_NUMBER)
-        junk = st.text().filter(lambda text: not is_a_number(text) and not {*text.split(",")} & words)
-        texts |= junk.filter(lambda text: not text.startswith("-")) if option.is_positional else junk
-    return texts
+        texts |= st.text().filter(lambda text: not is_a_number(text) and not {*text.split(",")} & words)
+    return texts.filter(lambda text: not (option.is_positional and text.startswith("-")))
 
 
 def refusal(*arguments: str) -> str:
