@@ -171,7 +171,7 @@ def refusal(*arguments: str) -> str:
     assert not printed.getvalue() or "--json" in arguments
     message = said.getvalue()
     assert message.startswith("error: ")
-    assert message.count("error: ") == 1
+    assert len(re.findall("(?m)^error: ", message)) == 1
     assert "Traceback" not in message
     assert len(message) < 2000
     return message
