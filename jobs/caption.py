@@ -32,8 +32,10 @@ from jobs.captioning.work import describe_kept, finish_run, list_work, open_reco
 from jobs.cluster.addresses import check_address
 from jobs.cluster.display import Display, on_shown_ray
 from jobs.cluster.errors import unwrapped_errors
+from jobs.cluster.pinned import check_index_is_there
 from jobs.cluster.stopping import GOES_ON, stoppable
 from jobs.cluster.tasks import map_in_actors
+from jobs.screen import detail
 from jobs.terminal.command_line import EXIT_TOO_MANY_ERRORS
 from smallcap.config import CaptionConfig
 from smallcap.images.work_list import WorkList
@@ -104,6 +106,7 @@ def _run(config: CaptionConfig, address: str | None, retry_failed: bool, relist:
     record = open_record(config)
     if record.is_done(config.limit) and not (retry_failed or relist):
         return RunSummary(config.out, record, 0, record.images)
+    check_index_is_there(record, config.index)
     check_address(address)  # before what may take long
     with display.activity(f"Listing the images of {', '.join(config.images)}"):
         work = list_work(config, record, relist)
@@ -149,6 +152,7 @@ def _caption(
     with display.activity("Looking at the cluster, and choosing a precision"):
         layout = lay_out(config, record)
     actors = layout.actors
+    detail(_describe_layout(layout))
     attempt = Attempt(
         token=uuid.uuid4().hex, started_at=utc_now(), actors=actors.num_actors, device=actors.device, dtype=actors.dtype
     )
@@ -168,6 +172,13 @@ def _caption(
     stages = stage_table(snapshot, seconds, actors, layout.load_tasks, fast) if snapshot else ()
     ended = _measured(attempt, snapshot, writer.rows, seconds, fast)
     return record.model_copy(update={"attempts": (*earlier, ended)}), tuple(stages)
+
+
+def _describe_layout(layout: CaptionLayout) -> str:
+    actors = layout.actors
+    pool = f"{describe_count(actors.num_actors, 'actor')} on {actors.device} in {actors.dtype}"
+    tasks = describe_count(layout.load_tasks, "loading task")
+    return f"Plan: {pool}, batches of {layout.batch_size}, {tasks}, parts of {layout.rows_per_part:,} rows"
 
 
 def _run_pipeline(
@@ -256,6 +267,16 @@ def _partitions(config: CaptionConfig, record: RunRecord) -> Iterator[Partitions
 def exit_status(config: CaptionConfig, summary: RunSummary) -> int:
     """Returns 0, or the status for more failed images than the config accepts."""
     return EXIT_TOO_MANY_ERRORS if summary.error_rate > config.max_error_rate else 0
+
+
+def explain_exit(config: CaptionConfig, summary: RunSummary) -> str:
+    """Returns why `exit_status` is not 0, in a line for people."""
+    images = summary.images
+    return (
+        f"Exit code {EXIT_TOO_MANY_ERRORS}: {images.error:,} of {describe_count(images.total, 'row')} are errors, "
+        f"{summary.error_rate:.2%}; --max-error-rate allows {config.max_error_rate:.2%}. "
+        f"smallcap inspect {summary.out} --errors lists them."
+    )
 
 
 if __name__ == "__main__":

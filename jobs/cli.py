@@ -5,6 +5,7 @@ A command's options are the fields of the classes that its function takes. docs/
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -12,10 +13,11 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs.screen import say, say_json, say_lines
+from jobs.screen import say, say_json, say_lines, say_report, say_result, tell
 from jobs.terminal.call_options import (
     BenchCall,
     CaptionCall,
+    ConfigInitOptions,
     DemoOptions,
     DoctorOptions,
     EvaluateCall,
@@ -37,7 +39,7 @@ app = typer.Typer(
     name="smallcap",
     help="Retrieval-augmented image captioning for millions of images on a Ray cluster.",
     no_args_is_help=True,
-    add_help_option=False,
+    add_help_option=False,  # -h is one as well
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -45,7 +47,11 @@ index_app = typer.Typer(
     help="List the versions of an index, go back to one, remove old ones.", no_args_is_help=True, add_help_option=False
 )
 app.add_typer(index_app, name="index")
+config_app = typer.Typer(help="Write a config file to fill in.", no_args_is_help=True, add_help_option=False)
+app.add_typer(config_app, name="config")
+GROUPS = {"index": index_app, "config": config_app}
 COMMANDS: list[Command] = []
+_DONE, _NOTHING_TO_DO, _PLANNED = "done", "nothing_to_do", "planned"  # the status of a job, for programs
 
 
 def main(*command: str) -> None:
@@ -79,7 +85,8 @@ def _root(
 
 
 @index_app.callback()
-def _index(show_help: _Help = False) -> None:
+@config_app.callback()
+def _group(show_help: _Help = False) -> None:
     pass
 
 
@@ -90,10 +97,16 @@ def _show_loading() -> AbstractContextManager[None]:
     return show_while("Loading smallcap and its libraries")
 
 
+def _say_result(call: RayCall | EvaluateCall, values: Mapping[str, Any], status: str = _DONE, code: int = 0) -> None:
+    """Prints the JSON of a job that has ended, if it was asked for."""
+    if call.as_json:
+        say_result(values, status, code)
+
+
 def _command(name: str, example: str, base: Base | None = None) -> Callable[[Run], Run]:
     def register(run: Run) -> Run:
         command = Command(name, run, f"smallcap {name} {example}".rstrip(), base)
-        command.add_to(index_app if name.startswith("index ") else app)
+        command.add_to(GROUPS.get(name.partition(" ")[0], app))
         COMMANDS.append(command)
         return run
 
@@ -108,8 +121,8 @@ def demo(options: DemoOptions) -> None:
     from jobs.terminal import console
 
     result = run_demo(options.out, options.address)
-    say(f"Index: {'built' if result.index_was_built else 'up to date'}, {result.index}")
-    say(f"{caption_job.describe(result.summary)}\n")
+    index = f"Index: {'built' if result.index_was_built else 'up to date'}, {result.index}"
+    say_report(f"{index}\n{caption_job.describe(result.summary)}\n", slice(0))
     console.print_samples(result.summary.out, options.show)
     say("\nScenes from domains that the model was not trained on, before and after the datastore was swapped:\n")
     console.print_swap(compare_swap(result.swap)[: options.show])
@@ -121,11 +134,16 @@ def build_index(config: IndexConfig, call: RayCall) -> None:
     """Build an index from caption dumps and publish it; add captions to an index, or remove captions."""
     with _show_loading():  # a wrong option fails before
         from jobs import build_index as job
+        from jobs import results
 
     if call.dry_run:
-        say(job.describe_plan(job.plan(config, call.address)))
-    else:
-        say(job.describe(job.run(config, call.address)))
+        plan = job.plan(config, call.address)
+        say(job.describe_plan(plan))
+        _say_result(call, results.build_plan(plan), _PLANNED)
+        return
+    report = job.run(config, call.address)
+    say_report(job.describe(report), slice(1))
+    _say_result(call, results.build_result(report), _NOTHING_TO_DO if report.no_op else _DONE)
 
 
 @_command("index list", "s3://bucket/index")
@@ -174,9 +192,10 @@ def _run_to_retry(flags: dict[str, Any], call: CaptionCall) -> Mapping[str, Any]
         return None
 
     from jobs.captioning.record import load_existing_run
+    from jobs.cluster.pinned import recorded_options
 
     out = flags.get("out", "")
-    return load_existing_run(out).config | {"out": out}
+    return recorded_options(load_existing_run(out), CaptionConfig, out) | {"out": out}
 
 
 @_command(
@@ -188,6 +207,7 @@ def caption(config: CaptionConfig, call: CaptionCall) -> int:
     """Caption images. To resume a stopped run, repeat the command."""
     with _show_loading():  # a wrong option fails before
         from jobs import caption as job
+        from jobs import results
 
     if call.dry_run:
         from jobs.captioning.plan import dry_run
@@ -196,22 +216,49 @@ def caption(config: CaptionConfig, call: CaptionCall) -> int:
         with show_while("Listing the images, and trying the model on a few"):
             plan = dry_run(config, call.address, call.gpu_hour_cost)
         say_lines(plan.lines())
+        _say_result(call, results.caption_plan(plan), _PLANNED)
         return 0
     summary = job.run(config, call.address, retry_failed=call.retry_failed, relist=call.relist)
-    say(job.describe(summary))
-    return job.exit_status(config, summary)
+    say_report(job.describe(summary), slice(-2, None))
+    status = job.exit_status(config, summary)
+    reason = {"reason": job.explain_exit(config, summary)} if status else {}
+    for text in reason.values():
+        tell(text)
+    if call.as_json:
+        done = _DONE if summary.new_images else _NOTHING_TO_DO
+        say_result(results.caption_result(summary) | reason, done, status)
+    return status
 
 
 @_command("train", "dataset_coco.json --index s3://bucket/index --model Yova/SmallCap7M --out s3://bucket/training")
 def train(config: TrainConfig, call: RayCall) -> None:
     """Train cross-attention. To resume a stopped run from its newest checkpoint, repeat the command."""
     with _show_loading():  # a wrong option fails before
+        from jobs import results
         from jobs import train as job
 
     if call.dry_run:
-        say_lines(job.plan_lines(config))
+        plan = job.plan(config)
+        say_lines(plan.lines())
+        _say_result(call, results.train_plan(plan), _PLANNED)
+        return
+    summary = job.run(config, call.address)
+    say_report(job.describe(summary), slice(-1, None))
+    _say_result(call, results.train_result(summary), _DONE if summary.new_steps else _NOTHING_TO_DO)
+
+
+@_command("config init", "caption --out caption.yaml")
+def config_init(options: ConfigInitOptions) -> None:
+    """Write a config file with all options of a job, what they mean, and their defaults."""
+    from jobs.terminal.config_template import render_template, write_template
+
+    (command,) = (command for command in COMMANDS if command.name == options.job)
+    text = render_template(command.name, command.kinds[0])
+    if options.out is None:
+        say(text.rstrip("\n"))
     else:
-        say(job.describe(job.run(config, call.address)))
+        write_template(options.out, text)
+        say(f"Written: {options.out}. Fill in what is required, then: smallcap {options.job} --config {options.out}")
 
 
 @_command("search", "--index s3://bucket/index --text 'a dog on a beach'")
@@ -259,8 +306,7 @@ def evaluate(config: EvaluateConfig, call: EvaluateCall) -> None:
 
     result = job.run(config)
     print_evaluation(result)
-    if call.as_json:
-        say_json(result)
+    _say_result(call, result)
 
 
 @_command("doctor", "--storage s3://bucket/captions --index s3://bucket/index --model Yova/SmallCap7M")
@@ -292,7 +338,7 @@ def bench(options: BenchmarkOptions, call: BenchCall) -> None:
         result = job.run(options)
         console.print_benchmark(result)
         line = result.to_json()
-    say(line)
+    say_json(json.loads(line))
     if call.json_file:
         storage.write_bytes(call.json_file, f"{line}\n".encode())
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 
 from jobs.cluster.start_errors import newest_logs
-from jobs.screen import say, say_json, tell
+from jobs.screen import note, say_json, say_report
 from jobs.terminal.call_options import DoctorOptions
 from smallcap import storage
 from smallcap.doctor.access import ENCODER_REMEDY
@@ -96,7 +96,7 @@ def examine(checks: Iterable[Check]) -> Iterator[Finding]:
 
 
 def _say_what_takes_long(check: Check, seconds: float) -> None:
-    tell(f"      {check.subject}: at it for {seconds:.0f} s, of {check.limit_s:.0f} s at most")
+    note(f"      {check.subject}: at it for {seconds:.0f} s, of {check.limit_s:.0f} s at most")
 
 
 def run(options: DoctorOptions) -> Counter[str]:
@@ -107,7 +107,7 @@ def run(options: DoctorOptions) -> Counter[str]:
         if options.as_json:
             say_json(asdict(finding))
         else:
-            say(describe(finding))
+            say_report(describe(finding), slice(0, 0 if finding.status == "ok" else None))
     return counts
 
 

@@ -19,18 +19,26 @@ A *key* is an option's name in a `--config` file and for `--set`. A config file 
 both, and `--set` wins over all. N is a whole number, X any number. `--no-add` turns off the switch `--add`.
 `python -m smallcap` is the same as `smallcap`; `python -m jobs.build_index`, `jobs.caption`, `jobs.train` and
 `jobs.evaluate` take the same options as the commands.
-`-h` and `--help` explain a command.
+`-h` and `--help` explain a command. `smallcap config init caption` writes a config file with every option of `caption`,
+what it means, and its default. `smallcap --install-completion` lets the shell (bash, zsh, fish or PowerShell) complete
+commands, options and their values.
+
+Results go to stdout; errors, warnings and news of what goes on go to stderr. `-q` leaves out the news, `-v` adds
+details, and `--log-file` keeps all of it. `--json` is for programs:
+[Formats](formats.md#what-commands-tell-programs) has its keys.
 
 A config file is YAML without aliases. Numbers are finite and at most 2^53 in size. Texts are UTF-8 and not empty, with
 control codes only in names of input files, in tokens, and in the text of a search. Whatever else is given is a usage
 error, which names the option before anything is read, started or written.
+
+## Exit codes
 
 | exit code | meaning |
 |---|---|
 | 0 | Done, or there was nothing to do. |
 | 1 | The run failed: storage, an index, a model, a file or the cluster cannot be used. For `doctor`: a check failed. |
 | 2 | Usage error: an option, a config file or what it names is wrong, missing, or contradicts the run in the folder. |
-| 3 | `caption` is done, and more of the run's rows are errors than `--max-error-rate` allows. |
+| 3 | `caption` is done, and more of the run's rows are errors than `--max-error-rate` allows; a line says how many. |
 | 130, 143 | Ctrl-C or SIGTERM stopped the command; what was done is kept, and the same command goes on. |
 | 141 | Whoever read the output left before its end, as `head` does. |
 """

@@ -2,8 +2,8 @@
 
     list → store features (once per image) → store candidates (from the index) → train (Ray Train) → write the model
 
-Runs as `smallcap train …` or, for `ray job submit`, as `python -m jobs.train …` with the same options. What an earlier
-attempt has finished is not done again.
+Runs as `smallcap train …`, also under `ray job submit`, or as `python -m jobs.train …` with the same options. What an
+earlier attempt has finished is not done again.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 from jobs.captioning.record import run_lock
 from jobs.cluster.addresses import check_address
 from jobs.cluster.display import Display, on_shown_ray
-from jobs.cluster.pinned import pin_index
+from jobs.cluster.pinned import check_index_is_there, pin_index, pinned_encoder
 from jobs.cluster.stopping import GOES_ON, stoppable
+from jobs.screen import detail
 from jobs.training.inputs import LISTS_FOLDER, TrainInputs, list_inputs
 from jobs.training.record import (
     RECORD_FILE,
@@ -106,8 +107,11 @@ def open_record(config: TrainConfig) -> tuple[TrainRecord, ModelStart]:
     """
     record = load_train_record(config.out)
     if record is not None:
+        record = record.model_copy(update={"retrieval_encoder": pinned_encoder(record, config.out)})
         start = ModelStart(config, record.retrieval_encoder)
         record.check_same_run(config, start.model_id)
+        if record.status != "complete":
+            check_index_is_there(record, config.index)
         return record, start
     manifest, encoder = pin_index(config.index, config.retrieval.k, config.retrieval_encoder)
     start = ModelStart(config, encoder)
@@ -133,6 +137,7 @@ def _train(
 
     check_installed()
     plan = plan_training(config, record.dtype)
+    detail(f"Plan: {describe_count(plan.workers, 'worker')} on {plan.device} in {plan.dtype}")
     with display.activity("Loading the model"):
         model = start.load()
     record = record.model_copy(
@@ -251,7 +256,44 @@ def _describe_data(features: StoreManifest, inputs: TrainInputs, leaks: int | No
     )
 
 
-def plan_lines(config: TrainConfig) -> list[str]:
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What a run will train, and on what."""
+
+    record: TrainRecord
+    config: TrainConfig
+    trained_parameters: int
+    reduce_factor: int
+    images: int  # in lists
+    captions: int  # of these images
+    tars: int
+    row_groups: int  # of Parquet files with images
+    has_validation: bool
+    feature_bytes: int  # of an image's stored features
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps for the captions of lists."""
+        return -(-self.captions // self.config.optimizer.batch_size)
+
+    def lines(self) -> list[str]:
+        """Returns the plan as lines for people."""
+        retrieval, steps, size = self.config.retrieval, self.steps_per_epoch, self.feature_bytes
+        prompts = f"{retrieval.mode}, k = {retrieval.k}, index version {self.record.index_id}"
+        return [
+            f"Start: {self.record.start_id}; {self.trained_parameters:,} parameters to train, reduce factor "
+            f"{self.reduce_factor}",
+            f"Training images in lists: {self.images:,}, with {describe_count(self.captions, 'caption')}",
+            f"Further training input: {describe_count(self.tars, 'tar')}, "
+            f"{describe_count(self.row_groups, 'row group')} of Parquet files with images",
+            f"Validation: {'yes' if self.has_validation else 'none; the model of the last epoch is written'}",
+            f"Features: {size:,} bytes per image, {size * self.images / 1e9:.2f} GB for lists",
+            f"Steps per epoch for lists: {steps:,}, in {describe_count(self.config.optimizer.epochs, 'epoch')}",
+            f"Retrieval: {prompts if retrieval.k else 'none'}",
+        ]
+
+
+def plan(config: TrainConfig) -> TrainingPlan:
     """Lists the input, and returns what the run will train and on what; writes nothing to its output, starts no Ray.
 
     Raises:
@@ -262,28 +304,21 @@ def plan_lines(config: TrainConfig) -> list[str]:
     with storage.scratch_folder() as scratch:
         inputs = list_inputs(config, str(scratch))
     model = start.load()
-    trained = sum(p.numel() for p in model.decoder.cross_attention_parameters().values())
     vision = model.config.vision
     patches = (vision.get("image_size", 224) // vision.get("patch_size", 32)) ** 2 + 1
-    image_bytes = patches * vision["hidden_size"] * 2
-    shards = {kind: sum(item.work.fragment.kind == kind for item in inputs.items) for kind in ("tar", "parquet")}
-    steps = -(-inputs.listed_examples // config.optimizer.batch_size)
-    return [
-        f"Start: {record.start_id}; {trained:,} parameters to train, reduce factor "
-        f"{model.config.decoder.cross_attention_reduce_factor}",
-        f"Training images in lists: {inputs.listed_images:,}, with {describe_count(inputs.listed_examples, 'caption')}",
-        f"Further training input: {describe_count(shards['tar'], 'tar')}, "
-        f"{describe_count(shards['parquet'], 'row group')} of Parquet files with images",
-        f"Validation: {'yes' if inputs.has('validation') else 'none; the model of the last epoch is written'}",
-        f"Features: {image_bytes:,} bytes per image, {image_bytes * inputs.listed_images / 1e9:.2f} GB for lists",
-        f"Steps per epoch for lists: {steps:,}, in {describe_count(config.optimizer.epochs, 'epoch')}",
-        f"Retrieval: {_describe_retrieval(config, record)}",
-    ]
-
-
-def _describe_retrieval(config: TrainConfig, record: TrainRecord) -> str:
-    k, mode = config.retrieval.k, config.retrieval.mode
-    return f"{mode}, k = {k}, index version {record.index_id}" if k else "none"
+    kinds = [item.work.fragment.kind for item in inputs.items]
+    return TrainingPlan(
+        record=record,
+        config=config,
+        trained_parameters=sum(p.numel() for p in model.decoder.cross_attention_parameters().values()),
+        reduce_factor=model.config.decoder.cross_attention_reduce_factor,
+        images=inputs.listed_images,
+        captions=inputs.listed_examples,
+        tars=kinds.count("tar"),
+        row_groups=kinds.count("parquet"),
+        has_validation=inputs.has("validation"),
+        feature_bytes=patches * vision["hidden_size"] * 2,
+    )
 
 
 def describe(summary: TrainSummary) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from smallcap.options import POSITIONAL, POSITIONAL_FILES, Config, Flag
+from smallcap.options import MODEL, POSITIONAL, POSITIONAL_FILES, URI, Config, Flag
 from smallcap.storage import DEFAULT_CACHE_DIR
 
 CaptionMetric = Literal["cider", "bleu", "rouge_l", "meteor", "spice"]
@@ -68,7 +68,7 @@ class RetrievalConfig(Config):
     k: Annotated[int | None, Flag(("-k", "--k"))] = Field(None, ge=0, le=64)
     """Retrieved captions in the prompt; by default the checkpoint's number (the paper: 4). 0 prompts without
     retrieval."""
-    encoder: Annotated[str | None, Flag(("--retrieval-encoder",))] = None
+    encoder: Annotated[str | None, Flag(("--retrieval-encoder",), place="encoder")] = None
     """Retrieval encoder: `open_clip:MODEL/PRETRAINED` or `hf:ID-OR-PATH`; by default the one that the index names."""
     exclude_own_captions: bool = False
     """Leave out captions whose source image has the query's image id. For evaluation on the datastore's own images."""
@@ -168,13 +168,13 @@ class CaptionConfig(Config):
     """A captioning run."""
 
     images: Annotated[tuple[str, ...], POSITIONAL_FILES] = Field(min_length=1)
-    """Folders, prefixes, globs and files: images, WebDataset tars (.tar, .tar.gz, .tgz), Parquet with image bytes, or
-    lists of URIs (.parquet, .csv, .tsv, .jsonl, .json, .txt)."""
-    index: str | None = None
+    """Folders, prefixes, globs and files: images, WebDataset tars (.tar, also compressed: .gz, .bz2, .xz), Parquet with
+    image bytes, or lists of URIs (.parquet, .csv, .tsv, .jsonl, .ndjson, .json, .txt; those of text also with .gz)."""
+    index: Annotated[str | None, URI] = None
     """Published index; needed unless `-k` is 0."""
-    model: str
+    model: Annotated[str, MODEL]
     """`demo`, a checkpoint folder, or a Hugging Face id."""
-    out: str
+    out: Annotated[str, URI]
     """Output folder or prefix."""
     limit: int | None = Field(None, ge=1)
     """Caption only the first N images: those of lists and folders in the order of their ids, then those of tars."""
@@ -182,7 +182,7 @@ class CaptionConfig(Config):
     """Columns of lists or Parquet files that pass through to the output: `a,b,c`. For tars: `json`, `txt`, or a field
     of the JSON."""
     max_error_rate: float = Field(1.0, ge=0, le=1)
-    """Share of the rows that may be errors. If there are more, the job exits with status 3."""
+    """Share of the rows that may be errors. If there are more, the exit code is 3."""
     generation: GenerationConfig = GenerationConfig()
     retrieval: RetrievalConfig = RetrievalConfig()
     input: InputConfig = InputConfig()

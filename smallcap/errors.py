@@ -105,7 +105,7 @@ class RunError(SmallCapError):
 
 
 class ConfigError(RunError):
-    """An option, a config file or an input list is wrong."""
+    """An option, a config file, or what one of them names is wrong."""
 
 
 class StorageError(RunError):

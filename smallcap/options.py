@@ -32,6 +32,7 @@ from smallcap.errors import ConfigError
 from smallcap.option_files import parse_value, read_option_file
 
 ConfigT = TypeVar("ConfigT", bound="Config")
+Place = Literal["uri", "model", "encoder"]
 
 _LARGEST_NUMBER = 2**53  # up to it a number is the same as an integer and as a float; no option needs a larger one
 _PLAIN = (str, int, float, list, tuple, type(None))  # pydantic would take a mapping or bytes for a list
@@ -47,10 +48,12 @@ class Flag:
     has_commas: bool = False  # one flag may name several values: a,b,c
     is_positional: bool = False
     any_text: bool = False  # it may hold control codes, as the names of existing files and tokens do
+    place: Place | None = None  # what kind of place it names; see `smallcap.option_places`
 
 
 POSITIONAL = Flag(is_positional=True)
-POSITIONAL_FILES = Flag(is_positional=True, any_text=True)
+POSITIONAL_FILES = Flag(is_positional=True, any_text=True, place="uri")
+URI, MODEL, ENCODER = Flag(place="uri"), Flag(place="model"), Flag(place="encoder")
 
 
 class Config(BaseModel):
@@ -94,12 +97,14 @@ class Option:
     summary: str  # its docstring, as one line
     values: str  # allowed values in words; empty for free text and for switches
     default: str  # as a user types it; empty for `None`, an empty list and a switch that is off
+    default_value: Any  # None where it is required
     is_required: bool
     is_positional: bool
     is_switch: bool  # its flag takes no value
     is_list: bool  # its flag may be repeated
     has_commas: bool  # its flag may name several values: a,b,c
     any_text: bool  # it may hold control codes
+    place: Place | None  # a URI or path, a model (its folder, or its name), or the spec of a retrieval encoder
 
 
 def list_options(kind: type[Config], prefix: str = "") -> Iterator[Option]:
@@ -140,12 +145,14 @@ def _describe_field(key: str, group: type[Config], field: FieldInfo) -> Option:
         summary=" ".join((field.description or "").split()),
         values=values,
         default=",".join(default) if isinstance(default, tuple) else str(default),
+        default_value=None if field.is_required() else field.default,
         is_required=field.is_required(),
         is_positional=flag.is_positional,
         is_switch=field.annotation is bool,
         is_list=is_list,
         has_commas=flag.has_commas or (is_list and values.startswith("one of")),
         any_text=flag.any_text,
+        place=flag.place,
     )
 
 
@@ -192,9 +199,10 @@ def load_config(
         ConfigError: An option is unknown, missing or wrong, or the file is not a YAML mapping.
     """
     values: dict[str, Any] = copy.deepcopy(dict(base)) if base else {}
-    values |= read_option_file(file) if file else {}
+    options = list(list_options(kind))
+    values |= _filled_in(read_option_file(file), options) if file else {}
     given_as: dict[str, str] = {}  # where the values come from, if not from the file
-    names = {option.key: option.names[-1] for option in list_options(kind)}
+    names = {option.key: option.names[-1] for option in options}
     for key, value in (flags or {}).items():
         if value is not None:
             _assign(values, key, value)
@@ -209,6 +217,18 @@ def load_config(
         return kind.model_validate(values)
     except ValidationError as error:
         raise _as_config_error(kind, error, values, given_as, file) from error
+
+
+def _filled_in(values: dict[str, Any], options: Sequence[Option]) -> dict[str, Any]:
+    """Leaves out what is required and stands in a file without a value, as in one of `smallcap config init`."""
+    empty = {option.key for option in options if option.is_required and values.get(option.key, "") is None}
+    return {key: value for key, value in values.items() if key not in empty}
+
+
+def list_settings(config: Config) -> list[tuple[str, str]]:
+    """Returns the keys of all options of a config with their values as JSON."""
+    values = _flatten(config.model_dump(mode="json"))
+    return [(key, json.dumps(value, ensure_ascii=False)) for key, value in values]
 
 
 def config_difference(old: Mapping[str, Any], new: Mapping[str, Any], free: Collection[str] = ()) -> list[str]:

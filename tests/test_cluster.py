@@ -146,7 +146,7 @@ def test_a_job_is_submitted_to_a_cluster_that_asks_for_a_token(
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
     command = [
         Path(sys.executable).parent / "ray", "job", "submit", "--address", dashboard, "--submission-id", "captions",
-        "--working-dir", ".", "--", "python", "-m", "jobs.caption", "--config", str(tmp_path / "run.yaml"),
+        "--working-dir", ".", "--", "smallcap", "caption", "--config", str(tmp_path / "run.yaml"),
     ]  # fmt: skip
     done = subprocess.run(
         command, cwd=ROOT, env=own_environment(), capture_output=True, text=True, timeout=250, check=False

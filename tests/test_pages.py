@@ -13,8 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from jobs import screen
 from jobs.cli import COMMANDS
 from jobs.cluster.faults import FaultKind
+from jobs.cluster.stopping import SIGNALS, Stopped
 from jobs.terminal import command_line
 from jobs.terminal.command_line import Command
 from smallcap import errors
@@ -137,11 +139,17 @@ def test_troubleshooting_has_every_code_that_the_code_writes() -> None:
     assert in_formats[: len(ErrorCode)] == of_images
 
 
-def test_troubleshooting_has_every_error_and_exit_code() -> None:
+def test_troubleshooting_has_every_class_of_error() -> None:
     classes = {name for name in errors.__all__ if name not in ("ErrorCode", SmallCapError.__name__)}
     assert {row[0].strip("`") for row in table(section("troubleshooting.md", "What stops a run"))} == classes
-    codes = {value for name, value in vars(command_line).items() if name.startswith("EXIT_")}
-    assert {int(row[0]) for row in table(section("troubleshooting.md", "Exit codes"))} >= codes | {0}
+
+
+def test_the_options_page_has_every_exit_code() -> None:
+    modules = (command_line, screen)
+    codes = {value for module in modules for name, value in vars(module).items() if name.startswith("EXIT_")}
+    codes |= {Stopped("", number).exit_status for number in SIGNALS}
+    said = [int(code) for row in table(section("options.md", "Exit codes")) for code in row[0].split(", ")]
+    assert sorted(said) == sorted(codes | {0})
 
 
 def test_the_cost_is_the_paper_models() -> None:

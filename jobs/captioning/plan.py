@@ -16,6 +16,7 @@ from jobs.captioning.watch import watch_run
 from jobs.captioning.work import list_work, open_record, remaining_items
 from jobs.cluster.addresses import check_address
 from jobs.cluster.errors import unwrapped_errors
+from jobs.cluster.pinned import check_index_is_there
 from jobs.cluster.session import on_ray
 from smallcap import storage
 from smallcap.config import CaptionConfig
@@ -228,6 +229,7 @@ def dry_run(config: CaptionConfig, address: str | None = None, gpu_hour_cost: fl
         RunError: Storage, index or checkpoint cannot be used.
     """
     record = open_record(config)
+    check_index_is_there(record, config.index)
     check_address(address)  # before what may take long
     with storage.scratch_folder() as scratch:
         if record.input is None:  # the run has not begun

@@ -16,7 +16,7 @@ from jobs.captioning.record import (
     load_run_record,
     write_run_record,
 )
-from jobs.cluster.pinned import pin_index
+from jobs.cluster.pinned import pin_index, pinned_encoder
 from smallcap import storage
 from smallcap.config import CaptionConfig
 from smallcap.errors import ConfigError
@@ -50,7 +50,7 @@ def open_record(config: CaptionConfig) -> RunRecord:
     record = load_run_record(config.out)
     if record is not None:
         record.check_same_run(config, partial(checkpoint_id, config.model), config.out)
-        return record
+        return record.model_copy(update={"retrieval_encoder": pinned_encoder(record, config.out)})
     manifest, encoder = pin_index(config.index, config.retrieval.k, config.retrieval.encoder)
     if manifest:
         share_of(manifest.shards, (0, config.retrieval.partitions))  # refuses what their actors would refuse later

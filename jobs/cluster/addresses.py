@@ -198,7 +198,7 @@ def ask_head(address: Address) -> None:
             where=address.where,
             found=f"the head answers, and none of its {len(nodes)} nodes is on this machine",
             remedy=f"Make this machine a node (ray start --address {address.text}), or submit the job from here: "
-            "ray job submit --address http://HEAD:8265 -- python -m jobs.caption …",
+            "ray job submit --address http://HEAD:8265 -- smallcap caption …",
         )
 
 

@@ -1,6 +1,7 @@
 """Shows people what a job does while it goes on: live at a terminal, or else a line now and then.
 
-A job has one `Display`. It is told what goes on: an activity, with or without counts, or a `View` that says more.
+A job has one `Display`. It is told what goes on: an activity, with or without counts, or a `View` that says more. A
+quiet command shows nothing; the log file has the lines in any case.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from rich.text import Text
 
 from jobs.cluster.session import on_ray
 from jobs.cluster.stopping import StopSignals
-from jobs.screen import VisibleConsole
+from jobs.log_file import is_logging, log
+from jobs.screen import VisibleConsole, is_quiet, is_verbose
 from smallcap.phrasing import describe_count, describe_duration
 
 RATE_OVER_S, ETA_OVER_S = 10.0, 60.0
@@ -204,47 +206,53 @@ class Display:
         activity = Activity(text, noun, total)
         with self.show(activity):
             yield activity
-        if activity.is_worth_a_line:
+        if activity.is_worth_a_line or is_verbose():
             self.say(activity.summary())
 
     def say(self, line: str) -> None:
         """Prints a line that stays."""
+        self._say(line, is_shown=not is_quiet())
+
+    def _say(self, line: str, is_shown: bool) -> None:
         self._said_at = time.monotonic()
-        with suppress(OSError):  # nobody reads it any more
-            self._console.print(Text(line), soft_wrap=True)
+        log(line)
+        if is_shown:
+            with suppress(OSError):  # nobody reads it any more
+                self._console.print(Text(line), soft_wrap=True)
 
     def _run(self) -> None:
         try:
-            if self._is_terminal:
+            if self._is_terminal and not is_quiet():
                 with Live(console=self._console, auto_refresh=False, transient=True) as live:
                     while not self._ended.wait(_POLL_S):
                         self._tell_stopping()
                         view = self._newest_view()
                         live.update(view.render() if view else Text(""), refresh=True)
+                        if is_logging():
+                            self._say_line(view, is_shown=False)
             else:
                 while not self._ended.wait(_POLL_S):
                     self._tell_stopping()
-                    self._print_line()
+                    self._say_line(self._newest_view(), is_shown=not is_quiet())
         except OSError:  # nobody reads it any more
             return
 
     def _newest_view(self) -> View | None:
         return next(reversed(self._views), None)  # in one step: the job's thread may remove it meanwhile
 
-    def _print_line(self) -> None:
-        view = self._newest_view()
+    def _say_line(self, view: View | None, is_shown: bool) -> None:
         if view is None:
             return
         line = view.line()  # rates need every moment's figures
         every_s = _LINE_EVERY_S if view.is_under_way else _WAITING_LINE_EVERY_S
         if view is not self._told or time.monotonic() - self._said_at >= every_s:
             self._told = view
-            self.say(line)
+            self._say(line, is_shown)
 
     def _tell_stopping(self) -> None:
         if self.signals.number is not None and not self._told_stopping:
             self._told_stopping = True
-            self.say(_STOPPING)
+            self._say(_STOPPING, is_shown=True)  # an answer, also where news is left out
 
 
 class _Console(VisibleConsole):

@@ -21,7 +21,7 @@ from typing import NoReturn
 from jobs.cluster.addresses import within
 from jobs.cluster.resources import living_nodes
 from jobs.cluster.start_errors import newest_logs
-from jobs.screen import VisibleConsole, tell
+from jobs.screen import VisibleConsole, say_failure, tell
 from smallcap.errors import RunError
 from smallcap.phrasing import describe_duration
 
@@ -110,6 +110,7 @@ def leave(error: RunError) -> NoReturn:
             console.show_cursor()  # a live display hides it
             console.line()
         tell(f"error: {error}")
+        say_failure(error, 1)
     os._exit(1)
 
 

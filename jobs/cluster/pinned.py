@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import re
 import uuid
 from collections.abc import Callable, Collection
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Literal, Self
 
-from smallcap.errors import ConfigError
-from smallcap.index.manifest import IndexManifest, load_manifest
+from smallcap import storage
+from smallcap.errors import ConfigError, ManifestError
+from smallcap.index.manifest import IndexManifest, load_manifest, load_pointer, manifest_uri
 from smallcap.model.encoder_spec import check_encoder_spec, resolve_encoder_identity
+from smallcap.option_places import absolute_place, absolute_places
 from smallcap.options import Config, config_difference, load_config
 from smallcap.records import VersionedRecord
 
@@ -32,12 +37,61 @@ class PinnedRecord(VersionedRecord):
         """Returns the record of a new run; `pinned` are the required fields of the subclass."""
         return cls(
             run_id=uuid.uuid4().hex[:12],
-            config=config.model_dump(mode="json"),
+            config=absolute_places(type(config), config.model_dump(mode="json")),
             index_id=index_id,
             retrieval_encoder=retrieval_encoder,
             versions={"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
             **pinned,
         )
+
+
+def recorded_options(record: PinnedRecord, kind: type[Config], out: str) -> dict[str, Any]:
+    """Returns the recorded config of a run, with absolute places.
+
+    Records of older releases have paths as they were typed. Where the run's folder still ends as they say, they start
+    from the folder in which the run began; otherwise from the working directory.
+
+    Args:
+        record: The run's record.
+        kind: The class of its config.
+        out: The run's folder.
+    """
+    return absolute_places(kind, record.config, _began_in(record, out))
+
+
+def pinned_encoder(record: PinnedRecord, out: str) -> str | None:
+    """Returns the retrieval encoder of a run, with an absolute path if it has one; see `recorded_options`."""
+    spec = record.retrieval_encoder
+    return None if spec is None else absolute_place(spec, "encoder", _began_in(record, out))
+
+
+def _began_in(record: PinnedRecord, out: str) -> str:
+    """Returns the folder that the relative paths of a record start from; empty for the working directory."""
+    typed, now = os.path.normpath(str(record.config.get("out") or ".")), storage.absolute(out)
+    is_below = storage.is_local(out) and not Path(typed).is_absolute() and now.endswith(f"/{typed}")
+    return now.removesuffix(typed) if is_below else ""
+
+
+def check_index_is_there(record: PinnedRecord, index: str | None) -> None:
+    """Checks that the version of the index with which a run began can still be read.
+
+    Raises:
+        ManifestError: It is gone.
+    """
+    if record.index_id is None or index is None or storage.exists(manifest_uri(index, record.index_id)):
+        return
+    try:
+        found = f"the current version {load_pointer(index).index_id}"
+    except ManifestError:
+        found = "no published index"
+    raise ManifestError(
+        "The run's index version is gone.",
+        where=index,
+        expected=f"version {record.index_id}, with which the run began; all its rows come from one version",
+        found=found,
+        remedy="Put it back where it was, if `smallcap index gc` has not removed it but the index was moved. Otherwise "
+        "give another --out, which takes the current version.",
+    )
 
 
 def pin_index(index: str | None, k: int | None, encoder: str | None) -> tuple[IndexManifest | None, str | None]:
@@ -56,6 +110,7 @@ def pin_index(index: str | None, k: int | None, encoder: str | None) -> tuple[In
         check_encoder_spec(encoder)  # before the index is looked at
     manifest = load_manifest(index) if index and k != 0 else None
     spec = encoder or (manifest.encoder.spec if manifest else None)
+    spec = absolute_place(spec, "encoder") if spec else None  # for the record, which is read in other folders as well
     if manifest and spec:
         manifest.check_encoder(resolve_encoder_identity(spec), index or "")
     return manifest, spec
@@ -78,9 +133,12 @@ def check_same_options(
         ConfigError: The config or the model differs.
     """
     # A record lacks options that are newer than its run: they get their defaults.
-    with_defaults = load_config(type(config), base=record.config).model_dump(mode="json")
-    changes = config_difference(with_defaults, config.model_dump(mode="json"), free)
-    if not changes and (given := weights[1]()) != weights[0]:
+    kind = type(config)
+    recorded = recorded_options(record, kind, out)
+    with_defaults = load_config(kind, base=recorded).model_dump(mode="json")
+    given_options = absolute_places(kind, config.model_dump(mode="json"))
+    changes = config_difference(with_defaults, given_options, free)
+    if not changes and _checksums(given := weights[1]()) != _checksums(weights[0]):
         changes.append(f"model weights: {weights[0]} → {given}")
     if changes:
         raise ConfigError(
@@ -89,3 +147,8 @@ def check_same_options(
             found="; ".join(changes),
             remedy="Start again with the options of that run, or give another --out.",
         )
+
+
+def _checksums(model_id: str) -> list[str]:
+    """Returns the checksums in a model's id; the name beside them depends on how its folder was typed."""
+    return re.findall("@([0-9a-f]+)", model_id)

@@ -24,7 +24,7 @@ from jobs.cluster.liveness import watch_ray
 from jobs.cluster.own_packages import worker_environment
 from jobs.cluster.start_errors import explain_join, explain_start
 from jobs.cluster.tokens import check_token_for_cluster, make_token_for_local_ray
-from jobs.screen import tell
+from jobs.screen import note, write_at
 from smallcap.errors import SmallCapError
 from smallcap.phrasing import describe_duration
 
@@ -89,7 +89,7 @@ def connect(address: str | None = None) -> None:
         except Exception as error:
             raise (explain_join(error, cluster, printed()) if cluster else explain_start(error, printed())) from error
     if cluster and cluster.was_found:
-        tell(
+        note(
             f"Joined the Ray cluster at {cluster.text}, which already runs on this machine; "
             "--address local starts one for this job alone."
         )
@@ -191,7 +191,7 @@ def _speak(doing: str, terminal: int, ended: threading.Event) -> None:
     while not ended.wait(pause):
         waited += pause
         more = f" ({describe_duration(waited)})" if waited > _SILENCE_S else ""
-        os.write(terminal, f"{doing} …{more}\n".encode())
+        write_at(terminal, f"{doing} …{more}", is_news=True)
         pause = 2 * _SILENCE_S
 
 

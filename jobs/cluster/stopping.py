@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
-from jobs.screen import tell
+from jobs.screen import say_failure, tell, write_at
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C; `kill`, `ray job stop` and schedulers
 GOES_ON = "the same command goes on"
@@ -65,7 +65,7 @@ class StopSignals:
             self.number, self._asked_at = number, time.monotonic()
             raise KeyboardInterrupt
         if time.monotonic() - self._asked_at > _SAME_REQUEST_S:
-            os.write(2, b"\nLeft at once.\n")
+            write_at(2, "\nLeft at once.")
             _end_at_once(number)
 
 
@@ -101,6 +101,7 @@ def leave(stopped: Stopped) -> None:
     for number in SIGNALS:
         signal.signal(number, lambda number, _: _end_at_once(number))
     tell(str(stopped))
+    say_failure(stopped, stopped.exit_status)
     sys.exit(stopped.exit_status)
 
 

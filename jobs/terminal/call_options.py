@@ -18,6 +18,25 @@ from smallcap.storage import DEFAULT_CACHE_DIR
 AsJson = Annotated[bool, Flag(("--json",))]
 RayAddress = Annotated[str | None, AfterValidator(check_form)]
 ExportKind = Literal["jsonl", "csv", "card"]
+ConfigJob = Literal["caption", "build-index", "train", "evaluate", "bench"]
+
+
+class PrintOptions(Config):
+    """What a command prints, and where; every command has these."""
+
+    quiet: Annotated[bool, Flag(("-q", "--quiet"))] = False
+    """Print only warnings, errors and the result."""
+    verbose: Annotated[bool, Flag(("-v", "--verbose"))] = False
+    """Print the settings, the plan and each step as well."""
+    log_file: str | None = None
+    """File on this machine to which everything is appended that is printed, with the time; also what `-q` leaves
+    out."""
+
+    @model_validator(mode="after")
+    def _says_one_thing(self) -> Self:
+        if self.quiet and self.verbose:
+            raise ValueError("--quiet prints less and --verbose prints more: give one of them")
+        return self
 
 
 class JobCall(Config):
@@ -30,10 +49,12 @@ class JobCall(Config):
 
 
 class RayCall(JobCall):
-    """Where a job's options come from, and where it runs."""
+    """Where a job's options come from, where it runs, and what it tells programs."""
 
     dry_run: bool = False
     """Say what there is to do and what it takes; write nothing to the output."""
+    as_json: AsJson = False
+    """Print one JSON object as the last line of stdout, and everything else to stderr."""
     address: RayAddress = None
     """Ray cluster's HOST:PORT, or `local`; by default RAY_ADDRESS, the Ray that runs here, or else a new local one."""
 
@@ -53,14 +74,15 @@ class EvaluateCall(JobCall):
     """One call of the evaluation job."""
 
     as_json: AsJson = False
-    """Print the result as JSON on the last line."""
+    """Print one JSON object as the last line of stdout, and everything else to stderr."""
 
 
 class BenchCall(JobCall):
     """One call of the benchmark."""
 
     json_file: Annotated[str | None, Flag(("--json",))] = None
-    """File to which the line of JSON is written."""
+    """File to which the line of JSON is written. Then stdout has only this line, and everything else goes to
+    stderr."""
 
 
 class DemoOptions(Config):
@@ -72,6 +94,15 @@ class DemoOptions(Config):
     """Number of images to show."""
     address: RayAddress = None
     """Ray cluster's HOST:PORT, or `local`; by default RAY_ADDRESS, the Ray that runs here, or else a new local one."""
+
+
+class ConfigInitOptions(Config):
+    """A config file to fill in."""
+
+    job: Annotated[ConfigJob, POSITIONAL]
+    """The command that the file is for."""
+    out: str | None = None
+    """File to write, which must not exist; by default the text is printed."""
 
 
 class SearchOptions(Config):

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import groupby
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, NoReturn, get_type_hints
 
 import typer
 
 from jobs.cluster.stopping import Stopped, leave
-from jobs.screen import VisibleConsole, finish, prepare, tell
+from jobs.log_file import close_log, open_log
+from jobs.screen import VisibleConsole, choose_printing, detail, finish, prepare, say_failure, tell
+from jobs.terminal.call_options import PrintOptions
 from smallcap.errors import ConfigError, SmallCapError
-from smallcap.options import Config, Option, list_options, load_config
+from smallcap.options import Config, Option, list_options, list_settings, load_config
 
 EXIT_RUN_ERROR = 1
 EXIT_USAGE = 2
@@ -58,7 +61,7 @@ class Command:
         """All its options: arguments first, then required options, then others; groups of a job's config come last."""
         options = [
             option
-            for kind in self.kinds
+            for kind in (*self.kinds, PrintOptions)
             for option in sorted(list_options(kind), key=lambda option: not option.is_required)
         ]
         return sorted(options, key=lambda option: (not option.is_positional, "." in option.key))
@@ -80,22 +83,32 @@ class Command:
         if typed["help"]:
             print_help(self)
             return
-        flags = [
-            {
-                option.key: [item for text in value for item in text.split(",")] if option.has_commas else value
-                for option in list_options(kind)
-                if (value := typed[_parameter_name(option)]) not in (None, [])
-            }
-            for kind in self.kinds
-        ]
-        if len(flags) == 1:
-            status = self.run(load_config(self.kinds[0], flags=flags[0]))
-        else:
-            call: Any = load_config(self.kinds[1], flags=flags[1])
-            base = self.base(flags[0], call) if self.base else None
-            status = self.run(load_config(self.kinds[0], call.config, flags[0], call.settings, base), call)
+        printing = load_config(PrintOptions, flags=_flags_of(PrintOptions, typed))
+        if printing.log_file is not None:
+            open_log(printing.log_file)
+        choose_printing(
+            quiet=printing.quiet,
+            verbose=printing.verbose,
+            as_json=bool(typed.get("as_json") or typed.get("json_file")),
+            command=self.name,
+        )
+        status = self._run(typed)
+        close_log()
+        choose_printing()  # not after an error, which is still to be told
         if status:
             raise typer.Exit(status)
+
+    def _run(self, typed: Mapping[str, Any]) -> int | None:
+        flags = [_flags_of(kind, typed) for kind in self.kinds]
+        if len(flags) == 1:
+            options = load_config(self.kinds[0], flags=flags[0])
+            _print_settings(options)
+            return self.run(options)
+        call: Any = load_config(self.kinds[1], flags=flags[1])
+        base = self.base(flags[0], call) if self.base else None
+        config = load_config(self.kinds[0], call.config, flags[0], call.settings, base)
+        _print_settings(config, call)
+        return self.run(config, call)
 
     def add_to(self, app: typer.Typer) -> None:
         """Adds the command to a command line."""
@@ -114,6 +127,19 @@ class Command:
         app.command(self.name.split()[-1], short_help=self.summary, add_help_option=False)(call)
 
 
+def _flags_of(kind: type[Config], typed: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the options of a class that were typed, by their keys."""
+    return {
+        option.key: [item for text in value for item in text.split(",")] if option.has_commas else value
+        for option in list_options(kind)
+        if (value := typed[_parameter_name(option)]) not in (None, [])
+    }
+
+
+def _print_settings(*configs: Config) -> None:
+    detail("\n".join(f"{key} = {value}" for config in configs for key, value in list_settings(config)))
+
+
 def _parameter_name(option: Option) -> str:
     return option.key.replace(".", "__")
 
@@ -122,10 +148,24 @@ def _parameter_type(option: Option) -> Any:
     """Returns the type of an option for typer, which passes on all values as they were typed."""
     kind = list[str] | None if option.is_list else str | None
     if option.is_positional:
-        return Annotated[kind, typer.Argument(metavar=option.names[0])]
+        return Annotated[kind, typer.Argument(metavar=option.names[0], autocompletion=_completion(option))]
     if option.is_switch:
-        return Annotated[bool | None, typer.Option(f"{option.names[0]}/--no-{option.names[0].removeprefix('--')}")]
-    return Annotated[kind, typer.Option(*option.names)]
+        *short, name = option.names
+        return Annotated[
+            bool | None, typer.Option(*short, f"{name}/--no-{name.removeprefix('--')}", help=option.summary)
+        ]
+    return Annotated[kind, typer.Option(*option.names, help=option.summary, autocompletion=_completion(option))]
+
+
+def _completion(option: Option) -> Callable[[str], list[str]]:
+    """Returns a function that completes an option's value for a shell, which completes names of files by itself."""
+    found = re.match("(one of )?(.+)", option.values)
+    words = found[2].split(", ") if found and found[1] else ["auto"] if option.values.startswith("auto ") else []
+
+    def complete(incomplete: str) -> list[str]:
+        return [word for word in words if word.startswith(incomplete)]
+
+    return complete
 
 
 def print_help(command: Command) -> None:
@@ -176,7 +216,7 @@ def show_usage(option: Option) -> str:
     if option.is_positional:
         return option.names[0] + "..." * option.is_list
     if option.is_switch:
-        return option.names[-1]
+        return ", ".join(option.names)
     value = "N" if "whole number" in option.values else "X" if "number" in option.values else "TEXT"
     return f"{', '.join(option.names)} {value}"
 
@@ -184,25 +224,43 @@ def show_usage(option: Option) -> str:
 def run_app(app: Callable[..., Any], arguments: Sequence[str] | None = None) -> None:
     """Runs a command line and exits; prints smallcap's errors, and wrong flags, in smallcap's format."""
     prepare()
+    typed = arguments or ()
+    # Until the options are read, so that an error in them is told as it was asked for.
+    as_json = any(word.partition("=")[0] == "--json" for word in typed)
+    choose_printing(as_json=as_json)
     try:
         status = app(arguments, prog_name="smallcap", standalone_mode=False) or 0
         finish()
         sys.exit(status)
     except _UsageError as error:
-        message = error.format_message()
-        if message.startswith("Usage:"):  # a command group without a command
-            tell(message)
-        else:
-            _print_error(_unknown_flag(error) if hasattr(error, "possibilities") else ConfigError(message))
-        sys.exit(EXIT_USAGE)
+        choose_printing(as_json=as_json, command=_command_of(error))
+        _fail_usage(error)
     except Stopped as stopped:
         leave(stopped)
     except SmallCapError as error:
-        _print_error(error)
-        sys.exit(EXIT_USAGE if isinstance(error, ConfigError) else EXIT_RUN_ERROR)
-    except Exception:  # noqa: BLE001 - a fault of ours, whose text may come from anywhere
+        _fail(error, EXIT_USAGE if isinstance(error, ConfigError) else EXIT_RUN_ERROR)
+    except Exception as error:  # noqa: BLE001 - a fault of ours, whose text may come from anywhere
         tell(traceback.format_exc())
+        say_failure(error, EXIT_RUN_ERROR)
         sys.exit(EXIT_RUN_ERROR)
+    finally:
+        close_log()
+        choose_printing()
+
+
+def _command_of(error: Any) -> str | None:
+    """Returns the words after `smallcap` in which something is wrong; None where they are no command."""
+    context = getattr(error, "ctx", None)
+    is_command = context is not None and not hasattr(context.command, "commands")
+    return context.command_path.removeprefix("smallcap ") if is_command else None
+
+
+def _fail_usage(error: Any) -> NoReturn:
+    message = error.format_message()
+    if message.startswith("Usage:"):  # a command group without a command
+        tell(message)
+        sys.exit(EXIT_USAGE)
+    _fail(_unknown_flag(error) if hasattr(error, "possibilities") else ConfigError(message), EXIT_USAGE)
 
 
 def _unknown_flag(error: Any) -> ConfigError:
@@ -212,9 +270,12 @@ def _unknown_flag(error: Any) -> ConfigError:
     return ConfigError("There is no such option.", where=error.option_name, remedy=remedy)
 
 
-def _print_error(error: SmallCapError) -> None:
+def _fail(error: SmallCapError, exit_code: int) -> NoReturn:
+    """Prints an error for people, and for programs if they are to know, and ends the process."""
     from rich.text import Text
 
     message = Text("error: ", style="bold red")
     message.append(str(error), style="default")
     VisibleConsole(sys.stderr).print(message, soft_wrap=True)
+    say_failure(error, exit_code)
+    sys.exit(exit_code)

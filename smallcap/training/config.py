@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from smallcap.config import AutoCount, ComputeConfig, Device, Dtype, InputConfig, ReduceFactor
-from smallcap.options import POSITIONAL_FILES, Config, Flag
+from smallcap.options import ENCODER, MODEL, POSITIONAL_FILES, URI, Config, Flag
 from smallcap.storage import DEFAULT_CACHE_DIR
 from smallcap.training.retrieval_sampling import RetrievalMode
 
@@ -80,20 +80,20 @@ class TrainConfig(Config):
 
     sources: Annotated[tuple[str, ...], POSITIONAL_FILES] = Field(min_length=1)
     """Images with captions: COCO captions or Karpathy's JSON, CSV, TSV, JSONL, Parquet, or WebDataset tars."""
-    validation: tuple[str, ...] = ()
+    validation: Annotated[tuple[str, ...], URI] = ()
     """Images with captions to choose the best epoch by; by default the `val` split of Karpathy's JSON among the
     sources."""
-    images: str | None = None
+    images: Annotated[str | None, URI] = None
     """Folder or prefix that the images' paths are relative to; by default the source file's folder."""
-    index: str | None = None
+    index: Annotated[str | None, URI] = None
     """Published index that prompts are made from; needed unless `-k` is 0."""
-    out: str
+    out: Annotated[str, URI]
     """Output folder or prefix. The trained model is written to OUT/model."""
-    model: str | None = None
+    model: Annotated[str | None, MODEL] = None
     """Checkpoint to train further. Otherwise the model is made of a vision encoder and a decoder."""
-    vision_encoder: str | None = None
+    vision_encoder: Annotated[str | None, MODEL] = None
     """CLIP whose vision tower is taken: a folder or a hub id such as openai/clip-vit-base-patch32."""
-    decoder: str | None = None
+    decoder: Annotated[str | None, MODEL] = None
     """Language model: a folder or a hub id such as gpt2, facebook/opt-125m, facebook/xglm-564M."""
     reduce_factor: ReduceFactor = 4
     """Factor by which the heads of a new cross-attention are smaller."""
@@ -101,9 +101,9 @@ class TrainConfig(Config):
     """Token that ends a new model's captions."""
     pad_token: Annotated[str, Flag(any_text=True)] = "!"
     """Token that fills a new model's batches."""
-    retrieval_encoder: str | None = None
+    retrieval_encoder: Annotated[str | None, ENCODER] = None
     """Retrieval encoder: `open_clip:MODEL/PRETRAINED` or `hf:ID-OR-PATH`; by default the one that the index names."""
-    features: str | None = None
+    features: Annotated[str | None, URI] = None
     """Folder of stored features, to share between runs of the same images and encoders; by default OUT/features."""
     limit: int | None = Field(None, ge=1)
     """Use only the first N images of the sources, and the first N for validation."""

@@ -151,7 +151,7 @@ def test_the_job_runs_as_a_module_from_a_config_file(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """As `ray job submit … python -m jobs.caption --config FILE --set …` does."""
+    """As `python -m jobs.caption --config FILE --set …` does."""
     images, out = str(tmp_path / "images"), str(tmp_path / "out")
     write_images(images, 2)
     (tmp_path / "run.yaml").write_text(f"images: [{images}]\nindex: {index}\nmodel: {tiny_smallcap}\n")

@@ -116,6 +116,7 @@ def test_flags_of_every_kind_reach_the_job(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("jobs.caption.run", lambda *given, **named: called.append((*given, named)))
     monkeypatch.setattr("jobs.caption.describe", lambda summary: "")
     monkeypatch.setattr("jobs.caption.exit_status", lambda config, summary: 3)
+    monkeypatch.setattr("jobs.caption.explain_exit", lambda config, summary: "why")
     arguments = "caption a b --model m --out o -k 0 --keep-columns x,y --keep-columns z --no-clip-score --top-p 0.5"
     done = runner.invoke(
         app, [*arguments.split(), "--set", "generation.do_sample=true", "--address", "auto", "--relist"]

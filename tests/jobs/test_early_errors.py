@@ -11,6 +11,7 @@ import pytest
 from jobs.captioning.record import RunRecord, write_run_record
 from jobs.training.record import TrainRecord, write_train_record
 from smallcap.config import CaptionConfig
+from smallcap.model.files import checkpoint_id
 from smallcap.options import load_config
 from smallcap.training.config import TrainConfig
 from tests.caption_runs import write_images
@@ -71,6 +72,17 @@ COMMANDS = {
     "another training": ("train captions.csv --out training --model {model} -k 0 --epochs 3", 2, "epochs: 10 → 3"),
     "no image to search with": ("search --index {index} --image none.jpg", 1, "none.jpg"),
     "no encoder to search with": ("search --index {index} --text x --encoder open_clip:RN50x46/openai", 2, "RN50x64"),
+    "an index version that is gone": (
+        "caption images --out gone --model {model} --index none", 1, "The run's index version is gone."
+    ),
+    "a version that is gone, to plan with": (
+        "caption images --out gone --model {model} --index none --dry-run", 1, "The run's index version is gone."
+    ),
+    "no config file": ("caption images --config none.yaml", 2, "none.yaml"),
+    "no run to try again": ("caption --retry-failed new/out", 2, "no run in this folder"),
+    "no cluster's address": (f"{WITH_ALL} --address nowhere", 2, "no address of a Ray cluster"),
+    "no text": ("caption images --out new/out --model", 2, "requires an argument"),
+    "no log's folder": (f"{WITH_ALL} --log-file new/log", 2, "The log file cannot be written."),
     "no references": ("evaluate run --references none.json", 1, "none.json"),
     "no run": ("evaluate new --references captions.csv", 2, "no run in this folder"),
     "nothing to measure": ("bench --retrieval-encoder RN50x46", 2, "or RN50x64"),
@@ -88,10 +100,14 @@ def answers(
     flags = {"images": ["images"], "model": str(tiny_smallcap), "out": "run", "retrieval.k": 0}
     config = load_config(CaptionConfig, flags=flags)
     write_run_record(f"{folder}/run", RunRecord.new(config, None, None, model_id="other@0"))
+    retrieving = load_config(CaptionConfig, flags=flags | {"out": "gone", "index": "none", "retrieval.k": None})
+    gone = RunRecord.new(retrieving, "0" * 16, None, model_id=checkpoint_id(str(tiny_smallcap)))
+    gone = gone.model_copy(update={"config": gone.config | {"images": ["images"], "index": "none", "out": "gone"}})
+    write_run_record(f"{folder}/gone", gone)
     training = {"sources": ["captions.csv"], "model": str(tiny_smallcap), "out": "training", "retrieval.k": 0}
     record = TrainRecord.new(load_config(TrainConfig, flags=training), None, None, start_id="other@0")
     write_train_record(f"{folder}/training", record)
-    for run in ("run", "training"):
+    for run in ("run", "training", "gone"):
         (folder / run / ".lock").touch()  # as the run's driver left it
     lines = [
         words.format(index=index, clip=tiny_clip, model=tiny_smallcap).split() for words, _, _ in COMMANDS.values()

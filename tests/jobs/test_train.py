@@ -182,7 +182,7 @@ def test_a_model_of_parts_is_trained_on_s3(
         "reduce_factor": 8,
     }
     config = load_config(train.TrainConfig, flags=flags)
-    assert "48 captions" not in "".join(train.plan_lines(config))  # two more are of images that cannot be read
+    assert "48 captions" not in "".join(train.plan(config).lines())  # two more are of images that cannot be read
     summary = train.run(config)
     assert (summary.record.steps, summary.record.selected_by, summary.record.index_id) == (3, "last", None)
     for uri in storage.list_files(f"{s3}/out/model"):

@@ -64,7 +64,7 @@ def test_help_says_everything_of_a_command(
         assert option.is_switch or not option.default or f"default: {option.default}]" in printed
 
 
-@pytest.mark.parametrize("group", [(), ("index",)])
+@pytest.mark.parametrize("group", [(), ("index",), ("config",)])
 @pytest.mark.parametrize("help_flag", ["-h", "--help"])
 def test_groups_of_commands_have_help(
     group: tuple[str, ...], help_flag: str, capsys: pytest.CaptureFixture[str]
@@ -79,7 +79,36 @@ def test_no_two_options_share_a_flag(command: Command) -> None:
     assert len(names) == len(set(names))
 
 
-OTHERS = ("--shm-size", "--pids-limit", "--head")  # of docker run and ray start
+OTHERS = ("--shm-size", "--pids-limit", "--head", "--install-completion")  # of docker run, ray start and typer
+
+
+def flags(command: Command) -> set[str]:
+    switches = {f"--no-{option.names[-1].removeprefix('--')}" for option in command.options() if option.is_switch}
+    return switches | {name for option in command.options() for name in option.names}
+
+
+@pytest.mark.parametrize("given", ["nothing", "what is required"])
+@pytest.mark.parametrize(
+    "command",
+    [command for command in COMMANDS if any(option.is_required for option in command.options())],
+    ids=lambda command: command.name,
+)
+def test_a_message_names_options_that_its_command_has(
+    command: Command, given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    words = with_what_is_required(command) if given != "nothing" else command.name.split()
+    if (command.name, given) == ("config init", "what is required"):
+        return  # which is all it needs
+    assert exit_status(*words) in (1, 2)
+    message = capsys.readouterr().err
+    named = [other for other in COMMANDS if f"smallcap {other.name}" in message]
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", message)) <= set().union(*map(flags, [command, *named]))
+    if given == "nothing":
+        required = [option.names[-1] for option in command.options() if option.is_required]
+        assert [name for name in required if name not in message] == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_all_flags_and_keys_that_texts_name_exist() -> None:
@@ -102,7 +131,8 @@ def test_junk_is_refused_with_what_was_expected(
         assert exit_status(*with_what_is_required(command, f"{flag}=junk")) == 2
         assert flag in capsys.readouterr().err
     elif option.values:
-        assert exit_status(*with_what_is_required(command, flag, "junk")) == 2
+        given = ("junk",) if option.is_positional else (flag, "junk")
+        assert exit_status(*in_place_of(option, command, list(given))) == 2
         assert f"where: {flag}\n  expected: {option.values}\n  found: 'junk'" in capsys.readouterr().err
     if not option.is_positional:
         assert exit_status(*command.name.split(), f"{flag}x", "junk") == 2
@@ -130,7 +160,7 @@ def junk_texts(option: Option) -> st.SearchStrategy[str]:
         words = {"", *re.findall(r"[\w/-]+", option.values)}
         texts |= st.sampled_from(NO_NUMBER)
         texts |= st.text().filter(lambda text: not is_a_number(text) and not {*text.split(",")} & words)
-    return texts
+    return texts.filter(lambda text: not (option.is_positional and text.startswith("-")))
 
 
 def refusal(*arguments: str) -> str:
@@ -138,10 +168,10 @@ def refusal(*arguments: str) -> str:
     printed, said = io.StringIO(), io.StringIO()
     with redirect_stdout(printed), redirect_stderr(said):
         assert exit_status(*arguments) == 2
-    assert not printed.getvalue()
+    assert not printed.getvalue() or "--json" in arguments
     message = said.getvalue()
     assert message.startswith("error: ")
-    assert message.count("error: ") == 1
+    assert len(re.findall("(?m)^error: ", message)) == 1
     assert "Traceback" not in message
     assert len(message) < 2000
     return message
@@ -209,6 +239,7 @@ def in_place_of(option: Option, command: Command, typed: list[str]) -> list[str]
         (["capt"], "Did you mean 'caption'?"),
         ([], "Usage: smallcap "),
         (["index"], "Usage: smallcap index "),
+        (["config"], "Usage: smallcap config "),
     ],
 )
 def test_a_wrong_command_line_is_a_usage_error(
