@@ -45,7 +45,7 @@ from smallcap.options import load_config
 from smallcap.storage import DEFAULT_CACHE_DIR
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from smallcap.model.prompt import DecoderTokenizer
 
 
 _MORE_ROOM = "Set search_device to cpu, let fewer actors share the GPU (gpus_per_actor)"  # on a GPU
@@ -98,7 +98,7 @@ class Captioner:
     def __init__(
         self,
         model: SmallCapModel,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: DecoderTokenizer,
         retrieval_encoder: RetrievalEncoder | None = None,
         retriever: NeighbourSearch | None = None,
         options: CaptionerOptions | None = None,

@@ -204,5 +204,5 @@ class _ReadyEncoder(RetrievalEncoder):
 
     def _text_features(self, texts: list[str]) -> Tensor:
         assert self._tokenise is not None
-        ids, _ = pad_right(self._tokenise(texts), 0, self._length)
+        ids = pad_right(self._tokenise(texts), self._length)
         return self._features[torch.arange(len(ids)) % len(self._features)]

@@ -9,15 +9,13 @@ tokenizer. What smallcap stores beyond the reference (the prompt's words, decodi
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from smallcap.config import DecodeMode, GenerationConfig
@@ -38,6 +36,7 @@ from smallcap.model.files import named_by_weights, read_checkpoint_config, resol
 from smallcap.model.gpt2 import GPT2Decoder, dump_gpt2_config, parse_gpt2_config
 from smallcap.model.opt import OPTDecoder, dump_opt_config, parse_opt_config
 from smallcap.model.prompt import PromptTemplate
+from smallcap.model.weights import Unfilled, read_tensors
 from smallcap.model.xglm import XGLM_FORMAT, XGLMDecoder
 
 
@@ -218,9 +217,10 @@ def load_checkpoint(source: str, device: str = "cpu", dtype: str = "float32") ->
     """
     torch_device, torch_dtype = find_device(device), getattr(torch, dtype)
     folder = resolve_folder(source, demo_model="smallcap")
-    model = SmallCapModel(load_config(folder))
+    with Unfilled():
+        model = SmallCapModel(load_config(folder))
     path = weights_file(folder)
-    load_weights(model, _read_tensors(path), str(path))
+    load_weights(model, read_tensors(path), str(path))
     model.model_id = named_by_weights(source, folder)
     choose_kernels(torch_dtype, torch_device)
     return model.to(device=torch_device, dtype=torch_dtype).eval().requires_grad_(False)
@@ -359,19 +359,3 @@ def _reference_names(model: SmallCapModel) -> dict[str, Tensor]:
         f"encoder.{name}": tensor for name, tensor in model.encoder.transformer.named_parameters()
     }
     return encoder | {f"decoder.{name}": tensor for name, tensor in model.decoder.named_parameters()}
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        tensors: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return dict(tensors)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            "The weights file holds more than tensors and is not unpickled.",
-            where=str(path),
-            remedy="If you trust it, convert it to safetensors.",
-        ) from error
-    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-        raise CheckpointError("The weights file is damaged.", where=str(path), found=str(error)) from error

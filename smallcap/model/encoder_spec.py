@@ -23,8 +23,7 @@ from typing import Any, Literal
 from smallcap.errors import CheckpointError, ConfigError
 from smallcap.images.decode import Preprocessing
 from smallcap.index.manifest import EncoderIdentity
-from smallcap.model.files import DEMO, resolve_folder, weights_file
-from smallcap.storage import sha256_file
+from smallcap.model.files import DEMO, resolve_folder, weights_file, weights_sha256
 
 
 def resolve_encoder_identity(spec: str) -> EncoderIdentity:
@@ -41,7 +40,7 @@ def resolve_encoder_identity(spec: str) -> EncoderIdentity:
     else:
         dim = open_clip_config(name)["embed_dim"]
         weights = _open_clip_weights(name, pretrained, spec)
-    return EncoderIdentity(spec=spec, weights_sha256=sha256_file(weights), dim=dim)
+    return EncoderIdentity(spec=spec, weights_sha256=weights_sha256(weights), dim=dim)
 
 
 def load_preprocessing(spec: str) -> Preprocessing:
