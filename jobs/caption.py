@@ -148,6 +148,8 @@ def _caption(
 
     with display.activity("Looking at the cluster, and choosing a precision"):
         layout = lay_out(config, record)
+    if layout.precision:
+        display.say(f"Precision: {layout.precision}.")
     actors = layout.actors
     attempt = Attempt(
         token=uuid.uuid4().hex, started_at=utc_now(), actors=actors.num_actors, device=actors.device, dtype=actors.dtype

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from smallcap.config import DecodeMode, GenerationConfig
+from smallcap.config import GenerationConfig
 from smallcap.decoding.beam_search import BeamSearch
 from smallcap.decoding.cuda_graphs import GraphStepper
 from smallcap.decoding.engine import EAGER, Generated, Stepper, generate
@@ -27,11 +27,9 @@ from smallcap.decoding.sampling import Sampling
 from smallcap.decoding.strategy import GenerationOptions, SamplingOptions
 from smallcap.decoding.text_decoder import DecoderConfig, TextDecoder
 from smallcap.errors import CheckpointError, ConfigError
-from smallcap.images.crops import CropPlan
 from smallcap.machine.gpu import on_device
 from smallcap.machine.precision import choose_kernels, find_device
 from smallcap.model.clip_encoder import VisionEncoder
-from smallcap.model.encoder_spec import load_preprocessing, vision_preprocessing
 from smallcap.model.files import named_by_weights, read_checkpoint_config, resolve_folder, weights_file
 from smallcap.model.gpt2 import GPT2Decoder, dump_gpt2_config, parse_gpt2_config
 from smallcap.model.opt import OPTDecoder, dump_opt_config, parse_opt_config
@@ -258,16 +256,6 @@ def load_config(folder: Path) -> SmallCapConfig:
         raise CheckpointError(
             "The checkpoint's config.json is malformed.", where=str(path), found=f"{type(error).__name__}: {error}"
         ) from error
-
-
-def load_crop_plan(model: str, retrieval_encoder: str | None, decode: DecodeMode = "exact") -> CropPlan:
-    """Returns the crops that a checkpoint and a retrieval encoder need, without loading their weights.
-
-    Raises:
-        CheckpointError: One of them cannot be found.
-    """
-    vision = vision_preprocessing(load_config(resolve_folder(model, demo_model="smallcap")).vision)
-    return CropPlan.of(vision, load_preprocessing(retrieval_encoder) if retrieval_encoder else None, decode)
 
 
 def load_weights(model: SmallCapModel, tensors: dict[str, Tensor], where: str) -> None:
