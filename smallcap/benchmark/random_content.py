@@ -28,7 +28,8 @@ from smallcap.index.caption_store import CAPTION_STORE_COLUMNS, write_caption_fi
 from smallcap.index.manifest import EncoderIdentity, FileEntry, IndexManifest, ShardEntry, SourceEntry
 from smallcap.index.retriever import Retriever
 from smallcap.model.checkpoint import SmallCapConfig, SmallCapModel
-from smallcap.model.clip import Clip, TextConfig, VisionConfig
+from smallcap.model.clip import Clip
+from smallcap.model.clip_config import TextConfig, VisionConfig
 from smallcap.model.clip_encoder import HFRetrievalEncoder, OpenCLIPRetrievalEncoder, RetrievalEncoder
 from smallcap.model.encoder_spec import open_clip_config, open_clip_preprocessing
 

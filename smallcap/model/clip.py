@@ -7,65 +7,21 @@ Source: Radford et al. 2021; huggingface/transformers src/transformers/models/cl
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smallcap.decoding.text_decoder import activation, init_weights, split_heads
 from smallcap.errors import CheckpointError
+from smallcap.model.clip_config import MISCOUNTED_EOS, TextConfig, TowerConfig, VisionConfig, read_clip_config
 from smallcap.model.files import weights_file
 from smallcap.model.weights import Unfilled, read_tensors
-
-_TOWERS = ("vision_config", "text_config")
-_MISCOUNTED_EOS = 2  # in configs from before transformers 4.32, whatever the vocabulary says
-
-
-@dataclass(frozen=True, kw_only=True)
-class TowerConfig:
-    """The sizes of a tower under their names in transformers."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_hidden_layers: int = 12
-    hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
-
-    @classmethod
-    def parse(cls, values: Mapping[str, Any]) -> Self:
-        """Takes the values that it knows; others keep the defaults of transformers."""
-        known = {field.name for field in fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in known})
-
-
-@dataclass(frozen=True, kw_only=True)
-class VisionConfig(TowerConfig):
-    """The sizes of a vision tower."""
-
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_attention_heads: int = 12
-    num_channels: int = 3
-    image_size: int = 224
-    patch_size: int = 32
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextConfig(TowerConfig):
-    """The sizes of a text tower."""
-
-    hidden_size: int = 512
-    intermediate_size: int = 2048
-    num_attention_heads: int = 8
-    vocab_size: int = 49408
-    max_position_embeddings: int = 77
-    eos_token_id: int = 49407
 
 
 class Attention(nn.Module):
@@ -195,7 +151,7 @@ class TextTower(nn.Module):
         """
         hidden_states = self.encoder(self.embeddings(input_ids), is_causal=True)
         # The end has the highest id where the config is wrong about it. What fills up must not be higher.
-        ends = input_ids if self.eos_token_id == _MISCOUNTED_EOS else (input_ids == self.eos_token_id).int()
+        ends = input_ids if self.eos_token_id == MISCOUNTED_EOS else (input_ids == self.eos_token_id).int()
         rows = torch.arange(len(input_ids), device=input_ids.device)
         return self.final_layer_norm(hidden_states[rows, ends.argmax(dim=-1)])
 
@@ -238,18 +194,10 @@ class Clip(nn.Module):
         return clip
 
 
-def read_clip_config(folder: Path) -> tuple[VisionConfig, TextConfig, int]:
-    """Reads the sizes of both towers, and the length of an embedding, from a folder's `config.json`.
-
-    Raises:
-        CheckpointError: It is missing or malformed.
-    """
-    path = folder / "config.json"
-    try:
-        values = json.loads(path.read_bytes())
-        # Where an old config has both, transformers takes the second, and defaults for what that leaves out.
-        towers = [values.get(f"{name}_dict") or values.get(name) or {} for name in _TOWERS]
-        vision, text = VisionConfig.parse(towers[0]), TextConfig.parse(towers[1])
-        return vision, text, int(values.get("projection_dim", 512))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError("The encoder's config cannot be read.", where=str(path), found=str(error)) from error
+def pad_right(rows: Sequence[Sequence[int]], length: int) -> Tensor:
+    """Fills rows of token ids up to one length with zeros, which no token before them sees: [B, S] int64."""
+    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+    mask = np.arange(length) < lengths[:, None]
+    ids = np.zeros(mask.shape, np.int64)
+    ids[mask] = np.fromiter(chain.from_iterable(rows), np.int64, lengths.sum())
+    return torch.from_numpy(ids)

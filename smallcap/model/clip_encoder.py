@@ -24,8 +24,9 @@ from smallcap.images.decode import Preprocessing
 from smallcap.index.manifest import EncoderIdentity
 from smallcap.machine.precision import choose_kernels, find_device
 from smallcap.machine.shapes import fill_up, rows_on_gpu, tokens_on_gpu
-from smallcap.model.clip import Clip, VisionConfig, VisionTower
-from smallcap.model.clip_tokenizer import ClipTokenizer, pad_right
+from smallcap.model.clip import Clip, VisionTower, pad_right
+from smallcap.model.clip_config import VisionConfig
+from smallcap.model.clip_tokenizer import ClipTokenizer
 from smallcap.model.encoder_spec import (
     check_encoder_spec,
     open_clip_preprocessing,

@@ -15,10 +15,7 @@ from functools import lru_cache
 from itertools import chain
 from typing import Any
 
-import numpy as np
-import torch
 from tokenizers import Tokenizer
-from torch import Tensor
 
 from smallcap.model.prompt import specials_stay_within_words
 
@@ -104,15 +101,6 @@ class ClipTokenizer:
     def _by_words(self, text: str) -> list[int]:
         ids = list(chain.from_iterable(map(self._word, text.split())))
         return [self._start, *ids[: self._max_tokens - 2], self._end]
-
-
-def pad_right(rows: Sequence[Sequence[int]], length: int) -> Tensor:
-    """Fills rows of token ids up to one length with zeros, which no token before them sees: [B, S] int64."""
-    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
-    mask = np.arange(length) < lengths[:, None]
-    ids = np.zeros(mask.shape, np.int64)
-    ids[mask] = np.fromiter(chain.from_iterable(rows), np.int64, lengths.sum())
-    return torch.from_numpy(ids)
 
 
 def _is_clips(backend: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Reads a model's tensors from its weights file, and builds the model to put them in; nothing in the file is executed."""
+"""Reads a model's tensors from its file, and lets the model be built for them; nothing in the file is executed."""
 
 from __future__ import annotations
 

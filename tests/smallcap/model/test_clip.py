@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from smallcap.errors import CheckpointError
-from smallcap.model.clip import Clip, read_clip_config
-from smallcap.model.clip_tokenizer import pad_right
+from smallcap.model.clip import Clip, pad_right
+from smallcap.model.clip_config import read_clip_config
 
 LAYERS = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 TEXT = {**LAYERS, "vocab_size": 100, "max_position_embeddings": 12, "bos_token_id": 98, "eos_token_id": 99}

@@ -14,7 +14,8 @@ from tokenizers import AddedToken, normalizers, pre_tokenizers
 from transformers import CLIPTokenizer
 
 from smallcap.benchmark.random_content import build_tokenizer
-from smallcap.model.clip_tokenizer import ClipTokenizer, pad_right
+from smallcap.model.clip import pad_right
+from smallcap.model.clip_tokenizer import ClipTokenizer
 
 MOST = 77
 ODD = [
