@@ -34,8 +34,8 @@ from smallcap.index.partition import LocalPartition
 from smallcap.index.ranking import NOTHING, Ranking
 from smallcap.index.retriever import Neighbours, NeighbourSearch
 from smallcap.model.checkpoint import SmallCapConfig, SmallCapModel
-from smallcap.model.clip_encoder import RetrievalEncoder
 from smallcap.model.clip import pad_right
+from smallcap.model.clip_encoder import RetrievalEncoder
 from smallcap.model.clip_tokenizer import ClipTokenizer
 from smallcap.model.files import demo_captions
 from smallcap.model.prompt import encode_texts, load_tokenizer

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -18,7 +18,7 @@ from smallcap.model.files import tokenizer_folder
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    DecoderTokenizer = Tokenizer | PreTrainedTokenizerBase
+DecoderTokenizer: TypeAlias = "Tokenizer | PreTrainedTokenizerBase"
 
 IGNORED_LABEL = -100  # torch.nn.functional.cross_entropy's ignore_index
 
@@ -128,7 +128,8 @@ def encode_texts(tokenizer: DecoderTokenizer, texts: Sequence[str]) -> list[list
         return []
     backend = backend_of(tokenizer)
     if backend is None:
-        encoded: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        slow: Any = tokenizer
+        encoded: list[list[int]] = slow(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
         return encoded
     return [encoding.ids for encoding in _encode_batch(backend, texts)]
 
@@ -216,5 +217,6 @@ def decode_captions(tokenizer: DecoderTokenizer, captions: Sequence[Sequence[int
     if backend is not None:
         texts = backend.decode_batch(cut, skip_special_tokens=True)
     else:
-        texts = [tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) for ids in cut]
+        slow: Any = tokenizer
+        texts = [slow.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) for ids in cut]
     return [text.strip() for text in texts]
