@@ -16,6 +16,6 @@ print(json.dumps([found[0].text, round(found[0].score, 3), sorted({heavy!r} & sy
 
 
 def test_a_search_by_text_answers_without_torch_or_ray(index: str) -> None:
-    heavy = {"torch", "transformers", "open_clip", "ray", "pandas"}
+    heavy = {"torch", "transformers", "open_clip", "ray"}
     text, score, imported = json.loads(run_python(SCRIPT.format(index=index, heavy=heavy)))
     assert (text, score, imported) == ("3 dog on the sea", 1.0, [])
