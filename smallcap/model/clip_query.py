@@ -27,7 +27,7 @@ def _tanh_gelu(x: np.ndarray) -> np.ndarray:
 
 
 _ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "gelu": lambda x: 0.5 * x * (1 + _ERF(x / math.sqrt(2)).astype(np.float32)),
+    "gelu": lambda x: 0.5 * x * (1 + np.asarray(_ERF(x / math.sqrt(2)), np.float32)),
     "gelu_new": _tanh_gelu,
     "gelu_pytorch_tanh": _tanh_gelu,
     "quick_gelu": lambda x: x / (1 + np.exp(-1.702 * x)),
