@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from benchmarks.measuring import environment
 from benchmarks.tiny_models import ModelAndIndex
@@ -15,6 +18,7 @@ from smallcap import storage
 from smallcap.benchmark import random_content
 from smallcap.index.manifest import manifest_uri, write_pointer
 from smallcap.model.checkpoint import save_checkpoint
+from smallcap.model.clip import Clip
 from smallcap.model.encoder_spec import resolve_encoder_identity
 
 DEMO_INDEX = "out/demo/index"
@@ -53,15 +57,22 @@ def real_size_model(folder: Path) -> ModelAndIndex:
     tokenizer = random_content.build_tokenizer()
     checkpoint, clip_folder, index = folder / "smallcap", folder / "clip", folder / "index"
     save_checkpoint(model, checkpoint)
-    tokenizer.save_pretrained(checkpoint)
     torch.manual_seed(0)
-    random_content.build_clip(model).save_pretrained(clip_folder)
-    tokenizer.pad_token = "!"
-    tokenizer.model_max_length = 77
-    tokenizer.save_pretrained(clip_folder)
+    _save_clip(random_content.build_clip(model), clip_folder)
+    for holder in (checkpoint, clip_folder):
+        tokenizer.save(str(holder / "tokenizer.json"))
     index.mkdir()
     identity = resolve_encoder_identity(f"hf:{clip_folder}")
     manifest = random_content.write_random_index(index, _RANDOM_CAPTIONS, identity).manifest
     storage.write_bytes(manifest_uri(str(index), manifest.index_id), manifest.to_json().encode())
     write_pointer(str(index), manifest.index_id)
     return ModelAndIndex(str(checkpoint), str(index))
+
+
+def _save_clip(clip: Clip, folder: Path) -> None:
+    """Writes a CLIP as transformers does."""
+    folder.mkdir()
+    save_file(clip.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+    towers = {"vision_config": asdict(clip.vision_config), "text_config": asdict(clip.text_config)}
+    config = {"model_type": "clip", "projection_dim": clip.text_projection.out_features, **towers}
+    (folder / "config.json").write_text(json.dumps(config))

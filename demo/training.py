@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from smallcap.machine.precision import fastest_cpu_dtype
+from smallcap.machine.precision import resolve_dtype
 
 BATCHES_DRAWN = 16  # drawn together and sorted by length
 STEPS_PER_LINE = 100
@@ -88,7 +88,7 @@ def descend(
 
 def fast_matrices() -> torch.autocast:
     """Returns the context for a forward pass in training: bfloat16 if this CPU is faster in it, else float32."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=fastest_cpu_dtype() == "bfloat16")
+    return torch.autocast("cpu", torch.bfloat16, enabled=resolve_dtype("auto", "cpu") == "bfloat16")
 
 
 def batches_of_like_length(

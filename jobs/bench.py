@@ -18,13 +18,13 @@ from jobs.captioning.caption_table import TableCaptioner
 from jobs.captioning.layout import BATCHES_PER_CALL, CALLS_AT_ONCE
 from jobs.captioning.load import pixel_columns
 from smallcap import storage
-from smallcap.batch_size import LARGEST_BATCH
 from smallcap.benchmark.ready_captioner import IMAGE_PX, HostResult, PartTimes, ReadyCaptioner, image_id
 from smallcap.benchmark.stages import BenchmarkResult, run_benchmark
 from smallcap.captioner import Captioner, CaptionerOptions
 from smallcap.config import BenchmarkOptions
 from smallcap.images.crops import Pixels
 from smallcap.images.fragments import FRAGMENT_ROWS
+from smallcap.machine.actor_plan import LARGEST_BATCH
 from smallcap.machine.description import describe_machine
 from smallcap.machine.process_memory import keep_freed_memory
 from smallcap.output.schema import ENDS_FRAGMENT, FRAGMENT, FRAGMENT_ROW, STATUS_OK

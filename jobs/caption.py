@@ -151,6 +151,8 @@ def _caption(
 
     with display.activity("Looking at the cluster, and choosing a precision"):
         layout = lay_out(config, record)
+    if layout.precision:
+        display.say(f"Precision: {layout.precision}.")
     actors = layout.actors
     detail(_describe_layout(layout))
     attempt = Attempt(

@@ -7,6 +7,7 @@ from smallcap import storage
 from smallcap.errors import ConfigError, RowError
 from smallcap.index.manifest import load_manifest
 from smallcap.index.retriever import Neighbour, Retriever
+from smallcap.model.clip_query import embed_text
 from smallcap.model.encoder_spec import resolve_encoder_identity
 
 
@@ -22,16 +23,15 @@ def search(options: SearchOptions) -> list[Neighbour]:
     spec = options.encoder or manifest.encoder.spec
     data = storage.read_bytes(image) if image is not None else b""
     retriever = Retriever.open(index, encoder=resolve_encoder_identity(spec), index_id=manifest.index_id)
-    from smallcap.model.clip_encoder import load_retrieval_encoder, normalise_pixels  # torch; errors come before
-
-    loaded = load_retrieval_encoder(spec)
     if text is not None:
-        return retriever.search(loaded.encode_texts([text]), k)[0]
+        return retriever.search(embed_text(spec, text), k)[0]
     assert image is not None
-    import torch
+    import torch  # errors come before
 
     from smallcap.images.decode import crop_pixels, decode_image
+    from smallcap.model.clip_encoder import load_retrieval_encoder, normalise_pixels
 
+    loaded = load_retrieval_encoder(spec)
     try:
         pixels = crop_pixels(decode_image(data, where=image), loaded.preprocessing)
     except RowError as error:

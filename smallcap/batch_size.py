@@ -15,12 +15,12 @@ from smallcap.captioner import Captioner
 from smallcap.decoding.engine import EAGER
 from smallcap.decoding.sampling import Sampling
 from smallcap.decoding.strategy import GenerationOptions
+from smallcap.machine.actor_plan import LARGEST_BATCH
 from smallcap.machine.gpu_memory import room_bytes
 from smallcap.machine.process_memory import available_bytes
 from smallcap.machine.shapes import tokens_on_gpu
 from smallcap.model.checkpoint import SmallCapConfig
 
-LARGEST_BATCH = {"cpu": 64, "cuda": 256}  # images; larger batches gain nothing
 _CAPTION_TOKENS, _TEMPLATE_TOKENS = 25, 10  # of a prompt; by default an index holds no longer captions
 # Shares of the free memory. A CPU's memory must also hold decoding tasks, Ray's object store and the index's pages; a
 # GPU's allocator cannot use every gap.

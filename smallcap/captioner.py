@@ -45,7 +45,7 @@ from smallcap.options import load_config
 from smallcap.storage import DEFAULT_CACHE_DIR
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from smallcap.model.prompt import DecoderTokenizer
 
 
 _MORE_ROOM = "Set search_device to cpu, let fewer actors share the GPU (gpus_per_actor)"  # on a GPU
@@ -65,7 +65,7 @@ class CaptionerOptions(GenerationConfig):
     index_id: str | None = None
     """Version of the index; by default the current one."""
     cache_dir: str = DEFAULT_CACHE_DIR
-    """Folder for copies of remote indexes."""
+    """Folder for copies of remote indexes, and for what `auto` means here."""
     search_device: SearchDevice = "auto"
     """Where the index is searched; `auto` is the model's GPU where both fit on it, else the CPU."""
     compile_encoders: bool = False
@@ -98,7 +98,7 @@ class Captioner:
     def __init__(
         self,
         model: SmallCapModel,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: DecoderTokenizer,
         retrieval_encoder: RetrievalEncoder | None = None,
         retriever: NeighbourSearch | None = None,
         options: CaptionerOptions | None = None,
@@ -154,7 +154,7 @@ class Captioner:
         """
         options = load_config(CaptionerOptions, flags=changes, base=options.model_dump() if options else None)
         device = resolve_device(options.device)
-        dtype = resolve_dtype(options.dtype, device)
+        dtype = resolve_dtype(options.dtype, device, options.cache_dir)
         spec, retriever = options.retrieval_encoder, None
         if index is not None and options.k != 0:  # the index is checked before any model is loaded
             opened = None if isinstance(index, str) else index

@@ -138,15 +138,20 @@ def _remote(target: Any = None, **options: Any) -> Any:
 class _Remote:
     """A task, or the class of an actor."""
 
-    def __init__(self, target: Any) -> None:
-        self._target = target
+    def __init__(self, target: Any, returns: int = 1) -> None:
+        self._target, self._returns = target, returns
 
-    def options(self, **options: Any) -> _Remote:
-        return self
+    def options(self, num_returns: int = 1, **options: Any) -> _Remote:
+        return _Remote(self._target, num_returns)
 
     def remote(self, *arguments: Any) -> Any:
         target, *arguments = _pickled((self._target, *map(_resolved, arguments)))
-        return Handle.of(target(*arguments)) if isinstance(target, type) else _Answer(lambda: target(*arguments))
+        if isinstance(target, type):
+            return Handle.of(target(*arguments))
+        answer = _Answer(lambda: target(*arguments))
+        if self._returns == 1:
+            return answer
+        return [_Answer(lambda place=place: answer.get()[place]) for place in range(self._returns)]
 
 
 def _resolved(argument: Any) -> Any:

@@ -6,11 +6,12 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import count, islice
 from typing import Any
 
 import pyarrow as pa
 
+from jobs.cluster.resources import cores_here, living_nodes
 from smallcap.machine.actor_plan import ActorPlan
 from smallcap.machine.process_memory import private_bytes
 
@@ -24,9 +25,23 @@ class Calibration:
     images: int  # how many were captioned in the time
     load_s: float  # per image, on one CPU
     caption_s: float  # per image, in one actor
-    start_s: float  # the actor's time to load its models and for its first call
+    start_s: float  # from nothing but Ray to the first call's captions: processes, imports, models, the first images
     actor_bytes: int  # the actor's private memory, without the shared pages of the index
     gpu_bytes: int = 0  # the most GPU memory that the actor took
+    load_cpu_s: float = 0.0  # CPU time of loading an image
+    caption_cpu_s: float = 0.0  # CPU time of captioning an image, of all threads
+    cores_per_cpu: float = 1.0  # of the actor's node, for each CPU that Ray counts there
+    loaded_images: int = 0  # at the end of `start_s`
+    captioned_images: int = 0  # at the end of `start_s`
+
+
+@dataclass(frozen=True)
+class _Loading:
+    """What loading took: per image, without the first batch if there are others."""
+
+    images: int
+    seconds: float
+    cpu_seconds: float
 
 
 def calibrate(
@@ -38,8 +53,8 @@ def calibrate(
 ) -> Calibration:
     """Loads a few batches in a CPU task and captions them in an actor with the plan's resources; connect to Ray first.
 
-    Both are timed as the run does them, and without what happens only once: the first batch that is loaded, if there
-    are others, and the captioner's first calls.
+    As in a run, the captioner is loaded while the images are. Both are timed as the run does them, and without what
+    happens only once: the first batch that is loaded, if there are others, and the captioner's first calls.
 
     Args:
         load: A picklable function that yields tables as the run's loading tasks make them.
@@ -53,54 +68,70 @@ def calibrate(
     """
     import ray
 
-    loading = ray.remote(num_cpus=plan.cpus_per_task)(_time_loading).remote(load)
+    began = time.perf_counter()
+    time_loading = ray.remote(num_cpus=plan.cpus_per_task)(_time_loading).options(num_returns=2)
+    loaded, images = time_loading.remote(load)
     actor = ray.remote(_CalibratingActor).options(num_cpus=plan.cpus_per_actor, num_gpus=plan.gpus_per_actor).remote()
     try:
-        images, load_s = ray.get(loading)
-        calibration: Calibration = ray.get(actor.measure.remote(make_captioner, images, (rows, at_once), load_s))
-        return calibration
+        made = actor.make.remote(make_captioner, rows, at_once)
+        ray.get([made, actor.caption.remote(images, 1)])
+        start_s = time.perf_counter() - began
+        loading: _Loading = ray.get(loaded)
+        seconds, cpu_seconds = ray.get(actor.caption.remote(images, _TIMED_ROUNDS))
+        node, cores, actor_bytes, gpu_bytes = ray.get(actor.describe.remote())
     finally:
         ray.kill(actor)
+    timed = rows * at_once * _TIMED_ROUNDS
+    return Calibration(
+        images=timed,
+        load_s=loading.seconds,
+        caption_s=seconds / timed,
+        start_s=start_s,
+        actor_bytes=actor_bytes,
+        gpu_bytes=gpu_bytes,
+        load_cpu_s=loading.cpu_seconds,
+        caption_cpu_s=cpu_seconds / timed,
+        cores_per_cpu=min(1.0, cores / living_nodes()[node]["Resources"].get("CPU", cores)),
+        loaded_images=loading.images,
+        captioned_images=rows * at_once,
+    )
 
 
-def _time_loading(load: Callable[[], Iterable[pa.Table]]) -> tuple[pa.Table, float]:
-    """Returns all images, and the seconds per image."""
-    batches, ends = [], [time.perf_counter()]
+def _time_loading(load: Callable[[], Iterable[pa.Table]]) -> tuple[_Loading, pa.Table]:
+    """Returns what loading took, and all images."""
+    batches, ends = [], [(time.perf_counter(), time.process_time())]
     for batch in load():
         batches.append(batch)
-        ends.append(time.perf_counter())
+        ends.append((time.perf_counter(), time.process_time()))
     counted = slice(1, None) if len(batches) > 1 else slice(None)
-    seconds = [end - start for start, end in pairwise(ends)]
-    return pa.concat_tables(batches), sum(seconds[counted]) / sum(map(len, batches[counted]))
+    images = pa.concat_tables(batches)
+    first, last = ends[counted][0], ends[-1]
+    timed = sum(map(len, batches[counted]))
+    return _Loading(len(images), (last[0] - first[0]) / timed, (last[1] - first[1]) / timed), images
 
 
 class _CalibratingActor:
-    def measure(
-        self,
-        make_captioner: Callable[[], Callable[[pa.Table], Any]],
-        images: pa.Table,
-        call: tuple[int, int],
-        load_s: float,
-    ) -> Calibration:
-        """Captions images, `call` at a time (rows, and calls at once), and measures the time and memory."""
-        begun = time.perf_counter()
-        rows, at_once = call
-        captioner = make_captioner()
-        numbers = iter(range(at_once * (1 + _TIMED_ROUNDS)))
-        with ThreadPoolExecutor(at_once) as threads:
+    def make(self, make_captioner: Callable[[], Callable[[pa.Table], Any]], rows: int, at_once: int) -> None:
+        """Makes the captioner; a call of it takes so many rows, and so many calls go on at once."""
+        self._captioner, self._rows, self._at_once = make_captioner(), rows, at_once
+        self._numbers = count()
 
-            def caption(rounds: int) -> float:
-                calls = [_rows_of_call(images, rows, number) for number in islice(numbers, at_once * rounds)]
-                started = time.perf_counter()
-                for _ in threads.map(captioner, calls):
-                    pass
-                return time.perf_counter() - started
+    def caption(self, images: pa.Table, rounds: int) -> tuple[float, float]:
+        """Captions images in some rounds of calls; returns the seconds, and those of CPU time."""
+        numbers = islice(self._numbers, self._at_once * rounds)
+        calls = [_rows_of_call(images, self._rows, number) for number in numbers]
+        with ThreadPoolExecutor(self._at_once) as threads:
+            started, cpu_started = time.perf_counter(), time.process_time()
+            for _ in threads.map(self._captioner, calls):
+                pass
+            return time.perf_counter() - started, time.process_time() - cpu_started
 
-            caption(rounds=1)
-            start_s = time.perf_counter() - begun
-            caption_s = caption(_TIMED_ROUNDS)
-        timed = rows * at_once * _TIMED_ROUNDS
-        return Calibration(timed, load_s, caption_s / timed, start_s, private_bytes(), _gpu_bytes())
+    def describe(self) -> tuple[str, int, int, int]:
+        """Returns the node, how many cores this process may use there, and the memory that it took."""
+        import ray
+
+        node: str = ray.get_runtime_context().get_node_id()
+        return node, cores_here(), private_bytes(), _gpu_bytes()
 
 
 def _rows_of_call(images: pa.Table, rows: int, number: int) -> pa.Table:

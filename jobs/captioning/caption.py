@@ -1,4 +1,7 @@
-"""The second stage, in actors: captions the crops that `jobs.captioning.load` cuts."""
+"""The second stage, in actors: captions the crops that `jobs.captioning.load` cuts.
+
+torch and faiss are imported only in the actors: the driver, which sends this module to them, needs neither.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +9,23 @@ import time
 import uuid
 from dataclasses import dataclass
 from threading import Lock
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from jobs.captioning.caption_table import TableCaptioner
 from jobs.captioning.layout import CaptionLayout
 from jobs.captioning.monitor import MonitorClient
-from jobs.captioning.retrieval_actors import PartitionedRetriever, Partitions
 from jobs.captioning.stage_report import StageReport
 from jobs.cluster.errors import GuardedActor
 from jobs.cluster.resources import use_threads
-from smallcap.batch_size import largest_batch_here
-from smallcap.captioner import Captioner
 from smallcap.config import CaptionConfig
 from smallcap.index.manifest import load_manifest
 from smallcap.index.node_cache import missing_files
-from smallcap.index.partition import files_of
-from smallcap.index.retriever import Retriever
-from smallcap.machine.gpu_memory import limit_to_share
 from smallcap.machine.process_memory import keep_freed_memory
+
+if TYPE_CHECKING:
+    from jobs.captioning.retrieval_actors import Partitions
+    from smallcap.captioner import Captioner
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,11 @@ class CaptionImages(GuardedActor):
     def load(self, spec: CaptionerSpec) -> None:
         """Loads the captioner, and reports that the actor is ready."""
         started = time.perf_counter()
+        from jobs.captioning.caption_table import TableCaptioner
+        from smallcap.batch_size import largest_batch_here
+        from smallcap.index.retriever import Retriever
+        from smallcap.machine.gpu_memory import limit_to_share
+
         threads = use_threads(spec.layout.actors.threads)
         if spec.layout.actors.device == "cuda":
             limit_to_share(spec.layout.gpu_share)
@@ -118,6 +124,8 @@ def _count_cached_files(spec: CaptionerSpec) -> None:
     index, cache_dir = spec.config.index, spec.config.retrieval.cache_dir
     if spec.index_id is None or index is None or spec.partitions is not None:
         return
+    from smallcap.index.partition import files_of
+
     manifest = load_manifest(index, spec.index_id)
     files = files_of(manifest)
     misses = len(missing_files(index, manifest, cache_dir, files))
@@ -125,6 +133,9 @@ def _count_cached_files(spec: CaptionerSpec) -> None:
 
 
 def _load_captioner(spec: CaptionerSpec) -> Captioner:
+    from jobs.captioning.retrieval_actors import PartitionedRetriever
+    from smallcap.captioner import Captioner
+
     config = spec.config
     cache_dir = config.retrieval.cache_dir
     return Captioner.from_pretrained(

@@ -1,6 +1,6 @@
 """Lays a captioning run out on its cluster: actors, batches, and what its tasks and actors are told.
 
-Ray is imported only when a cluster is asked for its resources, and torch only then.
+Ray is imported only when a cluster is asked for its resources; torch never is.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from jobs.cluster.resources import node_resources
 from smallcap.config import CaptionConfig
 from smallcap.images.fragments import FRAGMENT_ROWS
 from smallcap.images.work_list import WorkList
-from smallcap.machine.actor_plan import ActorPlan, actors_on, plan_actors, tasks_beside
+from smallcap.machine.actor_plan import LARGEST_BATCH, ActorPlan, actors_on, plan_actors, tasks_beside
+from smallcap.machine.cpu_precision import CpuPrecision, cpu_precision
+from smallcap.model.encoder_spec import load_crop_plan
 from smallcap.output.coverage import WorkItem
 from smallcap.output.part_files import PartOptions
 
@@ -39,6 +41,7 @@ class CaptionLayout:
     batch_size: int  # the most images that go through the model together
     rows_per_part: int
     parts: PartOptions
+    precision: str = ""  # and why it was chosen, for people; empty where it was asked for, or GPUs are asked later
 
     @property
     def images_per_call(self) -> int:
@@ -88,12 +91,11 @@ class CaptionLayout:
 
 def lay_out(config: CaptionConfig, record: RunRecord) -> CaptionLayout:
     """Lays a run out on the cluster that this process is connected to."""
-    from smallcap.batch_size import LARGEST_BATCH  # torch
-
     nodes = tuple(node_resources())
-    actors = plan_actors(config.compute, nodes)
+    actors, precision = plan_actors(config.compute, nodes), ""
     if actors.device == "cpu" and config.compute.dtype == "auto":
-        actors = replace(actors, dtype=_cpu_dtype(record))
+        dtype, precision = _cpu_precision(config, record)
+        actors = replace(actors, dtype=dtype)
     output, batch_size = config.output, config.compute.batch_size
     with_tars = "webdataset" in output.write
     automatic_rows = _ROWS_PER_TAR if with_tars else _ROWS_PER_PART[actors.device]
@@ -103,20 +105,22 @@ def lay_out(config: CaptionConfig, record: RunRecord) -> CaptionLayout:
         LARGEST_BATCH[actors.device] if batch_size == "auto" else batch_size,
         automatic_rows if output.rows_per_part == "auto" else output.rows_per_part,
         PartOptions(output.rows_per_row_group, output.save_embeddings, with_tars),
+        precision,
     )
 
 
-def _cpu_dtype(record: RunRecord) -> str:
-    """Returns what `auto` means on CPU: the precision of earlier attempts, or else the fastest, which is measured."""
-    import ray
+def _cpu_precision(config: CaptionConfig, record: RunRecord) -> tuple[str, str]:
+    """Returns what `auto` means on CPU, with the reason: the precision of earlier attempts, or else the fastest.
 
-    from smallcap.machine.precision import fastest_cpu_dtype
+    A node says which that is. A run has one precision, also on nodes of several kinds.
+    """
+    import ray
 
     earlier = [attempt.dtype for attempt in record.attempts if attempt.device == "cpu" and attempt.dtype]
     if earlier:
-        return earlier[0]
-    dtype: str = ray.get(ray.remote(lambda: fastest_cpu_dtype()).remote())  # noqa: PLW0108 - Ray takes no cached function
-    return dtype
+        return earlier[0], f"{earlier[0]}, as when the run began"
+    found: CpuPrecision = ray.get(ray.remote(cpu_precision).remote(config.retrieval.cache_dir))
+    return found.dtype, found.describe()
 
 
 def load_spec(
@@ -124,7 +128,6 @@ def load_spec(
 ) -> LoadSpec:
     """Returns what loading tasks are told."""
     from jobs.captioning.load import LoadSpec
-    from smallcap.model.checkpoint import load_crop_plan
 
     crops = load_crop_plan(config.model, record.retrieval_encoder, config.input.decode)
     keep_bytes = layout.parts.webdataset

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -49,8 +50,9 @@ class IndexFacts:
 class RunPlan:
     """What is known of a run before it starts, and the time, cost and bottleneck that follow from it.
 
-    Loading and captioning go on at the same time, so the slower one decides. The plan assumes that the network serves
-    all tasks as well as the one that was measured.
+    Loading and captioning go on at the same time, so the slower one decides, or the cores that both share where Ray
+    counts more CPUs than there are. The plan assumes that the network serves all tasks as well as the one that was
+    measured.
     """
 
     images: int | None  # to do; None where there are uncounted tars
@@ -62,6 +64,7 @@ class RunPlan:
     index: IndexFacts | None
     measured: Calibration
     gpu_hour_cost: float | None = None  # $
+    before_s: float = 0.0  # what came before the measurement, and comes before a run's first image: listing, Ray
 
     @property
     def load_rate(self) -> float:
@@ -74,9 +77,15 @@ class RunPlan:
         return self.layout.actors.num_actors / self.measured.caption_s
 
     @property
+    def shared_rate(self) -> float:
+        """Images/s that the cores of all nodes load and caption together."""
+        cores = sum(node.get("CPU", 0.0) for node in self.layout.nodes) * self.measured.cores_per_cpu
+        return cores / max(self.measured.load_cpu_s + self.measured.caption_cpu_s, 1e-9)
+
+    @property
     def rate(self) -> float:
         """Images/s of the run."""
-        return min(self.load_rate, self.caption_rate)
+        return min(self.load_rate, self.caption_rate, self.shared_rate)
 
     @property
     def bottleneck(self) -> Literal["load", "caption"]:
@@ -95,8 +104,21 @@ class RunPlan:
 
     @property
     def seconds(self) -> float | None:
-        """Seconds that the whole run takes; None where the number of images is unknown."""
-        return None if self.images is None else self.measured.start_s + self.images / self.rate
+        """Seconds that the whole run takes; None where the number of images is unknown.
+
+        What is loaded and captioned at the end of the start is counted there. A fragment is loaded by one task.
+        """
+        if self.images is None:
+            return None
+        measured, tasks = self.measured, min(self.layout.load_tasks, self.fragments)
+        load_s = max(0, self.images - measured.loaded_images) / self.load_rate * self.layout.load_tasks / tasks
+        rest = max(0, self.images - measured.captioned_images)
+        return self.start_s + max(load_s, rest / min(self.caption_rate, self.shared_rate))
+
+    @property
+    def start_s(self) -> float:
+        """Seconds from the command to the first captions."""
+        return self.before_s + self.measured.start_s
 
     @property
     def gpu_hours(self) -> float | None:
@@ -125,6 +147,7 @@ class RunPlan:
             ("Images", self._images()),
             ("Cluster", self._cluster()),
             ("Actors", self._actors()),
+            ("Precision", self.layout.precision),
             ("Index", self._index()),
             (
                 "Measured",
@@ -139,7 +162,7 @@ class RunPlan:
         if actors.max_actors > actors.num_actors:
             grown = actors.max_actors / measured.caption_s
             needed = f"{self.cpus_to_feed / actors.num_actors:,.1f} CPUs for loading per actor"
-            named.insert(7, ("At most", f"{actors.max_actors} actors caption {grown:,.1f} images/s, with {needed}"))
+            named.insert(8, ("At most", f"{actors.max_actors} actors caption {grown:,.1f} images/s, with {needed}"))
         return [f"{name + ':':12} {text}" for name, text in named if text]
 
     def _images(self) -> str:
@@ -174,7 +197,9 @@ class RunPlan:
         return f"{index.index_id}, {index.ntotal:,} captions, {size} on every node, shared by its actors"
 
     def _throughput(self) -> str:
-        if self.bottleneck == "load":
+        if self.shared_rate < min(self.load_rate, self.caption_rate):
+            verdict = f"both share the cores, which do {self.shared_rate:,.1f}"
+        elif self.bottleneck == "load":
             verdict = f"loading is the bottleneck; with {self.cpus_to_feed:,.1f} CPUs it would keep the actors busy"
         else:
             verdict = "captioning is the bottleneck"
@@ -197,7 +222,7 @@ class RunPlan:
         )
 
     def _time(self) -> str:
-        start = f"{describe_duration(self.measured.start_s)} to start"
+        start = f"{describe_duration(self.start_s)} to start"
         if self.seconds is None:
             return f"{describe_duration(_MILLION / self.rate)} per million images, plus {start}"
         return f"{describe_duration(self.seconds)}, including {start}"
@@ -228,6 +253,7 @@ def dry_run(config: CaptionConfig, address: str | None = None, gpu_hour_cost: fl
         ConfigError: The options are wrong, or the output holds a run with other options.
         RunError: Storage, index or checkpoint cannot be used.
     """
+    began = time.perf_counter()
     record = open_record(config)
     check_index_is_there(record, config.index)
     check_address(address)  # before what may take long
@@ -248,6 +274,7 @@ def dry_run(config: CaptionConfig, address: str | None = None, gpu_hour_cost: fl
             with unwrapped_errors(), watch_run(record.run_id, None, None) as watch:
                 loading = load_spec(config, record, work, layout, watch)
                 captioning = CaptionerSpec(config, layout, record.index_id, record.retrieval_encoder, watch.monitor)
+                before_s = time.perf_counter() - began
                 measured = calibrate(
                     partial(_load_sample, sample, loading),
                     partial(CaptionImages, captioning),
@@ -265,6 +292,7 @@ def dry_run(config: CaptionConfig, address: str | None = None, gpu_hour_cost: fl
         index=_index_facts(config, record),
         measured=measured,
         gpu_hour_cost=gpu_hour_cost,
+        before_s=before_s,
     )
 
 

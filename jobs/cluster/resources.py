@@ -26,7 +26,7 @@ def use_threads(threads: int) -> int:
     """
     import torch
 
-    threads = min(threads, _cores())
+    threads = min(threads, cores_here())
     torch.set_num_threads(threads)
     if "faiss" in sys.modules:  # otherwise nothing is searched here
         set_faiss_threads(threads)
@@ -41,8 +41,9 @@ def set_faiss_threads(cpus: int | None = None) -> None:
     """
     import faiss
 
-    faiss.omp_set_num_threads(_cores() if cpus is None else min(cpus, _cores()))
+    faiss.omp_set_num_threads(cores_here() if cpus is None else min(cpus, cores_here()))
 
 
-def _cores() -> int:
+def cores_here() -> int:
+    """Returns how many cores this process may use."""
     return len(os.sched_getaffinity(0))

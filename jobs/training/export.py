@@ -6,6 +6,7 @@ from jobs.training.start import ModelStart
 from smallcap import storage
 from smallcap.errors import CheckpointError
 from smallcap.model.checkpoint import load_checkpoint, save_checkpoint
+from smallcap.model.prompt import save_tokenizer
 from smallcap.training.checkpoints import restore_trained_weights
 from smallcap.training.objective import frozen_sha256
 
@@ -31,7 +32,7 @@ def write_model(out: str, start: ModelStart, step: int, frozen: str) -> str:
     restore_trained_weights(model.decoder.cross_attention_parameters(), out, step)
     with storage.scratch_folder() as folder:
         save_checkpoint(model, folder)
-        start.load_tokenizer().save_pretrained(folder)
+        save_tokenizer(start.tokenizer_source, folder)
         written = load_checkpoint(str(folder))
         after = frozen_sha256(written, written.decoder)
         if after != frozen:

@@ -45,7 +45,7 @@ from smallcap.training.objective import CrossAttentionTrainer, StepReport, Token
 from smallcap.training.retrieval_sampling import RetrievalMode
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from smallcap.model.prompt import DecoderTokenizer
 
 Entry = TypeVar("Entry")
 _KEPT_CHECKPOINTS = 2  # the newest, besides that of the best epoch
@@ -258,7 +258,7 @@ class ExampleTexts:
         tokenizer: The decoder's tokenizer.
     """
 
-    def __init__(self, config: TrainConfig, model: SmallCapModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, config: TrainConfig, model: SmallCapModel, tokenizer: DecoderTokenizer) -> None:
         self.tokenizer, self._model, self._config = tokenizer, model.config, config
         self._shape = (1, 1, model.config.vision["hidden_size"])
 

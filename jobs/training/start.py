@@ -9,9 +9,8 @@ from smallcap.model.files import checkpoint_id, joined_model_id
 from smallcap.training.config import TrainConfig
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from smallcap.model.checkpoint import SmallCapModel
+    from smallcap.model.prompt import DecoderTokenizer
 
 
 @dataclass(frozen=True)
@@ -50,17 +49,22 @@ class ModelStart:
         )
         return model
 
-    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+    def load_tokenizer(self) -> DecoderTokenizer:
         """Loads the decoder's tokenizer.
 
         Raises:
             CheckpointError: There is no tokenizer.
         """
-        from smallcap.model.checkpoint import tokenizer_source  # torch
         from smallcap.model.prompt import load_tokenizer
 
-        config = self.config
-        return load_tokenizer(tokenizer_source(config.model) if config.model else config.decoder or "")
+        return load_tokenizer(self.tokenizer_source)
+
+    @property
+    def tokenizer_source(self) -> str:
+        """The folder or hub id of the decoder's tokenizer."""
+        from smallcap.model.checkpoint import tokenizer_source  # torch
+
+        return tokenizer_source(self.config.model) if self.config.model else self.config.decoder or ""
 
     def model_id(self) -> str:
         """Returns the names of the start and the checksums of its weights, without loading anything.

@@ -20,7 +20,6 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
 from smallcap.decoding.beam_search import BeamSearch
 from smallcap.decoding.strategy import GenerationOptions
@@ -29,11 +28,9 @@ from smallcap.index.caption_store import CAPTION_STORE_COLUMNS, write_caption_fi
 from smallcap.index.manifest import EncoderIdentity, FileEntry, IndexManifest, ShardEntry, SourceEntry
 from smallcap.index.retriever import Retriever
 from smallcap.model.checkpoint import SmallCapConfig, SmallCapModel
-from smallcap.model.clip_encoder import (
-    HFRetrievalEncoder,
-    OpenCLIPRetrievalEncoder,
-    RetrievalEncoder,
-)
+from smallcap.model.clip import Clip
+from smallcap.model.clip_config import TextConfig, VisionConfig
+from smallcap.model.clip_encoder import HFRetrievalEncoder, OpenCLIPRetrievalEncoder, RetrievalEncoder
 from smallcap.model.encoder_spec import open_clip_config, open_clip_preprocessing
 
 VIT_B_32 = {
@@ -73,10 +70,9 @@ def build_model(reduce_factor: int, device: str, dtype: str) -> SmallCapModel:
     return model.to(device=torch.device(device), dtype=getattr(torch, dtype)).eval().requires_grad_(False)
 
 
-def build_clip(model: SmallCapModel) -> CLIPModel:
+def build_clip(model: SmallCapModel) -> Clip:
     """Returns a CLIP whose vision tower has the model's weights, so that one pass serves both encoders."""
-    text = {"vocab_size": GPT2_124M.vocab_size}
-    clip = CLIPModel(CLIPConfig(vision_config=VIT_B_32, text_config=text, projection_dim=512))
+    clip = Clip(VisionConfig.parse(VIT_B_32), TextConfig(vocab_size=GPT2_124M.vocab_size), dim=512)
     clip.vision_model.load_state_dict(model.encoder.transformer.state_dict())
     return clip.eval()
 
@@ -88,10 +84,8 @@ def build_retrieval_encoder(name: str, model: SmallCapModel) -> RetrievalEncoder
         ConfigError: open_clip has no such architecture.
     """
     if name == "shared":
-        tokenizer = build_tokenizer()
-        tokenizer.pad_token = "!"
         identity = EncoderIdentity(spec="hf:random", weights_sha256="0" * 64, dim=512)
-        return HFRetrievalEncoder(build_clip(model).to(model.device, model.dtype), tokenizer, identity)
+        return HFRetrievalEncoder(build_clip(model).to(model.device, model.dtype), build_tokenizer(), identity)
     import open_clip
 
     config = open_clip_config(name)
@@ -139,14 +133,14 @@ def random_captions(count: int) -> list[str]:
     return [" ".join(caption_words) for caption_words in np.split(words, lengths.cumsum()[:-1])]
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer() -> Tokenizer:
     """Returns a tokenizer with GPT-2's vocabulary size, whose tokens are words and punctuation."""
     words = ["!", "Similar", "images", "show", "This", "image", "shows", "w", "x", "y", "z", "?", ",", "."]
     words += [f"w{i}" for i in range(_WORDS)]
     words += [f"unused{i}" for i in range(GPT2_124M.vocab_size - len(words))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    return tokenizer
 
 
 def write_random_index(folder: Path, rows: int, identity: EncoderIdentity) -> Retriever:

@@ -34,8 +34,9 @@ from smallcap.index.partition import LocalPartition
 from smallcap.index.ranking import NOTHING, Ranking
 from smallcap.index.retriever import Neighbours, NeighbourSearch
 from smallcap.model.checkpoint import SmallCapConfig, SmallCapModel
+from smallcap.model.clip import pad_right
 from smallcap.model.clip_encoder import RetrievalEncoder
-from smallcap.model.clip_tokenizer import ClipTokenizer, pad_right
+from smallcap.model.clip_tokenizer import ClipTokenizer
 from smallcap.model.files import demo_captions
 from smallcap.model.prompt import encode_texts, load_tokenizer
 
@@ -204,5 +205,5 @@ class _ReadyEncoder(RetrievalEncoder):
 
     def _text_features(self, texts: list[str]) -> Tensor:
         assert self._tokenise is not None
-        ids, _ = pad_right(self._tokenise(texts), 0, self._length)
+        ids = pad_right(self._tokenise(texts), self._length)
         return self._features[torch.arange(len(ids)) % len(self._features)]

@@ -8,14 +8,13 @@ Each decoder of the reference is one small module (`gpt2`, `opt`, `xglm`) with t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
 from smallcap.decoding.kv_cache import KeyValueSlots
 from smallcap.decoding.packed_linear import PackedLinear, pack_linears
@@ -165,12 +164,31 @@ class TextDecoder(nn.Module, ABC):
         return {name: parameter for name, parameter in self.named_parameters() if self.trained_marker in name}
 
 
-def activation(name: str) -> Callable[[Tensor], Tensor]:
+class QuickGELU(nn.Module):
+    """OpenAI's approximation of GELU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps a tensor to one of its shape."""
+        return x * torch.sigmoid(1.702 * x)
+
+
+def activation(name: str) -> nn.Module:
     """Returns an activation by its name in transformers.
 
     transformers computes `gelu_new` in seven operations; torch has the same function as one.
     """
-    return nn.GELU("tanh") if name == "gelu_new" else cast("Callable[[Tensor], Tensor]", ACT2FN[name])
+    match name:
+        case "gelu":
+            return nn.GELU()
+        case "gelu_new" | "gelu_pytorch_tanh":
+            return nn.GELU("tanh")
+        case "relu":
+            return nn.ReLU()
+        case "quick_gelu":
+            return QuickGELU()
+    from transformers.activations import ACT2FN  # which takes seconds to import
+
+    return cast("nn.Module", ACT2FN[name])
 
 
 def split_heads(states: Tensor, num_heads: int) -> Tensor:

@@ -16,6 +16,7 @@ from smallcap.phrasing import describe_count
 Node = Mapping[str, float]
 """A node's `CPU` and `GPU`, as Ray counts them."""
 
+LARGEST_BATCH = {"cpu": 64, "cuda": 256}  # images that go through the model together; larger ones gain nothing
 _UNIT = 10_000  # in one CPU or GPU; Ray cuts off what is finer
 _MOST_CPUS_PER_ACTOR = 4  # more threads than that help one batch of images or texts little
 _CPUS_PER_LOADING_CPU = 16  # one CPU decodes for about as many that caption

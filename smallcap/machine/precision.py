@@ -1,23 +1,18 @@
-"""Which precision a machine computes in, and with which kernels.
-
-The fastest precision of a CPU is measured, because a supported data type may be emulated.
-"""
+"""Which precision a machine computes in, and with which kernels."""
 
 from __future__ import annotations
 
 import re
 import time
-from functools import cache
 
 import torch
 
 from smallcap.errors import ConfigError
+from smallcap.machine.cpu_precision import cpu_precision
 from smallcap.machine.gpu import on_device
+from smallcap.storage import DEFAULT_CACHE_DIR
 
 _ROWS, _IN, _OUT = 512, 768, 3072  # a feed-forward layer of GPT-2 over some prompts
-_LEAST_GAIN = 1.3  # speed-up of bfloat16 over float32 that justifies its rounding
-_PROBE_ROWS = 16  # enough to see that a machine emulates bfloat16, which can be a hundred times slower than float32
-_EMULATED = 0.5  # speed-up in the probe that shows emulation, or less
 
 
 def matrix_rate(
@@ -51,18 +46,6 @@ def matrix_rate(
     return 2 * rows * inner * columns / best
 
 
-@cache
-def fastest_cpu_dtype() -> str:
-    """Returns `bfloat16` where this machine multiplies it clearly faster than `float32`, else `float32`."""
-    return "bfloat16" if _gain(_PROBE_ROWS) > _EMULATED and _gain(_ROWS) >= _LEAST_GAIN else "float32"
-
-
-def _gain(rows: int) -> float:
-    """Returns how much faster a product of this many rows is in bfloat16 than in float32."""
-    shape = (rows, _IN, _OUT)
-    return matrix_rate(torch.bfloat16, shape=shape) / matrix_rate(torch.float32, shape=shape)
-
-
 def find_device(name: str) -> torch.device:
     """Returns the torch device of a name.
 
@@ -94,10 +77,16 @@ def resolve_device(device: str) -> str:
     return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def resolve_dtype(dtype: str, device: str) -> str:
+def resolve_dtype(dtype: str, device: str, cache_dir: str = DEFAULT_CACHE_DIR) -> str:
     """Returns the name of a torch dtype: what was asked for, or, for `auto`, what suits the device, which must be here.
 
-    GPUs before Ampere, as the T4 is, only emulate bfloat16; float16 is fast on all of them.
+    GPUs before Ampere, as the T4 is, only emulate bfloat16; float16 is fast on all of them. The fastest precision of a
+    CPU is measured, because a supported data type may be emulated.
+
+    Args:
+        dtype: A name, or `auto`.
+        device: `cpu`, `cuda` or `cuda:N`.
+        cache_dir: Where this machine keeps the measurement of its CPU.
 
     Raises:
         ConfigError: The device is not here.
@@ -106,7 +95,7 @@ def resolve_dtype(dtype: str, device: str) -> str:
         return dtype
     found = find_device(device)
     if found.type == "cpu":
-        return fastest_cpu_dtype()
+        return cpu_precision(cache_dir).dtype
     with on_device(found):
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
 

@@ -9,18 +9,16 @@ tokenizer. What smallcap stores beyond the reference (the prompt's words, decodi
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from smallcap.config import DecodeMode, GenerationConfig
+from smallcap.config import GenerationConfig
 from smallcap.decoding.beam_search import BeamSearch
 from smallcap.decoding.cuda_graphs import GraphStepper
 from smallcap.decoding.engine import EAGER, Generated, Stepper, generate
@@ -29,15 +27,14 @@ from smallcap.decoding.sampling import Sampling
 from smallcap.decoding.strategy import GenerationOptions, SamplingOptions
 from smallcap.decoding.text_decoder import DecoderConfig, TextDecoder
 from smallcap.errors import CheckpointError, ConfigError
-from smallcap.images.crops import CropPlan
 from smallcap.machine.gpu import on_device
 from smallcap.machine.precision import choose_kernels, find_device
 from smallcap.model.clip_encoder import VisionEncoder
-from smallcap.model.encoder_spec import load_preprocessing, vision_preprocessing
 from smallcap.model.files import named_by_weights, read_checkpoint_config, resolve_folder, weights_file
 from smallcap.model.gpt2 import GPT2Decoder, dump_gpt2_config, parse_gpt2_config
 from smallcap.model.opt import OPTDecoder, dump_opt_config, parse_opt_config
 from smallcap.model.prompt import PromptTemplate
+from smallcap.model.weights import Unfilled, read_tensors
 from smallcap.model.xglm import XGLM_FORMAT, XGLMDecoder
 
 
@@ -218,9 +215,10 @@ def load_checkpoint(source: str, device: str = "cpu", dtype: str = "float32") ->
     """
     torch_device, torch_dtype = find_device(device), getattr(torch, dtype)
     folder = resolve_folder(source, demo_model="smallcap")
-    model = SmallCapModel(load_config(folder))
+    with Unfilled():
+        model = SmallCapModel(load_config(folder))
     path = weights_file(folder)
-    load_weights(model, _read_tensors(path), str(path))
+    load_weights(model, read_tensors(path), str(path))
     model.model_id = named_by_weights(source, folder)
     choose_kernels(torch_dtype, torch_device)
     return model.to(device=torch_device, dtype=torch_dtype).eval().requires_grad_(False)
@@ -258,16 +256,6 @@ def load_config(folder: Path) -> SmallCapConfig:
         raise CheckpointError(
             "The checkpoint's config.json is malformed.", where=str(path), found=f"{type(error).__name__}: {error}"
         ) from error
-
-
-def load_crop_plan(model: str, retrieval_encoder: str | None, decode: DecodeMode = "exact") -> CropPlan:
-    """Returns the crops that a checkpoint and a retrieval encoder need, without loading their weights.
-
-    Raises:
-        CheckpointError: One of them cannot be found.
-    """
-    vision = vision_preprocessing(load_config(resolve_folder(model, demo_model="smallcap")).vision)
-    return CropPlan.of(vision, load_preprocessing(retrieval_encoder) if retrieval_encoder else None, decode)
 
 
 def load_weights(model: SmallCapModel, tensors: dict[str, Tensor], where: str) -> None:
@@ -359,19 +347,3 @@ def _reference_names(model: SmallCapModel) -> dict[str, Tensor]:
         f"encoder.{name}": tensor for name, tensor in model.encoder.transformer.named_parameters()
     }
     return encoder | {f"decoder.{name}": tensor for name, tensor in model.decoder.named_parameters()}
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        tensors: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return dict(tensors)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            "The weights file holds more than tensors and is not unpickled.",
-            where=str(path),
-            remedy="If you trust it, convert it to safetensors.",
-        ) from error
-    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-        raise CheckpointError("The weights file is damaged.", where=str(path), found=str(error)) from error

@@ -1,6 +1,7 @@
 """The two roles of CLIP: a vision encoder that feeds cross-attention, and a retrieval encoder that embeds for search.
 
-A retrieval encoder comes from transformers or from open_clip, as its spec says (`smallcap.model.encoder_spec`).
+A retrieval encoder is a folder of transformers or a model of open_clip, as its spec says
+(`smallcap.model.encoder_spec`).
 """
 
 from __future__ import annotations
@@ -14,9 +15,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
+from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import AutoTokenizer, CLIPModel, CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast
-from transformers.utils import logging as transformers_logging
 
 from smallcap.decoding.packed_linear import pack_linears
 from smallcap.errors import CheckpointError
@@ -24,7 +24,9 @@ from smallcap.images.decode import Preprocessing
 from smallcap.index.manifest import EncoderIdentity
 from smallcap.machine.precision import choose_kernels, find_device
 from smallcap.machine.shapes import fill_up, rows_on_gpu, tokens_on_gpu
-from smallcap.model.clip_tokenizer import ClipTokenizer, pad_right
+from smallcap.model.clip import Clip, VisionTower, pad_right
+from smallcap.model.clip_config import VisionConfig
+from smallcap.model.clip_tokenizer import ClipTokenizer
 from smallcap.model.encoder_spec import (
     check_encoder_spec,
     open_clip_preprocessing,
@@ -33,6 +35,7 @@ from smallcap.model.encoder_spec import (
     vision_preprocessing,
 )
 from smallcap.model.files import resolve_folder
+from smallcap.model.prompt import read_tokenizer
 
 _TEXT_BATCH = 256
 
@@ -48,14 +51,13 @@ class VisionEncoder(nn.Module):
     """CLIP's vision transformer, which feeds cross-attention.
 
     Attributes:
-        transformer: The model of transformers; its state dict has the names of the reference's `encoder.*` tensors.
+        transformer: The model; its state dict has the names of the reference's `encoder.*` tensors.
         preprocessing: How its images must be prepared.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
-        model = CLIPVisionModel(CLIPVisionConfig(**config))
-        self.transformer: nn.Module = getattr(model, "vision_model", model)  # nested before transformers 5.20
+        self.transformer: nn.Module = VisionTower(VisionConfig.parse(config))
         self.preprocessing = vision_preprocessing(config)
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,8 +71,8 @@ class VisionEncoder(nn.Module):
             token [B, Hv], which a retrieval encoder of the same weights projects.
         """
         count = len(pixel_values)
-        outputs = self.transformer(pixel_values=fill_up(pixel_values))
-        return outputs.last_hidden_state[:count], outputs.pooler_output[:count]
+        hidden_states, class_token = self.transformer(fill_up(pixel_values))
+        return hidden_states[:count], class_token[:count]
 
 
 class RetrievalEncoder(ABC):
@@ -131,23 +133,24 @@ class RetrievalEncoder(ABC):
 
 
 class HFRetrievalEncoder(RetrievalEncoder):
-    """A `CLIPModel` folder, as transformers saves it."""
+    """A CLIP as transformers saves it, with its tokenizer."""
 
-    def __init__(self, model: CLIPModel, tokenizer: Any, identity: EncoderIdentity) -> None:
+    def __init__(self, model: Clip, tokenizer: Tokenizer, identity: EncoderIdentity) -> None:
         self._model: Any = model.eval()
-        self._max_tokens: int = model.config.text_config.max_position_embeddings
-        self._tokenise = ClipTokenizer.of_transformers(tokenizer, self._max_tokens)
-        self._pad_token_id: int = tokenizer.pad_token_id
-        super().__init__(identity, vision_preprocessing(model.config.vision_config.to_dict()), model.device)
+        self._max_tokens = model.text_config.max_position_embeddings
+        self._tokenise = ClipTokenizer.of_tokenizers(tokenizer, self._max_tokens)
+        preprocessing = Preprocessing(size_px=model.vision_config.image_size)
+        super().__init__(identity, preprocessing, model.text_projection.weight.device)
 
     @classmethod
     def load(cls, folder: Path, identity: EncoderIdentity, device: torch.device, dtype: torch.dtype) -> Self:
-        """Loads a folder as transformers saves it, with its tokenizer."""
-        transformers_logging.disable_progress_bar()  # "Loading weights", in every actor
-        model = CLIPModel.from_pretrained(folder, dtype=dtype).to(device)
-        tokenizer_alone = (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file()
-        tokenizer_kind: Any = PreTrainedTokenizerFast if tokenizer_alone else AutoTokenizer
-        return cls(model, tokenizer_kind.from_pretrained(folder), identity)
+        """Loads a folder as transformers saves it."""
+        model = Clip.load(folder).to(device, dtype)
+        if (folder / "tokenizer.json").is_file():
+            return cls(model, read_tokenizer(folder / "tokenizer.json"), identity)
+        from transformers import AutoTokenizer  # which takes seconds to import
+
+        return cls(model, AutoTokenizer.from_pretrained(folder).backend_tokenizer, identity)
 
     def share_weights_with(self, vision_encoder: VisionEncoder) -> bool:
         """Drops this model's vision tower if the vision encoder has the same weights."""
@@ -172,7 +175,7 @@ class HFRetrievalEncoder(RetrievalEncoder):
         return cast("nn.Module", self._model.vision_model)
 
     def _image_features(self, pixel_values: Tensor) -> Tensor:
-        class_token = self._model.vision_model(pixel_values=pixel_values).pooler_output
+        _, class_token = self._model.vision_model(pixel_values)
         return self._model.visual_projection(class_token)
 
     def _text_features(self, texts: list[str]) -> Tensor:
@@ -180,9 +183,7 @@ class HFRetrievalEncoder(RetrievalEncoder):
         length = max(map(len, rows))
         if self.device.type == "cuda":
             length = min(tokens_on_gpu(length), self._max_tokens)
-        ids, mask = pad_right(rows, self._pad_token_id, length)
-        outputs = self._model.text_model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device))
-        return self._model.text_projection(outputs.pooler_output)
+        return self._model.text_projection(self._model.text_model(pad_right(rows, length).to(self.device)))
 
 
 class OpenCLIPRetrievalEncoder(RetrievalEncoder):
@@ -225,7 +226,7 @@ class OpenCLIPRetrievalEncoder(RetrievalEncoder):
         if self._tokenise is None:
             ids = self._tokenizer(texts)
         else:
-            ids, _ = pad_right(self._tokenise(texts), 0, self._tokenizer.context_length)
+            ids = pad_right(self._tokenise(texts), self._tokenizer.context_length)
         return self._model.encode_text(ids.to(self.device))
 
 

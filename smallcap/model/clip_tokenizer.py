@@ -15,9 +15,7 @@ from functools import lru_cache
 from itertools import chain
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
+from tokenizers import Tokenizer
 
 from smallcap.model.prompt import specials_stay_within_words
 
@@ -56,9 +54,8 @@ class ClipTokenizer:
             ((self._start, self._end),) = whole([""])
 
     @classmethod
-    def of_transformers(cls, tokenizer: Any, max_tokens: int) -> ClipTokenizer:
-        """Takes a tokenizer of transformers; its truncation and padding are set here."""
-        backend = tokenizer.backend_tokenizer
+    def of_tokenizers(cls, backend: Tokenizer, max_tokens: int) -> ClipTokenizer:
+        """Takes a tokenizer of the library `tokenizers`; its truncation and padding are set here."""
         backend.no_padding()
         backend.enable_truncation(max_tokens)
 
@@ -104,19 +101,6 @@ class ClipTokenizer:
     def _by_words(self, text: str) -> list[int]:
         ids = list(chain.from_iterable(map(self._word, text.split())))
         return [self._start, *ids[: self._max_tokens - 2], self._end]
-
-
-def pad_right(rows: Sequence[Sequence[int]], pad_token_id: int, length: int) -> tuple[Tensor, Tensor]:
-    """Pads rows of token ids to one length.
-
-    Returns:
-        Token ids [B, S] int64, and a mask [B, S] int64 that is 0 at the padding.
-    """
-    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
-    mask = np.arange(length) < lengths[:, None]
-    ids = np.full(mask.shape, pad_token_id, np.int64)
-    ids[mask] = np.fromiter(chain.from_iterable(rows), np.int64, lengths.sum())
-    return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))
 
 
 def _is_clips(backend: Any) -> bool:

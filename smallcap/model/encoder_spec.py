@@ -20,11 +20,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from smallcap.config import DecodeMode
 from smallcap.errors import CheckpointError, ConfigError
+from smallcap.images.crops import CropPlan
 from smallcap.images.decode import Preprocessing
 from smallcap.index.manifest import EncoderIdentity
-from smallcap.model.files import DEMO, resolve_folder, weights_file
-from smallcap.storage import sha256_file
+from smallcap.model.files import DEMO, read_checkpoint_config, resolve_folder, weights_file, weights_sha256
 
 
 def resolve_encoder_identity(spec: str) -> EncoderIdentity:
@@ -41,7 +42,7 @@ def resolve_encoder_identity(spec: str) -> EncoderIdentity:
     else:
         dim = open_clip_config(name)["embed_dim"]
         weights = _open_clip_weights(name, pretrained, spec)
-    return EncoderIdentity(spec=spec, weights_sha256=sha256_file(weights), dim=dim)
+    return EncoderIdentity(spec=spec, weights_sha256=weights_sha256(weights), dim=dim)
 
 
 def load_preprocessing(spec: str) -> Preprocessing:
@@ -55,6 +56,25 @@ def load_preprocessing(spec: str) -> Preprocessing:
     if backend == "open_clip":
         return open_clip_preprocessing(name, pretrained)
     return vision_preprocessing(_read_json(resolve_folder(name, demo_model="clip") / "config.json")["vision_config"])
+
+
+def load_crop_plan(model: str, retrieval_encoder: str | None, decode: DecodeMode = "exact") -> CropPlan:
+    """Returns the crops that a checkpoint and a retrieval encoder need, without loading them.
+
+    Raises:
+        CheckpointError: One of them cannot be found, or is malformed.
+    """
+    folder = resolve_folder(model, demo_model="smallcap")
+    try:
+        encoder = read_checkpoint_config(folder)["encoder"]
+        vision = vision_preprocessing(encoder.get("vision_config") or encoder)
+    except (AttributeError, KeyError) as error:
+        raise CheckpointError(
+            "The checkpoint's config.json is malformed.",
+            where=str(folder / "config.json"),
+            found=f"{type(error).__name__}: {error}",
+        ) from error
+    return CropPlan.of(vision, load_preprocessing(retrieval_encoder) if retrieval_encoder else None, decode)
 
 
 def check_encoder_spec(spec: str) -> tuple[Literal["hf", "open_clip"], str, str | None]:

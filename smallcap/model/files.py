@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,18 @@ def named_by_weights(source: str, folder: Path) -> str:
     """Returns the id of a model that is in a folder, as `resolve_folder` found it."""
     is_folder = source != DEMO and Path(source).is_dir()  # `demo` is not a folder's name, wherever a command is given
     name = folder.name if is_folder else source
-    return f"{name}@{sha256_file(weights_file(folder))[:12]}"
+    return f"{name}@{weights_sha256(weights_file(folder))[:12]}"
+
+
+def weights_sha256(path: Path) -> str:
+    """Returns the hexadecimal sha256 of a weights file; a process reads a file once, as long as it is untouched."""
+    status = path.stat()
+    return _sha256_of(path, status.st_ino, status.st_size, status.st_ctime_ns)
+
+
+@cache
+def _sha256_of(path: Path, *stamp: int) -> str:
+    return sha256_file(path)
 
 
 def read_checkpoint_config(folder: Path) -> dict[str, Any]:

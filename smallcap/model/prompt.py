@@ -7,13 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from smallcap.errors import CheckpointError
 from smallcap.model.files import tokenizer_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+DecoderTokenizer: TypeAlias = "Tokenizer | PreTrainedTokenizerBase"
 
 IGNORED_LABEL = -100  # torch.nn.functional.cross_entropy's ignore_index
 
@@ -35,19 +40,66 @@ class PromptTemplate:
         return self.with_retrieval.replace(self.placeholder, self.separator.join(retrieved) + self.ending)
 
 
-def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: str) -> DecoderTokenizer:
     """Loads a decoder's tokenizer.
 
     Args:
         source: `demo`, `gpt2` (which needs no network), a folder with tokenizer.json or with vocab.json and merges.txt,
             or a hub id such as `facebook/opt-125m`.
 
+    Returns:
+        The tokenizer of these files; where there are neither, what transformers makes of the folder, which takes
+        seconds to import.
+
+    Raises:
+        CheckpointError: There is no tokenizer at `source`, or it is damaged.
+    """
+    folder = tokenizer_folder(source)
+    if (folder / "tokenizer.json").is_file():
+        return read_tokenizer(folder / "tokenizer.json")
+    vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
+    if vocabulary.is_file() and merges.is_file():
+        return _read_byte_level_bpe(vocabulary, merges)
+    return _of_transformers(folder)
+
+
+def save_tokenizer(source: str, folder: Path) -> None:
+    """Writes a decoder's tokenizer as transformers saves it.
+
     Raises:
         CheckpointError: There is no tokenizer at `source`.
     """
+    _of_transformers(tokenizer_folder(source)).save_pretrained(folder)
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """Reads a tokenizer.json.
+
+    Raises:
+        CheckpointError: It is damaged.
+    """
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # `tokenizers` has no type of its own for it
+        raise CheckpointError("The tokenizer is damaged.", where=str(path), found=str(error)) from error
+
+
+def _read_byte_level_bpe(vocabulary: Path, merges: Path) -> Tokenizer:
+    """Reads GPT-2's files, or OPT's, as GPT2Tokenizer of transformers does."""
+    try:
+        tokenizer = Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
+    except Exception as error:  # `tokenizers` has no type of its own for it
+        where = str(vocabulary.parent)
+        raise CheckpointError("The tokenizer is damaged.", where=where, found=str(error)) from error
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    return tokenizer
+
+
+def _of_transformers(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer, GPT2TokenizerFast, PreTrainedTokenizerFast
 
-    folder = tokenizer_folder(source)
     try:
         if (folder / "tokenizer.json").is_file():
             return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
@@ -63,25 +115,34 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+def backend_of(tokenizer: DecoderTokenizer) -> Tokenizer | None:
+    """Returns the tokenizer of the library `tokenizers` that works in it; None where transformers has none."""
+    if isinstance(tokenizer, Tokenizer):
+        return tokenizer
+    return tokenizer.backend_tokenizer if tokenizer.is_fast else None
+
+
+def encode_texts(tokenizer: DecoderTokenizer, texts: Sequence[str]) -> list[list[int]]:
     """Returns the token ids of each text, without special tokens."""
     if not texts:
         return []
-    if not tokenizer.is_fast:
-        encoded: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    backend = backend_of(tokenizer)
+    if backend is None:
+        slow: Any = tokenizer
+        encoded: list[list[int]] = slow(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
         return encoded
-    return [encoding.ids for encoding in _encode_batch(tokenizer, texts)]
+    return [encoding.ids for encoding in _encode_batch(backend, texts)]
 
 
-def count_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[int]:
+def count_tokens(tokenizer: DecoderTokenizer, texts: Sequence[str]) -> list[int]:
     """Returns the number of tokens of each text, without special tokens; faster than listing their ids."""
-    if not tokenizer.is_fast:
+    backend = backend_of(tokenizer)
+    if backend is None:
         return [len(ids) for ids in encode_texts(tokenizer, texts)]
-    return [len(encoding) for encoding in _encode_batch(tokenizer, texts)]
+    return [len(encoding) for encoding in _encode_batch(backend, texts)]
 
 
-def _encode_batch(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Any]:
-    backend = tokenizer.backend_tokenizer
+def _encode_batch(backend: Tokenizer, texts: Sequence[str]) -> list[Any]:
     if backend.truncation or backend.padding:  # a tokenizer.json may ask for them
         backend.no_truncation()
         backend.no_padding()
@@ -98,7 +159,7 @@ def specials_stay_within_words(backend: Any) -> bool:
 
 
 def build_prompts(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: DecoderTokenizer,
     template: PromptTemplate,
     retrieved: Sequence[Sequence[str]],
     bos_token_id: int | None = None,
@@ -146,16 +207,16 @@ def build_training_example(
     return input_ids + [pad_token_id] * padding, labels + [IGNORED_LABEL] * padding
 
 
-def decode_captions(
-    tokenizer: PreTrainedTokenizerBase, captions: Sequence[Sequence[int]], eos_token_id: int
-) -> list[str]:
+def decode_captions(tokenizer: DecoderTokenizer, captions: Sequence[Sequence[int]], eos_token_id: int) -> list[str]:
     """Returns the text of each caption, a list of generated token ids, without its eos and special tokens.
 
     It works on the ids after the prompt, so that no wording of a retrieved caption can be taken for the prompt's end.
     """
     cut = [list(ids[: ids.index(eos_token_id)]) if eos_token_id in ids else list(ids) for ids in captions]
-    if tokenizer.is_fast:
-        texts = tokenizer.backend_tokenizer.decode_batch(cut, skip_special_tokens=True)
+    backend = backend_of(tokenizer)
+    if backend is not None:
+        texts = backend.decode_batch(cut, skip_special_tokens=True)
     else:
-        texts = [tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) for ids in cut]
+        slow: Any = tokenizer
+        texts = [slow.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) for ids in cut]
     return [text.strip() for text in texts]

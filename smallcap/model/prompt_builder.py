@@ -19,10 +19,16 @@ from typing import TYPE_CHECKING
 from tokenizers import models, pre_tokenizers
 
 from smallcap.index.retriever import Neighbours
-from smallcap.model.prompt import PromptTemplate, build_prompts, encode_texts, specials_stay_within_words
+from smallcap.model.prompt import (
+    PromptTemplate,
+    backend_of,
+    build_prompts,
+    encode_texts,
+    specials_stay_within_words,
+)
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from smallcap.model.prompt import DecoderTokenizer
 
 _REMEMBERED = 1 << 17  # words, in about 35 MB
 _WHITE_SPACE = (" ", "\n", "\r", "\t")  # by any definition
@@ -40,9 +46,7 @@ class PromptBuilder:
         joins: Whether prompts can be joined.
     """
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, template: PromptTemplate, bos_token_id: int | None = None
-    ) -> None:
+    def __init__(self, tokenizer: DecoderTokenizer, template: PromptTemplate, bos_token_id: int | None = None) -> None:
         self._tokenizer, self._template, self._bos_token_id = tokenizer, template, bos_token_id
         self.joins = _splits_at_white_space(tokenizer) and _can_be_cut(template)
         opening, _, closing = template.with_retrieval.partition(template.placeholder)
@@ -91,7 +95,7 @@ class _Words(dict[str, tuple[int, ...]]):
         before: What stands before each word; it begins with white space.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, before: str) -> None:
+    def __init__(self, tokenizer: DecoderTokenizer, before: str) -> None:
         super().__init__()
         self._tokenizer, self._before = tokenizer, before
 
@@ -104,11 +108,11 @@ class _Words(dict[str, tuple[int, ...]]):
         return ids
 
 
-def _splits_at_white_space(tokenizer: PreTrainedTokenizerBase) -> bool:
+def _splits_at_white_space(tokenizer: DecoderTokenizer) -> bool:
     """Whether a tokenizer is a byte-level BPE with GPT-2's rule, and no special token reaches over white space."""
-    if not tokenizer.is_fast:
+    backend = backend_of(tokenizer)
+    if backend is None:
         return False
-    backend = tokenizer.backend_tokenizer
     rule, model = backend.pre_tokenizer, backend.model
     return (
         backend.normalizer is None

@@ -13,7 +13,7 @@ from jobs.cluster.display import Activity
 from jobs.train import open_record
 from jobs.training.features import VisionSide, store_features
 from jobs.training.inputs import list_inputs
-from smallcap.model.checkpoint import load_crop_plan
+from smallcap.model.encoder_spec import load_crop_plan
 from smallcap.output.part_files import list_parts
 from smallcap.training.feature_store import FeatureRows, QueryRows, read_features, read_queries
 from tests.caption_runs import config_for, write_images

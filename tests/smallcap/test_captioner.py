@@ -16,7 +16,8 @@ from smallcap.captioned import CaptionResult
 from smallcap.captioner import Captioner, CaptionerOptions
 from smallcap.errors import ConfigError, ErrorCode, IndexIntegrityError
 from smallcap.images.crops import Pixels
-from smallcap.model.checkpoint import load_checkpoint, load_crop_plan
+from smallcap.model.checkpoint import load_checkpoint
+from smallcap.model.encoder_spec import load_crop_plan
 from tests.caption_runs import jpeg
 from tests.index_files import build_text_index
 

@@ -43,7 +43,10 @@ def test_what_happens_only_once_is_left_out(batches: int, rows: int, monkeypatch
     CALLS.clear()
     measured = calibrate(partial(load, batches), make_captioner, PLAN, rows, 1)
     assert measured.load_s == pytest.approx(0.005 if batches > 1 else 0.2)
-    assert measured.start_s == pytest.approx(5 + 3)
+    assert measured.start_s == pytest.approx(2 + 0.05 * (batches - 1) + 5 + 3)
+    assert (measured.loaded_images, measured.captioned_images) == (10 * batches, rows)
+    assert measured.caption_cpu_s > 0
+    assert 0 < measured.cores_per_cpu <= 1
     assert measured.images == 3 * rows
     assert measured.caption_s == pytest.approx(1 / rows)
     assert measured.actor_bytes > 1 << 20

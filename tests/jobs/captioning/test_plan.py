@@ -46,6 +46,24 @@ def test_the_slower_stage_decides() -> None:
     assert "with 40.0 CPUs it would keep the actors busy" in "\n".join(slow.lines())
 
 
+def test_where_ray_counts_more_cpus_than_cores_both_stages_share_them() -> None:
+    measured = Calibration(768, 0.004, 0.004, 20.0, 10**9, load_cpu_s=0.003, caption_cpu_s=0.007, cores_per_cpu=0.5)
+    two_cores = replace(ON_CPU, actors=ActorPlan("cpu", "float32", 1, 3.0, 0.0, 1), nodes=({"CPU": 4.0},))
+    plan = replace(CPU, layout=two_cores, measured=measured, images=10_000, fragments=40)
+    assert (plan.load_rate, plan.caption_rate, plan.shared_rate) == (250, 250, pytest.approx(200))
+    assert plan.seconds == pytest.approx(20 + 10_000 / 200)
+    assert "both share the cores, which do 200.0" in "\n".join(plan.lines())
+
+
+def test_what_comes_before_the_first_captions_counts_and_so_do_they() -> None:
+    measured = replace(FAST, start_s=10.0, loaded_images=256, captioned_images=64)
+    plan = replace(CPU, measured=measured, before_s=5.0, images=48, fragments=1)
+    assert plan.seconds == pytest.approx(15)
+    assert "Time:        15 s, including 15 s to start" in plan.lines()
+    few = replace(plan, images=600, fragments=2)  # two tasks load
+    assert few.seconds == pytest.approx(15 + max(344 * 0.004 / 2, 536 * 0.001 / 3))
+
+
 def test_gpu_hours_and_cost() -> None:
     assert GPU.gpu_hours == pytest.approx(1030 / 3600)
     assert GPU.cost(GPU.gpu_hours) == pytest.approx(2 * 1030 / 3600)

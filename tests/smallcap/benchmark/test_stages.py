@@ -16,7 +16,7 @@ from smallcap.config import BenchmarkOptions, GenerationConfig
 from smallcap.decoding.beam_search import BeamSearch
 from smallcap.decoding.engine import generate, prefill
 from smallcap.images.crops import Pixels
-from smallcap.machine.precision import fastest_cpu_dtype, matrix_rate, resolve_dtype
+from smallcap.machine.precision import matrix_rate
 from smallcap.model.checkpoint import SmallCapModel
 
 
@@ -80,8 +80,5 @@ def test_a_run_measures_every_stage_and_the_loop(monkeypatch: pytest.MonkeyPatch
     assert len(random_captions(30)) == 30
 
 
-def test_the_precision_follows_from_a_measurement() -> None:
+def test_products_have_a_speed() -> None:
     assert matrix_rate(torch.float32, seconds=0.01) > 1e8
-    assert fastest_cpu_dtype() in ("bfloat16", "float32")
-    assert resolve_dtype("auto", "cpu") == fastest_cpu_dtype()
-    assert resolve_dtype("float16", "cpu") == "float16"

@@ -1,11 +1,13 @@
-"""Which precision is chosen, and that float32 is float32; what a CPU's measurement decides is not tested here."""
+"""Which precision is chosen, and that float32 is float32."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from smallcap.errors import ConfigError
+from smallcap.machine.cpu_precision import cpu_precision
 from smallcap.machine.precision import find_device, keep_float32_exact, resolve_dtype
 from tests.pretended_cuda.torch_cuda import restore_kernels
 
@@ -21,6 +23,12 @@ def test_auto_takes_no_emulated_bfloat16(monkeypatch: pytest.MonkeyPatch, native
     assert resolve_dtype("auto", "cuda") == expected
     assert resolve_dtype("bfloat16", "cuda") == "bfloat16"
     assert resolve_dtype("float32", "cuda:1") == "float32"
+
+
+def test_auto_on_a_cpu_is_what_this_machine_keeps(tmp_path: Path) -> None:
+    assert resolve_dtype("float16", "cpu", str(tmp_path)) == "float16"
+    assert not list(tmp_path.iterdir())
+    assert resolve_dtype("auto", "cpu", str(tmp_path)) == cpu_precision(str(tmp_path)).dtype
 
 
 def test_a_device_is_one_that_is_here(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,18 +3,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from smallcap.errors import CheckpointError
+from smallcap.model.files import tokenizer_folder
 from smallcap.model.prompt import (
     PromptTemplate,
     build_prompts,
     build_training_example,
+    count_tokens,
     decode_captions,
     encode_texts,
     load_tokenizer,
 )
 
 GOLDEN = Path(__file__).parents[2] / "golden"
+ODD = [" ", "\n", "\xa0", "'ll", "é", "e\u0301", "中文", "🐕", "<|endoftext|>", "<|endoftext|", " a dog", "\x85"]
 ORACLE: dict[str, Any] = json.loads((GOLDEN / "oracle" / "prompts.json").read_text())
 
 
@@ -56,7 +61,6 @@ def test_a_caption_ends_at_eos_and_has_no_special_tokens(tokenizer: Any, generat
     ids = [i for piece in generated.split("<|endoftext|>") if piece for i in encode_texts(tokenizer, [piece])[0]]
     if generated.startswith("<|"):
         ids = [50256, *ids]
-    tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"})
     assert decode_captions(tokenizer, [ids, [], ids], eos_token_id=13) == [caption, "", caption]
 
 
@@ -64,6 +68,32 @@ def test_long_captions_are_cut_for_training() -> None:
     input_ids, labels = build_training_example([1, 2, 3], list(range(10, 50)), 13, 0, max_caption_tokens=25)
     assert input_ids == [1, 2, 3, *range(10, 35)]
     assert labels == [-100, -100, *range(10, 35), 13]
+
+
+def test_gpt2s_files_make_the_tokenizer_of_transformers(tokenizer: Any) -> None:
+    from transformers import GPT2TokenizerFast
+
+    folder = tokenizer_folder("gpt2")
+    theirs = GPT2TokenizerFast(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"))
+
+    @settings(max_examples=200, deadline=None, database=None, derandomize=True)
+    @given(st.lists(st.sampled_from(ODD) | st.text(max_size=8), max_size=6).map("".join))
+    def check(text: str) -> None:
+        ids = theirs(text)["input_ids"]
+        assert encode_texts(tokenizer, [text]) == [ids]
+        assert count_tokens(tokenizer, [text]) == [len(ids)]
+        decoded = theirs.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert decode_captions(tokenizer, [ids], eos_token_id=-1) == [decoded.strip()]
+
+    check()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json"])
+def test_a_damaged_tokenizer_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "merges.txt").write_text("")
+    (tmp_path / name).write_text("{")
+    with pytest.raises(CheckpointError, match="tokenizer is damaged"):
+        load_tokenizer(str(tmp_path))
 
 
 def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:

@@ -27,15 +27,13 @@ RETRIEVED = st.lists(st.lists(CAPTIONS, max_size=5), min_size=1, max_size=4)
 
 
 def gpt2() -> Any:
-    tokenizer = load_tokenizer("gpt2")
-    tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"})
-    return tokenizer
+    return load_tokenizer("gpt2")
 
 
 def opt() -> Any:
-    tokenizer = load_tokenizer("gpt2")
-    tokenizer.add_special_tokens({"bos_token": "</s>", "pad_token": "<pad>", "unk_token": "<s>"})
-    return tokenizer
+    tokenizer: Any = load_tokenizer("gpt2")
+    tokenizer.add_special_tokens(["</s>", "<pad>", "<s>"])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 def xglm() -> Any:
@@ -109,14 +107,14 @@ def test_a_word_is_tokenised_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _changed(**changes: Any) -> Any:
-    tokenizer = load_tokenizer("gpt2")
+    tokenizer: Any = load_tokenizer("gpt2")
     for name, value in changes.items():
-        setattr(tokenizer.backend_tokenizer, name, value)
+        setattr(tokenizer, name, value)
     return tokenizer
 
 
 def _with_token(token: AddedToken) -> Any:
-    tokenizer = load_tokenizer("gpt2")
+    tokenizer: Any = load_tokenizer("gpt2")
     tokenizer.add_tokens([token])
     return tokenizer
 
