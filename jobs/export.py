@@ -54,7 +54,7 @@ def _export_tars(options: ExportOptions, record: RunRecord) -> str:
         return line
     lost = describe_count(sum(left_out.values()), "image")
     return (
-        f"{line}; {lost} could not be read again and are left out ({describe_counts(left_out)}): the same command "
+        f"{line}; without {lost} that could not be read again ({describe_counts(left_out)}): the same command "
         "tries them once more, and --no-images needs none"
     )
 

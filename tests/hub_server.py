@@ -54,6 +54,7 @@ class Hub:
         self.repositories: dict[str, Repository] = {}
         self.stored: dict[str, bytes] = {}  # large files, by sha256
         self.requests: list[tuple[str, str, str]] = []  # method, path, and the token that came with it
+        self.bytes_sent = 0  # of contents
         self.fails_with: int | None = None
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self._cdn = ThreadingHTTPServer(("127.0.0.1", 0), type("Cdn", (_Handler,), {"hub": self}))
@@ -102,6 +103,9 @@ class _Handler(BaseHTTPRequestHandler):
         words = parts.path.strip("/").split("/")
         if words[0] in ("stored", "upload"):
             self._serve_large(words, body)
+            return
+        if words == ["api", "validate-yaml"]:  # of a README.md
+            self._json({"warnings": [], "errors": []})
             return
         is_api = words[0] == "api"
         words = words[1:] if is_api else words
@@ -234,6 +238,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":
+            self.hub.bytes_sent += len(body)
             self.wfile.write(body)
 
 
