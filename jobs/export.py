@@ -34,7 +34,7 @@ def run(options: ExportOptions) -> str:
         return _export_tars(options, record) + unfinished
     captions = read_captions(options.run, options.columns or None, None if options.failed else "ok")
     there = False
-    if options.to in ("jsonl", "csv"):
+    if options.to == "jsonl" or options.to == "csv":  # noqa: PLR1714 - mypy tells them apart so
         export_captions(captions, options.out, options.to, options.raw)
     elif options.to == "hf":
         there = export_dataset(captions, record.run_id, list(_card(record, captions)), options.out)

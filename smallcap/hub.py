@@ -81,8 +81,7 @@ def web_address(uri: str) -> tuple[str, dict[str, str]] | None:
         StorageError: The URI names no file.
     """
     place = parse_hub_uri(uri)
-    from huggingface_hub import hf_hub_url
-    from huggingface_hub.utils import build_hf_headers
+    from huggingface_hub import get_token, hf_hub_url
 
     if place.is_bucket:
         return None
@@ -91,8 +90,8 @@ def web_address(uri: str) -> tuple[str, dict[str, str]] | None:
     url = hf_hub_url(
         place.id, place.path_in_repo, repo_type=place.type, revision=place.revision, endpoint=hub_endpoint()
     )
-    headers = build_hf_headers(library_name="smallcap")
-    return url, {name: headers[name] for name in ("authorization", "user-agent") if name in headers}
+    token = get_token()
+    return url, {"Authorization": f"Bearer {token}"} if token else {}
 
 
 def check_writable(uri: str) -> str:

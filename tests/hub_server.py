@@ -87,11 +87,6 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         """Prints nothing."""
 
-    def do_GET(self) -> None:
-        self._serve()
-
-    do_HEAD = do_POST = do_PUT = do_GET
-
     def _serve(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         parts = urlsplit(self.path)
@@ -128,7 +123,7 @@ class _Handler(BaseHTTPRequestHandler):
         if files is None:
             self._answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
         elif verb == "revision":
-            sha = repository.sha([number for number, each in enumerate(repository.commits) if each is files][0])
+            sha = repository.sha(next(number for number, each in enumerate(repository.commits) if each is files))
             self._json({"id": name, "sha": sha, "private": False, "siblings": [{"rfilename": path} for path in files]})
         elif verb == "tree":
             self._tree(files, "/".join(rest[2:]), query)
@@ -240,6 +235,10 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.hub.bytes_sent += len(body)
             self.wfile.write(body)
+
+
+for _method in ("GET", "HEAD", "POST", "PUT"):
+    setattr(_Handler, f"do_{_method}", _Handler._serve)
 
 
 def _entries(files: dict[str, bytes], path: str, recursive: bool) -> list[dict[str, Any]]:

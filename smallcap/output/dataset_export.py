@@ -8,6 +8,7 @@ has left is in a folder that no README.md names, and the next one removes it.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,13 +139,13 @@ class _HubTarget:
         from huggingface_hub import HfApi
 
         self._out, self._revision = out, revision
-        self._place = {"repo_id": repository, "repo_type": "dataset"}
+        self._repository = repository
         self._api = HfApi(endpoint=hub_endpoint())
         self._added: list[Any] = []
         with translated(out, "open this data set"):
             # What is decided here holds for this commit: the Hub refuses to follow upon another one.
-            self._parent = self._api.repo_info(**self._place, revision=revision).sha
-            self._files = self._api.list_repo_files(**self._place, revision=self._parent)
+            self._parent = self._api.repo_info(repository, repo_type="dataset", revision=revision).sha
+            self._files = self._api.list_repo_files(repository, repo_type="dataset", revision=self._parent)
 
     @classmethod
     def open(cls, out: str) -> _HubTarget:
@@ -163,7 +164,7 @@ class _HubTarget:
         """Returns the README.md of the commit that the export is to follow."""
         if _README not in self._files:
             return None
-        place = f"hf://datasets/{self._place['repo_id']}@{self._parent}"
+        place = f"hf://datasets/{self._repository}@{self._parent}"
         return storage.read_bytes(storage.join(place, _README)).decode(errors="replace")
 
     def add(self, path: Path, name: str) -> None:
@@ -176,15 +177,19 @@ class _HubTarget:
         """Makes one commit of the new files, and of the removal of others."""
         from huggingface_hub import CommitOperationDelete
         from huggingface_hub.errors import HfHubHTTPError
+        from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined] # documented all the same
 
+        if not sys.stderr.isatty():
+            disable_progress_bars()
         self.add(readme, _README)
         old = {name.partition("/")[0] for name in self._files if _is_ours(name.partition("/")[0])} - {folder}
         gone = [CommitOperationDelete(path_in_repo=f"{name}/", is_folder=True) for name in sorted(old)]
         with translated(self._out, "write this data set"):
             try:
                 self._api.create_commit(
-                    **self._place,
-                    operations=[*self._added, *gone],
+                    self._repository,
+                    [*self._added, *gone],
+                    repo_type="dataset",
                     commit_message=message,
                     revision=self._revision,
                     parent_commit=self._parent,

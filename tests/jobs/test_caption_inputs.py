@@ -291,9 +291,7 @@ def test_outputs_beside_the_parts(s3: str, index: str, tiny_smallcap: Path) -> N
     assert json.loads(members["007.json"])["image_id"] == "007.jpg"
 
 
-def test_captions_and_images_come_from_the_hub(
-    hub: Hub, tmp_path: Path, tiny_clip: Path, tiny_smallcap: Path
-) -> None:
+def test_captions_and_images_come_from_the_hub(hub: Hub, tmp_path: Path, tiny_clip: Path, tiny_smallcap: Path) -> None:
     """A folder, a tar and Parquet of a private data set are captioned with an index of captions in another."""
     images = {f"{number:03d}.jpg": jpeg(number) for number in range(5)}
     parquet = io.BytesIO()

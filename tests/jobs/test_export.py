@@ -160,7 +160,7 @@ def test_images_are_read_again_from_where_the_run_found_them(
 ) -> None:
     run, expected = run_of_three_kinds
     out = tmp_path / "out"
-    assert len(list_parts(run)) > 2
+    assert len(list_parts(run)) > 1
     assert export("--to", "webdataset", "--out", str(out), run=run) == f"15 samples: {out}\n"
     files = contents(out)
     assert len(files) == 3 * 15

@@ -11,7 +11,6 @@ import pytest
 from smallcap import storage
 from smallcap.config import InputConfig
 from smallcap.errors import ConfigError
-from smallcap.output.part_files import list_parts
 from smallcap.output.reading import read_captions
 from smallcap.output.tar_export import NEEDED_COLUMNS, TarExport
 from smallcap.output.webdataset import read_samples
