@@ -1,4 +1,4 @@
-"""Copies a run's captions into a file of another format, or describes them in a card for a data set."""
+"""Copies a run's captions into a file, a table or a data set of another format, or describes them in a card."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ from collections.abc import Iterator
 from jobs.captioning.record import RunRecord, load_existing_run
 from jobs.terminal.call_options import ExportOptions
 from smallcap import storage
+from smallcap.config import InputConfig
+from smallcap.output.dataset_export import export_dataset, front_matter
 from smallcap.output.export import export_captions
-from smallcap.output.reading import read_captions
+from smallcap.output.reading import Captions, read_captions
+from smallcap.output.table_export import export_table
+from smallcap.output.tar_export import NEEDED_COLUMNS, TarExport
 from smallcap.phrasing import describe_count, describe_counts
 
 
@@ -16,26 +20,50 @@ def run(options: ExportOptions) -> str:
     """Writes the file, and returns in a line what it holds.
 
     Raises:
-        ConfigError: There is no run, or it lacks a column.
+        ConfigError: There is no run, it lacks a column, or what is in the place of a table or folder is something else
+            than an export of this run.
         RunError: The run is damaged, or the storage fails.
     """
     record = load_existing_run(options.run)
-    if options.to == "card":
-        storage.write_bytes(options.out, ("\n".join(_card(options.run, record)) + "\n").encode())
-        return f"A card of the run: {options.out}"
-    captions = read_captions(options.run, options.columns or None, None if options.failed else "ok")
-    count = export_captions(captions, options.out, options.to, options.raw)
     unfinished = "" if record.status == "complete" else "; the run is not complete"
-    return f"{describe_count(count, 'row')}: {options.out}{unfinished}"
+    if options.to == "card":
+        lines = [*front_matter("part-*.parquet"), *_card(record, read_captions(options.run))]
+        storage.write_bytes(options.out, ("\n".join(lines) + "\n").encode())
+        return f"A card of the run: {options.out}"
+    if options.to == "webdataset":
+        return _export_tars(options, record) + unfinished
+    captions = read_captions(options.run, options.columns or None, None if options.failed else "ok")
+    there = False
+    if options.to == "jsonl" or options.to == "csv":  # noqa: PLR1714 - mypy tells them apart so
+        export_captions(captions, options.out, options.to, options.raw)
+    elif options.to == "hf":
+        there = export_dataset(captions, record.run_id, list(_card(record, captions)), options.out)
+    else:
+        there = export_table(captions, record.run_id, options.to, options.out)
+    told = "; they were there already" if there else ""
+    return f"{describe_count(len(captions), 'row')}: {options.out}{told}{unfinished}"
 
 
-def _card(path: str, record: RunRecord) -> Iterator[str]:
-    """Yields the lines of a README.md as the Hugging Face hub shows it beside the run's parts."""
+def _export_tars(options: ExportOptions, record: RunRecord) -> str:
+    columns = options.columns or tuple(read_captions(options.run).schema.names)
+    captions = read_captions(options.run, list(dict.fromkeys((*columns, *NEEDED_COLUMNS))), "ok")
+    config = InputConfig.model_validate(record.config["input"]) if options.images else None
+    samples, left_out = TarExport(captions, record.run_id, columns, config).write(options.out)
+    line = f"{describe_count(samples, 'sample')}: {options.out}"
+    if not left_out:
+        return line
+    lost = describe_count(sum(left_out.values()), "image")
+    return (
+        f"{line}; without {lost} that could not be read again ({describe_counts(left_out)}): the same command "
+        "tries them once more, and --no-images needs none"
+    )
+
+
+def _card(record: RunRecord, captions: Captions) -> Iterator[str]:
+    """Yields what a README.md says of a run, for people who find its captions without it."""
     images, config = record.images, record.config
-    captions = read_captions(path)
-    yield from ("---", "task_categories: [image-to-text]", "tags: [image-captioning, smallcap]", "configs:")
-    yield from ("- config_name: default", '  data_files: "part-*.parquet"', "---", "")
-    yield from (f"# Captions of run {record.run_id}", "")
+    yield f"# Captions of run {record.run_id}"
+    yield ""
     made_by = "[SmallCap](https://arxiv.org/abs/2209.15323)"
     yield f"Captions that {made_by} generated for {describe_count(images.ok, 'image')}."
     if record.status != "complete":

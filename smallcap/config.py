@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
+from smallcap.hub import check_writable
 from smallcap.options import MODEL, POSITIONAL, POSITIONAL_FILES, URI, Config, Flag
 from smallcap.storage import DEFAULT_CACHE_DIR
 
@@ -21,6 +22,7 @@ SearchDevice = Literal["auto", "cpu", "cuda"]
 TarIds = Literal["auto", "key", "tar/key"]
 AutoCount = Literal["auto"] | Annotated[int, Field(ge=1)]
 AutoBatch = Literal["auto"] | Annotated[int, Field(ge=1, le=4096)]
+OutputPlace = Annotated[str, URI, AfterValidator(check_writable)]
 
 
 def _number(value: Any) -> Any:
@@ -174,7 +176,7 @@ class CaptionConfig(Config):
     """Published index; needed unless `-k` is 0."""
     model: Annotated[str, MODEL]
     """`demo`, a checkpoint folder, or a Hugging Face id."""
-    out: Annotated[str, URI]
+    out: OutputPlace
     """Output folder or prefix."""
     limit: int | None = Field(None, ge=1)
     """Caption only the first N images: those of lists and folders in the order of their ids, then those of tars."""
@@ -237,7 +239,7 @@ class IndexConfig(Config):
 
     dumps: Annotated[tuple[str, ...], POSITIONAL_FILES] = ()
     """Caption dumps, as files or prefixes: CSV, TSV, JSONL, Parquet, COCO captions JSON, folders with embeddings."""
-    out: str
+    out: OutputPlace
     """The index's folder or prefix. Versions are published below it."""
     encoder: str | None = None
     """Retrieval encoder: `demo`, `open_clip:MODEL/PRETRAINED`, or `hf:ID-OR-PATH`; by default the encoder of the index

@@ -69,9 +69,33 @@ def s3_store(bucket: str, endpoint: str | None, max_retries: int = 10, timeout_s
     Raises:
         StorageError: There are no credentials, or they cannot be looked for.
     """
+    from obstore.store import S3Store
+
+    credentials, region = _credentials(bucket, endpoint)
+
+    def provide() -> S3Credential:
+        frozen = credentials.get_frozen_credentials()  # botocore renews what expires
+        ask_again = datetime.now(UTC) + _CREDENTIALS_LIFETIME
+        fields = {"access_key_id": frozen.access_key, "secret_access_key": frozen.secret_key, "expires_at": ask_again}
+        return cast("S3Credential", fields | ({"token": frozen.token} if frozen.token else {}))
+
+    return S3Store(
+        bucket,
+        endpoint=endpoint,
+        region=region,
+        client_options={
+            "allow_http": bool(endpoint and endpoint.startswith("http://")),
+            "timeout": timedelta(seconds=timeout_s),
+        },
+        retry_config={"max_retries": max_retries},
+        credential_provider=provide,
+    )
+
+
+def _credentials(bucket: str, endpoint: str | None) -> tuple[Any, str]:
+    """Returns botocore's credentials and region; errors are those of `s3_store`."""
     import botocore.session
     from botocore.exceptions import BotoCoreError
-    from obstore.store import S3Store
 
     session = botocore.session.get_session()
     try:
@@ -85,24 +109,31 @@ def s3_store(bucket: str, endpoint: str | None, max_retries: int = 10, timeout_s
             expected="environment variables, a profile, or an instance role, as botocore finds them",
             remedy="Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE.",
         )
+    return credentials, os.environ.get("AWS_REGION") or session.get_config_variable("region") or "us-east-1"
 
-    def provide() -> S3Credential:
-        frozen = credentials.get_frozen_credentials()  # botocore renews what expires
-        ask_again = datetime.now(UTC) + _CREDENTIALS_LIFETIME
-        fields = {"access_key_id": frozen.access_key, "secret_access_key": frozen.secret_key, "expires_at": ask_again}
-        return cast("S3Credential", fields | ({"token": frozen.token} if frozen.token else {}))
 
-    return S3Store(
-        bucket,
-        endpoint=endpoint,
-        region=os.environ.get("AWS_REGION") or session.get_config_variable("region") or "us-east-1",
-        client_options={
-            "allow_http": bool(endpoint and endpoint.startswith("http://")),
-            "timeout": timedelta(seconds=timeout_s),
-        },
-        retry_config={"max_retries": max_retries},
-        credential_provider=provide,
-    )
+def s3_settings(uri: str) -> dict[str, str]:
+    """Returns what other clients of S3 need for a URI to see the same account, in the names of the environment.
+
+    Temporary credentials are not renewed. Elsewhere than on S3 there are no settings.
+
+    Raises:
+        StorageError: There are no credentials, or they cannot be looked for.
+    """
+    if not uri.startswith("s3://"):
+        return {}
+    endpoint = s3_endpoint()
+    credentials, region = _credentials(uri.removeprefix("s3://").partition("/")[0], endpoint)
+    frozen = credentials.get_frozen_credentials()
+    settings = {
+        "AWS_ACCESS_KEY_ID": frozen.access_key,
+        "AWS_SECRET_ACCESS_KEY": frozen.secret_key,
+        "AWS_SESSION_TOKEN": frozen.token,
+        "AWS_REGION": region,
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ALLOW_HTTP": "true" if endpoint and endpoint.startswith("http://") else None,
+    }
+    return {name: value for name, value in settings.items() if value}
 
 
 def is_plain_key(key: str) -> bool:

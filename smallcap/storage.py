@@ -1,8 +1,8 @@
 """The doorway to storage: every URI that smallcap reads or writes goes through here.
 
-Local paths, `s3://` (s3fs and, for some requests, `smallcap.s3`; the endpoint from AWS_ENDPOINT_URL) and any other
-fsspec URL look alike to the callers. The hot path of fetching many small objects is `smallcap.images.fetching`. This
-module knows nothing about images, indexes or schemas.
+Local paths, `s3://` (s3fs and, for some requests, `smallcap.s3`; the endpoint from AWS_ENDPOINT_URL), `hf://` for
+reading (`smallcap.hub`) and any other fsspec URL look alike to the callers. The hot path of fetching many small objects
+is `smallcap.images.fetching`. This module knows nothing about images, indexes or schemas.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import fsspec
 from fsspec.core import url_to_fs
 
 from smallcap.errors import StorageError
+from smallcap.hub import check_writable, hub_filesystem, is_on_hub, kind_on_hub
 from smallcap.local_files import as_text, fixed_part, has_marks, local_path, walk
 from smallcap.s3 import (
     S3_RETRIES,
@@ -83,6 +84,8 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """
     if is_local(uri):
         return fsspec.filesystem("file"), str(local_path(absolute(uri)))
+    if is_on_hub(uri):
+        return hub_filesystem(uri)
     is_s3 = uri.startswith("s3://")
     endpoint = s3_endpoint() if is_s3 else None
     try:
@@ -106,14 +109,14 @@ def exists(uri: str) -> bool:
     """Says whether a file or folder exists at `uri`."""
     fs, path = filesystem(uri)
     with translated(uri, "look at this path"):
-        return bool(fs.exists(path))
+        return kind_on_hub(fs, path) is not None if is_on_hub(uri) else bool(fs.exists(path))
 
 
 def is_folder(uri: str) -> bool:
     """Says whether `uri` is a folder, or a prefix with objects below it."""
     fs, path = filesystem(uri)
     with translated(uri, "look at this path"):
-        return bool(fs.isdir(path))
+        return kind_on_hub(fs, path) == "directory" if is_on_hub(uri) else bool(fs.isdir(path))
 
 
 def size(uri: str) -> int | None:
@@ -230,7 +233,8 @@ def open_ranged(uri: str, buffer_bytes: int = 0) -> IO[bytes]:
         if uri.startswith("s3://") and is_plain_key(uri[len("s3://") :]):
             return open_object(uri, buffer_bytes)
         fs, path = filesystem(uri)
-        return translated_file(uri, fs.open(path, "rb"), buffer_bytes)
+        options = {"cache_type": "none"} if is_on_hub(uri) else {}  # the Hub's client reads 5 MB ahead
+        return translated_file(uri, fs.open(path, "rb", **options), buffer_bytes)
 
 
 def read_bytes(uri: str) -> bytes:
@@ -283,7 +287,7 @@ def write_bytes(uri: str, data: bytes) -> None:
                 file.flush()
                 os.fsync(file.fileno())
         else:
-            fs, path = filesystem(uri)
+            fs, path = filesystem(check_writable(uri))
             fs.pipe_file(path, data)
 
 
@@ -323,7 +327,7 @@ def upload(local_path: str | Path, uri: str) -> None:
             with _staged(uri) as staged:
                 shutil.copyfile(local_path, staged)
         else:
-            fs, path = filesystem(uri)
+            fs, path = filesystem(check_writable(uri))
             fs.put_file(str(local_path), path)
 
 
@@ -357,7 +361,7 @@ def local_file(uri: str) -> Iterator[Path]:
 
 def remove(uri: str) -> None:
     """Deletes a file, or a folder with all that is in it; does nothing if it does not exist."""
-    fs, path = filesystem(uri)
+    fs, path = filesystem(check_writable(uri))
     with translated(uri, "delete this path"):
         if not is_local(uri) and has_marks(path):  # rm() would take it for a pattern, and delete what fits
             for file in fs.find(path):

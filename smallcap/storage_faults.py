@@ -29,6 +29,7 @@ class Cause(StrEnum):
     MISSING = "it does not exist"
     FORBIDDEN = "access denied"
     NO_BUCKET = "the bucket does not exist"
+    NO_REPOSITORY = "the Hub has no such repository or revision, or does not show it with these credentials"
     NO_CREDENTIALS = "there are no credentials"
     BAD_PROFILE = "the credentials' configuration cannot be used"
     EXPIRED = "{host} does not accept the credentials: they have expired"
@@ -51,7 +52,7 @@ class Cause(StrEnum):
 
 OF_THE_PLACE = {  # no object of a bucket can be had
     *(Cause.NO_BUCKET, Cause.NO_CREDENTIALS, Cause.BAD_PROFILE, Cause.EXPIRED, Cause.REFUSED, Cause.BAD_CLOCK),
-    Cause.ELSEWHERE,
+    *(Cause.ELSEWHERE, Cause.NO_REPOSITORY),
 }
 OF_THE_CONNECTION = {Cause.NO_NAME, Cause.UNREACHED, Cause.NO_TLS}  # the service was not asked at all
 
@@ -82,13 +83,20 @@ _CAUSE_OF_CLASS = {
         Cause.REFUSED: "UnauthenticatedError CredentialRetrievalError RefreshError ClientAuthenticationError",
         Cause.NO_TLS: "SSLError ClientConnectorSSLError ClientConnectorCertificateError SSLCertVerificationError",
         Cause.NO_NAME: "ClientConnectorDNSError gaierror",
-        Cause.UNREACHED: "EndpointConnectionError ClientConnectorError ConnectionRefusedError ProxyConnectionError",
-        Cause.TIMEOUT: "ReadTimeoutError ConnectTimeoutError FSTimeoutError TimeoutError ServerTimeoutError",
+        Cause.UNREACHED: "EndpointConnectionError ClientConnectorError ConnectionRefusedError ProxyConnectionError "
+        "ConnectError",
+        Cause.TIMEOUT: "ReadTimeoutError ConnectTimeoutError FSTimeoutError TimeoutError ServerTimeoutError "
+        "TimeoutException",
         Cause.BROKEN_OFF: "ConnectionClosedError ServerDisconnectedError ClientPayloadError ConnectionResetError "
-        "IncompleteReadError ResponseStreamingError ClientOSError BrokenPipeError",
+        "IncompleteReadError ResponseStreamingError ClientOSError BrokenPipeError ReadError RemoteProtocolError",
         Cause.NO_STORE: "ResponseParserError",
     }.items()
     for name in names.split()
+}
+_CAUSE_OF_HUB_CLASS = {  # of the Hub's client, which makes a FileNotFoundError of some
+    "GatedRepoError": Cause.FORBIDDEN,  # before its base class, as each class's own name is looked up first
+    "RepositoryNotFoundError": Cause.NO_REPOSITORY,
+    "RevisionNotFoundError": Cause.NO_REPOSITORY,
 }
 _CAUSE_OF_STATUS = {
     **{400: Cause.BAD_REQUEST, 401: Cause.REFUSED, 403: Cause.FORBIDDEN, 404: Cause.MISSING, 408: Cause.TIMEOUT},
@@ -116,6 +124,7 @@ _CAUSE_OF_TEXT = (
 _CREDENTIALS_OF = {
     "s3": "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (AWS_SESSION_TOKEN for temporary ones), or AWS_PROFILE.",
     "gs": "Set GOOGLE_APPLICATION_CREDENTIALS to a key file, or give the machine a service account.",
+    "hf": "For what is private or has terms, set HF_TOKEN to a token that may read it.",
     "az": "Set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, or give the machine a managed identity.",
 }
 _AGAIN = "Then run the same command again."
@@ -146,7 +155,10 @@ class Fault:
         service = f"Check {endpoint}the network and the service. {_AGAIN}"
         remedies = {
             Cause.MISSING: "Check the path.",
-            Cause.FORBIDDEN: "Check the credentials." if scheme else "Check the permissions there.",
+            Cause.FORBIDDEN: (credentials if scheme == "hf" else "Check the credentials.")
+            if scheme
+            else "Check the permissions there.",
+            Cause.NO_REPOSITORY: f"Check the name. {credentials}",
             Cause.NO_BUCKET: f"Check the bucket's name{', and AWS_ENDPOINT_URL' if scheme == 's3' else ''}.",
             Cause.ELSEWHERE: "Set AWS_REGION to the bucket's region.",
             Cause.SLOW_DOWN: "Run the same command again later, or with fewer jobs at once.",
@@ -199,7 +211,7 @@ def diagnose(error: BaseException) -> Fault:
         detail = _detail(cause, chain, text)
     if cause is Cause.ELSEWHERE and (region := _region(chain, text)):
         detail = region
-    if cause in (Cause.MISSING, Cause.NO_BUCKET, Cause.NO_CREDENTIALS, Cause.TIMEOUT):
+    if cause in (Cause.MISSING, Cause.NO_BUCKET, Cause.NO_REPOSITORY, Cause.NO_CREDENTIALS, Cause.TIMEOUT):
         detail = ""
     return Fault(cause, detail, _host(text), status, code)
 
@@ -226,7 +238,8 @@ def _status(chain: Sequence[BaseException], text: str) -> int | None:
     for link in chain:
         response = getattr(link, "response", None)
         metadata = response.get("ResponseMetadata", {}) if isinstance(response, Mapping) else {}
-        named = (metadata.get("HTTPStatusCode"), getattr(link, "status", None), getattr(link, "status_code", None))
+        answered = getattr(response, "status_code", None)  # of httpx2
+        named = (metadata.get("HTTPStatusCode"), getattr(link, "status", None), getattr(link, "status_code", answered))
         for status in named:
             if isinstance(status, int) and status >= 300:
                 return status
@@ -249,6 +262,9 @@ def _code(chain: Sequence[BaseException], text: str) -> tuple[str, str]:
 def _cause(chain: Sequence[BaseException], text: str, status: int | None, code: str) -> Cause:
     if code in _CAUSE_OF_CODE:
         return _CAUSE_OF_CODE[code]
+    classes = (kind.__name__ for link in chain for kind in type(link).__mro__)
+    if of_hub := next((_CAUSE_OF_HUB_CLASS[name] for name in classes if name in _CAUSE_OF_HUB_CLASS), None):
+        return of_hub
     told = re.sub(r"https?://[^\s\"']+", "", text)  # a name may hold any word
     by_text = next((cause for cause, pattern in _CAUSE_OF_TEXT if pattern.search(told)), None)
     if "token request" in told and (by_text in OF_THE_CONNECTION or (status or 500) not in WORTH_REPEATING):

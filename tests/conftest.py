@@ -45,6 +45,7 @@ from smallcap.index.manifest import (
     manifest_uri,
     write_pointer,
 )
+from tests.hub_server import Hub
 from tests.index_files import PublishIndex
 from tests.job_processes import JobProcess, StartJob, free_port
 
@@ -163,6 +164,21 @@ def s3(s3_server: str, request: pytest.FixtureRequest) -> str:
 def anywhere(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A folder that does not exist yet, on the local disk and in a bucket."""
     return f"{tmp_path if request.param == 'local' else request.getfixturevalue('s3')}/anywhere"
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """A Hugging Face Hub of this test's own, for this process and those that it starts."""
+    from huggingface_hub import constants
+
+    with Hub().running() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        for name, value in {"HF_HUB_DISABLE_XET": True, "HF_HUB_OFFLINE": False}.items():
+            monkeypatch.setenv(name, str(int(value)))
+            monkeypatch.setattr(constants, name, value)  # the variable is read when the module is imported
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        yield hub
 
 
 @pytest.fixture(scope="session")

@@ -12,12 +12,13 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from jobs.cluster.addresses import check_form
 from smallcap.config import Device
+from smallcap.hub import is_on_hub
 from smallcap.options import POSITIONAL, Config, Flag
 from smallcap.storage import DEFAULT_CACHE_DIR
 
 AsJson = Annotated[bool, Flag(("--json",))]
 RayAddress = Annotated[str | None, AfterValidator(check_form)]
-ExportKind = Literal["jsonl", "csv", "card"]
+ExportKind = Literal["jsonl", "csv", "card", "iceberg", "delta", "lance", "hf", "webdataset"]
 ConfigJob = Literal["caption", "build-index", "train", "evaluate", "bench"]
 
 
@@ -147,9 +148,12 @@ class ExportOptions(Config):
     run: Annotated[str, POSITIONAL]
     """A captioning run."""
     to: ExportKind
-    """`jsonl` and `csv` copy the captions. `card` describes them in a README.md for the Hugging Face hub."""
+    """`jsonl` and `csv` copy the captions into a file. `iceberg`, `delta` and `lance` make a table of them, and `hf` a
+    data set for Hugging Face's `datasets`. `webdataset` makes tars of images and captions. `card` describes the run in
+    a README.md for the Hugging Face hub."""
     out: str
-    """The file to write; `.gz` at its end compresses it."""
+    """The file to write; `.gz` at its end compresses it. For `delta`, `lance`, `hf` and `webdataset` a folder, for `hf`
+    also hf://datasets/USER/NAME, and for `iceberg` CATALOG.NAMESPACE.TABLE."""
     columns: Annotated[tuple[str, ...], Flag(has_commas=True)] = ()
     """Columns to copy, in this order: `a,b,c`; by default all."""
     failed: bool = False
@@ -157,6 +161,18 @@ class ExportOptions(Config):
     raw: bool = False
     """Leave texts in CSV as they are. Otherwise an apostrophe precedes those that a spreadsheet would run as
     formulas."""
+    images: bool = True
+    """Put the images into tars. The run's own tars are copied, or else each image is fetched again."""
+
+    @model_validator(mode="after")
+    def _fits_the_format(self) -> Self:
+        if self.to == "webdataset" and self.failed:
+            raise ValueError("tars have captioned images only: leave out --failed")
+        if self.to != "webdataset" and not self.images:
+            raise ValueError("only tars have images: --no-images is for --to webdataset")
+        if self.to != "hf" and is_on_hub(self.out):
+            raise ValueError("only --to hf writes to the Hugging Face Hub")
+        return self
 
 
 class DoctorOptions(Config):

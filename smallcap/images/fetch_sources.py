@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from smallcap import storage
 from smallcap.errors import ErrorCode, StorageError
+from smallcap.hub import is_on_hub, web_address
 from smallcap.local_files import local_path
 from smallcap.s3 import is_plain_key, s3_endpoint, s3_store
 from smallcap.storage_faults import (
@@ -70,7 +71,7 @@ def place_of(uri: str) -> str:
 
 def is_object_store(place: str) -> bool:
     """Says whether a place is a bucket, without which a run is of no use; a list has many other servers."""
-    return place.split("://", 1)[0] in _OBJECT_STORES
+    return place.split("://", 1)[0] in (*_OBJECT_STORES, "hf")
 
 
 class Sources:
@@ -113,6 +114,8 @@ class Sources:
             if _NOT_IN_HTTP.search(uri):
                 raise FetchFailure(ErrorCode.INVALID_URI, "The URI contains line breaks or control characters.")
             return await self._get_from_web(uri)
+        if is_on_hub(uri) and (address := _hub_address(uri)):  # fsspec would list the file's folder first
+            return await self._get_from_web(*address)
         if scheme in _OBJECT_STORES:
             bucket, _, key = uri.split("://", 1)[1].partition("/")
             if not key or not _BUCKET.fullmatch(bucket):
@@ -134,7 +137,7 @@ class Sources:
         except Exception as error:  # obstore tells most things only in the text
             raise _object_store_failure(error, f"{scheme}://{bucket}/{key}", endpoint) from error
 
-    async def _get_from_web(self, uri: str) -> bytes:
+    async def _get_from_web(self, uri: str, headers: dict[str, str] | None = None) -> bytes:
         import aiohttp
         from yarl import URL
 
@@ -143,7 +146,7 @@ class Sources:
         try:
             # A signed URL must arrive unchanged; only what HTTP cannot carry is quoted.
             url = URL(uri, encoded=uri.isascii() and " " not in uri)
-            async with self._session.get(url) as response:
+            async with self._session.get(url, headers=headers) as response:
                 _check_status(response.status, response.reason or "", response.headers.get("Retry-After"))
                 _check_size(response.content_length or 0, self._max_bytes)
                 body = bytearray()
@@ -158,7 +161,20 @@ class Sources:
         except TimeoutError:
             raise
         except aiohttp.ClientError as error:
-            raise FetchFailure(ErrorCode.UNAVAILABLE, f"The server failed: {_reason(error)}.", repeat=True) from error
+            fault = diagnose(error)
+            raise FetchFailure(
+                ErrorCode.UNAVAILABLE,
+                f"The server failed: {fault.describe()}.",
+                repeat=True,
+                unreached=fault.cause in OF_THE_CONNECTION,
+            ) from error
+
+
+def _hub_address(uri: str) -> tuple[str, dict[str, str]] | None:
+    try:
+        return web_address(uri)
+    except StorageError as error:
+        raise FetchFailure(ErrorCode.INVALID_URI, f"{error.what} {error.remedy}".rstrip()) from error
 
 
 def _reason(error: BaseException) -> str:

@@ -6,6 +6,7 @@ the run's end will keep. This module does not know how captions are made, and im
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import pyarrow.parquet as pq
 
 from smallcap import storage
 from smallcap.errors import ConfigError
+from smallcap.images.row_ranges import RowRanges
 from smallcap.images.work_list import load_work_list
 from smallcap.output.coverage import NamedPart, find_superseded, is_settled
 from smallcap.output.part_files import RUN_FILE, PartInfo, damaged_part, read_part_infos
@@ -58,9 +60,23 @@ class Captions:
             SchemaError: A part is damaged.
             StorageError: The service fails, or the run has meanwhile replaced a part.
         """
+        for name in self.parts():
+            yield from self.of_part(name)
+
+    def parts(self) -> list[str]:
+        """Returns the names of the parts that have such rows."""
+        return [name for name, info in self._parts if self._count(info)]
+
+    def rows_of_part(self, name: str) -> Mapping[int, RowRanges]:
+        """Returns the places of a part's rows in the input, of failed images too: rows by fragment."""
+        return dict(self._parts)[name].rows
+
+    def fingerprint(self) -> str:
+        """Returns 16 hexadecimal digits: two readings of a run have the same only if they have the same rows."""
+        digest = hashlib.sha256(f"{self.schema.to_string()}\n{self._status}".encode())
         for name, info in self._parts:
-            if self._count(info):
-                yield from self._read(name)
+            digest.update(f"\n{name} {info.to_json()}".encode())
+        return digest.hexdigest()[:16]
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Yields the rows one by one; errors are those of a pass over the batches."""
@@ -82,7 +98,8 @@ class Captions:
         failed = sum(info.errors.values())
         return {STATUS_OK: info.ok, STATUS_ERROR: failed}.get(self._status or "", info.ok + failed)
 
-    def _read(self, name: str) -> Iterator[pa.RecordBatch]:
+    def of_part(self, name: str) -> Iterator[pa.RecordBatch]:
+        """Yields the rows of one part; batches and errors are those of a pass over all."""
         uri = storage.join(self.run, name)
         dropped = self._superseded.get(name)
         needed = {

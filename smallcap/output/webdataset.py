@@ -47,7 +47,7 @@ class Sample:
     """One captioned image of a tar."""
 
     image_id: str
-    data: bytes  # the image file as it was fetched
+    data: bytes | None  # the image file as it was fetched; None for a sample without it
     caption: str
     record: dict[str, Any]  # the other values of its JSON file, besides id and caption
 
@@ -88,7 +88,8 @@ def write_samples(path: Path, samples: Iterable[Sample]) -> int:
             key = sample_key(sample.image_id, taken)
             taken.add(key)
             record = plain_values({"image_id": sample.image_id, "caption": sample.caption} | sample.record)
-            _add(tar, f"{key}.{image_extension(sample.data)}", sample.data)
+            if sample.data is not None:
+                _add(tar, f"{key}.{image_extension(sample.data)}", sample.data)
             _add(tar, f"{key}.txt", sample.caption.encode())
             _add(tar, f"{key}.json", json.dumps(record, ensure_ascii=False).encode())
     return len(taken)
@@ -199,6 +200,24 @@ def read_samples(uri: str) -> Iterator[dict[str, Any]]:
         raise SchemaError(
             "A tar cannot be read as WebDataset.", where=uri, expected="samples of files with one key", found=str(error)
         ) from error
+
+
+def read_images(uri: str) -> Iterator[tuple[str, str, bytes]]:
+    """Yields the images of a tar that `write_samples` has written: id, URI and content.
+
+    Raises:
+        SchemaError: The tar is damaged.
+        StorageError: It is missing, or the service fails.
+    """
+    with storage.local_file(uri) as path:
+        try:
+            with tarfile.open(path) as tar:
+                for _, group in groupby(tar, lambda member: _key(member.name)):
+                    image, *_, record = group
+                    values = json.loads(_content(tar, record))
+                    yield values["image_id"], values["image_uri"], _content(tar, image)
+        except (tarfile.TarError, ValueError, KeyError) as error:
+            raise _damaged(path, error) from error
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:

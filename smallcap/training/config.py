@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from smallcap.config import AutoCount, ComputeConfig, Device, Dtype, InputConfig, ReduceFactor
+from smallcap.config import AutoCount, ComputeConfig, Device, Dtype, InputConfig, OutputPlace, ReduceFactor
 from smallcap.options import ENCODER, MODEL, POSITIONAL_FILES, URI, Config, Flag
 from smallcap.storage import DEFAULT_CACHE_DIR
 from smallcap.training.retrieval_sampling import RetrievalMode
@@ -87,7 +87,7 @@ class TrainConfig(Config):
     """Folder or prefix that the images' paths are relative to; by default the source file's folder."""
     index: Annotated[str | None, URI] = None
     """Published index that prompts are made from; needed unless `-k` is 0."""
-    out: Annotated[str, URI]
+    out: OutputPlace
     """Output folder or prefix. The trained model is written to OUT/model."""
     model: Annotated[str | None, MODEL] = None
     """Checkpoint to train further. Otherwise the model is made of a vision encoder and a decoder."""

@@ -10,15 +10,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from index_builder.build import build_index
 from jobs import caption
 from jobs.captioning import write
 from jobs.captioning.record import Account, load_run_record
 from jobs.captioning.work import finish_run, list_work
 from smallcap import storage
 from smallcap.captioner import Captioner
+from smallcap.config import IndexConfig
 from smallcap.errors import ConfigError, SchemaError
 from smallcap.output.part_files import list_parts
 from tests.caption_runs import config_for, jpeg, read_rows, write_images
+from tests.hub_server import Hub
 from tests.input_files import make_tar
 
 
@@ -286,3 +289,33 @@ def test_outputs_beside_the_parts(s3: str, index: str, tiny_smallcap: Path) -> N
     assert members["007.jpg"] == jpeg(7)
     assert members["007.txt"].decode() == rows.loc["007.jpg"].caption
     assert json.loads(members["007.json"])["image_id"] == "007.jpg"
+
+
+def test_captions_and_images_come_from_the_hub(hub: Hub, tmp_path: Path, tiny_clip: Path, tiny_smallcap: Path) -> None:
+    """A folder, a tar and Parquet of a private data set are captioned with an index of captions in another."""
+    images = {f"{number:03d}.jpg": jpeg(number) for number in range(5)}
+    parquet = io.BytesIO()
+    pq.write_table(pa.table({"image_id": ["p"], "image": [jpeg(30)]}), parquet)
+    lists = b"image_id,image_uri\nlisted,hf://datasets/user/images/folder/001.jpg\n"
+    files = {
+        **{f"folder/{name}": data for name, data in images.items()},
+        "shards/0.tar": make_tar(("t.jpg", jpeg(20))),
+        "rows/0.parquet": parquet.getvalue(),
+        "list.csv": lists,
+    }
+    hub.dataset("user/images", files, token="secret")
+    hub.dataset("user/captions", {"dump.csv": b"image,caption\n1,a dog\n2,a bus on the road\n3,a boat on the sea\n"})
+    index = str(tmp_path / "index")
+    build_index(IndexConfig(dumps=("hf://datasets/user/captions/dump.csv",), out=index, encoder=f"hf:{tiny_clip}"))
+    sources = [f"hf://datasets/user/images/{name}" for name in ("folder", "shards", "rows", "list.csv")]
+    config = config_for(sources[0], index, tiny_smallcap, str(tmp_path / "out"))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("HF_TOKEN", "secret")
+        summary = caption.run(config.model_copy(update={"images": tuple(sources)}))
+    assert (summary.new_images, summary.images.error) == (8, 0)
+    rows = read_rows(config.out)
+    assert rows.image_uri["003.jpg"] == "hf://datasets/user/images/folder/003.jpg"
+    assert rows.image_uri["t"] == "hf://datasets/user/images/shards/0.tar#t.jpg"
+    alone = Captioner.from_pretrained(str(tiny_smallcap), index, dtype="float32")
+    expected = [jpeg(1), jpeg(20), jpeg(30)]
+    assert list(rows.caption[["listed", "t", "p"]]) == [result.caption for result in alone.caption(expected)]
