@@ -128,6 +128,20 @@ class ExportOptions(Config):
     formulas."""
 
 
+class ReportOptions(Config):
+    """A page about a run or an index."""
+
+    path: Annotated[str, POSITIONAL]
+    """A captioning run, or an index."""
+    other: Annotated[str | None, POSITIONAL] = None
+    """Another run, to be shown beside the first."""
+    out: str = "report.html"
+    """The HTML file to write."""
+    rows: int = Field(2000, ge=1, le=20_000)
+    """Most images or captions to show. Where there are more, they are drawn, and thumbnails are smaller the more there
+    are: a page stays below 25 MB."""
+
+
 class DoctorOptions(Config):
     """An examination of this machine, and of what a run on it is to use."""
 
