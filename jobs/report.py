@@ -150,12 +150,12 @@ def _tile(label: str, values: Sequence[str], notes: Sequence[str]) -> dict[str, 
 def _run_tiles(records: Sequence[RunRecord], read: RunRows) -> Iterator[dict[str, Any]]:
     """Yields the figures at the top of the page; each has a value and a note for each run."""
     counts = [(figures.ok, sum(figures.errors.values())) for figures in read.figures]
-    yield _tile("Images", [f"{ok + failed:,}" for ok, failed in counts], [record.status for record in records])
+    empty = [f", {describe_count(figures.empty, 'empty caption')}" if figures.empty else "" for figures in read.figures]
+    states = [f"{record.status}{note}" for record, note in zip(records, empty, strict=True)]
+    yield _tile("Images", [f"{ok + failed:,}" for ok, failed in counts], states)
     if len(records) == 2:
         share = f"{read.changed / read.both:.1%} of {read.both:,} shared images" if read.both else "no shared images"
         yield _tile("Captions changed", [f"{read.changed:,}"], [share])
-    empty = [f"{figures.empty:,} empty" if figures.empty else "none empty" for figures in read.figures]
-    yield _tile("Captions", [f"{ok:,}" for ok, _ in counts], empty)
     shares = [f"{failed / max(1, ok + failed):.2%}" if failed else "no errors" for ok, failed in counts]
     yield _tile("Failed", [f"{failed:,}" for _, failed in counts], shares)
     for measure, note in ((CLIP_SCORE, "5% are below {low:.3f}"), (COPIED_SHARE, "mean of {count:,} captions")):
@@ -240,7 +240,7 @@ def _run_identity(record: RunRecord) -> list[tuple[str, str]]:
         ("Named more than once", f"{record.count_repeated():,}"),
         ("Passed over", f"{sum(record.count_passed_over().values()):,}"),
     ]
-    return rows + [(name, version) for name, version in record.versions.items()]
+    return [*rows, ("Versions", ", ".join(f"{name} {version}" for name, version in record.versions.items()))]
 
 
 def _options(records: Sequence[RunRecord]) -> Iterator[dict[str, Any]]:

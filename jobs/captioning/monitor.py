@@ -14,7 +14,7 @@ from jobs.captioning.stage_report import STAGES, Snapshot, Stage, StageReport, T
 from jobs.cluster.side_actor import SideActor
 
 _FIRST_STEP_S = 1.0
-_MOST_STEPS = 240
+_MOST_STEPS = 60
 
 
 class RunMonitor:

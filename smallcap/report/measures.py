@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 from smallcap.evaluation.ptb_tokenizer import tokenize_in_python
 
 COPIED_WORDS = 3  # in a row
-_MOST_BARS = 32
+_FEWEST_BARS, _MOST_BARS = 12, 32
 _QUANTILES = {"low": 0.05, "median": 0.5, "high": 0.95}
 
 
@@ -115,9 +116,10 @@ def histogram(distributions: Sequence[Distribution]) -> dict[str, Any] | None:
     if not ranges:
         return None
     first, last = min(low for low, _ in ranges), max(high for _, high in ranges)
-    width = -(-(last - first + 1) // _MOST_BARS)
+    most = min(_MOST_BARS, max(_FEWEST_BARS, int(2 * max(one.count for one in distributions) ** 0.5)))
+    width = next(width for width in _round_numbers() if last // width - first // width < most)
     first -= first % width
-    count = (last - first) // width + 1
+    bars = (last - first) // width + 1
     return {
         "name": measure.name,
         "label": measure.label,
@@ -125,8 +127,14 @@ def histogram(distributions: Sequence[Distribution]) -> dict[str, Any] | None:
         "digits": measure.digits,
         "start": round(measure.low + first * measure.step, 6),
         "width": round(width * measure.step, 6),
-        "runs": [{"bars": one.bars(first, width, count), **one.summary()} for one in distributions],
+        "runs": [{"bars": one.bars(first, width, bars), **one.summary()} for one in distributions],
     }
+
+
+def _round_numbers() -> Iterator[int]:
+    """Yields 1, 2, 5, 10, 20, 50 and so on."""
+    for power in count():
+        yield from (10**power, 2 * 10**power, 5 * 10**power)
 
 
 def copied_share(caption: str, texts: Sequence[str]) -> float | None:
