@@ -21,10 +21,11 @@ from smallcap.phrasing import describe_count, describe_duration
 from smallcap.report.datastore import Datastore, read_datastore
 from smallcap.report.measures import CLIP_SCORE, COPIED_SHARE, RUN_MEASURES, histogram
 from smallcap.report.page import as_script_text, render_page
-from smallcap.report.run_rows import RunFigures, RunRows, read_run_rows
+from smallcap.report.run_rows import RunFigures, RunRows, fit_texts, read_run_rows
 from smallcap.report.thumbnails import Containers, read_thumbnails
 
 _PAGE_BYTES = 23_000_000  # of rows and pictures; with all else a page stays below 25 MB
+_TEXT_BYTES = 14_000_000  # of rows
 _LETTERS = "AB"
 _REASONS = {
     "malformed": "not readable as a row with a text",
@@ -82,6 +83,7 @@ def _run_page(paths: Sequence[str], count: int) -> tuple[bytes, str]:
     readable = None if containers.has_all else containers.is_readable
     with show_while(f"Reading the captions of {' and '.join(paths)}"):
         read = read_run_rows(paths, count, readable)
+        fit_texts(read.rows, _TEXT_BYTES)
     measures = [
         found
         for measure in RUN_MEASURES
@@ -100,7 +102,7 @@ def _run_page(paths: Sequence[str], count: int) -> tuple[bytes, str]:
         thumbnails = read_thumbnails(uris, max(left, 0), containers, _input_config(records[0]))
     for row in read.rows:
         thumbnail = thumbnails.get(row["uri"]) if _has_caption(row) else None
-        row |= {"missing": thumbnail.what} if isinstance(thumbnail, RowError) else {"image": thumbnail}
+        row.update({"missing": thumbnail.what} if isinstance(thumbnail, RowError) else {"image": thumbnail})
     total = read.figures[0].ok + sum(read.figures[0].errors.values())
     facts = _about(paths) | {
         "kind": "run",
@@ -131,11 +133,15 @@ def _has_caption(row: Mapping[str, Any]) -> bool:
 
 
 def _low_score(figures: RunFigures) -> float | None:
-    return figures.distributions[CLIP_SCORE.name].quantile(0.05)
+    """Returns the score below which the lowest 5% of the captions are; None without scores."""
+    cell = figures.distributions[CLIP_SCORE.name].quantile(0.05)
+    return None if cell is None else cell + CLIP_SCORE.step
 
 
 def _about(paths: Sequence[str]) -> dict[str, Any]:
-    named = [{"letter": letter, "name": _name(path), "path": path} for letter, path in zip(_LETTERS, paths, strict=False)]
+    named = [
+        {"letter": letter, "name": _name(path), "path": path} for letter, path in zip(_LETTERS, paths, strict=False)
+    ]
     return {"subjects": named, "made_at": utc_now(), "version": __version__}
 
 
@@ -207,9 +213,7 @@ def _attempt(attempt: Attempt) -> dict[str, Any]:
         "took": describe_duration(attempt.seconds) if attempt.seconds is not None else "did not end",
         "rate": f"{rate:,.1f}" if rate is not None else "–",
         "busy": [f"{seconds:,.1f} s" if (seconds := busy[stage]) is not None else "–" for stage in STAGES],
-        "where": ", ".join(
-            filter(None, (describe_count(attempt.actors or 0, "actor"), attempt.device, attempt.dtype))
-        ),
+        "where": ", ".join(filter(None, (describe_count(attempt.actors or 0, "actor"), attempt.device, attempt.dtype))),
         "retries": attempt.fetch_retries or 0,
     }
 
@@ -276,12 +280,22 @@ def _index_page(path: str, count: int) -> tuple[bytes, str]:
         "shown": len(store.rows),
         "total": manifest.ntotal,
         "sources": [
-            {"name": source.name, "uri": source.uri, "rows": source.rows, "captions": store.by_source.get(source.name, 0)}
+            {
+                "name": source.name,
+                "uri": source.uri,
+                "rows": source.rows,
+                "captions": store.by_source.get(source.name, 0),
+            }
             for source in manifest.sources
         ],
         "rows_read": rows_read,
         "dropped": [
-            {"reason": reason, "count": dropped, "share": dropped / max(1, rows_read), "about": _REASONS.get(reason, "")}
+            {
+                "reason": reason,
+                "count": dropped,
+                "share": dropped / max(1, rows_read),
+                "about": _REASONS.get(reason, ""),
+            }
             for reason, dropped in sorted(manifest.dropped.items(), key=lambda item: -item[1])
             if dropped
         ],

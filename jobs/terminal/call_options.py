@@ -137,9 +137,9 @@ class ReportOptions(Config):
     """Another run, to be shown beside the first."""
     out: str = "report.html"
     """The HTML file to write."""
-    rows: int = Field(2000, ge=1, le=20_000)
-    """Most images or captions to show. Where there are more, they are drawn, and thumbnails are smaller the more there
-    are: a page stays below 25 MB."""
+    rows: int = Field(2000, ge=1, le=10_000)
+    """Most images or captions to show. Where there are more, some are drawn. Pictures are smaller the more there are, so
+    that a page stays below 25 MB."""
 
 
 class DoctorOptions(Config):

@@ -12,6 +12,7 @@ import numpy as np
 from smallcap.evaluation.ptb_tokenizer import tokenize_in_python
 
 COPIED_WORDS = 3  # in a row
+_ROUNDING = 1e-4  # of a cell; 0.7 in float32 is a little less
 _FEWEST_BARS, _MOST_BARS = 12, 32
 _QUANTILES = {"low": 0.05, "median": 0.5, "high": 0.95}
 
@@ -43,7 +44,13 @@ NEIGHBOUR_SCORE = Measure(
     "neighbour_score", "Best neighbour", "cosine of the image and its nearest retrieved caption", -1, 1, 0.001, 3
 )
 COPIED_SHARE = Measure(
-    "copied_share", "Copied", f"share of the caption's {COPIED_WORDS}-word sequences that a neighbour has", 0, 1, 0.02, 2
+    "copied_share",
+    "Copied",
+    f"share of the caption's {COPIED_WORDS}-word sequences that a neighbour has",
+    0,
+    1,
+    0.02,
+    2,
 )
 LOGPROB = Measure("caption_logprob", "Log-probability", "natural log of the caption's probability", -100, 0, 0.1, 1)
 TOKENS = Measure("caption_tokens", "Tokens", "tokens generated, the end token included", 0, 512, 1, 0)
@@ -68,7 +75,7 @@ class Distribution:
         """Counts values, a flat array of numbers; those that are not finite are left out."""
         values = np.asarray(values, np.float64)
         values = values[np.isfinite(values)]
-        cells = np.floor((values - self.measure.low) / self.measure.step + 1e-6).astype(np.int64)
+        cells = np.floor((values - self.measure.low) / self.measure.step + _ROUNDING).astype(np.int64)
         self._cells += np.bincount(np.clip(cells, 0, len(self._cells) - 1), minlength=len(self._cells))
         self._sum += float(values.sum())
 

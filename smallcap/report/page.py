@@ -29,7 +29,10 @@ def render_page(facts: Mapping[str, Any], data: Mapping[str, Any]) -> bytes:
         data: What the page's script shows, plain values; see `template/page.js`.
     """
     style, script = _text("style.css"), _text("page.js")
-    policy = f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'; base-uri 'none'; form-action 'none'"
+    policy = (
+        f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
     page = _template().render(
         facts, style=Markup(style), script=Markup(script), policy=policy, data=Markup(as_script_text(data))
     )

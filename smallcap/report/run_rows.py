@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -26,9 +27,10 @@ from smallcap.report.measures import (
 )
 from smallcap.report.sampling import Row, Smallest, name_keys
 
-_CHOSEN_SHARE = 10  # a tenth of the rows are those with the lowest scores, and of each error code at most a tenth
+_LOW_SHARE, _FAILED_SHARE = 10, 100  # a tenth of the rows have the lowest scores, and a hundredth has each error
 _EXAMPLES = 5  # images that are named for each error code
-_LONGEST_TEXT, _MOST_NEIGHBOURS = 400, 16  # of a row; a page of 2,000 rows must stay small
+_MOST_NEIGHBOURS = 16  # of a row
+_LENGTHS = (400, 200, 100, 50)  # characters to which texts are shortened until they fit
 
 
 @dataclass
@@ -84,7 +86,7 @@ class _Chooser:
 
     def __init__(self, count: int, changed: np.ndarray, is_readable: Callable[[str], bool] | None) -> None:
         self._count, self._changed_keys, self._is_readable = count, changed, is_readable
-        self._drawn, self._low = Smallest(count), Smallest(count // _CHOSEN_SHARE)
+        self._drawn, self._low = Smallest(count), Smallest(count // _LOW_SHARE)
         self._changed = Smallest(count // 2)
         self._failed: dict[str, Smallest] = {}
 
@@ -99,7 +101,7 @@ class _Chooser:
         scores = batch["clip_score"].to_numpy(zero_copy_only=False)
         self._low.offer(batch, scores, is_ok & np.isfinite(scores))
         for code in pc.unique(batch["error_code"]).drop_null().to_pylist():
-            heap = self._failed.setdefault(code, Smallest(max(self._count // _CHOSEN_SHARE, _EXAMPLES)))
+            heap = self._failed.setdefault(code, Smallest(self._count))
             heap.offer(batch, keys, _flags(pc.equal(batch["error_code"], code)))
 
     def examples(self) -> dict[str, list[Row]]:
@@ -111,8 +113,9 @@ class _Chooser:
     def chosen(self) -> list[Row]:
         """Returns each chosen row once: some of every kind first, then what was drawn, as far as there is room."""
         failed = [heap.rows() for heap in self._failed.values()]
-        first = chain.from_iterable(rows[:_EXAMPLES] for rows in failed)
-        more = chain.from_iterable(rows[_EXAMPLES:] for rows in failed)
+        some = max(_EXAMPLES, self._count // _FAILED_SHARE)
+        first = chain.from_iterable(rows[:some] for rows in failed)
+        more = chain.from_iterable(rows[some:] for rows in failed)
         ordered = chain(first, self._low.rows(), self._changed.rows(), self._drawn.rows(), more)
         rows = {row["image_id"]: row for row in ordered}
         return list(rows.values())[: self._count]
@@ -237,7 +240,7 @@ def _page_row(of_runs: Sequence[Row], changed: np.ndarray) -> dict[str, Any]:
 
 def _page_caption(row: Row) -> dict[str, Any]:
     if row["status"] == STATUS_ERROR:
-        return {"code": row["error_code"], "message": _clipped(row["error_message"])}
+        return {"code": row["error_code"], "message": row["error_message"] or ""}
     neighbours = row["neighbours"] or []
     values = {
         CLIP_SCORE.name: row["clip_score"],
@@ -247,13 +250,13 @@ def _page_caption(row: Row) -> dict[str, Any]:
         TOKENS.name: row["caption_tokens"],
     }
     return {
-        "caption": _clipped(row["caption"]),
-        "values": {name: _rounded(value) for name, value in values.items() if value is not None},
-        "alternatives": [[_clipped(one["caption"]), _rounded(one["logprob"])] for one in row["alternatives"] or []],
+        "caption": row["caption"] or "",
+        "values": {name: rounded for name, value in values.items() if (rounded := _rounded(value)) is not None},
+        "alternatives": [[one["caption"], _rounded(one["logprob"])] for one in row["alternatives"] or []],
         "neighbours": [
             {
                 "id": one["caption_id"],
-                "text": _clipped(one["text"]),
+                "text": one["text"],
                 "score": _rounded(one["score"]),
                 **({"source": one["source"]} if one.get("source") else {}),
             }
@@ -263,9 +266,21 @@ def _page_caption(row: Row) -> dict[str, Any]:
 
 
 def _rounded(value: float | None) -> float | None:
-    return None if value is None or not np.isfinite(value) else round(value, 4)
+    return None if value is None or not np.isfinite(value) else round(value, 5)
 
 
-def _clipped(text: str | None) -> str:
-    text = text or ""
-    return text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]}…"
+def fit_texts(rows: Sequence[Row], most_bytes: int) -> None:
+    """Shortens the captions, neighbours and messages of rows, all alike, until they fit as far as that goes."""
+    for longest in _LENGTHS:
+        for row in rows:
+            row["runs"] = _shortened(row["runs"], longest)
+        if sum(len(json.dumps(row, ensure_ascii=False).encode()) for row in rows) <= most_bytes:
+            return
+
+
+def _shortened(value: Any, longest: int) -> Any:
+    if isinstance(value, str):
+        return value if len(value) <= longest else f"{value[: longest - 1]}…"
+    if isinstance(value, dict):
+        return {name: _shortened(inner, longest) for name, inner in value.items()}
+    return [_shortened(inner, longest) for inner in value] if isinstance(value, list) else value

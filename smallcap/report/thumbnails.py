@@ -9,6 +9,7 @@ import base64
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import groupby
 
 import pyarrow as pa
@@ -93,10 +94,8 @@ def _affordable(uris: Sequence[str]) -> Iterator[str]:
     keys = name_keys(uris)
     left = _MOST_CONTAINER_BYTES
     for _, uri in sorted(zip(keys.tolist(), uris, strict=True))[:_MOST_CONTAINERS]:
-        try:
+        with suppress(StorageError):
             left -= storage.size(uri) or 0
-        except StorageError:
-            pass
         yield uri
         if left <= 0:
             return
@@ -123,7 +122,7 @@ def read_thumbnails(
     with ThreadPoolExecutor(_THREADS) as pool:
         for start in range(0, len(alone), FETCH_CONCURRENCY):
             uris = alone[start : start + FETCH_CONCURRENCY]
-            made = pool.map(lambda uri, data: _thumbnail(uri, data, each), uris, _fetch(uris))
+            made = pool.map(lambda uri, data: _thumbnail(uri, data, each), uris, pool.submit(_fetch, uris).result())
             thumbnails |= zip(uris, made, strict=True)
         for container, uris_of in groupby(inside, key=containers.container_of):
             uris = list(uris_of)

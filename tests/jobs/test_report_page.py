@@ -1,4 +1,4 @@
-"""The report's page in a browser: search, filters, order, keys, two runs, phones, dark mode, and no word on its console.
+"""The report's page in a browser: search, filters, order, keys, two runs, phones, dark mode; its console is empty.
 
 Skipped where there is no playwright, or no Chromium.
 """
@@ -48,7 +48,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("runs")
     uris = write_photos(folder / "photos", IMAGES)
     first = [
-        caption_row(f"{n:04d}.jpg", f"a dog on road {n}", uri, n / 200, ["a dog on road", f"a bus {n}"])
+        caption_row(f"{n:04d}.jpg", f"a dog on road{n}", uri, n / 200, ["a dog on road", f"a bus{n}"])
         for n, uri in enumerate(uris)
     ]
     first[7] = caption_row(f"{MARKUP}.jpg", MARKUP, uris[7], 0.9, [MARKUP])
@@ -57,7 +57,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     first += [error_row(f"e{n}.jpg", code, MARKUP) for n, code in enumerate(["timeout"] * 3 + ["empty"] * 2)]
     second = [dict(row) for row in first]
     for number in (20, 40):
-        second[number]["caption"] = f"a cat on road {number}"
+        second[number]["caption"] = f"a cat on road{number}"
     return [write_run(str(folder / name), rows) for name, rows in (("first", first), ("second", second))]
 
 
@@ -107,13 +107,13 @@ def test_what_is_typed_is_searched_in_captions_neighbours_and_names(runs: list[s
     page = opened(runs[0])
     assert found(page) == "155 images."
     search = page.get_by_role("searchbox")
-    search.fill("ROAD 33")
-    assert captions(page) == ["a dog on road 33"]
+    search.fill("DOG road33")
+    assert captions(page) == ["a dog on road33"]
     assert found(page) == "1 of 155 images."
-    search.fill("bus 14 dog")
-    assert "a dog on road 14" in captions(page) and len(captions(page)) == 11  # 14 and 140 to 149
+    search.fill("bus14 dog")
+    assert "a dog on road14" in captions(page) and len(captions(page)) == 11  # 14 and 140 to 149
     search.fill("0077.jpg")
-    assert captions(page) == ["a dog on road 77"]
+    assert captions(page) == ["a dog on road77"]
     search.fill("timeout")
     assert len(captions(page)) == 3
     search.fill("nothing like this")
@@ -137,7 +137,7 @@ def test_filters_leave_what_they_say_and_can_be_joined(runs: list[str], opened: 
     low.click()
     assert low.get_attribute("aria-pressed") == "true"
     lowest = captions(page)
-    assert 5 <= len(lowest) <= 9 and lowest[0] == "a dog on road 0"
+    assert 5 <= len(lowest) <= 9 and lowest[0] == "a dog on road0"
     filter_named(page, "Copied").click()
     assert captions(page) == []
     filter_named(page, "Copied").click()
@@ -168,11 +168,11 @@ def test_images_are_sorted_by_their_figures(runs: list[str], opened: Opened) -> 
     order = page.get_by_label("Sort by")
     order.select_option(label="CLIP score, highest")
     assert captions(page)[0] == MARKUP
-    assert captions(page)[1] == "a dog on road 149"
+    assert captions(page)[1] == "a dog on road149"
     order.select_option(label="CLIP score, lowest")
-    assert captions(page)[0] == "a dog on road 0"
+    assert captions(page)[0] == "a dog on road0"
     order.select_option(label="Name")
-    assert captions(page)[0] == "a dog on road 0"
+    assert captions(page)[0] == "a dog on road0"
 
 
 def test_a_bar_of_a_histogram_leads_to_its_captions(runs: list[str], opened: Opened) -> None:
@@ -192,23 +192,23 @@ def test_everything_can_be_done_by_keyboard(runs: list[str], opened: Opened) -> 
     focused = "document.activeElement.textContent"
     page.keyboard.press("/")
     assert page.evaluate("document.activeElement.id") == "query"
-    page.keyboard.type("road 1")
+    page.keyboard.type("road1")
     page.keyboard.press("ArrowDown")
-    assert "road 1" in page.evaluate(focused)
+    assert "road1" in page.evaluate(focused)
     page.keyboard.press("ArrowRight")
-    assert "road 10" in page.evaluate(focused)
+    assert "road10" in page.evaluate(focused)
     page.keyboard.press("ArrowDown")
     below = page.evaluate(focused)
     page.keyboard.press("ArrowUp")
-    assert "road 10" in page.evaluate(focused) and below != page.evaluate(focused)
+    assert "road10" in page.evaluate(focused) and below != page.evaluate(focused)
     page.keyboard.press("Enter")
     dialog = page.get_by_role("dialog")
-    assert "a dog on road 10" in dialog.inner_text() and "2 of" in dialog.inner_text()
+    assert "a dog on road10" in dialog.inner_text() and "2 of" in dialog.inner_text()
     page.keyboard.press("ArrowRight")
-    assert "a dog on road 100" in dialog.inner_text()
+    assert "a dog on road11" in dialog.inner_text()
     page.keyboard.press("Escape")
     assert not dialog.is_visible()
-    assert "road 100" in page.evaluate(focused), "the focus is where one has been"
+    assert "road11" in page.evaluate(focused), "the focus is where one has been"
     page.get_by_role("tab", name="Captions").focus()
     page.keyboard.press("ArrowRight")
     assert page.get_by_role("tab", name="Distributions").get_attribute("aria-selected") == "true"
@@ -228,7 +228,7 @@ def test_markup_is_shown_as_text_everywhere(runs: list[str], opened: Opened) -> 
 
 def test_a_card_shows_its_image_or_why_there_is_none(runs: list[str], opened: Opened) -> None:
     page = opened(runs[0])
-    page.get_by_role("searchbox").fill("road 5")
+    page.get_by_role("searchbox").fill("road5")
     page.wait_for_function("document.querySelector('.card img').naturalWidth === 60")
     page.get_by_role("searchbox").fill("0008.jpg")
     assert "The image does not exist." in page.locator(".card").inner_text()
@@ -240,9 +240,9 @@ def test_a_caption_is_shown_whole(runs: list[str], opened: Opened) -> None:
     page.locator(".card").click()
     dialog = page.get_by_role("dialog")
     text = dialog.inner_text()
-    for said in ("a dog on road 33", "0.165", "a bus 33", "0.900", "67%", "60 × 40", "photos/0033.jpg"):
+    for said in ("a dog on road33", "0.165", "a bus33", "0.900", "50%", "60 × 40", "photos/0033.jpg"):
         assert said in text
-    assert dialog.locator("mark").all_inner_texts()[0] == "a dog on road"
+    assert dialog.locator("mark").all_inner_texts()[0] == "a dog on"
     assert dialog.get_by_role("button", name="Next").is_disabled()
     dialog.get_by_role("button", name="Close").click()
     assert not dialog.is_visible()
@@ -251,10 +251,11 @@ def test_a_caption_is_shown_whole(runs: list[str], opened: Opened) -> None:
 def test_two_runs_are_side_by_side(runs: list[str], opened: Opened) -> None:
     page = opened(*runs)
     filter_named(page, "Changed").click()
-    assert captions(page) == ["a dog on road 20", "a cat on road 20", "a dog on road 40", "a cat on road 40"]
+    assert captions(page) == ["a dog on road20", "a cat on road20", "a dog on road40", "a cat on road40"]
     assert page.locator("#grid ins").all_inner_texts() == ["dog", "cat", "dog", "cat"]
     page.locator(".card").first.click()
-    assert page.get_by_role("dialog").locator(".of-run h2").all_inner_texts() == ["A\na dog on road 20", "B\na cat on road 20"]
+    titles = page.get_by_role("dialog").locator(".of-run h2").all_inner_texts()
+    assert [title.split() for title in titles] == ["A a dog on road20".split(), "B a cat on road20".split()]
     page.keyboard.press("Escape")
     page.get_by_role("tab", name="Distributions").click()
     assert page.get_by_role("group", name="CLIP score").locator("span").count() >= 20
@@ -265,9 +266,9 @@ def test_text_can_be_read_in_light_and_in_dark(runs: list[str], opened: Opened, 
     page = opened(*runs, color_scheme=scheme)
     colours = """(selector) => { const style = getComputedStyle(document.querySelector(selector));
         let place = document.querySelector(selector), paper = "rgba(0, 0, 0, 0)";
-        while (paper === "rgba(0, 0, 0, 0)") { paper = getComputedStyle(place).backgroundColor; place = place.parentElement; }
+        for (; paper === "rgba(0, 0, 0, 0)"; place = place.parentElement) paper = getComputedStyle(place).backgroundColor;
         return [style.color, paper]; }"""
-    places = ("h1", ".path", ".tiles small", "[role=tab]", ".count", "#query", ".card .caption", ".card .name", ".badge.a", ".badge.b")
+    places = "h1|.path|.tiles small|[role=tab]|.count|#query|.card .caption|.card .name|.badge.a|.badge.b".split("|")
     contrasts = {place: contrast(*page.evaluate(colours, place)) for place in places}
     assert min(contrasts.values()) >= 4.5, contrasts
     is_dark = luminance(page.evaluate("getComputedStyle(document.body).backgroundColor")) < 0.2
@@ -296,7 +297,9 @@ def test_a_phone_shows_it_without_scrolling_sideways(runs: list[str], opened: Op
     page.locator(".card").first.tap()
     dialog = page.get_by_role("dialog")
     assert dialog.bounding_box() == {"x": 0, "y": 0, "width": 360, "height": 740}
-    assert page.evaluate("(() => { const s = document.querySelector('.sheet'); return s.scrollWidth <= s.clientWidth; })()")
+    assert page.evaluate(
+        "(() => { const s = document.querySelector('.sheet'); return s.scrollWidth <= s.clientWidth; })()"
+    )
     dialog.get_by_role("button", name="Close").tap()
     assert not dialog.is_visible()
 

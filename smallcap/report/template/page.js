@@ -40,7 +40,7 @@
   const captionsOf = (row) => (isRun ? row.runs.map((one) => one?.caption) : [row.text]).filter((text) => text !== undefined);
   const failuresOf = (row) => runsOf(row).filter((one) => one?.code !== undefined);
   const wordsOf = (text) => text.toLowerCase().match(/[\p{L}\p{N}\p{M}']+/gu) ?? [];
-  const isLow = (one, run) => one?.values?.clip_score !== undefined && page.low[run] !== null && one.values.clip_score <= page.low[run];
+  const isLow = (one, run) => one?.values?.clip_score !== undefined && page.low[run] !== null && one.values.clip_score < page.low[run];
   const isCopied = (one) => (one?.values?.copied_share ?? 0) >= COPIED;
 
   /** The values of a measure: one for each run that has it. */
@@ -120,10 +120,17 @@
     const first = bar === 0;
     state.range = { name: measure.name, low: first ? -Infinity : low - measure.width * 1e-6, high: last ? Infinity : low + measure.width - measure.width * 1e-6 };
     $("filters").querySelector(".range")?.remove();
-    const label = `${measure.label} ${shown(low, measure.digits)}–${shown(low + measure.width, measure.digits)} ×`;
+    const label = `${measure.label} ${spanOf(measure, bar, "–")} ×`;
     $("filters").append(el("button", { type: "button", class: "range", "aria-pressed": "true", title: "Remove this filter", onclick: clearRange }, label));
     openTab("captions");
     select();
+  }
+
+  /** The values of a bar in words; those of whole numbers end with the last one. */
+  function spanOf(measure, bar, to) {
+    const low = measure.start + bar * measure.width;
+    const high = low + measure.width - (measure.digits ? 0 : 1);
+    return high > low ? `${shown(low, measure.digits)}${to}${shown(high, measure.digits)}` : shown(low, measure.digits);
   }
 
   function clearRange() {
@@ -270,11 +277,11 @@
     const two = measure.runs.length > 1;
     const tops = measure.runs.map((run) => (two ? Math.max(...run.bars) / Math.max(1, run.count) : Math.max(...run.bars)) || 1);
     const top = two ? Math.max(...tops) : tops[0];
-    const bound = (bar) => shown(measure.start + bar * measure.width, measure.digits);
     const count = measure.runs[0].bars.length;
+    const end = measure.start + count * measure.width - (measure.digits ? 0 : 1);
     const bars = Array.from({ length: count }, (_, bar) => {
       const counts = measure.runs.map((run) => run.bars[bar]);
-      const label = `${measure.label} ${bound(bar)} to ${bound(bar + 1)}: ${counts.map((one, run) => `${two ? `${LETTERS[run]} ` : ""}${whole(one)}`).join(", ")}`;
+      const label = `${measure.label} ${spanOf(measure, bar, " to ")}: ${counts.map((one, run) => `${two ? `${LETTERS[run]} ` : ""}${whole(one)}`).join(", ")}`;
       return el("button", { type: "button", tabindex: bar === 0 ? 0 : -1, title: label, "aria-label": label, onclick: () => showRange(measure, bar) },
         counts.map((one, run) => el("span", { "--share": (two ? one / Math.max(1, measure.runs[run].count) : one) / top, "--least": one ? "2px" : "0" })));
     });
@@ -285,7 +292,7 @@
       el("figcaption", {}, el("strong", {}, measure.label), el("span", {}, measure.about)),
       measure.runs.map((run, number) => el("p", { class: "summary" }, two && badge(number), "mean ", el("b", {}, shown(run.mean, Math.max(digits, 1))),
         " · median ", el("b", {}, shown(run.median, digits)), " · 5% ", el("b", {}, shown(run.low, digits)), " · 95% ", el("b", {}, shown(run.high, digits)), ` · ${whole(run.count)} captions`)),
-      group, el("div", { class: "axis" }, el("span", {}, bound(0)), el("span", {}, bound(count / 2)), el("span", {}, bound(count))));
+      group, el("div", { class: "axis" }, [measure.start, (measure.start + end) / 2, end].map((value) => el("span", {}, shown(value, digits)))));
   }
 
   const STAGES = [["load", "load", "loaded"], ["caption", "captioning", "captioned"], ["write", "writing", "written"]];

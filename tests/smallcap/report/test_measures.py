@@ -79,5 +79,7 @@ def test_without_values_there_is_neither_a_histogram_nor_a_quantile() -> None:
         ("a dog on the beach", [""], 0),
     ],
 )
-def test_what_is_copied_stands_in_a_neighbour_word_for_word(caption: str, texts: list[str], share: float | None) -> None:
+def test_what_is_copied_stands_in_a_neighbour_word_for_word(
+    caption: str, texts: list[str], share: float | None
+) -> None:
     assert copied_share(caption, texts) == (None if share is None else pytest.approx(share))

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 
 from smallcap.output import reading
-from smallcap.report.run_rows import read_run_rows
+from smallcap.report.run_rows import fit_texts, read_run_rows
 from tests.report_runs import caption_row, error_row, write_run
 
 
@@ -71,7 +71,10 @@ def test_two_runs_are_joined_by_their_images(tmp_path: Path) -> None:
         if row["image_id"] != "0001.jpg"
     ]
     others = [error_row("0002.jpg") if row["image_id"] == "0002.jpg" else row for row in others]
-    runs = [write_run(str(tmp_path / "a"), same), write_run(str(tmp_path / "b"), [*others, caption_row("new.jpg", "x")])]
+    runs = [
+        write_run(str(tmp_path / "a"), same),
+        write_run(str(tmp_path / "b"), [*others, caption_row("new.jpg", "x")]),
+    ]
     read = read_run_rows(runs, 20)
     assert (read.both, read.changed) == (499, 4)
     rows = {row["id"]: row for row in read.rows}
@@ -117,8 +120,15 @@ def test_captions_that_are_empty_or_without_figures_are_counted_and_shown(tmp_pa
     ]
     read = read_run_rows([write_run(str(tmp_path), rows)], 10)
     assert (read.figures[0].ok, read.figures[0].empty) == (4, 2)
-    assert "clip_score" not in read.rows[3]["runs"][0]["values"]
-    assert read.rows[2]["runs"][0]["values"]["clip_score"] is None
-    long = read.rows[3]["runs"][0]
-    assert len(long["caption"]) == 401
-    assert len(long["neighbours"]) == 16
+    assert [row["runs"][0]["values"].get("clip_score") for row in read.rows] == [0.5, 0.5, None, None]
+    assert len(read.rows[3]["runs"][0]["neighbours"]) == 16
+
+
+@pytest.mark.parametrize(("most_bytes", "longest"), [(1_000_000, 400), (15_000, 200), (9_000, 100), (10, 50)])
+def test_texts_are_shortened_until_they_fit(tmp_path: Path, most_bytes: int, longest: int) -> None:
+    rows = [caption_row(f"{'n' * 500}{n}", "x" * 1000, neighbours=["y" * 1000, "short"] * 8) for n in range(4)]
+    read = read_run_rows([write_run(str(tmp_path), [*rows, error_row("e", message="z" * 1000)])], 10)
+    fit_texts(read.rows, most_bytes)
+    row, failed = read.rows[-1], read.rows[0]
+    assert (len(row["id"]), len(row["runs"][0]["caption"]), len(failed["runs"][0]["message"])) == (501, longest, longest)
+    assert [len(one["text"]) for one in row["runs"][0]["neighbours"][:2]] == [longest, 5]

@@ -35,7 +35,7 @@ def test_images_are_read_from_wherever_they_lie(anywhere: str) -> None:
         assert opened(thumbnail).size == (60, 40)
 
 
-@pytest.mark.parametrize(("count", "most_bytes"), [(1, 1_000_000), (20, 400_000), (100, 400_000), (100, 90_000)])
+@pytest.mark.parametrize(("count", "most_bytes"), [(1, 1_000_000), (20, 400_000), (100, 400_000), (100, 150_000)])
 def test_all_pictures_together_stay_within_the_bytes(count: int, most_bytes: int, tmp_path: Path) -> None:
     (tmp_path / "noise.png").write_bytes(noise(300))
     for number in range(1, count):
