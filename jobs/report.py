@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
+import pyarrow.compute as pc
+
 from jobs.captioning.record import Attempt, RunRecord, load_existing_run
 from jobs.captioning.stage_report import STAGES
 from jobs.cluster.display import show_while
@@ -120,7 +122,8 @@ def _run_page(paths: Sequence[str], count: int) -> tuple[bytes, str]:
 
 def _containers(path: str) -> Containers:
     work = load_work_list(path)
-    return Containers(work.fragments if work else ())
+    packed = work is not None and pc.any(pc.not_equal(work.fragments.table["kind"], "uris")).as_py()
+    return Containers(work.fragments if work and packed else ())  # a list of images has very many fragments
 
 
 def _input_config(record: RunRecord) -> InputConfig:

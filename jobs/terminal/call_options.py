@@ -138,8 +138,8 @@ class ReportOptions(Config):
     out: str = "report.html"
     """The HTML file to write."""
     rows: int = Field(2000, ge=1, le=10_000)
-    """Most images or captions to show. Where there are more, some are drawn. Pictures are smaller the more there are, so
-    that a page stays below 25 MB."""
+    """Most images or captions to show. Where there are more, some are drawn. The more there are, the smaller are the
+    pictures, so that a page stays below 25 MB."""
 
 
 class DoctorOptions(Config):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import count
 from typing import Any
 
@@ -150,13 +151,18 @@ def copied_share(caption: str, texts: Sequence[str]) -> float | None:
     Words are in lower case and without punctuation. A shorter caption is one sequence. None where there is no word or
     no text.
     """
-    words = tokenize_in_python(caption).split()
+    words = _words(caption)
     length = min(COPIED_WORDS, len(words))
     if not length or not texts:
         return None
-    known = {sequence for text in texts for sequence in _sequences(tokenize_in_python(text).split(), length)}
+    known = {sequence for text in texts for sequence in _sequences(_words(text), length)}
     own = _sequences(words, length)
     return sum(sequence in known for sequence in own) / len(own)
+
+
+@lru_cache(10_000)  # neighbours are those of many images
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(tokenize_in_python(text).split())
 
 
 def _sequences(words: Sequence[str], length: int) -> list[tuple[str, ...]]:

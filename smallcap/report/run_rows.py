@@ -97,7 +97,7 @@ class _Chooser:
         if self._is_readable is not None:
             readable = is_ok & np.array([self._is_readable(uri or "") for uri in batch["image_uri"].to_pylist()], bool)
         self._drawn.offer(batch, keys, readable)
-        self._changed.offer(batch, keys, np.isin(keys, self._changed_keys))
+        self._changed.offer(batch, keys, _are_among(keys, self._changed_keys))
         scores = batch["clip_score"].to_numpy(zero_copy_only=False)
         self._low.offer(batch, scores, is_ok & np.isfinite(scores))
         for code in pc.unique(batch["error_code"]).drop_null().to_pylist():
@@ -119,6 +119,14 @@ class _Chooser:
         ordered = chain(first, self._low.rows(), self._changed.rows(), self._drawn.rows(), more)
         rows = {row["image_id"]: row for row in ordered}
         return list(rows.values())[: self._count]
+
+
+def _are_among(keys: np.ndarray, ordered: np.ndarray) -> np.ndarray:
+    """Says which keys are among sorted ones, [n] bool; `np.isin` would sort them each time."""
+    if not len(ordered):
+        return np.zeros(len(keys), bool)
+    places = np.minimum(np.searchsorted(ordered, keys), len(ordered) - 1)
+    return np.asarray(ordered[places] == keys)
 
 
 def _flags(values: pa.Array) -> np.ndarray:
@@ -171,7 +179,9 @@ def read_run_rows(runs: Sequence[str], count: int, is_readable: Callable[[str], 
     figures = [first]
     for captions in opened[1:]:
         figures.append(_read_others(captions, chosen, {row["image_id"] for row in chooser.drawn()}))
-    rows = [_page_row(of_runs, changed) for _, of_runs in sorted(chosen.items())]
+    ordered = sorted(chosen.items())
+    flags = _are_among(name_keys(image_id for image_id, _ in ordered), changed).tolist()
+    rows = [_page_row(of_runs, flag) for (_, of_runs), flag in zip(ordered, flags, strict=True)]
     return RunRows(tuple(figures), rows, both, len(changed))
 
 
@@ -210,10 +220,9 @@ def _copied_share(row: Row) -> float | None:
 
 def _compare(runs: Sequence[Captions]) -> tuple[int, np.ndarray]:
     """Returns how many images two runs share, and the sorted keys of those whose captions differ, [n] uint64."""
-    ids, captions = zip(*(_keys_of(run) for run in runs), strict=True)
-    shared, *places = np.intersect1d(*ids, return_indices=True)
-    first, second = (keys[place] for keys, place in zip(captions, places, strict=True))
-    return len(shared), shared[first != second]
+    (ids, captions), (other_ids, other_captions) = map(_keys_of, runs)
+    shared, places, others = np.intersect1d(ids, other_ids, return_indices=True)
+    return len(shared), shared[captions[places] != other_captions[others]]
 
 
 def _keys_of(captions: Captions) -> tuple[np.ndarray, np.ndarray]:
@@ -226,14 +235,13 @@ def _keys_of(captions: Captions) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(ids), np.concatenate(texts)
 
 
-def _page_row(of_runs: Sequence[Row], changed: np.ndarray) -> dict[str, Any]:
+def _page_row(of_runs: Sequence[Row], changed: bool) -> Row:
     row = of_runs[0]
-    key = name_keys([row["image_id"]])
     return {
         "id": row["image_id"],
         "uri": row["image_uri"],
         "size": next(([one["width"], one["height"]] for one in of_runs if one.get("width")), None),
-        "changed": bool(np.isin(key, changed)[0]),
+        "changed": changed,
         "runs": [_page_caption(one) if one else None for one in of_runs],
     }
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -162,14 +163,18 @@ def _without_ends(image: Image.Image) -> Image.Image:
     """Returns the middle of an image that is very long or high; others as they are."""
     width, height = image.size
     most = _LONGEST_SHAPE * min(width, height)
+    if max(width, height) <= most:
+        return image
     left, top = max(0, width - most) // 2, max(0, height - most) // 2
-    return image.crop((left, top, width - left, height - top)) if left or top else image
+    return image.crop((left, top, left + min(width, most), top + min(height, most)))
 
 
 def _encode(image: Image.Image, edges: Sequence[int], most_bytes: int) -> bytes:
     """Returns a WebP file of the largest edge and the best quality that the bytes allow, or the smallest of all."""
-    data = b""
+    data, likely_px = b"", math.inf
     for edge in edges:
+        if edge > likely_px and edge != edges[-1]:
+            continue
         small = image.copy()
         small.thumbnail((edge, edge), Image.Resampling.LANCZOS)
         for quality in _QUALITIES:
@@ -178,4 +183,5 @@ def _encode(image: Image.Image, edges: Sequence[int], most_bytes: int) -> bytes:
             data = buffer.getvalue()
             if len(data) <= most_bytes:
                 return data
+        likely_px = edge * (most_bytes / len(data)) ** 0.5
     return data

@@ -99,8 +99,8 @@
     drawn = 0;
     drawMore();
     $("nothing").hidden = rows.length > 0;
-    const noun = isRun ? (rows.length === 1 ? "image" : "images") : (rows.length === 1 ? "caption" : "captions");
-    $("found").textContent = rows.length === page.rows.length ? `${whole(rows.length)} ${noun}.` : `${whole(rows.length)} of ${whole(page.rows.length)} ${noun}.`;
+    const noun = (isRun ? "image" : "caption") + (page.rows.length === 1 ? "" : "s");
+    $("found").textContent = `${rows.length === page.rows.length ? "" : `${whole(rows.length)} of `}${whole(page.rows.length)} ${noun}.`;
     for (const button of $("filters").children) {
       if (button.dataset.filter) button.setAttribute("aria-pressed", state.filters.has(button.dataset.filter));
     }

@@ -48,7 +48,7 @@ def test_of_a_large_run_the_doubtful_are_shown_and_others_drawn(
 
 
 def test_which_are_drawn_depends_on_names_alone(tmp_path: Path) -> None:
-    rows = [caption_row(name, "a dog") for name in names(300)]
+    rows = [caption_row(name, "a dog", score=number / 300) for number, name in enumerate(names(300))]
     one = read_run_rows([write_run(str(tmp_path / "one"), rows)], 40)
     other = read_run_rows([write_run(str(tmp_path / "other"), rows[::-1])], 40)
     assert [row["id"] for row in one.rows] == [row["id"] for row in other.rows]
@@ -124,11 +124,15 @@ def test_captions_that_are_empty_or_without_figures_are_counted_and_shown(tmp_pa
     assert len(read.rows[3]["runs"][0]["neighbours"]) == 16
 
 
-@pytest.mark.parametrize(("most_bytes", "longest"), [(1_000_000, 400), (15_000, 200), (9_000, 100), (10, 50)])
+@pytest.mark.parametrize(("most_bytes", "longest"), [(1_000_000, 400), (18_000, 200), (14_000, 100), (10, 50)])
 def test_texts_are_shortened_until_they_fit(tmp_path: Path, most_bytes: int, longest: int) -> None:
     rows = [caption_row(f"{'n' * 500}{n}", "x" * 1000, neighbours=["y" * 1000, "short"] * 8) for n in range(4)]
     read = read_run_rows([write_run(str(tmp_path), [*rows, error_row("e", message="z" * 1000)])], 10)
     fit_texts(read.rows, most_bytes)
     row, failed = read.rows[-1], read.rows[0]
-    assert (len(row["id"]), len(row["runs"][0]["caption"]), len(failed["runs"][0]["message"])) == (501, longest, longest)
+    assert (len(row["id"]), len(row["runs"][0]["caption"]), len(failed["runs"][0]["message"])) == (
+        501,
+        longest,
+        longest,
+    )
     assert [len(one["text"]) for one in row["runs"][0]["neighbours"][:2]] == [longest, 5]
