@@ -250,6 +250,7 @@ def _measured(attempt: Attempt, snapshot: Snapshot | None, images: int, seconds:
             "decoded_by_pillow": snapshot.load.by_pillow if fast_decode else None,
             "search_backends": tuple(sorted(snapshot.caption.searched_by)),
             "dtype": ", ".join(sorted(snapshot.caption.dtypes)) or attempt.dtype,
+            "timeline": snapshot.timeline,
         }
     )
 

@@ -27,6 +27,7 @@ from jobs.terminal.call_options import (
     IndexUseOptions,
     InspectOptions,
     RayCall,
+    ReportOptions,
     SearchOptions,
 )
 from jobs.terminal.command_line import EXIT_RUN_ERROR, Base, Command, Run, run_app
@@ -293,6 +294,15 @@ def inspect(options: InspectOptions) -> None:
 def export(options: ExportOptions) -> None:
     """Copy a run's captions to JSON Lines or CSV, or write a card that describes them."""
     from jobs import export as job
+
+    say(job.run(options))
+
+
+@_command("report", "s3://bucket/captions --out report.html")
+def report(options: ReportOptions) -> None:
+    """Write a page about a run, two runs side by side, or an index: one HTML file that needs no server."""
+    with _show_loading():
+        from jobs import report as job
 
     say(job.run(options))
 

@@ -28,6 +28,7 @@ data = [
     *(package / f"_demo/{name}" for name in ("captions.csv", "captions-held-out.csv", "references-held-out.json")),
     *(tokenizer_folder("gpt2") / name for name in ("vocab.json", "merges.txt")),
     package.parent / "jobs" / "captioning" / "grafana.json",
+    *(package / "report" / "template" / name for name in ("page.html.j2", "page.js", "style.css")),
 ]
 print(importlib.metadata.version("smallcap") == smallcap.__version__, [str(file) for file in data if not file.exists()])
 print(*(module.__path__[0] for module in (smallcap, jobs, index_builder)))

@@ -10,8 +10,11 @@ import time
 from collections.abc import Sequence
 
 from jobs.captioning.metrics import record_batch, record_index_cache
-from jobs.captioning.stage_report import STAGES, Snapshot, Stage, StageReport
+from jobs.captioning.stage_report import STAGES, Snapshot, Stage, StageReport, Timeline
 from jobs.cluster.side_actor import SideActor
+
+_FIRST_STEP_S = 1.0
+_MOST_STEPS = 60
 
 
 class RunMonitor:
@@ -26,6 +29,7 @@ class RunMonitor:
         self._images, self._fragments = images, fragments
         self._started = time.monotonic()
         self._sums: dict[Stage, StageReport] = {stage: StageReport(stage) for stage in STAGES}
+        self._steps = {stage: _Steps() for stage in STAGES}
         self._actors: set[str] = set()
         self._first_caption_s: float | None = None
 
@@ -33,6 +37,7 @@ class RunMonitor:
         """Adds one batch's figures."""
         stage = report.stage
         self._sums[stage] = self._sums[stage].plus(report)
+        self._steps[stage].add(time.monotonic() - self._started, report.images)
         if stage == "caption":
             if report.worker:
                 self._actors.add(report.worker)
@@ -50,7 +55,39 @@ class RunMonitor:
             write=self._sums["write"],
             actors=len(self._actors),
             first_caption_s=self._first_caption_s,
+            timeline=self._timeline(),
         )
+
+    def _timeline(self) -> Timeline:
+        step_s = max(steps.step_s for steps in self._steps.values())
+        return Timeline(step_s=step_s, **{stage: steps.widened(step_s) for stage, steps in self._steps.items()})
+
+
+class _Steps:
+    """Counts a stage's images by steps of time, which become twice as long whenever there are too many of them."""
+
+    def __init__(self) -> None:
+        self.step_s = _FIRST_STEP_S
+        self._images: list[int] = []
+
+    def add(self, elapsed_s: float, images: int) -> None:
+        while elapsed_s >= self.step_s * _MOST_STEPS:
+            self._images = _in_pairs(self._images)
+            self.step_s *= 2
+        place = int(elapsed_s / self.step_s)
+        self._images += [0] * (place + 1 - len(self._images))
+        self._images[place] += images
+
+    def widened(self, step_s: float) -> tuple[int, ...]:
+        """Returns the counts of longer steps; `step_s` is the steps' own length times a power of two."""
+        images, own_s = self._images, self.step_s
+        while own_s < step_s:
+            images, own_s = _in_pairs(images), own_s * 2
+        return tuple(images)
+
+
+def _in_pairs(counts: Sequence[int]) -> list[int]:
+    return [sum(counts[place : place + 2]) for place in range(0, len(counts), 2)]
 
 
 class MonitorClient:

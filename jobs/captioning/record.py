@@ -16,6 +16,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from jobs.captioning.stage_report import Timeline
 from jobs.cluster.pinned import PinnedRecord, check_same_options
 from smallcap import storage
 from smallcap.config import CaptionConfig
@@ -68,6 +69,7 @@ class Attempt(Record):
     dtype: str | None = None  # what the actors computed in; several where their GPUs differ
     decoded_by_pillow: int | None = None  # images that decode: fast left to Pillow
     search_backends: tuple[str, ...] | None = None  # where actors searched; several where memory differed
+    timeline: Timeline | None = None  # images that each stage finished over time
 
 
 class ImageCounts(Record):

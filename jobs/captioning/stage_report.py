@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from smallcap.records import Record
+
 Stage = Literal["load", "caption", "write"]
 STAGES: tuple[Stage, ...] = ("load", "caption", "write")
 
@@ -45,6 +47,15 @@ _SUMMED = tuple(
 )
 
 
+class Timeline(Record):
+    """How many images each stage finished over time: in the first `step_s` seconds of its pipeline, in the next, …"""
+
+    step_s: float
+    load: tuple[int, ...] = ()
+    caption: tuple[int, ...] = ()
+    write: tuple[int, ...] = ()
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """What an attempt has done so far."""
@@ -59,6 +70,7 @@ class Snapshot:
     first_caption_s: float | None  # from the start until the first batch was given to an actor
     restarts: int = 0  # processes of actors that took the place of one that had ended
     faults: Mapping[str, int] = field(default_factory=dict)  # of actors, by kind
+    timeline: Timeline | None = None
 
     def after(self, seconds: float) -> Snapshot:
         """Returns the same figures with times that count from so many seconds earlier."""

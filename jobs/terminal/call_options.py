@@ -175,6 +175,20 @@ class ExportOptions(Config):
         return self
 
 
+class ReportOptions(Config):
+    """A page about a run or an index."""
+
+    path: Annotated[str, POSITIONAL]
+    """A captioning run, or an index."""
+    other: Annotated[str | None, POSITIONAL] = None
+    """Another run, to be shown beside the first."""
+    out: str = "report.html"
+    """The HTML file to write."""
+    rows: int = Field(2000, ge=1, le=10_000)
+    """Most images or captions to show. Where there are more, some are drawn. The more there are, the smaller are the
+    pictures, so that a page stays below 25 MB."""
+
+
 class DoctorOptions(Config):
     """An examination of this machine, and of what a run on it is to use."""
 
