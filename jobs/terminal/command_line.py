@@ -59,10 +59,9 @@ class Command:
 
     def options(self) -> list[Option]:
         """All its options: arguments first, then required options, then others; groups of a job's config come last."""
+        kinds: list[type[Config]] = [*self.kinds, PrintOptions]
         options = [
-            option
-            for kind in (*self.kinds, PrintOptions)
-            for option in sorted(list_options(kind), key=lambda option: not option.is_required)
+            option for kind in kinds for option in sorted(list_options(kind), key=lambda option: not option.is_required)
         ]
         return sorted(options, key=lambda option: (not option.is_positional, "." in option.key))
 
@@ -251,8 +250,10 @@ def run_app(app: Callable[..., Any], arguments: Sequence[str] | None = None) -> 
 def _command_of(error: Any) -> str | None:
     """Returns the words after `smallcap` in which something is wrong; None where they are no command."""
     context = getattr(error, "ctx", None)
-    is_command = context is not None and not hasattr(context.command, "commands")
-    return context.command_path.removeprefix("smallcap ") if is_command else None
+    if context is None or hasattr(context.command, "commands"):
+        return None
+    path: str = context.command_path
+    return path.removeprefix("smallcap ")
 
 
 def _fail_usage(error: Any) -> NoReturn:

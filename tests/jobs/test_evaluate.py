@@ -153,7 +153,7 @@ def test_metrics_that_cannot_run_are_named_and_the_others_run(tmp_path: Path) ->
     done = subprocess.run(command, capture_output=True, text=True, check=True, env={"PATH": str(empty)})
     result = json.loads(done.stdout.splitlines()[-1])
     assert (set(result["unavailable"]), result["tokenizer"]) == ({"meteor", "spice"}, "ptb-python")
-    assert "METEOR did not run. It is a Java program, and no Java runs here" in done.stdout
+    assert "METEOR did not run. It is a Java program, and no Java runs here" in done.stderr
     assert result["runs"][0]["figures"]["cider"]["value"] is not None
 
 
