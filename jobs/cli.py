@@ -117,17 +117,9 @@ def _command(name: str, example: str, base: Base | None = None) -> Callable[[Run
 @_command("demo", "")
 def demo(options: DemoOptions) -> None:
     """Caption the demo's scenes with its small trained model; then swap the datastore and caption other domains."""
-    from jobs import caption as caption_job
-    from jobs.demo import compare_swap, run_demo
-    from jobs.terminal import console
+    from jobs.demo import run_demo
 
-    result = run_demo(options.out, options.address)
-    index = f"Index: {'built' if result.index_was_built else 'up to date'}, {result.index}"
-    say_report(f"{index}\n{caption_job.describe(result.summary)}\n", slice(0))
-    console.print_samples(result.summary.out, options.show)
-    say("\nScenes from domains that the model was not trained on, before and after the datastore was swapped:\n")
-    console.print_swap(compare_swap(result.swap)[: options.show])
-    say(f"\nParquet: {result.swap.before.out} and {result.swap.after.out}")
+    run_demo(options.out, options.address, options.show)
 
 
 @_command("build-index", "captions.csv --out s3://bucket/index --encoder open_clip:RN50x64/openai")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -36,9 +35,9 @@ def print_neighbours(neighbours: Sequence[Neighbour]) -> None:
 
 
 def print_samples(run: str, count: int) -> None:
-    """Prints up to `count` captioned images of a run, with the captions that were retrieved for them."""
+    """Prints the `count` images of a small run with the highest CLIP scores, and the captions retrieved for them."""
     captions = read_captions(run, ["image_id", "caption", "clip_score", "neighbours"], status="ok")
-    for row in islice(captions.rows(), count):
+    for row in sorted(captions.rows(), key=lambda row: -(row["clip_score"] or 0))[:count]:
         score = f"  (clip score {row['clip_score']:.2f})" if row["clip_score"] is not None else ""
         shown_id, caption = cell(row["image_id"], "cyan"), cell(row["caption"], "bold")
         out.print(Text.assemble(shown_id, "  ", caption, (score, "dim")))
@@ -48,7 +47,7 @@ def print_samples(run: str, count: int) -> None:
 
 def print_swap(rows: Sequence[Mapping[str, str]]) -> None:
     """Prints images with their captions before and after the datastore was swapped, and a reference caption."""
-    table = _table("image", "before the swap", "after the swap", "reference")
+    table = _table("image", "with the first index", "with their own", "reference")
     for row in rows:
         table.add_row(
             cell(row["image"], "cyan"), cell(row["before"]), cell(row["after"], "bold"), cell(row["reference"], "dim")

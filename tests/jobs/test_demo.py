@@ -1,6 +1,8 @@
 """The demo as it ships: the whole path with its trained model, and what its captions say of the scenes."""
 
 import json
+import re
+from collections import Counter
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -23,11 +25,16 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, DemoResult]:
         return out, run_demo(out)
 
 
-def share_of_right_captions(run: str, references: str) -> float:
-    """Of a run's images, how many have a caption that names exactly their objects; each must have one row."""
+def objects_of_images(references: str) -> dict[str, Counter[str]]:
+    """Returns the objects of each image, with their numbers."""
     found = json.loads((demo_folder() / references).read_text())
     names = {image["id"]: image["file_name"] for image in found["images"]}
-    truth = {names[a["image_id"]]: named_kinds(a["caption"]) for a in found["annotations"]}
+    return {names[a["image_id"]]: named_kinds(a["caption"]) for a in found["annotations"]}
+
+
+def share_of_right_captions(run: str, references: str) -> float:
+    """Of a run's images, how many have a caption that names exactly their objects; each must have one row."""
+    truth = objects_of_images(references)
     rows = [row for part in list_parts(run) for row in pq.read_table(part).to_pylist()]
     assert sorted(row["image_id"] for row in rows) == sorted(truth)
     return sum(named_kinds(row["caption"]) == truth[row["image_id"]] for row in rows) / len(rows)
@@ -86,6 +93,17 @@ def test_run_again_it_redoes_nothing(demo: tuple[str, DemoResult]) -> None:
     assert not again.index_was_built
     assert [run.new_images for run in (again.summary, again.swap.before, again.swap.after)] == [0, 0, 0]
     assert files == {path: path.stat().st_mtime_ns for path in files}
+
+
+def test_each_step_is_told_before_its_captions_and_the_first_caption_is_right(
+    demo: tuple[str, DemoResult], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_demo(demo[0], show=3)
+    printed = capsys.readouterr().out
+    order = ("Step 1 of 3", "(clip score", "Step 2 of 3", "Step 3 of 3", "with their own", "Parquet:")
+    assert sorted(order, key=printed.index) == list(order)
+    first = re.search(r"^(\d+\.jpg)  (.*)  \(clip score", printed, re.MULTILINE)
+    assert first is not None and named_kinds(first[2]) == objects_of_images("references.json")[first[1]]
 
 
 @pytest.mark.ray
