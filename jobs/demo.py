@@ -11,9 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from index_builder.build import BuildReport
-from jobs import build_index, caption
+from jobs import build_index, caption, report
 from jobs.screen import say
 from jobs.terminal import console
+from jobs.terminal.call_options import ReportOptions
 from smallcap import storage
 from smallcap.config import CaptionConfig, CleaningConfig, IndexConfig
 from smallcap.model.files import DEMO, demo_folder
@@ -58,19 +59,20 @@ def run_demo(out: str, address: str | None = None, show: int | None = None) -> D
 
     Args:
         out: Folder for `index/` and `captions/`, and, for the images of held-out domains, `index-held-out/`,
-            `captions-held-out/before/` and `captions-held-out/after/`.
+            `captions-held-out/before/` and `captions-held-out/after/`; and for two pages to look at.
         address: Address of a Ray cluster; by default a local one.
-        show: Number of images to print after each step, with what the step is for; by default nothing is printed.
+        show: Number of images to print after each step, with what the step is for; by default nothing is printed, and
+            no page is written.
     """
     tell: Callable[[str], None] = _say_nothing if show is None else say
     tell(_FIRST_STEP)
-    report = build_demo_index(storage.join(out, "index"), address)
-    summary = _caption("images", report.index_uri, storage.join(out, "captions"), address)
+    built = build_demo_index(storage.join(out, "index"), address)
+    summary = _caption("images", built.index_uri, storage.join(out, "captions"), address)
     if show:
         tell(_SAMPLES)
         console.print_samples(summary.out, show)
     tell(_SECOND_STEP)
-    before = _caption_held_out("before", report.index_uri, out, address)
+    before = _caption_held_out("before", built.index_uri, out, address)
     tell(_THIRD_STEP)
     other = build_demo_index(storage.join(out, f"index-{HELD_OUT}"), address, f"captions-{HELD_OUT}.csv")
     swap = SwapResult(before, _caption_held_out("after", other.index_uri, out, address))
@@ -78,7 +80,12 @@ def run_demo(out: str, address: str | None = None, show: int | None = None) -> D
         tell("")
         console.print_swap(compare_swap(swap)[:show])
     tell(f"\nParquet: {summary.out}, {swap.before.out} and {swap.after.out}")
-    return DemoResult(report.index_uri, not report.no_op, summary, swap)
+    if show:
+        tell("Pages with the pictures, for a browser:")
+        tell(report.run(ReportOptions(path=summary.out, out=storage.join(out, "captions.html"))))
+        swapped = ReportOptions(path=swap.before.out, other=swap.after.out, out=storage.join(out, "swap.html"))
+        tell(report.run(swapped))
+    return DemoResult(built.index_uri, not built.no_op, summary, swap)
 
 
 def build_demo_index(out: str, address: str | None = None, dump: str = "captions.csv") -> BuildReport:
