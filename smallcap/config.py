@@ -75,7 +75,7 @@ class RetrievalConfig(Config):
     exclude_own_captions: bool = False
     """Leave out captions whose source image has the query's image id. For evaluation on the datastore's own images."""
     cache_dir: str = DEFAULT_CACHE_DIR
-    """Folder on each node for copies of remote indexes."""
+    """Folder on each node for copies of remote indexes, and for what was measured on the machine."""
     search_device: SearchDevice = "auto"
     """Where the index is searched. `auto` takes the captioning GPU if the index fits next to the model, else the
     CPU."""
@@ -117,8 +117,8 @@ class ComputeConfig(Config):
     """Device of the model. `auto` takes a GPU if Ray has one, else the CPU."""
     dtype: Dtype = "auto"
     """Precision of weights and activations. `auto` is bfloat16 on a GPU, or float16 on one that only emulates bfloat16.
-    On a CPU captioning measures float32 and bfloat16, and takes bfloat16 if that is clearly faster. For building an
-    index `auto` is float32 everywhere."""
+    On a CPU captioning measures float32 and bfloat16, once on a machine, and takes bfloat16 if that is clearly faster.
+    For building an index `auto` is float32 everywhere."""
     compile: bool = False
     """Compile the encoders with torch.compile (captioning only). Takes minutes at the start; then a GPU is faster."""
     batch_size: AutoBatch = "auto"

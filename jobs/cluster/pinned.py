@@ -48,7 +48,7 @@ class PinnedRecord(VersionedRecord):
 def recorded_options(record: PinnedRecord, kind: type[Config], out: str) -> dict[str, Any]:
     """Returns the recorded config of a run, with absolute places.
 
-    Records of older releases have paths as they were typed. Where the run's folder still ends as they say, they start
+    Records of before 0.1.0 have paths as they were typed. Where the run's folder still ends as they say, they start
     from the folder in which the run began; otherwise from the working directory.
 
     Args:
