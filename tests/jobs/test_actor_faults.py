@@ -116,6 +116,7 @@ def check(config: CaptionConfig, expected: Rows, attempts: int) -> None:
     assert (record.status, len(record.attempts), record.images.errors_by_code) == ("complete", attempts, {})
 
 
+@pytest.mark.slow
 def test_a_cuda_error_costs_no_image(config: CaptionConfig, plan: Plan, expected: Rows) -> None:
     plan.add("process", "cuda")
     summary = caption.run(config)

@@ -186,7 +186,7 @@ def odd_tars(tmp_path: Path) -> str:
 ODD = Account(seen=9, captioned=4, errors=1, repeats=2, passed_over=2)
 
 
-@pytest.mark.parametrize("written", range(4))
+@pytest.mark.parametrize("written", [1, *(pytest.param(written, marks=pytest.mark.slow) for written in (0, 2, 3))])
 def test_the_account_of_a_run_that_was_stopped_is_that_of_an_undisturbed_one(
     odd_tars: str, tmp_path: Path, index: str, tiny_smallcap: Path, written: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -80,7 +80,7 @@ COMMANDS = {
     ),
     "no config file": ("caption images --config none.yaml", 2, "none.yaml"),
     "no run to try again": ("caption --retry-failed new/out", 2, "no run in this folder"),
-    "no cluster's address": (f"{WITH_ALL} --address nowhere", 2, "no address of a Ray cluster"),
+    "no cluster's address": (f"{WITH_ALL} --address nowhere", 2, "not an address of a Ray cluster"),
     "no text": ("caption images --out new/out --model", 2, "requires an argument"),
     "no log's folder": (f"{WITH_ALL} --log-file new/log", 2, "The log file cannot be written."),
     "no references": ("evaluate run --references none.json", 1, "none.json"),

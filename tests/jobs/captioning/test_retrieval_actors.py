@@ -77,6 +77,7 @@ def test_a_partition_downloads_its_own_files(s3: str, tmp_path: Path, publish: C
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_an_actor_that_dies_is_started_again(tmp_path: Path, publish: Callable[..., IndexManifest]) -> None:
     uri, cache = f"{tmp_path}/index", f"{tmp_path}/cache"
     manifest = publish(uri, "IVF8,SQ8", nprobe=3, k_factor=2)

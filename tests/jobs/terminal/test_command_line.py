@@ -178,7 +178,7 @@ def refusal(*arguments: str) -> str:
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_no_junk_in_any_option_starts_anything(
     command: Command, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory

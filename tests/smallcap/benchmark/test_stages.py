@@ -52,6 +52,7 @@ def test_planned_lengths_are_kept_and_stand_for_real_captions(model: SmallCapMod
     assert BeamSearch in PlannedLengths.__mro__
 
 
+@pytest.mark.slow
 def test_a_run_measures_every_stage_and_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products alone were measured at a slow moment, and yet nothing is said to be faster than the machine."""
     monkeypatch.setattr(stages, "matrix_rate", lambda *_, **__: 1e6)

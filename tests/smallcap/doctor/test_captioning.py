@@ -99,6 +99,7 @@ def test_a_precision_that_loses_too_much(logprob: float, status: str, monkeypatc
     assert statuses(prove_captioning("cpu", LITTLE)) == SOUND | {"precision": status}
 
 
+@pytest.mark.slow
 def test_a_gpu_is_compared_with_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     least = Effort(images=2, batches=2, largest_batch=2)
     candidates = ExactBlocks.candidates

@@ -102,6 +102,7 @@ def test_statistics_give_each_resampled_set_its_own_corpus_figure() -> None:
     assert isinstance(statistics, Statistics)
 
 
+@pytest.mark.slow
 def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
     score_captions(*captions(5), metrics=[metric for metric in METRICS if not what_metric_lacks(metric)])
     assert capfd.readouterr() == ("", "")
