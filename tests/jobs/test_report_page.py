@@ -25,6 +25,8 @@ from playwright.sync_api import Error, sync_playwright
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Locator, Page
 
+pytestmark = pytest.mark.slow
+
 MARKUP = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 IMAGES = 150  # more than are drawn at once
 _PROGRAMS = ("chromium", "chromium-browser", "google-chrome")

@@ -145,7 +145,14 @@ def run_script(script: str, **options: Any) -> "subprocess.CompletedProcess[Any]
     return subprocess.run([sys.executable, "-c", script], check=False, env=environment, cwd=ROOT, **options)
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8:strict", "locale C"])
+@pytest.mark.parametrize(
+    "encoding",
+    [
+        "ascii",
+        "locale C",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("latin-1", "cp1252", "utf-8:strict")),
+    ],
+)
 def test_any_encoding_of_the_terminal_will_do(encoding: str, evil_run: Path) -> None:
     environment = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     environment |= {"LC_ALL": "C"} if encoding == "locale C" else {"PYTHONIOENCODING": encoding}

@@ -1,7 +1,7 @@
 """Decoding on the pretended device: the CPU's tokens, few waits and shapes, one pool; and mutants that must be seen."""
 
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -211,17 +211,20 @@ def wait_in_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "causal_mask", mutant)
 
 
+slow = partial(pytest.param, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("mutation", "check", "message"),
     [
         (advances(lambda search, logits: search.done.all().item()), check_captions, "Inside a capture: value"),
         (advances(add_a_cpu_tensor), check_captions, "device"),
         (advances(lambda search, logits: torch.tensor([1.0], device=logits.device)), check_captions, "upload"),
-        (forget_the_position, check_captions, "not as on the CPU"),
+        slow(forget_the_position, check_captions, "not as on the CPU"),
         (forget_to_undo, check_captions, "not as on the CPU"),
         (give_no_pool, check_one_pool, "one pool"),
-        (begin_anew, check_one_pool, "one pool"),
-        (pad_to_the_longest, check_few_shapes, "many shapes"),
+        slow(begin_anew, check_one_pool, "one pool"),
+        slow(pad_to_the_longest, check_few_shapes, "many shapes"),
         (wait_in_prefill, check_budget, r"nothing there needs one; .*test_decoding.py"),
     ],
     ids=[

@@ -136,7 +136,7 @@ export_table(reading.read_captions(os.environ["RUN"], status="ok"), "run", os.en
 """
 
 
-@pytest.mark.parametrize("at", ["0000.parquet", "0003.parquet"])
+@pytest.mark.parametrize("at", ["0003.parquet", pytest.param("0000.parquet", marks=pytest.mark.slow)])
 def test_an_export_that_was_killed_is_repeated(kind: TableFormat, place: str, tmp_path: Path, at: str) -> None:
     run = write_run(tmp_path / "run")
     with pytest.raises(subprocess.CalledProcessError) as killed:
