@@ -25,6 +25,7 @@ from smallcap.errors import CheckpointError, ConfigError
 from smallcap.images.crops import CropPlan
 from smallcap.images.decode import Preprocessing
 from smallcap.index.manifest import EncoderIdentity
+from smallcap.model.clip_config import read_clip_config
 from smallcap.model.files import DEMO, read_checkpoint_config, resolve_folder, weights_file, weights_sha256
 
 
@@ -38,7 +39,8 @@ def resolve_encoder_identity(spec: str) -> EncoderIdentity:
     backend, name, pretrained = check_encoder_spec(spec)
     if backend == "hf":
         folder = resolve_folder(name, demo_model="clip")
-        weights, dim = weights_file(folder), _read_json(folder / "config.json").get("projection_dim", 512)
+        _, _, dim = read_clip_config(folder)
+        weights = weights_file(folder)
     else:
         dim = open_clip_config(name)["embed_dim"]
         weights = _open_clip_weights(name, pretrained, spec)
@@ -55,7 +57,8 @@ def load_preprocessing(spec: str) -> Preprocessing:
     backend, name, pretrained = check_encoder_spec(spec)
     if backend == "open_clip":
         return open_clip_preprocessing(name, pretrained)
-    return vision_preprocessing(_read_json(resolve_folder(name, demo_model="clip") / "config.json")["vision_config"])
+    vision, _, _ = read_clip_config(resolve_folder(name, demo_model="clip"))
+    return Preprocessing(size_px=vision.image_size)
 
 
 def load_crop_plan(model: str, retrieval_encoder: str | None, decode: DecodeMode = "exact") -> CropPlan:
