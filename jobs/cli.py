@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs.screen import say, say_json, say_lines
+from jobs.screen import say, say_json, say_lines, tell
 from jobs.terminal.call_options import (
     BenchCall,
     CaptionCall,
@@ -20,6 +20,7 @@ from jobs.terminal.call_options import (
     DoctorOptions,
     EvaluateCall,
     ExportOptions,
+    FilterOptions,
     IndexGcOptions,
     IndexListOptions,
     IndexUseOptions,
@@ -189,6 +190,8 @@ def caption(config: CaptionConfig, call: CaptionCall) -> int:
     with _show_loading():  # a wrong option fails before
         from jobs import caption as job
 
+    for line in job.demo_warning(config):
+        tell(line)
     if call.dry_run:
         from jobs.captioning.plan import dry_run
         from jobs.cluster.display import show_while
@@ -248,6 +251,18 @@ def export(options: ExportOptions) -> None:
     from jobs import export as job
 
     say(job.run(options))
+
+
+@_command("filter", "s3://bucket/captions --min-clip-score 0.2 --max-copied 0.8 --out s3://bucket/accepted.parquet")
+def filter_rows(options: FilterOptions) -> None:
+    """Write the rows of a run whose scores are good enough to a Parquet file, and count the others by reason."""
+    from jobs import filter as job
+
+    result = job.run(options)
+    if options.as_json:
+        say_json(result)
+    else:
+        say(job.describe(result))
 
 
 @_command("evaluate", "s3://bucket/captions --references captions_val2014.json")

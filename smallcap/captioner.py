@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from itertools import chain
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -246,8 +247,8 @@ class Captioner:
         pixels, embeddings, hidden_states = prepared.pixels, prepared.embeddings, prepared.hidden_states
         if hidden_states.is_cuda:  # its memory may have come from another stream
             hidden_states.record_stream(torch.cuda.current_stream(hidden_states.device))
-        generated = self.generate(hidden_states, prepared.prompts, pixels)
-        captions = self.detokenise(generated)
+        captions = self.detokenise(self.generate(hidden_states, prepared.prompts, pixels))
+        captions = captions.fill_empty(lambda images: self._search_again(prepared, images.tolist()))
         return CaptionedBatch(
             captions=captions,
             clip_scores=self.clip_scores(embeddings, captions.best),
@@ -255,6 +256,12 @@ class Captioner:
             embeddings=embeddings if self.retrieval_encoder else None,
             sizes=np.array([(image.width, image.height) for image in pixels], np.int32),
         )
+
+    def _search_again(self, prepared: PreparedBatch, images: list[int]) -> ScoredCaptions:
+        """Returns all captions that the search finds for some images of a batch, and not only those that are wanted."""
+        prompts, pixels = ([column[image] for image in images] for column in (prepared.prompts, prepared.pixels))
+        every = self.generation.num_sequences
+        return self.detokenise(self.generate(prepared.hidden_states[images], prompts, pixels, every))
 
     def _free_memory(self) -> None:
         """Gives back what the model keeps for speed, between two generations."""
@@ -303,7 +310,11 @@ class Captioner:
         return self._prompts.build(neighbours)
 
     def generate(
-        self, hidden_states: Tensor, prompts: Sequence[Sequence[int]], pixels: Sequence[Pixels]
+        self,
+        hidden_states: Tensor,
+        prompts: Sequence[Sequence[int]],
+        pixels: Sequence[Pixels],
+        num_captions: int | None = None,
     ) -> list[list[Generated]]:
         """Returns each image's captions as token ids, best first; where memory runs out, in smaller parts.
 
@@ -311,14 +322,14 @@ class Captioner:
             hidden_states: [B, P, Hv], from `encode`.
             prompts: B lists of token ids.
             pixels: B images' crops, by which sampling tells images apart.
+            num_captions: Captions of each image; by default as the options say.
         """
+        options = self.generation if num_captions is None else replace(self.generation, num_captions=num_captions)
         keys = [image.content_key for image in pixels] if self.generation.strategy is Sampling else None
         with self._generating:
             parts = self._decoding.run(
                 len(prompts),
-                lambda rows: self.model.generate(
-                    hidden_states[rows], prompts[rows], self.generation, keys and keys[rows]
-                ),
+                lambda rows: self.model.generate(hidden_states[rows], prompts[rows], options, keys and keys[rows]),
             )
         return [*chain.from_iterable(parts)]
 

@@ -181,6 +181,9 @@ class CaptionConfig(Config):
     keep_columns: Annotated[tuple[str, ...], Flag(has_commas=True)] = ()
     """Columns of lists or Parquet files that pass through to the output: `a,b,c`. For tars: `json`, `txt`, or a field
     of the JSON."""
+    score_column: str | None = None
+    """Column with a text of each image, as its alt text or an old caption. It passes through to the output, and its
+    cosine with the image becomes `alt_clip_score`."""
     max_error_rate: float = Field(1.0, ge=0, le=1)
     """Share of the rows that may be errors. If there are more, the job exits with status 3."""
     generation: GenerationConfig = GenerationConfig()
@@ -194,6 +197,19 @@ class CaptionConfig(Config):
         if self.index is None and self.retrieval.k != 0:
             raise ValueError("an index is needed for retrieval: give --index, or -k 0 to caption without retrieval")
         return self
+
+    @model_validator(mode="after")
+    def _scores_can_be_compared(self) -> Self:
+        if self.score_column is not None and not self.output.clip_score:
+            raise ValueError("--score-column is compared with the clip score: leave --no-clip-score out")
+        return self
+
+    @property
+    def columns_to_keep(self) -> tuple[str, ...]:
+        """The columns of the input that pass through to the output."""
+        if self.score_column is None or self.score_column in self.keep_columns:
+            return self.keep_columns
+        return (*self.keep_columns, self.score_column)
 
 
 class CleaningConfig(Config):

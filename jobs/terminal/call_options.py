@@ -128,6 +128,25 @@ class ExportOptions(Config):
     formulas."""
 
 
+class FilterOptions(Config):
+    """The rows of a run that are good enough."""
+
+    run: Annotated[str, POSITIONAL]
+    """A captioning run."""
+    out: str
+    """The Parquet file to write. Images without a caption, and empty captions, never get there."""
+    min_clip_score: float | None = Field(None, ge=-1, le=1)
+    """The least `clip_score`."""
+    max_copied: float | None = Field(None, ge=0, le=1)
+    """The largest `copied_share`. Captions of images without retrieved captions pass."""
+    min_retrieval_score: float | None = Field(None, ge=-1, le=1)
+    """The least `retrieval_score`."""
+    min_agreement: float | None = Field(None, ge=0, le=1)
+    """The least `neighbour_agreement`."""
+    as_json: AsJson = False
+    """Print JSON."""
+
+
 class DoctorOptions(Config):
     """An examination of this machine, and of what a run on it is to use."""
 

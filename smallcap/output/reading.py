@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import pyarrow as pa
@@ -61,6 +61,10 @@ class Captions:
         for name, info in self._parts:
             if self._count(info):
                 yield from self._read(name)
+
+    def select(self, columns: Sequence[str]) -> Captions:
+        """Returns the same rows with fewer columns, in this order."""
+        return replace(self, schema=pa.schema([self.schema.field(name) for name in columns]))
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Yields the rows one by one; errors are those of a pass over the batches."""
