@@ -30,7 +30,7 @@ from jobs.terminal.call_options import (
 )
 from jobs.terminal.command_line import EXIT_RUN_ERROR, Base, Command, Run, run_app
 from smallcap import __version__, storage
-from smallcap.config import BenchmarkOptions, CaptionConfig, EvaluateConfig, IndexConfig
+from smallcap.config import BenchmarkOptions, CalibrateConfig, CaptionConfig, EvaluateConfig, IndexConfig
 from smallcap.local_files import as_text
 from smallcap.training.config import TrainConfig
 
@@ -274,6 +274,18 @@ def evaluate(config: EvaluateConfig, call: EvaluateCall) -> None:
 
     result = job.run(config)
     print_evaluation(result)
+    if call.as_json:
+        say_json(result)
+
+
+@_command("calibrate", "s3://bucket/captions --references captions_val2014.json")
+def calibrate(config: CalibrateConfig, call: EvaluateCall) -> None:
+    """Find bounds for `smallcap filter` on a run whose images have references, and say what they are worth."""
+    with _show_loading():
+        from jobs import calibrate as job
+
+    result = job.run(config)
+    say_lines(job.describe(result))
     if call.as_json:
         say_json(result)
 

@@ -48,6 +48,29 @@ def test_a_batch_is_its_images_alone(captioner: Captioner) -> None:
         assert alone.logprob == pytest.approx(result.logprob, abs=1e-3)
 
 
+def test_the_next_best_beam_takes_the_place_of_an_empty_caption(
+    captioner: Captioner, index: str, tiny_smallcap: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = [jpeg(seed) for seed in range(4)]
+    several = Captioner.from_pretrained(str(tiny_smallcap), index, dtype="float32", num_captions=3).caption(images)
+    first = {several[image].caption for image in (0, 2)}
+    decode = smallcap.captioner.decode_captions
+
+    def with_empty(*arguments: Any) -> list[str]:
+        return ["" if text in first else text for text in decode(*arguments)]
+
+    monkeypatch.setattr("smallcap.captioner.decode_captions", with_empty)
+    results = captioner.caption(images)
+    for result, expected in zip(results, several, strict=True):
+        beams = [(expected.caption, expected.logprob), *((one.caption, one.logprob) for one in expected.alternatives)]
+        text, logprob = next((text, logprob) for text, logprob in beams if text not in first)
+        assert result.caption == text
+        assert result.logprob == pytest.approx(logprob, abs=1e-3)
+        assert result.clip_score is not None
+    monkeypatch.setattr("smallcap.captioner.decode_captions", lambda *arguments: ["" for _ in decode(*arguments)])
+    assert [result.caption for result in captioner.caption(images)] == [""] * 4
+
+
 def test_neighbours_are_the_nearest_captions(captioner: Captioner) -> None:
     (result,) = captioner.caption([jpeg(0)])
     assert captioner.retrieval_encoder is not None
