@@ -13,9 +13,9 @@ from typing import Any
 from jobs.captioning.record import load_existing_run
 from jobs.cluster.display import Display
 from jobs.cluster.stopping import stoppable
+from jobs.terminal.call_options import CalibrateOptions
 from smallcap import storage
 from smallcap.captions.rows import CaptionColumns
-from smallcap.config import CalibrateConfig
 from smallcap.errors import ConfigError
 from smallcap.evaluation.caption_metrics import score_captions
 from smallcap.evaluation.references import References, load_references
@@ -32,7 +32,7 @@ _FLAGS = {
 }
 
 
-def run(config: CalibrateConfig) -> dict[str, Any]:
+def run(options: CalibrateOptions) -> dict[str, Any]:
     """Finds the bounds, and returns them with their worth; docs/formats.md describes the result.
 
     Raises:
@@ -40,28 +40,31 @@ def run(config: CalibrateConfig) -> dict[str, Any]:
         SchemaError: The references or the run's parts are malformed.
         Stopped: A signal came; nothing is written.
     """
-    columns = CaptionColumns(config.text_column, config.image_id_column)
-    load_existing_run(config.run)
+    columns = CaptionColumns(options.text_column, options.image_id_column)
+    load_existing_run(options.run)
     with stoppable("nothing is written") as signals, Display(signals) as display:
-        with display.activity(f"Reading the references: {config.references}"):
-            references = load_references(config.references, columns, config.split)
-        with display.activity(f"Reading {config.run}"):
-            rows = _rows(config.run, references)
+        with display.activity(f"Reading the references: {options.references}"):
+            references = load_references(options.references, columns, options.split)
+        with display.activity(f"Reading {options.run}"):
+            rows = _rows(options.run, references)
         with display.activity(f"Scoring {describe_count(len(rows), 'caption')}"):
             captions = {image: row["caption"] for image, row in rows.items()}
             quality = score_captions(captions, references.captions, ["cider"])["cider"].per_image
     known = [name for name in SCORES if any(row.get(name) is not None for row in rows.values())]
-    found = {name: find_threshold(_values(rows, name), quality, SCORES[name], config.keep, config.bootstrap, config.seed) for name in known}
+    found = {
+        name: find_threshold(_values(rows, name), quality, SCORES[name], options.keep, options.bootstrap, options.seed)
+        for name in known
+    }
     result = {
-        "run": config.run,
+        "run": options.run,
         "images": len(rows),
         "cider": sum(quality.values()) / len(quality),
-        "keep": config.keep,
+        "keep": options.keep,
         "thresholds": {name: asdict(one) | {"pays": one.pays} for name, one in found.items()},
         "without_score": [name for name in SCORES if name not in known],
     }
-    if config.out is not None:
-        storage.write_bytes(config.out, (json.dumps(result, indent=2) + "\n").encode())
+    if options.out is not None:
+        storage.write_bytes(options.out, (json.dumps(result, indent=2) + "\n").encode())
     return result
 
 
@@ -99,7 +102,8 @@ def describe(result: dict[str, Any]) -> Iterator[str]:
             continue
         flag = f"{_FLAGS[name]} {found['bound']:.4g}"
         worth = f"CIDEr {100 * found['gain']:+.1f} [{100 * found['low']:+.1f}, {100 * found['high']:+.1f}]"
-        yield f"{name}: {flag} accepts {found['accepted']:.0%}; {worth}" + ("" if found["pays"] else ", maybe by chance")
+        doubt = "" if found["pays"] else ", maybe by chance"
+        yield f"{name}: {flag} accepts {found['accepted']:.0%}; {worth}{doubt}"
         flags += [flag] if found["pays"] else []
     for name in result["without_score"]:
         yield f"{name}: no caption of the run has it."

@@ -15,6 +15,7 @@ import typer
 from jobs.screen import say, say_json, say_lines, tell
 from jobs.terminal.call_options import (
     BenchCall,
+    CalibrateOptions,
     CaptionCall,
     DemoOptions,
     DoctorOptions,
@@ -30,7 +31,7 @@ from jobs.terminal.call_options import (
 )
 from jobs.terminal.command_line import EXIT_RUN_ERROR, Base, Command, Run, run_app
 from smallcap import __version__, storage
-from smallcap.config import BenchmarkOptions, CalibrateConfig, CaptionConfig, EvaluateConfig, IndexConfig
+from smallcap.config import BenchmarkOptions, CaptionConfig, EvaluateConfig, IndexConfig
 from smallcap.local_files import as_text
 from smallcap.training.config import TrainConfig
 
@@ -279,14 +280,14 @@ def evaluate(config: EvaluateConfig, call: EvaluateCall) -> None:
 
 
 @_command("calibrate", "s3://bucket/captions --references captions_val2014.json")
-def calibrate(config: CalibrateConfig, call: EvaluateCall) -> None:
+def calibrate(options: CalibrateOptions) -> None:
     """Find bounds for `smallcap filter` on a run whose images have references, and say what they are worth."""
     with _show_loading():
         from jobs import calibrate as job
 
-    result = job.run(config)
+    result = job.run(options)
     say_lines(job.describe(result))
-    if call.as_json:
+    if options.as_json:
         say_json(result)
 
 

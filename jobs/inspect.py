@@ -119,13 +119,13 @@ def _inspect_run(path: str, samples: int) -> Facts:
     record = load_existing_run(path)
     captions = read_captions(path)
     names = [name for name in CAPTION_COLUMNS.names if name in captions.schema.names]  # without kept columns
-    scores = (record.status == "complete" and record.scores) or Scores.of(path)
+    scores = record.scores if record.status == "complete" else None
     return {
         "kind": "run",
         "path": path,
         "parts": len(list_parts(path)),
         **record.model_dump(mode="json"),
-        "scores": scores.model_dump(mode="json"),
+        "scores": (scores or Scores.of(path)).model_dump(mode="json"),
         "samples": list(islice(captions.select(names).rows(), samples)),
     }
 

@@ -111,6 +111,16 @@ class ScoredCaptions:
             texts[image * count : (image + 1) * count] = chosen.texts[number * count : (number + 1) * count]
         return ScoredCaptions(texts, logprobs, num_tokens)
 
+    def rank(self, scores: np.ndarray, count: int) -> tuple[ScoredCaptions, np.ndarray]:
+        """Returns the best `count` captions of each image by scores, [B * C] float32, and the best one's score, [B].
+
+        Empty captions come last.
+        """
+        by_image = scores.reshape(self.logprobs.shape)
+        is_empty = np.array([not text for text in self.texts], bool).reshape(by_image.shape)
+        order = np.argsort(np.where(is_empty, np.inf, -by_image), axis=1, kind="stable")[:, :count]
+        return self.order_by(order), np.take_along_axis(by_image, order[:, :1], axis=1)[:, 0]
+
 
 @dataclass(frozen=True)
 class CaptionedBatch:

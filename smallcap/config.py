@@ -44,6 +44,9 @@ class GenerationConfig(Config):
     """No caption repeats a sequence of this many tokens; 0 allows it. Captions may quote the prompt."""
     num_captions: int = Field(1, ge=1, le=64)
     """Captions per image, best first. A search gives at most `num_beams`."""
+    rerank: bool = False
+    """Of all captions that the search finds, take those that fit the image best by `clip_score`. It needs the retrieval
+    encoder, and a pass of its text encoder for each beam."""
     do_sample: bool = False
     """Draw captions at random instead of searching for the most likely one."""
     temperature: float = Field(1.0, ge=0.01, le=100)
@@ -202,6 +205,8 @@ class CaptionConfig(Config):
     def _scores_can_be_compared(self) -> Self:
         if self.score_column is not None and not self.output.clip_score:
             raise ValueError("--score-column is compared with the clip score: leave --no-clip-score out")
+        if self.generation.rerank and not self.output.clip_score:
+            raise ValueError("--rerank ranks by the clip score: leave --no-clip-score out")
         return self
 
     @property
@@ -337,30 +342,6 @@ class EvaluateConfig(Config):
     """Published index. Captions that its datastore holds do not count as novel."""
     bootstrap: int = Field(1000, ge=0, le=1_000_000)
     """Draws for the 95% confidence intervals; 0 computes none."""
-    seed: int = Field(0, ge=0)
-    """Seed of the draws."""
-    out: str | None = None
-    """File for the result as JSON."""
-
-
-class CalibrateConfig(Config):
-    """A search for bounds on the scores of captions, by references."""
-
-    run: Annotated[str, POSITIONAL]
-    """Output of a captioning run whose images have references."""
-    references: str
-    """Reference captions: COCO captions or Karpathy's splits (.json), or a table of images and captions (.csv, .tsv,
-    .jsonl, .parquet)."""
-    split: str | None = None
-    """One of Karpathy's splits, such as `val`; by default all."""
-    text_column: str = "caption"
-    """Column of a table that holds the reference caption."""
-    image_id_column: str = "image"
-    """Column of a table that holds the image's file name or id."""
-    keep: float = Field(0.9, gt=0, le=1)
-    """The least share of the captions that a bound may accept."""
-    bootstrap: int = Field(1000, ge=1, le=1_000_000)
-    """Draws for the 95% confidence intervals."""
     seed: int = Field(0, ge=0)
     """Seed of the draws."""
     out: str | None = None

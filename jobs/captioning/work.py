@@ -62,10 +62,10 @@ def open_record(config: CaptionConfig) -> RunRecord:
             where="output.save_embeddings",
             remedy="Give --index, or --set retrieval.encoder=SPEC.",
         )
-    if config.score_column is not None and encoder is None:
+    if (config.score_column is not None or config.generation.rerank) and encoder is None:
         raise ConfigError(
             "There is no retrieval encoder that could compare texts with images.",
-            where="score_column",
+            where="generation.rerank" if config.score_column is None else "score_column",
             remedy="Give --index, or --set retrieval.encoder=SPEC.",
         )
     model_id = checkpoint_id(config.model)

@@ -90,7 +90,8 @@ def _choose(values: np.ndarray, worth: np.ndarray, keep: float) -> float:
     values, means = values[order], worth[order].cumsum() / np.arange(1, len(worth) + 1)
     is_last = np.append(values[1:] != values[:-1], True)  # equal values are accepted together
     allowed = is_last & (np.arange(1, len(values) + 1) >= keep * len(values)) & (values < np.inf)
-    best = int(np.argmax(np.where(allowed, means, -np.inf)))
+    means = np.where(allowed, means, -np.inf)
+    best = len(means) - 1 - int(np.argmax(means[::-1]))  # of equal ones, the one that accepts most
     return float(values[best]) if best < len(values) - 1 else -np.inf
 
 

@@ -84,7 +84,7 @@ def write_accepted(captions: Captions, bounds: Bounds, file: str, ids: Mapping[s
         StorageError: The service fails.
     """
     _check(captions, bounds, file)
-    counts = Counter({name: 0 for name in ("accepted", ERROR, EMPTY, *bounds.least, *bounds.most)})
+    counts = Counter(dict.fromkeys(("accepted", ERROR, EMPTY, *bounds.least, *bounds.most), 0))
 
     def accepted() -> Iterator[pa.RecordBatch]:
         for batch in captions:

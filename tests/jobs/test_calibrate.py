@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from jobs.calibrate import run
 from jobs.cli import app
+from jobs.terminal.call_options import CalibrateOptions
 from smallcap import storage
-from smallcap.config import CalibrateConfig
 from smallcap.errors import ConfigError
 from smallcap.images.row_ranges import RowRanges
 from smallcap.output.part_files import PartInfo, write_part
@@ -49,7 +49,7 @@ def make(folder: Path) -> tuple[str, str]:
 def test_the_bound_that_pays_is_named_with_its_flag(tmp_path: Path) -> None:
     out, references = make(tmp_path)
     file = f"{tmp_path}/bounds.json"
-    result = run(CalibrateConfig(run=out, references=references, keep=0.75, bootstrap=200, out=file))
+    result = run(CalibrateOptions(run=out, references=references, keep=0.75, bootstrap=200, out=file))
     assert (result["images"], result["without_score"]) == (COUNT, ["neighbour_agreement"])
     found = result["thresholds"]
     assert found["clip_score"]["pays"]
@@ -67,4 +67,4 @@ def test_too_few_images_with_references_are_refused(tmp_path: Path) -> None:
     out, _ = make(tmp_path)
     (tmp_path / "few.csv").write_text("image,caption\n" + "".join(f"{number}.jpg,a dog\n" for number in range(99)))
     with pytest.raises(ConfigError, match=r"(?s)Too few captioned images.*at least 100.*found: 99"):
-        run(CalibrateConfig(run=out, references=str(tmp_path / "few.csv")))
+        run(CalibrateOptions(run=out, references=str(tmp_path / "few.csv")))

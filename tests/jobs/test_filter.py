@@ -65,8 +65,9 @@ def test_each_row_is_accepted_or_counted_once(out: str) -> None:
     table = pq.read_table(io.BytesIO(storage.read_bytes(file)))
     assert table["image_id"].to_pylist() == ["a", "f"]
     assert table["kept"].to_pylist() == [1, 1]
-    assert table.schema.metadata[b"smallcap.model_id"] == b"demo@e2a6d95a4e14"
-    said = json.loads(table.schema.metadata[b"smallcap.filter"])
+    metadata = pq.ParquetFile(io.BytesIO(storage.read_bytes(file))).metadata.metadata
+    assert metadata[b"smallcap.model_id"] == b"demo@e2a6d95a4e14"
+    said = json.loads(metadata[b"smallcap.filter"])
     assert said["most"] == {"copied_share": 0.5}
     assert said["rows"] == {"accepted": 2, **result["rejected"]}
 

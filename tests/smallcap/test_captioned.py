@@ -1,6 +1,7 @@
 """How results look: short as text, and escaped as HTML, for captions and ids come from outside."""
 
 import numpy as np
+import pytest
 
 from smallcap.captioned import CaptionResult, ScoredCaption, ScoredCaptions
 from smallcap.errors import ErrorCode, RowError
@@ -69,3 +70,10 @@ def test_an_empty_caption_gives_way_to_the_next_that_has_text() -> None:
     assert filled.num_tokens.tolist() == [[1, 0], [5, 6], [1, 1], [0, 0]]
     whole = scored(["a"], ["b"])
     assert whole.fill_empty(search) is whole
+
+
+def test_captions_are_ranked_by_other_scores_and_empty_ones_come_last() -> None:
+    captions = scored(["a", "bb", "ccc"], ["", "e", "ff"])
+    ranked, best = captions.rank(np.array([0.1, 0.3, 0.3, 0.9, 0.2, 0.4], np.float32), 2)
+    assert ranked.texts == ["bb", "ccc", "ff", "e"]  # of equal ones the likelier first
+    assert best.tolist() == pytest.approx([0.3, 0.4])

@@ -71,6 +71,25 @@ def test_the_next_best_beam_takes_the_place_of_an_empty_caption(
     assert [result.caption for result in captioner.caption(images)] == [""] * 4
 
 
+@pytest.mark.parametrize("wanted", [1, 2])
+def test_beams_are_ranked_again_by_their_cosine_with_the_image(wanted: int, index: str, tiny_smallcap: Path) -> None:
+    images, model = [jpeg(seed) for seed in range(4)], str(tiny_smallcap)
+    plain = Captioner.from_pretrained(model, index, dtype="float32", num_beams=4, num_captions=4).caption(images)
+    ranking = Captioner.from_pretrained(model, index, dtype="float32", num_beams=4, num_captions=wanted, rerank=True)
+    encoder = ranking.retrieval_encoder
+    assert encoder is not None
+    for result, expected in zip(ranking.caption(images), plain, strict=True):
+        beams = [expected.caption or "", *(one.caption for one in expected.alternatives)]
+        assert expected.embedding is not None
+        cosines = encoder.encode_texts(beams) @ expected.embedding
+        order = np.argsort(-cosines, kind="stable")[:wanted]
+        assert [result.caption, *(one.caption for one in result.alternatives)] == [beams[place] for place in order]
+        assert result.clip_score == pytest.approx(float(cosines[order[0]]), abs=1e-5)
+    for options in ({"k": 0}, {"clip_score": False}):
+        with pytest.raises(ConfigError, match="ranked again by their clip scores"):
+            Captioner.from_pretrained(model, index, rerank=True, **options)
+
+
 def test_neighbours_are_the_nearest_captions(captioner: Captioner) -> None:
     (result,) = captioner.caption([jpeg(0)])
     assert captioner.retrieval_encoder is not None

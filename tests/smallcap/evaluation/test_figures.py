@@ -21,7 +21,8 @@ def references(count: int) -> References:
 
 
 def run_of(captions: dict[str, str], **values: float) -> RunCaptions:
-    defaults = {"clip_cosine": 0.4, "retrieval_recall": 0.5, "copied_share": 0.2, "copied": 0.0, "words": 8.0, "tokens": 10.0} | values
+    defaults = {"clip_cosine": 0.4, "retrieval_recall": 0.5, "copied_share": 0.2, "copied": 0.0}
+    defaults |= {"words": 8.0, "tokens": 10.0} | values
     return RunCaptions(captions, dict.fromkeys(captions, tuple(defaults[name] for name in VALUES)), len(captions))
 
 

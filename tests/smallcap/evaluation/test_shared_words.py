@@ -13,7 +13,24 @@ from smallcap.evaluation.ptb_tokenizer import tokenize_in_python
 from smallcap.evaluation.shared_words import measure_shared_words
 from smallcap.output.schema import NEIGHBOUR_TYPE
 
-WORDS = ["a", "dog", "on", "dog's", "the", "no.", "5", "<b", "x>", "t-shirt,", ".", "🐕", "Ünder", "don't", "dogs\x85cat", ""]
+WORDS = [
+    "a",
+    "dog",
+    "on",
+    "dog's",
+    "the",
+    "no.",
+    "5",
+    "<b",
+    "x>",
+    "t-shirt,",
+    ".",
+    "🐕",
+    "Ünder",
+    "don't",
+    "a\x85cat",
+    "",
+]
 texts = st.lists(st.sampled_from(WORDS), max_size=7).map(" ".join)
 
 

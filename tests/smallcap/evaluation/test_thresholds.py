@@ -30,7 +30,8 @@ def test_a_bound_accepts_as_many_as_it_must_and_equal_scores_together() -> None:
 
 def test_a_score_that_tells_nothing_does_not_pay() -> None:
     quality = {image: RNG.random() for image in IMAGES}
-    found = [find_threshold({image: RNG.random() for image in IMAGES}, quality, "least", 0.5, 200, 0) for _ in range(20)]
+    scores = [{image: RNG.random() for image in IMAGES} for _ in range(20)]
+    found = [find_threshold(score, quality, "least", 0.5, 200, 0) for score in scores]
     assert sum(one.pays for one in found) <= 3
 
 
