@@ -141,17 +141,17 @@ def describe(summary: RunSummary) -> str:
     counts = f"{rows}: {images.ok:,} ok, {failed}"
     lines.append(counts + (f" ({errors}); --retry-failed tries these images again" if errors else ""))
     lines += record.scores.describe() if record.scores else ()
-    lines += demo_warning(CaptionConfig.model_validate(record.config))
+    lines += demo_warning(record.config["model"], record.config["images"])
     lines.append(f"Parquet: {summary.out}/part-*.parquet")
     return "\n".join(lines)
 
 
-def demo_warning(config: CaptionConfig) -> list[str]:
+def demo_warning(model: str, images: Sequence[str]) -> list[str]:
     """Returns a line that warns where the demo's model is to caption images that are not the demo's; else none."""
-    if config.model != DEMO:
+    if model != DEMO:
         return []
     folder = demo_folder().resolve()
-    others = [source for source in config.images if not is_below(source, folder)]
+    others = [source for source in images if not is_below(source, folder)]
     if not others:
         return []
     return [

@@ -191,7 +191,7 @@ def caption(config: CaptionConfig, call: CaptionCall) -> int:
     with _show_loading():  # a wrong option fails before
         from jobs import caption as job
 
-    for line in job.demo_warning(config):
+    for line in job.demo_warning(config.model, config.images):
         tell(line)
     if call.dry_run:
         from jobs.captioning.plan import dry_run

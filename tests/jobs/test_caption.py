@@ -16,7 +16,7 @@ from jobs import caption
 from jobs.captioning.record import load_run_record
 from smallcap import storage
 from smallcap.captioner import Captioner
-from smallcap.config import CaptionConfig, IndexConfig
+from smallcap.config import IndexConfig
 from smallcap.errors import CheckpointError, ConfigError, ManifestError, SchemaError
 from smallcap.model.files import demo_folder
 from smallcap.output.part_files import list_parts
@@ -133,8 +133,7 @@ def test_a_text_of_the_input_is_scored_and_the_scores_are_summed_up(
 
 def test_the_demos_model_warns_of_images_that_are_not_the_demos(tmp_path: Path) -> None:
     def warning(*images: str, model: str = "demo") -> str:
-        config = CaptionConfig(images=images, index="index", model=model, out="out")
-        return " ".join(caption.demo_warning(config))
+        return " ".join(caption.demo_warning(model, images))
 
     own = str(demo_folder() / "images")
     (tmp_path / "link").symlink_to(own)
