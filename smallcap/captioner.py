@@ -265,7 +265,7 @@ class Captioner:
 
     def _search_again(self, prepared: PreparedBatch, images: list[int]) -> ScoredCaptions:
         """Returns all captions that the search finds for some images of a batch, and not only those that are wanted."""
-        prompts, pixels = ([column[image] for image in images] for column in (prepared.prompts, prepared.pixels))
+        prompts, pixels = [prepared.prompts[image] for image in images], [prepared.pixels[image] for image in images]
         every = self.generation.num_sequences
         return self.detokenise(self.generate(prepared.hidden_states[images], prompts, pixels, every))
 
