@@ -40,13 +40,17 @@ from jobs.terminal.command_line import EXIT_TOO_MANY_ERRORS
 from smallcap.config import CaptionConfig
 from smallcap.images.work_list import WorkList
 from smallcap.index.manifest import utc_now
+from smallcap.local_files import is_below
+from smallcap.model.files import DEMO, demo_folder
 from smallcap.output.coverage import WorkItem
 from smallcap.output.schema import caption_schema
-from smallcap.phrasing import describe_count, describe_counts
+from smallcap.phrasing import describe_count, describe_counts, one_line
 
 if TYPE_CHECKING:
     from jobs.captioning.retrieval_actors import Partitions
     from jobs.captioning.write import PartWriter
+
+_SHOWN = 120  # characters of a source
 
 
 @dataclass(frozen=True)
@@ -139,8 +143,24 @@ def describe(summary: RunSummary) -> str:
     rows, failed = describe_count(images.total, "row"), describe_count(images.error, "error")
     counts = f"{rows}: {images.ok:,} ok, {failed}"
     lines.append(counts + (f" ({errors}); --retry-failed tries these images again" if errors else ""))
+    lines += record.scores.describe() if record.scores else ()
+    lines += demo_warning(record.config["model"], record.config["images"])
     lines.append(f"Parquet: {summary.out}/part-*.parquet")
     return "\n".join(lines)
+
+
+def demo_warning(model: str, images: Sequence[str]) -> list[str]:
+    """Returns a line that warns where the demo's model is to caption images that are not the demo's; else none."""
+    if model != DEMO:
+        return []
+    folder = demo_folder().resolve()
+    others = [source for source in images if not is_below(source, folder)]
+    if not others:
+        return []
+    return [
+        f"Warning: the demo's model knows only drawn scenes, and {one_line(others[0], _SHOWN)} is not of the demo. Its "
+        "captions of other images mean nothing; give another --model."
+    ]
 
 
 def _caption(

@@ -16,12 +16,14 @@ import typer
 from jobs.screen import say, say_json, say_lines, say_report, say_result, tell
 from jobs.terminal.call_options import (
     BenchCall,
+    CalibrateOptions,
     CaptionCall,
     ConfigInitOptions,
     DemoOptions,
     DoctorOptions,
     EvaluateCall,
     ExportOptions,
+    FilterOptions,
     IndexGcOptions,
     IndexListOptions,
     IndexUseOptions,
@@ -202,6 +204,8 @@ def caption(config: CaptionConfig, call: CaptionCall) -> int:
         from jobs import caption as job
         from jobs import results
 
+    for line in job.demo_warning(config.model, config.images):
+        tell(line)
     if call.dry_run:
         from jobs.captioning.plan import dry_run
         from jobs.cluster.display import show_while
@@ -299,6 +303,18 @@ def report(options: ReportOptions) -> None:
     say(job.run(options))
 
 
+@_command("filter", "s3://bucket/captions --min-clip-score 0.2 --max-copied 0.8 --out s3://bucket/accepted.parquet")
+def filter_rows(options: FilterOptions) -> None:
+    """Write the rows of a run whose scores are good enough to a Parquet file, and count the others by reason."""
+    from jobs import filter as job
+
+    result = job.run(options)
+    if options.as_json:
+        say_json(result)
+    else:
+        say(job.describe(result))
+
+
 @_command("evaluate", "s3://bucket/captions --references captions_val2014.json")
 def evaluate(config: EvaluateConfig, call: EvaluateCall) -> None:
     """Score a run's captions against references, or compare two runs, with confidence intervals."""
@@ -309,6 +325,18 @@ def evaluate(config: EvaluateConfig, call: EvaluateCall) -> None:
     result = job.run(config)
     print_evaluation(result)
     _say_result(call, result)
+
+
+@_command("calibrate", "s3://bucket/captions --references captions_val2014.json")
+def calibrate(options: CalibrateOptions) -> None:
+    """Find bounds for `smallcap filter` on a run whose images have references, and say what they are worth."""
+    with _show_loading():
+        from jobs import calibrate as job
+
+    result = job.run(options)
+    say_lines(job.describe(result))
+    if options.as_json:
+        say_json(result)
 
 
 @_command("doctor", "--storage s3://bucket/captions --index s3://bucket/index --model Yova/SmallCap7M")

@@ -13,6 +13,7 @@ from itertools import islice
 from typing import Any
 
 from jobs.captioning.record import load_existing_run
+from jobs.captioning.scores import Scores
 from smallcap import storage
 from smallcap.errors import ConfigError
 from smallcap.index.caption_store import load_caption_sample
@@ -116,12 +117,16 @@ def _inspect_index(path: str, samples: int) -> Facts:
 
 def _inspect_run(path: str, samples: int) -> Facts:
     record = load_existing_run(path)
+    captions = read_captions(path)
+    names = [name for name in CAPTION_COLUMNS.names if name in captions.schema.names]  # without kept columns
+    scores = record.scores if record.status == "complete" else None
     return {
         "kind": "run",
         "path": path,
         "parts": len(list_parts(path)),
         **record.model_dump(mode="json"),
-        "samples": list(islice(read_captions(path, CAPTION_COLUMNS.names).rows(), samples)),
+        "scores": (scores or Scores.of(path)).model_dump(mode="json"),
+        "samples": list(islice(captions.select(names).rows(), samples)),
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
@@ -81,6 +81,45 @@ class ScoredCaptions:
     def best(self) -> list[str]:
         """The best caption of each image."""
         return self.texts[:: self.logprobs.shape[1]]
+
+    def order_by(self, order: np.ndarray) -> ScoredCaptions:
+        """Returns some of each image's captions in another order; `order`, [B, D] int64, are their places before."""
+        images, count = self.logprobs.shape
+        places = np.arange(images)[:, None] * count + order
+        return ScoredCaptions(
+            [self.texts[place] for place in places.ravel().tolist()],
+            np.take_along_axis(self.logprobs, order, axis=1),
+            np.take_along_axis(self.num_tokens, order, axis=1),
+        )
+
+    def fill_empty(self, search: Callable[[np.ndarray], ScoredCaptions]) -> ScoredCaptions:
+        """Returns captions in which no empty one comes before one with text.
+
+        Args:
+            search: Returns all captions that were found for some images, [D] int64; it is called for those whose best
+                one is empty, if there are any.
+        """
+        images = np.array([image for image, text in enumerate(self.best) if not text], np.int64)
+        if not len(images):
+            return self
+        found, count = search(images), self.logprobs.shape[1]
+        is_empty = np.array([not text for text in found.texts]).reshape(found.logprobs.shape)
+        chosen = found.order_by(np.argsort(is_empty, axis=1, kind="stable")[:, :count])
+        texts, logprobs, num_tokens = self.texts.copy(), self.logprobs.copy(), self.num_tokens.copy()
+        logprobs[images], num_tokens[images] = chosen.logprobs, chosen.num_tokens
+        for number, image in enumerate(images.tolist()):
+            texts[image * count : (image + 1) * count] = chosen.texts[number * count : (number + 1) * count]
+        return ScoredCaptions(texts, logprobs, num_tokens)
+
+    def rank(self, scores: np.ndarray, count: int) -> tuple[ScoredCaptions, np.ndarray]:
+        """Returns the best `count` captions of each image by scores, [B * C] float32, and the best one's score, [B].
+
+        Empty captions come last.
+        """
+        by_image = scores.reshape(self.logprobs.shape)
+        is_empty = np.array([not text for text in self.texts], bool).reshape(by_image.shape)
+        order = np.argsort(np.where(is_empty, np.inf, -by_image), axis=1, kind="stable")[:, :count]
+        return self.order_by(order), np.take_along_axis(by_image, order[:, :1], axis=1)[:, 0]
 
 
 @dataclass(frozen=True)

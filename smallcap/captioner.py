@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from itertools import chain
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from smallcap.model.prompt import DecoderTokenizer
 
 
+Batch = tuple[Sequence[Pixels], Sequence[str | None] | None]  # the arguments of `Captioner.caption_batch`
 _MORE_ROOM = "Set search_device to cpu, let fewer actors share the GPU (gpus_per_actor)"  # on a GPU
 
 
@@ -109,11 +111,14 @@ class Captioner:
             raise ConfigError(
                 "Retrieval needs an index and its encoder.", where=f"k={self.k}", remedy="Give an index, or set k to 0."
             )
+        if options.rerank and (retrieval_encoder is None or not options.clip_score):
+            remedy = "Give an index or a retrieval_encoder, and leave clip_score on."
+            raise ConfigError("Captions are ranked again by their clip scores.", where="rerank", remedy=remedy)
         choose_kernels(model.dtype, model.device)  # not every model was loaded where it is
         self.model, self.tokenizer = model, tokenizer
         self.retrieval_encoder, self.retriever = retrieval_encoder, retriever
         self.generation = model.generation_options(options)
-        self._scores_captions = options.clip_score
+        self._scores_captions, self._reranks = options.clip_score, options.rerank
         self._prompts = PromptBuilder(tokenizer, model.config.template, model.config.bos_token_id)
         self._generating = Lock()
         self._preparing = MicroBatches("the encoders or the search", self._free_memory, relief=_MORE_ROOM)
@@ -246,15 +251,23 @@ class Captioner:
         pixels, embeddings, hidden_states = prepared.pixels, prepared.embeddings, prepared.hidden_states
         if hidden_states.is_cuda:  # its memory may have come from another stream
             hidden_states.record_stream(torch.cuda.current_stream(hidden_states.device))
-        generated = self.generate(hidden_states, prepared.prompts, pixels)
-        captions = self.detokenise(generated)
-        return CaptionedBatch(
-            captions=captions,
-            clip_scores=self.clip_scores(embeddings, captions.best),
-            neighbours=prepared.neighbours,
-            embeddings=embeddings if self.retrieval_encoder else None,
-            sizes=np.array([(image.width, image.height) for image in pixels], np.int32),
-        )
+        every = self.generation.num_sequences if self._reranks else None
+        captions = self.detokenise(self.generate(hidden_states, prepared.prompts, pixels, every))
+        if every is None:
+            captions = captions.fill_empty(lambda images: self._search_again(prepared, images.tolist()))
+            scores = self.clip_scores(embeddings, captions.best)
+        else:
+            scores = self.clip_scores(np.repeat(embeddings, every, axis=0), captions.texts)
+            captions, scores = captions.rank(np.asarray(scores), self.generation.num_captions)
+        sizes = np.array([(image.width, image.height) for image in pixels], np.int32)
+        kept = embeddings if self.retrieval_encoder else None
+        return CaptionedBatch(captions, scores, prepared.neighbours, kept, sizes)
+
+    def _search_again(self, prepared: PreparedBatch, images: list[int]) -> ScoredCaptions:
+        """Returns all captions that the search finds for some images of a batch, and not only those that are wanted."""
+        prompts, pixels = [prepared.prompts[image] for image in images], [prepared.pixels[image] for image in images]
+        every = self.generation.num_sequences
+        return self.detokenise(self.generate(prepared.hidden_states[images], prompts, pixels, every))
 
     def _free_memory(self) -> None:
         """Gives back what the model keeps for speed, between two generations."""
@@ -303,7 +316,11 @@ class Captioner:
         return self._prompts.build(neighbours)
 
     def generate(
-        self, hidden_states: Tensor, prompts: Sequence[Sequence[int]], pixels: Sequence[Pixels]
+        self,
+        hidden_states: Tensor,
+        prompts: Sequence[Sequence[int]],
+        pixels: Sequence[Pixels],
+        num_captions: int | None = None,
     ) -> list[list[Generated]]:
         """Returns each image's captions as token ids, best first; where memory runs out, in smaller parts.
 
@@ -311,14 +328,14 @@ class Captioner:
             hidden_states: [B, P, Hv], from `encode`.
             prompts: B lists of token ids.
             pixels: B images' crops, by which sampling tells images apart.
+            num_captions: Captions of each image; by default as the options say.
         """
+        options = self.generation if num_captions is None else replace(self.generation, num_captions=num_captions)
         keys = [image.content_key for image in pixels] if self.generation.strategy is Sampling else None
         with self._generating:
             parts = self._decoding.run(
                 len(prompts),
-                lambda rows: self.model.generate(
-                    hidden_states[rows], prompts[rows], self.generation, keys and keys[rows]
-                ),
+                lambda rows: self.model.generate(hidden_states[rows], prompts[rows], options, keys and keys[rows]),
             )
         return [*chain.from_iterable(parts)]
 
@@ -338,15 +355,11 @@ class Captioner:
         parts = self._scoring.run(len(captions), lambda rows: encoder.encode_texts(captions[rows]))
         return np.sum(embeddings * np.concatenate([np.empty((0, encoder.dim), np.float32), *parts]), axis=1)
 
-    def caption_batches(
-        self, batches: Iterable[tuple[Sequence[Pixels], Sequence[str | None] | None]]
-    ) -> Iterator[list[CaptionResult]]:
+    def caption_batches(self, batches: Iterable[Batch]) -> Iterator[list[CaptionResult]]:
         """Captions batch after batch, see `caption_columns`; yields each batch's results, in order."""
         return (captioned.to_results() for captioned in self.caption_columns(batches))
 
-    def caption_columns(
-        self, batches: Iterable[tuple[Sequence[Pixels], Sequence[str | None] | None]]
-    ) -> Iterator[CaptionedBatch]:
+    def caption_columns(self, batches: Iterable[Batch]) -> Iterator[CaptionedBatch]:
         """Captions batch after batch; on a GPU the next one is uploaded, encoded and searched for meanwhile.
 
         Several threads may each go through batches of their own: one generates while another does all else.
@@ -361,9 +374,7 @@ class Captioner:
             return self._caption_overlapped(batches)
         return (self._finish(self._prepare(*batch)) for batch in batches)
 
-    def _caption_overlapped(
-        self, batches: Iterable[tuple[Sequence[Pixels], Sequence[str | None] | None]]
-    ) -> Iterator[CaptionedBatch]:
+    def _caption_overlapped(self, batches: Iterable[Batch]) -> Iterator[CaptionedBatch]:
         waiting: Future[list[PreparedBatch]] | None = None
         for batch in batches:
             following = self._beside.submit(self._prepare, *batch)

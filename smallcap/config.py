@@ -46,6 +46,9 @@ class GenerationConfig(Config):
     """No caption repeats a sequence of this many tokens; 0 allows it. Captions may quote the prompt."""
     num_captions: int = Field(1, ge=1, le=64)
     """Captions per image, best first. A search gives at most `num_beams`."""
+    rerank: bool = False
+    """Of all captions that the search finds, take those that fit the image best by `clip_score`. It needs the retrieval
+    encoder, and a pass of its text encoder for each beam."""
     do_sample: bool = False
     """Draw captions at random instead of searching for the most likely one."""
     temperature: float = Field(1.0, ge=0.01, le=100)
@@ -183,6 +186,9 @@ class CaptionConfig(Config):
     keep_columns: Annotated[tuple[str, ...], Flag(has_commas=True)] = ()
     """Columns of lists or Parquet files that pass through to the output: `a,b,c`. For tars: `json`, `txt`, or a field
     of the JSON."""
+    score_column: str | None = None
+    """Column with a text of each image, as its alt text or an old caption. It passes through to the output, and its
+    cosine with the image becomes `alt_clip_score`."""
     max_error_rate: float = Field(1.0, ge=0, le=1)
     """Share of the rows that may be errors. If there are more, the exit code is 3."""
     generation: GenerationConfig = GenerationConfig()
@@ -196,6 +202,21 @@ class CaptionConfig(Config):
         if self.index is None and self.retrieval.k != 0:
             raise ValueError("an index is needed for retrieval: give --index, or -k 0 to caption without retrieval")
         return self
+
+    @model_validator(mode="after")
+    def _scores_can_be_compared(self) -> Self:
+        if self.score_column is not None and not self.output.clip_score:
+            raise ValueError("--score-column is compared with the clip score: leave --no-clip-score out")
+        if self.generation.rerank and not self.output.clip_score:
+            raise ValueError("--rerank ranks by the clip score: leave --no-clip-score out")
+        return self
+
+    @property
+    def columns_to_keep(self) -> tuple[str, ...]:
+        """The columns of the input that pass through to the output."""
+        if self.score_column is None or self.score_column in self.keep_columns:
+            return self.keep_columns
+        return (*self.keep_columns, self.score_column)
 
 
 class CleaningConfig(Config):

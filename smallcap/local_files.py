@@ -44,6 +44,11 @@ def local_path(path: str) -> Path:
     return Path(os.fsdecode(_ESCAPED_BYTE.sub(lambda found: bytes.fromhex(found[1].decode()), path.encode())))
 
 
+def is_below(path: str, folder: Path) -> bool:
+    """Says whether a path, or a `file://` URI, is that of a folder, or of something in it, by any links."""
+    return "://" not in (plain := path.removeprefix("file://")) and local_path(plain).resolve().is_relative_to(folder)
+
+
 def walk(root: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
     """Yields the files below a folder as text, in the order of their whole paths unless a folder is huge.
 

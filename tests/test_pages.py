@@ -107,6 +107,7 @@ def test_duckdb_answers_the_questions_of_the_pages(tmp_path: Path) -> None:
         [("a.jpg", "a cat", pytest.approx(0.3))],
         [("a.jpg", "a cat", "a dog"), ("a.jpg", "a cat", "A cat")],
         [("a.jpg", "a cat", pytest.approx(0.3))],
+        [],
         [(1,)],
         [("b.jpg", "empty", "The file is empty.")],
         [("a.jpg", "a cat", pytest.approx(0.3)), ("b.jpg", None, None)],

@@ -69,6 +69,7 @@ class CaptionImages(GuardedActor):
             batch_size,
             exclude_own=spec.config.retrieval.exclude_own_captions,
             embeds=spec.config.output.save_embeddings,
+            score_column=spec.config.score_column,
             note_batch=self.note_progress,
         )
         start_s = time.perf_counter() - started

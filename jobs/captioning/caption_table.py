@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from jobs.captioning.load import CONTENT_KEY, RETRIEVAL_PIXELS, VISION_PIXELS
 from smallcap.captioned import CaptionedBatch, ScoredCaptions
 from smallcap.captioner import Captioner
+from smallcap.evaluation.shared_words import measure_shared_words
 from smallcap.images.crops import Pixels
 from smallcap.index.retriever import Neighbours
 from smallcap.output.schema import ALTERNATIVE_TYPE, CAPTION_COLUMNS, EMBEDDING_COLUMN, NEIGHBOUR_TYPE, STATUS_OK
@@ -28,6 +29,7 @@ class TableCaptioner:
         batch_size: The most images that go through the model together.
         exclude_own: Whether an image's own captions are not retrieved for it.
         embeds: Whether the images' embeddings are kept.
+        score_column: A column of texts that are compared with the images as captions are.
         note_batch: Called when one of the model's batches is captioned.
     """
 
@@ -38,9 +40,11 @@ class TableCaptioner:
         *,
         exclude_own: bool,
         embeds: bool,
+        score_column: str | None = None,
         note_batch: Callable[[], None] = lambda: None,
     ) -> None:
         self._captioner, self._batch_size, self._note_batch = captioner, batch_size, note_batch
+        self._score_column = score_column
         self._exclude_own, self._embeds = exclude_own, embeds
 
     def __call__(self, batch: pa.Table) -> tuple[pa.Table, CaptionedBatch]:
@@ -70,13 +74,42 @@ class TableCaptioner:
         places = np.full(len(batch), -1)
         places[good] = np.arange(len(good))
         rows = pa.array(places, mask=places < 0)  # null for a failed image, which has nulls in the new columns
-        columns = _columns(captioned)
+        columns = _columns(captioned) | self._scores(batch, good, captioned)
         fields = [*_FROM_CAPTIONING, *(field for field in batch.schema if field.name not in _LEFT_OUT)]
         if self._embeds:
             fields.append(pa.field(EMBEDDING_COLUMN, pa.list_(pa.float16())))
             columns[EMBEDDING_COLUMN] = _embedding_column(captioned)
         arrays = [columns[field.name].take(rows) if field.name in columns else batch[field.name] for field in fields]
         return pa.table(arrays, schema=pa.schema(fields))
+
+    def _scores(self, batch: pa.Table, good: np.ndarray, captioned: CaptionedBatch) -> dict[str, pa.Array]:
+        """Returns the columns that compare captions and given texts with images."""
+        captions, clip = pa.array(captioned.captions.best, pa.string()), _clip_scores(captioned)
+        has_text = pc.not_equal(captions, "")
+        best = pc.if_else(has_text, captions, None)
+        if self._score_column is None or not len(captioned):
+            return {"clip_score": clip, "alt_clip_score": pa.nulls(len(captioned), pa.float32()), "best_caption": best}
+        texts = batch[self._score_column].take(pa.array(good)).combine_chunks().cast(pa.string())
+        texts = pc.if_else(pc.not_equal(pc.utf8_trim_whitespace(texts), ""), texts, None)
+        alt = self._alt_clip_scores(captioned, texts)
+        is_better = pc.or_kleene(pc.greater(alt, clip), pc.and_(texts.is_valid(), pc.invert(has_text)))
+        return {
+            "clip_score": clip,
+            "alt_clip_score": alt,
+            "best_caption": pc.if_else(pc.fill_null(is_better, False), texts, best),
+        }
+
+    def _alt_clip_scores(self, captioned: CaptionedBatch, texts: pa.StringArray) -> pa.Array:
+        """Returns the cosine of each image and its text; null without a text."""
+        scores = np.full(len(texts), np.nan, np.float32)
+        rows = np.flatnonzero(texts.is_valid().to_numpy(zero_copy_only=False))
+        assert captioned.embeddings is not None, "the job refuses a score column without a retrieval encoder"
+        for start in range(0, len(rows), self._batch_size):
+            some = rows[start : start + self._batch_size]
+            found = self._captioner.clip_scores(captioned.embeddings[some], texts.take(pa.array(some)).to_pylist())
+            assert found is not None, "nor without clip scores"
+            scores[some] = found
+        return pa.array(scores, from_pandas=True)
 
 
 def pixels_of(batch: pa.Table, rows: Sequence[int] | np.ndarray) -> list[Pixels]:
@@ -96,17 +129,34 @@ def _views(column: pa.ChunkedArray) -> list[np.ndarray]:
 def _columns(captioned: CaptionedBatch) -> dict[str, pa.Array]:
     """Returns the columns that captioning adds, one row for each image."""
     captions, sizes = captioned.captions, captioned.sizes
-    scores = captioned.clip_scores
+    texts, neighbours = pa.array(captions.best, pa.string()), _neighbours_column(captioned.neighbours)
+    shared = measure_shared_words(texts, neighbours)
     return {
         "width": pa.array(sizes[:, 0]),
         "height": pa.array(sizes[:, 1]),
-        "caption": pa.array(captions.best, pa.string()),
+        "caption": texts,
         "caption_logprob": pa.array(captions.logprobs[:, 0].astype(np.float32)),
         "caption_tokens": pa.array(captions.num_tokens[:, 0].astype(np.int16)),
-        "clip_score": pa.nulls(len(captioned), pa.float32()) if scores is None else pa.array(scores, pa.float32()),
         "alternatives": _alternatives_column(captions),
-        "neighbours": _neighbours_column(captioned.neighbours),
+        "neighbours": neighbours,
+        "copied_share": shared.copied_share,
+        "neighbour_agreement": shared.neighbour_agreement,
+        "retrieval_score": _retrieval_scores(captioned.neighbours),
     }
+
+
+def _clip_scores(captioned: CaptionedBatch) -> pa.Array:
+    scores = captioned.clip_scores
+    return pa.nulls(len(captioned), pa.float32()) if scores is None else pa.array(scores, pa.float32())
+
+
+def _retrieval_scores(neighbours: Neighbours) -> pa.Array:
+    """Returns the mean score of each image's neighbours; null where it has none."""
+    counts = neighbours.found.sum(axis=1)
+    sums = np.where(neighbours.found, neighbours.scores, 0).sum(axis=1)
+    means = np.full(len(neighbours), np.nan, np.float32)
+    np.divide(sums, counts, out=means, where=counts > 0)
+    return pa.array(means, from_pandas=True)
 
 
 def _alternatives_column(captions: ScoredCaptions) -> pa.ListArray:

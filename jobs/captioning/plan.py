@@ -259,7 +259,7 @@ def dry_run(config: CaptionConfig, address: str | None = None, gpu_hour_cost: fl
     check_address(address)  # before what may take long
     with storage.scratch_folder() as scratch:
         if record.input is None:  # the run has not begun
-            work = make_work_list(config.images, config.input, str(scratch), config.keep_columns)
+            work = make_work_list(config.images, config.input, str(scratch), config.columns_to_keep)
             items = list(work_left(work.fragments, Coverage([]), config.limit, _assume_all))
         else:
             work = list_work(config, record)

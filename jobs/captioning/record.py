@@ -16,6 +16,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from jobs.captioning.scores import Scores
 from jobs.captioning.stage_report import Timeline
 from jobs.cluster.pinned import PinnedRecord, check_same_options
 from smallcap import storage
@@ -187,6 +188,7 @@ class RunRecord(PinnedRecord):
     tars: TarContents = TarContents()  # at the end of the run
     repeated_ids: int = 0  # in runs of before 0.1.0: images whose id another file has
     account: Account | None = None  # of all images, at the end of the run
+    scores: Scores | None = None  # of all captions, at the end of the run
     limit: int | None = None  # the option of the attempt that completed the run
     attempts: tuple[Attempt, ...] = ()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs.captioning.record import (
@@ -16,6 +17,7 @@ from jobs.captioning.record import (
     load_run_record,
     write_run_record,
 )
+from jobs.captioning.scores import Scores
 from jobs.cluster.pinned import pin_index, pinned_encoder
 from smallcap import storage
 from smallcap.config import CaptionConfig
@@ -46,7 +48,7 @@ def open_record(config: CaptionConfig) -> RunRecord:
         ConfigError: The folder holds a run with other options, or a column to keep has a name that the output needs.
         RunError: The index or the checkpoint cannot be used.
     """
-    check_kept_columns(config.keep_columns)
+    check_kept_columns(config.columns_to_keep)
     record = load_run_record(config.out)
     if record is not None:
         record.check_same_run(config, partial(checkpoint_id, config.model), config.out)
@@ -60,18 +62,38 @@ def open_record(config: CaptionConfig) -> RunRecord:
             where="output.save_embeddings",
             remedy="Give --index, or --set retrieval.encoder=SPEC.",
         )
+    if (config.score_column is not None or config.generation.rerank) and encoder is None:
+        raise ConfigError(
+            "There is no retrieval encoder that could compare texts with images.",
+            where="generation.rerank" if config.score_column is None else "score_column",
+            remedy="Give --index, or --set retrieval.encoder=SPEC.",
+        )
     model_id = checkpoint_id(config.model)
     return RunRecord.new(config, manifest.index_id if manifest else None, encoder, model_id=model_id)
 
 
 def list_work(config: CaptionConfig, record: RunRecord, relist: bool = False) -> WorkList:
-    """Loads the run's list of work, or makes it where the run is new."""
+    """Loads the run's list of work, or makes it where the run is new.
+
+    Raises:
+        ConfigError: The column whose texts are to be scored has none.
+        RunError: The input cannot be listed.
+    """
     work = load_work_list(config.out) if record.attempts else None
     if work is None:
         storage.remove(storage.join(config.out, WORK_FOLDER))  # left by a run that never began
-        work = make_work_list(config.images, config.input, config.out, config.keep_columns)
+        work = make_work_list(config.images, config.input, config.out, config.columns_to_keep)
     elif relist:
         work = extend_work_list(config.images, config.input, config.out)
+    if config.score_column is not None:
+        kind = work.kept_columns.field(config.score_column).type
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
+            raise ConfigError(
+                "The column to score holds no texts.",
+                where=f"score_column: {config.score_column}",
+                expected="a column of strings",
+                found=str(kind),
+            )
     return work
 
 
@@ -113,7 +135,7 @@ def finish_run(config: CaptionConfig, record: RunRecord, work: WorkList) -> RunR
     record = record.model_copy(update={"status": "complete", "images": images, "limit": config.limit, "tars": tars})
     account = _account(record, work, coverage)
     account.check(config.out)
-    record = record.model_copy(update={"account": account})
+    record = record.model_copy(update={"account": account, "scores": Scores.of(config.out)})
     write_run_record(config.out, record)
     return record
 

@@ -189,6 +189,51 @@ class ReportOptions(Config):
     pictures, so that a page stays below 25 MB."""
 
 
+class FilterOptions(Config):
+    """The rows of a run that are good enough."""
+
+    run: Annotated[str, POSITIONAL]
+    """A captioning run."""
+    out: str
+    """The Parquet file to write. Images without a caption, and empty captions, never get there."""
+    min_clip_score: float | None = Field(None, ge=-1, le=1)
+    """The least `clip_score`."""
+    max_copied: float | None = Field(None, ge=0, le=1)
+    """The largest `copied_share`. Captions of images without retrieved captions pass."""
+    min_retrieval_score: float | None = Field(None, ge=-1, le=1)
+    """The least `retrieval_score`."""
+    min_agreement: float | None = Field(None, ge=0, le=1)
+    """The least `neighbour_agreement`."""
+    as_json: AsJson = False
+    """Print JSON."""
+
+
+class CalibrateOptions(Config):
+    """A search for bounds on the scores of captions, by references."""
+
+    run: Annotated[str, POSITIONAL]
+    """Output of a captioning run whose images have references."""
+    references: str
+    """Reference captions: COCO captions or Karpathy's splits (.json), or a table of images and captions (.csv, .tsv,
+    .jsonl, .parquet)."""
+    split: str | None = None
+    """One of Karpathy's splits, such as `val`; by default all."""
+    text_column: str = "caption"
+    """Column of a table that holds the reference caption."""
+    image_id_column: str = "image"
+    """Column of a table that holds the image's file name or id."""
+    keep: float = Field(0.9, gt=0, le=1)
+    """The least share of the captions that a bound may accept."""
+    bootstrap: int = Field(1000, ge=1, le=1_000_000)
+    """Draws for the 95% confidence intervals."""
+    seed: int = Field(0, ge=0)
+    """Seed of the draws."""
+    out: str | None = None
+    """File for the result as JSON."""
+    as_json: AsJson = False
+    """Print the result as JSON on the last line."""
+
+
 class DoctorOptions(Config):
     """An examination of this machine, and of what a run on it is to use."""
 

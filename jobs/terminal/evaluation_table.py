@@ -24,6 +24,7 @@ _NAMES = {
     "clip_score": "CLIPScore",
     "clip_cosine": "CLIP cosine",
     "retrieval_recall": "retrieval recall, %",
+    "copied_share": "sequences copied, %",
     "copied": "copied from a neighbour, %",
     "novel": "novel, %",
     "words": "words",

@@ -121,7 +121,11 @@ class ReadyCaptioner(Captioner):
             return super().prompt(neighbours)
 
     def generate(
-        self, hidden_states: Tensor, prompts: Sequence[Sequence[int]], pixels: Sequence[Pixels]
+        self,
+        hidden_states: Tensor,
+        prompts: Sequence[Sequence[int]],
+        pixels: Sequence[Pixels],
+        num_captions: int | None = None,
     ) -> list[list[Generated]]:
         """Returns ready captions."""
         return [self._answers[number % len(self._answers)] for number in range(len(prompts))]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 from smallcap.evaluation.ptb_tokenizer import tokenize_in_python
@@ -44,8 +45,13 @@ class Diversity:
 
 def content_words(tokenized: Iterable[str]) -> set[str]:
     """Returns the different words of tokenised captions that are not function words and have a letter or a digit."""
-    words = {word for caption in tokenized for word in caption.split()}
-    return {word for word in words - _FUNCTION_WORDS if any(letter.isalnum() for letter in word)}
+    return set(filter(is_content_word, {word for caption in tokenized for word in caption.split()}))
+
+
+@lru_cache(maxsize=1 << 16)
+def is_content_word(word: str) -> bool:
+    """Says whether a word is not a function word and has a letter or a digit."""
+    return word not in _FUNCTION_WORDS and any(letter.isalnum() for letter in word)
 
 
 def retrieval_recall(references: Sequence[str], retrieved: Sequence[str]) -> float:

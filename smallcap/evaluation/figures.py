@@ -147,6 +147,7 @@ def _run_statistics(run: RunCaptions, images: Sequence[str], stored: set[str] | 
         "clip_score": _CLIP_SCORE_WEIGHT * np.maximum(cosine, 0),  # NaN stays NaN
         "clip_cosine": cosine,
         "retrieval_recall": run.column("retrieval_recall", images),
+        "copied_share": run.column("copied_share", images),
         "copied": copied,
         "novel": 1 - copied,
         "words": run.column("words", images),

@@ -29,7 +29,7 @@ _ABBREVIATIONS = (
     "mr|mrs|ms|dr|st|jr|sr|vs|etc|mt|ft|co|inc|ltd|corp|bros|ave|blvd|rd|prof|rev|gen|col|sgt|capt|lt|gov|sen|rep|hon"
     "|jan|feb|apr|aug|sept|oct|nov|dec|mo|ca|ph\\.d"
 )
-_CROSSES_SPACES = re.compile(r"<|\bno\.\s", re.IGNORECASE)  # the only rules that look beyond a space
+CROSSES_SPACES = re.compile(r"<|\bno\.\s", re.IGNORECASE)  # the only rules that look beyond a space
 _TOKEN = re.compile(
     rf"""
       (?:https?://|www\.)[^\s<>"]*[^\s<>"'.,;:!?)\]]           # URLs
@@ -99,7 +99,7 @@ def tokenize_in_python(caption: str) -> str:
     Rules that captions do not need are missing (fractions, ordinals in foreign scripts, smileys, most abbreviations).
     """
     text = caption if caption.isascii() else _BEYOND_BMP.sub("", caption).translate(_SAME)
-    chunks = [text] if _CROSSES_SPACES.search(text) else text.split()
+    chunks = [text] if CROSSES_SPACES.search(text) else text.split()
     return " ".join(filter(None, map(_tokenize_chunk, chunks)))
 
 

@@ -47,11 +47,19 @@ CAPTION_COLUMNS = pa.schema(
         pa.field("clip_score", pa.float32()),  # cosine of image and generated caption
         pa.field("alternatives", pa.list_(ALTERNATIVE_TYPE)),  # the image's other captions, best first
         pa.field("neighbours", pa.list_(NEIGHBOUR_TYPE)),
+        pa.field("copied_share", pa.float32()),  # these two by words: smallcap.evaluation.shared_words
+        pa.field("neighbour_agreement", pa.float32()),
+        pa.field("retrieval_score", pa.float32()),  # mean cosine of image and neighbours
+        pa.field("alt_clip_score", pa.float32()),  # cosine of image and the text of the score column
+        pa.field("best_caption", pa.string()),
         pa.field("status", pa.string(), nullable=False),
         pa.field("error_code", pa.string()),
         pa.field("error_message", pa.string()),
     ]
 )
+
+# Parts that were written before these came lack all of them.
+SCORE_COLUMNS = ("copied_share", "neighbour_agreement", "retrieval_score", "alt_clip_score", "best_caption")
 
 # Columns of rows on their way to a part, besides those of the schema. These two go to the part's sidecars.
 EMBEDDING_COLUMN = "embedding"
@@ -154,9 +162,12 @@ def check_caption_schema(schema: pa.Schema, where: str) -> None:
             found=version.decode(),
             remedy="Read it with the smallcap release that wrote it, or with a newer one.",
         )
-    names = [*CAPTION_COLUMNS.names, *kept_columns(schema)]
-    fixed = pa.schema(list(schema)[: len(CAPTION_COLUMNS)])
-    if not fixed.equals(CAPTION_COLUMNS, check_metadata=False) or schema.names != names:
+    columns = CAPTION_COLUMNS
+    if not set(SCORE_COLUMNS) & set(schema.names[: len(CAPTION_COLUMNS)]):
+        columns = pa.schema([field for field in CAPTION_COLUMNS if field.name not in SCORE_COLUMNS])
+    names = [*columns.names, *kept_columns(schema)]
+    fixed = pa.schema(list(schema)[: len(columns)])
+    if not fixed.equals(columns, check_metadata=False) or schema.names != names:
         raise SchemaError(
             "The columns of this part contradict its schema version.",
             where=where,

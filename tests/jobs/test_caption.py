@@ -18,6 +18,7 @@ from smallcap import storage
 from smallcap.captioner import Captioner
 from smallcap.config import IndexConfig
 from smallcap.errors import CheckpointError, ConfigError, ManifestError, SchemaError
+from smallcap.model.files import demo_folder
 from smallcap.output.part_files import list_parts
 from smallcap.output.schema import CAPTION_COLUMNS, check_caption_schema
 from tests.bad_images import BAD_IMAGES
@@ -95,6 +96,51 @@ def test_broken_images_are_rows_with_codes(tmp_path: Path, index: str, tiny_smal
     assert failed.error_message.str.len().gt(10).all()
     assert summary.images.errors_by_code == {code: expected.count(code) for code in sorted(set(expected))}
     assert "errors (" in caption.describe(summary)
+
+
+def test_a_text_of_the_input_is_scored_and_the_scores_are_summed_up(
+    tmp_path: Path, index: str, tiny_smallcap: Path
+) -> None:
+    images, out = tmp_path / "images", str(tmp_path / "out")
+    write_images(str(images), 6)
+    texts = ["a dog", "", "two cats on a sofa", "bus", "a red bus", "x"]
+    lines = [f"{images}/{number:03d}.jpg,{text}" for number, text in enumerate(texts)]
+    (tmp_path / "list.csv").write_text("\n".join(["image_uri,alt", *lines]))
+    given = config_for(str(tmp_path / "list.csv"), index, tiny_smallcap, out, "score_column=alt")
+    summary = caption.run(given)
+    rows = read_rows(out)
+    assert list(rows.alt.fillna("")) == texts
+    assert list(rows.alt_clip_score.isna()) == [not text for text in texts]
+    better = rows.alt_clip_score > rows.clip_score
+    assert list(rows.best_caption) == list(rows.alt.where(better, rows.caption))
+    scores = load_run_record(out).scores  # type: ignore[union-attr]
+    assert scores == summary.record.scores
+    assert scores is not None and (scores.captions, scores.empty) == (6, (rows.caption == "").sum())
+    assert scores.clip_score == pytest.approx(rows.clip_score.mean(), abs=1e-5)
+    assert scores.clip_score_p5 == pytest.approx(rows.clip_score.min(), abs=1e-4)
+    assert scores.copied_share == pytest.approx(rows.copied_share.mean(), abs=1e-5)
+    said = caption.describe(summary)
+    assert f"Clip score: {rows.clip_score.mean():.3f} on average" in said
+    assert "Empty captions: " in said
+    with pytest.raises(ConfigError, match=r"(?s)holds no texts.*found: list"):
+        listing = [{"image_uri": f"{images}/000.jpg", "alt": ["a", "b"]}]
+        pd.DataFrame(listing).to_parquet(tmp_path / "lists.parquet")
+        caption.run(given.model_copy(update={"images": (str(tmp_path / "lists.parquet"),), "out": f"{out}-2"}))
+    with pytest.raises(ConfigError, match="no retrieval encoder that could compare"):
+        update = {"index": None, "retrieval": given.retrieval.model_copy(update={"k": 0}), "out": f"{out}-3"}
+        caption.run(given.model_copy(update=update))
+
+
+def test_the_demos_model_warns_of_images_that_are_not_the_demos(tmp_path: Path) -> None:
+    def warning(*images: str, model: str = "demo") -> str:
+        return " ".join(caption.demo_warning(model, images))
+
+    own = str(demo_folder() / "images")
+    (tmp_path / "link").symlink_to(own)
+    assert warning(own, f"file://{own}/10000000.jpg", f"{own}/*.jpg", f"{tmp_path}/link") == ""
+    for other in (str(tmp_path), "s3://bucket/images", f"{own}/../..", f"{demo_folder()}-of-mine"):
+        assert f"{other} is not of the demo" in warning(own, other)
+        assert warning(other, model="a/b") == ""
 
 
 def test_several_captions_and_fast_decoding_are_written_and_counted(

@@ -49,6 +49,48 @@ def test_a_batch_is_its_images_alone(captioner: Captioner) -> None:
         assert alone.logprob == pytest.approx(result.logprob, abs=1e-3)
 
 
+def test_the_next_best_beam_takes_the_place_of_an_empty_caption(
+    captioner: Captioner, index: str, tiny_smallcap: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = [jpeg(seed) for seed in range(4)]
+    several = Captioner.from_pretrained(str(tiny_smallcap), index, dtype="float32", num_captions=3).caption(images)
+    first = {several[image].caption for image in (0, 2)}
+    decode = smallcap.captioner.decode_captions
+
+    def with_empty(*arguments: Any) -> list[str]:
+        return ["" if text in first else text for text in decode(*arguments)]
+
+    monkeypatch.setattr("smallcap.captioner.decode_captions", with_empty)
+    results = captioner.caption(images)
+    for result, expected in zip(results, several, strict=True):
+        beams = [(expected.caption, expected.logprob), *((one.caption, one.logprob) for one in expected.alternatives)]
+        text, logprob = next((text, logprob) for text, logprob in beams if text not in first)
+        assert result.caption == text
+        assert result.logprob == pytest.approx(logprob, abs=1e-3)
+        assert result.clip_score is not None
+    monkeypatch.setattr("smallcap.captioner.decode_captions", lambda *arguments: ["" for _ in decode(*arguments)])
+    assert [result.caption for result in captioner.caption(images)] == [""] * 4
+
+
+@pytest.mark.parametrize("wanted", [1, 2])
+def test_beams_are_ranked_again_by_their_cosine_with_the_image(wanted: int, index: str, tiny_smallcap: Path) -> None:
+    images, model = [jpeg(seed) for seed in range(4)], str(tiny_smallcap)
+    plain = Captioner.from_pretrained(model, index, dtype="float32", num_beams=4, num_captions=4).caption(images)
+    ranking = Captioner.from_pretrained(model, index, dtype="float32", num_beams=4, num_captions=wanted, rerank=True)
+    encoder = ranking.retrieval_encoder
+    assert encoder is not None
+    for result, expected in zip(ranking.caption(images), plain, strict=True):
+        beams = [expected.caption or "", *(one.caption for one in expected.alternatives)]
+        assert expected.embedding is not None
+        cosines = encoder.encode_texts(beams) @ expected.embedding
+        order = np.argsort(-cosines, kind="stable")[:wanted]
+        assert [result.caption, *(one.caption for one in result.alternatives)] == [beams[place] for place in order]
+        assert result.clip_score == pytest.approx(float(cosines[order[0]]), abs=1e-5)
+    for options in ({"k": 0}, {"clip_score": False}):
+        with pytest.raises(ConfigError, match="ranked again by their clip scores"):
+            Captioner.from_pretrained(model, index, rerank=True, **options)
+
+
 def test_neighbours_are_the_nearest_captions(captioner: Captioner) -> None:
     (result,) = captioner.caption([jpeg(0)])
     assert captioner.retrieval_encoder is not None

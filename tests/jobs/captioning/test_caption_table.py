@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ import pytest
 from jobs.bench import loaded_table
 from jobs.captioning.caption_table import TableCaptioner, pixels_of
 from jobs.captioning.load import CONTENT_KEY, VISION_PIXELS
+from smallcap.captioned import ScoredCaptions
 from smallcap.captioner import Captioner, CaptionResult
+from smallcap.evaluation.shared_words import measure_shared_words
 from smallcap.images.crops import Pixels
 from smallcap.output.schema import CAPTION_COLUMNS, EMBEDDING_COLUMN, ENDS_FRAGMENT, FRAGMENT, FRAGMENT_ROW
 from tests.caption_runs import jpeg
@@ -60,6 +63,9 @@ def row_of(result: CaptionResult | None, embeds: bool) -> dict[str, Any]:
         if failed
         else [{"caption": a.caption, "logprob": a.logprob, "tokens": a.num_tokens} for a in result.alternatives],
         "neighbours": None if failed else [vars(neighbour) for neighbour in result.neighbours],
+        "retrieval_score": np.mean([one.score for one in result.neighbours]).item() if result.neighbours else None,
+        "alt_clip_score": None,
+        "best_caption": result.caption,
     }
     if embeds:
         row[EMBEDDING_COLUMN] = None if result.embedding is None else result.embedding.astype(np.float16)
@@ -97,6 +103,48 @@ def _near(value: Any) -> Any:
         {name: pytest.approx(x, abs=1e-3) if isinstance(x, float) else x for name, x in entry.items()}
         for entry in value
     ]
+
+
+def test_words_of_captions_and_neighbours_are_compared_in_columns(captioner: Captioner) -> None:
+    table, captioned = TableCaptioner(captioner, 2, exclude_own=True, embeds=False)(loaded(images(captioner)))
+    shared = measure_shared_words(table["caption"], table["neighbours"])
+    assert table["copied_share"].combine_chunks().equals(shared.copied_share)
+    assert table["neighbour_agreement"].combine_chunks().equals(shared.neighbour_agreement)
+    known = 5 if captioned.neighbours.found.any() else 0
+    assert [len(table) - table[name].null_count for name in ("copied_share", "neighbour_agreement")] == [known] * 2
+
+
+def test_a_given_text_is_scored_and_is_best_where_it_fits_better(
+    index: str, tiny_smallcap: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captioner = Captioner.from_pretrained(str(tiny_smallcap), index, dtype="float32")
+    encoder, batch = captioner.retrieval_encoder, loaded(images(captioner))
+    assert encoder is not None
+    texts = ["not loaded", "a dog", None, " ", "not loaded", "two cats on a sofa", "a dog"]
+    batch = batch.append_column("alt", pa.array(texts, pa.large_string()))
+    decode = captioner.detokenise
+
+    def with_empty(generated: Any) -> ScoredCaptions:
+        captions = decode(generated)
+        return replace(captions, texts=["" if text == captions.texts[0] else text for text in captions.texts])
+
+    monkeypatch.setattr(captioner, "detokenise", with_empty)
+    captioner.generation = replace(captioner.generation, num_beams=1)  # an empty caption stays empty
+    table, captioned = TableCaptioner(captioner, 2, exclude_own=False, embeds=False, score_column="alt")(batch)
+    rows = table.to_pylist()
+    assert captioned.embeddings is not None
+    embeddings = dict(zip((1, 2, 3, 5, 6), captioned.embeddings, strict=True))
+    assert {row["alt"] for row in rows} == set(texts)
+    assert "" in captioned.captions.texts
+    for number, row in enumerate(rows):
+        if number not in (1, 5, 6):
+            assert row["alt_clip_score"] is None
+            assert row["best_caption"] == (row["caption"] or None)
+            continue
+        cosine = float(embeddings[number] @ encoder.encode_texts([texts[number] or ""])[0])
+        assert row["alt_clip_score"] == pytest.approx(cosine, abs=1e-4)
+        is_better = row["alt_clip_score"] > row["clip_score"] or not row["caption"]
+        assert row["best_caption"] == (row["alt"] if is_better else row["caption"])
 
 
 def test_a_table_in_which_nothing_could_be_loaded_has_nulls(captioner: Captioner) -> None:

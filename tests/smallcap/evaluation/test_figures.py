@@ -21,7 +21,8 @@ def references(count: int) -> References:
 
 
 def run_of(captions: dict[str, str], **values: float) -> RunCaptions:
-    defaults = {"clip_cosine": 0.4, "retrieval_recall": 0.5, "copied": 0.0, "words": 8.0, "tokens": 10.0} | values
+    defaults = {"clip_cosine": 0.4, "retrieval_recall": 0.5, "copied_share": 0.2, "copied": 0.0}
+    defaults |= {"words": 8.0, "tokens": 10.0} | values
     return RunCaptions(captions, dict.fromkeys(captions, tuple(defaults[name] for name in VALUES)), len(captions))
 
 
@@ -38,7 +39,7 @@ def test_a_run_has_every_figure_with_an_interval() -> None:
     refs = references(60)
     evaluation = evaluate_runs([run_of(shuffled(refs), clip_cosine=-0.2)], refs, METRICS, resamples=200)
     figures = evaluation.runs[0].figures
-    others = ["clip_score", "clip_cosine", "retrieval_recall", "copied", "novel", "words", "tokens"]
+    others = ["clip_score", "clip_cosine", "retrieval_recall", "copied_share", "copied", "novel", "words", "tokens"]
     assert list(figures) == [*METRICS, *others]
     expected = score_captions(shuffled(refs), refs.captions, METRICS)
     for name, scores in expected.items():

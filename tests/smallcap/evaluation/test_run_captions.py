@@ -31,13 +31,13 @@ def test_rows_are_captions_errors_or_without_references() -> None:
     run = collect_run(given, REFERENCES, "run")
     assert run.captions == {"a.jpg": "A dog."}
     assert (run.rows, run.errors, run.unmatched, run.examples) == (3, {"truncated": 1}, 1, ["z.jpg"])
-    assert run.values == {"a.jpg": pytest.approx((0.25, 1, 1, 2, math.nan), nan_ok=True)}  # "a dog" was copied
+    assert run.values == {"a.jpg": pytest.approx((0.25, 1, 1, 1, 2, math.nan), nan_ok=True)}  # "a dog" was copied
 
 
 def test_a_run_without_retrieval_has_no_figures_of_it() -> None:
     given = rows({"image_id": "a.jpg", "caption": "a dog", "neighbours": [], "caption_tokens": 4})
     run = collect_run(given, REFERENCES, "")
-    assert run.values["a.jpg"] == pytest.approx((math.nan, math.nan, math.nan, 2, 4), nan_ok=True)
+    assert run.values["a.jpg"] == pytest.approx((math.nan, math.nan, math.nan, math.nan, 2, 4), nan_ok=True)
     assert run.column("tokens", ["a.jpg"]).tolist() == [4]
 
 
