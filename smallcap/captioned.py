@@ -121,6 +121,7 @@ class CaptionedBatch:
                 np.concatenate([part.ids for part in neighbours]),
                 np.concatenate([part.scores for part in neighbours]),
                 pa.concat_arrays([part.texts for part in neighbours]),
+                pa.concat_arrays([part.sources for part in neighbours]),
             ),
             _join_columns([part.embeddings for part in filled]),
             np.concatenate([part.sizes for part in filled]),

@@ -73,7 +73,7 @@ class TableCaptioner:
         columns = _columns(captioned)
         fields = [*_FROM_CAPTIONING, *(field for field in batch.schema if field.name not in _LEFT_OUT)]
         if self._embeds:
-            fields.append(pa.field(EMBEDDING_COLUMN, pa.list_(pa.float16())))
+            fields.append(pa.field(EMBEDDING_COLUMN, pa.list_(pa.float32())))
             columns[EMBEDDING_COLUMN] = _embedding_column(captioned)
         arrays = [columns[field.name].take(rows) if field.name in columns else batch[field.name] for field in fields]
         return pa.table(arrays, schema=pa.schema(fields))
@@ -120,7 +120,8 @@ def _alternatives_column(captions: ScoredCaptions) -> pa.ListArray:
 
 def _neighbours_column(neighbours: Neighbours) -> pa.ListArray:
     found = neighbours.found
-    arrays = [pa.array(neighbours.ids[found]), neighbours.texts, pa.array(neighbours.scores[found])]
+    ids, scores = pa.array(neighbours.ids[found]), pa.array(neighbours.scores[found])
+    arrays = [ids, neighbours.texts, scores, neighbours.sources]
     values = pa.StructArray.from_arrays(arrays, fields=list(NEIGHBOUR_TYPE))
     return pa.ListArray.from_arrays(neighbours.offsets, values)
 
@@ -128,6 +129,6 @@ def _neighbours_column(neighbours: Neighbours) -> pa.ListArray:
 def _embedding_column(captioned: CaptionedBatch) -> pa.ListArray:
     vectors = captioned.embeddings
     if vectors is None:
-        return pa.nulls(len(captioned), pa.list_(pa.float16()))
+        return pa.nulls(len(captioned), pa.list_(pa.float32()))
     offsets = np.arange(len(vectors) + 1, dtype=np.int32) * np.int32(vectors.shape[1])
-    return pa.ListArray.from_arrays(offsets, pa.array(vectors.astype(np.float16).ravel()))
+    return pa.ListArray.from_arrays(offsets, pa.array(vectors.ravel()))

@@ -32,11 +32,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A caption near a query; `score` is the cosine."""
+    """A caption near a query; `score` is the cosine, `sources` are the dump files that have the caption."""
 
     caption_id: int
     text: str
     score: float
+    sources: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,14 @@ class Neighbours:
     ids: np.ndarray  # [B, K] int64, the best first; -1 is an empty place
     scores: np.ndarray  # [B, K] float32, cosines; those of empty places mean nothing
     texts: pa.StringArray  # of all places that are not empty, one query after the other
+    sources: pa.ListArray  # the dump files that have each of these captions
 
     @classmethod
     def none(cls, queries: int) -> Neighbours:
         """Returns no neighbours for each query."""
         nothing = np.empty((queries, 0))
-        return cls(nothing.astype(np.int64), nothing.astype(np.float32), pa.array([], pa.string()))
+        texts, sources = pa.array([], pa.string()), pa.array([], pa.list_(pa.string()))
+        return cls(nothing.astype(np.int64), nothing.astype(np.float32), texts, sources)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -69,7 +72,8 @@ class Neighbours:
     def to_rows(self) -> list[list[Neighbour]]:
         """Returns each query's neighbours as objects."""
         found = self.found
-        columns = (self.ids[found].tolist(), self.texts.to_pylist(), self.scores[found].tolist())
+        sources = map(tuple, self.sources.to_pylist())
+        columns = (self.ids[found].tolist(), self.texts.to_pylist(), self.scores[found].tolist(), sources)
         flat = list(map(Neighbour, *columns))
         return [flat[start:end] for start, end in pairwise(self.offsets.tolist())]
 
@@ -131,7 +135,8 @@ class NeighbourSearch:
         if self._partition.ranks_again:
             scores, ids = best_of(self._partition.rank(queries, ids), ids, k)
         scores, ids = scores[:, :k], ids[:, :k]
-        return Neighbours(ids, scores, self._partition.texts(ids[ids != NOTHING]))
+        found = ids[ids != NOTHING]
+        return Neighbours(ids, scores, self._partition.texts(found), self._partition.sources(found))
 
     def _check_queries(self, queries: np.ndarray) -> np.ndarray:
         if queries.ndim != 2 or queries.shape[1] != self.dim:

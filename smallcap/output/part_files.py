@@ -31,6 +31,7 @@ from smallcap.output.schema import (
     CAPTION_COLUMNS,
     EMBEDDING_COLUMN,
     IMAGE_BYTES_COLUMN,
+    PLACE_COLUMNS,
     STATUS_OK,
     check_caption_schema,
     kept_columns,
@@ -51,6 +52,7 @@ _FOOTER_THREADS = 32
 _ROWS_AS_OBJECTS = 256  # rows of a tar that are held together; images are taken one by one
 # Where dictionaries make files smaller, by measurement (docs/log.md); ids, captions and texts are mostly distinct.
 _DICTIONARY_COLUMNS = ("width", "height", "caption_tokens", "status", "error_code")
+_DICTIONARY_PATHS = {"neighbours": "neighbours.list.element.sources.list.element"}
 _FEW_VALUES = 10  # rows per distinct value from which a kept column gets a dictionary
 _ZSTD_LEVEL = 6
 
@@ -160,7 +162,8 @@ def write_part(
         out: The output folder.
         name: The part's name, `part-AAA-TTTTTT.parquet`.
         table: Rows in any order, with at least the schema's columns. `options.embeddings` needs `embedding`, lists of
-            float16 of one length; `options.webdataset` needs `image_bytes`. Both may be null for errors.
+            float32 of one length, and the rows' places; `options.webdataset` needs `image_bytes`. Embeddings and bytes
+            may be null for errors.
         info: What the footer says about these rows.
         schema: The part's columns with the run's metadata, from `schema.caption_schema`.
         options: How to write the part.
@@ -277,15 +280,20 @@ def with_info(rows: pa.Table, info: PartInfo) -> pa.Table:
 
 
 def _embeddings(table: pa.Table, order: pa.Array) -> pa.Table:
-    """Returns `image_id` and `embedding` of the rows that have an embedding, in this order."""
+    """Returns id, embedding and place of the rows that have an embedding, in this order."""
     column = table[EMBEDDING_COLUMN].combine_chunks()
     order = order.filter(column.is_valid().take(order))
     lists = column.take(order)
-    values = pc.cast(pc.list_flatten(lists), pa.float16())
+    values = pc.cast(pc.list_flatten(lists), pa.float32())
     dim = len(values) // len(lists) if len(lists) else 0
-    vectors = pa.FixedSizeListArray.from_arrays(values, dim) if dim else pa.nulls(0, pa.list_(pa.float16(), 1))
-    fields = [pa.field("image_id", pa.string(), nullable=False), pa.field(EMBEDDING_COLUMN, vectors.type)]
-    return pa.Table.from_arrays([table["image_id"].take(order), vectors], schema=pa.schema(fields))
+    vectors = pa.FixedSizeListArray.from_arrays(values, dim) if dim else pa.nulls(0, pa.list_(pa.float32(), 1))
+    fields = [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field(EMBEDDING_COLUMN, vectors.type),
+        *(pa.field(name, pa.int32(), nullable=False) for name in PLACE_COLUMNS.values()),
+    ]
+    places = [table[name].take(order) for name in PLACE_COLUMNS]
+    return pa.Table.from_arrays([table["image_id"].take(order), vectors, *places], schema=pa.schema(fields))
 
 
 def _samples(table: pa.Table, order: pa.Array, kept: list[str]) -> Iterator[Sample]:
@@ -326,7 +334,8 @@ def _dictionary_columns(table: pa.Table) -> list[str]:
         and (pa.types.is_string(column.type) or pa.types.is_large_string(column.type))
         and pc.count_distinct(column).as_py() * _FEW_VALUES <= len(column)
     ]
-    return [name for name in (*_DICTIONARY_COLUMNS, *few) if name in table.column_names]
+    paths = [path for name, path in _DICTIONARY_PATHS.items() if name in table.column_names]
+    return [*(name for name in (*_DICTIONARY_COLUMNS, *few) if name in table.column_names), *paths]
 
 
 def write_tar(uri: str, write: Callable[[Path], int]) -> None:

@@ -24,6 +24,7 @@ NEIGHBOUR_TYPE = pa.struct(
         pa.field("caption_id", pa.int64()),
         pa.field("text", pa.string()),
         pa.field("score", pa.float32()),  # cosine of image and caption
+        pa.field("sources", pa.list_(pa.string())),  # every dump file that has this caption
     ]
 )
 
@@ -53,11 +54,18 @@ CAPTION_COLUMNS = pa.schema(
     ]
 )
 
+# What the first parts of version 1 have: neighbours whose sources are not known.
+_WITHOUT_SOURCES = CAPTION_COLUMNS.set(
+    CAPTION_COLUMNS.get_field_index("neighbours"), pa.field("neighbours", pa.list_(pa.struct(list(NEIGHBOUR_TYPE)[:3])))
+)
+
 # Columns of rows on their way to a part, besides those of the schema. These two go to the part's sidecars.
 EMBEDDING_COLUMN = "embedding"
 IMAGE_BYTES_COLUMN = "image_bytes"
 # These three name a row's place in the run's input, for the part's footer.
 FRAGMENT, FRAGMENT_ROW, ENDS_FRAGMENT = "smallcap.fragment", "smallcap.fragment_row", "smallcap.ends_fragment"
+# These two are where the sidecar with embeddings keeps it.
+PLACE_COLUMNS = {FRAGMENT: "fragment", FRAGMENT_ROW: "fragment_row"}
 LEFT_OUT = "smallcap.left_out"  # list<int32>: the `LeftOut` of a fragment at its last row, null elsewhere
 # `logprob` is what a tar's JSON files call `caption_logprob`.
 _TAKEN_NAMES = (*CAPTION_COLUMNS.names, EMBEDDING_COLUMN, IMAGE_BYTES_COLUMN, "logprob")
@@ -156,7 +164,8 @@ def check_caption_schema(schema: pa.Schema, where: str) -> None:
         )
     names = [*CAPTION_COLUMNS.names, *kept_columns(schema)]
     fixed = pa.schema(list(schema)[: len(CAPTION_COLUMNS)])
-    if not fixed.equals(CAPTION_COLUMNS, check_metadata=False) or schema.names != names:
+    known = (CAPTION_COLUMNS, _WITHOUT_SOURCES)
+    if not any(fixed.equals(columns, check_metadata=False) for columns in known) or schema.names != names:
         raise SchemaError(
             "The columns of this part contradict its schema version.",
             where=where,

@@ -15,7 +15,7 @@ COLUMNS = {
     "caption_tokens": "int16",
     "clip_score": "float",
     "alternatives": "list<item: struct<caption: string, logprob: float, tokens: int16>>",
-    "neighbours": "list<item: struct<caption_id: int64, text: string, score: float>>",
+    "neighbours": "list<item: struct<caption_id: int64, text: string, score: float, sources: list<item: string>>>",
     "status": "string",
     "error_code": "string",
     "error_message": "string",
