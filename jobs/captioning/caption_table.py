@@ -12,8 +12,7 @@ from jobs.captioning.load import CONTENT_KEY, RETRIEVAL_PIXELS, VISION_PIXELS
 from smallcap.captioned import CaptionedBatch, ScoredCaptions
 from smallcap.captioner import Captioner
 from smallcap.images.crops import Pixels
-from smallcap.index.retriever import Neighbours
-from smallcap.output.schema import ALTERNATIVE_TYPE, CAPTION_COLUMNS, EMBEDDING_COLUMN, NEIGHBOUR_TYPE, STATUS_OK
+from smallcap.output.schema import ALTERNATIVE_TYPE, CAPTION_COLUMNS, EMBEDDING_COLUMN, STATUS_OK
 
 _FROM_LOADING = ("image_id", "image_uri", "status", "error_code", "error_message")
 _FROM_CAPTIONING = [field for field in CAPTION_COLUMNS if field.name not in _FROM_LOADING]
@@ -105,7 +104,7 @@ def _columns(captioned: CaptionedBatch) -> dict[str, pa.Array]:
         "caption_tokens": pa.array(captions.num_tokens[:, 0].astype(np.int16)),
         "clip_score": pa.nulls(len(captioned), pa.float32()) if scores is None else pa.array(scores, pa.float32()),
         "alternatives": _alternatives_column(captions),
-        "neighbours": _neighbours_column(captioned.neighbours),
+        "neighbours": captioned.neighbours.to_column(),
     }
 
 
@@ -116,14 +115,6 @@ def _alternatives_column(captions: ScoredCaptions) -> pa.ListArray:
     arrays = [pa.array(texts, pa.string()), pa.array(logprobs.astype(np.float32)), pa.array(tokens.astype(np.int16))]
     values = pa.StructArray.from_arrays(arrays, fields=list(ALTERNATIVE_TYPE))
     return pa.ListArray.from_arrays(np.arange(images + 1, dtype=np.int32) * np.int32(count - 1), values)
-
-
-def _neighbours_column(neighbours: Neighbours) -> pa.ListArray:
-    found = neighbours.found
-    ids, scores = pa.array(neighbours.ids[found]), pa.array(neighbours.scores[found])
-    arrays = [ids, neighbours.texts, scores, neighbours.sources]
-    values = pa.StructArray.from_arrays(arrays, fields=list(NEIGHBOUR_TYPE))
-    return pa.ListArray.from_arrays(neighbours.offsets, values)
 
 
 def _embedding_column(captioned: CaptionedBatch) -> pa.ListArray:

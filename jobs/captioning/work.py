@@ -22,6 +22,7 @@ from smallcap.config import CaptionConfig
 from smallcap.errors import ConfigError
 from smallcap.images.fragments import Fragment
 from smallcap.images.listing import extend_work_list, make_work_list
+from smallcap.images.relisting import store_states
 from smallcap.images.work_list import WORK_FOLDER, WorkList, count_images, load_work_list
 from smallcap.index.manifest import share_of
 from smallcap.model.files import checkpoint_id
@@ -29,6 +30,7 @@ from smallcap.output.coverage import (
     Coverage,
     NamedPart,
     WorkItem,
+    forget_rows,
     qualify_repeated_ids,
     settle,
     work_left,
@@ -65,13 +67,21 @@ def open_record(config: CaptionConfig) -> RunRecord:
 
 
 def list_work(config: CaptionConfig, record: RunRecord, relist: bool = False) -> WorkList:
-    """Loads the run's list of work, or makes it where the run is new."""
+    """Loads the run's list of work, or makes it where the run is new.
+
+    A relist adds new images, and takes the rows of overwritten ones out of the parts, so that they are captioned again.
+    """
     work = load_work_list(config.out) if record.attempts else None
     if work is None:
         storage.remove(storage.join(config.out, WORK_FOLDER))  # left by a run that never began
         work = make_work_list(config.images, config.input, config.out, config.keep_columns)
     elif relist:
         work = extend_work_list(config.images, config.input, config.out)
+        if work.relisted and len(work.relisted.overwritten):
+            write_run_record(config.out, record.model_copy(update={"status": "running"}))  # it lacks rows from now on
+            remove_replaced(config.out)
+            forget_rows(config.out, list(read_part_infos(config.out)), work.relisted.overwritten)
+            store_states(work.fragments.table, work.relisted.overwritten)
     return work
 
 

@@ -26,6 +26,7 @@ from smallcap.index.manifest import EncoderIdentity, IndexManifest, load_manifes
 from smallcap.index.node_cache import open_version_folder
 from smallcap.index.partition import IndexPartition, LocalPartition, files_of
 from smallcap.index.ranking import NOTHING, Attempted, Ranking, best_of, settle
+from smallcap.output.schema import NEIGHBOUR_TYPE
 
 _log = logging.getLogger(__name__)
 
@@ -68,6 +69,22 @@ class Neighbours:
     def offsets(self) -> np.ndarray:
         """Where each query's texts begin, and the last one's end: [B + 1] int32."""
         return np.concatenate([[0], self.found.sum(axis=1).cumsum()]).astype(np.int32)
+
+    def to_column(self) -> pa.ListArray:
+        """Returns each query's neighbours as a run's parts have them."""
+        found = self.found
+        arrays = [pa.array(self.ids[found]), self.texts, pa.array(self.scores[found]), self.sources]
+        return pa.ListArray.from_arrays(self.offsets, pa.StructArray.from_arrays(arrays, fields=list(NEIGHBOUR_TYPE)))
+
+    @classmethod
+    def join(cls, parts: Sequence[Neighbours]) -> Neighbours:
+        """Puts the neighbours of several batches together, at least one, which were searched for alike."""
+        return cls(
+            np.concatenate([part.ids for part in parts]),
+            np.concatenate([part.scores for part in parts]),
+            pa.concat_arrays([part.texts for part in parts]),
+            pa.concat_arrays([part.sources for part in parts]),
+        )
 
     def to_rows(self) -> list[list[Neighbour]]:
         """Returns each query's neighbours as objects."""

@@ -10,7 +10,6 @@ count any more once `part-AAA-TTTTTT.parquet` exists, which holds all their rows
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from collections import Counter
@@ -27,8 +26,8 @@ from smallcap import storage
 from smallcap.errors import SchemaError
 from smallcap.images.fragments import LeftOut
 from smallcap.images.row_ranges import RowRanges
+from smallcap.output.parquet_files import damaged_part, read_parquet, write_parquet
 from smallcap.output.schema import (
-    CAPTION_COLUMNS,
     EMBEDDING_COLUMN,
     IMAGE_BYTES_COLUMN,
     PLACE_COLUMNS,
@@ -50,11 +49,6 @@ _MAGIC = b"PAR1"
 _FOOTER_READ_BYTES = 64 << 10  # most footers are smaller, and a store answers as quickly as for a byte
 _FOOTER_THREADS = 32
 _ROWS_AS_OBJECTS = 256  # rows of a tar that are held together; images are taken one by one
-# Where dictionaries make files smaller, by measurement (docs/log.md); ids, captions and texts are mostly distinct.
-_DICTIONARY_COLUMNS = ("width", "height", "caption_tokens", "status", "error_code")
-_DICTIONARY_PATHS = {"neighbours": "neighbours.list.element.sources.list.element"}
-_FEW_VALUES = 10  # rows per distinct value from which a kept column gets a dictionary
-_ZSTD_LEVEL = 6
 
 
 @dataclass(frozen=True)
@@ -79,6 +73,24 @@ class PartInfo:
             "left_out": {str(fragment): left_out for fragment, left_out in sorted(self.left_out.items())},
         }
         return json.dumps(values, separators=(",", ":"))
+
+    @property
+    def captioned(self) -> dict[int, RowRanges]:
+        """The rows with a caption, by fragment."""
+        return _subtract(self.rows, self.failed)
+
+    def without(self, rows: Mapping[int, RowRanges], ok: int, errors: dict[str, int]) -> PartInfo:
+        """Returns what the footer says of the part without some rows, by fragment.
+
+        Args:
+            rows: The rows that are taken out.
+            ok: The captions that are left.
+            errors: The rows without one that are left, by error code.
+        """
+        left = _subtract(self.rows, rows)
+        ends = tuple(number for number in self.ends if number in left and left[number].stop == self.rows[number].stop)
+        left_out = {number: self.left_out[number] for number in ends if number in self.left_out}
+        return PartInfo(left, _subtract(self.failed, rows), ends, ok, errors, left_out)
 
     @classmethod
     def joined(cls, infos: Sequence[PartInfo]) -> PartInfo:
@@ -116,6 +128,12 @@ class PartInfo:
             raise SchemaError(
                 "The footer of a part does not say which rows it holds.", found=repr(text)[:200]
             ) from error
+
+
+def _subtract(rows: Mapping[int, RowRanges], less: Mapping[int, RowRanges]) -> dict[int, RowRanges]:
+    """Returns the rows of each fragment that are not in `less`."""
+    left = {number: ranges.subtract(less[number]) if number in less else ranges for number, ranges in rows.items()}
+    return {number: ranges for number, ranges in left.items() if ranges}
 
 
 @dataclass(frozen=True)
@@ -309,35 +327,6 @@ def _samples(table: pa.Table, order: pa.Array, kept: list[str]) -> Iterator[Samp
             yield Sample(record.pop("image_id"), images[position].as_py(), record.pop("caption"), record)
 
 
-def write_parquet(uri: str, table: pa.Table, rows_per_row_group: int) -> None:
-    """Writes a file of rows that are sorted by image id."""
-    buffer = io.BytesIO()
-    pq.write_table(
-        table,
-        buffer,
-        row_group_size=rows_per_row_group,
-        compression="zstd",
-        compression_level=_ZSTD_LEVEL,
-        use_dictionary=_dictionary_columns(table),
-        write_page_index=True,
-        sorting_columns=[pq.SortingColumn(table.column_names.index("image_id"))],
-    )
-    storage.write_bytes(uri, buffer.getvalue())
-
-
-def _dictionary_columns(table: pa.Table) -> list[str]:
-    """Returns the columns whose values repeat; a column kept from the input must be of strings with few values."""
-    few = [
-        name
-        for name, column in zip(table.column_names, table.columns, strict=True)
-        if name not in CAPTION_COLUMNS.names
-        and (pa.types.is_string(column.type) or pa.types.is_large_string(column.type))
-        and pc.count_distinct(column).as_py() * _FEW_VALUES <= len(column)
-    ]
-    paths = [path for name, path in _DICTIONARY_PATHS.items() if name in table.column_names]
-    return [*(name for name in (*_DICTIONARY_COLUMNS, *few) if name in table.column_names), *paths]
-
-
 def write_tar(uri: str, write: Callable[[Path], int]) -> None:
     """Writes a tar and moves it to its URI; a tar without samples is removed from there."""
     with storage.scratch_folder() as folder:
@@ -356,15 +345,6 @@ def _rewrite_parquet(uri: str, change: Callable[[pa.Table], pa.Table]) -> None:
         storage.remove(uri)
     else:
         write_parquet(uri, left, rows_per_row_group)
-
-
-def read_parquet(uri: str) -> tuple[pa.Table, int]:
-    """Returns a file's rows, and how many of them its first row group has."""
-    try:
-        file = pq.ParquetFile(io.BytesIO(storage.read_bytes(uri)))
-        return file.read(), file.metadata.row_group(0).num_rows
-    except (pa.ArrowInvalid, OSError) as error:
-        raise damaged_part(uri, error) from error
 
 
 def _read_info(uri: str) -> PartInfo:
@@ -387,13 +367,3 @@ def _read_footer(uri: str) -> bytes:
     if tail.endswith(_MAGIC) and needed > len(tail):
         tail = storage.read_tail(uri, needed)
     return tail
-
-
-def damaged_part(uri: str, error: Exception) -> SchemaError:
-    """Returns the error for a part that cannot be read."""
-    return SchemaError(
-        "A part cannot be read as Parquet.",
-        where=uri,
-        found=str(error),
-        remedy="Delete the part, and start the run again to redo its images.",
-    )
