@@ -1,13 +1,14 @@
 """Compares a refresh with a full run, by the share of the images whose retrieved captions change.
 
 A run with saved embeddings is made once, with the demo's model over random crops of its images. For each share, rare
-captions are removed from a copy of the index until so many images had one of them in their prompts. Then `smallcap refresh`
-and `smallcap caption` with that index are timed, each as a command of its own, with Ray's start and the model's.
+captions are removed from a copy of the index until so many images had one of them in their prompts. Then both commands are
+timed with that index, `smallcap refresh` and `smallcap caption`, from their call to their end: with Ray's start and the
+model's.
 
     python -m benchmarks.refresh --images 10000
     python -m benchmarks.refresh --images 500 --shares 0.1
 
-`seconds` are of the whole command. The last line is JSON.
+The last line is JSON.
 """
 
 from __future__ import annotations
@@ -63,9 +64,7 @@ def choose_texts(run: str, share: float) -> tuple[list[str], float]:
         for text in texts:
             holders.setdefault(text, set()).add(image)
     texts, touched = [], set[int]()
-    for text in sorted(
-        holders, key=lambda text: (len(holders[text]), text)
-    ):
+    for text in sorted(holders, key=lambda text: (len(holders[text]), text)):
         if len(touched) >= share * len(prompts):
             break
         texts.append(text)

@@ -308,4 +308,3 @@ def _compare(out: str, record: RunRecord) -> RunRecord:
     record = record.model_copy(update={"refreshed": record.refreshed.model_copy(update=counts)})
     write_run_record(out, record)
     return record
-

@@ -16,7 +16,7 @@ from jobs.captioning.record import RunRecord, load_existing_run
 from jobs.terminal.call_options import TraceOptions
 from smallcap.errors import ConfigError, ManifestError, StorageError
 from smallcap.index.manifest import load_manifest
-from smallcap.output.export import export_captions
+from smallcap.output.export import ExportFormat, export_captions
 from smallcap.output.reading import Captions, read_captions
 from smallcap.phrasing import describe_count
 
@@ -141,6 +141,6 @@ def _source_name(wanted: str, record: RunRecord) -> str:
 
 def write(found: TracedCaptions, options: TraceOptions) -> str:
     """Writes the rows to the file that the options name, and returns in a line how many they are."""
-    kind = "csv" if options.out.removesuffix(".gz").endswith(".csv") else "jsonl"
+    kind: ExportFormat = "csv" if options.out.removesuffix(".gz").endswith(".csv") else "jsonl"
     count = export_captions(found, options.out, kind)
     return f"{describe_count(count, 'row')}: {options.out}"

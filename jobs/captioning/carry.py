@@ -78,7 +78,7 @@ class Split:
         same: Those to carry over, with the new index's neighbours, their embeddings and places.
         info: What is true of them.
         others: Those whose images must be captioned again, as they were.
-        searched: Whether there were embeddings to search with, or no captions.
+        searched: Whether there were embeddings to search with.
     """
 
     same: pa.Table
@@ -127,17 +127,16 @@ def carry_part(part: OldPart, spec: CarrySpec, retriever: NeighbourSearch) -> No
 def split_part(run: str, part: OldPart, search: PromptSearch, retriever: NeighbourSearch) -> Split:
     """Tells the rows of a part that stay as they are from those whose images must be captioned again.
 
-    The rows of errors stay. Without embeddings to search with, none does.
+    The rows of errors stay; without embeddings to search with, no others.
     """
     rows, _ = read_parquet(storage.join(run, part.name))
     before = rows.select(BEFORE_COLUMNS.names).cast(BEFORE_COLUMNS)
-    if not part.info.ok:
-        return Split(rows, part.info, before.slice(0, 0))
+    captioned = pc.equal(rows["status"], STATUS_OK)
     embedded = _read_embeddings(run, part, rows)
     if embedded is None:
-        return Split(rows.slice(0, 0), PartInfo(), before, searched=False)
+        errors = part.info.without(part.info.captioned, 0, part.info.errors)
+        return Split(rows.filter(pc.invert(captioned)), errors, before.filter(captioned), searched=False)
     found = search.nearest(retriever, embedded)
-    captioned = pc.equal(rows["status"], STATUS_OK)
     column = found.to_column()
     differs = texts_differ(rows.filter(captioned)["neighbours"], pa.chunked_array([column]))
     gone = np.zeros(len(rows), bool)

@@ -182,7 +182,7 @@ def test_other_inputs_are_refreshed_as_well(tmp_path: Path, indexes: tuple[str, 
     files = {scene.name: scene.read_bytes() for scene in scenes()}
     sets = [*SETS]
     if kind == "parquet":
-        pd.DataFrame({"image": files.values(), "image_id": files}).to_parquet(images / "images.parquet")
+        pd.DataFrame({"image": list(files.values()), "image_id": list(files)}).to_parquet(images / "images.parquet")
         sets.append("input.image_column=image")
     elif kind == "tar":
         for number in range(2):
@@ -196,6 +196,20 @@ def test_other_inputs_are_refreshed_as_well(tmp_path: Path, indexes: tuple[str, 
     summary = refresh.run(refresh_of(config, indexes[1], tmp_path / "out"))
     assert 0 < summary.run.new_images < len(read_rows(config.out))
     assert_same(read_rows(summary.run.out), full_run(config, indexes[1], tmp_path / "full"))
+
+
+@pytest.mark.ray
+def test_on_ray_actors_that_share_the_index_are_asked(
+    s3: str, indexes: tuple[str, str], old_run: CaptionConfig
+) -> None:
+    shared = old_run.retrieval.model_copy(update={"partitions": 2})
+    config = old_run.model_copy(update={"out": f"{s3}/old", "retrieval": shared})
+    caption.run(config)
+    summary = refresh.run(RefreshConfig(run=config.out, index=indexes[1], out=f"{s3}/out"))
+    assert 0 < summary.run.new_images < IMAGES
+    full = config.model_copy(update={"index": indexes[1], "out": f"{s3}/full"})
+    caption.run(full)
+    assert_same(read_rows(f"{s3}/out"), read_rows(full.out))
 
 
 def test_a_refresh_that_is_killed_goes_on(
@@ -226,14 +240,14 @@ def test_without_embeddings_all_images_are_captioned_again_and_the_plan_says_so(
     config = refresh_of(old_run.model_copy(update={"out": str(out)}), indexes[1], tmp_path / "out")
     lines = "\n".join(refresh.plan(config).lines())
     assert "have no saved embeddings" in lines
-    assert f"{IMAGES + 1} of {IMAGES + 1} images" in lines
+    assert f"{IMAGES} of {IMAGES + 1} images" in lines
     assert not (tmp_path / "out").exists()
     with_them = refresh.plan(refresh_of(old_run, indexes[1], tmp_path / "out"))
     assert "have no saved embeddings" not in "\n".join(with_them.lines())
     summary = refresh.run(config)
-    assert len(fetched) == IMAGES + 1
-    assert summary.refreshed.carried == 0
-    assert summary.refreshed.changes == IMAGES - with_them.same + 1  # of which the broken image is no change
+    assert len(fetched) == IMAGES
+    assert summary.refreshed.carried == 1  # the broken image
+    assert summary.refreshed.changes == IMAGES + 1 - with_them.same
     assert_same(read_rows(summary.run.out), full_run(old_run, indexes[1], tmp_path / "full"))
 
 
