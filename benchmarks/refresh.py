@@ -1,9 +1,8 @@
 """Compares a refresh with a full run, by the share of the images whose retrieved captions change.
 
 A run with saved embeddings is made once, with the demo's model over random crops of its images. For each share, rare
-captions are removed from a copy of the index until so many images had one of them in their prompts. Then both commands are
-timed with that index, `smallcap refresh` and `smallcap caption`, from their call to their end: with Ray's start and the
-model's.
+captions are removed from a copy of the index until so many images had one of them in their prompts. Then two commands
+are timed with that index, from call to end, with the start of Ray and model: `smallcap refresh` and `smallcap caption`.
 
     python -m benchmarks.refresh --images 10000
     python -m benchmarks.refresh --images 500 --shares 0.1

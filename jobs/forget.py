@@ -118,7 +118,7 @@ def describe_plan(uses: list[Use]) -> list[str]:
 
 def describe(done: Takedown) -> list[str]:
     """Returns what was done, as lines for people."""
-    lines = [build_index.describe(done.report)]
+    lines = build_index.describe(done.report).splitlines()
     for use, summary in done.runs:
         lines.append(_describe_use(use))
         if summary is not None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from jobs import caption
 from jobs.captioning.carry import CarrySpec, OldPart, PromptSearch, carry_part, is_carried, parts_done, split_part
-from jobs.captioning.changes import CHANGES_FILE, write_changes
+from jobs.captioning.changes import CHANGES_FILE, remove_before, write_changes
 from jobs.captioning.record import (
     Attempt,
     Refreshed,
@@ -231,14 +231,7 @@ def _carry(
     """Carries over what stays the same, in an attempt of its own."""
     if not record.attempts:
         copy_work_list(config.run, config.out)
-    computed = next((attempt for attempt in old.attempts if attempt.dtype), None)
-    attempt = Attempt(
-        token=uuid.uuid4().hex,
-        started_at=utc_now(),
-        device=computed.device if computed else None,
-        dtype=computed.dtype if computed else None,
-    )
-    earlier = record.attempts
+    earlier, attempt = record.attempts, _attempt(old)
     record = record.model_copy(update={"status": "running", "attempts": (*earlier, attempt)})
     write_run_record(config.out, record)
     kept = list_work(captioning, record).kept_columns
@@ -268,6 +261,13 @@ def _carry(
     )
     refreshed = record.refreshed.model_copy(update={"carried": carried})
     write_run_record(config.out, record.model_copy(update={"attempts": (*earlier, ended), "refreshed": refreshed}))
+
+
+def _attempt(old: RunRecord) -> Attempt:
+    """Returns an attempt in the old captions' precision, which later attempts on a CPU keep."""
+    attempt = Attempt(token=uuid.uuid4().hex, started_at=utc_now())
+    computed = next((earlier for earlier in old.attempts if earlier.dtype), attempt)
+    return attempt.model_copy(update={"device": computed.device, "dtype": computed.dtype})
 
 
 def _carry_part(part: OldPart, spec: CarrySpec, open_index: Callable[[], NeighbourSearch]) -> None:
@@ -300,11 +300,12 @@ def _old_parts(run: str) -> list[OldPart]:
 
 
 def _compare(out: str, record: RunRecord) -> RunRecord:
-    """Writes the changes, unless they are written, and records how many they are."""
+    """Writes the changes, unless they are recorded, and records how many they are."""
     changes = write_changes(out)
     if changes is None or record.refreshed is None:
         return record
     counts = {"changes": changes.rows, "changed_captions": changes.captions}
     record = record.model_copy(update={"refreshed": record.refreshed.model_copy(update=counts)})
     write_run_record(out, record)
+    remove_before(out)
     return record

@@ -40,10 +40,10 @@ class Changes:
 
 
 def write_changes(out: str) -> Changes | None:
-    """Writes what a refresh has changed, sorted by image id, and removes what it kept for that.
+    """Writes what a refresh has changed, sorted by image id.
 
     Returns:
-        The counts; None where they were written before.
+        The counts; None where `remove_before` was called already.
 
     Raises:
         StorageError: The service fails.
@@ -62,8 +62,12 @@ def write_changes(out: str) -> Changes | None:
                 rows += len(changes)
                 captions += pc.sum(_differ(changes["caption_before"], changes["caption_after"]), min_count=0).as_py()
         storage.move_in(path, storage.join(out, CHANGES_FILE))
-    storage.remove(storage.join(out, BEFORE_FOLDER))
     return Changes(rows, captions)
+
+
+def remove_before(out: str) -> None:
+    """Removes what a refresh has kept for the comparison; call it when the counts are recorded."""
+    storage.remove(storage.join(out, BEFORE_FOLDER))
 
 
 def _ranges(uris: Sequence[str]) -> Iterator[tuple[str, str | None]]:

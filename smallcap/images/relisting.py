@@ -44,7 +44,7 @@ class Comparison:
             with storage.open_ranged(uri) as file:
                 parquet = pq.ParquetFile(file)
                 table = parquet.read([name for name in _STORED.names[:3] if name in parquet.schema_arrow.names])
-            if STATE_COLUMN not in table.column_names:  # stored before there was this column
+            if STATE_COLUMN not in table.column_names:  # no image of the file has one
                 table = table.append_column(STATE_COLUMN, pa.nulls(len(table), pa.string()))
             rows = np.arange(len(table), dtype=np.int32)
             places = (self._first[uri] + rows // FRAGMENT_ROWS, rows % FRAGMENT_ROWS)
@@ -96,7 +96,9 @@ def store_states(fragments: pa.Table, overwritten: pa.Table) -> None:
 
 
 def write_images(uri: str, table: pa.Table) -> None:
-    """Writes a stored file of images: a row group is a fragment."""
+    """Writes a stored file of images: a row group is a fragment. States that are all null are left out."""
+    if STATE_COLUMN in table.column_names and table[STATE_COLUMN].null_count == len(table):
+        table = table.drop_columns(STATE_COLUMN)
     with storage.scratch_folder() as folder:
         path = folder / "images.parquet"
         # A row group is read whole, and statistics or dictionaries would lengthen the footer 256 times.
