@@ -199,6 +199,7 @@ def test_other_inputs_are_refreshed_as_well(tmp_path: Path, indexes: tuple[str, 
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_on_ray_actors_that_share_the_index_are_asked(
     s3: str, indexes: tuple[str, str], old_run: CaptionConfig
 ) -> None:
