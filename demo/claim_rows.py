@@ -46,7 +46,8 @@ class RandomCaptions(NeighbourSearch):
         """Returns k captions for each query, drawn without regard to it; their scores are NaN."""
         drawn = np.stack([self._rng.choice(len(self._captions), size=k, replace=False) for _ in queries])
         texts = pa.array([self._captions[row] for row in drawn.ravel().tolist()], pa.string())
-        return Neighbours(drawn, np.full(drawn.shape, np.nan, np.float32), texts)
+        sources = pa.array([[]] * len(texts), pa.list_(pa.string()))
+        return Neighbours(drawn, np.full(drawn.shape, np.nan, np.float32), texts, sources)
 
 
 def score(captions: Sequence[str], scenes: DrawnScenes) -> Row:

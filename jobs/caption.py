@@ -38,7 +38,7 @@ from jobs.cluster.tasks import map_in_actors
 from jobs.screen import detail
 from jobs.terminal.command_line import EXIT_TOO_MANY_ERRORS
 from smallcap.config import CaptionConfig
-from smallcap.images.work_list import WorkList
+from smallcap.images.work_list import Relisted, WorkList
 from smallcap.index.manifest import utc_now
 from smallcap.local_files import is_below
 from smallcap.model.files import DEMO, demo_folder
@@ -61,6 +61,7 @@ class RunSummary:
     record: RunRecord
     new_images: int  # that got their row in this call, with a caption or an error
     images: ImageCounts  # in the output, from all attempts
+    relisted: Relisted | None = None  # what a relist found out about images that were known
     stages: tuple[str, ...] = ()  # where the time of this call went, for people
 
     @property
@@ -85,7 +86,8 @@ def run(
         config: What to caption, with which model and index, and where to write.
         address: Address of a Ray cluster; see `jobs.cluster.session.connect` for the default.
         retry_failed: Whether to try images again whose rows are errors.
-        relist: Whether to list the input again and add new images; by default a run keeps its first list.
+        relist: Whether to list the input again, add new images, and caption those again that were overwritten since; by
+            default a run keeps its first list.
 
     Returns:
         The finished run. Where everything is done already, nothing is computed and Ray does not start.
@@ -125,7 +127,7 @@ def _run(config: CaptionConfig, address: str | None, retry_failed: bool, relist:
         new_images = record.attempts[-1].images
     with display.activity(f"Checking what is written to {config.out}"):
         record = finish_run(config, record, work)
-    return RunSummary(config.out, record, new_images, record.images, stages)
+    return RunSummary(config.out, record, new_images, record.images, work.relisted, stages)
 
 
 def describe(summary: RunSummary) -> str:
@@ -136,6 +138,12 @@ def describe(summary: RunSummary) -> str:
         lines = list(summary.stages)
     elif record.input:
         lines.append(f"The input was listed at {record.input.listed_at}; --relist looks for newer images.")
+    if relisted := summary.relisted:
+        overwritten, gone = len(relisted.overwritten), relisted.gone
+        lines.append(
+            f"Listed again: {describe_count(overwritten, 'image')} overwritten since, captioned again; "
+            f"{describe_count(gone, 'image')} gone from the input, whose rows stay."
+        )
     if repeated := record.count_repeated():
         lines.append(f"Named more than once, captioned once: {describe_count(repeated, 'image')}.")
     lines += describe_passed_over(record.count_passed_over())
@@ -219,7 +227,7 @@ def _run_pipeline(
         unwrapped_errors(),
         watching as watch,
         display.show(PipelineView(watch.monitor, before_s, models)),
-        _partitions(config, record) as partitions,
+        shared_index(config, record) as partitions,
     ):
         loading = load_spec(config, record, todo.work, layout, watch)
         captioning = CaptionerSpec(config, layout, record.index_id, record.retrieval_encoder, watch.monitor, partitions)
@@ -276,7 +284,7 @@ def _measured(attempt: Attempt, snapshot: Snapshot | None, images: int, seconds:
 
 
 @contextmanager
-def _partitions(config: CaptionConfig, record: RunRecord) -> Iterator[Partitions | None]:
+def shared_index(config: CaptionConfig, record: RunRecord) -> Iterator[Partitions | None]:
     """Runs the actors that share the index, where one process is not to hold all of it; yields None where it is."""
     from jobs.captioning.retrieval_actors import run_partitions
 

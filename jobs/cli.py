@@ -31,11 +31,13 @@ from jobs.terminal.call_options import (
     RayCall,
     ReportOptions,
     SearchOptions,
+    TraceOptions,
 )
 from jobs.terminal.command_line import EXIT_RUN_ERROR, Base, Command, Run, run_app
 from smallcap import __version__, storage
 from smallcap.config import BenchmarkOptions, CaptionConfig, EvaluateConfig, IndexConfig
 from smallcap.local_files import as_text
+from smallcap.refresh_config import ForgetConfig, RefreshConfig
 from smallcap.training.config import TrainConfig
 
 app = typer.Typer(
@@ -227,6 +229,22 @@ def caption(config: CaptionConfig, call: CaptionCall) -> int:
     return status
 
 
+@_command("refresh", "s3://bucket/captions --index s3://bucket/index --out s3://bucket/captions-2")
+def refresh(config: RefreshConfig, call: RayCall) -> None:
+    """Make a run anew with another index: only images whose retrieved captions differ are captioned again."""
+    with _show_loading():  # a wrong option fails before
+        from jobs import refresh as job
+
+    if call.dry_run:
+        from jobs.cluster.display import show_while
+
+        with show_while(f"Searching {config.index} for the images of {config.run}"):
+            plan = job.plan(config)
+        say_lines(plan.lines())
+    else:
+        say(job.describe(job.run(config, call.address)))
+
+
 @_command("train", "dataset_coco.json --index s3://bucket/index --model Yova/SmallCap7M --out s3://bucket/training")
 def train(config: TrainConfig, call: RayCall) -> None:
     """Train cross-attention. To resume a stopped run from its newest checkpoint, repeat the command."""
@@ -313,6 +331,33 @@ def filter_rows(options: FilterOptions) -> None:
         say_json(result)
     else:
         say(job.describe(result))
+
+
+@_command("forget", "s3://bucket/captions --index s3://bucket/index --remove source=web.csv --out s3://bucket/clean")
+def forget(config: ForgetConfig, call: RayCall) -> None:
+    """Remove captions from an index, and refresh the runs whose prompts held them."""
+    with _show_loading():  # a wrong option fails before
+        from jobs import forget as job
+
+    if call.dry_run:
+        say_lines(job.describe_plan(job.plan(config)))
+    else:
+        say_lines(job.describe(job.run(config, call.address)))
+
+
+@_command("trace", "s3://bucket/captions --source captions_2021.csv")
+def trace(options: TraceOptions) -> None:
+    """List the images of a run whose prompts held captions of a dump, of a text or of an id."""
+    from jobs import trace as job
+    from jobs.terminal import console
+
+    found = job.trace(options)
+    if options.out:
+        say(job.write(found, options))
+    elif options.as_json:
+        say_json(list(found.rows()))
+    else:
+        console.print_traced(found, options.show)
 
 
 @_command("evaluate", "s3://bucket/captions --references captions_val2014.json")

@@ -61,6 +61,8 @@ def run(options: ReportOptions) -> str:
             found="an index",
             remedy="Write a report of each.",
         )
+    if kinds == ["run"]:
+        paths += _refreshed_run(paths[0])
     page, shown = _run_page(paths, options.rows) if kinds[0] == "run" else _index_page(paths[0], options.rows)
     storage.write_bytes(options.out, page)
     return f"Report: {options.out}, {len(page) / 1e6:,.1f} MB, {shown}"
@@ -77,6 +79,13 @@ def _kind_of(path: str) -> str:
             found=describe_count(len(names), "other file") if names else "no such folder, or an empty one",
         )
     return kind
+
+
+def _refreshed_run(path: str) -> list[str]:
+    """Returns the run from which a refresh was made, if it is still there: its captions are those of before."""
+    refreshed = load_existing_run(path).refreshed
+    is_there = refreshed is not None and storage.exists(storage.join(refreshed.run, RUN_FILE))
+    return [refreshed.run] if refreshed is not None and is_there else []
 
 
 def _run_page(paths: Sequence[str], count: int) -> tuple[bytes, str]:
@@ -247,6 +256,8 @@ def _run_identity(record: RunRecord) -> list[tuple[str, str]]:
         ("Named more than once", f"{record.count_repeated():,}"),
         ("Passed over", f"{sum(record.count_passed_over().values()):,}"),
     ]
+    if record.refreshed is not None:
+        rows.append(("Refresh of", f"{record.refreshed.run}  ({record.refreshed.run_id})"))
     return [*rows, ("Versions", ", ".join(f"{name} {version}" for name, version in record.versions.items()))]
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from html import escape
 
 import numpy as np
-import pyarrow as pa
 from torch import Tensor
 
 from smallcap.errors import RowError
@@ -148,7 +147,6 @@ class CaptionedBatch:
         if len(filled) < 2:
             return filled[0] if filled else cls.nothing()
         captions = [part.captions for part in filled]
-        neighbours = [part.neighbours for part in filled]
         return cls(
             ScoredCaptions(
                 [text for part in captions for text in part.texts],
@@ -156,11 +154,7 @@ class CaptionedBatch:
                 np.concatenate([part.num_tokens for part in captions]),
             ),
             _join_columns([part.clip_scores for part in filled]),
-            Neighbours(
-                np.concatenate([part.ids for part in neighbours]),
-                np.concatenate([part.scores for part in neighbours]),
-                pa.concat_arrays([part.texts for part in neighbours]),
-            ),
+            Neighbours.join([part.neighbours for part in filled]),
             _join_columns([part.embeddings for part in filled]),
             np.concatenate([part.sizes for part in filled]),
         )

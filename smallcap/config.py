@@ -30,6 +30,19 @@ def _number(value: Any) -> Any:
     return int(value) if isinstance(value, str) and value.isdecimal() and len(value) < 4 else value
 
 
+def check_removals(removals: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns what is to be removed from an index.
+
+    Raises:
+        ValueError: It does not say what it names.
+    """
+    for removal in removals:
+        kind, equals, value = removal.partition("=")
+        if kind not in ("source", "image", "text") or not equals or not value:
+            raise ValueError("each must be source=NAME, image=ID, text=CAPTION, image=@FILE or text=@FILE")
+    return removals
+
+
 ReduceFactor = Annotated[Literal[1, 2, 4, 8, 16], BeforeValidator(_number)]
 
 
@@ -317,11 +330,7 @@ class IndexConfig(Config):
     @field_validator("remove")
     @classmethod
     def _names_a_kind(cls, remove: tuple[str, ...]) -> tuple[str, ...]:
-        for removal in remove:
-            kind, equals, value = removal.partition("=")
-            if kind not in ("source", "image", "text") or not equals or not value:
-                raise ValueError("each must be source=NAME, image=ID, text=CAPTION, image=@FILE or text=@FILE")
-        return remove
+        return check_removals(remove)
 
 
 class EvaluateConfig(Config):

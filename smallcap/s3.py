@@ -19,6 +19,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
 from smallcap.errors import StorageError
+from smallcap.object_state import ListedUri
 from smallcap.storage_faults import brief, diagnose, storage_error
 
 if TYPE_CHECKING:
@@ -169,14 +170,13 @@ def walk_objects(root: str) -> Iterator[str]:
         for page in obstore.list(store, key or None, chunk_size=1000):
             for entry in page:
                 uri = f"{bucket}/{entry['path']}"
-                yield uri
+                yield ListedUri.of(uri, entry)
     except InvalidPathError:  # a key that is not plain
         yield from (found for found in _list_all(bucket, key) if found > uri)
         return
     if not uri and key and not root.endswith("/"):
         with suppress(FileNotFoundError):
-            obstore.head(store, key)
-            yield root
+            yield ListedUri.of(root, obstore.head(store, key))
 
 
 def _list_all(bucket: str, key: str) -> Iterator[str]:
@@ -187,10 +187,10 @@ def _list_all(bucket: str, key: str) -> Iterator[str]:
     name = bucket.removeprefix("s3://")
     if key:
         first = client.list_objects_v2(Bucket=name, Prefix=key, MaxKeys=1).get("Contents", [])
-        yield from (f"{bucket}/{key}" for entry in first if entry["Key"] == key)
+        yield from (ListedUri.of(f"{bucket}/{key}", entry) for entry in first if entry["Key"] == key)
     below = f"{key}/" if key else ""
     for page in client.get_paginator("list_objects_v2").paginate(Bucket=name, Prefix=below):
-        yield from (f"{bucket}/{entry['Key']}" for entry in page.get("Contents", []))
+        yield from (ListedUri.of(f"{bucket}/{entry['Key']}", entry) for entry in page.get("Contents", []))
 
 
 def read_object_tail(uri: str, length: int) -> bytes:

@@ -27,6 +27,7 @@ from fsspec.core import url_to_fs
 from smallcap.errors import StorageError
 from smallcap.hub import check_writable, hub_filesystem, is_on_hub, kind_on_hub
 from smallcap.local_files import as_text, fixed_part, has_marks, local_path, walk
+from smallcap.object_state import ListedUri
 from smallcap.s3 import (
     S3_RETRIES,
     is_plain_key,
@@ -203,12 +204,14 @@ def _glob(root: str, fixed: str) -> Iterator[str]:
     fs, pattern = filesystem(root)
     if fixed and is_local(fixed) == is_local(root):  # else the pattern begins in the bucket's name
         pattern = glob.escape(filesystem(fixed)[1]) + root[len(fixed) :]
-    yield from sorted(_uri(root, path) for path in fs.glob(pattern) if not fs.isdir(path))
+    found = fs.glob(pattern, detail=True)
+    yield from sorted(ListedUri.of(_uri(root, path), entry) for path, entry in found.items() if not fs.isdir(path))
 
 
 def _find(root: str) -> Iterator[str]:
     fs, path = filesystem(root)
-    yield from sorted(_uri(root, found) for found in fs.find(path))
+    found = fs.find(path, detail=True)
+    yield from sorted(ListedUri.of(_uri(root, name), entry) for name, entry in found.items())
 
 
 def _uri(root: str, path: str) -> str:

@@ -118,7 +118,7 @@ def test_the_formats_have_the_columns_of_the_schema() -> None:
     said: dict[str, str] = {}
     for names, kind, *_ in table(section("formats.md", "Parts (schema version 1)").partition("File metadata")[0]):
         said |= dict.fromkeys(re.findall(r"`(\w+)`", names), kind)
-    types = {pa.float32(): "float32", pa.string(): "string"}
+    types = {pa.float32(): "float32", pa.string(): "string", pa.list_(pa.string()): "list&lt;string&gt;"}
     for field in CAPTION_COLUMNS:
         if not pa.types.is_list(field.type):
             kind = types.get(field.type, str(field.type))

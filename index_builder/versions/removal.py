@@ -42,6 +42,19 @@ class RemoveTask:
 
 
 @dataclass(frozen=True)
+class FoundInShard:
+    """What a removal finds in a shard.
+
+    Attributes:
+        ids: Captions that are removed.
+        changes: The new columns of captions that stay with fewer sources or images.
+    """
+
+    ids: list[int]
+    changes: dict[int, dict[str, list[str]]]
+
+
+@dataclass(frozen=True)
 class RemovedFromShard:
     """What was removed from a shard."""
 
@@ -104,20 +117,30 @@ def remove_from_shard(task: RemoveTask) -> RemovedFromShard:
     Raises:
         IndexIntegrityError: The caption file is damaged.
     """
-    already = set(task.index.removed_ids().tolist())
+    found = find_removed(task.index, task.shard, task.removal)
+    return RemovedFromShard(found.ids, rewrite_captions(task.index, task.shard, found.changes), len(found.changes))
+
+
+def find_removed(index: StoredIndex, shard: int, removal: Removal) -> FoundInShard:
+    """Finds the captions of one shard to remove, and those that stay with fewer sources or images; writes nothing.
+
+    Raises:
+        IndexIntegrityError: The caption file is damaged.
+    """
+    already = set(index.removed_ids().tolist())
     gone: list[int] = []
     changes: dict[int, dict[str, list[str]]] = {}
-    captions = task.index.captions(task.shard)
+    captions = index.captions(shard)
     columns = (captions.column(name).to_pylist() for name in ("caption_id", "text", "source", "image_id"))
     for caption_id, text, sources, image_ids in zip(*columns, strict=True):
         if caption_id in already:
             continue
-        change = _without(task.removal, sources, image_ids or [])
-        if change is None or (task.removal.text_keys and caption_key(text) in task.removal.text_keys):
+        change = _without(removal, sources, image_ids or [])
+        if change is None or (removal.text_keys and caption_key(text) in removal.text_keys):
             gone.append(caption_id)
         elif change:
             changes[caption_id] = change
-    return RemovedFromShard(gone, rewrite_captions(task.index, task.shard, changes), len(changes))
+    return FoundInShard(gone, changes)
 
 
 def _without(removal: Removal, sources: Iterable[str], image_ids: Iterable[str]) -> dict[str, list[str]] | None:

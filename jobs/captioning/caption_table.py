@@ -11,13 +11,17 @@ import pyarrow.compute as pc
 from jobs.captioning.load import CONTENT_KEY, RETRIEVAL_PIXELS, VISION_PIXELS
 from smallcap.captioned import CaptionedBatch, ScoredCaptions
 from smallcap.captioner import Captioner
-from smallcap.evaluation.shared_words import measure_shared_words
 from smallcap.images.crops import Pixels
-from smallcap.index.retriever import Neighbours
-from smallcap.output.schema import ALTERNATIVE_TYPE, CAPTION_COLUMNS, EMBEDDING_COLUMN, NEIGHBOUR_TYPE, STATUS_OK
+from smallcap.output.schema import (
+    ALTERNATIVE_TYPE,
+    CAPTION_COLUMNS,
+    EMBEDDING_COLUMN,
+    SHARED_WORDS_COLUMNS,
+    STATUS_OK,
+)
 
 _FROM_LOADING = ("image_id", "image_uri", "status", "error_code", "error_message")
-_FROM_CAPTIONING = [field for field in CAPTION_COLUMNS if field.name not in _FROM_LOADING]
+_FROM_CAPTIONING = [field for field in CAPTION_COLUMNS if field.name not in (*_FROM_LOADING, *SHARED_WORDS_COLUMNS)]
 _LEFT_OUT = (VISION_PIXELS, RETRIEVAL_PIXELS, CONTENT_KEY, "width", "height")
 
 
@@ -77,7 +81,7 @@ class TableCaptioner:
         columns = _columns(captioned) | self._scores(batch, good, captioned)
         fields = [*_FROM_CAPTIONING, *(field for field in batch.schema if field.name not in _LEFT_OUT)]
         if self._embeds:
-            fields.append(pa.field(EMBEDDING_COLUMN, pa.list_(pa.float16())))
+            fields.append(pa.field(EMBEDDING_COLUMN, pa.list_(pa.float32())))
             columns[EMBEDDING_COLUMN] = _embedding_column(captioned)
         arrays = [columns[field.name].take(rows) if field.name in columns else batch[field.name] for field in fields]
         return pa.table(arrays, schema=pa.schema(fields))
@@ -129,34 +133,21 @@ def _views(column: pa.ChunkedArray) -> list[np.ndarray]:
 def _columns(captioned: CaptionedBatch) -> dict[str, pa.Array]:
     """Returns the columns that captioning adds, one row for each image."""
     captions, sizes = captioned.captions, captioned.sizes
-    texts, neighbours = pa.array(captions.best, pa.string()), _neighbours_column(captioned.neighbours)
-    shared = measure_shared_words(texts, neighbours)
     return {
         "width": pa.array(sizes[:, 0]),
         "height": pa.array(sizes[:, 1]),
-        "caption": texts,
+        "caption": pa.array(captions.best, pa.string()),
         "caption_logprob": pa.array(captions.logprobs[:, 0].astype(np.float32)),
         "caption_tokens": pa.array(captions.num_tokens[:, 0].astype(np.int16)),
         "alternatives": _alternatives_column(captions),
-        "neighbours": neighbours,
-        "copied_share": shared.copied_share,
-        "neighbour_agreement": shared.neighbour_agreement,
-        "retrieval_score": _retrieval_scores(captioned.neighbours),
+        "neighbours": captioned.neighbours.to_column(),
+        "retrieval_score": captioned.neighbours.mean_scores(),
     }
 
 
 def _clip_scores(captioned: CaptionedBatch) -> pa.Array:
     scores = captioned.clip_scores
     return pa.nulls(len(captioned), pa.float32()) if scores is None else pa.array(scores, pa.float32())
-
-
-def _retrieval_scores(neighbours: Neighbours) -> pa.Array:
-    """Returns the mean score of each image's neighbours; null where it has none."""
-    counts = neighbours.found.sum(axis=1)
-    sums = np.where(neighbours.found, neighbours.scores, 0).sum(axis=1)
-    means = np.full(len(neighbours), np.nan, np.float32)
-    np.divide(sums, counts, out=means, where=counts > 0)
-    return pa.array(means, from_pandas=True)
 
 
 def _alternatives_column(captions: ScoredCaptions) -> pa.ListArray:
@@ -168,16 +159,9 @@ def _alternatives_column(captions: ScoredCaptions) -> pa.ListArray:
     return pa.ListArray.from_arrays(np.arange(images + 1, dtype=np.int32) * np.int32(count - 1), values)
 
 
-def _neighbours_column(neighbours: Neighbours) -> pa.ListArray:
-    found = neighbours.found
-    arrays = [pa.array(neighbours.ids[found]), neighbours.texts, pa.array(neighbours.scores[found])]
-    values = pa.StructArray.from_arrays(arrays, fields=list(NEIGHBOUR_TYPE))
-    return pa.ListArray.from_arrays(neighbours.offsets, values)
-
-
 def _embedding_column(captioned: CaptionedBatch) -> pa.ListArray:
     vectors = captioned.embeddings
     if vectors is None:
-        return pa.nulls(len(captioned), pa.list_(pa.float16()))
+        return pa.nulls(len(captioned), pa.list_(pa.float32()))
     offsets = np.arange(len(vectors) + 1, dtype=np.int32) * np.int32(vectors.shape[1])
-    return pa.ListArray.from_arrays(offsets, pa.array(vectors.astype(np.float16).ravel()))
+    return pa.ListArray.from_arrays(offsets, pa.array(vectors.ravel()))

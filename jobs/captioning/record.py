@@ -178,11 +178,24 @@ def describe_passed_over(counts: Mapping[str, int]) -> list[str]:
     return lines
 
 
+class Refreshed(Record):
+    """The run that a refresh began with, and what became of its rows."""
+
+    run: str  # its folder, as it was then
+    run_id: str
+    index_id: str
+    removed: tuple[str, ...] = ()  # what was removed from the index before, as `build-index --remove` names it
+    carried: int | None = None  # rows whose prompts are the same; None while they are looked for
+    changes: int | None = None  # rows of `_changes.parquet`, once it is written
+    changed_captions: int | None = None  # those among them with another caption
+
+
 class RunRecord(PinnedRecord):
     """The content of `_run.json`."""
 
     format_version: Literal[1] = 1
     model_id: str
+    refreshed: Refreshed | None = None  # of a refresh
     input: Input | None = None
     images: ImageCounts = ImageCounts()
     tars: TarContents = TarContents()  # at the end of the run

@@ -121,6 +121,10 @@ class _ScatteredPartition:
         """Returns the text of each id [n]."""
         return self._ask_owners("texts", caption_ids, pa.string())
 
+    def sources(self, caption_ids: np.ndarray) -> pa.ListArray:
+        """Returns the dump files that have the caption of each id [n]."""
+        return self._ask_owners("sources", caption_ids, pa.list_(pa.string()))
+
     def _ask_all(self, method: str, *arguments: Any) -> list[Any]:
         arguments = tuple(map(ray.put, arguments))  # stored once, not for every actor
         return ray.get([actor.__call__.remote(method, *arguments) for actor in self._actors])

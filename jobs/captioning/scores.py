@@ -34,15 +34,13 @@ class Scores(Record):
             SchemaError: A part is damaged.
             StorageError: The service fails.
         """
-        rows = read_captions(run, status="ok")
         captions = empty = 0
         clip, copied = _Values(), _Values()
-        for batch in rows.select([name for name in _COLUMNS if name in rows.schema.names]):
+        for batch in read_captions(run, _COLUMNS, status="ok"):
             captions += len(batch)
             empty += pc.sum(pc.equal(batch["caption"], "")).as_py() or 0
             clip.add(batch["clip_score"])
-            if "copied_share" in batch.schema.names:
-                copied.add(batch["copied_share"])
+            copied.add(batch["copied_share"])
         return cls(
             captions=captions,
             empty=empty,

@@ -24,6 +24,7 @@ from smallcap.config import CaptionConfig
 from smallcap.errors import ConfigError
 from smallcap.images.fragments import Fragment
 from smallcap.images.listing import extend_work_list, make_work_list
+from smallcap.images.relisting import store_states
 from smallcap.images.work_list import WORK_FOLDER, WorkList, count_images, load_work_list
 from smallcap.index.manifest import share_of
 from smallcap.model.files import checkpoint_id
@@ -31,6 +32,7 @@ from smallcap.output.coverage import (
     Coverage,
     NamedPart,
     WorkItem,
+    forget_rows,
     qualify_repeated_ids,
     settle,
     work_left,
@@ -85,6 +87,11 @@ def list_work(config: CaptionConfig, record: RunRecord, relist: bool = False) ->
         work = make_work_list(config.images, config.input, config.out, config.columns_to_keep)
     elif relist:
         work = extend_work_list(config.images, config.input, config.out)
+        if work.relisted and len(work.relisted.overwritten):
+            write_run_record(config.out, record.model_copy(update={"status": "running"}))  # it lacks rows from now on
+            remove_replaced(config.out)
+            forget_rows(config.out, list(read_part_infos(config.out)), work.relisted.overwritten)
+            store_states(work.fragments.table, work.relisted.overwritten)
     if config.score_column is not None:
         kind = work.kept_columns.field(config.score_column).type
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):

@@ -19,12 +19,20 @@ import pyarrow.compute as pc
 from jobs.captioning.monitor import MonitorClient
 from jobs.captioning.record import Attempt, check_attempt
 from jobs.captioning.stage_report import StageReport
+from smallcap.evaluation.shared_words import measure_shared_words
 from smallcap.images.fragments import LeftOut, qualified_id
 from smallcap.images.row_ranges import RowRanges
 from smallcap.output.coverage import count_rows
 from smallcap.output.interim_parts import remove_parts
 from smallcap.output.part_files import PartInfo, PartOptions, part_name, write_part
-from smallcap.output.schema import ENDS_FRAGMENT, FRAGMENT, FRAGMENT_ROW, LEFT_OUT, STATUS_ERROR
+from smallcap.output.schema import (
+    ENDS_FRAGMENT,
+    FRAGMENT,
+    FRAGMENT_ROW,
+    LEFT_OUT,
+    SHARED_WORDS_COLUMNS,
+    STATUS_ERROR,
+)
 
 if TYPE_CHECKING:
     import ray.data
@@ -66,7 +74,7 @@ class PartSink:
         table = pa.concat_tables(block for block in blocks if len(block))  # an empty one may have other columns
         info = describe_part(table)
         check_attempt(self.out, self.attempt)
-        write_part(self.out, name, _with_unique_ids(table), info, self.schema, self.options)
+        write_part(self.out, name, _with_shared_words(_with_unique_ids(table)), info, self.schema, self.options)
         remove_parts(self.out, replaced)
         new = table.slice(sum(map(len, blocks[:saved])))
         errors = count_rows(new)["errors"]
@@ -193,6 +201,13 @@ def describe_part(table: pa.Table) -> PartInfo:
         },
         **count_rows(table),
     )
+
+
+def _with_shared_words(table: pa.Table) -> pa.Table:
+    shared = measure_shared_words(table["caption"], table["neighbours"])
+    for name in SHARED_WORDS_COLUMNS:
+        table = table.append_column(name, getattr(shared, name))
+    return table
 
 
 def _with_unique_ids(table: pa.Table) -> pa.Table:

@@ -68,7 +68,7 @@ class CaptionCall(RayCall):
     retry_failed: bool = False
     """Try failed images again. The run's folder is enough: the recorded options apply."""
     relist: bool = False
-    """List the input again, and add new images."""
+    """List the input again: add new images, and caption those again whose files or objects were overwritten since."""
 
 
 class EvaluateCall(JobCall):
@@ -232,6 +232,31 @@ class CalibrateOptions(Config):
     """File for the result as JSON."""
     as_json: AsJson = False
     """Print the result as JSON on the last line."""
+
+
+class TraceOptions(Config):
+    """A search for the images whose prompts held certain captions; any of those that are named."""
+
+    run: Annotated[str, POSITIONAL]
+    """A captioning run."""
+    source: tuple[str, ...] = ()
+    """Captions of this dump, by its name in the index or its URI."""
+    text: Annotated[tuple[str, ...], Flag(any_text=True)] = ()
+    """Captions with this text; case, width and white space do not matter."""
+    caption_id: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """The caption with this id in the run's index version."""
+    out: str = ""
+    """File for the rows: JSON Lines, or CSV if it ends in `.csv`; `.gz` at its end compresses it."""
+    show: int = Field(20, ge=0)
+    """Number of rows to show."""
+    as_json: AsJson = False
+    """Print all rows as JSON."""
+
+    @model_validator(mode="after")
+    def _names_captions(self) -> Self:
+        if not (self.source or self.text or self.caption_id):
+            raise ValueError("captions must be named: give --source, --text or --caption-id")
+        return self
 
 
 class DoctorOptions(Config):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -16,6 +17,7 @@ if TYPE_CHECKING:  # they import torch and faiss, which most commands do not nee
     from smallcap.benchmark.ready_captioner import HostResult
     from smallcap.benchmark.stages import BenchmarkResult
     from smallcap.index.retriever import Neighbour
+    from smallcap.output.reading import Captions
 
 _SAMPLE_COLUMNS = (
     *("image_id", "key", "files", "caption_id", "caption", "text", "clip_score", "status", "error_code"),
@@ -43,6 +45,17 @@ def print_samples(run: str, count: int) -> None:
         out.print(Text.assemble(shown_id, "  ", caption, (score, "dim")))
         for neighbour in row["neighbours"]:
             out.print(cell(f"    {neighbour['score']:.2f}  {neighbour['text']}", "dim"))
+
+
+def print_traced(found: Captions, count: int) -> None:
+    """Prints up to `count` images with the captions looked for that were in their prompts, and how many there are."""
+    table = _table("image", "caption", "retrieved")
+    for row in islice(found.rows(), count):
+        retrieved = Text("\n").join(cell(neighbour["text"], "dim") for neighbour in row["neighbours"])
+        table.add_row(cell(row["image_id"], "cyan"), cell(row["caption"], "bold"), retrieved)
+    if table.rows:
+        out.print(table)
+    out.print(f"{describe_count(len(found), 'image')} had such a caption in the prompt.")
 
 
 def print_swap(rows: Sequence[Mapping[str, str]]) -> None:

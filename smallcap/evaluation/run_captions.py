@@ -7,7 +7,7 @@ counted.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,10 +18,9 @@ from smallcap.errors import SchemaError
 from smallcap.evaluation.caption_words import retrieval_recall
 from smallcap.evaluation.ptb_tokenizer import tokenize_in_python
 from smallcap.evaluation.references import References
-from smallcap.evaluation.shared_words import measure_shared_words
 from smallcap.output.schema import STATUS_OK
 
-COLUMNS = ("image_id", "status", "error_code", "caption", "caption_tokens", "clip_score", "neighbours")
+COLUMNS = ("image_id", "status", "error_code", "caption", "caption_tokens", "clip_score", "neighbours", "copied_share")
 VALUES = ("clip_cosine", "retrieval_recall", "copied_share", "copied", "words", "tokens")
 _EXAMPLES = 5
 
@@ -65,7 +64,7 @@ def collect_run(tables: Iterable[pa.Table | pa.RecordBatch], references: Referen
     """
     run = RunCaptions()
     ids: dict[str, str] = {}
-    for row, copied_share in (pair for table in tables for pair in _rows(table)):
+    for row in (row for table in tables for row in table.to_pylist()):
         run.rows += 1
         if row["status"] != STATUS_OK:
             run.errors[row["error_code"]] += 1
@@ -84,24 +83,18 @@ def collect_run(tables: Iterable[pa.Table | pa.RecordBatch], references: Referen
             )
         ids[image] = row["image_id"]
         run.captions[image] = row["caption"]
-        run.values[image] = _values(row, copied_share, references.captions[image])
+        run.values[image] = _values(row, references.captions[image])
     return run
 
 
-def _rows(table: pa.Table | pa.RecordBatch) -> Iterator[tuple[dict[str, Any], float | None]]:
-    """Yields rows, each with its `copied_share`, which the parts of older runs lack."""
-    shares = measure_shared_words(table["caption"], table["neighbours"]).copied_share
-    return zip(table.to_pylist(), shares.to_pylist(), strict=True)
-
-
-def _values(row: dict[str, Any], copied_share: float | None, references: tuple[str, ...]) -> tuple[float, ...]:
+def _values(row: dict[str, Any], references: tuple[str, ...]) -> tuple[float, ...]:
     words = tokenize_in_python(row["caption"])
     retrieved = [tokenize_in_python(neighbour["text"]) for neighbour in row["neighbours"] or ()]
     nothing = float("nan")
     return (
         nothing if row["clip_score"] is None else row["clip_score"],
         retrieval_recall(list(map(tokenize_in_python, references)), retrieved) if retrieved else nothing,
-        nothing if copied_share is None else copied_share,
+        nothing if row["copied_share"] is None else row["copied_share"],
         float(words in retrieved) if retrieved else nothing,
         float(len(words.split())),
         nothing if row["caption_tokens"] is None else float(row["caption_tokens"]),

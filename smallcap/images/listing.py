@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from itertools import chain, count, islice
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from smallcap.images.fragments import FRAGMENT_COLUMNS, FRAGMENT_ROWS, FragmentK
 from smallcap.images.kinds import IMAGE_SUFFIXES
 from smallcap.images.lists import LIST_SUFFIXES
 from smallcap.images.parquet import ids_repeat
+from smallcap.images.relisting import Comparison, write_images
 from smallcap.images.sorting import (
     DuplicateExample,
     Duplicates,
@@ -79,7 +81,7 @@ def extend_work_list(sources: Sequence[str], config: InputConfig, out: str) -> W
     """Lists again, and adds the images that are not in the stored list as new fragments.
 
     An image is known by its id and its URI, a tar or a Parquet file with images by its URI. Nothing is written where
-    nothing is new.
+    nothing is new. `relisted` tells which stored images were overwritten since, and how many are gone.
 
     Raises:
         ConfigError: There is no stored list to extend, or columns to keep have other types than before.
@@ -98,10 +100,11 @@ def extend_work_list(sources: Sequence[str], config: InputConfig, out: str) -> W
         tar_ids=next((marker.tar_ids for marker in markers if marker.tar_ids), None),
     )
     listing.write()
+    relisted = listing.comparison.result()
     if not listing.fragments:
-        return replace(known, passed_over=listing.passed_over)
+        return replace(known, passed_over=listing.passed_over, relisted=relisted)
     listing.finish()
-    return _loaded(out)
+    return replace(_loaded(out), relisted=relisted)
 
 
 def _loaded(out: str) -> WorkList:
@@ -148,6 +151,7 @@ class _Listing:
         self._repeats = 0
         self._examples: list[DuplicateExample] = []
         self.fragments: list[pa.Table] = []
+        self.comparison = Comparison(self._known)
 
     @property
     def passed_over(self) -> dict[str, int]:
@@ -193,6 +197,7 @@ class _Listing:
     def _write_images(self, tables: Iterator[pa.Table], scratch: Path) -> None:
         """Writes the images of tables in the order of id and URI; those whose ids others have, under qualified ids."""
         self._repeats, self._examples, self.fragments = 0, [], []
+        self.comparison = Comparison(self._known)
         for turn in count():
             name = "images" if turn == 0 else f"qualified{turn if turn > 1 else ''}"
             duplicates = Duplicates(scratch / f"{name}.arrow")
@@ -209,25 +214,18 @@ class _Listing:
 
     def _without_stored(self, tables: Iterator[pa.Table], duplicates: Duplicates) -> Iterator[pa.Table]:
         """Leaves out the images of earlier listings, and those that this one has written."""
-        for fragments, own in ((self._known, False), (pa.concat_tables([_NO_FRAGMENTS, *self.fragments]), True)):
-            for files in _image_files(fragments):
-                tables = without_known(tables, _stored_images(files), duplicates, repeats=own)
+        for files in _image_files(self._known):
+            stored, compare = self.comparison.stored_images(files), partial(self.comparison.compare, files[0])
+            tables = without_known(tables, stored, duplicates, repeats=False, compare=compare)
+        for files in _image_files(pa.concat_tables([_NO_FRAGMENTS, *self.fragments])):
+            tables = without_known(tables, _stored_images(files), duplicates, repeats=True)
         return tables
 
     def _write_files(self, name: str, tables: Iterator[pa.Table], scratch: Path) -> None:
         """Writes image files and adds their fragments."""
         for number, table in enumerate(_regrouped(tables)):
             file = f"{listing_name(self._number)}-{name}-{number:05d}.parquet"
-            # A row group is read whole, and statistics or dictionaries would lengthen the footer 256 times.
-            pq.write_table(
-                table,
-                scratch / file,
-                row_group_size=FRAGMENT_ROWS,
-                compression="zstd",
-                use_dictionary=False,
-                write_statistics=False,
-            )
-            storage.move_in(scratch / file, work_uri(self._out, file))
+            write_images(work_uri(self._out, file), table)
             starts = np.arange(0, table.num_rows, FRAGMENT_ROWS)
             rows = np.minimum(table.num_rows - starts, FRAGMENT_ROWS)
             self._add("uris", work_uri(self._out, file), list(range(len(starts))), rows.tolist())

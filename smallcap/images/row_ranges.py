@@ -100,6 +100,10 @@ class RowRanges:
         kept = self.contains(first) & ~other.contains(first)
         return RowRanges(np.stack([first[kept], bounds[1:][kept]], axis=1))
 
+    def common(self, other: RowRanges) -> RowRanges:
+        """Returns the rows in both sets."""
+        return self.subtract(self.subtract(other))
+
     def contains(self, rows: np.ndarray) -> np.ndarray:
         """Says for each of the rows, [n] integers, whether it is in the set: [n] bool."""
         place = np.searchsorted(self._ranges[:, 0], rows, side="right") - 1  # the last range that begins by then

@@ -7,7 +7,7 @@ nor of how the list is stored: it takes and gives tables that begin with the col
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -144,7 +144,12 @@ def _qualified(table: pa.Table) -> pa.Table:
 
 
 def without_known(
-    tables: Iterable[pa.Table], known: Iterable[pa.Table], duplicates: Duplicates, *, repeats: bool
+    tables: Iterable[pa.Table],
+    known: Iterable[pa.Table],
+    duplicates: Duplicates,
+    *,
+    repeats: bool,
+    compare: Callable[[pa.Table, pa.Table], None] | None = None,
 ) -> Iterator[pa.Table]:
     """Leaves out the images that are known; another image with the id of a known one is set aside.
 
@@ -154,6 +159,7 @@ def without_known(
             length; only a few of them are held at a time.
         duplicates: The object that takes the images set aside, with the id that `qualified_id` gives them.
         repeats: Whether it also counts the known images, as named again.
+        compare: A function that is called with the rows that name known images, and with the known rows.
     """
     chunks = (chunk.combine_chunks() for chunk in known if len(chunk))
     chunk = next(chunks, None)
@@ -168,6 +174,8 @@ def without_known(
             taken |= places.is_valid().to_numpy(zero_copy_only=False)
             equal = pc.equal(uris, chunk["image_uri"].combine_chunks().take(places))
             same |= pc.fill_null(equal, False).to_numpy(zero_copy_only=False)
+            if compare is not None:
+                compare(table.filter(equal), chunk.take(places.filter(equal)))
             if chunk["image_id"][-1].as_py() >= last:
                 break  # the next table may have ids of this chunk
             chunk = next(chunks, None)

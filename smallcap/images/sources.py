@@ -35,6 +35,7 @@ from smallcap.images.parquet import (
     with_images,
 )
 from smallcap.local_files import local_path
+from smallcap.object_state import state_of
 from smallcap.tables import format_of
 
 # Why a file was passed over.
@@ -43,6 +44,8 @@ NOT_LOOKED_INTO = "not_looked_into"
 _OBJECTS_LOOKED_INTO = 256  # not on a local disk: each takes a request or two
 _OWN_NAMES = ("part-", "_")  # what a run writes into OUT begins so
 IMAGE_COLUMNS = pa.schema([pa.field("image_id", pa.string()), pa.field("image_uri", pa.string())])
+STATE_COLUMN = "smallcap.state"  # string: the object's state when it was listed; null where a list names it
+_LISTED_COLUMNS = IMAGE_COLUMNS.append(pa.field(STATE_COLUMN, pa.string()))
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class ImageSources:
     _looked_into: int = field(default=0, init=False)
 
     def tables(self) -> Iterator[pa.Table]:
-        """Yields `image_id`, `image_uri` and the kept columns of all images that have URIs of their own.
+        """Yields id, URI, state and the kept columns of all images that have URIs of their own.
 
         Raises:
             ConfigError: The types of the kept columns differ between sources.
@@ -100,7 +103,7 @@ class ImageSources:
         for source in self.sources:
             for table in self._list(storage.absolute(source)):
                 self._check_kept_types(table.select(self.keep_columns).schema, source)
-                yield table.select([*IMAGE_COLUMNS.names, *self.keep_columns])
+                yield _with_states(table).select([*_LISTED_COLUMNS.names, *self.keep_columns])
 
     def _list(self, source: str) -> Iterator[pa.Table]:
         suffix = format_of(source)
@@ -186,7 +189,8 @@ class ImageSources:
     def _files_table(self, source: str, uris: list[str]) -> pa.Table:
         check_kept_columns(self.keep_columns, (), f"{source} (files have no columns)")
         ids = [storage.path_below(source, uri) for uri in uris]
-        return pa.table({"image_id": ids, "image_uri": uris}, schema=IMAGE_COLUMNS)
+        states = [state_of(uri, local_path(uri) if storage.is_local(uri) else None) for uri in uris]
+        return pa.table([ids, [str(uri) for uri in uris], states], schema=_LISTED_COLUMNS)
 
     def _add_tar(self, source: str, uri: str) -> None:
         name = without_tar_suffix(storage.path_below(source, uri))
@@ -251,6 +255,13 @@ class _OwnFiles:
         if folder != self._folder:
             self._folder, self._resolved_folder = folder, self._resolved(folder)
         return f"{self._resolved_folder}{name}".startswith(self._own)
+
+
+def _with_states(table: pa.Table) -> pa.Table:
+    """Returns rows with a column of states: a list knows none."""
+    if STATE_COLUMN in table.column_names:
+        return table
+    return table.append_column(_LISTED_COLUMNS.field(STATE_COLUMN), pa.nulls(len(table), pa.string()))
 
 
 def _begins_like_image(uri: str) -> bool:

@@ -33,6 +33,20 @@ WORK_FOLDER = "_work"
 
 
 @dataclass(frozen=True)
+class Relisted:
+    """What a relist has found out about stored images.
+
+    Attributes:
+        overwritten: The images whose objects have another state than when they were listed: `image_id`, `image_uri`,
+            the new state, `fragment` and `fragment_row`.
+        gone: How many images the sources have no more.
+    """
+
+    overwritten: pa.Table
+    gone: int
+
+
+@dataclass(frozen=True)
 class WorkList:
     """All that a run has to caption.
 
@@ -45,6 +59,7 @@ class WorkList:
         examples: Duplicates whose id stood for another URI, at most five for each listing.
         sources: The sources of the newest listing.
         passed_over: How many files the newest listing left out though they look like images, by the reason.
+        relisted: What the newest listing has found out about the images of earlier ones; None for the first.
     """
 
     listed_at: str
@@ -55,6 +70,7 @@ class WorkList:
     examples: tuple[DuplicateExample, ...] = ()
     sources: tuple[str, ...] = ()
     passed_over: Mapping[str, int] = field(default_factory=dict)
+    relisted: Relisted | None = None
 
 
 class Marker(VersionedRecord):
@@ -95,6 +111,17 @@ def load_work_list(out: str) -> WorkList | None:
     )
 
 
+def copy_work_list(run: str, out: str) -> None:
+    """Copies the stored list of a run to another run, whose own list it replaces; the markers come last.
+
+    Raises:
+        StorageError: The service fails.
+    """
+    storage.remove(work_uri(out))
+    for uri in sorted(storage.list_folder(work_uri(run)), key=lambda uri: uri.endswith(".json")):
+        storage.write_bytes(work_uri(out, uri.rpartition("/")[2]), storage.read_bytes(uri))
+
+
 def read_fragment(
     fragment: Fragment, wanted: RowRanges | None, config: InputConfig, kept_columns: pa.Schema
 ) -> Iterator[InputBatch]:
@@ -132,7 +159,8 @@ def _read_uris(fragment: Fragment, kept_columns: pa.Schema) -> InputBatch:
     with storage.open_ranged(fragment.uri) as file:
         try:
             table = pq.ParquetFile(file, pre_buffer=True).read_row_group(fragment.row_group)
-            table = table.cast(pa.schema([*IMAGE_COLUMNS, *kept_columns]))
+            wanted = pa.schema([*IMAGE_COLUMNS, *kept_columns])
+            table = table.select(wanted.names).cast(wanted)
         except (pa.ArrowException, OSError, ValueError) as error:
             raise _damaged(fragment.uri, str(error)) from error
     return InputBatch(

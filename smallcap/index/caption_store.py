@@ -64,6 +64,10 @@ class CaptionStore:
         """Returns the text of each id; `caption_ids` is a flat int64 array."""
         return self._take("text", caption_ids)
 
+    def sources(self, caption_ids: np.ndarray) -> pa.ListArray:
+        """Returns the dump files that have each caption; `caption_ids` is a flat int64 array."""
+        return self._take("source", caption_ids)
+
     def image_ids(self, caption_ids: np.ndarray) -> pa.ListArray:
         """Returns the images that have each caption, null where there are none; `caption_ids` is a flat int64 array."""
         return self._take("image_id", caption_ids)

@@ -53,6 +53,9 @@ class IndexPartition(Protocol):
     def texts(self, caption_ids: np.ndarray) -> pa.StringArray:
         """Returns the text of each id [n]."""
 
+    def sources(self, caption_ids: np.ndarray) -> pa.ListArray:
+        """Returns the dump files that have the caption of each id [n]."""
+
 
 class LocalPartition:
     """The shards and captions that this process has mapped.
@@ -168,6 +171,10 @@ class LocalPartition:
     def texts(self, caption_ids: np.ndarray) -> pa.StringArray:
         """Returns the text of each id [n]."""
         return self.captions.texts(caption_ids)
+
+    def sources(self, caption_ids: np.ndarray) -> pa.ListArray:
+        """Returns the dump files that have the caption of each id [n]."""
+        return self.captions.sources(caption_ids)
 
 
 def files_of(manifest: IndexManifest, partition: tuple[int, int] = (0, 1)) -> tuple[FileEntry, ...]:

@@ -26,17 +26,19 @@ from smallcap.index.manifest import EncoderIdentity, IndexManifest, load_manifes
 from smallcap.index.node_cache import open_version_folder
 from smallcap.index.partition import IndexPartition, LocalPartition, files_of
 from smallcap.index.ranking import NOTHING, Attempted, Ranking, best_of, settle
+from smallcap.output.schema import NEIGHBOUR_TYPE
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A caption near a query; `score` is the cosine."""
+    """A caption near a query; `score` is the cosine, `sources` are the dump files that have the caption."""
 
     caption_id: int
     text: str
     score: float
+    sources: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,14 @@ class Neighbours:
     ids: np.ndarray  # [B, K] int64, the best first; -1 is an empty place
     scores: np.ndarray  # [B, K] float32, cosines; those of empty places mean nothing
     texts: pa.StringArray  # of all places that are not empty, one query after the other
+    sources: pa.ListArray  # the dump files that have each of these captions
 
     @classmethod
     def none(cls, queries: int) -> Neighbours:
         """Returns no neighbours for each query."""
         nothing = np.empty((queries, 0))
-        return cls(nothing.astype(np.int64), nothing.astype(np.float32), pa.array([], pa.string()))
+        texts, sources = pa.array([], pa.string()), pa.array([], pa.list_(pa.string()))
+        return cls(nothing.astype(np.int64), nothing.astype(np.float32), texts, sources)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -66,10 +70,35 @@ class Neighbours:
         """Where each query's texts begin, and the last one's end: [B + 1] int32."""
         return np.concatenate([[0], self.found.sum(axis=1).cumsum()]).astype(np.int32)
 
+    def mean_scores(self) -> pa.Array:
+        """Returns the mean score of each query's neighbours, [B] float32; null where it has none."""
+        counts = self.found.sum(axis=1)
+        sums = np.where(self.found, self.scores, 0).sum(axis=1)
+        means = np.full(len(self), np.nan, np.float32)
+        np.divide(sums, counts, out=means, where=counts > 0)
+        return pa.array(means, from_pandas=True)  # NaN is null
+
+    def to_column(self) -> pa.ListArray:
+        """Returns each query's neighbours as a run's parts have them."""
+        found = self.found
+        arrays = [pa.array(self.ids[found]), self.texts, pa.array(self.scores[found]), self.sources]
+        return pa.ListArray.from_arrays(self.offsets, pa.StructArray.from_arrays(arrays, fields=list(NEIGHBOUR_TYPE)))
+
+    @classmethod
+    def join(cls, parts: Sequence[Neighbours]) -> Neighbours:
+        """Puts the neighbours of several batches together, at least one, which were searched for alike."""
+        return cls(
+            np.concatenate([part.ids for part in parts]),
+            np.concatenate([part.scores for part in parts]),
+            pa.concat_arrays([part.texts for part in parts]),
+            pa.concat_arrays([part.sources for part in parts]),
+        )
+
     def to_rows(self) -> list[list[Neighbour]]:
         """Returns each query's neighbours as objects."""
         found = self.found
-        columns = (self.ids[found].tolist(), self.texts.to_pylist(), self.scores[found].tolist())
+        sources = map(tuple, self.sources.to_pylist())
+        columns = (self.ids[found].tolist(), self.texts.to_pylist(), self.scores[found].tolist(), sources)
         flat = list(map(Neighbour, *columns))
         return [flat[start:end] for start, end in pairwise(self.offsets.tolist())]
 
@@ -131,7 +160,8 @@ class NeighbourSearch:
         if self._partition.ranks_again:
             scores, ids = best_of(self._partition.rank(queries, ids), ids, k)
         scores, ids = scores[:, :k], ids[:, :k]
-        return Neighbours(ids, scores, self._partition.texts(ids[ids != NOTHING]))
+        found = ids[ids != NOTHING]
+        return Neighbours(ids, scores, self._partition.texts(found), self._partition.sources(found))
 
     def _check_queries(self, queries: np.ndarray) -> np.ndarray:
         if queries.ndim != 2 or queries.shape[1] != self.dim:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
@@ -140,16 +140,7 @@ def find_superseded(out: str, parts: Sequence[NamedPart], fragments: Sequence[Fr
         superseded = _superseded(out, parts, position, [fragments[number] for number in losing], table)
         for number in losing:
             superseded = pc.or_(superseded, _ends_unread_shard(fragments[number], table))
-        rows = _subtract(info.rows, losing)
-        ends = [number for number in info.ends if number in rows and rows[number].stop == info.rows[number].stop]
-        left = replace(
-            info,
-            rows=rows,
-            failed=_subtract(info.failed, losing),
-            ends=tuple(ends),
-            left_out={number: info.left_out[number] for number in ends if number in info.left_out},
-            **count_rows(table.filter(pc.invert(superseded))),
-        )
+        left = info.without(losing, **count_rows(table.filter(pc.invert(superseded))))
         yield Superseded(name, table.filter(superseded)["image_id"].combine_chunks(), left)
 
 
@@ -159,6 +150,27 @@ def settle(out: str, parts: Sequence[NamedPart], fragments: Sequence[Fragment]) 
     for part in found:
         drop_rows(out, part.name, part.image_ids, part.left)
     return sum(len(part.image_ids) for part in found)
+
+
+def forget_rows(out: str, parts: Iterable[NamedPart], images: pa.Table) -> None:
+    """Removes rows of parts, which thereby are not done any more.
+
+    Args:
+        out: The run's folder.
+        parts: The run's parts.
+        images: `image_id`, `image_uri`, `fragment` and `fragment_row` of images that have URIs of their own.
+    """
+    fragments, rows = images["fragment"].to_numpy(), images["fragment_row"].to_numpy()
+    unwanted = {int(number): RowRanges.of(rows[fragments == number]) for number in np.unique(fragments)}
+    names = list(zip(images["image_id"].to_pylist(), images["image_uri"].to_pylist(), strict=True))
+    # A file with images may have had the id first.
+    ids = pa.array({name for name, _ in names} | {qualified_id(*name) for name in names}, pa.string())
+    for name, info in parts:
+        gone = {number: info.rows[number].common(unwanted[number]) for number in unwanted if number in info.rows}
+        if any(gone.values()):
+            table = _read(out, name)
+            left = table.filter(pc.invert(pc.is_in(table["image_id"], value_set=ids)))
+            drop_rows(out, name, ids, info.without(gone, **count_rows(left)))
 
 
 def _superseded(
@@ -227,23 +239,17 @@ def _losing_rows(infos: Sequence[PartInfo]) -> dict[int, dict[int, RowRanges]]:
             if before is None:
                 kept[number] = ranges
                 continue
-            again = ranges.subtract(ranges.subtract(before))
+            again = ranges.common(before)
             if again:
                 losing_here = losing.setdefault(position, {})
                 losing_here[number] = losing_here[number].union(again) if number in losing_here else again
             kept[number] = before.union(ranges)
 
     for position, info in enumerate(infos):
-        keep(position, _subtract(info.rows, info.failed))
+        keep(position, info.captioned)
     for position in reversed(range(len(infos))):
         keep(position, infos[position].failed)
     return losing
-
-
-def _subtract(rows: Mapping[int, RowRanges], less: Mapping[int, RowRanges]) -> dict[int, RowRanges]:
-    """Returns the rows of each fragment that are not in `less`."""
-    left = {number: ranges.subtract(less[number]) if number in less else ranges for number, ranges in rows.items()}
-    return {number: ranges for number, ranges in left.items() if ranges}
 
 
 def qualify_repeated_ids(out: str, parts: Sequence[NamedPart]) -> None:

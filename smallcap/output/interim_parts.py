@@ -13,17 +13,16 @@ from contextlib import ExitStack
 import pyarrow as pa
 
 from smallcap import storage
+from smallcap.output.parquet_files import read_parquet, write_parquet
 from smallcap.output.part_files import (
     EMBEDDINGS_FOLDER,
     SIDECAR_FOLDERS,
     WEBDATASET_FOLDER,
     PartInfo,
     full_name,
-    read_parquet,
     sidecar_uri,
     tell_parts,
     with_info,
-    write_parquet,
     write_tar,
 )
 from smallcap.output.webdataset import join_samples

@@ -10,7 +10,6 @@ count any more once `part-AAA-TTTTTT.parquet` exists, which holds all their rows
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from collections import Counter
@@ -27,10 +26,11 @@ from smallcap import storage
 from smallcap.errors import SchemaError
 from smallcap.images.fragments import LeftOut
 from smallcap.images.row_ranges import RowRanges
+from smallcap.output.parquet_files import damaged_part, read_parquet, write_parquet
 from smallcap.output.schema import (
-    CAPTION_COLUMNS,
     EMBEDDING_COLUMN,
     IMAGE_BYTES_COLUMN,
+    PLACE_COLUMNS,
     STATUS_OK,
     check_caption_schema,
     kept_columns,
@@ -49,10 +49,6 @@ _MAGIC = b"PAR1"
 _FOOTER_READ_BYTES = 64 << 10  # most footers are smaller, and a store answers as quickly as for a byte
 _FOOTER_THREADS = 32
 _ROWS_AS_OBJECTS = 256  # rows of a tar that are held together; images are taken one by one
-# Where dictionaries make files smaller, by measurement (docs/log.md); ids, captions and texts are mostly distinct.
-_DICTIONARY_COLUMNS = ("width", "height", "caption_tokens", "status", "error_code")
-_FEW_VALUES = 10  # rows per distinct value from which a kept column gets a dictionary
-_ZSTD_LEVEL = 6
 
 
 @dataclass(frozen=True)
@@ -77,6 +73,24 @@ class PartInfo:
             "left_out": {str(fragment): left_out for fragment, left_out in sorted(self.left_out.items())},
         }
         return json.dumps(values, separators=(",", ":"))
+
+    @property
+    def captioned(self) -> dict[int, RowRanges]:
+        """The rows with a caption, by fragment."""
+        return _subtract(self.rows, self.failed)
+
+    def without(self, rows: Mapping[int, RowRanges], ok: int, errors: dict[str, int]) -> PartInfo:
+        """Returns what the footer says of the part without some rows, by fragment.
+
+        Args:
+            rows: The rows that are taken out.
+            ok: The captions that are left.
+            errors: The rows without one that are left, by error code.
+        """
+        left = _subtract(self.rows, rows)
+        ends = tuple(number for number in self.ends if number in left and left[number].stop == self.rows[number].stop)
+        left_out = {number: self.left_out[number] for number in ends if number in self.left_out}
+        return PartInfo(left, _subtract(self.failed, rows), ends, ok, errors, left_out)
 
     @classmethod
     def joined(cls, infos: Sequence[PartInfo]) -> PartInfo:
@@ -114,6 +128,12 @@ class PartInfo:
             raise SchemaError(
                 "The footer of a part does not say which rows it holds.", found=repr(text)[:200]
             ) from error
+
+
+def _subtract(rows: Mapping[int, RowRanges], less: Mapping[int, RowRanges]) -> dict[int, RowRanges]:
+    """Returns the rows of each fragment that are not in `less`."""
+    left = {number: ranges.subtract(less[number]) if number in less else ranges for number, ranges in rows.items()}
+    return {number: ranges for number, ranges in left.items() if ranges}
 
 
 @dataclass(frozen=True)
@@ -160,7 +180,8 @@ def write_part(
         out: The output folder.
         name: The part's name, `part-AAA-TTTTTT.parquet`.
         table: Rows in any order, with at least the schema's columns. `options.embeddings` needs `embedding`, lists of
-            float16 of one length; `options.webdataset` needs `image_bytes`. Both may be null for errors.
+            float32 of one length, and the rows' places; `options.webdataset` needs `image_bytes`. Embeddings and bytes
+            may be null for errors.
         info: What the footer says about these rows.
         schema: The part's columns with the run's metadata, from `schema.caption_schema`.
         options: How to write the part.
@@ -277,15 +298,20 @@ def with_info(rows: pa.Table, info: PartInfo) -> pa.Table:
 
 
 def _embeddings(table: pa.Table, order: pa.Array) -> pa.Table:
-    """Returns `image_id` and `embedding` of the rows that have an embedding, in this order."""
+    """Returns id, embedding and place of the rows that have an embedding, in this order."""
     column = table[EMBEDDING_COLUMN].combine_chunks()
     order = order.filter(column.is_valid().take(order))
     lists = column.take(order)
-    values = pc.cast(pc.list_flatten(lists), pa.float16())
+    values = pc.cast(pc.list_flatten(lists), pa.float32())
     dim = len(values) // len(lists) if len(lists) else 0
-    vectors = pa.FixedSizeListArray.from_arrays(values, dim) if dim else pa.nulls(0, pa.list_(pa.float16(), 1))
-    fields = [pa.field("image_id", pa.string(), nullable=False), pa.field(EMBEDDING_COLUMN, vectors.type)]
-    return pa.Table.from_arrays([table["image_id"].take(order), vectors], schema=pa.schema(fields))
+    vectors = pa.FixedSizeListArray.from_arrays(values, dim) if dim else pa.nulls(0, pa.list_(pa.float32(), 1))
+    fields = [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field(EMBEDDING_COLUMN, vectors.type),
+        *(pa.field(name, pa.int32(), nullable=False) for name in PLACE_COLUMNS.values()),
+    ]
+    places = [table[name].take(order) for name in PLACE_COLUMNS]
+    return pa.Table.from_arrays([table["image_id"].take(order), vectors, *places], schema=pa.schema(fields))
 
 
 def _samples(table: pa.Table, order: pa.Array, kept: list[str]) -> Iterator[Sample]:
@@ -299,34 +325,6 @@ def _samples(table: pa.Table, order: pa.Array, kept: list[str]) -> Iterator[Samp
         for position, row in zip(positions.to_pylist(), rows.take(positions).to_pylist(), strict=True):
             record = {"logprob" if name == "caption_logprob" else name: value for name, value in row.items()}
             yield Sample(record.pop("image_id"), images[position].as_py(), record.pop("caption"), record)
-
-
-def write_parquet(uri: str, table: pa.Table, rows_per_row_group: int) -> None:
-    """Writes a file of rows that are sorted by image id."""
-    buffer = io.BytesIO()
-    pq.write_table(
-        table,
-        buffer,
-        row_group_size=rows_per_row_group,
-        compression="zstd",
-        compression_level=_ZSTD_LEVEL,
-        use_dictionary=_dictionary_columns(table),
-        write_page_index=True,
-        sorting_columns=[pq.SortingColumn(table.column_names.index("image_id"))],
-    )
-    storage.write_bytes(uri, buffer.getvalue())
-
-
-def _dictionary_columns(table: pa.Table) -> list[str]:
-    """Returns the columns whose values repeat; a column kept from the input must be of strings with few values."""
-    few = [
-        name
-        for name, column in zip(table.column_names, table.columns, strict=True)
-        if name not in CAPTION_COLUMNS.names
-        and (pa.types.is_string(column.type) or pa.types.is_large_string(column.type))
-        and pc.count_distinct(column).as_py() * _FEW_VALUES <= len(column)
-    ]
-    return [name for name in (*_DICTIONARY_COLUMNS, *few) if name in table.column_names]
 
 
 def write_tar(uri: str, write: Callable[[Path], int]) -> None:
@@ -349,15 +347,6 @@ def _rewrite_parquet(uri: str, change: Callable[[pa.Table], pa.Table]) -> None:
         write_parquet(uri, left, rows_per_row_group)
 
 
-def read_parquet(uri: str) -> tuple[pa.Table, int]:
-    """Returns a file's rows, and how many of them its first row group has."""
-    try:
-        file = pq.ParquetFile(io.BytesIO(storage.read_bytes(uri)))
-        return file.read(), file.metadata.row_group(0).num_rows
-    except (pa.ArrowInvalid, OSError) as error:
-        raise damaged_part(uri, error) from error
-
-
 def _read_info(uri: str) -> PartInfo:
     try:
         metadata = pq.read_metadata(pa.BufferReader(_read_footer(uri)))
@@ -378,13 +367,3 @@ def _read_footer(uri: str) -> bytes:
     if tail.endswith(_MAGIC) and needed > len(tail):
         tail = storage.read_tail(uri, needed)
     return tail
-
-
-def damaged_part(uri: str, error: Exception) -> SchemaError:
-    """Returns the error for a part that cannot be read."""
-    return SchemaError(
-        "A part cannot be read as Parquet.",
-        where=uri,
-        found=str(error),
-        remedy="Delete the part, and start the run again to redo its images.",
-    )

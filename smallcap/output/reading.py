@@ -21,7 +21,8 @@ from smallcap.errors import ConfigError
 from smallcap.images.row_ranges import RowRanges
 from smallcap.images.work_list import load_work_list
 from smallcap.output.coverage import NamedPart, find_superseded, is_settled
-from smallcap.output.part_files import RUN_FILE, PartInfo, damaged_part, read_part_infos
+from smallcap.output.parquet_files import damaged_part
+from smallcap.output.part_files import RUN_FILE, PartInfo, read_part_infos
 from smallcap.output.schema import CAPTION_COLUMNS, STATUS_ERROR, STATUS_OK
 from smallcap.phrasing import describe_count
 

@@ -24,6 +24,7 @@ NEIGHBOUR_TYPE = pa.struct(
         pa.field("caption_id", pa.int64()),
         pa.field("text", pa.string()),
         pa.field("score", pa.float32()),  # cosine of image and caption
+        pa.field("sources", pa.list_(pa.string())),  # every dump file that has this caption
     ]
 )
 
@@ -47,7 +48,7 @@ CAPTION_COLUMNS = pa.schema(
         pa.field("clip_score", pa.float32()),  # cosine of image and generated caption
         pa.field("alternatives", pa.list_(ALTERNATIVE_TYPE)),  # the image's other captions, best first
         pa.field("neighbours", pa.list_(NEIGHBOUR_TYPE)),
-        pa.field("copied_share", pa.float32()),  # these two by words: smallcap.evaluation.shared_words
+        pa.field("copied_share", pa.float32()),  # these two by `smallcap.evaluation.shared_words`
         pa.field("neighbour_agreement", pa.float32()),
         pa.field("retrieval_score", pa.float32()),  # mean cosine of image and neighbours
         pa.field("alt_clip_score", pa.float32()),  # cosine of image and the text of the score column
@@ -58,14 +59,16 @@ CAPTION_COLUMNS = pa.schema(
     ]
 )
 
-# Parts that were written before these came lack all of them.
-SCORE_COLUMNS = ("copied_share", "neighbour_agreement", "retrieval_score", "alt_clip_score", "best_caption")
+# What follows from a row's caption and neighbours. The task that writes a part computes it, not the model's process.
+SHARED_WORDS_COLUMNS = ("copied_share", "neighbour_agreement")
 
 # Columns of rows on their way to a part, besides those of the schema. These two go to the part's sidecars.
 EMBEDDING_COLUMN = "embedding"
 IMAGE_BYTES_COLUMN = "image_bytes"
 # These three name a row's place in the run's input, for the part's footer.
 FRAGMENT, FRAGMENT_ROW, ENDS_FRAGMENT = "smallcap.fragment", "smallcap.fragment_row", "smallcap.ends_fragment"
+# These two are where the sidecar with embeddings keeps it.
+PLACE_COLUMNS = {FRAGMENT: "fragment", FRAGMENT_ROW: "fragment_row"}
 LEFT_OUT = "smallcap.left_out"  # list<int32>: the `LeftOut` of a fragment at its last row, null elsewhere
 # `logprob` is what a tar's JSON files call `caption_logprob`.
 _TAKEN_NAMES = (*CAPTION_COLUMNS.names, EMBEDDING_COLUMN, IMAGE_BYTES_COLUMN, "logprob")
@@ -162,12 +165,9 @@ def check_caption_schema(schema: pa.Schema, where: str) -> None:
             found=version.decode(),
             remedy="Read it with the smallcap release that wrote it, or with a newer one.",
         )
-    columns = CAPTION_COLUMNS
-    if not set(SCORE_COLUMNS) & set(schema.names[: len(CAPTION_COLUMNS)]):
-        columns = pa.schema([field for field in CAPTION_COLUMNS if field.name not in SCORE_COLUMNS])
-    names = [*columns.names, *kept_columns(schema)]
-    fixed = pa.schema(list(schema)[: len(columns)])
-    if not fixed.equals(columns, check_metadata=False) or schema.names != names:
+    names = [*CAPTION_COLUMNS.names, *kept_columns(schema)]
+    fixed = pa.schema(list(schema)[: len(CAPTION_COLUMNS)])
+    if not fixed.equals(CAPTION_COLUMNS, check_metadata=False) or schema.names != names:
         raise SchemaError(
             "The columns of this part contradict its schema version.",
             where=where,

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import count
 from typing import Any
 
 import numpy as np
 
-from smallcap.evaluation.ptb_tokenizer import tokenize_in_python
+from smallcap.evaluation.shared_words import COPIED_WORDS
 
-COPIED_WORDS = 3  # in a row
 _ROUNDING = 1e-4  # of a cell; 0.7 in float32 is a little less
 _FEWEST_BARS, _MOST_BARS = 12, 32
 _QUANTILES = {"low": 0.05, "median": 0.5, "high": 0.95}
@@ -53,9 +51,20 @@ COPIED_SHARE = Measure(
     0.02,
     2,
 )
+AGREEMENT = Measure(
+    "neighbour_agreement",
+    "Agreement",
+    "share of content words that the retrieved captions have in common",
+    0,
+    1,
+    0.02,
+    2,
+)
+ALT_CLIP_SCORE = Measure("alt_clip_score", "CLIP score of given text", "cosine of image and text", -1, 1, 0.001, 3)
 LOGPROB = Measure("caption_logprob", "Log-probability", "natural log of the caption's probability", -100, 0, 0.1, 1)
 TOKENS = Measure("caption_tokens", "Tokens", "tokens generated, the end token included", 0, 512, 1, 0)
-RUN_MEASURES = (CLIP_SCORE, NEIGHBOUR_SCORE, COPIED_SHARE, LOGPROB, TOKENS)
+COLUMN_MEASURES = (CLIP_SCORE, ALT_CLIP_SCORE, COPIED_SHARE, AGREEMENT, LOGPROB, TOKENS)  # which are columns of a run
+RUN_MEASURES = (*COLUMN_MEASURES, NEIGHBOUR_SCORE)
 WORDS = Measure("words", "Words", "words of a caption, separated by spaces", 0, 512, 1, 0)
 CHARACTERS = Measure("characters", "Characters", "characters of a caption", 0, 4096, 1, 0)
 
@@ -143,27 +152,3 @@ def _round_numbers() -> Iterator[int]:
     """Yields 1, 2, 5, 10, 20, 50 and so on."""
     for power in count():
         yield from (10**power, 2 * 10**power, 5 * 10**power)
-
-
-def copied_share(caption: str, texts: Sequence[str]) -> float | None:
-    """Returns the share of a caption's sequences of three words that stand in one of the texts as well.
-
-    Words are in lower case and without punctuation. A shorter caption is one sequence. None where there is no word or
-    no text.
-    """
-    words = _words(caption)
-    length = min(COPIED_WORDS, len(words))
-    if not length or not texts:
-        return None
-    known = {sequence for text in texts for sequence in _sequences(_words(text), length)}
-    own = _sequences(words, length)
-    return sum(sequence in known for sequence in own) / len(own)
-
-
-@lru_cache(10_000)  # neighbours are those of many images
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(tokenize_in_python(text).split())
-
-
-def _sequences(words: Sequence[str], length: int) -> list[tuple[str, ...]]:
-    return [tuple(words[start : start + length]) for start in range(len(words) - length + 1)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -15,16 +15,7 @@ import pyarrow.compute as pc
 
 from smallcap.output.reading import Captions, read_captions
 from smallcap.output.schema import STATUS_ERROR, STATUS_OK
-from smallcap.report.measures import (
-    CLIP_SCORE,
-    COPIED_SHARE,
-    LOGPROB,
-    NEIGHBOUR_SCORE,
-    RUN_MEASURES,
-    TOKENS,
-    Distribution,
-    copied_share,
-)
+from smallcap.report.measures import COLUMN_MEASURES, NEIGHBOUR_SCORE, RUN_MEASURES, Distribution
 from smallcap.report.sampling import Row, Smallest, name_keys
 
 _LOW_SHARE, _FAILED_SHARE = 10, 100  # a tenth of the rows have the lowest scores, and a hundredth has each error
@@ -42,8 +33,7 @@ class RunFigures:
         empty: The number of captions without a character.
         errors: The number of failed images, by code.
         examples: For each code, some failed images with their messages.
-        distributions: How each measure's values lie; those of `copied_share` only over the rows that were drawn, unless
-            the run has that column.
+        distributions: How each measure's values lie.
     """
 
     ok: int = 0
@@ -62,9 +52,8 @@ class RunFigures:
         captions = batch["caption"].filter(pc.equal(batch["status"], STATUS_OK))
         self.ok += len(captions)
         self.empty += pc.sum(pc.equal(pc.utf8_trim_whitespace(captions), "")).as_py() or 0
-        for measure in (CLIP_SCORE, LOGPROB, TOKENS, COPIED_SHARE):
-            if measure.name in batch.schema.names:
-                self.distributions[measure.name].add(_numbers(batch[measure.name]))
+        for measure in COLUMN_MEASURES:
+            self.distributions[measure.name].add(_numbers(batch[measure.name]))
         neighbours = batch["neighbours"]
         some = neighbours.filter(pc.greater(pc.list_value_length(neighbours), 0))
         if len(some):
@@ -106,9 +95,6 @@ class _Chooser:
 
     def examples(self) -> dict[str, list[Row]]:
         return {code: heap.rows()[:_EXAMPLES] for code, heap in self._failed.items()}
-
-    def drawn(self) -> list[Row]:
-        return self._drawn.rows()
 
     def chosen(self) -> list[Row]:
         """Returns each chosen row once: some of every kind first, then what was drawn, as far as there is room."""
@@ -174,18 +160,17 @@ def read_run_rows(runs: Sequence[str], count: int, is_readable: Callable[[str], 
         first.add(batch)
         chooser.offer(batch)
     first.examples = chooser.examples()
-    _add_copied(first, chooser.drawn(), opened[0])
     chosen = {row["image_id"]: [row] for row in chooser.chosen()}
     figures = [first]
     for captions in opened[1:]:
-        figures.append(_read_others(captions, chosen, {row["image_id"] for row in chooser.drawn()}))
+        figures.append(_read_others(captions, chosen))
     ordered = sorted(chosen.items())
     flags = _are_among(name_keys(image_id for image_id, _ in ordered), changed).tolist()
     rows = [_page_row(of_runs, flag) for (_, of_runs), flag in zip(ordered, flags, strict=True)]
     return RunRows(tuple(figures), rows, both, len(changed))
 
 
-def _read_others(captions: Captions, chosen: dict[str, list[Row]], drawn: set[str]) -> RunFigures:
+def _read_others(captions: Captions, chosen: dict[str, list[Row]]) -> RunFigures:
     """Reads a second run; adds to each chosen image its row there."""
     figures = RunFigures()
     examples: dict[str, Smallest] = defaultdict(lambda: Smallest(_EXAMPLES))
@@ -201,21 +186,7 @@ def _read_others(captions: Captions, chosen: dict[str, list[Row]], drawn: set[st
     figures.examples = {code: heap.rows() for code, heap in examples.items()}
     for image_id, of_runs in chosen.items():
         of_runs.append(found.get(image_id, {}))
-    _add_copied(figures, [row for image_id, row in found.items() if image_id in drawn], captions)
     return figures
-
-
-def _add_copied(figures: RunFigures, drawn: Iterable[Row], captions: Captions) -> None:
-    if COPIED_SHARE.name not in captions.schema.names:
-        shares = [share for row in drawn if (share := _copied_share(row)) is not None]
-        figures.distributions[COPIED_SHARE.name].add(np.array(shares, np.float64))
-
-
-def _copied_share(row: Row) -> float | None:
-    if COPIED_SHARE.name in row or row["caption"] is None:
-        share: float | None = row.get(COPIED_SHARE.name)
-        return share
-    return copied_share(row["caption"], [neighbour["text"] for neighbour in row["neighbours"] or []])
 
 
 def _compare(runs: Sequence[Captions]) -> tuple[int, np.ndarray]:
@@ -250,13 +221,8 @@ def _page_caption(row: Row) -> dict[str, Any]:
     if row["status"] == STATUS_ERROR:
         return {"code": row["error_code"], "message": row["error_message"] or ""}
     neighbours = row["neighbours"] or []
-    values = {
-        CLIP_SCORE.name: row["clip_score"],
-        NEIGHBOUR_SCORE.name: neighbours[0]["score"] if neighbours else None,
-        COPIED_SHARE.name: _copied_share(row),
-        LOGPROB.name: row["caption_logprob"],
-        TOKENS.name: row["caption_tokens"],
-    }
+    values = {measure.name: row[measure.name] for measure in COLUMN_MEASURES}
+    values[NEIGHBOUR_SCORE.name] = neighbours[0]["score"] if neighbours else None
     return {
         "caption": row["caption"] or "",
         "values": {name: rounded for name, value in values.items() if (rounded := _rounded(value)) is not None},
@@ -266,7 +232,7 @@ def _page_caption(row: Row) -> dict[str, Any]:
                 "id": one["caption_id"],
                 "text": one["text"],
                 "score": _rounded(one["score"]),
-                **({"source": one["source"]} if one.get("source") else {}),
+                **({"sources": one["sources"]} if one["sources"] else {}),
             }
             for one in neighbours[:_MOST_NEIGHBOURS]
         ],

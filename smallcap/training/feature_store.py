@@ -22,7 +22,7 @@ from pydantic import Field
 from smallcap import storage
 from smallcap.errors import ConfigError, SchemaError
 from smallcap.options import config_difference
-from smallcap.output.schema import NEIGHBOUR_TYPE, STATUS_OK
+from smallcap.output.schema import STATUS_OK
 from smallcap.records import Record, VersionedRecord, load_record
 
 FORMAT_VERSION: Final = 1
@@ -32,10 +32,11 @@ SPLITS: tuple[Split, ...] = ("train", "validation")
 
 _LAST = "-last"
 _SHAPE_KEY = b"smallcap.features"
+_CANDIDATE = pa.struct([("caption_id", pa.int64()), ("text", pa.string()), ("score", pa.float32())])
 _CANDIDATES = pa.schema(
     [
         pa.field("image_id", pa.string(), nullable=False),
-        pa.field("candidates", pa.list_(NEIGHBOUR_TYPE), nullable=False),
+        pa.field("candidates", pa.list_(_CANDIDATE), nullable=False),
     ]
 )
 

@@ -67,7 +67,8 @@ def test_a_finished_run_is_a_no_op_until_the_input_is_listed_again(
     with monkeypatch.context() as patched:
         patched.setattr(caption, "_caption", lambda *_: pytest.fail("Ray was started for nothing"))
         assert caption.run(config).new_images == 0
-        write_images(images, 7)
+        for number in (5, 6):  # the others would count as overwritten
+            storage.write_bytes(f"{images}/{number:03d}.jpg", jpeg(number))
         summary = caption.run(config)
         assert summary.new_images == 0
         assert "--relist" in caption.describe(summary)

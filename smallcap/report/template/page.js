@@ -240,7 +240,7 @@
       one.neighbours.length > 0 && el("h3", {}, "Retrieved captions, with the words that this caption shares"),
       one.neighbours.length > 0 && el("ol", { class: "neighbours" }, one.neighbours.map((neighbour) => el("li", {},
         el("span", { dir: "auto" }, shared(neighbour.text, one.caption)), el("b", {}, shown(neighbour.score, 3)),
-        neighbour.source && el("small", {}, [neighbour.source].flat().join(", "))))),
+        neighbour.sources && el("small", {}, neighbour.sources.join(", "))))),
       one.alternatives.length > 0 && el("h3", {}, "Other captions, with their log-probability"),
       one.alternatives.length > 0 && el("ol", { class: "neighbours" }, one.alternatives.map(([text, logprob]) => el("li", {}, el("span", { dir: "auto" }, text), el("b", {}, shown(logprob, 1))))));
   }

@@ -41,6 +41,7 @@ def test_behaves_as_a_set(left: list[int], right: list[int]) -> None:
     a, b = RowRanges.of(np.array(left, dtype=np.int64)), RowRanges.of(np.array(right, dtype=np.int64))
     assert _set(a.union(b)) == set(left) | set(right)
     assert _set(a.subtract(b)) == set(left) - set(right)
+    assert _set(a.common(b)) == set(left) & set(right)
     assert a.contains(np.arange(62)).tolist() == [row in set(left) for row in range(62)]
     assert (a == b) == (set(left) == set(right))
     if a == b:

@@ -75,7 +75,8 @@ def columns(retrieved: list[list[str]]) -> Neighbours:
     for row, texts in enumerate(retrieved):
         ids[row, : len(texts)] = range(len(texts))
     texts = pa.array([text for texts in retrieved for text in texts], pa.string())
-    return Neighbours(ids, np.zeros(ids.shape, np.float32), texts)
+    sources = pa.array([["a.csv"]] * len(texts), pa.list_(pa.string()))
+    return Neighbours(ids, np.zeros(ids.shape, np.float32), texts, sources)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)

@@ -25,7 +25,7 @@ from smallcap.output.part_files import (
     remove_orphans,
     write_part,
 )
-from smallcap.output.schema import CAPTION_COLUMNS, caption_schema
+from smallcap.output.schema import CAPTION_COLUMNS, PLACE_COLUMNS, caption_schema
 from tests.caption_runs import Killed, killed_at, read_rows
 
 SCHEMA = caption_schema("run", "model", "index")
@@ -42,8 +42,10 @@ def row(image_id: str, error: str | None = None) -> dict[str, Any]:
 
 
 def write(out: str, name: str, rows: list[dict[str, Any]], info: PartInfo) -> None:
-    fields = [pa.field("image_bytes", pa.binary()), pa.field("embedding", pa.list_(pa.float16(), 2))]
-    table = pa.Table.from_pylist(rows, schema=pa.schema([*SCHEMA, *fields]))
+    fields = [pa.field("image_bytes", pa.binary()), pa.field("embedding", pa.list_(pa.float32(), 2))]
+    places = [pa.field(name, pa.int32()) for name in PLACE_COLUMNS]
+    placed = [one | dict.fromkeys(PLACE_COLUMNS, 3) for one in rows]
+    table = pa.Table.from_pylist(placed, schema=pa.schema([*SCHEMA, *fields, *places]))
     write_part(out, name, table, info, SCHEMA, SIDECARS)
 
 

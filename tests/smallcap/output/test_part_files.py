@@ -24,7 +24,15 @@ from smallcap.output.part_files import (
     rename_rows,
     write_part,
 )
-from smallcap.output.schema import CAPTION_COLUMNS, caption_schema, check_caption_schema, kept_columns
+from smallcap.output.schema import (
+    CAPTION_COLUMNS,
+    FRAGMENT,
+    FRAGMENT_ROW,
+    PLACE_COLUMNS,
+    caption_schema,
+    check_caption_schema,
+    kept_columns,
+)
 
 KEPT = pa.schema([("split", pa.string()), ("score", pa.float64())])
 SCHEMA = caption_schema("run", "model", "index", kept_columns=KEPT)
@@ -38,19 +46,21 @@ def row(image_id: str, error: str | None = None) -> dict[str, Any]:
     common = {"image_id": image_id, "image_uri": f"s3://images/{image_id}", "split": "train", "score": 0.5}
     if error:
         return common | {"status": "error", "error_code": error, "error_message": error, "image_bytes": None}
-    neighbour = {"caption_id": 7, "text": "a red car", "score": 0.5}
+    neighbour = {"caption_id": 7, "text": "a red car", "score": 0.5, "sources": ["cars.csv"]}
     captioned = {"width": 4, "height": 3, "caption": f"a photo of {image_id}", "caption_logprob": -1.5}
     captioned |= {"caption_tokens": 5, "clip_score": 0.25, "neighbours": [neighbour], "alternatives": []}
     return common | captioned | {"status": "ok", "image_bytes": JPEG, "embedding": embedding_of(image_id)}
 
 
 def embedding_of(image_id: str) -> np.ndarray:
-    return np.random.default_rng(len(image_id) + ord(image_id[0])).normal(size=DIM).astype(np.float16)
+    return np.random.default_rng(len(image_id) + ord(image_id[0])).normal(size=DIM).astype(np.float32)
 
 
 def table_of(rows: list[dict[str, Any]], embedding: pa.DataType | None = None) -> pa.Table:
-    fields = [pa.field("image_bytes", pa.binary()), pa.field("embedding", embedding or pa.list_(pa.float16(), DIM))]
-    return pa.Table.from_pylist(rows, schema=pa.schema([*SCHEMA, *fields]))
+    fields = [pa.field("image_bytes", pa.binary()), pa.field("embedding", embedding or pa.list_(pa.float32(), DIM))]
+    places = [pa.field(name, pa.int32()) for name in PLACE_COLUMNS]
+    placed = [one | {FRAGMENT: 3, FRAGMENT_ROW: number} for number, one in enumerate(rows)]
+    return pa.Table.from_pylist(placed, schema=pa.schema([*SCHEMA, *fields, *places]))
 
 
 ROWS = [row("d.jpg"), row("b.jpg"), row("c.jpg", "truncated"), row("a.jpg"), row("e.jpg")]
@@ -86,11 +96,13 @@ def test_a_part_and_its_sidecars_are_read_as_they_were_written(anywhere: str) ->
     assert list(read_part_infos(anywhere)) == [(NAME, INFO)]
     # The sidecars have the part's name, and only captioned images.
     embeddings = read_table(anywhere, "_embeddings", NAME)
-    assert embeddings["embedding"].type == pa.list_(pa.float16(), DIM)
+    assert embeddings["embedding"].type == pa.list_(pa.float32(), DIM)
     assert embeddings.schema.metadata[b"smallcap.model_id"] == b"model"
     assert embeddings["image_id"].to_pylist() == ["a.jpg", "b.jpg", "d.jpg", "e.jpg"]
+    assert embeddings["fragment"].to_pylist() == [3] * 4
+    assert embeddings["fragment_row"].to_pylist() == [3, 1, 0, 4]
     for found, image_id in zip(embeddings["embedding"].to_pylist(), embeddings["image_id"].to_pylist(), strict=True):
-        np.testing.assert_array_equal(np.array(found, np.float16), embedding_of(image_id))
+        np.testing.assert_array_equal(np.array(found, np.float32), embedding_of(image_id))
     tar = storage.join(anywhere, "_webdataset", "part-000-000000.tar")
     assert tar_names(tar) == [f"{key}.{end}" for key in "abde" for end in ("jpg", "txt", "json")]
     with storage.open_ranged(tar) as file, tarfile.open(fileobj=file) as opened:
@@ -104,11 +116,11 @@ def test_a_part_and_its_sidecars_are_read_as_they_were_written(anywhere: str) ->
 def test_lists_without_a_fixed_size_columns_in_pieces_and_errors_alone_are_taken(tmp_path: Path) -> None:
     write(str(tmp_path), rows=[row("a.jpg", "empty")])
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [NAME]
-    table = table_of(ROWS, pa.list_(pa.float16()))
+    table = table_of(ROWS, pa.list_(pa.float32()))
     table = pa.concat_tables([table.slice(0, 2), table.slice(2)])
     write_part(str(tmp_path), NAME, table, INFO, SCHEMA, SIDECARS)
     embeddings = pq.read_table(tmp_path / "_embeddings" / NAME)
-    assert embeddings["embedding"].type == pa.list_(pa.float16(), DIM)
+    assert embeddings["embedding"].type == pa.list_(pa.float32(), DIM)
     assert tar_names(str(tmp_path / "_webdataset" / "part-000-000000.tar"))[0] == "a.jpg"
 
 
@@ -231,7 +243,9 @@ def test_kept_strings_with_few_values_get_dictionaries(tmp_path: Path) -> None:
     group = pq.read_metadata(tmp_path / NAME).row_group(0)
     columns = {group.column(i).path_in_schema: group.column(i) for i in range(group.num_columns)}
     with_dictionary = {path for path, column in columns.items() if column.has_dictionary_page}
-    assert with_dictionary == {"width", "height", "caption_tokens", "status", "error_code", "split"}
+    assert with_dictionary == {"width", "height", "caption_tokens", "status", "error_code", "split"} | {
+        "neighbours.list.element.sources.list.element"
+    }
     assert {column.compression for column in columns.values()} == {"ZSTD"}
 
 
@@ -310,7 +324,7 @@ def test_pandas_reads_parts_and_embeddings(whole_output: Path) -> None:
     embeddings = pd.read_parquet(whole_output / "_embeddings")  # a folder of nothing else can be given as it is
     assert embeddings["image_id"].tolist() == CAPTIONED
     matrix = np.stack(embeddings["embedding"].tolist())
-    assert (matrix.dtype, matrix.shape) == (np.float16, (6, DIM))
+    assert (matrix.dtype, matrix.shape) == (np.float32, (6, DIM))
     np.testing.assert_array_equal(matrix[0], embedding_of("a.jpg"))
 
 
@@ -325,7 +339,7 @@ def test_duckdb_reads_parts_and_embeddings(whole_output: Path) -> None:
         JOIN '{whole_output}/_embeddings/*.parquet' AS embeddings USING (image_id) ORDER BY image_id"""
     joined = duckdb.sql(query).fetchall()
     assert [r[0] for r in joined] == CAPTIONED
-    np.testing.assert_array_equal(np.array(joined[0][2], np.float16), embedding_of("a.jpg"))
+    np.testing.assert_array_equal(np.array(joined[0][2], np.float32), embedding_of("a.jpg"))
 
 
 def test_duckdb_reads_only_the_row_groups_that_can_have_an_id(tmp_path: Path) -> None:
@@ -353,7 +367,7 @@ def test_ray_reads_parts_embeddings_and_tars(whole_output: Path) -> None:
     embeddings = ray.data.read_parquet(str(whole_output / "_embeddings")).to_pandas()
     assert sorted(embeddings["image_id"]) == CAPTIONED
     found = dict(zip(embeddings["image_id"], embeddings["embedding"], strict=True))
-    np.testing.assert_array_equal(np.asarray(found["a.jpg"], np.float16), embedding_of("a.jpg"))
+    np.testing.assert_array_equal(np.asarray(found["a.jpg"], np.float32), embedding_of("a.jpg"))
     samples = ray.data.read_webdataset(str(whole_output / "_webdataset"), decoder=None).take_all()
     assert sorted(sample["__key__"] for sample in samples) == list("abdefg")
     first = min(samples, key=lambda sample: sample["__key__"])

@@ -2,7 +2,7 @@ import pyarrow as pa
 import pytest
 
 from smallcap.errors import ConfigError, SchemaError
-from smallcap.output.schema import CAPTION_COLUMNS, SCORE_COLUMNS, caption_schema, check_caption_schema, kept_columns
+from smallcap.output.schema import CAPTION_COLUMNS, caption_schema, check_caption_schema, kept_columns
 
 # Written out once more, so that a change of the code cannot change both: this is the promise of schema version 1.
 COLUMNS = {
@@ -15,7 +15,7 @@ COLUMNS = {
     "caption_tokens": "int16",
     "clip_score": "float",
     "alternatives": "list<item: struct<caption: string, logprob: float, tokens: int16>>",
-    "neighbours": "list<item: struct<caption_id: int64, text: string, score: float>>",
+    "neighbours": "list<item: struct<caption_id: int64, text: string, score: float, sources: list<item: string>>>",
     "copied_share": "float",
     "neighbour_agreement": "float",
     "retrieval_score": "float",
@@ -43,15 +43,6 @@ def test_kept_columns_follow_the_fixed_ones_without_the_inputs_flags() -> None:
     assert schema.field("split").equals(pa.field("split", pa.string()), check_metadata=True)
     assert kept_columns(schema) == ["split", "année"]
     check_caption_schema(schema, "part.parquet")
-
-
-def test_parts_that_were_written_before_the_score_columns_are_known() -> None:
-    schema = caption_schema("run", "model", "index", kept_columns=pa.schema([("split", pa.string())]))
-    older = pa.schema([field for field in schema if field.name not in SCORE_COLUMNS], schema.metadata)
-    assert older.names == [*(name for name in COLUMNS if name not in SCORE_COLUMNS), "split"]
-    check_caption_schema(older, "part.parquet")
-    with pytest.raises(SchemaError, match="columns of this part contradict"):
-        check_caption_schema(older.append(schema.field("copied_share")), "part.parquet")
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smallcap.report.measures import CLIP_SCORE, LOGPROB, RUN_MEASURES, TOKENS, Distribution, copied_share, histogram
+from smallcap.report.measures import CLIP_SCORE, LOGPROB, RUN_MEASURES, TOKENS, Distribution, histogram
 
 
 @given(st.lists(st.floats(-1, 1, width=32), min_size=1, max_size=200), st.integers(1, 50))
@@ -60,26 +60,3 @@ def test_without_values_there_is_neither_a_histogram_nor_a_quantile() -> None:
     assert histogram([Distribution(TOKENS), Distribution(TOKENS)]) is None
     assert Distribution(TOKENS).quantile(0.5) is None
     assert Distribution(TOKENS).summary()["mean"] is None
-
-
-@pytest.mark.parametrize(
-    ("caption", "texts", "share"),
-    [
-        ("a dog on the beach", ["a dog on the beach"], 1),
-        ("A dog on the beach.", ["Once, a dog on the beach!"], 1),
-        ("a dog on the road", ["a dog on the beach"], 2 / 3),
-        ("a dog on the road", ["a dog on", "on the road"], 2 / 3),
-        ("a dog on the road", ["the dog", "road"], 0),
-        ("a dog", ["there is a dog"], 1),
-        ("a dog", ["a big dog"], 0),
-        ("dog", ["dog"], 1),
-        ("", ["a dog"], None),
-        ("...", ["a dog"], None),
-        ("a dog on the beach", [], None),
-        ("a dog on the beach", [""], 0),
-    ],
-)
-def test_what_is_copied_stands_in_a_neighbour_word_for_word(
-    caption: str, texts: list[str], share: float | None
-) -> None:
-    assert copied_share(caption, texts) == (None if share is None else pytest.approx(share))
