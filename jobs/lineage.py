@@ -24,8 +24,9 @@ from smallcap.index.manifest import utc_now
 from smallcap.phrasing import one_line
 
 if TYPE_CHECKING:
-    from smallcap.training.config import TrainConfig
     from openlineage.client.event_v2 import RunEvent
+
+    from smallcap.training.config import TrainConfig
 
 State = Literal["START", "RUNNING", "COMPLETE", "FAIL", "ABORT"]
 
@@ -171,7 +172,7 @@ class _Sender:
                 found=str(error),
                 remedy="Set OPENLINEAGE_URL, or mend openlineage.yml.",
             ) from error
-        if self._client.transport.kind == "console" and not self._client.config.transport:
+        if self._client.transport.kind == "console" and not self._client.config.transport.get("type"):
             raise ConfigError(
                 "Nothing says where events about lineage go.",
                 where="--lineage",
@@ -233,5 +234,7 @@ def _output(data: Data) -> Any:
     from openlineage.client.event_v2 import OutputDataset
     from openlineage.client.facet_v2 import output_statistics_output_dataset as statistics
 
-    rows = {"outputStatistics": statistics.OutputStatisticsOutputDatasetFacet(data.rows)} if data.rows is not None else {}
+    rows = (
+        {"outputStatistics": statistics.OutputStatisticsOutputDatasetFacet(data.rows)} if data.rows is not None else {}
+    )
     return OutputDataset(*data.named(), facets=_version(data), outputFacets=rows)

@@ -34,7 +34,10 @@ def test_it_has_every_alarm() -> None:
 
 
 def test_it_has_every_code_and_fault_with_what_to_do() -> None:
-    for title, names in (("Codes of images", [code.value for code in ErrorCode]), ("Faults of actors", get_args(FaultKind))):
+    for title, names in (
+        ("Codes of images", [code.value for code in ErrorCode]),
+        ("Faults of actors", get_args(FaultKind)),
+    ):
         said = [cells for cells in rows(title) if cells[0].startswith("`")]
         assert [cells[0].strip("`") for cells in said] == list(names)
         assert all(means and do for _, means, do in said)

@@ -43,7 +43,9 @@ def test_a_recipe_compiles_and_imports_what_its_scheduler_has(title: str) -> Non
     compile(tree, title, "exec")
     imported = {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
     assert imported <= {"json", "os", "shlex", "subprocess"}
-    taken = {node.module: {name.name for name in node.names} for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    taken = {
+        node.module: {name.name for name in node.names} for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)
+    }
     for module, names in taken.items():
         assert module == "datetime" or names <= THEIRS[module or ""], module
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
@@ -110,9 +112,10 @@ def test_ray_takes_the_options_of_the_symmetric_run_and_smallcap_those_behind_it
     with scripts.start.make_context("start", ["--head", *start]) as context:
         assert context.params["num_cpus"] == 4
     address = between[between.index("--address") + 1]
-    name, (config, call) = parse_command(shlex.join(words[words.index("--") + 1 :]))
+    behind = [word.replace(address, "10.0.0.5:6379") for word in words[words.index("--") + 1 :]]
+    name, (config, call) = parse_command(shlex.join(behind))
     assert (name, config.compute.device) == ("caption", "cuda")  # type: ignore[attr-defined]
-    assert call.address == address  # type: ignore[attr-defined]
+    assert call.address == "10.0.0.5:6379"  # type: ignore[attr-defined]
 
 
 def test_the_waiting_time_that_it_sets_is_read_by_ray() -> None:

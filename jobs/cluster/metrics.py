@@ -29,7 +29,11 @@ METRICS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "smallcap_actor_restarts_total": ("counter", (), "Processes of actors that took the place of one that had ended."),
     "smallcap_actor_faults_total": ("counter", ("kind",), "Faults that ended an actor's process, by kind."),
     "smallcap_memory_halvings_total": ("counter", (), "Batches that were halved because a GPU's memory ran out."),
-    "smallcap_build_items_total": ("counter", ("stage",), "Rows, captions or shards that a build's stage has finished."),
+    "smallcap_build_items_total": (
+        "counter",
+        ("stage",),
+        "Rows, captions or shards that a build's stage has finished.",
+    ),
     "smallcap_build_seconds_total": ("counter", ("stage",), "Seconds of a build's stage."),
     "smallcap_train_steps_total": ("counter", (), "Training steps."),
     "smallcap_train_tokens_total": ("counter", (), "Tokens of captions that were trained on."),

@@ -36,7 +36,9 @@ class TrainWatch:
 
     def note_step(self, step: TrainStep) -> bool:
         """Takes a step; returns whether the workers are to write a checkpoint and end."""
-        if self._newest is not None and step.step <= self._newest.step:  # workers were lost, and go on from a checkpoint
+        if (
+            self._newest is not None and step.step <= self._newest.step
+        ):  # workers were lost, and go on from a checkpoint
             record_fault(self._run_id, None)
         self._newest = step
         return self._asked

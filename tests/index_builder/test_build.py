@@ -181,7 +181,9 @@ def test_errors_of_the_workers_keep_their_kind(tmp_path: Path, dump: Path, tiny_
     with pytest.raises(SchemaError, match="no column of captions"):
         build_index(config(dump, tmp_path / "index", tiny_clip, text_column="text"), RayRunner("run"))
     with pytest.raises(ConfigError, match=r"No caption(.|\n)*too_few_words"):
-        build_index(config(dump, tmp_path / "index", tiny_clip, cleaning=CleaningConfig(min_words=20)), RayRunner("run"))
+        build_index(
+            config(dump, tmp_path / "index", tiny_clip, cleaning=CleaningConfig(min_words=20)), RayRunner("run")
+        )
     assert not (tmp_path / "index" / "current.json").exists()
 
 

@@ -61,7 +61,8 @@ with watch_run("run-1", 10, 1) as watch, marked_as_running("run-1", "caption"):
             text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5).read().decode()
         except OSError:
             text = ""
-        if all(name in text for name in ("_cache_misses_total", "_actor_restarts_total", "_train_loss", "_job_running")):
+        last = ("_index_cache_misses_total", "_actor_restarts_total", "_train_loss", "_job_running")
+        if all(f"ray_smallcap{name}" in text for name in last):
             print(text)
             break
         time.sleep(0.5)
