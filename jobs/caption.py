@@ -32,6 +32,7 @@ from jobs.captioning.work import describe_kept, finish_run, list_work, open_reco
 from jobs.cluster.addresses import check_address
 from jobs.cluster.display import Display, on_shown_ray
 from jobs.cluster.errors import unwrapped_errors
+from jobs.cluster.metrics import marked_as_running
 from jobs.cluster.pinned import check_index_is_there
 from jobs.cluster.stopping import GOES_ON, stoppable
 from jobs.cluster.tasks import map_in_actors
@@ -225,6 +226,7 @@ def _run_pipeline(
     watching = watch_run(record.run_id, count_images(todo.items), len(todo.items))
     with (
         unwrapped_errors(),
+        marked_as_running(record.run_id, "caption"),
         watching as watch,
         display.show(PipelineView(watch.monitor, before_s, models)),
         shared_index(config, record) as partitions,

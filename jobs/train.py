@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from jobs.captioning.record import run_lock
 from jobs.cluster.addresses import check_address
 from jobs.cluster.display import Display, on_shown_ray
+from jobs.cluster.metrics import marked_as_running
 from jobs.cluster.pinned import check_index_is_there, pin_index, pinned_encoder
 from jobs.cluster.stopping import GOES_ON, stoppable
 from jobs.screen import detail
@@ -80,9 +81,10 @@ def run(config: TrainConfig, address: str | None = None) -> TrainSummary:
             # before Ray and torch are loaded: what is wrong is told at once
             with display.activity(f"Listing the images of {', '.join(config.sources)}"):
                 inputs = list_inputs(config, config.out)
-            with on_shown_ray(
-                display, address, partial(_describe_kept, config.out)
-            ):  # before Ray Data, which reads its settings
+            with (
+                on_shown_ray(display, address, partial(_describe_kept, config.out)),  # before Ray Data reads settings
+                marked_as_running(config.out, "train"),
+            ):
                 return _train(config, record, start, inputs, display)
         except KeyboardInterrupt:
             raise signals.stopped(_record_stop(config.out)) from None

@@ -233,6 +233,11 @@ class Captioner:
         """
         return self._finish(self._prepare(pixels, exclude_image_ids)).to_results()
 
+    @property
+    def halvings(self) -> int:
+        """How often a batch was halved because the GPU's memory had run out."""
+        return sum(step.halvings for step in (self._preparing, self._decoding, self._scoring))
+
     def _prepare(self, pixels: Sequence[Pixels], exclude_image_ids: Sequence[str | None] | None) -> list[PreparedBatch]:
         """Returns a batch for which captions can be generated: whole, or in parts where memory runs out."""
 

@@ -30,6 +30,7 @@ class StageReport:
     by_pillow: int = 0  # images that `decode: fast` left to Pillow
     searched_by: frozenset[str] = frozenset()  # backends with which the actors search
     dtypes: frozenset[str] = frozenset()  # precisions in which the actors compute
+    halvings: int = 0  # batches that were halved because a GPU's memory ran out
     ended_fragments: int = 0  # from `load`: fragments whose last image is in this batch
     ended_images: int = 0  # all images of those fragments
 

@@ -58,6 +58,8 @@ class RayCall(JobCall):
     """Print one JSON object as the last line of stdout, and everything else to stderr."""
     address: RayAddress = None
     """Ray cluster's HOST:PORT, or `local`; by default RAY_ADDRESS, the Ray that runs here, or else a new local one."""
+    lineage: bool = False
+    """Send OpenLineage events of what is read and written, to where OPENLINEAGE_URL or `openlineage.yml` says."""
 
 
 class CaptionCall(RayCall):

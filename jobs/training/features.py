@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
@@ -24,6 +26,7 @@ from jobs.captioning.load import LoadSpec, load_batch, start_loading
 from jobs.captioning.watch import watch_run
 from jobs.cluster.display import Activity
 from jobs.cluster.errors import GuardedActor, unwrapped_errors
+from jobs.cluster.metrics import record
 from jobs.cluster.resources import node_resources, use_threads
 from jobs.cluster.tasks import iter_small_rows, map_in_actors
 from jobs.training.inputs import TrainInputs, TrainItem
@@ -118,7 +121,7 @@ def _encode_all(
 ) -> Iterator[int]:
     """Encodes and stores the images of all items; yields the numbers of images in the parts."""
     actors = plan_actors(config.compute.to_compute_config(), node_resources())
-    with unwrapped_errors(), watch_run("features", None, len(items)) as watch:
+    with unwrapped_errors(), watch_run(config.out, None, len(items)) as watch:
         loading = LoadSpec(plan, config.data, pa.schema([]), False, watch.monitor, watch.crash_guard)
         loaded = start_loading(items, load_items, loading, FRAGMENT_ROWS, actors.cpus_per_task)
         arguments = (start, actors.device, actors.threads)
@@ -168,15 +171,27 @@ class EncodeImages(GuardedActor):
         self._encoders = Captioner(start.load().to(device), start.load_tokenizer(), retrieval, options=options)
         free = self._encoders.model.free_memory
         self._together = MicroBatches("the encoders", free, "Give --device cpu", _ENCODED_TOGETHER)
+        self._run_id, self._halvings = start.config.out, 0
 
     def process(self, batch: pa.Table) -> pa.Table:
         """Maps a row of `load_items` to a row whose `images` are the features of a part."""
-        row = batch.to_pylist()[0]
+        row, began = batch.to_pylist()[0], time.monotonic()
         images = pa.ipc.open_stream(batch["images"][0].as_buffer()).read_all()
         good = np.flatnonzero(pc.equal(images["status"], STATUS_OK).to_numpy()).tolist()
         captions = captions_of(images.select(row["kept"]), self._caption_column)
         table = feature_table(images, captions, *self._encode(images, good))
+        self._count(images, time.monotonic() - began)
         return _as_row({"split": row["split"], "name": row["name"]}, table)
+
+    def _count(self, images: pa.Table, seconds: float) -> None:
+        """Counts a batch in the metrics."""
+        stage = {"stage": "encode"}
+        record("smallcap_images_total", self._run_id, len(images), stage)
+        record("smallcap_busy_seconds_total", self._run_id, seconds, stage)
+        for code, count in Counter(images["error_code"].drop_null().to_pylist()).items():
+            record("smallcap_errors_total", self._run_id, count, {"code": code})
+        record("smallcap_memory_halvings_total", self._run_id, self._together.halvings - self._halvings)
+        self._halvings = self._together.halvings
 
     def _encode(self, images: pa.Table, rows: list[int]) -> tuple[np.ndarray, np.ndarray | None]:
         """Returns features [n, P, Hv] float16 and embeddings [n, dim] of the given rows, which may be none."""
