@@ -113,7 +113,9 @@ def open_record(config: TrainConfig) -> tuple[TrainRecord, ModelStart]:
         if record.status != "complete":
             check_index_is_there(record, config.index)
         return record, start
-    manifest, encoder = pin_index(config.index, config.retrieval.k, config.retrieval_encoder)
+    manifest, encoder = pin_index(
+        config.index, config.retrieval.k, config.retrieval_encoder, config.retrieval.cache_dir
+    )
     start = ModelStart(config, encoder)
     return TrainRecord.new(config, manifest.index_id if manifest else None, encoder, start_id=start.model_id()), start
 
@@ -223,7 +225,11 @@ def _finish(config: TrainConfig, record: TrainRecord, start: ModelStart) -> Trai
 
 
 def _crop_plan(model: SmallCapModel, start: ModelStart) -> CropPlan:
-    retrieval = load_preprocessing(start.retrieval_encoder) if start.retrieval_encoder else None
+    retrieval = (
+        load_preprocessing(start.retrieval_encoder, start.config.retrieval.cache_dir)
+        if start.retrieval_encoder
+        else None
+    )
     return CropPlan.of(model.encoder.preprocessing, retrieval, start.config.data.decode)
 
 

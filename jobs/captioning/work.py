@@ -49,9 +49,11 @@ def open_record(config: CaptionConfig) -> RunRecord:
     check_kept_columns(config.keep_columns)
     record = load_run_record(config.out)
     if record is not None:
-        record.check_same_run(config, partial(checkpoint_id, config.model), config.out)
+        record.check_same_run(config, partial(checkpoint_id, config.model, config.retrieval.cache_dir), config.out)
         return record.model_copy(update={"retrieval_encoder": pinned_encoder(record, config.out)})
-    manifest, encoder = pin_index(config.index, config.retrieval.k, config.retrieval.encoder)
+    manifest, encoder = pin_index(
+        config.index, config.retrieval.k, config.retrieval.encoder, config.retrieval.cache_dir
+    )
     if manifest:
         share_of(manifest.shards, (0, config.retrieval.partitions))  # refuses what their actors would refuse later
     if config.output.save_embeddings and encoder is None:
@@ -60,7 +62,7 @@ def open_record(config: CaptionConfig) -> RunRecord:
             where="output.save_embeddings",
             remedy="Give --index, or --set retrieval.encoder=SPEC.",
         )
-    model_id = checkpoint_id(config.model)
+    model_id = checkpoint_id(config.model, config.retrieval.cache_dir)
     return RunRecord.new(config, manifest.index_id if manifest else None, encoder, model_id=model_id)
 
 

@@ -32,7 +32,7 @@ def write_model(out: str, start: ModelStart, step: int, frozen: str) -> str:
     restore_trained_weights(model.decoder.cross_attention_parameters(), out, step)
     with storage.scratch_folder() as folder:
         save_checkpoint(model, folder)
-        save_tokenizer(start.tokenizer_source, folder)
+        save_tokenizer(start.tokenizer_source, folder, start.config.retrieval.cache_dir)
         written = load_checkpoint(str(folder))
         after = frozen_sha256(written, written.decoder)
         if after != frozen:

@@ -20,7 +20,7 @@ SelectedBy = Literal["cider", "validation_loss", "last"]
 # Options that may differ between the attempts of one run: where it runs, how it fetches, and where things are kept.
 _FREE = (
     *("out", "features", "workers", "compute", "checkpoint_steps", "images", "retrieval.cache_dir"),
-    *(f"data.{name}" for name in ("fetch_timeout_s", "fetch_attempts")),
+    *(f"data.{name}" for name in ("fetch_timeout_s", "fetch_attempts", "allow_private_hosts")),
 )
 
 
