@@ -36,6 +36,7 @@ _FREE = (
     *(f"input.{name}" for name in ("fetch_timeout_s", "fetch_attempts", "allow_private_hosts")),
     *(f"output.{name}" for name in ("rows_per_part", "rows_per_row_group")),
     *("limit", "max_error_rate", "out", "retrieval.partitions", "retrieval.search_device"),
+    *("require_index_id", "require_model_hash"),
 )
 
 
@@ -182,6 +183,7 @@ class RunRecord(PinnedRecord):
 
     format_version: Literal[1] = 1
     model_id: str
+    model_sha256: str | None = None  # of the file of weights
     input: Input | None = None
     images: ImageCounts = ImageCounts()
     tars: TarContents = TarContents()  # at the end of the run

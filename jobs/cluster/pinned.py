@@ -124,23 +124,24 @@ def check_required_index(required: str | None, index: str | None, k: int | None,
         )
 
 
-def check_required_model(required: str | None, model: str, cache_dir: str) -> str:
-    """Returns the sha256 of a checkpoint's weights, after checking that it begins as the command requires.
+def check_required_model(required: str | None, model: str | None, cache_dir: str) -> None:
+    """Checks that the sha256 of a checkpoint's weights begins as the command requires; None requires nothing.
 
     Raises:
         ConfigError: It does not.
         CheckpointError, StorageError: The checkpoint cannot be found or fetched.
     """
+    if required is None or model is None:
+        return
     sha256 = checkpoint_sha256(model, cache_dir)
-    if not sha256.startswith(required or ""):
+    if not sha256.startswith(required):
         raise ConfigError(
             "The model's weights are not those that are required.",
             where=model,
             expected=f"sha256 {required} (--require-model-hash)",
             found=f"sha256 {sha256}",
-            remedy="Give the model that has this checksum. If its weights were changed on purpose, require the new one.",
+            remedy="Give the model with this checksum. If its weights were changed on purpose, require the new one.",
         )
-    return sha256
 
 
 def pin_index(

@@ -64,7 +64,7 @@ class VisionSide(NamedTuple):
 def features_identity(start: ModelStart, inputs: TrainInputs, vision: VisionSide) -> dict[str, Any]:
     """Returns everything that decides the stored features."""
     spec = start.retrieval_encoder
-    retrieval = resolve_encoder_identity(spec, config.retrieval.cache_dir) if spec else None
+    retrieval = resolve_encoder_identity(spec, start.config.retrieval.cache_dir) if spec else None
     return {
         "vision_encoder_sha256": vision.sha256,
         "retrieval_encoder": retrieval.model_dump(include={"weights_sha256", "dim"}) if retrieval else None,

@@ -76,8 +76,8 @@ def fetch_objects(uris: Sequence[str], options: FetchOptions = FetchOptions()) -
         options: Limits on concurrency, time, attempts and size.
 
     Returns:
-        Bytes or a `RowError` for each URI: `not_found`, `forbidden` (also by the rules for lists and hosts), `too_large`, `invalid_uri`, `timeout` or
-        `unavailable`.
+        Bytes or a `RowError` for each URI: `not_found`, `forbidden` (also by the rules for lists and hosts),
+        `too_large`, `invalid_uri`, `timeout` or `unavailable`.
 
     Raises:
         StorageError: A store fails as a whole: no such bucket, refused credentials, no connection, or 16 objects that

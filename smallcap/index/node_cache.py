@@ -12,8 +12,8 @@ its new shards. Models are kept by their places and versions (`smallcap.model.re
 
 The sha256 of every file is checked; of a model, whose files nobody lists with checksums, against that of the first
 download. A stamp (checksum, size, inode, change time) spares the next process the reading as long as the file stays
-untouched. Files arrive only by rename: truncating a mapped file would kill the
-processes that map it, while replacing or deleting it does not harm them.
+untouched. Files arrive only by rename: truncating a mapped file would kill the processes that map it, while replacing
+or deleting it does not harm them.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ from smallcap.model.clip import Clip, VisionTower, pad_right
 from smallcap.model.clip_config import VisionConfig
 from smallcap.model.clip_tokenizer import ClipTokenizer
 from smallcap.model.encoder_spec import (
+    local_encoder,
     open_clip_preprocessing,
     resolve_encoder_identity,
     uses_quick_gelu,

@@ -103,11 +103,9 @@ def local_encoder(spec: str, cache_dir: str) -> tuple[Literal["hf", "open_clip"]
     if pretrained is not None and not is_local(pretrained):
         return backend, name, str(fetch_file(pretrained, cache_dir))
     place = name.removeprefix(_LOCAL_FOLDER)
-    return (
-        backend,
-        name if is_local(place) else f"{_LOCAL_FOLDER}{resolve_folder(place, 'clip', cache_dir)}",
-        pretrained,
-    )
+    if not is_local(place):
+        name = f"{_LOCAL_FOLDER}{resolve_folder(place, 'clip', cache_dir)}"
+    return backend, name, pretrained
 
 
 def check_encoder_spec(spec: str) -> tuple[Literal["hf", "open_clip"], str, str | None]:
