@@ -23,7 +23,7 @@ _CACHE_REMEDY = "Name a folder that can be written, on a disk with room, by --ca
 _SHOWN = 3  # files that a line names
 
 
-def check_model(model: str, cache_dir: str) -> Iterator[Finding]:
+def check_model(model: str, cache_dir: str = storage.DEFAULT_CACHE_DIR) -> Iterator[Finding]:
     """Loads a checkpoint on the CPU, and names its weights by their checksum.
 
     Args:
@@ -44,7 +44,7 @@ def check_model(model: str, cache_dir: str) -> Iterator[Finding]:
     yield ok("model", f"{loaded.model_id}: {parameters / 1e6:,.1f} million parameters, loaded in {seconds:.1f} s")
 
 
-def check_encoder(spec: str, cache_dir: str) -> Iterator[Finding]:
+def check_encoder(spec: str, cache_dir: str = storage.DEFAULT_CACHE_DIR) -> Iterator[Finding]:
     """Looks for a retrieval encoder, and names its weights by their checksum.
 
     Args:

@@ -111,7 +111,7 @@ def _open_session(options: FetchOptions, public_only: bool) -> aiohttp.ClientSes
 
     guard = PublicOnly() if public_only else None
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=options.concurrency, socket_factory=guard and guard.make_socket),
+        connector=aiohttp.TCPConnector(limit=options.concurrency, socket_factory=guard.make_socket if guard else None),
         middlewares=(guard.check_request,) if guard else (),
         cookie_jar=aiohttp.DummyCookieJar(),
         headers={"User-Agent": "smallcap", "Accept-Encoding": "identity"},  # images are compressed already

@@ -34,6 +34,7 @@ from smallcap.model.files import named_by_weights, read_checkpoint_config, resol
 from smallcap.model.gpt2 import GPT2Decoder, dump_gpt2_config, parse_gpt2_config
 from smallcap.model.opt import OPTDecoder, dump_opt_config, parse_opt_config
 from smallcap.model.prompt import PromptTemplate
+from smallcap.model.remote import shown_place
 from smallcap.model.weights import Unfilled, read_tensors
 from smallcap.model.xglm import XGLM_FORMAT, XGLMDecoder
 from smallcap.storage import DEFAULT_CACHE_DIR
@@ -223,7 +224,7 @@ def load_checkpoint(
     with Unfilled():
         model = SmallCapModel(load_config(folder))
     path = weights_file(folder)
-    load_weights(model, read_tensors(path), str(path))
+    load_weights(model, read_tensors(path), shown_place(path))
     model.model_id = named_by_weights(source, folder)
     choose_kernels(torch_dtype, torch_device)
     return model.to(device=torch_device, dtype=torch_dtype).eval().requires_grad_(False)
@@ -241,7 +242,7 @@ def load_config(folder: Path) -> SmallCapConfig:
         if kind not in DECODER_KINDS:
             raise CheckpointError(
                 "The checkpoint has a decoder of an unknown kind.",
-                where=str(path),
+                where=shown_place(path),
                 expected=", ".join(DECODER_KINDS),
                 found=kind,
             )
@@ -259,7 +260,9 @@ def load_config(folder: Path) -> SmallCapConfig:
         return replace(config, **{**generation, "template": PromptTemplate(**generation.get("template", {}))})
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            "The checkpoint's config.json is malformed.", where=str(path), found=f"{type(error).__name__}: {error}"
+            "The checkpoint's config.json is malformed.",
+            where=shown_place(path),
+            found=f"{type(error).__name__}: {error}",
         ) from error
 
 

@@ -18,6 +18,7 @@ from smallcap.model.clip_tokenizer import ClipTokenizer
 from smallcap.model.encoder_spec import local_encoder
 from smallcap.model.files import weights_file
 from smallcap.model.prompt import read_tokenizer
+from smallcap.model.remote import shown_place
 from smallcap.storage import DEFAULT_CACHE_DIR
 
 _ERF = np.frompyfunc(math.erf, 1, 1)
@@ -73,7 +74,7 @@ def _read_weights(path: Path) -> dict[str, np.ndarray] | None:
                 return None
             return {name: file.get_tensor(name).astype(np.float32) for name in names}
     except (SafetensorError, OSError) as error:
-        raise CheckpointError("The weights file is damaged.", where=str(path), found=str(error)) from error
+        raise CheckpointError("The weights file is damaged.", where=shown_place(path), found=str(error)) from error
 
 
 class TextTower:

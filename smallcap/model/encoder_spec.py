@@ -27,7 +27,7 @@ from smallcap.images.decode import Preprocessing
 from smallcap.index.manifest import EncoderIdentity
 from smallcap.model.clip_config import read_clip_config
 from smallcap.model.files import DEMO, read_checkpoint_config, resolve_folder, weights_file, weights_sha256
-from smallcap.model.remote import fetch_file
+from smallcap.model.remote import fetch_file, shown_place
 from smallcap.storage import DEFAULT_CACHE_DIR, is_local
 
 _LOCAL_FOLDER = "local-dir:"  # how open_clip names one, which smallcap lets be remote as well
@@ -83,7 +83,7 @@ def load_crop_plan(
     except (AttributeError, KeyError) as error:
         raise CheckpointError(
             "The checkpoint's config.json is malformed.",
-            where=str(folder / "config.json"),
+            where=shown_place(folder / "config.json"),
             found=f"{type(error).__name__}: {error}",
         ) from error
     retrieval = load_preprocessing(retrieval_encoder, cache_dir) if retrieval_encoder else None
@@ -285,5 +285,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         values: dict[str, Any] = json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError) as error:
-        raise CheckpointError("The encoder's config cannot be read.", where=str(path), found=str(error)) from error
+        raise CheckpointError(
+            "The encoder's config cannot be read.", where=shown_place(path), found=str(error)
+        ) from error
     return values

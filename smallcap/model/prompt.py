@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from smallcap.errors import CheckpointError
 from smallcap.model.files import tokenizer_folder
+from smallcap.model.remote import shown_place
 from smallcap.storage import DEFAULT_CACHE_DIR
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # `tokenizers` has no type of its own for it
-        raise CheckpointError("The tokenizer is damaged.", where=str(path), found=str(error)) from error
+        raise CheckpointError("The tokenizer is damaged.", where=shown_place(path), found=str(error)) from error
 
 
 def _read_byte_level_bpe(vocabulary: Path, merges: Path) -> Tokenizer:
@@ -91,7 +92,7 @@ def _read_byte_level_bpe(vocabulary: Path, merges: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
     except Exception as error:  # `tokenizers` has no type of its own for it
-        where = str(vocabulary.parent)
+        where = shown_place(vocabulary.parent)
         raise CheckpointError("The tokenizer is damaged.", where=where, found=str(error)) from error
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -111,7 +112,7 @@ def _of_transformers(folder: Path) -> PreTrainedTokenizerBase:
     except (OSError, ValueError) as error:
         raise CheckpointError(
             "There is no tokenizer here.",
-            where=str(folder),
+            where=shown_place(folder),
             expected="tokenizer.json, or vocab.json and merges.txt",
             found=str(error).splitlines()[0],
         ) from error
