@@ -20,6 +20,7 @@ from smallcap.index.manifest import POINTER_FILE, IndexManifest, utc_now
 from smallcap.options import load_config
 from smallcap.output.part_files import RUN_FILE
 from smallcap.phrasing import describe_count, describe_duration
+from smallcap.redaction import hide_secrets
 from smallcap.report.datastore import Datastore, read_datastore
 from smallcap.report.measures import CLIP_SCORE, COPIED_SHARE, RUN_MEASURES, histogram
 from smallcap.report.page import as_script_text, render_page
@@ -113,6 +114,7 @@ def _run_page(paths: Sequence[str], count: int) -> tuple[bytes, str]:
         thumbnails = read_thumbnails(uris, max(left, 0), containers, _input_config(records[0]))
     for row in read.rows:
         thumbnail = thumbnails.get(row["uri"]) if _has_caption(row) else None
+        row |= {name: row[name] and hide_secrets(row[name]) for name in ("id", "uri")}  # a page is passed on
         row.update({"missing": thumbnail.what} if isinstance(thumbnail, RowError) else {"image": thumbnail})
     total = read.figures[0].ok + sum(read.figures[0].errors.values())
     facts = _about(paths) | {

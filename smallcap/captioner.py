@@ -67,7 +67,7 @@ class CaptionerOptions(GenerationConfig):
     index_id: str | None = None
     """Version of the index; by default the current one."""
     cache_dir: str = DEFAULT_CACHE_DIR
-    """Folder for copies of remote indexes, and for what `auto` means here."""
+    """Folder for copies of remote indexes and models, and for what `auto` means here."""
     search_device: SearchDevice = "auto"
     """Where the index is searched; `auto` is the model's GPU where both fit on it, else the CPU."""
     compile_encoders: bool = False
@@ -146,7 +146,7 @@ class Captioner:
         """Loads a captioner, as in `from_pretrained("demo", "s3://bucket/index", k=4, num_beams=3)`.
 
         Args:
-            model: `demo`, a checkpoint folder, or a hub id.
+            model: `demo`, a checkpoint folder, a URI such as `s3://bucket/run/model`, or a hub id.
             index: URI of a published index, or an open index; not needed with k=0.
             options: How to load and to caption, as `CaptionerOptions`, or only how to decode.
             changes: Single options by name; they win over `options`.
@@ -154,6 +154,7 @@ class Captioner:
         Raises:
             ConfigError: An option is unknown or has a wrong value, or an index is needed and missing.
             CheckpointError: The model or the encoder cannot be loaded.
+            StorageError: The store of the model or the index fails.
             ManifestError: There is no published index.
             IndexIntegrityError: The index is damaged, or was built with another encoder.
         """
@@ -165,13 +166,16 @@ class Captioner:
             opened = None if isinstance(index, str) else index
             manifest = opened.manifest if opened else load_manifest(str(index), options.index_id)
             spec = spec or manifest.encoder.spec
-            manifest.check_encoder(resolve_encoder_identity(spec), where=manifest.index_id if opened else str(index))
+            manifest.check_encoder(
+                resolve_encoder_identity(spec, options.cache_dir), where=manifest.index_id if opened else str(index)
+            )
             retriever = opened or Retriever.open(str(index), cache_dir=options.cache_dir, index_id=manifest.index_id)
-        encoder = load_retrieval_encoder(spec, device, dtype) if spec else None
-        loaded = load_checkpoint(model, device, dtype)
+        encoder = load_retrieval_encoder(spec, device, dtype, options.cache_dir) if spec else None
+        loaded = load_checkpoint(model, device, dtype, options.cache_dir)
+        tokenizer = load_tokenizer(tokenizer_source(model, options.cache_dir), options.cache_dir)
         if isinstance(retriever, Retriever):
             retriever.use_device(device, options.search_device)
-        captioner = cls(loaded, load_tokenizer(tokenizer_source(model)), encoder, retriever, options)
+        captioner = cls(loaded, tokenizer, encoder, retriever, options)
         captioner.pack()
         if options.compile_encoders:
             captioner.compile_encoders()
@@ -195,6 +199,7 @@ class Captioner:
         images: Iterable[GivenImage],
         image_ids: Iterable[str | None] | None = None,
         max_pixels: int = MAX_IMAGE_PIXELS,
+        allow_private_hosts: bool = False,
     ) -> list[CaptionResult]:
         """Captions images in one batch; one that cannot be fetched or decoded gets an error instead of a caption.
 
@@ -202,6 +207,8 @@ class Captioner:
             images: Paths, URIs, encoded image files as bytes, PIL images, or uint8 arrays, in any mix.
             image_ids: Ids of the images. Captions whose source image has the same id are not retrieved for it.
             max_pixels: Files with more pixels become errors.
+            allow_private_hosts: Whether http(s) URLs may lead to addresses that are not public. Leave it off where
+                the URLs are other people's: they could make this machine ask its own network.
 
         Returns:
             One result per image, in order.
@@ -211,7 +218,7 @@ class Captioner:
             ValueError: There are more or fewer ids than images.
             StorageError: An object store fails as a whole.
         """
-        cropped = crop_given(images, self.crop_plan, max_pixels)
+        cropped = crop_given(images, self.crop_plan, max_pixels, allow_private_hosts)
         ids: list[str | None] = [None] * len(cropped) if image_ids is None else list(image_ids)
         if len(ids) != len(cropped):
             raise ValueError(f"image_ids: expected {len(cropped)} ids, one for each image, found {len(ids)}.")

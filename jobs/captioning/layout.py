@@ -129,7 +129,7 @@ def load_spec(
     """Returns what loading tasks are told."""
     from jobs.captioning.load import LoadSpec
 
-    crops = load_crop_plan(config.model, record.retrieval_encoder, config.input.decode)
+    crops = load_crop_plan(config.model, record.retrieval_encoder, config.input.decode, config.retrieval.cache_dir)
     keep_bytes = layout.parts.webdataset
     keys = config.generation.do_sample
     return LoadSpec(crops, config.input, work.kept_columns, keep_bytes, watch.monitor, watch.crash_guard, keys)

@@ -34,9 +34,10 @@ from smallcap.records import Record, load_record
 _FREE = (
     *(f"compute.{name}" for name in ("device", "compile", "batch_size", "num_actors", "max_actors", "gpus_per_actor")),
     "compute.stall_timeout_s",
-    *(f"input.{name}" for name in ("fetch_timeout_s", "fetch_attempts")),
+    *(f"input.{name}" for name in ("fetch_timeout_s", "fetch_attempts", "allow_private_hosts")),
     *(f"output.{name}" for name in ("rows_per_part", "rows_per_row_group")),
     *("limit", "max_error_rate", "out", "retrieval.partitions", "retrieval.search_device"),
+    *("require_index_id", "require_model_hash"),
 )
 
 
@@ -196,6 +197,7 @@ class RunRecord(PinnedRecord):
     format_version: Literal[1] = 1
     model_id: str
     refreshed: Refreshed | None = None  # of a refresh
+    model_sha256: str | None = None  # of the file of weights
     input: Input | None = None
     images: ImageCounts = ImageCounts()
     tars: TarContents = TarContents()  # at the end of the run

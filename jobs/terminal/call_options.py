@@ -120,7 +120,7 @@ class SearchOptions(Config):
     k: Annotated[int, Flag(("-k", "--k"))] = Field(10, ge=1, le=10_000)
     """Number of captions to find."""
     encoder: str | None = None
-    """Retrieval encoder: `open_clip:MODEL/PRETRAINED` or `hf:ID-OR-PATH`; by default the index's encoder."""
+    """Retrieval encoder: `open_clip:MODEL/PRETRAINED` or `hf:ID-PATH-OR-URI`; by default the index's encoder."""
     as_json: AsJson = False
     """Print JSON."""
 
@@ -265,7 +265,7 @@ class DoctorOptions(Config):
     """An examination of this machine, and of what a run on it is to use."""
 
     model: str = "demo"
-    """Model to load: `demo`, a checkpoint folder, or a Hugging Face id."""
+    """Model to load: `demo`, a checkpoint's folder, prefix, or Hugging Face id."""
     index: str | None = None
     """Published index to look at."""
     retrieval_encoder: str | None = None
@@ -277,7 +277,7 @@ class DoctorOptions(Config):
     device: Device = "auto"
     """Device to prove. `auto` takes a GPU if there is one, else the CPU."""
     cache_dir: str = DEFAULT_CACHE_DIR
-    """Folder for copies of remote indexes."""
+    """Folder for copies of remote indexes and models."""
     quick: bool = False
     """Start no local Ray, and leave out what searches, captions and measures: a few seconds instead of a minute."""
     as_json: AsJson = False

@@ -67,7 +67,7 @@ class VisionSide(NamedTuple):
 def features_identity(start: ModelStart, inputs: TrainInputs, vision: VisionSide) -> dict[str, Any]:
     """Returns everything that decides the stored features."""
     spec = start.retrieval_encoder
-    retrieval = resolve_encoder_identity(spec) if spec else None
+    retrieval = resolve_encoder_identity(spec, start.config.retrieval.cache_dir) if spec else None
     return {
         "vision_encoder_sha256": vision.sha256,
         "retrieval_encoder": retrieval.model_dump(include={"weights_sha256", "dim"}) if retrieval else None,
@@ -165,8 +165,8 @@ class EncodeImages(GuardedActor):
         """Loads the encoders."""
         use_threads(threads)
         self._caption_column = start.config.data.caption_column
-        encoder = start.retrieval_encoder
-        retrieval = load_retrieval_encoder(encoder, device) if encoder else None
+        encoder, cache_dir = start.retrieval_encoder, start.config.retrieval.cache_dir
+        retrieval = load_retrieval_encoder(encoder, device, cache_dir=cache_dir) if encoder else None
         options = CaptionerOptions(k=0, clip_score=False)
         self._encoders = Captioner(start.load().to(device), start.load_tokenizer(), retrieval, options=options)
         free = self._encoders.model.free_memory

@@ -17,6 +17,7 @@ from smallcap.config import InputConfig
 from smallcap.errors import ErrorCode, RowError, StorageError
 from smallcap.images.fetch_sources import FetchFailure, Sources, is_object_store, place_of
 from smallcap.images.kinds import MAX_IMAGE_BYTES
+from smallcap.images.public_addresses import PublicOnly
 
 if TYPE_CHECKING:
     import aiohttp
@@ -42,11 +43,17 @@ class FetchOptions:
     """The longest wait, even where Retry-After asks for more."""
     max_bytes: int = MAX_IMAGE_BYTES
     """The most bytes of an object; larger ones are `too_large`, and not downloaded."""
+    private_hosts: bool = False
+    """Whether URLs of the web may lead to addresses that are not public."""
 
     @classmethod
     def of(cls, config: InputConfig) -> Self:
         """Returns the options of a job's config."""
-        return cls(timeout_s=config.fetch_timeout_s, attempts=config.fetch_attempts)
+        return cls(
+            timeout_s=config.fetch_timeout_s,
+            attempts=config.fetch_attempts,
+            private_hosts=config.allow_private_hosts,
+        )
 
 
 @dataclass(frozen=True)
@@ -69,8 +76,8 @@ def fetch_objects(uris: Sequence[str], options: FetchOptions = FetchOptions()) -
         options: Limits on concurrency, time, attempts and size.
 
     Returns:
-        Bytes or a `RowError` for each URI: `not_found`, `forbidden`, `too_large`, `invalid_uri`, `timeout` or
-        `unavailable`.
+        Bytes or a `RowError` for each URI: `not_found`, `forbidden` (also by the rules for lists and hosts),
+        `too_large`, `invalid_uri`, `timeout` or `unavailable`.
 
     Raises:
         StorageError: A store fails as a whole: no such bucket, refused credentials, no connection, or 16 objects that
@@ -82,7 +89,13 @@ def fetch_objects(uris: Sequence[str], options: FetchOptions = FetchOptions()) -
 
 async def _fetch_all(uris: Sequence[str], options: FetchOptions) -> tuple[dict[str, bytes | RowError], int]:
     executor = ThreadPoolExecutor(options.concurrency, thread_name_prefix="fetch")
-    sources = Sources(executor, lambda: _open_session(options), options.timeout_s, options.max_bytes)
+    sources = Sources(
+        executor,
+        lambda public_only: _open_session(options, public_only),
+        options.timeout_s,
+        options.max_bytes,
+        options.private_hosts,
+    )
     fetching = _Fetching(sources, options)
     try:
         results = await asyncio.gather(*(fetching.fetch(uri) for uri in uris))
@@ -93,11 +106,13 @@ async def _fetch_all(uris: Sequence[str], options: FetchOptions) -> tuple[dict[s
     return dict(zip(uris, results, strict=True)), fetching.retries
 
 
-def _open_session(options: FetchOptions) -> aiohttp.ClientSession:
+def _open_session(options: FetchOptions, public_only: bool) -> aiohttp.ClientSession:
     import aiohttp
 
+    guard = PublicOnly() if public_only else None
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=options.concurrency),
+        connector=aiohttp.TCPConnector(limit=options.concurrency, socket_factory=guard.make_socket if guard else None),
+        middlewares=(guard.check_request,) if guard else (),
         cookie_jar=aiohttp.DummyCookieJar(),
         headers={"User-Agent": "smallcap", "Accept-Encoding": "identity"},  # images are compressed already
         timeout=aiohttp.ClientTimeout(total=None),  # each attempt has our own time limit

@@ -23,6 +23,7 @@ from smallcap import storage
 from smallcap.config import InputConfig
 from smallcap.errors import SchemaError
 from smallcap.field_values import decode_json, id_strings, id_text, no_text, undecodable
+from smallcap.images.list_places import with_refusals
 from smallcap.tables import announce, format_of, json_lines, open_text, read_table, text_lines
 
 BATCH_ROWS = 65_536
@@ -63,7 +64,8 @@ class ImageList:
         """Yields `image_id` and `image_uri` (string, absolute, never null) and the kept columns.
 
         A row without an id has its URI as id. A row without a URI, or one that cannot be read or whose id is not text,
-        has an empty URI, whose image is an error, and where it has no id either, that of its place: `LIST#row=ROW`.
+        has an empty URI, whose image is an error, and where it has no id either, that of its place: `LIST#row=ROW`. A
+        URI that the list may not name begins with `list_places.REFUSED`; its image is an error as well.
 
         Raises:
             SchemaError: The list is damaged or lacks a column.
@@ -116,6 +118,8 @@ class ImageList:
                 uris, ids = (pc.if_else(pa.array(wrong), "", column) for column in (uris, ids))
         missing = pc.equal(uris, "")
         absolute = pc.if_else(missing, "", self._absolute(uris))
+        if not (self.config.trust_lists or storage.is_local(self.uri)):
+            absolute = pa.array(with_refusals(absolute.to_pylist(), self.uri), pa.string())
         ids = pc.if_else(pc.equal(ids, ""), uris, ids)
         nameless = pc.equal(ids, "")
         if pc.any(nameless, min_count=0).as_py():

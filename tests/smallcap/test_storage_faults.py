@@ -328,7 +328,7 @@ def test_an_error_that_was_told_before_is_none_of_this_one(
 def test_rows_are_told_in_one_line(server: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     Store.answer = ANSWERS[name][0]
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{server}")
-    quick = FetchOptions(attempts=2, first_backoff_s=0.01)
+    quick = FetchOptions(attempts=2, first_backoff_s=0.01, private_hosts=True)
     uris = [f"s3://bucket-{name}/a\n\x1b[31m.jpg", f"s3://bucket-{name}/b.jpg", f"http://{server}/c.jpg"]
     for error in fetch_objects(uris, quick).data:
         assert isinstance(error, RowError)

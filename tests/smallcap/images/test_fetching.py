@@ -20,10 +20,11 @@ from smallcap.errors import ErrorCode, RowError, StorageError
 from smallcap.images.fetching import AdaptiveLimit, FetchOptions, fetch_objects
 from smallcap.s3 import s3_store
 
-QUICK = FetchOptions(attempts=4, first_backoff_s=0.01, max_backoff_s=0.05)
+ON_LOOPBACK = FetchOptions(private_hosts=True)  # where the tests' servers are
+QUICK = FetchOptions(attempts=4, first_backoff_s=0.01, max_backoff_s=0.05, private_hosts=True)
 SIGNED = "/a%2Fb%7e.jpg?X-Amz-Credential=K%2F2026%2Fus-east-1&X-Amz-Signature=ab%2Bcd%3D%3D&x=a+b"
 AZURE = "devstoreaccount1"  # what the emulator's account is called
-IMPATIENT = FetchOptions(attempts=2, timeout_s=0.5, first_backoff_s=0.01)
+IMPATIENT = FetchOptions(attempts=2, timeout_s=0.5, first_backoff_s=0.01, private_hosts=True)
 
 
 def code_of(data: bytes | RowError) -> ErrorCode:
@@ -164,7 +165,7 @@ class TestPlaces:
         uris = [storage.join(place, "x") for place in (s3, str(tmp_path), "memory://mixed")]
         for uri in uris:
             storage.write_bytes(uri, uri.encode())
-        fetched = fetch_objects([*uris, f"{web}/x", f"file://{tmp_path}/x"])
+        fetched = fetch_objects([*uris, f"{web}/x", f"file://{tmp_path}/x"], ON_LOOPBACK)
         assert fetched.data == [*(uri.encode() for uri in uris), b"/x", uris[1].encode()]
 
     @pytest.mark.parametrize(
@@ -176,7 +177,7 @@ class TestPlaces:
 
     def test_a_file_above_the_limit_is_not_read(self, folder: str, web: str) -> None:
         (uri,) = written(folder, 1, size=1001)
-        small = FetchOptions(max_bytes=1000)
+        small = FetchOptions(max_bytes=1000, private_hosts=True)
         assert code_of(fetch_objects([uri], small).data[0]) == ErrorCode.TOO_LARGE
         assert code_of(fetch_objects([f"{web}/endless"], small).data[0]) == ErrorCode.TOO_LARGE  # says no length
         assert isinstance(fetch_objects([uri], FetchOptions(max_bytes=1001)).data[0], bytes)
@@ -218,8 +219,9 @@ class TestPlaces:
         assert code_of(fetch_objects([str(file)]).data[0]) == ErrorCode.FORBIDDEN
 
     def test_the_options_are_the_configs(self) -> None:
-        options = FetchOptions.of(InputConfig(fetch_timeout_s=3, fetch_attempts=2))
-        assert (options.timeout_s, options.attempts) == (3, 2)
+        options = FetchOptions.of(InputConfig(fetch_timeout_s=3, fetch_attempts=2, allow_private_hosts=True))
+        assert (options.timeout_s, options.attempts, options.private_hosts) == (3, 2, True)
+        assert not FetchOptions.of(InputConfig()).private_hosts
 
 
 class TestWeb:
@@ -232,14 +234,14 @@ class TestWeb:
         ],
     )
     def test_what_is_asked_for(self, web: str, asked: str, answer: str) -> None:
-        assert fetch_objects([web + asked]).data == [answer.encode()]
+        assert fetch_objects([web + asked], ON_LOOPBACK).data == [answer.encode()]
 
     def test_s3_accepts_a_presigned_url(self, s3: str) -> None:
         import s3fs
 
         storage.write_bytes(f"{s3}/a b+c.jpg", b"image")
         url = s3fs.S3FileSystem(endpoint_url=os.environ["AWS_ENDPOINT_URL"]).sign(f"{s3}/a b+c.jpg")
-        assert fetch_objects([url]).data == [b"image"]
+        assert fetch_objects([url], ON_LOOPBACK).data == [b"image"]
 
     @pytest.mark.parametrize(
         ("path", "code", "requests"),
@@ -265,7 +267,7 @@ class TestWeb:
         assert code_of(late) == ErrorCode.TIMEOUT
         assert "0.5 s" in str(late)
         Web.asked_at.clear()
-        fetched = fetch_objects([f"{web}/busy-once"], FetchOptions(first_backoff_s=0.01))
+        fetched = fetch_objects([f"{web}/busy-once"], FetchOptions(first_backoff_s=0.01, private_hosts=True))
         assert (fetched.data, fetched.retries) == ([b"image"], 1)
         assert Web.asked_at[1] - Web.asked_at[0] >= 1
 

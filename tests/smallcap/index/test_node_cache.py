@@ -56,7 +56,12 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the files that are read for their checksum."""
     checked: list[str] = []
     check = index_cache.check_file
-    monkeypatch.setattr(index_cache, "check_file", lambda path, entry: (checked.append(entry.file), check(path, entry)))
+
+    def noted(path: Path, entry: FileEntry) -> str:
+        checked.append(entry.file)
+        return check(path, entry)
+
+    monkeypatch.setattr(index_cache, "check_file", noted)
     return checked
 
 
