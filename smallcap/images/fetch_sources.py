@@ -26,7 +26,6 @@ from smallcap.hub import is_on_hub, web_address
 from smallcap.local_files import local_path
 from smallcap.s3 import is_plain_key, s3_endpoint, s3_store
 from smallcap.storage_faults import (
-    OF_THE_CONNECTION,
     OF_THE_PLACE,
     WORTH_REPEATING,
     Cause,
@@ -58,7 +57,7 @@ class FetchFailure(Exception):  # noqa: N818 - an outcome to be weighed, not an 
     repeat: bool = field(default=False, kw_only=True)  # whether another attempt may help
     retry_after_s: float | None = field(default=None, kw_only=True)  # how long the server asks to wait
     slow_down: bool = field(default=False, kw_only=True)  # whether the server asks for fewer requests
-    unreached: bool = field(default=False, kw_only=True)  # whether there was no connection to the server at all
+    fault: Fault | None = field(default=None, kw_only=True)  # of an object store
 
 
 def place_of(uri: str) -> str:
@@ -127,12 +126,12 @@ class Sources:
 
     async def _get_from_object_store(self, scheme: str, bucket: str, key: str) -> bytes:
         endpoint = s3_endpoint() if scheme == "s3" else None
-        store = _object_store(scheme, bucket, endpoint, self._timeout_s)
         try:
+            store = object_store(scheme, bucket, endpoint, self._timeout_s)
             response = await store.get_async(key)
             _check_size(response.meta["size"], self._max_bytes)
             return bytes(await response.bytes_async())  # obstore raises for fewer bytes than announced
-        except FetchFailure:
+        except (FetchFailure, StorageError):
             raise
         except Exception as error:  # obstore tells most things only in the text
             raise _object_store_failure(error, f"{scheme}://{bucket}/{key}", endpoint) from error
@@ -166,8 +165,7 @@ class Sources:
                 ErrorCode.UNAVAILABLE,
                 f"The server failed: {fault.describe()}.",
                 repeat=True,
-                unreached=fault.cause in OF_THE_CONNECTION,
-            ) from error
+                    ) from error
 
 
 def _hub_address(uri: str) -> tuple[str, dict[str, str]] | None:
@@ -259,8 +257,8 @@ def _read_by_fsspec(uri: str, max_bytes: int) -> bytes:
 
 
 @lru_cache
-def _object_store(scheme: str, bucket: str, endpoint: str | None, timeout_s: float) -> ObjectStore:
-    """Opens a bucket without obstore's retries, which would not be counted."""
+def object_store(scheme: str, bucket: str, endpoint: str | None, timeout_s: float) -> ObjectStore:
+    """Opens a bucket without obstore's retries, which would not be counted; see `smallcap.s3.s3_store`."""
     if scheme == "s3":
         return s3_store(bucket, endpoint, max_retries=0, timeout_s=timeout_s)
     from obstore.exceptions import BaseError
@@ -291,11 +289,11 @@ def _object_store_failure(error: Exception, uri: str, endpoint: str | None) -> F
         answer = f" ({fault.code})" if fault.code else ""
         return FetchFailure(ErrorCode.FORBIDDEN, f"These credentials may not read the image{answer}.")
     if fault.cause is Cause.TIMEOUT:
-        return FetchFailure(ErrorCode.TIMEOUT, "The object store did not answer in time.", repeat=True)
+        return FetchFailure(ErrorCode.TIMEOUT, "The object store did not answer in time.", repeat=True, fault=fault)
     return FetchFailure(
         ErrorCode.UNAVAILABLE,
         f"The object store failed: {fault.describe()}.",
-        repeat=fault.status is None or fault.status in WORTH_REPEATING,
+        repeat=fault.status is None or fault.passes,
         slow_down=fault.status in _SLOW_DOWN,
-        unreached=fault.cause in OF_THE_CONNECTION,
+        fault=fault,
     )

@@ -259,7 +259,9 @@ def _begins_like_image(uri: str) -> bool:
     try:
         with storage.open_ranged(uri) as file:
             return begins_like_image(file.read(SIGNATURE_BYTES))
-    except (StorageError, OSError):  # a link to nothing, a folder, a file of another user
+    except (StorageError, OSError) as error:  # a link to nothing, a folder, a file of another user
+        if isinstance(error, StorageError) and not storage.is_local(uri):
+            unreadable_file(error, uri)
         return False
 
 
