@@ -1,7 +1,7 @@
 """Rides out storage that blinks: repeats what fails for a passing reason, with growing waits, for a time that is set.
 
-Everything that is asked of storage is repeated here, except images, whose attempts `smallcap.images.fetching` counts; it
-waits by the same rules once a place answers nothing any more. What no wait mends (a missing object, refused
+Everything that is asked of storage is repeated here, except images, whose attempts `smallcap.images.fetching` counts;
+it waits by the same rules once a place answers nothing any more. What no wait mends (a missing object, refused
 credentials) is not repeated. Which faults pass, `smallcap.storage_faults` says.
 """
 

@@ -45,6 +45,11 @@ def s3_endpoint() -> str | None:
     return endpoint
 
 
+def s3fs_options() -> dict[str, Any]:
+    """Returns the options of s3fs; with the endpoint named, fsspec does not use the filesystem of another endpoint."""
+    return {"endpoint_url": s3_endpoint(), "config_kwargs": {"retries": {"max_attempts": S3_RETRIES}}}
+
+
 @lru_cache
 def _is_address(text: str) -> bool:
     try:

@@ -28,7 +28,7 @@ from smallcap.errors import StorageError
 from smallcap.hub import check_writable, hub_filesystem, is_on_hub, kind_on_hub
 from smallcap.local_files import as_text, fixed_part, has_marks, local_path, walk
 from smallcap.patience import ride_out
-from smallcap.s3 import S3_RETRIES, is_plain_key, open_object, read_object_tail, s3_endpoint, update_object, walk_objects
+from smallcap.s3 import is_plain_key, open_object, read_object_tail, s3fs_options, update_object, walk_objects
 from smallcap.storage_faults import brief
 from smallcap.translated import patient, patiently, translated, translated_file
 
@@ -81,13 +81,11 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     if is_on_hub(uri):
         return hub_filesystem(uri)
     is_s3 = uri.startswith("s3://")
-    endpoint = s3_endpoint() if is_s3 else None
+    options = s3fs_options() if is_s3 else {}
     try:
         # no cache of listings: other processes write to the same places
         if is_s3:  # a key may have ::, which joins two protocols elsewhere
-            # With the endpoint named, fsspec does not reuse the filesystem of another endpoint.
-            s3_options = {"endpoint_url": endpoint, "config_kwargs": {"retries": {"max_attempts": S3_RETRIES}}}
-            return fsspec.filesystem("s3", use_listings_cache=False, **s3_options), absolute(uri)[len("s3://") :]
+            return fsspec.filesystem("s3", use_listings_cache=False, **options), absolute(uri)[len("s3://") :]
         fs, path = url_to_fs(absolute(uri), use_listings_cache=False)
     except Exception as error:  # each protocol has its own: without a host, an archive, a Java library …
         raise StorageError(

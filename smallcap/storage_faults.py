@@ -77,7 +77,8 @@ _CAUSE_OF_CODE = {
         "NotSignedUp SignatureDoesNotMatch XAmzContentSHA256Mismatch AuthenticationRequired AuthenticationFailed "
         "InvalidAuthenticationInfo NoAuthenticationInformation UnrecognizedClient InvalidSignature",
         Cause.ELSEWHERE: "AuthorizationHeaderMalformed PermanentRedirect IllegalLocationConstraintException",
-        Cause.SLOW_DOWN: "SlowDown ServiceUnavailable ServerBusy TooManyRequests Throttling ThrottlingException RequestLimitExceeded",
+        Cause.SLOW_DOWN: "SlowDown ServiceUnavailable ServerBusy TooManyRequests Throttling ThrottlingException "
+        "RequestLimitExceeded",
         Cause.TIMEOUT: "RequestTimeout OperationTimedOut",
     }.items()
     for code in codes.split()
@@ -214,7 +215,9 @@ def error_of(fault: Fault, doing: str, uri: str, endpoint: str | None = None, tr
 
     Args:
         fault: The fault.
-        doing, uri, endpoint: See `storage_error`.
+        doing: See `storage_error`, as for the next two.
+        uri: What it could not be done with.
+        endpoint: The address that was set for its service.
         tried: How long it was tried, as `, in every attempt for 5 min`.
     """
     where = uri

@@ -1,5 +1,4 @@
-"""Puts patience and the one translator of storage's exceptions around what a client does, and around files it has opened.
-"""
+"""Puts patience, and the one translator of exceptions, around what storage clients do and the files they have opened."""
 
 from __future__ import annotations
 

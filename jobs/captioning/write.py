@@ -106,7 +106,7 @@ class PartWriter:
         self._interim: list[str] = []
 
     def write_all(self, captioned: ray.data.Dataset, sink: PartSink) -> None:
-        """Runs a pipeline to its end, and writes what it yields; where a signal or a failure stops it, what it has yielded.
+        """Runs a pipeline to its end, and writes what it yields; and where something stops it, what it has yielded.
 
         Raises:
             KeyboardInterrupt: A signal came.

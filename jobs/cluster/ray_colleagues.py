@@ -1,7 +1,7 @@
 """Lets the processes of a job on Ray share values, and brings what they tell to the driver's terminal.
 
-Ray's head keeps both, as texts by name, for as long as the job runs: no actor is needed, and a worker of any stage reaches
-it. Without Ray, and where the head does not answer, values stay in the process and lines go to its log.
+Ray's head keeps both, as texts by name, for as long as the job runs: no actor is needed, and a worker of any stage
+reaches it. Without Ray, and where the head does not answer, values stay in the process, and lines go to its stderr.
 """
 
 from __future__ import annotations

@@ -183,7 +183,7 @@ def _check_folder() -> None:
         StorageError: It is not.
     """
     good = _served.get(LOCAL)
-    if good is None or os.path.exists(path := local_path(storage.absolute(good))):
+    if good is None or (path := local_path(storage.absolute(good))).exists():
         return
     try:
         with os.scandir(path.parent) as entries:

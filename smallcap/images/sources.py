@@ -34,6 +34,7 @@ from smallcap.images.parquet import (
     read_outlines,
     with_images,
 )
+from smallcap.images.place_check import unreadable_file
 from smallcap.local_files import local_path
 from smallcap.tables import format_of
 

@@ -7,14 +7,12 @@ import socket
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from smallcap import s3 as s3_operations
 from smallcap import storage
 from smallcap.errors import RowError, StorageError
 from smallcap.images.fetching import FetchOptions, fetch_objects
@@ -71,24 +69,13 @@ def closed() -> Iterator[str]:
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+def impatient(monkeypatch: pytest.MonkeyPatch, single_tries: None) -> None:
     """Clients that try once, with credentials of their own."""
-    import s3fs
-
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "test")
     monkeypatch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
-    opened = s3_operations.s3_store
-    monkeypatch.setattr(s3_operations, "s3_store", partial(opened, max_retries=0, timeout_s=1.0))
-    real = storage.fsspec.filesystem
-
-    def filesystem(protocol: str, **options: Any) -> Any:
-        quick = {"retries": {"max_attempts": 0}, "read_timeout": 1, "connect_timeout": 1}
-        return real(protocol, **options | ({"config_kwargs": quick} if protocol == "s3" else {}))
-
-    monkeypatch.setattr(storage.fsspec, "filesystem", filesystem)
+    monkeypatch.setenv("SMALLCAP_STORAGE_PATIENCE_S", "0")
 
 
 OPERATIONS: dict[str, Callable[[str], Any]] = {  # by obstore, s3fs, and both
@@ -102,6 +89,7 @@ OPERATIONS: dict[str, Callable[[str], Any]] = {  # by obstore, s3fs, and both
 }
 LOOKS = {  # they ask by HEAD, or take what is missing for an answer
     "exists": lambda uri: storage.exists(f"{uri}/key"),
+    "is folder": lambda uri: storage.is_folder(f"{uri}/key"),
     "size": lambda uri: storage.size(f"{uri}/key"),
     "folder": lambda uri: storage.list_folder(f"{uri}/folder"),
     "remove": lambda uri: storage.remove(f"{uri}/key"),
@@ -149,6 +137,7 @@ def test_an_answer_is_told_in_a_sentence(
         (OPERATIONS | LOOKS)[operation](f"s3://bucket-{name}")
     told(raised.value, cause, remedy, f"s3://bucket-{name}/")
     assert server in str(raised.value)
+    assert f"on node {socket.gethostname()}" in str(raised.value)
 
 
 @pytest.mark.parametrize("operation", [*OPERATIONS, *LOOKS])
@@ -171,7 +160,6 @@ def test_a_connection_that_fails_is_told_in_a_sentence(
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_web_page_in_place_of_a_store(server: str, operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("smallcap.s3.time.sleep", lambda seconds: None)
     Store.answer = (200, "<html>Welcome", {"Last-Modified": "Wed, 21 Oct 2015 07:28:00 GMT"})
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{server}")
     try:

@@ -345,7 +345,7 @@ class TestTheRunsEnd:
         uris = list(written(s3, 40, size=1))
         fault_proxy.plan(**plan)
         began = time.monotonic()
-        with pytest.raises(StorageError, match="failed in all attempts") as raised:
+        with pytest.raises(StorageError, match="Cannot fetch images: .*in every attempt for") as raised:
             fetch_objects(uris, IMPATIENT)
         assert time.monotonic() - began < 10
         assert s3 in str(raised.value)
@@ -356,13 +356,29 @@ class TestTheRunsEnd:
         with pytest.raises(StorageError, match="cannot be reached"):
             fetch_objects([f"{s3}/a.jpg"], QUICK)
 
-    def test_a_few_failed_objects_are_no_outage_and_a_missing_bucket_ends_the_run(
-        self, s3: str, fault_proxy: Any
+    @pytest.mark.parametrize("count", [1, 15])
+    def test_a_few_objects_that_fail_are_rows_where_their_bucket_lists(
+        self, s3: str, fault_proxy: Any, count: int
     ) -> None:
-        fault_proxy.plan(outage=True)
-        fetched = fetch_objects([f"{s3}/{number}" for number in range(15)], QUICK)
+        fault_proxy.plan(rates={"reset": 1.0}, match="/failing/")
+        fetched = fetch_objects([f"{s3}/failing/{number}" for number in range(count)], QUICK)
         assert {code_of(data) for data in fetched.data} == {ErrorCode.UNAVAILABLE}
-        fault_proxy.plan()
+        fault_proxy.plan(outage=True)
+        with pytest.raises(StorageError, match="Cannot fetch images"):
+            fetch_objects([f"{s3}/failing/{number}" for number in range(count)], QUICK)
+
+    @pytest.mark.parametrize("count", [1, 40])
+    @pytest.mark.parametrize("fault", ["slow_down", "reset", "error"])
+    def test_a_store_that_blinks_is_ridden_out(self, s3: str, fault_proxy: Any, fault: str, count: int) -> None:
+        """Also where it still lists, and where some of the call's objects were served before."""
+        objects = written(s3, count)
+        plan = {"rates": {fault: 1.0}, "error_status": 500, "error_code": "InternalError", "for_s": 0.8}
+        fault_proxy.plan(**plan, begins_at=count // 3)
+        assert fetch_objects(list(objects), QUICK).data == list(objects.values())
+        fault_proxy.plan(**plan, match="bin")
+        assert fetch_objects(list(objects), QUICK).data == list(objects.values())
+
+    def test_a_missing_bucket_ends_the_run(self, s3: str) -> None:
         with pytest.raises(StorageError, match="bucket does not exist"):
             fetch_objects(["s3://no-such-bucket-at-all/a.jpg"])
 
