@@ -375,8 +375,9 @@ class TestTheRunsEnd:
         plan = {"rates": {fault: 1.0}, "error_status": 500, "error_code": "InternalError", "for_s": 0.8}
         fault_proxy.plan(**plan, begins_at=count // 3)
         assert fetch_objects(list(objects), QUICK).data == list(objects.values())
-        fault_proxy.plan(**plan, match="bin")
-        assert fetch_objects(list(objects), QUICK).data == list(objects.values())
+        if count > 1:  # a single object that fails while its bucket lists is a row
+            fault_proxy.plan(**plan, match="bin")
+            assert fetch_objects(list(objects), QUICK).data == list(objects.values())
 
     def test_a_missing_bucket_ends_the_run(self, s3: str) -> None:
         with pytest.raises(StorageError, match="bucket does not exist"):
