@@ -57,7 +57,7 @@ class FetchFailure(Exception):  # noqa: N818 - an outcome to be weighed, not an 
     repeat: bool = field(default=False, kw_only=True)  # whether another attempt may help
     retry_after_s: float | None = field(default=None, kw_only=True)  # how long the server asks to wait
     slow_down: bool = field(default=False, kw_only=True)  # whether the server asks for fewer requests
-    fault: Fault | None = field(default=None, kw_only=True)  # of an object store
+    fault: Fault | None = field(default=None, kw_only=True)  # of an object store or a disk
 
 
 def place_of(uri: str) -> str:
@@ -160,12 +160,7 @@ class Sources:
         except TimeoutError:
             raise
         except aiohttp.ClientError as error:
-            fault = diagnose(error)
-            raise FetchFailure(
-                ErrorCode.UNAVAILABLE,
-                f"The server failed: {fault.describe()}.",
-                repeat=True,
-                    ) from error
+            raise FetchFailure(ErrorCode.UNAVAILABLE, f"The server failed: {_reason(error)}.", repeat=True) from error
 
 
 def _hub_address(uri: str) -> tuple[str, dict[str, str]] | None:
@@ -231,7 +226,9 @@ def _read_local(uri: str, max_bytes: int) -> bytes:
     except OSError as error:  # a name that is too long is malformed; a network disk may come back
         if error.errno == errno.ENAMETOOLONG:
             raise FetchFailure(ErrorCode.INVALID_URI, f"This is not a path: {error.strerror}") from error
-        raise FetchFailure(ErrorCode.UNAVAILABLE, f"The disk failed: {_reason(error)}.", repeat=True) from error
+        fault = diagnose(error)
+        what = f"The disk failed: {fault.describe()}."
+        raise FetchFailure(ErrorCode.UNAVAILABLE, what, repeat=True, fault=fault) from error
 
 
 def _read_by_fsspec(uri: str, max_bytes: int) -> bytes:

@@ -168,7 +168,7 @@ class _Place:
     has_only_lists: bool = False  # and no object, for as long as the patience lasted
     served_at: float = -math.inf
     refused_at: float = -math.inf
-    refused: dict[str, ErrorCode] = field(default_factory=dict)  # the objects that are forbidden or gone, by URI
+    refused: dict[str, ErrorCode] = field(default_factory=dict)  # why, of objects that another attempt would not get
 
     def note(self, uri: str, outcome: bytes | FetchFailure) -> None:
         """Takes what one attempt came to."""
@@ -176,9 +176,10 @@ class _Place:
         if isinstance(outcome, bytes):
             self.answered_at = self.served_at = now
             note_served(uri)
-        elif outcome.code not in (ErrorCode.UNAVAILABLE, ErrorCode.TIMEOUT, ErrorCode.INVALID_URI):
-            self.answered_at = now
-            if outcome.code in (ErrorCode.FORBIDDEN, ErrorCode.NOT_FOUND):
+        elif outcome.code not in (ErrorCode.TIMEOUT, ErrorCode.INVALID_URI):
+            if outcome.code is not ErrorCode.UNAVAILABLE:
+                self.answered_at = now
+            if outcome.code is not ErrorCode.TOO_LARGE and not outcome.repeat:
                 self.refused_at = now
                 self.refused[uri] = outcome.code
 
@@ -280,7 +281,8 @@ class _Fetching:
         try:
             await asyncio.get_running_loop().run_in_executor(None, ask_once, uri)
         except Exception as error:  # noqa: BLE001 - each client has its own
-            return not diagnose(error).passes
+            fault = diagnose(error)
+            return fault.status is not None and not fault.passes
         return True
 
     async def _wait_for(self, place: _Place, uri: str, failure: FetchFailure) -> bool:
@@ -304,7 +306,7 @@ class _Fetching:
         endpoint = s3_endpoint() if place.name.startswith("s3://") else None
         error = error_of(fault, "fetch images", place.name, endpoint, wait.describe())
         raise StorageError(
-            error.what, where=error.where, found=f"no object was fetched; {uri}: {failure.what}", remedy=error.remedy
+            error.what, where=error.where, found=f"{uri}: {failure.what}", remedy=error.remedy
         )
 
     async def check_refused(self) -> None:
@@ -316,5 +318,5 @@ class _Fetching:
         for place in self.places.values():
             if place.refused and place.refused_at >= place.served_at:
                 uri, code = next(reversed(place.refused.items()))
-                ask = partial(check_place, uri, is_forbidden=code is ErrorCode.FORBIDDEN, refused=len(place.refused))
+                ask = partial(check_place, uri, is_gone=code is ErrorCode.NOT_FOUND, refused=len(place.refused))
                 await asyncio.get_running_loop().run_in_executor(None, ask)

@@ -21,7 +21,7 @@ from smallcap.patience import Wait
 from smallcap.s3 import is_plain_key, s3_endpoint
 from smallcap.storage_faults import OF_THE_PLACE, Cause, Fault, diagnose, error_of, this_node
 
-_FEW = 4  # so many forbidden objects of a bucket of which nothing can be had, not even a list, are not an accident
+_FEW = 4  # so many refused objects of a bucket that gives nothing, not even a list, are not an accident
 _TIMEOUT_S = 30.0
 _AGAIN = "Then run the same command again."
 _ALLOW = (
@@ -54,20 +54,20 @@ def unreadable_file(error: StorageError, uri: str) -> RowError:
         StorageError: `error` itself, where the service is at fault; or the place serves no other file either.
     """
     if isinstance(error.__cause__, FileNotFoundError | IsADirectoryError):
-        check_place(uri, is_forbidden=False)
+        check_place(uri, is_gone=True)
         return RowError(ErrorCode.NOT_FOUND, "The file does not exist.", where=uri)
     if isinstance(error.__cause__, PermissionError):
-        check_place(uri, is_forbidden=True)
+        check_place(uri, is_gone=False)
         return RowError(ErrorCode.FORBIDDEN, "These credentials may not read the file.", where=uri)
     raise error
 
 
-def check_place(uri: str, *, is_forbidden: bool, refused: int = 1) -> None:
+def check_place(uri: str, *, is_gone: bool, refused: int = 1) -> None:
     """Asks a place that has refused an object whether it serves others; other web servers are not asked.
 
     Args:
         uri: The object.
-        is_forbidden: Whether it is forbidden; otherwise it is gone.
+        is_gone: Whether it is not there; otherwise it is forbidden, or cannot be had for another reason.
         refused: How many objects of the place were refused, with none served in between.
 
     Raises:
@@ -89,8 +89,7 @@ def check_place(uri: str, *, is_forbidden: bool, refused: int = 1) -> None:
             if fault.cause is not Cause.MISSING:
                 raise _failed(place, fault, uri)
         fault = _fault_of(uri, lambda: _list_beside(uri))
-        is_shut = fault is not None and fault.cause is Cause.FORBIDDEN and is_forbidden and refused >= _FEW
-        if fault is not None and (is_shut or fault.cause in OF_THE_PLACE):
+        if fault is not None and (fault.cause in OF_THE_PLACE or (refused >= _FEW and not is_gone)):
             raise _failed(place, fault, uri)
 
 
