@@ -135,7 +135,7 @@ _CAUSE_OF_TEXT = (
     ),
 )
 # Of obstore, of the libraries of Delta and Lance tables, and of Arrow's own client of S3.
-_STATUS_IN_TEXT = re.compile(r"status(?: code)?:? (\d{3})\b|HTTP (?:response )?(?:status|code) (\d{3})\b")
+_STATUS_IN_TEXT = re.compile(r"status(?: code)?:? (\d{3})\b|status (?:client|server) error \((\d{3})\b")
 _CODE_OF_ARROW = re.compile(r"AWS Error ([A-Z_]+) during")
 _CREDENTIALS_OF = {
     "s3": "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (AWS_SESSION_TOKEN for temporary ones), or AWS_PROFILE.",

@@ -8,6 +8,7 @@ for an object that some process of the job has read before, and else for a list 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,7 @@ _ALLOW = (
 )
 
 _served: dict[str, str] = {}  # by place: the last object that this process has read there
+_files_refused: Counter[str] = Counter()  # by place: tars and Parquet files, since it served the last one
 
 
 def note_served(uri: str) -> None:
@@ -40,6 +42,7 @@ def note_served(uri: str) -> None:
     if place not in _served and place != LOCAL:
         colleagues().share(f"served {place}", uri)
     _served[place] = uri
+    _files_refused.pop(place, None)
 
 
 def known_good(place: str) -> str | None:
@@ -57,7 +60,9 @@ def unreadable_file(error: StorageError, uri: str) -> RowError:
         check_place(uri, is_gone=True)
         return RowError(ErrorCode.NOT_FOUND, "The file does not exist.", where=uri)
     if isinstance(error.__cause__, PermissionError):
-        check_place(uri, is_gone=False)
+        place = place_of(uri)
+        _files_refused[place] += 1
+        check_place(uri, is_gone=False, refused=_files_refused[place])
         return RowError(ErrorCode.FORBIDDEN, "These credentials may not read the file.", where=uri)
     raise error
 

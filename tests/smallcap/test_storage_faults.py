@@ -322,3 +322,59 @@ def test_rows_are_told_in_one_line(server: str, name: str, monkeypatch: pytest.M
         assert isinstance(error, RowError)
         assert re.fullmatch(r"[ -~]{10,250}\.", str(error)), str(error)
         assert not re.search("Generic|Debug|Errno|xml", str(error)), str(error)
+
+
+@pytest.mark.parametrize(
+    ("text", "cause", "status"),
+    [
+        (  # Delta
+            "Generic S3 error: Error performing GET http://h:1/b/t in 1.9s, after 3 retries, max_retries: 3, "
+            'retry_timeout: 180s  - Server returned non-2xx status code: 503: <?xml version="1.0"?><Error><Code>SlowDown'
+            "</Code><Message>Please reduce your request rate.</Message></Error>",
+            Cause.SLOW_DOWN,
+            503,
+        ),
+        (  # Lance
+            "LanceError(IO): Generic S3 error: Client error with status 400 Bad Request: <Error><Code>ExpiredToken"
+            "</Code></Error>, /home/runner/lance-io/src/object_store.rs:12:3",
+            Cause.EXPIRED,
+            400,
+        ),
+        ("HTTP status server error (500 Internal Server Error) for url (http://h:1/b/t)", Cause.FAILING, 500),
+        (  # Arrow's own client
+            "When reading information for key 'a' in bucket 'b': AWS Error ACCESS_DENIED during HeadObject operation: "
+            "No response body.",
+            Cause.FORBIDDEN,
+            None,
+        ),
+        ("When listing objects: AWS Error NETWORK_CONNECTION during ListObjectsV2 operation: curlCode: 7", Cause.UNREACHED, None),
+    ],
+)
+def test_texts_of_libraries_that_write_tables(text: str, cause: Cause, status: int | None) -> None:
+    fault = diagnose(OSError(text))
+    assert fault.cause is cause
+    assert fault.status == status
+    assert "Debug" not in fault.describe()
+    assert "\n" not in fault.describe()
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [
+        (ConnectionResetError(104, "reset"), True),
+        (OSError(116, "Stale file handle"), True),
+        (socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution"), True),
+        (socket.gaierror(socket.EAI_NONAME, "Name or service not known"), False),
+        (OSError(28, "No space left on device"), False),
+        (FileNotFoundError(2, "no"), False),
+        (OSError("status code: 500"), True),
+        (OSError("status code: 429"), True),
+        (OSError("status code: 501"), False),
+        (OSError("status code: 403"), False),
+        (OSError("status code: 400"), False),
+        (ValueError("no"), False),
+    ],
+    ids=str,
+)
+def test_which_faults_pass(error: Exception, passes: bool) -> None:
+    assert diagnose(error).passes == passes
