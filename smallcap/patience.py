@@ -24,6 +24,7 @@ DEFAULT_PATIENCE_S = 300.0
 _VARIABLE = "SMALLCAP_STORAGE_PATIENCE_S"
 _TOLD_AFTER_S = 10.0
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.2, 15.0
+_GIVEN_UP_S = 60.0  # after it has failed for good, a place is not waited for: a command that ends must not wait again
 
 Result = TypeVar("Result")
 
@@ -92,9 +93,11 @@ class Wait:
         now = time.monotonic()
         if self._failed_at is None:
             self._failed_at = now
-        if fault.passes and now - self._failed_at < patience_s():
+        place = place_of(self._uri)
+        lasts = now - self._failed_at < patience_s() and not _outages.is_given_up(place, now)
+        if fault.passes and lasts:
             return True
-        _outages.leave(place_of(self._uri), self._is_told)
+        _outages.leave(place, self._is_told, now if fault.passes else None)
         self._is_told = False
         return False
 
@@ -117,8 +120,10 @@ class Wait:
 
     def end(self) -> None:
         """Says that storage is back, where it was told to fail."""
-        if self._is_told and _outages.end(place_of(self._uri)):
-            place, waited = place_of(self._uri), describe_duration(time.monotonic() - self._began)
+        place = place_of(self._uri)
+        _outages.note_answer(place)
+        if self._is_told and _outages.end(place):
+            waited = describe_duration(time.monotonic() - self._began)
             colleagues().tell(place, f"Storage answers again: {place}, on {this_node()} after {waited}.")
         self._is_told = False
 
@@ -145,6 +150,7 @@ class _Outages:
 
     def __init__(self) -> None:
         self._waits: Counter[str] = Counter()
+        self._given_up: dict[str, float] = {}  # when, by place
         self._lock = threading.Lock()
 
     def begin(self, place: str) -> bool:
@@ -158,9 +164,19 @@ class _Outages:
         with self._lock:
             return self._waits.pop(place, 0) > 0
 
-    def leave(self, place: str, is_told: bool) -> None:
-        """Takes back one wait, which has come to its end in vain."""
+    def note_answer(self, place: str) -> None:
+        """Forgets that a place was given up."""
+        self._given_up.pop(place, None)
+
+    def is_given_up(self, place: str, now: float) -> bool:
+        """Says whether a wait for a place has come to its end in vain a moment ago."""
+        return place in self._given_up and now < self._given_up[place] + _GIVEN_UP_S
+
+    def leave(self, place: str, is_told: bool, given_up_at: float | None) -> None:
+        """Takes back one wait, which has come to its end in vain; `given_up_at` where only the time was too short."""
         with self._lock:
+            if given_up_at is not None:
+                self._given_up[place] = given_up_at
             if is_told and place in self._waits:
                 self._waits[place] -= 1
                 if not self._waits[place]:

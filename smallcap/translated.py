@@ -1,4 +1,4 @@
-"""Puts patience, and the one translator of exceptions, around what storage clients do and the files they have opened."""
+"""Puts patience, and the one translator of exceptions, around what storage clients do and files they have opened."""
 
 from __future__ import annotations
 

@@ -250,7 +250,9 @@ def _read_by_fsspec(uri: str, max_bytes: int) -> bytes:
     except FetchFailure:
         raise
     except Exception as error:  # the errors of filesystems have no common base class
-        raise FetchFailure(ErrorCode.UNAVAILABLE, f"The service failed: {_reason(error)}.", repeat=True) from error
+        fault = diagnose(error)
+        what = f"The service failed: {fault.describe()}."
+        raise FetchFailure(ErrorCode.UNAVAILABLE, what, repeat=True, fault=fault) from error
 
 
 @lru_cache

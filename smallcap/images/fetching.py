@@ -155,6 +155,11 @@ class AdaptiveLimit:
             self._free.release()
 
 
+def _is_asked(place: _Place) -> bool:
+    """Says whether a place can fail as a whole: a bucket, or the disks from which something was read."""
+    return is_object_store(place.name) or (place.name == LOCAL and known_good(LOCAL) is not None)
+
+
 @dataclass
 class _Place:
     """The state of a bucket or host in this call; times are those of `time.monotonic`."""
@@ -166,21 +171,18 @@ class _Place:
     answered_at: float = -math.inf  # with an object, or a definite refusal
     back_at: float = -math.inf  # after it had answered nothing
     has_only_lists: bool = False  # and no object, for as long as the patience lasted
-    served_at: float = -math.inf
-    refused_at: float = -math.inf
     refused: dict[str, ErrorCode] = field(default_factory=dict)  # why, of objects that another attempt would not get
 
     def note(self, uri: str, outcome: bytes | FetchFailure) -> None:
         """Takes what one attempt came to."""
         now = time.monotonic()
         if isinstance(outcome, bytes):
-            self.answered_at = self.served_at = now
+            self.answered_at = now
             note_served(uri)
         elif outcome.code not in (ErrorCode.TIMEOUT, ErrorCode.INVALID_URI):
             if outcome.code is not ErrorCode.UNAVAILABLE:
                 self.answered_at = now
             if outcome.code is not ErrorCode.TOO_LARGE and not outcome.repeat:
-                self.refused_at = now
                 self.refused[uri] = outcome.code
 
 
@@ -205,12 +207,17 @@ class _Fetching:
         try:
             while True:
                 outcome, attempts, last_began = await self._try(uri, place)
-                if isinstance(outcome, bytes):
-                    return outcome
-                if not outcome.repeat or not await self._is_back(place, uri, outcome, last_began):
+                if isinstance(outcome, bytes) or not outcome.repeat or not _is_asked(place):
+                    break
+                if not await self._is_back(place, uri, outcome, last_began):
+                    # The place may have come back just now: it has shown that it lives, so one attempt more decides.
+                    outcome = await self._attempt(uri, place)
+                    attempts, self.retries = attempts + 1, self.retries + 1
                     break
         finally:
             place.unsettled -= 1
+        if isinstance(outcome, bytes):
+            return outcome
         tried = f", in each of {attempts} attempts" if attempts > 1 else ""
         return RowError(outcome.code, f"{outcome.what.removesuffix('.')}{tried}.", where=uri)
 
@@ -253,8 +260,6 @@ class _Fetching:
         Raises:
             StorageError: The place has answered nothing for as long as the patience lasts.
         """
-        if not is_object_store(place.name) and (place.name != LOCAL or known_good(LOCAL) is None):
-            return False
         async with place.one_asks:
             if place.back_at >= last_began:
                 return True
@@ -304,19 +309,16 @@ class _Fetching:
         if place.unsettled < _OUTAGE_OBJECTS and await self._lists(uri):
             return False
         endpoint = s3_endpoint() if place.name.startswith("s3://") else None
-        error = error_of(fault, "fetch images", place.name, endpoint, wait.describe())
-        raise StorageError(
-            error.what, where=error.where, found=f"{uri}: {failure.what}", remedy=error.remedy
-        )
+        raise error_of(fault, "fetch images", place.name, endpoint, wait.describe())
 
     async def check_refused(self) -> None:
-        """Asks places that have refused objects, and served none after that, whether they serve any.
+        """Asks places that have refused objects whether they serve any: what was served may have been asked before.
 
         Raises:
             StorageError: One does not.
         """
         for place in self.places.values():
-            if place.refused and place.refused_at >= place.served_at:
+            if place.refused:
                 uri, code = next(reversed(place.refused.items()))
                 ask = partial(check_place, uri, is_gone=code is ErrorCode.NOT_FOUND, refused=len(place.refused))
                 await asyncio.get_running_loop().run_in_executor(None, ask)

@@ -1,8 +1,8 @@
 """Says whether single objects cannot be had, or whether the place fails that they lie in: a bucket, or a folder.
 
 Objects that are forbidden or gone are rows; a bucket that has become forbidden, or was deleted, stops the run. What
-distinguishes them is asked of the place itself, and only when it has refused something and served nothing since: first
-for an object that some process of the job has read before, and else for a list of what lies beside the refused one.
+distinguishes them is asked of the place itself, once for a batch of which it has refused something: first for an object
+that some process of the job has read before, and else for a list of what lies beside the refused one.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def check_place(uri: str, *, is_gone: bool, refused: int = 1) -> None:
     Args:
         uri: The object.
         is_gone: Whether it is not there; otherwise it is forbidden, or cannot be had for another reason.
-        refused: How many objects of the place were refused, with none served in between.
+        refused: How many objects of the place were refused.
 
     Raises:
         StorageError: The place fails.

@@ -41,6 +41,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
+    monkeypatch.setattr(patience, "_outages", patience._Outages())
     monkeypatch.setattr(patience, "time", SimpleNamespace(monotonic=lambda: clock.now, sleep=clock.sleep))
     monkeypatch.setenv("SMALLCAP_STORAGE_PATIENCE_S", "300")
     return clock
@@ -115,6 +116,16 @@ def test_of_many_waits_for_one_place_the_first_is_told(clock: Clock, heard: list
     clock.now += 1000
     assert not elsewhere.goes_on(fault)
     assert len(heard) == 3  # the error says it
+
+
+def test_a_place_that_was_given_up_is_not_waited_for_again_at_once(clock: Clock) -> None:
+    for _ in range(2):
+        with pytest.raises(ConnectionResetError):
+            ride_out("s3://bucket/key", "read this file", failing_until(clock, 1e9))
+    assert clock.now - 100 < 316
+    assert ride_out("s3://other/key", "read this file", failing_until(clock, 20)) == "done"
+    clock.now += 61
+    assert ride_out("s3://bucket/key", "read this file", failing_until(clock, 20)) == "done"
 
 
 def test_the_patience_is_what_was_set_or_the_environments(monkeypatch: pytest.MonkeyPatch, heard: list[str]) -> None:

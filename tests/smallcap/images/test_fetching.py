@@ -307,7 +307,7 @@ class TestFaults:
         fetched = fetch_objects(uris, IMPATIENT)
         failed = [data for data in fetched.data if isinstance(data, RowError)]
         assert [(str(error.code), error.where) for error in failed] == [(code, uris[7])]
-        assert "2 attempts" in str(failed[0])
+        assert "3 attempts" in str(failed[0])  # the last after another object has shown that the bucket answers
 
     def test_one_forbidden_object_is_a_row(self, s3: str, fault_proxy: Any) -> None:
         uris = list(written(s3, 3))
@@ -345,11 +345,11 @@ class TestTheRunsEnd:
         uris = list(written(s3, 40, size=1))
         fault_proxy.plan(**plan)
         began = time.monotonic()
-        with pytest.raises(StorageError, match="Cannot fetch images: .*in every attempt for") as raised:
+        with pytest.raises(StorageError, match=r"Cannot fetch images: .*in every attempt for") as raised:
             fetch_objects(uris, IMPATIENT)
         assert time.monotonic() - began < 10
         assert s3 in str(raised.value)
-        assert "AWS_ENDPOINT_URL" in str(raised.value)
+        assert "the same command again" in str(raised.value)
 
     def test_an_endpoint_that_nobody_listens_at(self, s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
