@@ -41,7 +41,7 @@ def patient(
 
     def decorate(function: Callable[Concatenate[str, More], Result]) -> Callable[Concatenate[str, More], Result]:
         @wraps(function)
-        def ask(uri: str, *arguments: More.args, **options: More.kwargs) -> Result:
+        def ask(uri: str, /, *arguments: More.args, **options: More.kwargs) -> Result:
             return patiently(uri, doing, lambda: function(uri, *arguments, **options))
 
         return ask

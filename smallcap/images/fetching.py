@@ -168,20 +168,19 @@ class _Place:
     in_flight: AdaptiveLimit
     one_asks: asyncio.Lock = field(default_factory=asyncio.Lock)  # the others wait for what it finds out
     unsettled: int = 0  # objects that are being fetched
-    answered_at: float = -math.inf  # with an object, or a definite refusal
+    answered_at: float = -math.inf  # with an object, or a definite refusal: when the newest such request began
     back_at: float = -math.inf  # after it had answered nothing
     has_only_lists: bool = False  # and no object, for as long as the patience lasted
     refused: dict[str, ErrorCode] = field(default_factory=dict)  # why, of objects that another attempt would not get
 
-    def note(self, uri: str, outcome: bytes | FetchFailure) -> None:
-        """Takes what one attempt came to."""
-        now = time.monotonic()
+    def note(self, uri: str, outcome: bytes | FetchFailure, began: float) -> None:
+        """Takes what one attempt came to, and when it began."""
         if isinstance(outcome, bytes):
-            self.answered_at = now
+            self.answered_at = max(self.answered_at, began)
             note_served(uri)
         elif outcome.code not in (ErrorCode.TIMEOUT, ErrorCode.INVALID_URI):
             if outcome.code is not ErrorCode.UNAVAILABLE:
-                self.answered_at = now
+                self.answered_at = max(self.answered_at, began)
             if outcome.code is not ErrorCode.TOO_LARGE and not outcome.repeat:
                 self.refused[uri] = outcome.code
 
@@ -235,7 +234,7 @@ class _Fetching:
 
     async def _attempt(self, uri: str, place: _Place) -> bytes | FetchFailure:
         outcome: bytes | FetchFailure = b""
-        entered = await place.in_flight.enter()
+        entered, began = await place.in_flight.enter(), time.monotonic()
         try:
             async with self.free, asyncio.timeout(self.options.timeout_s):
                 outcome = await self.sources.get(uri)
@@ -246,7 +245,7 @@ class _Fetching:
             outcome = FetchFailure(ErrorCode.TIMEOUT, what, repeat=True)
         finally:
             place.in_flight.leave(entered, slow_down=isinstance(outcome, FetchFailure) and outcome.slow_down)
-        place.note(uri, outcome)
+        place.note(uri, outcome, began)
         return outcome
 
     def _backoff(self, attempt: int, failure: FetchFailure) -> float:

@@ -106,7 +106,8 @@ def _read_start(uri: str) -> None:
     try:
         obstore.get(_store(scheme, bucket), key, options={"range": (0, 1)}).bytes()
     except Exception as error:
-        if diagnose(error).status != 416:  # it is empty
+        fault = diagnose(error)
+        if fault.status != 416 and fault.cause is not Cause.NO_STORE:  # it is empty, or came whole from a web server
             raise
 
 
