@@ -39,6 +39,7 @@ from jobs.cluster.tasks import map_in_actors
 from jobs.screen import detail
 from jobs.terminal.command_line import EXIT_TOO_MANY_ERRORS
 from smallcap.config import CaptionConfig
+from smallcap.errors import StorageError
 from smallcap.images.work_list import Relisted, WorkList
 from smallcap.index.manifest import utc_now
 from smallcap.local_files import is_below
@@ -199,6 +200,10 @@ def _caption(
         stopped = record.model_copy(update={"status": "stopped", "attempts": (*earlier, ended)})
         write_run_record(config.out, stopped)
         raise display.signals.stopped(_describe_stop(config, record, todo.items, writer.rows)) from None
+    except StorageError as error:
+        kept = f"What was captioned is kept ({describe_count(writer.rows, 'row')} by this command)"
+        error.remedy = f"{error.remedy} {kept}, and {GOES_ON}."
+        raise
     seconds = display.seconds
     stages = stage_table(snapshot, seconds, actors, layout.load_tasks, fast) if snapshot else ()
     ended = _measured(attempt, snapshot, writer.rows, seconds, fast)

@@ -11,6 +11,7 @@ import os
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("SMALLCAP_STORAGE_PATIENCE_S", "2")  # tests of storage that fails for good do not wait
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait leave the cores to the tests' other processes
 
 import json
@@ -21,7 +22,7 @@ import urllib.request
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,28 @@ def _wait_for(endpoint: str, server: subprocess.Popen[bytes]) -> None:
             assert server.poll() is None, "the S3 server has ended"
             time.sleep(0.1)
     raise TimeoutError("the S3 server does not answer")
+
+
+@pytest.fixture
+def single_tries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """S3's clients send each request once; what is repeated then, `smallcap.patience` repeats, and soon."""
+    import s3fs
+
+    from smallcap import patience
+    from smallcap import s3 as s3_operations
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
+    opened = s3_operations.s3_store
+    monkeypatch.setattr(s3_operations, "s3_store", partial(opened, max_retries=0, timeout_s=1.0))
+    real = storage.fsspec.filesystem
+
+    def filesystem(protocol: str, **options: Any) -> Any:
+        quick = {"retries": {"max_attempts": 0}, "read_timeout": 1, "connect_timeout": 1}
+        return real(protocol, **options | ({"config_kwargs": quick} if protocol == "s3" else {}))
+
+    monkeypatch.setattr(storage.fsspec, "filesystem", filesystem)
+    for name in ("_FIRST_WAIT_S", "_LONGEST_WAIT_S"):
+        monkeypatch.setattr(patience, name, 0.02)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 # Rows wait at most this long and one batch's time more: with what is being captioned, a kill costs less than a minute.
 _SAVE_EVERY_S = 20.0
+_SAVE_AT_END_S = 60.0
 _WRITES_AT_ONCE = 32  # more would hold the captions of the whole cluster in memory where storage is slow
 _ATTEMPTS = 10  # of a task whose process or node is lost
 
@@ -103,6 +105,7 @@ class PartWriter:
         self._begin_part()
         self._running: list[Any] = []  # what the tasks that write will return
         self._wrote_at: float | None = None
+        self._cannot_write = False
         self.rows = 0
 
     def _begin_part(self) -> None:
@@ -111,7 +114,7 @@ class PartWriter:
         self._interim: list[str] = []
 
     def write_all(self, captioned: ray.data.Dataset, sink: PartSink) -> None:
-        """Runs a pipeline to its end, and writes what it yields; where a signal stops it, what it has yielded.
+        """Runs a pipeline to its end, and writes what it yields; and where something stops it, what it has yielded.
 
         Raises:
             KeyboardInterrupt: A signal came.
@@ -126,6 +129,9 @@ class PartWriter:
         except KeyboardInterrupt:
             self._save()
             self._wait(0)
+            raise
+        except Exception:
+            self._save_soon()
             raise
 
     def _add(self, blocks: Sequence[Any], rows: int) -> None:
@@ -155,6 +161,19 @@ class PartWriter:
             self._start(self._interim[-1], unsaved, (), 0)
             self._saved = len(self._blocks)
 
+    def _save_soon(self) -> None:
+        """Saves what was captioned before a failure, unless it is writing that fails; waits a minute at most."""
+        import ray
+
+        if self._cannot_write:
+            return
+        self._save()
+        deadline = time.monotonic() + _SAVE_AT_END_S
+        with suppress(Exception):  # the first error says more
+            while self._running and (left := deadline - time.monotonic()) > 0:
+                done, self._running = ray.wait(self._running, timeout=left)
+                self.rows += sum(ray.get(done))
+
     def _start(self, name: str, blocks: Sequence[Any], replaced: Sequence[str], saved: int) -> None:
         import ray
 
@@ -169,7 +188,11 @@ class PartWriter:
         while self._running:
             more = len(self._running) > most
             done, self._running = ray.wait(self._running, timeout=None if more else 0)
-            self.rows += sum(ray.get(done))
+            try:
+                self.rows += sum(ray.get(done))
+            except Exception:
+                self._cannot_write = True
+                raise
             if not done:
                 return
 

@@ -22,6 +22,7 @@ from jobs.cluster.addresses import (
 )
 from jobs.cluster.liveness import watch_ray
 from jobs.cluster.own_packages import worker_environment
+from jobs.cluster.ray_colleagues import ray_colleagues
 from jobs.cluster.start_errors import explain_join, explain_start
 from jobs.cluster.tokens import check_token_for_cluster, make_token_for_local_ray
 from jobs.screen import note, write_at
@@ -49,7 +50,7 @@ def on_ray(address: str | None, kept: Callable[[], str]) -> Iterator[None]:
         RunError: See `connect`; or Ray has died.
     """
     connect(address)
-    with watch_ray(kept):
+    with watch_ray(kept), ray_colleagues().hear():
         yield
 
 

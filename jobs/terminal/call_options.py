@@ -40,6 +40,14 @@ class PrintOptions(Config):
         return self
 
 
+class StorageOptions(Config):
+    """How storage is used; every command has these."""
+
+    storage_patience_s: float | None = Field(None, ge=0, le=604_800)
+    """Seconds for which storage that fails is asked again before the command gives up; by default the environment's
+    SMALLCAP_STORAGE_PATIENCE_S, or else 300. What is missing or forbidden is asked for once; `doctor` never waits."""
+
+
 class JobCall(Config):
     """Where a job's options come from."""
 

@@ -28,7 +28,6 @@ from smallcap.images.public_addresses import PrivateAddressError, private_addres
 from smallcap.local_files import local_path
 from smallcap.s3 import is_plain_key, s3_endpoint, s3_store
 from smallcap.storage_faults import (
-    OF_THE_CONNECTION,
     OF_THE_PLACE,
     WORTH_REPEATING,
     Cause,
@@ -62,7 +61,7 @@ class FetchFailure(Exception):  # noqa: N818 - an outcome to be weighed, not an 
     repeat: bool = field(default=False, kw_only=True)  # whether another attempt may help
     retry_after_s: float | None = field(default=None, kw_only=True)  # how long the server asks to wait
     slow_down: bool = field(default=False, kw_only=True)  # whether the server asks for fewer requests
-    unreached: bool = field(default=False, kw_only=True)  # whether there was no connection to the server at all
+    fault: Fault | None = field(default=None, kw_only=True)  # of an object store or a disk
 
 
 def place_of(uri: str) -> str:
@@ -140,12 +139,12 @@ class Sources:
 
     async def _get_from_object_store(self, scheme: str, bucket: str, key: str) -> bytes:
         endpoint = s3_endpoint() if scheme == "s3" else None
-        store = _object_store(scheme, bucket, endpoint, self._timeout_s)
         try:
+            store = object_store(scheme, bucket, endpoint, self._timeout_s)
             response = await store.get_async(key)
             _check_size(response.meta["size"], self._max_bytes)
             return bytes(await response.bytes_async())  # obstore raises for fewer bytes than announced
-        except FetchFailure:
+        except (FetchFailure, StorageError):
             raise
         except Exception as error:  # obstore tells most things only in the text
             raise _object_store_failure(error, f"{scheme}://{bucket}/{key}", endpoint) from error
@@ -177,13 +176,7 @@ class Sources:
             if (address := private_address_in(error)) is not None:
                 what = f"The address {address} is not one of the public internet; {_ALLOW_HOSTS}."
                 raise FetchFailure(ErrorCode.FORBIDDEN, what) from error
-            fault = diagnose(error)
-            raise FetchFailure(
-                ErrorCode.UNAVAILABLE,
-                f"The server failed: {fault.describe()}.",
-                repeat=True,
-                unreached=fault.cause in OF_THE_CONNECTION,
-            ) from error
+            raise FetchFailure(ErrorCode.UNAVAILABLE, f"The server failed: {_reason(error)}.", repeat=True) from error
 
 
 def _refusal(uri: str) -> str:
@@ -255,7 +248,9 @@ def _read_local(uri: str, max_bytes: int) -> bytes:
     except OSError as error:  # a name that is too long is malformed; a network disk may come back
         if error.errno == errno.ENAMETOOLONG:
             raise FetchFailure(ErrorCode.INVALID_URI, f"This is not a path: {error.strerror}") from error
-        raise FetchFailure(ErrorCode.UNAVAILABLE, f"The disk failed: {_reason(error)}.", repeat=True) from error
+        fault = diagnose(error)
+        what = f"The disk failed: {fault.describe()}."
+        raise FetchFailure(ErrorCode.UNAVAILABLE, what, repeat=True, fault=fault) from error
 
 
 def _read_by_fsspec(uri: str, max_bytes: int) -> bytes:
@@ -277,12 +272,14 @@ def _read_by_fsspec(uri: str, max_bytes: int) -> bytes:
     except FetchFailure:
         raise
     except Exception as error:  # the errors of filesystems have no common base class
-        raise FetchFailure(ErrorCode.UNAVAILABLE, f"The service failed: {_reason(error)}.", repeat=True) from error
+        fault = diagnose(error)
+        what = f"The service failed: {fault.describe()}."
+        raise FetchFailure(ErrorCode.UNAVAILABLE, what, repeat=True, fault=fault) from error
 
 
 @lru_cache
-def _object_store(scheme: str, bucket: str, endpoint: str | None, timeout_s: float) -> ObjectStore:
-    """Opens a bucket without obstore's retries, which would not be counted."""
+def object_store(scheme: str, bucket: str, endpoint: str | None, timeout_s: float) -> ObjectStore:
+    """Opens a bucket without obstore's retries, which would not be counted; see `smallcap.s3.s3_store`."""
     if scheme == "s3":
         return s3_store(bucket, endpoint, max_retries=0, timeout_s=timeout_s)
     from obstore.exceptions import BaseError
@@ -313,11 +310,11 @@ def _object_store_failure(error: Exception, uri: str, endpoint: str | None) -> F
         answer = f" ({fault.code})" if fault.code else ""
         return FetchFailure(ErrorCode.FORBIDDEN, f"These credentials may not read the image{answer}.")
     if fault.cause is Cause.TIMEOUT:
-        return FetchFailure(ErrorCode.TIMEOUT, "The object store did not answer in time.", repeat=True)
+        return FetchFailure(ErrorCode.TIMEOUT, "The object store did not answer in time.", repeat=True, fault=fault)
     return FetchFailure(
         ErrorCode.UNAVAILABLE,
         f"The object store failed: {fault.describe()}.",
-        repeat=fault.status is None or fault.status in WORTH_REPEATING,
+        repeat=fault.status is None or fault.passes,
         slow_down=fault.status in _SLOW_DOWN,
-        unreached=fault.cause in OF_THE_CONNECTION,
+        fault=fault,
     )

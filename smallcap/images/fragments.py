@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple, overload
 import numpy as np
 import pyarrow as pa
 
-from smallcap.errors import ErrorCode, RowError, StorageError
+from smallcap.errors import RowError
 from smallcap.images.row_ranges import RowRanges
 
 FRAGMENT_ROWS = 256  # images of a fragment of a stored list, and the most images of a batch
@@ -169,16 +169,3 @@ def qualified_id(image_id: str, image_uri: str) -> str:
     """
     says_id = image_uri.endswith(image_id) or image_uri.partition("#")[2].startswith(image_id)
     return image_uri if says_id and image_uri != image_id else f"{image_uri}#{image_id}"
-
-
-def unreadable_file(error: StorageError, uri: str) -> RowError:
-    """Returns the row's error for a tar or Parquet file that is missing or forbidden.
-
-    Raises:
-        StorageError: `error` itself, where the service is at fault.
-    """
-    if isinstance(error.__cause__, FileNotFoundError | IsADirectoryError):
-        return RowError(ErrorCode.NOT_FOUND, "The file does not exist.", where=uri)
-    if isinstance(error.__cause__, PermissionError):
-        return RowError(ErrorCode.FORBIDDEN, "These credentials may not read the file.", where=uri)
-    raise error

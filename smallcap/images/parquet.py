@@ -19,8 +19,9 @@ from smallcap import storage
 from smallcap.config import InputConfig
 from smallcap.errors import ErrorCode, RowError, SchemaError, StorageError
 from smallcap.field_values import holds_path, id_strings, no_text, undecodable
-from smallcap.images.fragments import FRAGMENT_ROWS, Fragment, InputBatch, unreadable_file
+from smallcap.images.fragments import FRAGMENT_ROWS, Fragment, InputBatch
 from smallcap.images.lists import plain, with_nulls
+from smallcap.images.place_check import note_served, unreadable_file
 from smallcap.images.row_ranges import RowRanges
 
 _BUFFER_BYTES = 8 << 20  # read ahead of each column: a row group of gigabytes is never held whole
@@ -76,7 +77,8 @@ def with_images(uris: Sequence[str], config: InputConfig) -> Iterator[str]:
 def _holds_images(uri: str, config: InputConfig) -> bool:
     try:
         return image_bytes_column(_read_outline(uri).schema, config, uri) is not None
-    except StorageError:
+    except StorageError as error:
+        unreadable_file(error, uri)
         return False
     except SchemaError:  # in several columns
         return True
@@ -111,7 +113,10 @@ def _first_ids(uri: str, config: InputConfig) -> list[str]:
             if table is None or not table.num_columns:
                 return []
             return list(filter(None, _names(table[0].combine_chunks())[0]))
-    except (StorageError, *_DAMAGED):
+    except StorageError as error:
+        unreadable_file(error, uri)
+        return []
+    except _DAMAGED:
         return []
 
 
@@ -191,6 +196,7 @@ def read_parquet(
     try:
         with storage.open_ranged(fragment.uri) as file:
             parquet = pq.ParquetFile(file, buffer_size=_BUFFER_BYTES)
+            note_served(fragment.uri)
             for batch in _row_group(parquet, fragment, config, kept_columns):
                 read += len(batch.rows)
                 if (chosen := batch.only(wanted)) is not None:

@@ -27,8 +27,9 @@ import pyarrow as pa
 from smallcap import storage
 from smallcap.errors import ErrorCode, RowError, StorageError
 from smallcap.field_values import json_fields
-from smallcap.images.fragments import FRAGMENT_ROWS, Fragment, InputBatch, LeftOut, unreadable_file
+from smallcap.images.fragments import FRAGMENT_ROWS, Fragment, InputBatch, LeftOut
 from smallcap.images.kinds import IMAGE_EXTENSIONS, SIGNATURE_BYTES, begins_like_image, ends_like_image
+from smallcap.images.place_check import note_served, unreadable_file
 from smallcap.images.row_ranges import RowRanges
 from smallcap.phrasing import describe_count
 
@@ -150,6 +151,7 @@ class _TarReader:
         problem: RowError | None = None
         try:
             with storage.open_ranged(uri, _BLOCK_BYTES) as file, _open_tar(file) as tar:
+                note_served(uri)
                 yield from self._samples(tar)
         except StorageError as error:
             problem = unreadable_file(error, uri)
@@ -306,7 +308,9 @@ def _first_key(uri: str) -> str | None:
                 key, extension = _split(_decoded(member.name))
                 if member.isfile() and extension:
                     return key
-    except (StorageError, *_DAMAGED):
+    except StorageError as error:
+        unreadable_file(error, uri)
+    except _DAMAGED:
         pass
     return None
 
