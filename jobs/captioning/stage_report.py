@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from jobs.captioning.distinct_rows import RowsOfFragments
 from smallcap.records import Record
 
 Stage = Literal["load", "caption", "write"]
@@ -19,6 +20,7 @@ class StageReport:
 
     stage: Stage
     images: int = 0
+    rows: RowsOfFragments = ()  # from `load` and `caption`: which images; a batch may come again
     seconds: float = 0.0  # that the task or the actor was busy with these images
     errors: Mapping[str, int] = field(default_factory=dict)  # by code; only from `write`, whose tasks count once
     retries: int = 0  # requests that fetching repeated
@@ -38,12 +40,12 @@ class StageReport:
         sums = {name: getattr(self, name) + getattr(other, name) for name in _SUMMED}
         unions = {name: getattr(self, name) | getattr(other, name) for name in _UNITED}
         errors = dict(Counter(self.errors) + Counter(other.errors))
-        return replace(self, **sums, **unions, errors=errors, worker="")
+        return replace(self, **sums, **unions, errors=errors, worker="", rows=())
 
 
 _UNITED = ("searched_by", "dtypes")
 _SUMMED = tuple(
-    name for name in StageReport.__dataclass_fields__ if name not in ("stage", "worker", "errors", *_UNITED)
+    name for name in StageReport.__dataclass_fields__ if name not in ("stage", "worker", "errors", "rows", *_UNITED)
 )
 
 
