@@ -20,7 +20,6 @@ class StageReport:
 
     stage: Stage
     images: int = 0
-    rows: RowsOfFragments = ()  # from `load` and `caption`: which images; a batch may come again
     seconds: float = 0.0  # that the task or the actor was busy with these images
     errors: Mapping[str, int] = field(default_factory=dict)  # by code; only from `write`, whose tasks count once
     retries: int = 0  # requests that fetching repeated
@@ -34,6 +33,7 @@ class StageReport:
     dtypes: frozenset[str] = frozenset()  # precisions in which the actors compute
     ended_fragments: int = 0  # from `load`: fragments whose last image is in this batch
     ended_images: int = 0  # all images of those fragments
+    rows: RowsOfFragments = ()  # from `load` and `caption`: which images; a batch may come again
 
     def plus(self, other: StageReport) -> StageReport:
         """Returns the sum of two reports of one stage."""

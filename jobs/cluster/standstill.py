@@ -133,7 +133,7 @@ def describe_wait(demand: Demand, lasting: Mapping[Request, float], still_s: flo
         remedy = "No node is large enough for that: add one that is, or ask for less."
     else:
         remedy = "Other jobs or tasks hold the rest: this goes on when they end, or when nodes are added."
-    return f"{moved}Ray has no room for what it is asked to start: {asked}{more}. There are {there}. {remedy}"
+    return f"{moved}Ray has no room for what it is asked to start: {asked}{more}. The cluster has {there}. {remedy}"
 
 
 def _fits(request: Request, node: Mapping[str, float]) -> bool:
