@@ -172,7 +172,8 @@ def _check_gpus(compute: ComputeConfig, nodes: Sequence[Node], fitting: int) -> 
         fitting: How many actors its GPUs hold.
     """
     largest = max((int(node.get("GPU", 0.0)) for node in nodes), default=0)
-    if not fitting and not (compute.device == "cuda" and compute.max_actors is not None):
+    asks_for_gpus = compute.device == "cuda" or compute.accelerator_type is not None
+    if not fitting and not (asks_for_gpus and compute.max_actors is not None):
         if not largest:
             raise ConfigError(
                 "No node of the cluster has a GPU.",

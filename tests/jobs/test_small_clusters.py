@@ -115,7 +115,7 @@ def test_every_actor_of_small_nodes_starts(
 def test_a_job_that_waits_for_another_says_what_for(
     make_cluster: MakeCluster, start: Callable[..., JobProcess], tmp_path: Path
 ) -> None:
-    address = make_cluster(2, OPENING_TAKES="0.2").address
+    address = make_cluster(2, OPENING_TAKES="0.3").address
     first = start("first", address)
     first.until(lambda: "loaded" in first.printed(), 200)
     second = start("second", address, "-q")

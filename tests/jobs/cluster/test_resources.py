@@ -36,7 +36,9 @@ def test_faiss_is_not_imported_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_asks_for_no_cpu_keeps_off_nodes_that_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
     cpus = {"a1": 4.0, "b2": 0.0, "c3": None}
-    nodes = {node: {"Resources": {"GPU": 1.0} | ({} if count is None else {"CPU": count})} for node, count in cpus.items()}
+    nodes = {
+        node: {"Resources": {"GPU": 1.0} | ({} if count is None else {"CPU": count})} for node, count in cpus.items()
+    }
     monkeypatch.setattr(resources, "living_nodes", lambda: nodes)
     assert on_working_nodes() == {"label_selector": {"ray.io/node-id": "!in(b2,c3)"}}
     del nodes["b2"], nodes["c3"]

@@ -55,7 +55,9 @@ def test_what_has_no_room_is_told_after_a_minute_and_again_ever_more_rarely(told
     told.asked = {ACTOR: 2}
     told.for_seconds(900)
     assert told.times == pytest.approx([60, 120, 240, 480], abs=20)
-    assert told.lines[0][1].startswith("Nothing has moved for 1 min. Ray has no room for what it is asked to start: 2 × ")
+    assert told.lines[0][1].startswith(
+        "Nothing has moved for 1 min. Ray has no room for what it is asked to start: 2 × "
+    )
 
 
 def test_without_a_request_that_waits_it_is_two_minutes(told: Told) -> None:

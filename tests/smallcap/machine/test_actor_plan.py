@@ -249,8 +249,7 @@ def test_wherever_ray_puts_them_all_actors_start_and_are_fed(
         assert plan.load_tasks is not None
         assert tasks >= plan.load_tasks
         assert places(plan, nodes, random.Random(seed), 1000)[1] >= 1  # other jobs' actors fill the nodes
-    if num_actors == "auto":
-        if plan.device == "cuda":
-            assert tasks == sum(tasks_beside(plan, nodes))
-            more = replace(plan, num_actors=plan.num_actors + 1, cpus_per_actor=0.0)
-            assert places(more, nodes, random.Random(seed))[0] == plan.num_actors  # the cards are full
+    if num_actors == "auto" and plan.device == "cuda":
+        assert tasks == sum(tasks_beside(plan, nodes))
+        more = replace(plan, num_actors=plan.num_actors + 1, cpus_per_actor=0.0)
+        assert places(more, nodes, random.Random(seed))[0] == plan.num_actors  # the cards are full
