@@ -34,6 +34,7 @@ from jobs.cluster.display import Display, on_shown_ray
 from jobs.cluster.errors import unwrapped_errors
 from jobs.cluster.metrics import marked_as_running
 from jobs.cluster.pinned import check_index_is_there
+from jobs.cluster.resources import wait_for_room
 from jobs.cluster.stopping import GOES_ON, stoppable
 from jobs.cluster.tasks import map_in_actors
 from jobs.screen import detail
@@ -226,19 +227,22 @@ def _run_pipeline(
     from jobs.captioning.write import PartSink
 
     schema = caption_schema(record.run_id, record.model_id, record.index_id or "", todo.work.kept_columns)
-    actors, before_s = layout.actors, display.seconds
+    actors = layout.actors
+    with display.activity("Waiting for room for an actor"), unwrapped_errors():
+        wait_for_room(actors)
+    before_s = display.seconds
     models = config.model if config.index is None else f"{config.model} and the index {config.index}"
     watching = watch_run(record.run_id, count_images(todo.items), len(todo.items))
     with (
         unwrapped_errors(),
         marked_as_running(record.run_id, "caption"),
         watching as watch,
-        display.show(PipelineView(watch.monitor, before_s, models)),
+        display.show(PipelineView(watch.monitor, before_s, models, actors.num_actors)),
         shared_index(config, record) as partitions,
     ):
         loading = load_spec(config, record, todo.work, layout, watch)
         captioning = CaptionerSpec(config, layout, record.index_id, record.retrieval_encoder, watch.monitor, partitions)
-        loaded = start_loading(todo.items, load_images, loading, layout.images_per_block, actors.cpus_per_task)
+        loaded = start_loading(todo.items, load_images, loading, layout.images_per_block, actors)
         captioned = map_in_actors(
             loaded,
             CaptionImages,

@@ -165,13 +165,19 @@ class ComputeConfig(Config):
     """Images captioned together. `auto` is what fits into free memory, at most 64 on a CPU and 256 on a GPU."""
     num_actors: AutoCount = "auto"
     """Model actors that a job starts with. `auto` is as many as the GPUs of the cluster hold at that time, or one per
-    four CPU cores."""
+    four CPUs."""
     max_actors: int | None = Field(None, ge=1)
     """The most actors that captioning may have if the cluster grows; by default it keeps the number it starts with.
     With device `cuda` it may start before there is a GPU; the cluster's autoscaler then brings one."""
     gpus_per_actor: float = Field(1.0, ge=0.01)
     """GPUs per actor. With a fraction several actors share one GPU; each keeps to that share of its memory. Above 1 it
     must be a whole number."""
+    accelerator_type: str | None = Field(None, min_length=1)
+    """Type of the actors' GPUs, as Ray names it: `T4`, `L4`, `A10G`, `H100`, …; by default any. Nodes with other GPUs
+    still fetch and decode."""
+    load_cpus: AutoCount = "auto"
+    """CPUs that fetch and decode at a time (captioning only). `auto` is all that the actors leave where they have GPUs.
+    On CPUs, whose cores loading shares with the actors, it is one of four, and one at least on each node."""
     stall_timeout_s: float = Field(600.0, gt=0, le=604_800)
     """Seconds without a finished batch after which an actor is started again, and takes the batch again (captioning
     only). Its first batch may take three times as long, for it compiles."""
@@ -180,6 +186,8 @@ class ComputeConfig(Config):
     def _pool_is_a_range(self) -> Self:
         if self.max_actors is not None and self.num_actors != "auto" and self.max_actors < self.num_actors:
             raise ValueError(f"--max-actors is {self.max_actors}, but --num-actors starts with {self.num_actors}")
+        if self.device == "cpu" and self.accelerator_type is not None:
+            raise ValueError("--accelerator-type is of GPUs, but --device is cpu")
         return self
 
     @field_validator("gpus_per_actor")

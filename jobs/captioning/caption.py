@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
+from jobs.captioning.distinct_rows import ranges_of
 from jobs.captioning.layout import CaptionLayout
 from jobs.captioning.monitor import MonitorClient
 from jobs.captioning.stage_report import StageReport
@@ -22,6 +23,7 @@ from smallcap.config import CaptionConfig
 from smallcap.index.manifest import load_manifest
 from smallcap.index.node_cache import missing_files
 from smallcap.machine.process_memory import keep_freed_memory
+from smallcap.output.schema import FRAGMENT, FRAGMENT_ROW
 
 if TYPE_CHECKING:
     from jobs.captioning.retrieval_actors import Partitions
@@ -88,6 +90,7 @@ class CaptionImages(GuardedActor):
         report = StageReport(
             stage="caption",
             images=len(batch),
+            rows=ranges_of(batch[FRAGMENT].to_numpy(), batch[FRAGMENT_ROW].to_numpy()),
             seconds=self._busy.end(),
             halvings=self._halvings.new(self._captioner.halvings),
             worker=self._name,

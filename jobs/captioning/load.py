@@ -10,6 +10,7 @@ import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import ray.data
 from ray.data.extensions import ArrowTensorArray
 
 from jobs.captioning.crash_guard import DECODE_LIMIT_S, CrashGuardClient, DecodeClock
+from jobs.captioning.distinct_rows import ranges_of
 from jobs.captioning.monitor import MonitorClient
 from jobs.captioning.stage_report import StageReport
 from jobs.cluster.session import limit_blocks
@@ -27,6 +29,7 @@ from smallcap.images.crops import CropPlan, Pixels
 from smallcap.images.fetching import FETCH_CONCURRENCY, FetchOptions, fetch_objects
 from smallcap.images.fragments import InputBatch
 from smallcap.images.work_list import read_fragment
+from smallcap.machine.actor_plan import ActorPlan
 from smallcap.output.coverage import WorkItem
 from smallcap.output.schema import (
     ENDS_FRAGMENT,
@@ -83,7 +86,7 @@ def start_loading(
     load: Callable[..., Iterator[pa.Table]],
     spec: LoadSpec,
     images_per_block: int,
-    cpus_per_task: float,
+    actors: ActorPlan,
 ) -> ray.data.Dataset:
     """Returns the first stage of a pipeline, which loads a few blocks ahead of the next stage.
 
@@ -92,18 +95,33 @@ def start_loading(
         load: A function of a table, whose column `item` has pickled work items, and of `spec`; it yields tables.
         spec: What the loading tasks need to know.
         images_per_block: The most images in a block; Ray counts in blocks what waits for the next stage.
-        cpus_per_task: Ray's logical CPUs of a loading task.
+        actors: The pool that is fed.
     """
-    inputs = ray.data.from_arrow(task_inputs(items))
+    blocks = task_inputs(items)
+    inputs = ray.data.from_arrow(blocks)
     limit_blocks(inputs, spec.plan.image_bytes * images_per_block)
+    most = None if actors.load_tasks is None else min(actors.load_tasks, len(blocks))
     return inputs.map_batches(
         load,
         batch_size=1,
         batch_format="pyarrow",
         fn_kwargs={"spec": spec},
-        num_cpus=cpus_per_task,
+        compute=ray.data.TaskPoolStrategy(size=most),
         memory=_LOAD_MEMORY_BYTES,
+        **_cpus_of_tasks(actors),
     )
+
+
+def _cpus_of_tasks(actors: ActorPlan) -> dict[str, Any]:
+    """Returns how Ray Data is told of the CPUs of a loading task.
+
+    Where actors have GPUs, whole CPUs say how many tasks a node takes. On CPUs the tasks ask Ray for next to nothing,
+    so that no actor waits for them, and Ray Data is told of nothing at all: it shares a node's CPUs out among jobs in
+    whole ones, of one CPU none.
+    """
+    if actors.device == "cuda":
+        return {"num_cpus": actors.cpus_per_task}
+    return {"num_cpus": 0, "ray_remote_args_fn": partial(dict, num_cpus=actors.cpus_per_task)}
 
 
 def task_inputs(items: Sequence[Any]) -> list[pa.Table]:
@@ -143,6 +161,7 @@ def load_batch(number: int, images: InputBatch, spec: LoadSpec) -> pa.Table:
         StageReport(
             stage="load",
             images=len(images.rows),
+            rows=ranges_of(np.full(len(images.rows), number), images.rows),
             seconds=loaded.seconds,
             fetch_s=loaded.fetch_s,
             retries=loaded.retries,

@@ -33,7 +33,7 @@ from smallcap.records import Record, load_record
 # Options that may differ between the attempts of one run: where it runs, how it fetches, how much input it takes.
 _FREE = (
     *(f"compute.{name}" for name in ("device", "compile", "batch_size", "num_actors", "max_actors", "gpus_per_actor")),
-    "compute.stall_timeout_s",
+    *(f"compute.{name}" for name in ("accelerator_type", "load_cpus", "stall_timeout_s")),
     *(f"input.{name}" for name in ("fetch_timeout_s", "fetch_attempts", "allow_private_hosts")),
     *(f"output.{name}" for name in ("rows_per_part", "rows_per_row_group")),
     *("limit", "max_error_rate", "out", "retrieval.partitions", "retrieval.search_device"),

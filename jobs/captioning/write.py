@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 from jobs.captioning.monitor import MonitorClient
 from jobs.captioning.record import Attempt, check_attempt
 from jobs.captioning.stage_report import StageReport
+from jobs.cluster.resources import on_working_nodes
 from smallcap.evaluation.shared_words import measure_shared_words
 from smallcap.images.fragments import LeftOut, qualified_id
 from smallcap.images.row_ranges import RowRanges
@@ -89,7 +90,7 @@ class PartWriter:
     """Takes the blocks of a pipeline on the driver, which holds references only, and has them written in tasks.
 
     The tasks ask for no CPU: they would wait until loading, which always has more to do, has loaded everything, and a
-    kill would cost all captions.
+    kill would cost all captions. They run on nodes that have CPUs, as loading does.
 
     Args:
         attempt: The attempt's number, from 1.
@@ -177,7 +178,7 @@ class PartWriter:
     def _start(self, name: str, blocks: Sequence[Any], replaced: Sequence[str], saved: int) -> None:
         import ray
 
-        task = ray.remote(_write).options(name="Write", num_cpus=0, max_retries=_ATTEMPTS)
+        task = ray.remote(_write).options(name="Write", num_cpus=0, max_retries=_ATTEMPTS, **on_working_nodes())
         self._running.append(task.remote(self._sink, name, tuple(replaced), saved, *blocks))
         self._wrote_at = time.monotonic()
 

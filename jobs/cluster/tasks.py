@@ -17,7 +17,7 @@ from index_builder.work.reports import rows_reported_to
 from jobs.cluster.errors import GuardedActor, unwrapped_errors
 from jobs.cluster.faults import FaultGuard, FaultGuardClient
 from jobs.cluster.metrics import record_fault
-from jobs.cluster.resources import node_resources, set_faiss_threads, use_threads
+from jobs.cluster.resources import actor_resources, node_resources, set_faiss_threads, use_threads
 from jobs.cluster.side_actor import SideActor, run_side_actor
 from smallcap.machine.actor_plan import ActorPlan
 
@@ -125,8 +125,7 @@ def map_in_actors(
             max_concurrent_calls_per_actor=calls,
             enable_true_multi_threading=calls > 1,
         ),
-        num_cpus=plan.cpus_per_actor,
-        num_gpus=plan.gpus_per_actor,
+        **actor_resources(plan),
     )
 
 

@@ -27,7 +27,7 @@ from jobs.captioning.watch import watch_run
 from jobs.cluster.display import Activity
 from jobs.cluster.errors import GuardedActor, unwrapped_errors
 from jobs.cluster.metrics import record
-from jobs.cluster.resources import node_resources, use_threads
+from jobs.cluster.resources import node_resources, on_working_nodes, use_threads, wait_for_room
 from jobs.cluster.tasks import iter_small_rows, map_in_actors
 from jobs.training.inputs import TrainInputs, TrainItem
 from jobs.training.pairs import captions_of
@@ -121,13 +121,20 @@ def _encode_all(
 ) -> Iterator[int]:
     """Encodes and stores the images of all items; yields the numbers of images in the parts."""
     actors = plan_actors(config.compute.to_compute_config(), node_resources())
+    with unwrapped_errors():
+        wait_for_room(actors)
     with unwrapped_errors(), watch_run(config.out, None, len(items)) as watch:
         loading = LoadSpec(plan, config.data, pa.schema([]), False, watch.monitor, watch.crash_guard)
-        loaded = start_loading(items, load_items, loading, FRAGMENT_ROWS, actors.cpus_per_task)
+        loaded = start_loading(items, load_items, loading, FRAGMENT_ROWS, actors)
         arguments = (start, actors.device, actors.threads)
         encoded = map_in_actors(loaded, EncodeImages, arguments, 1, actors, watch.fault_guard)
         stored = encoded.map_batches(
-            store_part, batch_size=1, batch_format="pyarrow", fn_kwargs={"folder": folder}, num_cpus=0
+            store_part,
+            batch_size=1,
+            batch_format="pyarrow",
+            fn_kwargs={"folder": folder},
+            num_cpus=0,
+            **on_working_nodes(),
         )
         for row in iter_small_rows(stored):
             yield row["images"]

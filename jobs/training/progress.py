@@ -79,6 +79,16 @@ class TrainView:
         """Whether there was a step."""
         return self._newest is not None
 
+    @property
+    def progress(self) -> int:
+        """The newest step."""
+        return self._newest.step if self._newest else 0
+
+    @property
+    def is_short(self) -> bool:
+        """Whether the workers have not begun."""
+        return self._newest is None
+
     def render(self) -> Table:
         """Returns the line, with a bar."""
         line = self.line()  # which asks for the newest step
