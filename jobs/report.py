@@ -11,12 +11,13 @@ import pyarrow.compute as pc
 from jobs.captioning.record import Attempt, RunRecord, load_existing_run
 from jobs.captioning.stage_report import STAGES
 from jobs.cluster.display import show_while
+from jobs.kinds import find_kind
 from jobs.terminal.call_options import ReportOptions
 from smallcap import __version__, storage
 from smallcap.config import CaptionConfig, InputConfig
 from smallcap.errors import ConfigError, RowError
 from smallcap.images.work_list import load_work_list
-from smallcap.index.manifest import POINTER_FILE, IndexManifest, utc_now
+from smallcap.index.manifest import IndexManifest, utc_now
 from smallcap.options import load_config
 from smallcap.output.part_files import RUN_FILE
 from smallcap.phrasing import describe_count, describe_duration
@@ -53,7 +54,7 @@ def run(options: ReportOptions) -> str:
         RunError: What is there is damaged, or the storage fails.
     """
     paths = [storage.absolute(path) for path in (options.path, options.other) if path is not None]
-    kinds = [_kind_of(path) for path in paths]
+    kinds = [find_kind(path, ("run", "index")) for path in paths]
     if len(paths) == 2 and "index" in kinds:
         raise ConfigError(
             "Only runs are shown side by side.",
@@ -67,19 +68,6 @@ def run(options: ReportOptions) -> str:
     page, shown = _run_page(paths, options.rows) if kinds[0] == "run" else _index_page(paths[0], options.rows)
     storage.write_bytes(options.out, page)
     return f"Report: {options.out}, {len(page) / 1e6:,.1f} MB, {shown}"
-
-
-def _kind_of(path: str) -> str:
-    names = {uri.rpartition("/")[2] for uri in storage.list_folder(path)}
-    kind = "index" if POINTER_FILE in names else "run" if RUN_FILE in names else None
-    if kind is None:
-        raise ConfigError(
-            "There is neither a run nor an index here.",
-            where=path,
-            expected=f"a run ({RUN_FILE}) or an index ({POINTER_FILE})",
-            found=describe_count(len(names), "other file") if names else "no such folder, or an empty one",
-        )
-    return kind
 
 
 def _refreshed_run(path: str) -> list[str]:

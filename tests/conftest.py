@@ -53,6 +53,8 @@ from tests.job_processes import JobProcess, StartJob, free_port
 settings.register_profile("without deadline", deadline=None)  # a busy machine is not a failure
 settings.load_profile("without deadline")
 
+_session_rays: list[str] = []  # the addresses of Rays that `ray_session` has started in this process
+
 
 @pytest.fixture(scope="session")
 def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -212,15 +214,18 @@ def ray_session(s3_server: str) -> Iterator[None]:
     from jobs.cluster.session import connect
 
     connect("local")  # whatever runs on this machine
+    _session_rays.append("local")
     yield
     ray.shutdown()
 
 
 @pytest.fixture(autouse=True)
 def ray_where_it_is_marked(request: pytest.FixtureRequest) -> None:
-    """Tests marked `ray` find the session's Ray running."""
+    """Tests marked `ray` find the session's Ray running; no other one takes time and memory of this process's tests."""
     if request.node.get_closest_marker("ray"):
         request.getfixturevalue("ray_session")
+    elif "ray" in sys.modules and not _session_rays:
+        assert not sys.modules["ray"].is_initialized(), "something has started a Ray in this process"
 
 
 @pytest.hookimpl(optionalhook=True)
