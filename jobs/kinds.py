@@ -46,7 +46,7 @@ def find_kind(path: str, expected: Sequence[Kind] = get_args(Kind)) -> Kind:
         "training run": RECORD_FILE in names,
     }
     kind = next((kind for kind, found in is_there.items() if found), None)
-    if kind in expected:
+    if kind is not None and kind in expected:
         return kind
     others = describe_count(len(names), "other file") if names else "no such folder, or an empty one"
     raise ConfigError(
