@@ -1,5 +1,7 @@
 """Finds images that kill the process that decodes them, or keep it busy: they become error rows, not tried again.
 
+The same holds for a tar or Parquet file whose reading kills its process.
+
 `CrashGuard` is a plain class that remembers what was begun and never finished. Loading tasks ask it through a
 `CrashGuardClient`; if the guard is lost, they decode unguarded. A `DecodeClock` ends a process from which a decoder
 does not come back: nothing else stops one that is written in C.
@@ -111,6 +113,14 @@ class CrashGuardClient:
                 self._actor.tell("clear", fragment, todo)
         return [results.get(row) for row in rows]
 
+    def begin_reading(self, fragment: int, step: int) -> bool:
+        """Marks a step of reading a fragment as begun; returns whether it killed the processes that tried it."""
+        return bool(self._actor.ask("begin", fragment, [_reading(step)]))
+
+    def end_reading(self, fragment: int, step: int) -> None:
+        """Says that the step is done."""
+        self._actor.tell("clear", fragment, [_reading(step)])
+
     def give_up(self, fragment: int, row: int) -> None:
         """Does what `CrashGuard.give_up` does, before this process ends."""
         self._actor.ask("give_up", fragment, row, timeout_s=_ANSWER_S)
@@ -118,6 +128,11 @@ class CrashGuardClient:
     def too_slow(self, fragment: int, rows: Sequence[int]) -> list[int]:
         """Returns those of the rows that were given up."""
         return self._actor.ask("too_slow", fragment, list(rows)) or []
+
+
+def _reading(step: int) -> int:
+    """Returns the number by which the guard knows a step of reading: no row has it."""
+    return -1 - step
 
 
 def _end_process() -> None:

@@ -30,7 +30,7 @@ _HASHES_AT_ONCE = 1 << 24  # 8 bytes each
 NamedPart = tuple[str, PartInfo]  # the part's name within the output, and what its footer says
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class WorkItem:
     """The rows of one fragment that have no row in the output yet."""
 

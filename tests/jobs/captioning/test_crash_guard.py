@@ -129,3 +129,17 @@ def test_an_image_that_kills_its_task_costs_four_attempts_and_no_other_image() -
         expected = [None if row == 5 else f"image {row}" for row in range(8)]
         assert ray.get(task.remote(), timeout=120) == expected
         assert actor.ask("begin", 2, list(range(8))) == [5]
+
+
+def test_reading_that_kills_its_process_ends_at_the_third_attempt_and_marks_no_image() -> None:
+    guard = CrashGuard()
+    client = CrashGuardClient(LocalActor(guard))
+    for _ in range(2):
+        assert not client.begin_reading(4, 0)
+        client.end_reading(4, 0)
+        assert not client.begin_reading(4, 1)  # and here the process dies
+    assert not client.begin_reading(4, 0)
+    client.end_reading(4, 0)
+    assert client.begin_reading(4, 1)
+    assert not client.begin_reading(5, 1)
+    assert guard.begin(4, [0, 1]) == []
