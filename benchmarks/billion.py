@@ -28,9 +28,9 @@ import pyarrow.parquet as pq
 from benchmarks.measuring import run_watched, say
 from smallcap import storage
 from smallcap.config import InputConfig
+from smallcap.images import sorting
 from smallcap.images.fragments import FRAGMENT_COLUMNS, FRAGMENT_ROWS, FragmentTable
 from smallcap.images.listing import FILE_ROWS, make_work_list
-from smallcap.images.row_ranges import RowRanges
 from smallcap.images.work_list import WORK_FOLDER
 from smallcap.machine.description import describe_machine
 from smallcap.output.coverage import Coverage, is_settled, work_left
@@ -71,9 +71,10 @@ def write_lists(folder: str, images: int, in_order: bool) -> None:
         pq.write_table(pa.table({"image_uri": uris}), f"{folder}/{number:05d}.parquet", compression="zstd")
 
 
-def list_images(lists: str, out: str) -> dict[str, Any]:
-    """Makes a run's work list of lists of URIs."""
-    figures: dict[str, Any] = {}
+def list_images(lists: str, out: str, run_rows: int = sorting.RUN_ROWS) -> dict[str, Any]:
+    """Makes a run's work list of lists of URIs; with short runs there are as many to merge as of a longer list."""
+    sorting.RUN_ROWS = run_rows
+    figures: dict[str, Any] = {"run_rows": run_rows}
     with _timed(figures, "list"):
         work = make_work_list([f"{lists}/{name.name}" for name in sorted(Path(lists).iterdir())], InputConfig(), out)
     stored = [path.stat().st_size for path in Path(out, WORK_FOLDER).iterdir()]
@@ -94,14 +95,15 @@ def cut(images: int) -> dict[str, Any]:
     buffer = pa.BufferOutputStream()
     pq.write_table(fragments.table, buffer, compression="zstd")
     figures |= {"fragments": len(fragments), "fragments_bytes": buffer.getvalue().size}
-    with _timed(figures, "read_parts"):
-        parts = list(_made_parts(images))
-    figures |= {"parts": len(parts), "footer_bytes": len(parts[0][1].to_json())}
+    footers = list(_made_footers(images))
+    figures |= {"parts": len(footers), "footer_bytes": max(map(len, footers))}
+    with _timed(figures, "read_footers"):
+        parts = [(part_name(0, number), PartInfo.from_json(footer)) for number, footer in enumerate(footers)]
     with _timed(figures, "match"):
         coverage = Coverage(parts)
         assert is_settled(parts)
         left = len(list(work_left(fragments, coverage, None, lambda *_: 0)))
-    del parts, coverage
+    del footers, parts, coverage
     with _timed(figures, "cut"):
         items = list(work_left(fragments, Coverage([]), None, lambda *_: 0))
     with _timed(figures, "hand_out"):
@@ -126,19 +128,19 @@ def _made_fragments(images: int) -> FragmentTable:
     return FragmentTable(pa.table(columns, schema=FRAGMENT_COLUMNS))
 
 
-def _made_parts(images: int) -> Iterator[tuple[str, PartInfo]]:
-    """Yields what the footers of a stopped run's parts say, read from their text."""
+def _made_footers(images: int) -> Iterator[str]:
+    """Yields what the footers of a stopped run's parts say, as text."""
     for number, first in enumerate(range(0, images, ROWS_PER_PART)):
         if number % _ONE_MISSING_IN == _ONE_MISSING_IN - 1:
             continue
-        places = np.arange(first, min(first + ROWS_PER_PART, images))
-        begins, ends = int(places[0]), int(places[-1]) + 1
-        rows = {}
-        for fragment in range(begins // FRAGMENT_ROWS, -(-ends // FRAGMENT_ROWS)):
-            before = fragment * FRAGMENT_ROWS
-            rows[fragment] = RowRanges.span(max(begins - before, 0), min(ends - before, FRAGMENT_ROWS))
-        info = PartInfo(rows, ends=tuple(rows)[:-1], ok=len(places))
-        yield part_name(0, number), PartInfo.from_json(info.to_json())
+        stop = min(first + ROWS_PER_PART, images)
+        fragments = range(first // FRAGMENT_ROWS, -(-stop // FRAGMENT_ROWS))
+        rows = {
+            fragment: [[max(first - fragment * FRAGMENT_ROWS, 0), min(stop - fragment * FRAGMENT_ROWS, FRAGMENT_ROWS)]]
+            for fragment in fragments
+        }
+        whole = {"rows": rows, "failed": {}, "ends": fragments[:-1], "ok": stop - first, "errors": {}, "left_out": {}}
+        yield json.dumps(whole, default=list, separators=(",", ":"))
 
 
 def in_flight(fragments: int) -> dict[str, Any]:
@@ -219,7 +221,8 @@ def requests() -> Iterator[str]:
         prefixes = -(-rate // _GETS_PER_PREFIX_S)
         yield f"{rate:,} images/s: {days:,.1f} days, {rate * _IMAGE_BYTES * 8 / 1e9:,.1f} Gbit/s, {prefixes} prefixes"
     size = BILLION * _OUTPUT_BYTES
-    yield f"output: {size / 1e9:,.0f} GB, ${size / 1e9 * _PER_GB_MONTH:,.2f} a month; {parts:,} parts of {size / parts / 1e6:,.1f} MB"
+    monthly = size / 1e9 * _PER_GB_MONTH
+    yield f"output: {size / 1e9:,.0f} GB, ${monthly:,.2f} a month; {parts:,} parts of {size / parts / 1e6:,.1f} MB"
 
 
 def main() -> None:
@@ -231,6 +234,7 @@ def main() -> None:
     )
     parser.add_argument("--in-flight", type=int, nargs="*", default=[10_000], help="fragments in flight")
     parser.add_argument("--nlist", type=int, nargs="*", default=[4_096, 65_536], help="lists to assign vectors to")
+    parser.add_argument("--run-rows", type=int, default=50_000, help="rows of a run where many are to be merged")
     parser.add_argument("--json", type=Path, help="file for the figures")
     options = parser.parse_args()
     results: list[dict[str, Any]] = []
@@ -251,11 +255,11 @@ def main() -> None:
     for images in options.cut:
         measure("cut", images=images)
     for images in options.list:
-        for in_order in (True, False):
+        for in_order, run_rows in ((True, sorting.RUN_ROWS), (False, sorting.RUN_ROWS), (False, options.run_rows)):
             with storage.scratch_folder() as folder:
                 write_lists(f"{folder}/lists", images, in_order)
                 print(f"list of {images:,} images, {'in order' if in_order else 'in no order'}:")
-                measure("list_images", lists=f"{folder}/lists", out=f"{folder}/out")
+                measure("list_images", lists=f"{folder}/lists", out=f"{folder}/out", run_rows=run_rows)
     for nlist in options.nlist:
         measure("assign", nlist=nlist)
     print(json.dumps(results))

@@ -115,8 +115,8 @@ class Staging:
                     "The same build is already running.",
                     where=self.uri,
                     found=found.decode(errors="replace"),
-                    remedy="Wait for it, or stop it. A build that died with its machine or container is taken over after ten "
-                    "minutes.",
+                    remedy="Wait for it, or stop it. A build that died with its machine or container is taken over "
+                    "after ten minutes.",
                 )
             return _owner(os.getpid())
 
@@ -166,7 +166,7 @@ def _identity(pid: int) -> list[str] | None:
     try:
         boot = (proc / "sys/kernel/random/boot_id").read_text().strip()
         started = (proc / str(pid) / "stat").read_text().rpartition(")")[2].split()[_START_FIELD]
-        return [boot, os.readlink(proc / "self/ns/pid"), started]
+        return [boot, str((proc / "self/ns/pid").readlink()), started]
     except (OSError, IndexError):
         return None
 

@@ -131,11 +131,11 @@ def load_images(batch: pa.Table, spec: LoadSpec) -> Iterator[pa.Table]:
     """
     for pickled in batch["item"]:
         item: WorkItem = pickle.loads(pickled.as_py())  # noqa: S301 - this job's driver wrote it
-        for images in _read(item, spec):
+        for images in read_guarded(item, spec):
             yield load_batch(item.fragment.number, images, spec)
 
 
-def _read(item: WorkItem, spec: LoadSpec) -> Iterator[InputBatch]:
+def read_guarded(item: WorkItem, spec: LoadSpec) -> Iterator[InputBatch]:
     """Yields the images of a work item; the guard ends a tar or Parquet file whose reading kills its process."""
     fragment, guard = item.fragment, spec.crash_guard
     batches = read_fragment(fragment, item.wanted, spec.input, spec.kept_columns)

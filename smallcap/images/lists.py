@@ -26,7 +26,8 @@ from smallcap.field_values import decode_json, id_strings, id_text, no_text, und
 from smallcap.tables import announce, format_of, json_lines, open_text, read_table, text_lines
 
 BATCH_ROWS = 65_536
-_BLOCK_BYTES = 16 << 20  # also the longest element of a JSON array
+_BLOCK_BYTES = 16 << 20
+_LONGEST_ELEMENT = 16 << 20  # characters, of a JSON array
 _BATCH_BYTES = 64 << 20  # of a batch of Parquet rows, on average
 _BLANKS = " \t\r\n\f\v"  # names may end with others
 TEXT_COLUMN = "image_uri"  # the one column of a .txt list, and of a JSON array of strings
@@ -301,7 +302,7 @@ def _json_items(text: io.TextIOWrapper) -> Iterator[dict[str, Any] | str]:
                 raise json.JSONDecodeError("expected an object or a string", buffer[position : position + 100], 0)
             item, position = decode_json(buffer, position)
         except json.JSONDecodeError:  # the block may end within the element
-            more = text.read(_BLOCK_BYTES) if len(buffer) - position <= _BLOCK_BYTES else ""
+            more = text.read(_BLOCK_BYTES) if len(buffer) - position <= _LONGEST_ELEMENT else ""
             if not more:
                 raise
             buffer, position = buffer[position:] + more, 0

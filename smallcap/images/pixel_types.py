@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
-_STRIP_PIXELS = 1 << 20
+_STRIP_PIXELS = 1 << 18
 _RANGES = (1.0, 255.0, 65535.0)
 _FINITE = 1.7e38  # the difference of two such numbers is a float32
 _LEAST_RANGE = 1e-30  # 255 times its reciprocal is a float32

@@ -84,7 +84,7 @@ def test_a_live_owner_is_respected(tmp_path: Path, host: str, name: str, silent_
         {"pid": os.getpid(), "alive_at": 1},  # as versions before this wrote it; the number is in use again
         {"host": "far", "pid": 1, "alive_at": time.time() - 700},
         {"pid": 1, "alive_at": time.time() + 86_400},  # the clock was wrong
-        {"pid": os.getpid(), "alive_at": time.time(), "process": other_process(start="1")},  # in use again, seen at once
+        {"pid": os.getpid(), "alive_at": time.time(), "process": other_process(start="1")},  # in use again
         {"pid": 2**22 + 1, "alive_at": time.time(), "process": other_process()},
         {"pid": os.getpid(), "alive_at": 1, "process": other_process(boot="before")},
         {"pid": os.getpid(), "alive_at": 1, "process": other_process(namespace="pid:[1]")},

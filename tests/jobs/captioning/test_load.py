@@ -52,8 +52,8 @@ def loaded(monkeypatch: pytest.MonkeyPatch, item: WorkItem, die_after: int) -> l
     spec: Any = SimpleNamespace(crash_guard=guard, input=InputConfig(), kept_columns=pa.schema([("note", pa.string())]))
     for _ in range(2):
         with pytest.raises(Killed):
-            list(load_stage._read(item, spec))
-    return list(load_stage._read(item, spec))
+            list(load_stage.read_guarded(item, spec))
+    return list(load_stage.read_guarded(item, spec))
 
 
 OPEN_END = np.iinfo(np.int32).max

@@ -235,6 +235,7 @@ def test_a_row_without_end_stops_the_reading(
     """A compressed list of kilobytes may hold one of gigabytes."""
     monkeypatch.setattr(tables, "_LONGEST_LINE", 10_000)
     monkeypatch.setattr(image_lists, "_BLOCK_BYTES", 10_000)
+    monkeypatch.setattr(image_lists, "_LONGEST_ELEMENT", 10_000)
     start = {"list.txt": "a.jpg\n", "list.csv": "image_uri,n\n", "list.tsv": "image_uri\tn\n", "list.jsonl": ""}.get(
         name
     )
