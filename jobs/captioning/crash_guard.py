@@ -22,6 +22,8 @@ Result = TypeVar("Result")
 
 DECODE_LIMIT_S = 120.0  # of CPU time for one image: many times what the largest take
 _BEGUN_IN_VAIN = 2  # how often a batch dies before its images are tried one by one
+READ_IN_VAIN = 5
+"""How often a step of reading a file dies before it is given up: nodes come and go, and a tar is thousands of images."""
 _LOOK_EVERY_S = 5.0
 _ANSWER_S = 10.0
 
@@ -45,7 +47,8 @@ class CrashGuard:
         """
         images = [(fragment, row) for row in rows]
         for image in images:
-            if image in self._alone and self._begun[image] >= _BEGUN_IN_VAIN:
+            in_vain = READ_IN_VAIN if image[1] < 0 else _BEGUN_IN_VAIN
+            if image in self._alone and self._begun[image] >= in_vain:
                 self._crashed.add(image)
                 self._forget(image)
         begun = [image for image in images if image not in self._crashed]

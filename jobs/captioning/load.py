@@ -18,7 +18,7 @@ import pyarrow as pa
 import ray.data
 from ray.data.extensions import ArrowTensorArray
 
-from jobs.captioning.crash_guard import DECODE_LIMIT_S, CrashGuardClient, DecodeClock
+from jobs.captioning.crash_guard import DECODE_LIMIT_S, READ_IN_VAIN, CrashGuardClient, DecodeClock
 from jobs.captioning.monitor import MonitorClient
 from jobs.captioning.stage_report import StageReport
 from jobs.cluster.session import limit_blocks
@@ -49,7 +49,7 @@ _MOST_TASKS = 4_000  # offering a task takes the driver milliseconds; with more 
 _CRASHED = RowError(
     ErrorCode.CRASHED,
     "The process that decoded this image died more than once.",
-    remedy="Look at the image alone; --retry-failed tries it again.",
+    remedy="Look at it alone; --retry-failed tries it again.",
 )
 _TOO_SLOW = RowError(ErrorCode.TOO_LARGE, f"Decoding the image took more than {DECODE_LIMIT_S:g} s of CPU time.")
 
@@ -145,7 +145,8 @@ def read_guarded(item: WorkItem, spec: LoadSpec) -> Iterator[InputBatch]:
     read = 0  # rows
     for step in count():
         if guard.begin_reading(fragment.number, step):
-            error = RowError(_CRASHED.code, "The process that read this file died more than once.", where=fragment.uri)
+            what = f"The process that read this file died {READ_IN_VAIN} times."
+            error = RowError(ErrorCode.CRASHED, what, where=fragment.uri, remedy=_CRASHED.remedy)
             yield from unread_rows(fragment, item.wanted, read, error, spec.kept_columns)
             return
         images = next(batches, None)

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from jobs.captioning import load as load_stage
-from jobs.captioning.crash_guard import CrashGuard, CrashGuardClient
+from jobs.captioning.crash_guard import READ_IN_VAIN, CrashGuard, CrashGuardClient
 from smallcap.config import InputConfig
 from smallcap.errors import ErrorCode, RowError
 from smallcap.images.fragments import Fragment, InputBatch
@@ -50,7 +50,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch, item: WorkItem, die_after: int) -> l
     monkeypatch.setattr(load_stage, "read_fragment", reading)
     guard = CrashGuardClient(LocalActor(CrashGuard()))
     spec: Any = SimpleNamespace(crash_guard=guard, input=InputConfig(), kept_columns=pa.schema([("note", pa.string())]))
-    for _ in range(2):
+    for _ in range(READ_IN_VAIN):
         with pytest.raises(Killed):
             list(load_stage.read_guarded(item, spec))
     return list(load_stage.read_guarded(item, spec))
