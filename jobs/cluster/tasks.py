@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import ray.data
 
 _TELL_EVERY_S = 0.5
+_ATTEMPTS = 10  # of a task whose process or node is lost; Ray Data would repeat it for ever
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -77,6 +78,7 @@ class RayRunner:
                 batch_format="pyarrow",
                 num_cpus=cpus,
                 memory=memory,
+                max_retries=_ATTEMPTS,
             )
         )
 

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 
 from jobs.captioning.caption_table import pixels_of
 from jobs.captioning.layout import count_images
-from jobs.captioning.load import LoadSpec, load_batch, start_loading
+from jobs.captioning.load import LoadSpec, load_batch, read_guarded, start_loading
 from jobs.captioning.watch import watch_run
 from jobs.cluster.display import Activity
 from jobs.cluster.errors import GuardedActor, unwrapped_errors
@@ -37,7 +37,6 @@ from smallcap.captioner import Captioner, CaptionerOptions
 from smallcap.decoding.micro_batches import MicroBatches
 from smallcap.images.crops import CropPlan
 from smallcap.images.fragments import FRAGMENT_ROWS
-from smallcap.images.work_list import read_fragment
 from smallcap.machine.actor_plan import plan_actors
 from smallcap.model.clip_encoder import load_retrieval_encoder
 from smallcap.model.encoder_spec import resolve_encoder_identity
@@ -154,12 +153,13 @@ def load_items(batch: pa.Table, spec: LoadSpec) -> Iterator[pa.Table]:
     for pickled in batch["item"]:
         item: TrainItem = pickle.loads(pickled.as_py())  # noqa: S301 - this job's driver wrote it
         fragment = item.work.fragment
-        batches = read_fragment(fragment, item.work.wanted, spec.input, item.kept)
+        item_spec = replace(spec, kept_columns=item.kept)
+        batches = read_guarded(item.work, item_spec)
         following = next(batches, None)
         number = 0
         while following is not None:
             images, following = following, next(batches, None)
-            loaded = load_batch(fragment.number, images, replace(spec, kept_columns=item.kept))
+            loaded = load_batch(fragment.number, images, item_spec)
             row = {"split": item.split, "name": part_name(fragment.number, number, following is None)}
             yield _as_row(row | {"kept": item.kept.names}, loaded)
             number += 1

@@ -17,6 +17,7 @@ from smallcap.errors import RowError
 from smallcap.images.row_ranges import RowRanges
 
 FRAGMENT_ROWS = 256  # images of a fragment of a stored list, and the most images of a batch
+_READ_ROWS = 4_096  # of the table of fragments at a time
 FragmentKind = Literal["uris", "tar", "parquet"]
 
 FRAGMENT_COLUMNS = pa.schema(
@@ -31,7 +32,7 @@ FRAGMENT_COLUMNS = pa.schema(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there are millions of them
 class Fragment:
     """Images of the input that are read together.
 
@@ -85,8 +86,15 @@ class FragmentTable(Sequence[Fragment]):
         return Fragment(number=self._first + place, **values)
 
     def __iter__(self) -> Iterator[Fragment]:
-        for place in range(len(self)):
-            yield self[place]
+        shared: dict[str, str] = {}  # the same files over and over
+        for start in range(0, len(self), _READ_ROWS):
+            rows = self._table.slice(start, _READ_ROWS).to_pylist()
+            for number, row in enumerate(rows, start=self._first + start):
+                uri = shared.setdefault(row["uri"], row["uri"])
+                yield Fragment(
+                    number, row["kind"], uri, row["row_group"], row["rows"], row["id_prefix"], row["qualified"]
+                )
+            shared = {uri: uri}
 
     @property
     def rows(self) -> np.ndarray:
