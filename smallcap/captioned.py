@@ -12,6 +12,7 @@ from torch import Tensor
 from smallcap.errors import RowError
 from smallcap.images.crops import Pixels
 from smallcap.index.retriever import Neighbour, Neighbours
+from smallcap.redaction import hide_secrets
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class CaptionResult:
 
     def __repr__(self) -> str:
         if self.error is not None:
-            where = f", where={self.error.where!r}" if self.error.where else ""
+            where = f", where={hide_secrets(self.error.where)!r}" if self.error.where else ""
             return f"CaptionResult(error={self.error.code.value!r}, {self.error.what!r}{where})"
         score = "" if self.clip_score is None else f", clip_score={self.clip_score:.3f}"
         return f"CaptionResult({self.caption!r}{score}, neighbours={len(self.neighbours)})"

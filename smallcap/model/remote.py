@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from smallcap import storage
-from smallcap.errors import CheckpointError
+from smallcap.errors import CheckpointError, StorageError
 from smallcap.index.node_cache import MODELS_FOLDER, CachedFile, NodeCache
 from smallcap.phrasing import describe_count
 from smallcap.redaction import hide_secrets
@@ -107,11 +107,13 @@ def _fetch(uri: str, cache_dir: str, look: Callable[[str], list[_Listed]]) -> li
 
 def _list_folder(uri: str) -> list[_Listed]:
     fs, path = storage.filesystem(uri)
-    with translated(uri, "read this model"):
-        try:
+    try:
+        with translated(uri, "read this model"):
             entries = fs.ls(path, detail=True)
-        except (FileNotFoundError, NotADirectoryError):
-            entries = []
+    except StorageError as error:
+        if not isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):  # no bucket, no credentials …
+            raise
+        entries = []
     found = sorted((_Listed.of(entry, uri) for entry in entries if entry["type"] == "file"), key=lambda one: one.name)
     wanted = [one for one in found if any(fnmatch(one.name, pattern) for pattern in WANTED)]
     if any(one.name.endswith(".safetensors") for one in wanted):
