@@ -30,7 +30,7 @@ class Colleagues:
 
         Args:
             topic: What the line is about: of several processes on a node, one is heard.
-            line: The line.
+            line: The line; its kind stands before the first colon.
         """
         _log.warning(line)
 

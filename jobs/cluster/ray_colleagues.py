@@ -80,10 +80,11 @@ def join_colleagues() -> None:
 
 
 def _print_new(heard: dict[str, str]) -> None:
+    """Prints what is told of a topic on a node, unless the last line was of the same kind: another process told it."""
     for name in _names("told/"):
         line = _kept(name)
-        if line is not None and heard.get(name) != line:
-            heard[name] = line
+        if line is not None and heard.get(name) != (kind := line.partition(":")[0]):
+            heard[name] = kind
             tell(line)
 
 
