@@ -33,22 +33,24 @@ class Demand:
 
 
 def cluster_demand() -> Demand | None:
-    """Returns the demand of the cluster that this process is connected to; None where there is none, or no answer."""
+    """Returns the demand of the cluster that this process is connected to; None where it is connected to none.
+
+    Raises:
+        Exception: The head did not answer as it should; whether it lives is watched elsewhere.
+    """
     ray = sys.modules.get("ray")
-    if ray is None or not ray.is_initialized() or ray.util.client.ray.is_connected():
+    if ray is None or not ray.is_initialized():
         return None
-    try:
-        return within(_ANSWER_S, _ask)
-    except Exception:  # noqa: BLE001 - a line for people; whether Ray lives is watched elsewhere
-        return None
+    return within(_ANSWER_S, _ask)
 
 
 def _ask() -> Demand:
     from ray._private.worker import global_worker
-    from ray.autoscaler.v2.sdk import get_cluster_resource_state
-    from ray.core.generated.autoscaler_pb2 import NodeStatus
+    from ray.core.generated.autoscaler_pb2 import GetClusterResourceStateReply, NodeStatus
 
-    state = get_cluster_resource_state(global_worker.gcs_client)
+    reply = GetClusterResourceStateReply()
+    reply.ParseFromString(global_worker.gcs_client.get_cluster_resource_state())
+    state = reply.cluster_resource_state
     asked: Counter[Request] = Counter()
     for waiting in state.pending_resource_requests:
         asked[_request(waiting.request.resources_bundle)] += waiting.count
@@ -92,7 +94,13 @@ class Standstill:
         if now < self._look_at or not (is_short or still_s >= WAITS_S):
             return None
         self._look_at = now + _LOOK_EVERY_S
-        demand = self._demand()
+        try:
+            demand = self._demand()
+        except Exception as error:  # noqa: BLE001 - the job may go on
+            if still_s < STILL_S or progress is None or now < self._say_at:
+                return None
+            self._note_said(now)
+            return f"Nothing has moved for {describe_duration(still_s)}, and what waits cannot be found out: {error}"
         if demand is None:
             return None
         lasting = self._lasting(demand, now)
@@ -101,8 +109,11 @@ class Standstill:
         is_told = lasting or (still_s >= STILL_S and progress is not None)
         if not is_told or now < self._say_at:
             return None
-        self._say_at, self._pause_s = now + self._pause_s, min(2 * self._pause_s, _LONGEST_PAUSE_S)
+        self._note_said(now)
         return describe_wait(demand, lasting, still_s)
+
+    def _note_said(self, now: float) -> None:
+        self._say_at, self._pause_s = now + self._pause_s, min(2 * self._pause_s, _LONGEST_PAUSE_S)
 
     def _lasting(self, demand: Demand, now: float) -> dict[Request, float]:
         """Returns the requests that have waited for long enough to be told, with the seconds."""

@@ -118,6 +118,16 @@ def test_what_no_node_can_hold_has_another_remedy(request_: Request, named: str)
     assert line.endswith("No node is large enough for that: add one that is, or ask for less.")
 
 
+def test_a_head_that_does_not_answer_hides_no_standstill() -> None:
+    def fail() -> Demand:
+        raise TimeoutError("no answer within 10 s")
+
+    watch = Standstill(fail)
+    lines = [watch.look(0, is_short=True, now=now) for now in range(1000, 1200, 5)]
+    (line,) = filter(None, lines)
+    assert line == "Nothing has moved for 2 min, and what waits cannot be found out: no answer within 10 s"
+
+
 def test_without_ray_nothing_is_asked() -> None:
     assert cluster_demand() is None
 
