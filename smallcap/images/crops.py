@@ -78,7 +78,7 @@ class CropPlan:
         with decoding_room(where) as room:
 
             def reserve(width: int, height: int, pixel_bytes: int) -> None:
-                resized = min(math.prod(resized_sides(width, height, least_px)), MAX_IMAGE_PIXELS)
+                resized = min(math.prod(resized_sides(max(width, 1), max(height, 1), least_px)), MAX_IMAGE_PIXELS)
                 room.take(width * height * pixel_bytes + resized * _RESIZED_BYTES)
 
             if self.decode == "exact":
