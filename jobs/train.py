@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from jobs.captioning.record import run_lock
 from jobs.cluster.addresses import check_address
 from jobs.cluster.display import Display, on_shown_ray
-from jobs.cluster.pinned import check_index_is_there, pin_index, pinned_encoder
+from jobs.cluster.pinned import check_indexes_are_there, pin_indexes, pinned_encoder
 from jobs.cluster.stopping import GOES_ON, stoppable
 from jobs.screen import detail
 from jobs.training.inputs import LISTS_FOLDER, TrainInputs, list_inputs
@@ -33,7 +33,7 @@ from jobs.training.start import ModelStart
 from smallcap import storage
 from smallcap.errors import ConfigError, RunError
 from smallcap.images.crops import CropPlan
-from smallcap.index.manifest import load_manifest, utc_now
+from smallcap.index.manifest import join_index_ids, load_manifest, utc_now
 from smallcap.model.encoder_spec import load_preprocessing
 from smallcap.phrasing import describe_count, describe_counts
 from smallcap.training.checkpoints import find_train_checkpoint
@@ -106,16 +106,17 @@ def open_record(config: TrainConfig) -> tuple[TrainRecord, ModelStart]:
         RunError: The index or the model cannot be used.
     """
     record = load_train_record(config.out)
+    indexes = [config.index] if config.index is not None else []
     if record is not None:
         record = record.model_copy(update={"retrieval_encoder": pinned_encoder(record, config.out)})
         start = ModelStart(config, record.retrieval_encoder)
         record.check_same_run(config, start.model_id)
         if record.status != "complete":
-            check_index_is_there(record, config.index)
+            check_indexes_are_there(record, indexes)
         return record, start
-    manifest, encoder = pin_index(config.index, config.retrieval.k, config.retrieval_encoder)
+    manifests, encoder = pin_indexes(indexes, config.retrieval.k, config.retrieval_encoder)
     start = ModelStart(config, encoder)
-    return TrainRecord.new(config, manifest.index_id if manifest else None, encoder, start_id=start.model_id()), start
+    return TrainRecord.new(config, join_index_ids(manifests) or None, encoder, start_id=start.model_id()), start
 
 
 def _describe_kept(out: str) -> str:

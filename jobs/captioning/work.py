@@ -18,7 +18,7 @@ from jobs.captioning.record import (
     write_run_record,
 )
 from jobs.captioning.scores import Scores
-from jobs.cluster.pinned import pin_index, pinned_encoder
+from jobs.cluster.pinned import pin_indexes, pinned_encoder
 from smallcap import storage
 from smallcap.config import CaptionConfig
 from smallcap.errors import ConfigError
@@ -26,7 +26,7 @@ from smallcap.images.fragments import Fragment
 from smallcap.images.listing import extend_work_list, make_work_list
 from smallcap.images.relisting import store_states
 from smallcap.images.work_list import WORK_FOLDER, WorkList, count_images, load_work_list
-from smallcap.index.manifest import share_of
+from smallcap.index.manifest import join_index_ids, share_of
 from smallcap.model.files import checkpoint_id
 from smallcap.output.coverage import (
     Coverage,
@@ -55,9 +55,9 @@ def open_record(config: CaptionConfig) -> RunRecord:
     if record is not None:
         record.check_same_run(config, partial(checkpoint_id, config.model), config.out)
         return record.model_copy(update={"retrieval_encoder": pinned_encoder(record, config.out)})
-    manifest, encoder = pin_index(config.index, config.retrieval.k, config.retrieval.encoder)
-    if manifest:
-        share_of(manifest.shards, (0, config.retrieval.partitions))  # refuses what their actors would refuse later
+    manifests, encoder = pin_indexes(config.index, config.retrieval.k, config.retrieval.encoder)
+    if len(manifests) == 1:
+        share_of(manifests[0].shards, (0, config.retrieval.partitions))  # refuses what their actors would refuse later
     if config.output.save_embeddings and encoder is None:
         raise ConfigError(
             "There is no retrieval encoder whose embeddings could be saved.",
@@ -71,7 +71,7 @@ def open_record(config: CaptionConfig) -> RunRecord:
             remedy="Give --index, or --set retrieval.encoder=SPEC.",
         )
     model_id = checkpoint_id(config.model)
-    return RunRecord.new(config, manifest.index_id if manifest else None, encoder, model_id=model_id)
+    return RunRecord.new(config, join_index_ids(manifests) or None, encoder, model_id=model_id)
 
 
 def list_work(config: CaptionConfig, record: RunRecord, relist: bool = False) -> WorkList:
@@ -92,16 +92,20 @@ def list_work(config: CaptionConfig, record: RunRecord, relist: bool = False) ->
             remove_replaced(config.out)
             forget_rows(config.out, list(read_part_infos(config.out)), work.relisted.overwritten)
             store_states(work.fragments.table, work.relisted.overwritten)
-    if config.score_column is not None:
-        kind = work.kept_columns.field(config.score_column).type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
-            raise ConfigError(
-                "The column to score holds no texts.",
-                where=f"score_column: {config.score_column}",
-                expected="a column of strings",
-                found=str(kind),
-            )
+    for option, column in (("score_column", config.score_column), ("index_column", config.retrieval.index_column)):
+        if column is not None:
+            _check_texts(work.kept_columns.field(column), option)
     return work
+
+
+def _check_texts(column: pa.Field, option: str) -> None:
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type) or pa.types.is_null(column.type)):
+        raise ConfigError(
+            "The column to score holds no texts." if option == "score_column" else "The column holds no names of indexes.",
+            where=f"{option}: {column.name}",
+            expected="a column of strings",
+            found=str(column.type),
+        )
 
 
 def _settled_parts(out: str, work: WorkList) -> list[NamedPart]:

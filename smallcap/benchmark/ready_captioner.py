@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from smallcap.benchmark.random_content import EOS_TOKEN_ID, GPT2_124M, PAD_TOKEN_ID, random_vectors, write_index
 from smallcap.captioned import ScoredCaptions
-from smallcap.captioner import Captioner, CaptionerOptions
+from smallcap.captioner import Captioner
+from smallcap.captioner_setup import CaptionerOptions
 from smallcap.decoding.engine import Generated
 from smallcap.images.crops import Pixels
 from smallcap.images.decode import Preprocessing
