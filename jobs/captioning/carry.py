@@ -159,8 +159,9 @@ def _routed(rows: pa.Table, routes: Routes | None) -> tuple[list[str | None] | N
     if routes is None:
         return None, np.zeros(len(rows), bool)
     names = routes.of_rows(rows)
-    is_refused = [refusal is not None for refusal in routes.refusals(names)]
-    return [None if refused else name for name, refused in zip(names, is_refused, strict=True)], np.array(is_refused, bool)
+    refusals = routes.refusals(names)
+    known = [None if refusal else name for name, refusal in zip(names, refusals, strict=True)]
+    return known, np.array([refusal is not None for refusal in refusals], bool)
 
 
 def is_carried(name: str) -> bool:

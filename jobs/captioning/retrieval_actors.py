@@ -76,9 +76,7 @@ def run_partitions(index_uri: str, index_id: str, retrieval: RetrievalConfig) ->
             ray.kill(partition)
 
 
-def open_partitioned(
-    partitions: Sequence[Partitions], indexes: Sequence[NamedIndex], cache_dir: str
-) -> CaptionSearch:
+def open_partitioned(partitions: Sequence[Partitions], indexes: Sequence[NamedIndex], cache_dir: str) -> CaptionSearch:
     """Connects to the running partitions of each index; see `PartitionedRetriever.open`."""
     return merge_searches(indexes, [PartitionedRetriever.open(one, cache_dir) for one in partitions])
 

@@ -92,16 +92,19 @@ def list_work(config: CaptionConfig, record: RunRecord, relist: bool = False) ->
             remove_replaced(config.out)
             forget_rows(config.out, list(read_part_infos(config.out)), work.relisted.overwritten)
             store_states(work.fragments.table, work.relisted.overwritten)
-    for option, column in (("score_column", config.score_column), ("index_column", config.retrieval.index_column)):
-        if column is not None:
-            _check_texts(work.kept_columns.field(column), option)
+    if config.score_column is not None:
+        _check_texts(
+            work.kept_columns.field(config.score_column), "The column to score holds no texts.", "score_column"
+        )
+    if (name := config.retrieval.index_column) is not None:
+        _check_texts(work.kept_columns.field(name), "The column holds no names of indexes.", "retrieval.index_column")
     return work
 
 
-def _check_texts(column: pa.Field, option: str) -> None:
+def _check_texts(column: pa.Field, what: str, option: str) -> None:
     if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type) or pa.types.is_null(column.type)):
         raise ConfigError(
-            "The column to score holds no texts." if option == "score_column" else "The column holds no names of indexes.",
+            what,
             where=f"{option}: {column.name}",
             expected="a column of strings",
             found=str(column.type),
