@@ -150,9 +150,9 @@ def describe(summary: RunSummary) -> str:
     errors = describe_counts(images.errors_by_code)
     rows, failed = describe_count(images.total, "row"), describe_count(images.error, "error")
     counts = f"{rows}: {images.ok:,} ok, {failed}"
-    lines.append(counts + (f" ({errors}); --retry-failed tries these images again" if errors else ""))
     lines += record.scores.describe() if record.scores else ()
     lines += demo_warning(record.config["model"], record.config["images"])
+    lines.append(counts + (f" ({errors}); --retry-failed tries these images again" if errors else ""))
     lines.append(f"Parquet: {summary.out}/part-*.parquet")
     return "\n".join(lines)
 
@@ -301,17 +301,17 @@ def shared_indexes(config: CaptionConfig, record: RunRecord) -> Iterator[tuple[P
         yield tuple(partitions)
 
 
-def exit_status(config: CaptionConfig, summary: RunSummary) -> int:
-    """Returns 0, or the status for more failed images than the config accepts."""
-    return EXIT_TOO_MANY_ERRORS if summary.error_rate > config.max_error_rate else 0
+def exit_status(max_error_rate: float, summary: RunSummary) -> int:
+    """Returns 0, or the status for a larger share of failed images."""
+    return EXIT_TOO_MANY_ERRORS if summary.error_rate > max_error_rate else 0
 
 
-def explain_exit(config: CaptionConfig, summary: RunSummary) -> str:
+def explain_exit(max_error_rate: float, summary: RunSummary) -> str:
     """Returns why `exit_status` is not 0, in a line for people."""
     images = summary.images
     return (
         f"Exit code {EXIT_TOO_MANY_ERRORS}: {images.error:,} of {describe_count(images.total, 'row')} are errors, "
-        f"{summary.error_rate:.2%}; --max-error-rate allows {config.max_error_rate:.2%}. "
+        f"{summary.error_rate:.2%}; --max-error-rate allows {max_error_rate:.2%}. "
         f"smallcap inspect {summary.out} --errors lists them."
     )
 

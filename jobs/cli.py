@@ -9,7 +9,8 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import Annotated, Any
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -39,6 +40,9 @@ from smallcap.config import BenchmarkOptions, CaptionConfig, EvaluateConfig, Ind
 from smallcap.local_files import as_text
 from smallcap.refresh_config import ForgetConfig, RefreshConfig
 from smallcap.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from jobs.caption import RunSummary
 
 app = typer.Typer(
     name="smallcap",
@@ -219,21 +223,30 @@ def caption(config: CaptionConfig, call: CaptionCall) -> int:
         return 0
     summary = job.run(config, call.address, retry_failed=call.retry_failed, relist=call.relist)
     say_report(job.describe(summary), slice(-2, None))
-    status = job.exit_status(config, summary)
-    reason = {"reason": job.explain_exit(config, summary)} if status else {}
+    return _end_captioning(call, summary, config.max_error_rate, partial(results.caption_result, summary))
+
+
+def _end_captioning(
+    call: RayCall, summary: RunSummary, max_error_rate: float, result: Callable[[], dict[str, Any]]
+) -> int:
+    """Returns a captioning command's exit code; says why it is not 0, and prints its JSON if that is asked for."""
+    from jobs.caption import exit_status, explain_exit
+
+    code = exit_status(max_error_rate, summary)
+    reason = {"reason": explain_exit(max_error_rate, summary)} if code else {}
     for text in reason.values():
         tell(text)
     if call.as_json:
-        done = _DONE if summary.new_images else _NOTHING_TO_DO
-        say_result(results.caption_result(summary) | reason, done, status)
-    return status
+        say_result(result() | reason, _DONE if summary.new_images else _NOTHING_TO_DO, code)
+    return code
 
 
 @_command("refresh", "s3://bucket/captions --index s3://bucket/index --out s3://bucket/captions-2")
-def refresh(config: RefreshConfig, call: RayCall) -> None:
+def refresh(config: RefreshConfig, call: RayCall) -> int:
     """Make a run anew with another index: only images whose retrieved captions differ are captioned again."""
     with _show_loading():  # a wrong option fails before
         from jobs import refresh as job
+        from jobs import results
 
     if call.dry_run:
         from jobs.cluster.display import show_while
@@ -241,8 +254,12 @@ def refresh(config: RefreshConfig, call: RayCall) -> None:
         with show_while(f"Searching {' and '.join(config.index)} for the images of {config.run}"):
             plan = job.plan(config)
         say_lines(plan.lines())
-    else:
-        say(job.describe(job.run(config, call.address)))
+        _say_result(call, results.refresh_plan(plan), _PLANNED)
+        return 0
+    summary = job.run(config, call.address)
+    say_report(job.describe(summary), slice(-2, None))
+    accepted = summary.run.record.config["max_error_rate"]
+    return _end_captioning(call, summary.run, accepted, partial(results.refresh_result, summary))
 
 
 @_command("train", "dataset_coco.json --index s3://bucket/index --model Yova/SmallCap7M --out s3://bucket/training")
@@ -338,11 +355,16 @@ def forget(config: ForgetConfig, call: RayCall) -> None:
     """Remove captions from an index, and refresh the runs whose prompts held them."""
     with _show_loading():  # a wrong option fails before
         from jobs import forget as job
+        from jobs import results
 
     if call.dry_run:
-        say_lines(job.describe_plan(job.plan(config)))
+        uses = job.plan(config)
+        say_lines(job.describe_plan(uses))
+        _say_result(call, results.forget_plan(uses), _PLANNED)
     else:
-        say_lines(job.describe(job.run(config, call.address)))
+        done = job.run(config, call.address)
+        say_lines(job.describe(done))
+        _say_result(call, results.forget_result(done))
 
 
 @_command("trace", "s3://bucket/captions --source captions_2021.csv")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,8 @@ if TYPE_CHECKING:  # a command loads its own job only
     from index_builder.build import BuildPlan, BuildReport
     from jobs.caption import RunSummary
     from jobs.captioning.plan import RunPlan
+    from jobs.forget import Takedown, Use
+    from jobs.refresh import RefreshPlan, RefreshSummary
     from jobs.train import TrainingPlan, TrainSummary
 
 Values = dict[str, Any]
@@ -66,6 +69,33 @@ def caption_plan(plan: RunPlan) -> Values:
         "gpu_hours_per_million": plan.gpu_hours_per_million,
         "cost": plan.cost(plan.gpu_hours),
     }
+
+
+def refresh_result(summary: RefreshSummary) -> Values:
+    """Returns what a refresh did: what a captioning run tells, and what became of the old run's rows."""
+    return caption_result(summary.run) | {"refreshed": summary.refreshed.model_dump(mode="json")}
+
+
+def refresh_plan(plan: RefreshPlan) -> Values:
+    """Returns what a refresh would do."""
+    return asdict(plan)
+
+
+def forget_result(done: Takedown) -> Values:
+    """Returns what a takedown did to the index and to each run."""
+    return {
+        "index_id": done.report.manifest.index_id,
+        "captions": done.report.manifest.ntotal,
+        "runs": [
+            asdict(use) | {"refreshed": summary and summary.refreshed.model_dump(mode="json")}
+            for use, summary in done.runs
+        ],
+    }
+
+
+def forget_plan(uses: Sequence[Use]) -> Values:
+    """Returns what a takedown would do."""
+    return {"runs": [asdict(use) for use in uses]}
 
 
 def build_result(report: BuildReport) -> Values:

@@ -57,20 +57,11 @@ def trace(options: TraceOptions) -> TracedCaptions:
     """Opens the rows of a run whose prompts held what the options name.
 
     Raises:
-        ConfigError: There is no run, it has no such source, or its rows do not name sources.
+        ConfigError: There is no run, or it has no such index or source.
         RunError: The run is damaged, or the storage fails.
     """
     record = load_existing_run(options.run)
     captions = read_captions(options.run, _COLUMNS, status="ok")
-    names = [field.name for field in captions.schema.field("neighbours").type.value_type]
-    if (options.source or options.index) and "sources" not in names:
-        raise ConfigError(
-            "The rows of this run do not name the sources of retrieved captions.",
-            where=options.run,
-            expected="neighbours with caption_id, text, score and sources",
-            found=", ".join(names),
-            remedy="Refresh the run with its index (smallcap refresh), or trace a --text.",
-        )
     _check_index(options, record)
     sources = {name for source in options.source for name in _source_names(source, record, options.index)}
     texts, caption_ids = set(options.text), set(options.caption_id)

@@ -79,11 +79,11 @@ def write_accepted(captions: Captions, bounds: Bounds, file: str, ids: Mapping[s
         The number of `accepted` rows, and of rejected ones by their first reason.
 
     Raises:
-        ConfigError: The run lacks a column, or the file would be one of the run's own.
+        ConfigError: The file would be one of the run's own.
         SchemaError: A part of the run is damaged.
         StorageError: The service fails.
     """
-    _check(captions, bounds, file)
+    _check_place(captions, file)
     counts = Counter(dict.fromkeys(("accepted", ERROR, EMPTY, *bounds.least, *bounds.most), 0))
 
     def accepted() -> Iterator[pa.RecordBatch]:
@@ -119,16 +119,7 @@ def _write(
         writer.add_key_value_metadata(facts())
 
 
-def _check(captions: Captions, bounds: Bounds, file: str) -> None:
-    wanted = [*bounds.least, *bounds.most]
-    if missing := [name for name in wanted if name not in captions.schema.names]:
-        raise ConfigError(
-            "The run has no such score.",
-            where=captions.run,
-            expected=", ".join(wanted),
-            found=f"no {', '.join(missing)}",
-            remedy="An older release wrote this run: caption the images again, or leave these bounds out.",
-        )
+def _check_place(captions: Captions, file: str) -> None:
     folder, name = storage.absolute(file).rpartition("/")[::2]
     if folder == storage.absolute(captions.run) and not name.startswith(("_", ".")):
         raise ConfigError(

@@ -16,10 +16,12 @@ from jobs import caption
 from jobs.captioning.record import load_run_record
 from smallcap import storage
 from smallcap.captioner import Captioner
-from smallcap.config import IndexConfig
+from smallcap.config import CaptionConfig, IndexConfig
 from smallcap.errors import CheckpointError, ConfigError, ManifestError, SchemaError
+from smallcap.evaluation.shared_words import measure_shared_words
 from smallcap.model.files import demo_folder
 from smallcap.output.part_files import list_parts
+from smallcap.output.reading import read_captions
 from smallcap.output.schema import CAPTION_COLUMNS, check_caption_schema
 from tests.bad_images import BAD_IMAGES
 from tests.caption_runs import config_for, jpeg, read_rows, write_images
@@ -54,6 +56,14 @@ def test_images_become_rows_with_captions_and_neighbours(s3: str, index: str, ti
     assert record["status"] == "complete"
     assert record["images"] == {"total": 20, "ok": 20, "error": 0, "errors_by_code": {}}
     assert record["attempts"][0]["caption_s"] > 0
+
+
+def test_words_of_captions_and_neighbours_are_compared(finished_run: CaptionConfig) -> None:
+    rows = read_captions(finished_run.out).to_arrow()
+    shared = measure_shared_words(rows["caption"], rows["neighbours"])
+    assert rows["copied_share"].combine_chunks().equals(shared.copied_share)
+    assert rows["neighbour_agreement"].combine_chunks().equals(shared.neighbour_agreement)
+    assert rows["neighbour_agreement"].null_count == 0
 
 
 def test_a_finished_run_is_a_no_op_until_the_input_is_listed_again(

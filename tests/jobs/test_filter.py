@@ -94,9 +94,7 @@ def test_a_filter_that_fails_leaves_the_file_as_it_was(out: str) -> None:
     assert storage.read_bytes(file) == b"before"
 
 
-def test_a_run_without_the_score_and_a_file_among_the_parts_are_refused(tmp_path: Path, out: str) -> None:
-    with pytest.raises(ConfigError, match=r"(?s)no such score.*found: no copied_share"):
-        run(FilterOptions(run=str(GOLDEN), out=str(tmp_path / "a.parquet"), max_copied=0.5))
+def test_a_file_among_the_parts_is_refused(out: str) -> None:
     with pytest.raises(ConfigError, match=r"(?s)take this file for one of its parts.*remedy: .*/_accepted.parquet"):
         run(FilterOptions(run=out, out=f"{out}/accepted.parquet"))
     assert run(FilterOptions(run=out, out=f"{out}/_accepted.parquet"))["accepted"] == 8

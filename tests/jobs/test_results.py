@@ -16,8 +16,10 @@ from jobs.training.record import TrainRecord, write_train_record
 from smallcap.config import CaptionConfig
 from smallcap.errors import StorageError
 from smallcap.model.files import checkpoint_id
+from smallcap.output.reading import read_captions
 from smallcap.training.checkpoints import EpochResult
 from tests.caption_runs import write_images
+from tests.index_files import build_text_index
 from tests.train_runs import train_config, write_captioned_images
 
 ROOT = Path(__file__).parents[2]
@@ -86,6 +88,39 @@ def test_caption_tells_programs_what_it_did(run: Run, index: str, tiny_smallcap:
     assert again.keys() == documented("caption") - {"reason"}
     assert (again["status"], again["run_id"], again["seconds"]) == ("nothing_to_do", result["run_id"], None)
     assert "Exit code" not in told
+
+
+def test_a_refresh_and_a_takedown_tell_programs_what_they_did(
+    run: Run, tmp_path: Path, tiny_clip: Path, tiny_smallcap: Path
+) -> None:
+    index = build_text_index(tmp_path, tiny_clip, [f"{number}.jpg,a dog {number}" for number in range(9)])
+    write_images(f"{tmp_path}/images", 3)
+    (tmp_path / "images" / "bad.jpg").write_bytes(b"no image")
+    old, new = tmp_path / "captions", tmp_path / "new"
+    command = ["caption", tmp_path / "images", "--index", index, "--model", tiny_smallcap, "--out", old]
+    run(*command, "--save-embeddings", "--max-error-rate", "0.2", "--dtype", "float32")
+    text = read_captions(str(old), ["neighbours"], status="ok").to_arrow()["neighbours"][0][0]["text"].as_py()
+    forget = ["forget", old, "--index", index, "--remove", f"text={text}", "--out", tmp_path / "clean", "--json"]
+
+    plan = only_object(run(*forget, "--dry-run")[1])
+    assert plan.keys() == documented("forget", is_dry_run=True)
+    (use,) = plan["runs"]
+    assert (use["run"], use["out"], use["images"] > 0) == (str(old), f"{tmp_path}/clean/captions", True)
+    done = only_object(run(*forget)[1])
+    assert done.keys() == documented("forget")
+    assert (done["status"], done["captions"]) == ("done", 8)
+    assert done["runs"][0]["refreshed"]["changes"] == use["images"]
+
+    refresh = ["refresh", old, "--index", index, "--out", new, "--json"]
+    plan = only_object(run(*refresh, "--dry-run")[1])
+    assert plan.keys() == documented("refresh", is_dry_run=True)
+    assert (plan["rows"], plan["looked_at"] - plan["same"], plan["unsearched"]) == (4, use["images"], 0)
+    code, out, told = run(*refresh)
+    result = only_object(out)
+    assert result.keys() == documented("refresh")
+    assert (code, result["exit_code"], result["new_images"]) == (3, 3, use["images"])
+    assert result["refreshed"]["carried"] == 4 - use["images"]
+    assert "Exit code 3: 1 of 4 rows are errors" in told
 
 
 def test_a_build_tells_programs_what_it_did(run: Run, tiny_clip: Path, tmp_path: Path) -> None:

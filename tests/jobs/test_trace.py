@@ -67,9 +67,7 @@ def test_results_are_shown_printed_as_json_and_written(
     assert list(pd.read_json(tmp_path / "held.jsonl.gz", lines=True).caption) == list(rows.caption)
 
 
-def test_a_run_without_sources_is_traced_by_text_and_says_what_it_lacks() -> None:
+def test_what_is_traced_must_be_named() -> None:
     assert found(traced(GOLDEN, text=["a chair"])) == [("10000001.jpg", ["a chair"])]
-    with pytest.raises(ConfigError, match="do not name the sources"):
-        traced(GOLDEN, source=["captions.csv"])
     with pytest.raises(ConfigError, match="give --source, --text or --caption-id"):
         load_config(TraceOptions, flags={"run": GOLDEN})

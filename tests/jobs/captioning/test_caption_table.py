@@ -17,7 +17,6 @@ from jobs.captioning.caption_table import TableCaptioner, pixels_of
 from jobs.captioning.load import CONTENT_KEY, VISION_PIXELS
 from smallcap.captioned import ScoredCaptions
 from smallcap.captioner import Captioner, CaptionResult
-from smallcap.evaluation.shared_words import measure_shared_words
 from smallcap.images.crops import Pixels
 from smallcap.output.schema import CAPTION_COLUMNS, EMBEDDING_COLUMN, ENDS_FRAGMENT, FRAGMENT, FRAGMENT_ROW
 from tests.caption_runs import jpeg
@@ -103,15 +102,6 @@ def _near(value: Any) -> Any:
         {name: pytest.approx(x, abs=1e-3) if isinstance(x, float) else x for name, x in entry.items()}
         for entry in value
     ]
-
-
-def test_words_of_captions_and_neighbours_are_compared_in_columns(captioner: Captioner) -> None:
-    table, captioned = TableCaptioner(captioner, 2, exclude_own=True, embeds=False)(loaded(images(captioner)))
-    shared = measure_shared_words(table["caption"], table["neighbours"])
-    assert table["copied_share"].combine_chunks().equals(shared.copied_share)
-    assert table["neighbour_agreement"].combine_chunks().equals(shared.neighbour_agreement)
-    known = 5 if captioned.neighbours.found.any() else 0
-    assert [len(table) - table[name].null_count for name in ("copied_share", "neighbour_agreement")] == [known] * 2
 
 
 def test_a_given_text_is_scored_and_is_best_where_it_fits_better(

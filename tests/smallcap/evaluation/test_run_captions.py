@@ -24,14 +24,14 @@ def rows(*given: dict[str, Any]) -> list[pa.Table]:
 def test_rows_are_captions_errors_or_without_references() -> None:
     near = [{"caption_id": number, "text": text, "score": 0.5} for number, text in enumerate(["a dog", "wet sand"])]
     given = rows(
-        {"image_id": "x/a.jpg", "caption": "A dog.", "neighbours": near, "clip_score": 0.25},
+        {"image_id": "x/a.jpg", "caption": "A dog.", "neighbours": near, "clip_score": 0.25, "copied_share": 0.75},
         {"image_id": "b.jpg", "status": "error", "error_code": "truncated"},
         {"image_id": "z.jpg", "caption": "a bus"},
     )
     run = collect_run(given, REFERENCES, "run")
     assert run.captions == {"a.jpg": "A dog."}
     assert (run.rows, run.errors, run.unmatched, run.examples) == (3, {"truncated": 1}, 1, ["z.jpg"])
-    assert run.values == {"a.jpg": pytest.approx((0.25, 1, 1, 1, 2, math.nan), nan_ok=True)}  # "a dog" was copied
+    assert run.values == {"a.jpg": pytest.approx((0.25, 1, 0.75, 1, 2, math.nan), nan_ok=True)}  # "a dog" was copied
 
 
 def test_a_run_without_retrieval_has_no_figures_of_it() -> None:

@@ -257,7 +257,7 @@ def test_the_golden_output_of_version_1_is_read() -> None:
     check_caption_schema(table.schema, name)
     assert kept_columns(table.schema) == ["split", "licence"]
     assert table.schema.metadata[b"smallcap.part"] == (
-        b'{"rows":{"0":[[0,3]]},"failed":{"0":[[2,3]]},"ends":[0],"ok":2,"errors":{"not_an_image":1}}'
+        b'{"rows":{"0":[[0,3]]},"failed":{"0":[[2,3]]},"ends":[0],"ok":2,"errors":{"not_an_image":1},"left_out":{}}'
     )
     first, _, broken = table.to_pylist()
     assert (first["image_id"], first["caption_tokens"], first["split"]) == ("10000000.jpg", 13, "test")

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 
 from smallcap.output import reading
@@ -100,15 +99,6 @@ def test_two_runs_without_a_common_image_are_shown(tmp_path: Path) -> None:
 def test_a_run_without_rows_is_shown(tmp_path: Path) -> None:
     read = read_run_rows([write_run(str(tmp_path), [])], 10)
     assert (read.rows, read.figures[0].ok, read.figures[0].errors) == ([], 0, {})
-
-
-def test_a_share_that_the_run_has_itself_is_not_computed_again(tmp_path: Path) -> None:
-    kept = pa.schema([("copied_share", pa.float32())])
-    rows = [caption_row(name, "a dog", neighbours=["a dog"]) | {"copied_share": 0.25} for name in names(30)]
-    read = read_run_rows([write_run(str(tmp_path), rows, kept)], 10)
-    assert {row["runs"][0]["values"]["copied_share"] for row in read.rows} == {0.25}
-    distribution = read.figures[0].distributions["copied_share"]
-    assert (distribution.count, distribution.summary()["mean"]) == (30, 0.25)
 
 
 def test_captions_that_are_empty_or_without_figures_are_counted_and_shown(tmp_path: Path) -> None:
