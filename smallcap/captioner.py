@@ -188,7 +188,7 @@ class Captioner:
             StorageError: An object store fails as a whole.
         """
         cropped = crop_given(images, self.crop_plan, max_pixels)
-        ids, names = _for_each(image_ids, cropped, "image_ids"), _for_each(indexes, cropped, "indexes")
+        ids, names = _for_each(image_ids, cropped, "image_ids", "ids"), _for_each(indexes, cropped, "indexes", "names")
         good = [place for place, one in enumerate(cropped) if isinstance(one, Pixels)]
         pixels = [one for one in cropped if isinstance(one, Pixels)]
         captioned = iter(self.caption_batch(pixels, [ids[place] for place in good], [names[place] for place in good]))
@@ -376,9 +376,11 @@ class Captioner:
         return stacked
 
 
-def _for_each(values: Iterable[str | None] | None, images: Sequence[object], what: str) -> list[str | None]:
+def _for_each(
+    values: Iterable[str | None] | None, images: Sequence[object], argument: str, what: str
+) -> list[str | None]:
     """Returns a value for each image; None where there are no values."""
-    found = [None] * len(images) if values is None else list(values)
+    found: list[str | None] = [None] * len(images) if values is None else list(values)
     if len(found) != len(images):
-        raise ValueError(f"{what}: expected {len(images)}, one for each image, found {len(found)}.")
+        raise ValueError(f"{argument}: expected {len(images)} {what}, one for each image, found {len(found)}.")
     return found

@@ -181,7 +181,8 @@ def _load(number: int, images: InputBatch, spec: LoadSpec) -> _Loaded:
         return done
 
     with DecodeClock(lambda row: spec.crash_guard.give_up(number, row)) as clock:
-        results = dict(zip(todo, spec.crash_guard.run_guarded(number, todo, load_rows), strict=True))
+        guarded = spec.crash_guard.run_guarded(number, todo, load_rows)
+    results = dict(zip(todo, guarded, strict=True))
     left_out = [row for row, result in results.items() if result is None]
     too_slow = spec.crash_guard.too_slow(number, left_out) if left_out else []
     for row, refusal in zip(position_of, refused, strict=True):

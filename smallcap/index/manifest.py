@@ -337,7 +337,7 @@ def load_manifests(uris: Sequence[str], index_id: str | None = None) -> tuple[In
         ManifestError: There is no such index or version, or its manifest is malformed.
         IndexIntegrityError: The name of a version's folder contradicts its content.
     """
-    ids = split_index_ids(index_id) or [None] * len(uris)
+    ids: Sequence[str | None] = split_index_ids(index_id) or [None] * len(uris)
     if len(ids) != len(uris):
         raise ConfigError(
             "Each index needs the id of its version.",

@@ -120,7 +120,7 @@ def test_rows_have_the_best_captions_of_the_indexes_that_their_image_names(
     assert rows["where"].fillna("").tolist() == [route or "" for route in ROUTES]  # kept
     with pytest.raises(ConfigError, match="no index of this name"):
         captioner.caption([jpeg(0)], indexes=["gone"])
-    with pytest.raises(ValueError, match="indexes: expected 1, one for each image, found 2"):
+    with pytest.raises(ValueError, match="indexes: expected 1 names, one for each image, found 2"):
         captioner.caption([jpeg(0)], indexes=["news", None])
 
 
