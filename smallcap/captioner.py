@@ -188,7 +188,8 @@ class Captioner:
             StorageError: An object store fails as a whole.
         """
         cropped = crop_given(images, self.crop_plan, max_pixels)
-        ids, names = _for_each(image_ids, cropped, "image_ids", "ids"), _for_each(indexes, cropped, "indexes", "names")
+        ids = _for_each(image_ids, cropped, "image_ids", "ids")
+        names = _for_each(indexes, cropped, "indexes", "names")
         good = [place for place, one in enumerate(cropped) if isinstance(one, Pixels)]
         pixels = [one for one in cropped if isinstance(one, Pixels)]
         captioned = iter(self.caption_batch(pixels, [ids[place] for place in good], [names[place] for place in good]))
