@@ -6,7 +6,7 @@ VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' smallcap/__init__.py)
 # The tests of a file run in one process, as do all on the session's Ray: see tests/conftest.py.
 PARALLEL := --numprocesses=auto --maxprocesses=4
 
-.PHONY: help setup demo test test-all lint format audit docs site build release bench demo-model claims clean
+.PHONY: help setup demo test test-all lint format audit docs site build release bench demo-model claims notebook transcripts clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -72,6 +72,12 @@ demo-model: $(INSTALLED) ## Make the demo's world and model again (needs fonts-n
 
 claims: $(INSTALLED) ## Measure the paper's claims on the demo world (trains variants; run demo-model first)
 	$(BIN)/python -m demo.claims
+
+notebook: $(INSTALLED) ## Execute docs/notebook.ipynb, and store what its cells show
+	$(BIN)/python -m demo.notebook
+
+transcripts: $(INSTALLED) ## Run the commands of docs/transcripts.md, and put what they print into it
+	$(BIN)/python -m demo.transcripts
 
 clean: ## Remove the files that the demo and the tools wrote
 	rm -rf out dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

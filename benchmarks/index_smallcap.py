@@ -32,7 +32,7 @@ def build(dump: str, encoder: str, out: str, key: str, threads: int) -> dict[str
         cache_dir=f"{out}.cache",
     )
     start = time.perf_counter()
-    report = build_index(config, RayRunner())
+    report = build_index(config, RayRunner(config.out))
     seconds = time.perf_counter() - start
     manifest = report.manifest
     return {

@@ -149,7 +149,7 @@ class Build:
             check_index_key(config.index_key, identity.dim)
         dtype = "float32" if config.compute.dtype == "auto" else config.compute.dtype
         self._runner = StageRunner(runner or LocalRunner(), config.compute, progress or _ignore)
-        self._encoding = Encoding(identity, dtype, self._runner)
+        self._encoding = Encoding(identity, dtype, self._runner, config.cache_dir)
         self._columns = columns._replace(dim=identity.dim)
         self._filters = {  # read once: if the blocklist changes meanwhile, the manifest must not contradict itself
             "rules": RULES_VERSION,

@@ -155,7 +155,7 @@ def resolve_encoder(config: IndexConfig, inputs: Inputs) -> EncoderIdentity:
     parents, base = inputs.parents, inputs.base
     if config.encoder is None and not config.dumps:
         return parents[0].manifest.encoder
-    encoder = resolve_encoder_identity(config.encoder or parents[0].manifest.encoder.spec)
+    encoder = resolve_encoder_identity(config.encoder or parents[0].manifest.encoder.spec, config.cache_dir)
     if base is not None:
         base.manifest.check_encoder(encoder, base.uri)
     return encoder

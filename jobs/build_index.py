@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ from index_builder.plan import plan_index, with_open_nlist
 from index_builder.versions.removal import COMPACT_ABOVE
 from jobs.cluster.addresses import check_address
 from jobs.cluster.display import Activity, Display, on_shown_ray
+from jobs.cluster.metrics import marked_as_running, record
 from jobs.cluster.side_actor import SideActor, run_side_actor
 from jobs.cluster.stopping import GOES_ON, stoppable
 from jobs.cluster.tasks import ItemRows, RayRunner
@@ -61,12 +63,16 @@ def plan(config: IndexConfig, address: str | None = None) -> BuildPlan:
 @contextmanager
 def _shown(config: IndexConfig, address: str | None, kept: str) -> Iterator[Build]:
     """Yields a build, and shows and stops what the block does with it; `kept` says what is left if Ray dies."""
-    with stoppable() as signals, Display(signals) as display, StageDisplay(display) as stages:
+    with stoppable() as signals, Display(signals) as display, StageDisplay(display, config.out) as stages:
         try:
             check_address(address)  # before what may take long
-            runner = RayRunner()
+            runner = RayRunner(config.out)
             build = Build(config, runner, stages.tell)  # finds wrong options before Ray starts
-            with on_shown_ray(display, address, lambda: kept), run_side_actor(ItemRows) as runner.item_rows:
+            with (
+                on_shown_ray(display, address, lambda: kept),
+                marked_as_running(config.out, "build-index"),
+                run_side_actor(ItemRows) as runner.item_rows,
+            ):
                 stages.item_rows = runner.item_rows
                 yield build
         except KeyboardInterrupt:
@@ -78,6 +84,7 @@ class StageDisplay:
 
     Args:
         display: Where they are shown.
+        run_id: With which their metrics are tagged.
 
     Attributes:
         item_rows: An actor that knows the rows of the items that run; None for nobody.
@@ -85,8 +92,9 @@ class StageDisplay:
 
     item_rows: SideActor | None = None
 
-    def __init__(self, display: Display) -> None:
-        self._display = display
+    def __init__(self, display: Display, run_id: str) -> None:
+        self._display, self._run_id = display, run_id
+        self._told_at = time.monotonic()
         self._shown = ExitStack()
         self._stage: str | None = None
         self._activity: Activity | None = None
@@ -105,7 +113,14 @@ class StageDisplay:
             self._activity = self._shown.enter_context(self._display.activity(text, noun))
             self._activity.count_also(self._running_rows)
             self._stage = stage
+        self._count(stage, done - self._activity.done)
         self._activity.done, self._activity.total = done, total
+
+    def _count(self, stage: str, new: int) -> None:
+        now = time.monotonic()
+        record("smallcap_build_items_total", self._run_id, new, {"stage": stage})
+        record("smallcap_build_seconds_total", self._run_id, now - self._told_at, {"stage": stage})
+        self._told_at = now
 
     def _running_rows(self) -> int:
         rows = self.item_rows.ask("running", timeout_s=1.0) if self.item_rows is not None else None

@@ -32,12 +32,15 @@ from jobs.captioning.work import describe_kept, finish_run, list_work, open_reco
 from jobs.cluster.addresses import check_address
 from jobs.cluster.display import Display, on_shown_ray
 from jobs.cluster.errors import unwrapped_errors
+from jobs.cluster.metrics import marked_as_running
 from jobs.cluster.pinned import check_indexes_are_there
+from jobs.cluster.resources import wait_for_room
 from jobs.cluster.stopping import GOES_ON, stoppable
 from jobs.cluster.tasks import map_in_actors
 from jobs.screen import detail
 from jobs.terminal.command_line import EXIT_TOO_MANY_ERRORS
 from smallcap.config import CaptionConfig
+from smallcap.errors import StorageError
 from smallcap.images.work_list import Relisted, WorkList
 from smallcap.index.manifest import load_manifests, utc_now
 from smallcap.local_files import is_below
@@ -198,6 +201,10 @@ def _caption(
         stopped = record.model_copy(update={"status": "stopped", "attempts": (*earlier, ended)})
         write_run_record(config.out, stopped)
         raise display.signals.stopped(_describe_stop(config, record, todo.items, writer.rows)) from None
+    except StorageError as error:
+        kept = f"What was captioned is kept ({describe_count(writer.rows, 'row')} by this command)"
+        error.remedy = f"{error.remedy} {kept}, and {GOES_ON}."
+        raise
     seconds = display.seconds
     stages = stage_table(snapshot, seconds, actors, layout.load_tasks, fast) if snapshot else ()
     ended = _measured(attempt, snapshot, writer.rows, seconds, fast)
@@ -220,18 +227,22 @@ def _run_pipeline(
     from jobs.captioning.write import PartSink
 
     schema = caption_schema(record.run_id, record.model_id, record.index_id or "", todo.work.kept_columns)
-    actors, before_s = layout.actors, display.seconds
+    actors = layout.actors
+    with display.activity("Waiting for room for an actor"), unwrapped_errors():
+        wait_for_room(actors)
+    before_s = display.seconds
     models = f"{config.model} and the index {' and '.join(config.index)}" if config.index else config.model
     watching = watch_run(record.run_id, count_images(todo.items), len(todo.items))
     with (
         unwrapped_errors(),
+        marked_as_running(record.run_id, "caption"),
         watching as watch,
-        display.show(PipelineView(watch.monitor, before_s, models)),
+        display.show(PipelineView(watch.monitor, before_s, models, actors.num_actors)),
         shared_indexes(config, record) as partitions,
     ):
         loading = load_spec(config, record, todo.work, layout, watch)
         captioning = CaptionerSpec(config, layout, record.index_id, record.retrieval_encoder, watch.monitor, partitions)
-        loaded = start_loading(todo.items, load_images, loading, layout.images_per_block, actors.cpus_per_task)
+        loaded = start_loading(todo.items, load_images, loading, layout.images_per_block, actors)
         captioned = map_in_actors(
             loaded,
             CaptionImages,

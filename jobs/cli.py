@@ -135,14 +135,15 @@ def build_index(config: IndexConfig, call: RayCall) -> None:
     """Build an index from caption dumps and publish it; add captions to an index, or remove captions."""
     with _show_loading():  # a wrong option fails before
         from jobs import build_index as job
-        from jobs import results
+        from jobs import lineage, results
 
     if call.dry_run:
         plan = job.plan(config, call.address)
         say(job.describe_plan(plan))
         _say_result(call, results.build_plan(plan), _PLANNED)
         return
-    report = job.run(config, call.address)
+    with lineage.reported("build-index", lambda: lineage.build_flow(config), call.lineage):
+        report = job.run(config, call.address)
     say_report(job.describe(report), slice(1))
     _say_result(call, results.build_result(report), _NOTHING_TO_DO if report.no_op else _DONE)
 
@@ -208,7 +209,7 @@ def caption(config: CaptionConfig, call: CaptionCall) -> int:
     """Caption images. To resume a stopped run, repeat the command."""
     with _show_loading():  # a wrong option fails before
         from jobs import caption as job
-        from jobs import results
+        from jobs import lineage, results
 
     for line in job.demo_warning(config.model, config.images):
         tell(line)
@@ -221,7 +222,8 @@ def caption(config: CaptionConfig, call: CaptionCall) -> int:
         say_lines(plan.lines())
         _say_result(call, results.caption_plan(plan), _PLANNED)
         return 0
-    summary = job.run(config, call.address, retry_failed=call.retry_failed, relist=call.relist)
+    with lineage.reported("caption", lambda: lineage.caption_flow(config), call.lineage):
+        summary = job.run(config, call.address, retry_failed=call.retry_failed, relist=call.relist)
     say_report(job.describe(summary), slice(-2, None))
     return _end_captioning(call, summary, config.max_error_rate, partial(results.caption_result, summary))
 
@@ -266,7 +268,7 @@ def refresh(config: RefreshConfig, call: RayCall) -> int:
 def train(config: TrainConfig, call: RayCall) -> None:
     """Train cross-attention. To resume a stopped run from its newest checkpoint, repeat the command."""
     with _show_loading():  # a wrong option fails before
-        from jobs import results
+        from jobs import lineage, results
         from jobs import train as job
 
     if call.dry_run:
@@ -274,7 +276,8 @@ def train(config: TrainConfig, call: RayCall) -> None:
         say_lines(plan.lines())
         _say_result(call, results.train_plan(plan), _PLANNED)
         return
-    summary = job.run(config, call.address)
+    with lineage.reported("train", lambda: lineage.train_flow(config), call.lineage):
+        summary = job.run(config, call.address)
     say_report(job.describe(summary), slice(-1, None))
     _say_result(call, results.train_result(summary), _DONE if summary.new_steps else _NOTHING_TO_DO)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from index_builder.build import BuildReport
 from jobs import build_index, caption, report
-from jobs.screen import say
+from jobs.screen import say, say_report
 from jobs.terminal import console
 from jobs.terminal.call_options import ReportOptions
 from smallcap import storage
@@ -62,9 +62,9 @@ def run_demo(out: str, address: str | None = None, show: int | None = None) -> D
             `captions-held-out/before/` and `captions-held-out/after/`; and for two pages to look at.
         address: Address of a Ray cluster; by default a local one.
         show: Number of images to print after each step, with what the step is for; by default nothing is printed, and
-            no page is written.
+            no page is written. A quiet command prints only where captions and pages are.
     """
-    tell: Callable[[str], None] = _say_nothing if show is None else say
+    tell: Callable[[str], None] = _say_nothing if show is None else _say_news
     tell(_FIRST_STEP)
     built = build_demo_index(storage.join(out, "index"), address)
     summary = _caption("images", built.index_uri, storage.join(out, "captions"), address)
@@ -79,12 +79,13 @@ def run_demo(out: str, address: str | None = None, show: int | None = None) -> D
     if show:
         tell("")
         console.print_swap(compare_swap(swap)[:show])
-    tell(f"\nParquet: {summary.out}, {swap.before.out} and {swap.after.out}")
+    if show is not None:
+        say_report(f"\nParquet: {summary.out}, {swap.before.out} and {swap.after.out}", slice(1, None))
     if show:
         tell("Pages with the pictures, for a browser:")
-        tell(report.run(ReportOptions(path=summary.out, out=storage.join(out, "captions.html"))))
+        say(report.run(ReportOptions(path=summary.out, out=storage.join(out, "captions.html"))))
         swapped = ReportOptions(path=swap.before.out, other=swap.after.out, out=storage.join(out, "swap.html"))
-        tell(report.run(swapped))
+        say(report.run(swapped))
     return DemoResult(built.index_uri, not built.no_op, summary, swap)
 
 
@@ -96,7 +97,11 @@ def build_demo_index(out: str, address: str | None = None, dump: str = "captions
 
 
 def _say_nothing(text: str) -> None:
-    """Stands for `say` where the demo runs as a function."""
+    """Stands for `_say_news` where the demo runs as a function."""
+
+
+def _say_news(text: str) -> None:
+    say_report(text, slice(0))
 
 
 def _caption(images: str, index: str, out: str, address: str | None) -> caption.RunSummary:

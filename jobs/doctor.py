@@ -23,7 +23,7 @@ _FOLDER = "Give a folder that can be made and written to, on a disk that is moun
 _S3 = "Check the URI, the credentials, AWS_ENDPOINT_URL and the network."
 _STORE = "Check the URI, the credentials and the network."
 _INDEX = "Give the --out of a finished `smallcap build-index`, whole and readable."
-_MODEL = "Give demo, the folder of a whole checkpoint, or a hub id that can be reached from here."
+_MODEL = "Give demo, the folder or prefix of a whole checkpoint, or a hub id that can be reached from here."
 _CLUSTER = "Check the address, the firewall and the head node; there, ray status shows the cluster."
 _DRIVER = "Look whether nvidia-smi answers, and whether torch alone finds the GPU."
 _PROOF = "smallcap bench shows errors in full; where there is a GPU, try --device cpu as well."
@@ -66,12 +66,14 @@ def list_checks(options: DoctorOptions) -> list[Check]:
 def _checks_of_models(options: DoctorOptions) -> Iterator[Check]:
     """Yields the checks of the model, and of the index and the retrieval encoder that are named."""
     module, needs, encoder = "smallcap.doctor.access", ("imports",), options.retrieval_encoder
-    yield Check("model", f"{module}:check_model", (options.model,), 600, _MODEL, needs)
+    yield Check("model", f"{module}:check_model", (options.model, options.cache_dir), 600, _MODEL, needs)
     if options.index:
         given = (options.index, options.model, encoder, options.cache_dir)
         yield Check("index", f"{module}:check_index", given, 600, _remedy_for(options.index, _INDEX), needs)
     elif encoder:
-        yield Check("retrieval encoder", f"{module}:check_encoder", (encoder,), 600, ENCODER_REMEDY, needs)
+        yield Check(
+            "retrieval encoder", f"{module}:check_encoder", (encoder, options.cache_dir), 600, ENCODER_REMEDY, needs
+        )
 
 
 def _remedy_for(uri: str, local: str) -> str:

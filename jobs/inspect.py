@@ -14,20 +14,17 @@ from typing import Any
 
 from jobs.captioning.record import load_existing_run
 from jobs.captioning.scores import Scores
+from jobs.kinds import MODEL_FILE, TAR, Kind, find_kind
 from smallcap import storage
 from smallcap.errors import ConfigError
 from smallcap.index.caption_store import load_caption_sample
-from smallcap.index.manifest import POINTER_FILE
 from smallcap.model.files import DEMO, demo_folder
 from smallcap.output.part_files import RUN_FILE, list_parts, read_part_infos
 from smallcap.output.reading import read_captions
 from smallcap.output.schema import CAPTION_COLUMNS
 from smallcap.output.webdataset import read_samples
-from smallcap.phrasing import describe_count
 
 _MOST_SAMPLES = 10_000
-_CONFIG_FILE = "config.json"
-_TAR = ".tar"
 _ERROR_COLUMNS = ("image_id", "image_uri", "error_code", "error_message")
 
 Facts = dict[str, Any]
@@ -45,13 +42,13 @@ def inspect_path(path: str, samples: int, errors: bool = False) -> Facts:
         ConfigError: There is nothing that smallcap knows, or nothing of this kind fails image by image.
         RunError: What is there is malformed.
     """
-    look = _kind_of(path)
-    facts = look(path, 0 if errors else samples)
+    kind = find_kind(path)
+    facts = _LOOKS[kind](path, 0 if errors else samples)
     if not errors:
         return facts
-    if look is _inspect_run:
+    if kind == "run":
         failed = read_captions(path, _ERROR_COLUMNS, status="error").rows()
-    elif look is _inspect_training:
+    elif kind == "training run":
         failed = _failed_features(path, facts)
     else:
         raise ConfigError(
@@ -63,31 +60,6 @@ def inspect_path(path: str, samples: int, errors: bool = False) -> Facts:
         )
     del facts["samples"]
     return facts | {"errors": list(failed)}
-
-
-def _kind_of(path: str) -> Callable[[str, int], Facts]:
-    if path.lower().endswith(_TAR):
-        return _inspect_tars
-    names = {uri.rpartition("/")[2] for uri in storage.list_folder(path)}
-    if POINTER_FILE in names:
-        return _inspect_index
-    if RUN_FILE in names:
-        return _inspect_run
-    if any(name.endswith(_TAR) for name in names):
-        return _inspect_tars
-    if _CONFIG_FILE in names or path == DEMO:
-        return _inspect_model
-    from jobs.training.record import RECORD_FILE
-
-    if RECORD_FILE in names:
-        return _inspect_training
-    raise ConfigError(
-        "There is nothing here that smallcap has written.",
-        where=path,
-        expected=f"an index ({POINTER_FILE}), a run ({RUN_FILE}), a training run ({RECORD_FILE}), "
-        f"a model ({_CONFIG_FILE}), or WebDataset tars",
-        found=describe_count(len(names), "other file") if names else "no such folder, or an empty one",
-    )
 
 
 def _inspect_index(path: str, samples: int) -> Facts:
@@ -132,11 +104,11 @@ def _inspect_run(path: str, samples: int) -> Facts:
 
 def _inspect_tars(path: str, samples: int) -> Facts:
     """Describes WebDataset tars; the images of a run's tars are counted by the footers of its parts."""
-    tars = list(storage.iter_files(path, (_TAR,)))
+    tars = list(storage.iter_files(path, (TAR,)))
     run = storage.absolute(path).rpartition("/")[0]
     of_run = storage.exists(storage.join(run, RUN_FILE))
     if of_run:
-        names = {tar.rpartition("/")[2].removesuffix(_TAR) for tar in tars}
+        names = {tar.rpartition("/")[2].removesuffix(TAR) for tar in tars}
         images = sum(info.ok for name, info in read_part_infos(run) if name.removesuffix(".parquet") in names)
     else:
         images = sum(1 for tar in tars for _ in read_samples(tar))
@@ -158,7 +130,7 @@ def _inspect_model(path: str, samples: int) -> Facts:
 
     folder = str(demo_folder() / "model" / "smallcap") if path == DEMO else path
     files = storage.list_folder(folder)
-    with storage.local_file(storage.join(folder, _CONFIG_FILE)) as file:
+    with storage.local_file(storage.join(folder, MODEL_FILE)) as file:
         config = load_config(file.parent)
     weights = [uri for uri in files if uri.endswith((".safetensors", ".bin"))]
     vision = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
@@ -195,19 +167,28 @@ def _inspect_training(path: str, samples: int) -> Facts:
     from smallcap.training.checkpoints import find_train_checkpoint
 
     record = load_train_record(path)
-    assert record is not None, "_kind_of has found it"
+    assert record is not None, "find_kind has found it"
     checkpoint = find_train_checkpoint(path)
     lines = read_log_lines(path)
     model = storage.join(path, "model")
     return {
         "kind": "training run",
         "path": path,
-        "model": model if storage.exists(storage.join(model, _CONFIG_FILE)) else None,
+        "model": model if storage.exists(storage.join(model, MODEL_FILE)) else None,
         "steps_done": len(lines),
         "checkpoint": checkpoint.folder if checkpoint else None,
         **record.model_dump(mode="json"),
         "samples": [json.loads(line) for line in lines[max(0, len(lines) - samples) :]],
     }
+
+
+_LOOKS: dict[Kind, Callable[[str, int], Facts]] = {
+    "index": _inspect_index,
+    "run": _inspect_run,
+    "webdataset": _inspect_tars,
+    "model": _inspect_model,
+    "training run": _inspect_training,
+}
 
 
 def _failed_features(path: str, facts: Facts) -> Iterator[dict[str, Any]]:

@@ -182,6 +182,7 @@ def check(config: RefreshConfig, old: RunRecord) -> CaptionConfig:
     changes = {
         "index": config.index,
         "out": config.out,
+        "require_index_id": None,  # it named the old version
         "limit": old.limit,
         "compute": compute,
         "retrieval": _retrieval(config, options, old),
@@ -266,7 +267,8 @@ def _carry(
         display.activity(text, "part", len(parts)) as shown,
     ):
         open_index = partial(_open_index, captioning, record.index_id or "", partitions)
-        for _ in RayRunner().run_tasks(partial(_carry_part, spec=spec, open_index=open_index), parts) if parts else ():
+        carry = partial(_carry_part, spec=spec, open_index=open_index)
+        for _ in RayRunner(record.run_id).run_tasks(carry, parts) if parts else ():
             shown.done += 1
     carried = sum(info.ok + sum(info.errors.values()) for name, info in read_part_infos(config.out) if is_carried(name))
     assert record.refreshed is not None, "the caller has begun it"
@@ -304,7 +306,7 @@ def _prompt_search(captioning: CaptionConfig) -> PromptSearch:
         from smallcap.model.checkpoint import load_config as load_model_config
         from smallcap.model.files import resolve_folder
 
-        model = load_model_config(resolve_folder(captioning.model, demo_model="smallcap"))
+        model = load_model_config(resolve_folder(captioning.model, "smallcap", captioning.retrieval.cache_dir))
         k = model.k if model.rag else 0
     return PromptSearch(k, captioning.retrieval.exclude_own_captions, Routes.of(captioning))
 

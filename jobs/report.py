@@ -11,15 +11,17 @@ import pyarrow.compute as pc
 from jobs.captioning.record import Attempt, RunRecord, load_existing_run
 from jobs.captioning.stage_report import STAGES
 from jobs.cluster.display import show_while
+from jobs.kinds import find_kind
 from jobs.terminal.call_options import ReportOptions
 from smallcap import __version__, storage
 from smallcap.config import CaptionConfig, InputConfig
 from smallcap.errors import ConfigError, RowError
 from smallcap.images.work_list import load_work_list
-from smallcap.index.manifest import POINTER_FILE, IndexManifest, utc_now
+from smallcap.index.manifest import IndexManifest, utc_now
 from smallcap.options import load_config
 from smallcap.output.part_files import RUN_FILE
 from smallcap.phrasing import describe_count, describe_duration
+from smallcap.redaction import hide_secrets
 from smallcap.report.datastore import Datastore, read_datastore
 from smallcap.report.measures import CLIP_SCORE, COPIED_SHARE, RUN_MEASURES, histogram
 from smallcap.report.page import as_script_text, render_page
@@ -52,7 +54,7 @@ def run(options: ReportOptions) -> str:
         RunError: What is there is damaged, or the storage fails.
     """
     paths = [storage.absolute(path) for path in (options.path, options.other) if path is not None]
-    kinds = [_kind_of(path) for path in paths]
+    kinds = [find_kind(path, ("run", "index")) for path in paths]
     if len(paths) == 2 and "index" in kinds:
         raise ConfigError(
             "Only runs are shown side by side.",
@@ -66,19 +68,6 @@ def run(options: ReportOptions) -> str:
     page, shown = _run_page(paths, options.rows) if kinds[0] == "run" else _index_page(paths[0], options.rows)
     storage.write_bytes(options.out, page)
     return f"Report: {options.out}, {len(page) / 1e6:,.1f} MB, {shown}"
-
-
-def _kind_of(path: str) -> str:
-    names = {uri.rpartition("/")[2] for uri in storage.list_folder(path)}
-    kind = "index" if POINTER_FILE in names else "run" if RUN_FILE in names else None
-    if kind is None:
-        raise ConfigError(
-            "There is neither a run nor an index here.",
-            where=path,
-            expected=f"a run ({RUN_FILE}) or an index ({POINTER_FILE})",
-            found=describe_count(len(names), "other file") if names else "no such folder, or an empty one",
-        )
-    return kind
 
 
 def _refreshed_run(path: str) -> list[str]:
@@ -113,6 +102,7 @@ def _run_page(paths: Sequence[str], count: int) -> tuple[bytes, str]:
         thumbnails = read_thumbnails(uris, max(left, 0), containers, _input_config(records[0]))
     for row in read.rows:
         thumbnail = thumbnails.get(row["uri"]) if _has_caption(row) else None
+        row |= {name: row[name] and hide_secrets(row[name]) for name in ("id", "uri")}  # a page is passed on
         row.update({"missing": thumbnail.what} if isinstance(thumbnail, RowError) else {"image": thumbnail})
     total = read.figures[0].ok + sum(read.figures[0].errors.values())
     facts = _about(paths) | {

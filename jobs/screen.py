@@ -169,11 +169,13 @@ class VisibleConsole(Console):
 
     Args:
         stream: Where it prints; by default to where results for people go at that time.
+        is_news: Whether a quiet command leaves out what is printed.
         options: Those of rich's consoles.
     """
 
-    def __init__(self, stream: IO[str] | None = None, **options: Any) -> None:
+    def __init__(self, stream: IO[str] | None = None, is_news: bool = False, **options: Any) -> None:
         super().__init__(file=stream, highlight=False, markup=False, emoji=False, **options)
+        self._is_news = is_news
 
     @property
     def file(self) -> IO[str]:
@@ -200,6 +202,8 @@ class VisibleConsole(Console):
             plain = VisibleConsole(io.StringIO(), width=self.width, color_system=None, force_terminal=False)
             Console.print(plain, *objects, **options)
             log(plain.file.getvalue())  # type: ignore[attr-defined]
+        if self._is_news and _printing.quiet:
+            return
         with _writing(self.file):
             super().print(*objects, **options)
 

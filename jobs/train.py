@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING
 from jobs.captioning.record import run_lock
 from jobs.cluster.addresses import check_address
 from jobs.cluster.display import Display, on_shown_ray
-from jobs.cluster.pinned import check_indexes_are_there, pin_indexes, pinned_encoder
+from jobs.cluster.metrics import marked_as_running
+from jobs.cluster.pinned import (
+    check_indexes_are_there,
+    check_required_index,
+    check_required_model,
+    pin_indexes,
+    pinned_encoder,
+)
 from jobs.cluster.stopping import GOES_ON, stoppable
 from jobs.screen import detail
 from jobs.training.inputs import LISTS_FOLDER, TrainInputs, list_inputs
@@ -35,6 +42,7 @@ from smallcap.errors import ConfigError, RunError
 from smallcap.images.crops import CropPlan
 from smallcap.index.manifest import join_index_ids, load_manifest, utc_now
 from smallcap.model.encoder_spec import load_preprocessing
+from smallcap.model.files import checkpoint_sha256
 from smallcap.phrasing import describe_count, describe_counts
 from smallcap.training.checkpoints import find_train_checkpoint
 from smallcap.training.config import TrainConfig
@@ -80,9 +88,10 @@ def run(config: TrainConfig, address: str | None = None) -> TrainSummary:
             # before Ray and torch are loaded: what is wrong is told at once
             with display.activity(f"Listing the images of {', '.join(config.sources)}"):
                 inputs = list_inputs(config, config.out)
-            with on_shown_ray(
-                display, address, partial(_describe_kept, config.out)
-            ):  # before Ray Data, which reads its settings
+            with (
+                on_shown_ray(display, address, partial(_describe_kept, config.out)),  # before Ray Data reads settings
+                marked_as_running(config.out, "train"),
+            ):
                 return _train(config, record, start, inputs, display)
         except KeyboardInterrupt:
             raise signals.stopped(_record_stop(config.out)) from None
@@ -102,11 +111,14 @@ def open_record(config: TrainConfig) -> tuple[TrainRecord, ModelStart]:
     """Continues the output folder's run, or begins one; pins the index's version and the start for all attempts.
 
     Raises:
-        ConfigError: The folder holds a run with other options.
+        ConfigError: The folder holds a run with other options, or the index or the model is not the required one.
         RunError: The index or the model cannot be used.
     """
     record = load_train_record(config.out)
     indexes = [config.index] if config.index is not None else []
+    k, cache_dir = config.retrieval.k, config.retrieval.cache_dir
+    check_required_index(config.require_index_id, indexes, k, record.index_id if record else None)
+    check_required_model(config.require_model_hash, config.model, cache_dir)
     if record is not None:
         record = record.model_copy(update={"retrieval_encoder": pinned_encoder(record, config.out)})
         start = ModelStart(config, record.retrieval_encoder)
@@ -114,9 +126,12 @@ def open_record(config: TrainConfig) -> tuple[TrainRecord, ModelStart]:
         if record.status != "complete":
             check_indexes_are_there(record, indexes)
         return record, start
-    manifests, encoder = pin_indexes(indexes, config.retrieval.k, config.retrieval_encoder)
-    start = ModelStart(config, encoder)
-    return TrainRecord.new(config, join_index_ids(manifests) or None, encoder, start_id=start.model_id()), start
+    manifests, encoder = pin_indexes(indexes, k, config.retrieval_encoder, cache_dir)
+    index_id, start = join_index_ids(manifests) or None, ModelStart(config, encoder)
+    pinned = {"start_id": start.model_id()}
+    if config.model:
+        pinned["start_sha256"] = checkpoint_sha256(config.model, cache_dir)
+    return TrainRecord.new(config, index_id, encoder, **pinned), start
 
 
 def _describe_kept(out: str) -> str:
@@ -209,7 +224,7 @@ def _finish(config: TrainConfig, record: TrainRecord, start: ModelStart) -> Trai
     if last is None or len(last.epochs) != config.optimizer.epochs:
         raise RunError("Training ended without its last checkpoint.", where=config.out)
     best, selected_by = choose_best(last.epochs)
-    after = write_model(config.out, start, best.step, record.frozen_sha256 or "")
+    after, sha256 = write_model(config.out, start, best.step, record.frozen_sha256 or "")
     record = record.model_copy(
         update={
             "status": "complete",
@@ -217,6 +232,7 @@ def _finish(config: TrainConfig, record: TrainRecord, start: ModelStart) -> Trai
             "best_epoch": best.epoch,
             "selected_by": selected_by,
             "frozen_sha256_after": after,
+            "model_sha256": sha256,
         }
     )
     write_train_record(config.out, record)
@@ -224,7 +240,8 @@ def _finish(config: TrainConfig, record: TrainRecord, start: ModelStart) -> Trai
 
 
 def _crop_plan(model: SmallCapModel, start: ModelStart) -> CropPlan:
-    retrieval = load_preprocessing(start.retrieval_encoder) if start.retrieval_encoder else None
+    encoder, cache_dir = start.retrieval_encoder, start.config.retrieval.cache_dir
+    retrieval = load_preprocessing(encoder, cache_dir) if encoder else None
     return CropPlan.of(model.encoder.preprocessing, retrieval, start.config.data.decode)
 
 

@@ -123,7 +123,7 @@ class Captioner:
         """Loads a captioner, as in `from_pretrained("demo", "s3://bucket/index", k=4, num_beams=3)`.
 
         Args:
-            model: `demo`, a checkpoint folder, or a hub id.
+            model: `demo`, a checkpoint folder, a URI such as `s3://bucket/run/model`, or a hub id.
             index: URI of a published index, or of several with one encoder, or an open index; not needed with k=0.
             options: How to load and to caption, as `CaptionerOptions`, or only how to decode.
             changes: Single options by name; they win over `options`.
@@ -131,6 +131,7 @@ class Captioner:
         Raises:
             ConfigError: An option is unknown or has a wrong value, or an index is needed and missing.
             CheckpointError: The model or the encoder cannot be loaded.
+            StorageError: The store of the model or the index fails.
             ManifestError: There is no published index.
             IndexIntegrityError: The index is damaged, or was built with another encoder.
         """
@@ -140,11 +141,12 @@ class Captioner:
         spec, retriever = options.retrieval_encoder, None
         if index and options.k != 0:  # the index is checked before any model is loaded
             retriever, spec = open_search(index, options)
-        encoder = load_retrieval_encoder(spec, device, dtype) if spec else None
-        loaded = load_checkpoint(model, device, dtype)
+        encoder = load_retrieval_encoder(spec, device, dtype, options.cache_dir) if spec else None
+        loaded = load_checkpoint(model, device, dtype, options.cache_dir)
+        tokenizer = load_tokenizer(tokenizer_source(model, options.cache_dir), options.cache_dir)
         if isinstance(retriever, Retriever | MergedSearch):
             retriever.use_device(device, options.search_device)
-        captioner = cls(loaded, load_tokenizer(tokenizer_source(model)), encoder, retriever, options)
+        captioner = cls(loaded, tokenizer, encoder, retriever, options)
         captioner.pack()
         if options.compile_encoders:
             captioner.compile_encoders()
@@ -169,6 +171,7 @@ class Captioner:
         image_ids: Iterable[str | None] | None = None,
         max_pixels: int = MAX_IMAGE_PIXELS,
         indexes: Iterable[str | None] | None = None,
+        allow_private_hosts: bool = False,
     ) -> list[CaptionResult]:
         """Captions images in one batch; one that cannot be fetched or decoded gets an error instead of a caption.
 
@@ -177,6 +180,8 @@ class Captioner:
             image_ids: Ids of the images. Captions whose source image has the same id are not retrieved for it.
             max_pixels: Files with more pixels become errors.
             indexes: For each image the name of the only index to search, of several; None searches all.
+            allow_private_hosts: Whether http(s) URLs may lead to addresses that are not public. Leave it off where
+                the URLs are other people's: they could make this machine ask its own network.
 
         Returns:
             One result per image, in order.
@@ -187,7 +192,7 @@ class Captioner:
             ConfigError: There is no index of such a name.
             StorageError: An object store fails as a whole.
         """
-        cropped = crop_given(images, self.crop_plan, max_pixels)
+        cropped = crop_given(images, self.crop_plan, max_pixels, allow_private_hosts)
         ids = _for_each(image_ids, cropped, "image_ids", "ids")
         names = _for_each(indexes, cropped, "indexes", "names")
         good = [place for place, one in enumerate(cropped) if isinstance(one, Pixels)]
@@ -209,6 +214,11 @@ class Captioner:
             B results, in order.
         """
         return self._finish(self._prepare(pixels, exclude_image_ids, indexes)).to_results()
+
+    @property
+    def halvings(self) -> int:
+        """How often a batch was halved because the GPU's memory had run out."""
+        return sum(step.halvings for step in (self._preparing, self._decoding, self._scoring))
 
     def _prepare(
         self, pixels: Sequence[Pixels], exclude_image_ids: Values, indexes: Values = None

@@ -33,7 +33,7 @@ class CaptionerOptions(GenerationConfig):
     index_weights: IndexWeights = ()
     """What the scores of several indexes are multiplied by when their captions are compared; by default 1."""
     cache_dir: str = DEFAULT_CACHE_DIR
-    """Folder for copies of remote indexes, and for what `auto` means here."""
+    """Folder for copies of remote indexes and models, and for what `auto` means here."""
     search_device: SearchDevice = "auto"
     """Where the index is searched; `auto` is the model's GPU where both fit on it, else the CPU."""
     compile_encoders: bool = False
@@ -65,7 +65,7 @@ def open_search(index: str | Sequence[str] | CaptionSearch, options: CaptionerOp
         indexes = name_indexes(places, options.index_names, options.index_weights)
         manifests = load_manifests(places, options.index_id)
     spec = options.retrieval_encoder or manifests[0].encoder.spec
-    identity = resolve_encoder_identity(spec)
+    identity = resolve_encoder_identity(spec, options.cache_dir)
     for manifest, place in zip(manifests, places, strict=True):
         manifest.check_encoder(identity, place)
     if isinstance(index, NeighbourSearch | MergedSearch):

@@ -5,6 +5,7 @@ The job decides what depends on the machine (device, free memory) and records it
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
@@ -43,6 +44,22 @@ def check_removals(removals: tuple[str, ...]) -> tuple[str, ...]:
     return removals
 
 
+def _checksum(text: str) -> str:
+    """Returns the digits of a sha256, or of its beginning, in lower case."""
+    digits = text.lower().removeprefix("sha256:")
+    if not re.fullmatch("[0-9a-f]{12,64}", digits):
+        raise ValueError("the sha256 of the weights file, or its first 12 digits or more")
+    return digits
+
+
+def _version(text: str) -> str:
+    if not re.fullmatch("[0-9a-f]{16}([+][0-9a-f]{16})*", text):
+        raise ValueError("the id of a version, 16 digits; `smallcap index list` shows it; those of several joined by +")
+    return text
+
+
+ModelHash = Annotated[str | None, AfterValidator(lambda text: text and _checksum(text))]
+IndexId = Annotated[str | None, AfterValidator(lambda text: text and _version(text))]
 ReduceFactor = Annotated[Literal[1, 2, 4, 8, 16], BeforeValidator(_number)]
 
 
@@ -98,6 +115,12 @@ class InputConfig(Config):
     """Seconds that one request for an image may take, its body included."""
     fetch_attempts: int = Field(6, ge=1, le=100)
     """Requests for an image before it becomes a `timeout` or `unavailable` row; the waits between them grow."""
+    allow_private_hosts: bool = False
+    """Fetch images also from http(s) hosts whose addresses are not public: those of this machine, of private networks,
+    and of a cloud's metadata. Otherwise these images become `forbidden` rows."""
+    trust_lists: bool = False
+    """Let lists that come from storage or the web name local paths, chained URLs (zip://…::…) and any protocol.
+    Otherwise they may name object stores, hf://, http(s) and their own folder; other images become `forbidden` rows."""
 
 
 class ComputeConfig(Config):
@@ -115,13 +138,19 @@ class ComputeConfig(Config):
     """Images captioned together. `auto` is what fits into free memory, at most 64 on a CPU and 256 on a GPU."""
     num_actors: AutoCount = "auto"
     """Model actors that a job starts with. `auto` is as many as the GPUs of the cluster hold at that time, or one per
-    four CPU cores."""
+    four CPUs."""
     max_actors: int | None = Field(None, ge=1)
     """The most actors that captioning may have if the cluster grows; by default it keeps the number it starts with.
     With device `cuda` it may start before there is a GPU; the cluster's autoscaler then brings one."""
     gpus_per_actor: float = Field(1.0, ge=0.01)
     """GPUs per actor. With a fraction several actors share one GPU; each keeps to that share of its memory. Above 1 it
     must be a whole number."""
+    accelerator_type: str | None = Field(None, min_length=1)
+    """Type of the actors' GPUs, as Ray names it: `T4`, `L4`, `A10G`, `H100`, …; by default any. Nodes with other GPUs
+    still fetch and decode."""
+    load_cpus: AutoCount = "auto"
+    """CPUs that fetch and decode at a time (captioning only). `auto` is all that the actors leave where they have GPUs.
+    On CPUs, whose cores loading shares with the actors, it is one of four, and one at least on each node."""
     stall_timeout_s: float = Field(600.0, gt=0, le=604_800)
     """Seconds without a finished batch after which an actor is started again, and takes the batch again (captioning
     only). Its first batch may take three times as long, for it compiles."""
@@ -130,6 +159,8 @@ class ComputeConfig(Config):
     def _pool_is_a_range(self) -> Self:
         if self.max_actors is not None and self.num_actors != "auto" and self.max_actors < self.num_actors:
             raise ValueError(f"--max-actors is {self.max_actors}, but --num-actors starts with {self.num_actors}")
+        if self.device == "cpu" and self.accelerator_type is not None:
+            raise ValueError("--accelerator-type is of GPUs, but --device is cpu")
         return self
 
     @field_validator("gpus_per_actor")
@@ -166,7 +197,7 @@ class CaptionConfig(Config):
     """Published index; needed unless `-k` is 0. Of several, the nearest captions of all are taken; they must have one
     encoder."""
     model: Annotated[str, MODEL]
-    """`demo`, a checkpoint folder, or a Hugging Face id."""
+    """`demo`, a checkpoint's folder, prefix (`s3://bucket/run/model`), or Hugging Face id."""
     out: OutputPlace
     """Output folder or prefix."""
     limit: int | None = Field(None, ge=1)
@@ -179,6 +210,10 @@ class CaptionConfig(Config):
     cosine with the image becomes `alt_clip_score`."""
     max_error_rate: float = Field(1.0, ge=0, le=1)
     """Share of the rows that may be errors. If there are more, the exit code is 3."""
+    require_index_id: IndexId = None
+    """Refuse any other version of the index than this one, before anything is read."""
+    require_model_hash: ModelHash = None
+    """Refuse a model whose weights file has another sha256 (or beginning of one, 12 digits or more)."""
     generation: GenerationConfig = GenerationConfig()
     retrieval: RetrievalConfig = RetrievalConfig()
     input: InputConfig = InputConfig()
@@ -222,7 +257,7 @@ class CleaningConfig(Config):
     min_words: int = Field(1, ge=1)
     """The fewest words that a caption may have, as split at white space."""
     tokenizer: str | None = "gpt2"
-    """Tokenizer that counts the tokens: `gpt2`, `demo`, a folder or a hub id. `null` counts words instead."""
+    """Tokenizer that counts the tokens: `gpt2`, `demo`, a folder, a URI or a hub id. `null` counts words instead."""
     drop: tuple[JunkFilter, ...] = ()
     """Junk to drop: `urls`, `markup` (HTML, entities, BBCode, markdown links), `repeats` (aaaaaaaa, hahahahahaha)."""
     blocklist: str | None = None
@@ -258,8 +293,8 @@ class IndexConfig(Config):
     out: OutputPlace
     """The index's folder or prefix. Versions are published below it."""
     encoder: str | None = None
-    """Retrieval encoder: `demo`, `open_clip:MODEL/PRETRAINED`, or `hf:ID-OR-PATH`; by default the encoder of the index
-    that is added to, or of the first `--from`."""
+    """Retrieval encoder: `demo`, `open_clip:MODEL/PRETRAINED`, or `hf:ID-PATH-OR-URI`; by default the encoder of the
+    index that is added to, or of the first `--from`."""
     add: bool = False
     """Add to the current version: only new captions are embedded, and its shards and trained template are kept."""
     from_indexes: Annotated[tuple[str, ...], Flag(("--from",))] = ()
@@ -288,7 +323,7 @@ class IndexConfig(Config):
     memory_budget_gb: float | None = Field(None, gt=0)
     """Memory of a node that the index may take, in GB (10^9 bytes). `auto` chooses the index key for it."""
     cache_dir: str = DEFAULT_CACHE_DIR
-    """Folder on each node for copies of remote indexes, and for records of what has been verified."""
+    """Folder on each node for copies of remote indexes and models, and for records of what has been verified."""
     cleaning: CleaningConfig = CleaningConfig()
     recall: RecallConfig = RecallConfig()
     compute: ComputeConfig = ComputeConfig()

@@ -43,9 +43,11 @@ def absolute_place(value: str, kind: Place, base: str = "") -> str:
         if found is None:
             return value
         before, name = found.groups()
+        if not storage.is_local(name):
+            return before + storage.absolute(name)
         path = absolute_place(name, "uri", base)
         is_file = before.endswith("/")  # open_clip:MODEL/FILE, where a tag may stand as well
         return before + path if (Path(path).is_file() if is_file else Path(path).is_dir()) else value
     is_whole = value.startswith(("/", "~", "file://")) or not storage.is_local(value)
     path = storage.absolute(value if is_whole else str(Path(base, value)))
-    return path if kind == "uri" or (value != "demo" and Path(path).is_dir()) else value
+    return path if kind == "uri" or not storage.is_local(value) or (value != "demo" and Path(path).is_dir()) else value

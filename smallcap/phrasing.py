@@ -2,7 +2,7 @@
 
 A terminal obeys what it is sent: escape sequences move its cursor, set its title or write to the clipboard, and
 controls of direction and width make a text look like another. A caption, a file's name or a service's answer may hold
-them, so they are shown escaped.
+them, so they are shown escaped. Secrets are not shown at all (`smallcap.redaction`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from unicodedata import category
+
+from smallcap.redaction import hide_secrets
 
 _FLAG = re.compile("(\U0001f3f4[\U000e0030-\U000e0039\U000e0061-\U000e007a]{2,6}\U000e007f)")  # such as Scotland's
 _JOINERS = "\u200c\u200d"  # ordinary within words of many scripts, and within emoji
@@ -25,7 +27,7 @@ _LINE_BREAKS = re.compile(r"\s*[\n\r\v\f\x85\u2028\u2029]\s*")
 
 
 def visible(text: str, kept: str = "\n\t") -> str:
-    """Returns text with everything escaped that would not be seen, such as `\\x1b` and `\\u202e`.
+    """Returns text with everything escaped that would not be seen, such as `\\x1b` and `\\u202e`, and without secrets.
 
     Words of all scripts and emoji stay as they are.
 
@@ -33,6 +35,7 @@ def visible(text: str, kept: str = "\n\t") -> str:
         text: Any text, also with surrogates.
         kept: Control characters that are left as they are; nothing for a text that must stay in one line.
     """
+    text = hide_secrets(text)
     if text.isascii() and text.isprintable():
         return text
     pieces = _FLAG.split(text)  # flags stand at odd places

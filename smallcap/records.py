@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from smallcap import storage
 from smallcap.errors import RunError
+from smallcap.redaction import without_secrets
 
 
 class Record(BaseModel):
@@ -27,8 +28,8 @@ class VersionedRecord(Record):
     format_version: int
 
     def to_json(self) -> str:
-        """Returns the record as indented JSON."""
-        return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
+        """Returns the record as indented JSON, without secrets that its texts hold."""
+        return json.dumps(without_secrets(self.model_dump(mode="json")), indent=2, ensure_ascii=False) + "\n"
 
     def write(self, uri: str) -> None:
         """Writes the record, atomically."""

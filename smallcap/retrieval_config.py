@@ -95,7 +95,8 @@ class RetrievalConfig(Config):
     """Retrieved captions in the prompt; by default the checkpoint's number (the paper: 4). 0 prompts without
     retrieval."""
     encoder: Annotated[str | None, Flag(("--retrieval-encoder",), place="encoder")] = None
-    """Retrieval encoder: `open_clip:MODEL/PRETRAINED` or `hf:ID-OR-PATH`; by default the one that the index names."""
+    """Retrieval encoder: `open_clip:MODEL/PRETRAINED` or `hf:ID-PATH-OR-URI`; by default the one that the index
+    names."""
     index_names: IndexNames = ()
     """Names of several indexes, in the order of `--index`: `a,b`. By default the last parts of their URIs."""
     index_weights: IndexWeights = ()
@@ -107,7 +108,7 @@ class RetrievalConfig(Config):
     exclude_own_captions: bool = False
     """Leave out captions whose source image has the query's image id. For evaluation on the datastore's own images."""
     cache_dir: str = DEFAULT_CACHE_DIR
-    """Folder on each node for copies of remote indexes, and for what was measured on the machine."""
+    """Folder on each node for copies of remote indexes and models, and for what was measured on the machine."""
     search_device: SearchDevice = "auto"
     """Where the index is searched. `auto` takes the captioning GPU if the index fits next to the model, else the
     CPU."""

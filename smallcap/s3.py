@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import io
 import os
-import random
-import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -20,13 +17,14 @@ from urllib.parse import urlsplit
 
 from smallcap.errors import StorageError
 from smallcap.object_state import ListedUri
-from smallcap.storage_faults import brief, diagnose, storage_error
+from smallcap.patience import Wait, ride_out
+from smallcap.storage_faults import OF_THE_PLACE, Cause, brief, diagnose, error_of, storage_error
 
 if TYPE_CHECKING:
     from obstore.store import S3Credential, S3Store
 
-S3_RETRIES = 6  # with botocore's growing waits about half a minute; s3fs repeats some calls once more
-_READ_ATTEMPTS = 5  # in a row for one ranged read, besides the client's own
+S3_RETRIES = 2  # of the clients themselves, which say nothing of it; `smallcap.patience` does the waiting
+_LISTING = "list this path"
 _WRITER = "smallcap-writer"  # S3 metadata of an object that several processes may replace
 _CREDENTIALS_LIFETIME = timedelta(minutes=5)  # after which botocore is asked whether they are still valid
 
@@ -48,6 +46,11 @@ def s3_endpoint() -> str | None:
     return endpoint
 
 
+def s3fs_options() -> dict[str, Any]:
+    """Returns the options of s3fs; with the endpoint named, fsspec does not use the filesystem of another endpoint."""
+    return {"endpoint_url": s3_endpoint(), "config_kwargs": {"retries": {"max_attempts": S3_RETRIES}}}
+
+
 @lru_cache
 def _is_address(text: str) -> bool:
     try:
@@ -58,7 +61,7 @@ def _is_address(text: str) -> bool:
 
 
 @lru_cache
-def s3_store(bucket: str, endpoint: str | None, max_retries: int = 10, timeout_s: float = 30.0) -> S3Store:
+def s3_store(bucket: str, endpoint: str | None, max_retries: int = S3_RETRIES, timeout_s: float = 30.0) -> S3Store:
     """Opens a bucket with botocore's credentials and region, so that obstore and s3fs see the same account.
 
     Args:
@@ -125,7 +128,10 @@ def s3_settings(uri: str) -> dict[str, str]:
         return {}
     endpoint = s3_endpoint()
     credentials, region = _credentials(uri.removeprefix("s3://").partition("/")[0], endpoint)
-    frozen = credentials.get_frozen_credentials()
+    try:
+        frozen = credentials.get_frozen_credentials()
+    except Exception as error:  # botocore's, or of the program that it has make the credentials
+        raise storage_error(error, "get credentials", uri, endpoint) from error
     settings = {
         "AWS_ACCESS_KEY_ID": frozen.access_key,
         "AWS_SECRET_ACCESS_KEY": frozen.secret_key,
@@ -167,7 +173,7 @@ def walk_objects(root: str) -> Iterator[str]:
         yield from _list_all(bucket, key)
         return
     try:
-        for page in obstore.list(store, key or None, chunk_size=1000):
+        for page in _pages(store, key, root):
             for entry in page:
                 uri = f"{bucket}/{entry['path']}"
                 yield ListedUri.of(uri, entry)
@@ -176,7 +182,29 @@ def walk_objects(root: str) -> Iterator[str]:
         return
     if not uri and key and not root.endswith("/"):
         with suppress(FileNotFoundError):
-            yield ListedUri.of(root, obstore.head(store, key))
+            yield ListedUri.of(root, ride_out(root, _LISTING, lambda: obstore.head(store, key)))
+
+
+def _pages(store: S3Store, key: str, root: str) -> Iterator[Any]:
+    """Yields the pages of a listing; one that breaks off goes on after the last object that was listed."""
+    import obstore
+
+    pages: Any = None
+    last: str | None = None
+
+    def next_page() -> Any:
+        nonlocal pages
+        if pages is None:
+            pages = iter(obstore.list(store, key or None, offset=last, chunk_size=1000))
+        try:
+            return next(pages, None)
+        except Exception:
+            pages = None
+            raise
+
+    while page := ride_out(root, _LISTING, next_page):
+        last = page[-1]["path"]
+        yield page
 
 
 def _list_all(bucket: str, key: str) -> Iterator[str]:
@@ -185,12 +213,21 @@ def _list_all(bucket: str, key: str) -> Iterator[str]:
 
     client = botocore.session.get_session().create_client("s3", endpoint_url=s3_endpoint())
     name = bucket.removeprefix("s3://")
+
+    def listed(**options: Any) -> Any:
+        return ride_out(f"{bucket}/{key}", _LISTING, lambda: client.list_objects_v2(Bucket=name, **options))
+
     if key:
-        first = client.list_objects_v2(Bucket=name, Prefix=key, MaxKeys=1).get("Contents", [])
+        first = listed(Prefix=key, MaxKeys=1).get("Contents", [])
         yield from (ListedUri.of(f"{bucket}/{key}", entry) for entry in first if entry["Key"] == key)
-    below = f"{key}/" if key else ""
-    for page in client.get_paginator("list_objects_v2").paginate(Bucket=name, Prefix=below):
-        yield from (ListedUri.of(f"{bucket}/{entry['Key']}", entry) for entry in page.get("Contents", []))
+    last = ""
+    while True:
+        page = listed(Prefix=f"{key}/" if key else "", **({"StartAfter": last} if last else {}))
+        for entry in page.get("Contents", []):
+            last = entry["Key"]
+            yield ListedUri.of(f"{bucket}/{last}", entry)
+        if not page.get("IsTruncated"):
+            return
 
 
 def read_object_tail(uri: str, length: int) -> bytes:
@@ -208,32 +245,36 @@ def read_object_tail(uri: str, length: int) -> bytes:
 
 
 def error_of_reading(uri: str) -> Exception | None:
-    """Reads the first byte of an object, and returns the exception: it says what the answer to HEAD cannot say."""
+    """Reads the first byte of an object, or lists a bucket; the exception says what the answer to HEAD cannot say."""
     import obstore
     from obstore.exceptions import BaseError
 
     store, key = open_bucket(uri)
-    if not key or not is_plain_key(key):
-        return None
     try:
-        obstore.get(store, key, options={"range": (0, 1)}).bytes()
+        if key and is_plain_key(key):
+            obstore.get(store, key, options={"range": (0, 1)}).bytes()
+        else:
+            next(iter(obstore.list(store)), None)
     except (BaseError, OSError) as error:
         return error
     return None
 
 
-def update_object(uri: str, update: Callable[[bytes | None], bytes]) -> None:
+def update_object(uri: str, update: Callable[[bytes | None], bytes], signature: str) -> None:
     """Replaces an object only if it is still the one that was read; starts again if it is not.
 
     A write whose answer was lost may have taken place, so each writer signs its object and looks for its signature
     before it writes again.
+
+    Args:
+        uri: The object.
+        update: Turns the current content, or `None` if there is none, into the new one.
+        signature: The writer's; when the update is tried again, the same.
     """
     import obstore
-    from obstore.exceptions import AlreadyExistsError, GenericError, PreconditionError
+    from obstore.exceptions import AlreadyExistsError, PreconditionError
 
     store, key = open_bucket(uri)
-    signature = uuid.uuid4().hex
-    failures = 0
     while True:
         content, e_tag = None, None
         with suppress(FileNotFoundError):
@@ -242,16 +283,9 @@ def update_object(uri: str, update: Callable[[bytes | None], bytes]) -> None:
                 return
             content, e_tag = bytes(response.bytes()), response.meta["e_tag"]
         mode: Any = "create" if content is None else {"e_tag": e_tag}
-        try:
+        with suppress(AlreadyExistsError, PreconditionError):
             obstore.put(store, key, update(content), mode=mode, attributes={_WRITER: signature})
             return
-        except (AlreadyExistsError, PreconditionError):
-            continue
-        except GenericError:  # obstore does not repeat a conditional write whose connection broke
-            failures += 1
-            if failures > S3_RETRIES:
-                raise
-            time.sleep(random.uniform(0, 0.1 * 2**failures))
 
 
 def open_object(uri: str, buffer_bytes: int) -> IO[bytes]:
@@ -306,32 +340,29 @@ class _ObjectFile(io.RawIOBase):
 
     def _read_range(self, start: int, stop: int) -> memoryview:
         import obstore
-        from obstore.exceptions import BaseError, PermissionDeniedError, PreconditionError
+        from obstore.exceptions import PermissionDeniedError, PreconditionError
 
-        problem: Exception | None = None
-        for attempt in range(_READ_ATTEMPTS):
-            if attempt:
-                time.sleep(0.5 * 2**attempt)
-            try:
-                options: Any = {"range": (start, stop)} | ({"if_match": self._e_tag} if self._e_tag else {})
-                data = memoryview(obstore.get(self._store, self._key, options=options).bytes())
-            except (FileNotFoundError, PermissionDeniedError, PreconditionError) as error:
+        options: Any = {"range": (start, stop)} | ({"if_match": self._e_tag} if self._e_tag else {})
+
+        def read() -> memoryview:
+            data = memoryview(obstore.get(self._store, self._key, options=options).bytes())
+            if len(data) < stop - start:
+                raise ConnectionResetError(f"{len(data)} bytes instead of {stop - start}")
+            return data
+
+        doing = "read this file"
+        wait = Wait(self._uri, doing)
+        try:
+            return wait.repeat(read)
+        except Exception as error:
+            fault = diagnose(error)
+            if fault.cause is Cause.MISSING or isinstance(error, PreconditionError):
                 raise StorageError(
                     "The object changed while it was read.",
                     where=self._uri,
                     found=brief(error),
                     remedy="Run the same command again when nobody writes to the object.",
                 ) from error
-            except (BaseError, OSError) as error:
-                problem = error
-                continue
-            if len(data) == stop - start:
-                return data
-            problem = EOFError(f"{len(data)} bytes instead of {stop - start}")
-        assert problem is not None
-        fault = diagnose(problem)
-        raise StorageError(
-            f"The object store fails after retries: {fault.describe()}.",
-            where=self._uri,
-            remedy=fault.remedy(self._uri),
-        ) from problem
+            of_object = PermissionError(str(error)) if isinstance(error, PermissionDeniedError) else error
+            cause = None if fault.cause in OF_THE_PLACE else of_object
+            raise error_of(fault, doing, self._uri, s3_endpoint(), wait.describe()) from cause

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import fsspec
 from fsspec.core import url_to_fs
@@ -28,20 +28,14 @@ from smallcap.errors import StorageError
 from smallcap.hub import check_writable, hub_filesystem, is_on_hub, kind_on_hub
 from smallcap.local_files import as_text, fixed_part, has_marks, local_path, walk
 from smallcap.object_state import ListedUri
-from smallcap.s3 import (
-    S3_RETRIES,
-    is_plain_key,
-    open_object,
-    read_object_tail,
-    s3_endpoint,
-    update_object,
-    walk_objects,
-)
+from smallcap.patience import ride_out
+from smallcap.s3 import is_plain_key, open_object, read_object_tail, s3fs_options, update_object, walk_objects
 from smallcap.storage_faults import brief
-from smallcap.translated import translated, translated_file
+from smallcap.translated import patient, patiently, translated, translated_file
 
 DEFAULT_CACHE_DIR = "~/.cache/smallcap"  # where a node keeps copies of remote files
 _CHUNK_BYTES = 8 << 20
+_LISTING = "list this path"
 
 
 def is_local(uri: str) -> bool:
@@ -88,13 +82,11 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     if is_on_hub(uri):
         return hub_filesystem(uri)
     is_s3 = uri.startswith("s3://")
-    endpoint = s3_endpoint() if is_s3 else None
+    options = s3fs_options() if is_s3 else {}
     try:
         # no cache of listings: other processes write to the same places
         if is_s3:  # a key may have ::, which joins two protocols elsewhere
-            # With the endpoint named, fsspec does not reuse the filesystem of another endpoint.
-            s3_options = {"endpoint_url": endpoint, "config_kwargs": {"retries": {"max_attempts": S3_RETRIES}}}
-            return fsspec.filesystem("s3", use_listings_cache=False, **s3_options), absolute(uri)[len("s3://") :]
+            return fsspec.filesystem("s3", use_listings_cache=False, **options), absolute(uri)[len("s3://") :]
         fs, path = url_to_fs(absolute(uri), use_listings_cache=False)
     except Exception as error:  # each protocol has its own: without a host, an archive, a Java library …
         raise StorageError(
@@ -106,46 +98,46 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     return fs, path
 
 
+@patient("look at this path")
 def exists(uri: str) -> bool:
     """Says whether a file or folder exists at `uri`."""
     fs, path = filesystem(uri)
-    with translated(uri, "look at this path"):
-        return kind_on_hub(fs, path) is not None if is_on_hub(uri) else bool(fs.exists(path))
+    return kind_on_hub(fs, path) is not None if is_on_hub(uri) else bool(fs.exists(path))
 
 
+@patient("look at this path")
 def is_folder(uri: str) -> bool:
     """Says whether `uri` is a folder, or a prefix with objects below it."""
     fs, path = filesystem(uri)
-    with translated(uri, "look at this path"):
-        return kind_on_hub(fs, path) == "directory" if is_on_hub(uri) else bool(fs.isdir(path))
+    return kind_on_hub(fs, path) == "directory" if is_on_hub(uri) else bool(fs.isdir(path))
 
 
+@patient("look at this path")
 def size(uri: str) -> int | None:
     """Returns a file's size in bytes; None if it does not exist."""
     fs, path = filesystem(uri)
-    with translated(uri, "look at this path"):
-        try:
-            return int(fs.size(path))
-        except FileNotFoundError:
-            return None
+    try:
+        return int(fs.size(path))
+    except FileNotFoundError:
+        return None
 
 
+@patient("look at this path")
 def modified_at(uri: str) -> datetime:
     """Returns the time of a file's last change, with a time zone."""
     fs, path = filesystem(uri)
-    with translated(uri, "look at this path"):
-        modified: datetime = fs.modified(path)
+    modified: datetime = fs.modified(path)
     return modified if modified.tzinfo else modified.replace(tzinfo=UTC)
 
 
+@patient(_LISTING)
 def list_folder(uri: str) -> list[str]:
     """Lists the entries of a folder or prefix as sorted URIs, hidden ones included; empty if it does not exist."""
     fs, root = filesystem(uri)
-    with translated(uri, "list this path"):
-        try:
-            names = fs.ls(root, detail=False)
-        except FileNotFoundError:
-            return []
+    try:
+        names = fs.ls(root, detail=False)
+    except FileNotFoundError:
+        return []
     return sorted(join(uri, name.rstrip("/").rsplit("/", 1)[-1]) for name in names)
 
 
@@ -183,7 +175,7 @@ def iter_files(
     endings = tuple(suffixes)
     any_file = False
     while True:
-        with translated(uri, "list this path"):  # not around the yield: a caller's errors are not the storage's
+        with translated(uri, _LISTING):  # not around the yield: a caller's errors are not the storage's
             path = next(paths, None)
         if path is None:
             break
@@ -204,13 +196,17 @@ def _glob(root: str, fixed: str) -> Iterator[str]:
     fs, pattern = filesystem(root)
     if fixed and is_local(fixed) == is_local(root):  # else the pattern begins in the bucket's name
         pattern = glob.escape(filesystem(fixed)[1]) + root[len(fixed) :]
-    found = fs.glob(pattern, detail=True)
-    yield from sorted(ListedUri.of(_uri(root, path), entry) for path, entry in found.items() if not fs.isdir(path))
+
+    def listed() -> dict[str, Any]:
+        return {path: entry for path, entry in fs.glob(pattern, detail=True).items() if not fs.isdir(path)}
+
+    found = ride_out(root, _LISTING, listed)
+    yield from sorted(ListedUri.of(_uri(root, path), entry) for path, entry in found.items())
 
 
 def _find(root: str) -> Iterator[str]:
     fs, path = filesystem(root)
-    found = fs.find(path, detail=True)
+    found = ride_out(root, _LISTING, lambda: fs.find(path, detail=True))
     yield from sorted(ListedUri.of(_uri(root, name), entry) for name, entry in found.items())
 
 
@@ -219,6 +215,7 @@ def _uri(root: str, path: str) -> str:
     return as_text(path) if is_local(root) else f"{root.split('://', 1)[0]}://{path}"
 
 
+@patient("read this file")
 def open_ranged(uri: str, buffer_bytes: int = 0) -> IO[bytes]:
     """Opens a file for reading in ranges; on S3 each read is one ranged request, repeated when the connection breaks.
 
@@ -230,16 +227,16 @@ def open_ranged(uri: str, buffer_bytes: int = 0) -> IO[bytes]:
         StorageError: It is missing (caused by a `FileNotFoundError`), forbidden (`PermissionError`), or the service
             fails. Reading from the opened file raises the same.
     """
-    with translated(uri, "read this file"):
-        if is_local(uri):
-            return open(local_path(absolute(uri)), "rb", buffering=max(buffer_bytes, io.DEFAULT_BUFFER_SIZE))
-        if uri.startswith("s3://") and is_plain_key(uri[len("s3://") :]):
-            return open_object(uri, buffer_bytes)
-        fs, path = filesystem(uri)
-        options = {"cache_type": "none"} if is_on_hub(uri) else {}  # the Hub's client reads 5 MB ahead
-        return translated_file(uri, fs.open(path, "rb", **options), buffer_bytes)
+    if is_local(uri):
+        return open(local_path(absolute(uri)), "rb", buffering=max(buffer_bytes, io.DEFAULT_BUFFER_SIZE))
+    if uri.startswith("s3://") and is_plain_key(uri[len("s3://") :]):
+        return open_object(uri, buffer_bytes)
+    fs, path = filesystem(uri)
+    options = {"cache_type": "none"} if is_on_hub(uri) else {}  # the Hub's client reads 5 MB ahead
+    return translated_file(uri, fs.open(path, "rb", **options), buffer_bytes)
 
 
+@patient("read this file")
 def read_bytes(uri: str) -> bytes:
     """Reads one whole file.
 
@@ -247,21 +244,20 @@ def read_bytes(uri: str) -> bytes:
         StorageError: It is missing, forbidden, or the service fails.
     """
     fs, path = filesystem(uri)
-    with translated(uri, "read this file"):
-        return bytes(fs.cat_file(path))
+    return bytes(fs.cat_file(path))
 
 
+@patient("read this file")
 def read_tail(uri: str, length: int) -> bytes:
     """Reads the last bytes of a file, or all of them if there are fewer; on S3 with one request.
 
     Raises:
         StorageError: It is missing, forbidden, or the service fails.
     """
-    with translated(uri, "read this file"):
-        if uri.startswith("s3://"):
-            return read_object_tail(uri, length)
-        fs, path = filesystem(uri)
-        return bytes(fs.cat_file(path, start=-length))
+    if uri.startswith("s3://"):
+        return read_object_tail(uri, length)
+    fs, path = filesystem(uri)
+    return bytes(fs.cat_file(path, start=-length))
 
 
 @contextmanager
@@ -277,21 +273,21 @@ def _staged(uri: str) -> Iterator[Path]:
         staged.unlink(missing_ok=True)
 
 
+@patient("write this file")
 def write_bytes(uri: str, data: bytes) -> None:
     """Writes one whole file atomically: a reader sees the old content or the new one, never a fragment.
 
     Raises:
         StorageError: The target cannot be written.
     """
-    with translated(uri, "write this file"):
-        if is_local(uri):
-            with _staged(uri) as staged, staged.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        else:
-            fs, path = filesystem(check_writable(uri))
-            fs.pipe_file(path, data)
+    if is_local(uri):
+        with _staged(uri) as staged, staged.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    else:
+        fs, path = filesystem(check_writable(uri))
+        fs.pipe_file(path, data)
 
 
 def update_bytes(uri: str, update: Callable[[bytes | None], bytes]) -> None:
@@ -317,21 +313,25 @@ def update_bytes(uri: str, update: Callable[[bytes | None], bytes]) -> None:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 write_bytes(uri, update(target.read_bytes() if target.exists() else None))
     elif uri.startswith("s3://"):
-        with translated(uri, "write this file"):
-            update_object(uri, update)
+        signature = uuid.uuid4().hex  # of all attempts: one whose answer was lost is found by it
+        patiently(uri, "write this file", lambda: update_object(uri, update, signature))
     else:
         write_bytes(uri, update(read_bytes(uri) if exists(uri) else None))
 
 
 def upload(local_path: str | Path, uri: str) -> None:
     """Copies a local file to `uri`, atomically for readers of `uri`."""
-    with translated(uri, "write this file"):
-        if is_local(uri):
-            with _staged(uri) as staged:
-                shutil.copyfile(local_path, staged)
-        else:
-            fs, path = filesystem(check_writable(uri))
-            fs.put_file(str(local_path), path)
+    _put(uri, local_path)
+
+
+@patient("write this file")
+def _put(uri: str, local_path: str | Path) -> None:
+    if is_local(uri):
+        with _staged(uri) as staged:
+            shutil.copyfile(local_path, staged)
+    else:
+        fs, path = filesystem(check_writable(uri))
+        fs.put_file(str(local_path), path)
 
 
 def move_in(local_path: Path, uri: str) -> None:
@@ -343,11 +343,11 @@ def move_in(local_path: Path, uri: str) -> None:
         shutil.move(local_path, staged)
 
 
+@patient("download this file")
 def download(uri: str, local_path: str | Path) -> None:
     """Copies `uri` to a local file whose folder exists."""
     fs, path = filesystem(uri)
-    with translated(uri, "download this file"):
-        fs.get_file(path, str(local_path))
+    fs.get_file(path, str(local_path))
 
 
 @contextmanager
@@ -362,15 +362,15 @@ def local_file(uri: str) -> Iterator[Path]:
         yield path
 
 
+@patient("delete this path")
 def remove(uri: str) -> None:
     """Deletes a file, or a folder with all that is in it; does nothing if it does not exist."""
     fs, path = filesystem(check_writable(uri))
-    with translated(uri, "delete this path"):
-        if not is_local(uri) and has_marks(path):  # rm() would take it for a pattern, and delete what fits
-            for file in fs.find(path):
-                fs.rm_file(file)
-        elif fs.exists(path):
-            fs.rm(path, recursive=True)
+    if not is_local(uri) and has_marks(path):  # rm() would take it for a pattern, and delete what fits
+        for file in fs.find(path):
+            fs.rm_file(file)
+    elif fs.exists(path):
+        fs.rm(path, recursive=True)
 
 
 def sha256_file(path: str | Path) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -40,6 +41,7 @@ class Cause(StrEnum):
     SLOW_DOWN = "{host} is too busy to answer"
     FAILING = "{host} fails"
     NO_NAME = "the name of {host} cannot be resolved"
+    NO_NAMES = "no name server answers, so the name of {host} cannot be resolved"
     UNREACHED = "{host} cannot be reached"
     NO_TLS = "there is no secure connection to {host}"
     TIMEOUT = "{host} did not answer in time"
@@ -54,7 +56,11 @@ OF_THE_PLACE = {  # no object of a bucket can be had
     *(Cause.NO_BUCKET, Cause.NO_CREDENTIALS, Cause.BAD_PROFILE, Cause.EXPIRED, Cause.REFUSED, Cause.BAD_CLOCK),
     *(Cause.ELSEWHERE, Cause.NO_REPOSITORY),
 }
-OF_THE_CONNECTION = {Cause.NO_NAME, Cause.UNREACHED, Cause.NO_TLS}  # the service was not asked at all
+OF_THE_CONNECTION = {  # the service was not asked at all
+    *(Cause.NO_NAME, Cause.NO_NAMES, Cause.UNREACHED, Cause.NO_TLS),
+}
+_PASSING = {Cause.SLOW_DOWN, Cause.NO_NAMES, Cause.UNREACHED, Cause.TIMEOUT, Cause.BROKEN_OFF}
+_NEVER_ANSWERED = {501, 505}  # a store that does not know what it is asked for, or how
 
 # The services' codes, in their answers' bodies.
 _CAUSE_OF_CODE = {
@@ -64,11 +70,15 @@ _CAUSE_OF_CODE = {
         Cause.MISSING: "NoSuchKey BlobNotFound",
         Cause.EXPIRED: "ExpiredToken ExpiredTokenException RequestExpired TokenRefreshRequired",
         Cause.BAD_CLOCK: "RequestTimeTooSkewed",
+        Cause.FORBIDDEN: "AccessDenied AllAccessDisabled AuthorizationFailure",
+        Cause.FAILING: "InternalError InternalFailure",
+        Cause.UNREACHED: "NetworkConnection",  # so called by Arrow
         Cause.REFUSED: "AccountProblem InvalidAccessKeyId InvalidClientTokenId InvalidSecurity InvalidToken "
         "NotSignedUp SignatureDoesNotMatch XAmzContentSHA256Mismatch AuthenticationRequired AuthenticationFailed "
-        "InvalidAuthenticationInfo NoAuthenticationInformation",
+        "InvalidAuthenticationInfo NoAuthenticationInformation UnrecognizedClient InvalidSignature",
         Cause.ELSEWHERE: "AuthorizationHeaderMalformed PermanentRedirect IllegalLocationConstraintException",
-        Cause.SLOW_DOWN: "SlowDown ServerBusy TooManyRequests Throttling ThrottlingException RequestLimitExceeded",
+        Cause.SLOW_DOWN: "SlowDown ServiceUnavailable ServerBusy TooManyRequests Throttling ThrottlingException "
+        "RequestLimitExceeded",
         Cause.TIMEOUT: "RequestTimeout OperationTimedOut",
     }.items()
     for code in codes.split()
@@ -106,11 +116,14 @@ _CAUSE_OF_STATUS = {
 _CAUSE_OF_ERRNO = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), Cause.FULL),
     **dict.fromkeys((errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ECONNREFUSED), Cause.UNREACHED),
+    **dict.fromkeys((errno.ESTALE, errno.ENOTCONN), Cause.BROKEN_OFF),  # of a mounted file system
+    socket.EAI_AGAIN: Cause.NO_NAMES,
     errno.EROFS: Cause.READ_ONLY,
 }
 # What obstore and its HTTP client write of a connection, in the order in which it counts.
 _CAUSE_OF_TEXT = (
     (Cause.ELSEWHERE, re.compile("redirect without LOCATION")),
+    (Cause.NO_NAMES, re.compile("Temporary failure in name resolution|contact(ing)? DNS servers")),
     (Cause.NO_NAME, re.compile("dns error|failed to lookup address|Name or service not known")),
     (Cause.NO_TLS, re.compile("InvalidCertificate|InvalidMessage|InvalidContentType|AlertReceived|CERTIFICATE_VERIFY")),
     (Cause.TIMEOUT, re.compile(r"kind: Timeout|\bTimedOut\b|timed out")),
@@ -121,6 +134,9 @@ _CAUSE_OF_TEXT = (
         re.compile("invalid list response|[Nn]on-partial response|is not an instance of|header.* missing"),
     ),
 )
+# Of obstore, of the libraries of Delta and Lance tables, and of Arrow's own client of S3.
+_STATUS_IN_TEXT = re.compile(r"status(?: code)?:? (\d{3})\b|status (?:client|server) error \((\d{3})\b")
+_CODE_OF_ARROW = re.compile(r"AWS Error ([A-Z_]+) during")
 _CREDENTIALS_OF = {
     "s3": "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (AWS_SESSION_TOKEN for temporary ones), or AWS_PROFILE.",
     "gs": "Set GOOGLE_APPLICATION_CREDENTIALS to a key file, or give the machine a service account.",
@@ -139,6 +155,14 @@ class Fault:
     host: str = ""  # the address that was asked, if it is known
     status: int | None = None  # of the answer, in HTTP
     code: str = ""  # the service's name of the error, such as SlowDown
+
+    @property
+    def passes(self) -> bool:
+        """Whether the same request may be answered otherwise a while later, with nothing mended by a person."""
+        if self.cause is Cause.FAILING:
+            status = self.status or 500  # a code alone
+            return status in WORTH_REPEATING or (status >= 500 and status not in _NEVER_ANSWERED)
+        return self.cause in _PASSING
 
     def describe(self) -> str:
         """Returns the cause in words, for the end of a sentence; the client's words where it is unknown."""
@@ -159,7 +183,7 @@ class Fault:
             if scheme
             else "Check the permissions there.",
             Cause.NO_REPOSITORY: f"Check the name. {credentials}",
-            Cause.NO_BUCKET: f"Check the bucket's name{', and AWS_ENDPOINT_URL' if scheme == 's3' else ''}.",
+            Cause.NO_BUCKET: f"Check the bucket's name{', and AWS_ENDPOINT_URL' if scheme == 's3' else ''}. {_AGAIN}",
             Cause.ELSEWHERE: "Set AWS_REGION to the bucket's region.",
             Cause.SLOW_DOWN: "Run the same command again later, or with fewer jobs at once.",
             Cause.BAD_CLOCK: f"Set the clock of this machine. If it is right: {credentials} {_AGAIN}",
@@ -186,15 +210,31 @@ def storage_error(error: BaseException, doing: str, uri: str, endpoint: str | No
     return error_of(diagnose(error), doing, uri, endpoint)
 
 
-def error_of(fault: Fault, doing: str, uri: str, endpoint: str | None = None) -> StorageError:
-    """Returns the error that a person sees of a fault; see `storage_error`."""
+def error_of(fault: Fault, doing: str, uri: str, endpoint: str | None = None, tried: str = "") -> StorageError:
+    """Returns the error that a person sees of a fault; see `storage_error`.
+
+    Args:
+        fault: The fault.
+        doing: See `storage_error`, as for the next two.
+        uri: What it could not be done with.
+        endpoint: The address that was set for its service.
+        tried: How long it was tried, as `, in every attempt for 5 min`.
+    """
     where = uri
-    if endpoint and fault.cause is not Cause.MISSING:
-        host = urlsplit(endpoint).netloc.rpartition("@")[2]  # without a name and password
-        where, fault = f"{uri} (endpoint {host})", replace(fault, host=fault.host or host)
+    if fault.cause is not Cause.MISSING and "://" in uri.removeprefix("file://"):
+        named = ""
+        if endpoint:
+            host = urlsplit(endpoint).netloc.rpartition("@")[2]  # without a name and password
+            named, fault = f" (endpoint {host})", replace(fault, host=fault.host or host)
+        where = f"{uri}{named}, on {this_node()}"
     if fault.cause is Cause.UNKNOWN:
         return StorageError(f"Cannot {doing}.", where=where, found=fault.detail, remedy=fault.remedy(uri))
-    return StorageError(f"Cannot {doing}: {fault.describe()}.", where=where, remedy=fault.remedy(uri))
+    return StorageError(f"Cannot {doing}: {fault.describe()}{tried}.", where=where, remedy=fault.remedy(uri))
+
+
+def this_node() -> str:
+    """Returns the machine on which this process runs, in words."""
+    return f"node {socket.gethostname()}"
 
 
 def diagnose(error: BaseException) -> Fault:
@@ -243,8 +283,8 @@ def _status(chain: Sequence[BaseException], text: str) -> int | None:
         for status in named:
             if isinstance(status, int) and status >= 300:
                 return status
-    match = re.search(r"status code: (\d{3})", text)  # of obstore
-    return int(match[1]) if match else None
+    match = _STATUS_IN_TEXT.search(text)
+    return int(match[1] or match[2]) if match else None
 
 
 def _code(chain: Sequence[BaseException], text: str) -> tuple[str, str]:
@@ -255,6 +295,8 @@ def _code(chain: Sequence[BaseException], text: str) -> tuple[str, str]:
         code = str(answer.get("Code", getattr(link, "error_code", None) or ""))
         if code and not code.isdigit():  # a number where the answer had no body
             return code, str(answer.get("Message", ""))
+    if (of_arrow := _CODE_OF_ARROW.search(text)) and of_arrow[1] != "UNKNOWN":
+        return "".join(map(str.capitalize, of_arrow[1].split("_"))), ""
     code_found, message = re.search(r"<Code>\s*(\w+)", text), re.search(r"<Message>([^<]*)", text)
     return code_found[1] if code_found else "", unescape(message[1]) if message else ""
 

@@ -15,7 +15,7 @@ import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain
 from typing import IO, Any, NamedTuple, cast
 
@@ -30,6 +30,7 @@ TABLE_SUFFIXES = (*LINE_FORMATS, *(f"{suffix}.gz" for suffix in LINE_FORMATS), "
 _log = logging.getLogger(__name__)
 _PROBE_BYTES = 1 << 16
 _SHOWN_CHARACTERS = 100
+_LONGEST_LINE = 16 << 20  # characters; a compressed file of kilobytes may hold a line of gigabytes
 _ENCODINGS = ((b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"), (b"\xef\xbb\xbf", "utf-8-sig"))
 _UNDECODED = re.compile("[\udc80-\udcff]")  # what Python makes of bytes that are not UTF-8
 _SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "|"}
@@ -140,13 +141,24 @@ def _lines(text: io.TextIOWrapper, uri: str) -> Iterator[tuple[int, str]]:
     number = 0
     try:
         with _whole(uri):
-            for number, line in enumerate(text, start=1):
+            for number, line in enumerate(iter(partial(text.readline, _LONGEST_LINE), ""), start=1):
+                if len(line) == _LONGEST_LINE:
+                    raise _too_long(number, uri)
                 if not line.isascii():
                     _check_decoded(number, line, uri)
                 yield number, line
     except UnicodeDecodeError as error:
         where = f"{uri}: after line {number}"
         raise SchemaError("The file is not UTF-16, as its first bytes say.", where=where, found=str(error)) from error
+
+
+def _too_long(number: int, uri: str) -> SchemaError:
+    return SchemaError(
+        "A line of the file is too long to be a row.",
+        where=f"{uri}: line {number}",
+        expected=f"fewer than {_LONGEST_LINE:,} characters",
+        remedy="If images lie in the file itself, pack them as a tar or as Parquet.",
+    )
 
 
 def _check_decoded(number: int, line: str, uri: str) -> None:

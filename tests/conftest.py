@@ -11,6 +11,7 @@ import os
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("SMALLCAP_STORAGE_PATIENCE_S", "2")  # tests of storage that fails for good do not wait
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait leave the cores to the tests' other processes
 
 import json
@@ -21,7 +22,7 @@ import urllib.request
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,8 @@ from tests.job_processes import JobProcess, StartJob, free_port
 
 settings.register_profile("without deadline", deadline=None)  # a busy machine is not a failure
 settings.load_profile("without deadline")
+
+_session_rays: list[str] = []  # the addresses of Rays that `ray_session` has started in this process
 
 
 @pytest.fixture(scope="session")
@@ -149,6 +152,28 @@ def _wait_for(endpoint: str, server: subprocess.Popen[bytes]) -> None:
 
 
 @pytest.fixture
+def single_tries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """S3's clients send each request once; what is repeated then, `smallcap.patience` repeats, and soon."""
+    import s3fs
+
+    from smallcap import patience
+    from smallcap import s3 as s3_operations
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
+    opened = s3_operations.s3_store
+    monkeypatch.setattr(s3_operations, "s3_store", partial(opened, max_retries=0, timeout_s=1.0))
+    real = storage.fsspec.filesystem
+
+    def filesystem(protocol: str, **options: Any) -> Any:
+        quick = {"retries": {"max_attempts": 0}, "read_timeout": 1, "connect_timeout": 1}
+        return real(protocol, **options | ({"config_kwargs": quick} if protocol == "s3" else {}))
+
+    monkeypatch.setattr(storage.fsspec, "filesystem", filesystem)
+    for name in ("_FIRST_WAIT_S", "_LONGEST_WAIT_S"):
+        monkeypatch.setattr(patience, name, 0.02)
+
+
+@pytest.fixture
 def s3(s3_server: str, request: pytest.FixtureRequest) -> str:
     """A bucket of this test's own, as `s3://NAME`."""
     import s3fs
@@ -189,15 +214,18 @@ def ray_session(s3_server: str) -> Iterator[None]:
     from jobs.cluster.session import connect
 
     connect("local")  # whatever runs on this machine
+    _session_rays.append("local")
     yield
     ray.shutdown()
 
 
 @pytest.fixture(autouse=True)
 def ray_where_it_is_marked(request: pytest.FixtureRequest) -> None:
-    """Tests marked `ray` find the session's Ray running."""
+    """Tests marked `ray` find the session's Ray running; no other one takes time and memory of this process's tests."""
     if request.node.get_closest_marker("ray"):
         request.getfixturevalue("ray_session")
+    elif "ray" in sys.modules and not _session_rays:
+        assert not sys.modules["ray"].is_initialized(), "something has started a Ray in this process"
 
 
 @pytest.hookimpl(optionalhook=True)

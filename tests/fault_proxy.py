@@ -16,6 +16,7 @@ import json
 import re
 import socket
 import struct
+import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -46,6 +47,12 @@ class FaultPlan:
     """Only paths that have this in them."""
     outage: bool = False
     """Every connection is reset."""
+    begins_at: int = 0
+    """So many of the requests that the plan is about pass before."""
+    requests: int | None = None
+    """How many of them it is about then; None for all."""
+    for_s: float | None = None
+    """How long faults last after the first one, in seconds; None for ever."""
     slow_s: float = 5.0
     """How long a `slow` answer waits."""
     error_status: int = 403
@@ -78,6 +85,7 @@ class FaultProxy:
         self.target, self.plan = target.rstrip("/"), plan
         self.attempts: Counter[tuple[str, str]] = Counter()
         self.done: Counter[str] = Counter()
+        self.met, self.failed_at = 0, 0.0  # the requests that the plan is about; when the first of them failed
 
     async def control(self, request: web.Request) -> web.Response:
         """Answers what was done, after taking over a new plan where one is posted."""
@@ -85,6 +93,7 @@ class FaultProxy:
             self.plan = FaultPlan(**await request.json())
             self.attempts.clear()
             self.done.clear()
+            self.met, self.failed_at = 0, 0.0
         return web.json_response({"plan": asdict(self.plan), "done": dict(self.done)})
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
@@ -94,6 +103,8 @@ class FaultProxy:
         attempt = self.attempts[key]
         self.attempts[key] += 1
         fault = self.plan.fault(*key, attempt)
+        if fault is not None and not self._is_its_time():
+            fault = None
         self.done["requests"] += 1
         self.done[fault or "passed"] += 1
         if fault == "reset":
@@ -120,6 +131,15 @@ class FaultProxy:
             return response
         await response.write_eof()
         return response
+
+    def _is_its_time(self) -> bool:
+        """Says whether a fault that the plan has for a request happens: by the requests and the time so far."""
+        plan, number, now = self.plan, self.met, time.monotonic()
+        self.met += 1
+        if number < plan.begins_at or (plan.requests is not None and number >= plan.begins_at + plan.requests):
+            return False
+        self.failed_at = self.failed_at or now
+        return plan.for_s is None or now < self.failed_at + plan.for_s
 
     async def _pass_on(self, request: web.Request, body: bytes) -> tuple[int, dict[str, str], bytes]:
         dropped = _OF_ONE_CONNECTION | (_CONDITIONS if self.plan.drop_conditions else set())

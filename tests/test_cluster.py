@@ -1,5 +1,6 @@
 """The cluster file is sound as far as can be told offline, and its way of submitting a job works on a local Ray."""
 
+import json
 import os
 import re
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import tempfile
 import urllib.request
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -30,26 +32,100 @@ TOKEN = "0123456789abcdef" * 4
 HEAD, WORKER = CLUSTER["available_node_types"]["head"], CLUSTER["available_node_types"]["gpu_worker"]
 
 
-def test_the_cluster_file_passes_rays_own_check() -> None:
+COMMANDS = ("setup_commands", "head_setup_commands", "worker_setup_commands")
+STARTS = ("head_start_ray_commands", "worker_start_ray_commands")
+
+
+def check_with_ray(cluster: dict[str, Any]) -> dict[str, Any]:
+    """Returns a cluster file as Ray completes it from its own defaults; fails where Ray would refuse it."""
     private = pytest.importorskip("ray.autoscaler._private.util")
-    private.validate_config(private.prepare_config(yaml.safe_load(TEXT)))
+    prepared: dict[str, Any] = private.prepare_config(deepcopy(cluster))
+    private.validate_config(prepared)
+    return prepared
 
 
-def test_the_cluster_installs_what_is_beside_it() -> None:
-    assert CLUSTER["file_mounts"] == {"~/smallcap": "."}
-    upgrade, install = (command for command in CLUSTER["setup_commands"] if "pip install" in command)
-    assert "'pip>=24.1'" in upgrade  # for faiss-gpu-cuvs
-    assert "~/smallcap/constraints.txt" in install
-    assert "ray[default]" in install  # for jobs and metrics
-    assert (ROOT / "constraints.txt").is_file()
-    assert re.search(r"^prometheus_client==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+def test_the_cluster_file_fits_rays_schema_and_its_own_check() -> None:
+    autoscaler = pytest.importorskip("ray.autoscaler")
+    schema = json.loads((Path(autoscaler.__file__).parent / "ray-schema.json").read_text())
+    jsonschema = pytest.importorskip("jsonschema")
+    jsonschema.validate(CLUSTER, schema)
+    check_with_ray(CLUSTER)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(CLUSTER | {"max_worker": 8}, schema)
 
 
-def test_jobs_and_workers_find_python_and_the_region() -> None:
-    for name in ("head_start_ray_commands", "worker_start_ray_commands"):
-        *_, start = CLUSTER[name]
-        assert "PATH=~/venv/bin:$PATH" in start
-        assert f"AWS_DEFAULT_REGION={CLUSTER['provider']['region']} " in start
+def test_ray_adds_no_command_that_the_file_does_not_have() -> None:
+    prepared = check_with_ray(CLUSTER)
+    ours = [command for name in COMMANDS for command in CLUSTER[name]]
+    for name in COMMANDS:
+        assert set(prepared[name]) <= set(ours), name
+
+
+def test_the_setup_installs_the_wheel_with_constraints_and_a_python_that_it_needs() -> None:
+    setup = CLUSTER["setup_commands"]
+    (made,) = (command for command in setup if "uv venv" in command)
+    python = re.search(r"--python (\S+)", made)
+    assert python and python[1] == "3.11"  # as constraints.txt; uv fetches it where the image has another
+    (fetch,) = (command for command in setup if " s3 sync " in command)
+    (install,) = (command for command in setup if "uv pip install" in command)
+    assert setup.index(made) < setup.index(install) > setup.index(fetch)
+    assert "-c ~/smallcap/constraints.txt ~/smallcap/smallcap-*.whl" in install
+    constraints = (ROOT / "constraints.txt").read_text()
+    for package in ("boto3", "ray[default]"):  # for the autoscaler; for jobs and metrics
+        assert package in install
+        assert re.search(rf"^{package.partition('[')[0]}==", constraints, re.MULTILINE)
+    assert re.search(r"^prometheus_client==", constraints, re.MULTILINE)
+    for command in setup:
+        subprocess.run(["bash", "-n", "-c", command], check=True)
+
+
+def test_nothing_depends_on_the_folder_in_which_ray_up_is_called() -> None:
+    mounts = [line.strip("# ") for line in TEXT.splitlines() if line.startswith("#   ~/")]
+    for mount in [*CLUSTER["file_mounts"].items(), *(line.split(": ") for line in mounts)]:
+        assert all(place.startswith(("/", "~/")) for place in mount)
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_ray_starts_with_python_and_region_and_without_a_number_of_threads(name: str, tmp_path: Path) -> None:
+    """As Ray's runner over SSH, which exports OMP_NUM_THREADS=1, starts it."""
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    ray = tmp_path / "venv" / "bin" / "ray"
+    ray.write_text('#!/bin/sh\necho "$@"; env\n')
+    ray.chmod(0o755)
+    given = {"HOME": str(tmp_path), "PATH": os.environ["PATH"], "RAY_HEAD_IP": "10.0.0.1"}
+    *_, start = CLUSTER[name]
+    command = start.replace("ulimit -n 65536", "ulimit -n")  # which may be less here
+    runner = f"export OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore && ({command})"
+    done = subprocess.run(["bash", "-c", runner], env=given, capture_output=True, text=True, check=True).stdout
+    assert "OMP_NUM_THREADS" not in done
+    assert f"PATH={tmp_path}/venv/bin:" in done
+    assert f"AWS_DEFAULT_REGION={CLUSTER['provider']['region']}\n" in done
+    assert "start --head" in done if name.startswith("head") else "start --address=10.0.0.1:6379" in done
+
+
+def allowed(policy: str) -> set[str]:
+    statements = json.loads((ROOT / "deploy" / "aws" / f"{policy}-policy.json").read_text())["Statement"]
+    actions = [statement["Action"] for statement in statements if statement["Effect"] == "Allow"]
+    return {action for some in actions for action in ([some] if isinstance(some, str) else some)}
+
+
+def test_the_policies_allow_what_the_file_asks_for() -> None:
+    images = [kind["node_config"]["ImageId"] for kind in CLUSTER["available_node_types"].values()]
+    assert all(image.startswith("resolve:ssm:/aws/service/deeplearning/") for image in images)
+    assert {"ssm:GetParameters", "iam:PassRole", "ec2:RunInstances", "ec2:TerminateInstances"} <= allowed("head")
+    assert {"s3:GetObject", "s3:ListBucket", "s3:PutObject", "s3:DeleteObject"} <= allowed("worker")
+    assert "deploy/aws/head-policy.json" in TEXT
+    assert "deploy/aws/worker-policy.json" in TEXT
+
+
+@pytest.mark.parametrize("cloud", ["gcp", "azure"])
+def test_the_changes_for_other_clouds_fit_rays_schema(cloud: str) -> None:
+    blocks = re.findall(r"^((?:    .*\n|\n)+)", (ROOT / "docs" / "cluster.md").read_text(), re.MULTILINE)
+    (changes,) = (yaml.safe_load(block) for block in blocks if f"type: {cloud}" in block)
+    assert set(changes["available_node_types"]) == set(CLUSTER["available_node_types"])
+    prepared = check_with_ray(CLUSTER | changes)
+    ours = [command for name in COMMANDS for command in (CLUSTER | changes)[name]]
+    assert set(prepared["head_setup_commands"]) <= set(ours)
 
 
 @pytest.fixture
@@ -77,11 +153,9 @@ def test_a_worker_has_what_an_actor_needs(run_config: CaptionConfig) -> None:
     assert "InstanceMarketOptions" not in HEAD["node_config"]
 
 
-def test_every_node_type_shows_its_instance_profile() -> None:
-    profiles = re.findall(r"^      # (IamInstanceProfile: .*)$", TEXT, re.MULTILINE)
-    assert len(profiles) == len(CLUSTER["available_node_types"])
-    for profile in profiles:
-        assert yaml.safe_load(profile)["IamInstanceProfile"]["Arn"].startswith("arn:aws:iam::")
+def test_every_node_type_has_an_instance_profile_and_no_keys() -> None:
+    profiles = [kind["node_config"]["IamInstanceProfile"]["Arn"] for kind in CLUSTER["available_node_types"].values()]
+    assert all(profile.startswith("arn:aws:iam::") for profile in profiles)
     assert "aws_access_key_id" not in TEXT.lower()
 
 

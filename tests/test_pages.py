@@ -55,6 +55,8 @@ def commands(text: str) -> Iterator[list[str]]:
     for line in re.sub(r"\\\n\s*", " ", text).splitlines():
         if line.startswith("    smallcap "):
             yield shlex.split(line)[1:]
+        elif line.startswith("$ smallcap ") and "--help" not in line:  # of a recording
+            yield shlex.split(re.split("[;|]", line)[0])[2:]  # without what the shell does afterwards
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -8,7 +8,7 @@ import numpy as np
 
 from index_builder.dumps.buckets import UniqueCaptions
 from index_builder.embedding.image_queries import LEAST_IMAGES, EmbedImages
-from index_builder.embedding.slices import EmbedSlices, Probe, ProbeEncoder, VectorSlices
+from index_builder.embedding.slices import CachedEncoder, EmbedSlices, Probe, ProbeEncoder, VectorSlices
 from index_builder.work.stage_runner import Sizes, StageRunner
 from smallcap.errors import ConfigError
 from smallcap.index.manifest import EncoderIdentity
@@ -23,10 +23,12 @@ class Encoding:
         encoder: The encoder's identity.
         dtype: Precision of its weights.
         runner: What runs the actors that load it.
+        cache_dir: Each node's cache folder, for a copy of an encoder that is remote.
     """
 
-    def __init__(self, encoder: EncoderIdentity, dtype: str, runner: StageRunner) -> None:
+    def __init__(self, encoder: EncoderIdentity, dtype: str, runner: StageRunner, cache_dir: str) -> None:
         self.encoder, self.dtype, self._runner = encoder, dtype, runner
+        self._cached = CachedEncoder(encoder, cache_dir)
 
     def embed(self, captions: UniqueCaptions, to_embed: int, work_uri: str) -> VectorSlices:
         """Embeds the captions that have no embedding, and gathers the other embeddings; keeps slices already written.
@@ -39,7 +41,7 @@ class Encoding:
         vectors = VectorSlices(work_uri, len(captions), self.encoder.dim)
         missing = vectors.missing()
         if missing:
-            encoder = self.encoder if to_embed else None
+            encoder = self._cached if to_embed else None
             self._runner.run_actors(
                 "embed",
                 EmbedSlices,
@@ -74,7 +76,7 @@ class Encoding:
 
     def _probe(self, captions: UniqueCaptions) -> Probe:
         [probe] = self._runner.run_actors(
-            "probe", ProbeEncoder, lambda device: (self.encoder, device, self.dtype, captions), [0]
+            "probe", ProbeEncoder, lambda device: (self._cached, device, self.dtype, captions), [0]
         )
         return probe
 
@@ -91,7 +93,7 @@ class Encoding:
         embedded = self._runner.run_actors(
             "embed images",
             EmbedImages,
-            lambda device: (self.encoder.spec, device, self.dtype),
+            lambda device: (self._cached, device, self.dtype),
             tasks,
         )
         queries = np.concatenate([batch.vectors for batch in embedded])

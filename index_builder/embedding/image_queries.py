@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from index_builder.embedding.slices import CachedEncoder
 from smallcap import storage
 from smallcap.config import InputConfig
 from smallcap.errors import ConfigError, RowError
@@ -33,15 +34,15 @@ class EmbedImages:
     """Fetches, decodes and embeds images; one instance per actor.
 
     Args:
-        spec: The retrieval encoder.
+        encoder: The retrieval encoder.
         device: Torch device.
         dtype: Precision of the encoder's weights.
     """
 
-    def __init__(self, spec: str, device: str, dtype: str) -> None:
+    def __init__(self, encoder: CachedEncoder, device: str, dtype: str) -> None:
         from smallcap.model.clip_encoder import load_retrieval_encoder
 
-        self._encoder = load_retrieval_encoder(spec, device=device, dtype=dtype)
+        self._encoder = load_retrieval_encoder(encoder.identity.spec, device, dtype, encoder.cache_dir)
         self._dtype = dtype
 
     def __call__(self, uris: Sequence[str]) -> EmbeddedImages:

@@ -10,7 +10,7 @@ import io
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -25,6 +25,13 @@ if TYPE_CHECKING:
 SLICE_ROWS = 8192
 _UNIT_TOLERANCE = 1e-3
 _PROBED_ROWS = 512
+
+
+class CachedEncoder(NamedTuple):
+    """The build's retrieval encoder, and each node's cache folder for a copy of it."""
+
+    identity: EncoderIdentity
+    cache_dir: str
 
 
 class EmbedSlices:
@@ -42,7 +49,7 @@ class EmbedSlices:
     """
 
     def __init__(
-        self, encoder: EncoderIdentity | None, device: str, dtype: str, captions: UniqueCaptions, vectors: VectorSlices
+        self, encoder: CachedEncoder | None, device: str, dtype: str, captions: UniqueCaptions, vectors: VectorSlices
     ) -> None:
         self._encoder = None if encoder is None else _load_encoder(encoder, device, dtype)
         self._captions, self._vectors = captions, vectors
@@ -68,7 +75,7 @@ class EmbedSlices:
 class ProbeEncoder:
     """Tries an encoder on a few captions before all are embedded; see `EmbedSlices` for the arguments."""
 
-    def __init__(self, encoder: EncoderIdentity, device: str, dtype: str, captions: UniqueCaptions) -> None:
+    def __init__(self, encoder: CachedEncoder, device: str, dtype: str, captions: UniqueCaptions) -> None:
         self._encoder, self._captions = _load_encoder(encoder, device, dtype), captions
 
     def __call__(self, first_row: int) -> Probe:
@@ -91,12 +98,13 @@ class Probe:
     cosines: list[float]  # between imported embeddings and the encoder's
 
 
-def _load_encoder(expected: EncoderIdentity, device: str, dtype: str) -> RetrievalEncoder:
+def _load_encoder(cached: CachedEncoder, device: str, dtype: str) -> RetrievalEncoder:
     from smallcap.model.clip_encoder import (
         load_retrieval_encoder,  # torch, which the other stages' workers need not load
     )
 
-    encoder = load_retrieval_encoder(expected.spec, device=device, dtype=dtype)
+    expected = cached.identity
+    encoder = load_retrieval_encoder(expected.spec, device, dtype, cached.cache_dir)
     if encoder.identity.weights_sha256 != expected.weights_sha256:
         raise CheckpointError(
             "The retrieval encoder has different weights here.",

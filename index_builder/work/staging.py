@@ -23,6 +23,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
@@ -38,8 +39,9 @@ ABANDONED_AFTER = timedelta(days=1)
 
 _OWNER_FILE = "owner.json"
 _HEARTBEAT_S = 30.0
-_SILENCE_S = 600.0  # after this time without a sign of life, a build on another machine counts as dead
+_SILENCE_S = 600.0  # after this time without a sign of life, a build that cannot be looked up counts as dead
 _FINGERPRINT_DIGITS = 16
+_START_FIELD = 19  # `starttime`, counted from the field after the command's name (proc_pid_stat(5))
 
 _log = logging.getLogger(__name__)
 
@@ -51,8 +53,8 @@ class Staging:
     """The folder of one build, as a context manager; the folder outlasts a block that fails.
 
     Entering takes over the folder of a dead build with the same fingerprint, and removes the folders of others that
-    died more than a day ago. A build is dead when its process is gone, or, on another machine, when it has not renewed
-    its owner file for ten minutes.
+    died more than a day ago. A build is dead when its process is gone, or, where this cannot be looked up, when it has
+    not renewed its owner file for ten minutes.
 
     An error of the options also removes a folder that this call has made, because other options have another folder;
     `keep` ends that.
@@ -113,7 +115,8 @@ class Staging:
                     "The same build is already running.",
                     where=self.uri,
                     found=found.decode(errors="replace"),
-                    remedy="Wait for it, or stop it. A build on a machine that died is taken over after ten minutes.",
+                    remedy="Wait for it, or stop it. A build that died with its machine or container is taken over "
+                    "after ten minutes.",
                 )
             return _owner(os.getpid())
 
@@ -129,26 +132,43 @@ class Staging:
 
 def _owner(pid: int | None) -> bytes:
     """Returns an owner file's content; `pid` is None when the build has ended."""
-    return json.dumps({"host": socket.gethostname(), "pid": pid, "alive_at": time.time()}).encode()
+    process = None if pid is None else _identity(pid)
+    owner = {"host": socket.gethostname(), "pid": pid, "process": process, "alive_at": time.time()}
+    return json.dumps(owner).encode()
 
 
 def _is_alive(owner: bytes) -> bool:
+    """Says whether the build that wrote an owner file lives.
+
+    A process number proves nothing: containers have few and begin with the same ones, and two machines may have one
+    name. Only a number together with the process's start and its machine's does. Where this process cannot look it up,
+    the last sign of life decides; one that lies in the future was given by a clock that is wrong.
+    """
     try:
         values: dict[str, Any] = json.loads(owner)
-        host, pid, alive_at = str(values["host"]), values["pid"], float(values["alive_at"])
+        pid, silent_s = values["pid"], abs(time.time() - float(values["alive_at"]))
     except (ValueError, TypeError, KeyError):
         return False
     if pid is None:
         return False
-    if host != socket.gethostname():
-        return time.time() - alive_at < _SILENCE_S
+    process, own = values.get("process"), _identity(os.getpid())
+    if process and own and process[:2] == own[:2]:
+        return _identity(int(pid)) == process
+    return silent_s < _SILENCE_S
+
+
+def _identity(pid: int) -> list[str] | None:
+    """Returns what names a process of this machine for ever: the boot, the namespace of its number, and its start.
+
+    None where there is no such process, or the system does not say.
+    """
+    proc = Path("/proc")
     try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's process
-        return True
-    return True
+        boot = (proc / "sys/kernel/random/boot_id").read_text().strip()
+        started = (proc / str(pid) / "stat").read_text().rpartition(")")[2].split()[_START_FIELD]
+        return [boot, str((proc / "self/ns/pid").readlink()), started]
+    except (OSError, IndexError):
+        return None
 
 
 def staging_folders(index_uri: str) -> list[str]:

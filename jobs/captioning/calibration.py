@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from jobs.cluster.resources import cores_here, living_nodes
+from jobs.cluster.resources import actor_resources, cores_here, living_nodes
 from smallcap.machine.actor_plan import ActorPlan
 from smallcap.machine.process_memory import private_bytes
 
@@ -71,7 +71,7 @@ def calibrate(
     began = time.perf_counter()
     time_loading = ray.remote(num_cpus=plan.cpus_per_task)(_time_loading).options(num_returns=2)
     loaded, images = time_loading.remote(load)
-    actor = ray.remote(_CalibratingActor).options(num_cpus=plan.cpus_per_actor, num_gpus=plan.gpus_per_actor).remote()
+    actor = ray.remote(_CalibratingActor).options(**actor_resources(plan)).remote()
     try:
         made = actor.make.remote(make_captioner, rows, at_once)
         ray.get([made, actor.caption.remote(images, 1)])

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
+from jobs.captioning.distinct_rows import ranges_of
 from jobs.captioning.layout import CaptionLayout
 from jobs.captioning.monitor import MonitorClient
 from jobs.captioning.stage_report import StageReport
@@ -22,6 +23,7 @@ from smallcap.config import CaptionConfig
 from smallcap.index.manifest import load_manifests
 from smallcap.index.node_cache import missing_files
 from smallcap.machine.process_memory import keep_freed_memory
+from smallcap.output.schema import FRAGMENT, FRAGMENT_ROW
 
 if TYPE_CHECKING:
     from jobs.captioning.retrieval_actors import Partitions
@@ -57,7 +59,8 @@ class CaptionImages(GuardedActor):
             limit_to_share(spec.layout.gpu_share)
         keep_freed_memory()
         self.limit_stalls(spec.config.compute.stall_timeout_s)
-        self._monitor, self._name, self._busy = spec.monitor, uuid.uuid4().hex, BusyTime()
+        self._monitor, self._name = spec.monitor, uuid.uuid4().hex
+        self._busy, self._halvings = BusyTime(), Growth()
         _count_cached_files(spec)
         self._captioner = _load_captioner(spec)
         if isinstance(self._captioner.retriever, Retriever | MergedSearch):
@@ -88,7 +91,9 @@ class CaptionImages(GuardedActor):
         report = StageReport(
             stage="caption",
             images=len(batch),
+            rows=ranges_of(batch[FRAGMENT].to_numpy(), batch[FRAGMENT_ROW].to_numpy()),
             seconds=self._busy.end(),
+            halvings=self._halvings.new(self._captioner.halvings),
             worker=self._name,
             tokens=int(captioned.captions.num_tokens[:, 0].sum()),
             searched_by=frozenset([retriever.search_backend] if retriever else []),
@@ -119,6 +124,21 @@ class BusyTime:
             now = time.perf_counter()
             seconds, self._counted_to = now - self._counted_to, now
             return seconds
+
+
+class Growth:
+    """Shares out among calls by how much a count has grown."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._before = 0
+
+    def new(self, count: int) -> int:
+        """Returns what of a count no call before it was given."""
+        with self._lock:
+            grown = max(0, count - self._before)  # another thread may have read a later count first
+            self._before += grown
+            return grown
 
 
 def _count_cached_files(spec: CaptionerSpec) -> None:

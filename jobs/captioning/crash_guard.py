@@ -1,5 +1,7 @@
 """Finds images that kill the process that decodes them, or keep it busy: they become error rows, not tried again.
 
+The same holds for a tar or Parquet file whose reading kills its process.
+
 `CrashGuard` is a plain class that remembers what was begun and never finished. Loading tasks ask it through a
 `CrashGuardClient`; if the guard is lost, they decode unguarded. A `DecodeClock` ends a process from which a decoder
 does not come back: nothing else stops one that is written in C.
@@ -20,6 +22,8 @@ Result = TypeVar("Result")
 
 DECODE_LIMIT_S = 120.0  # of CPU time for one image: many times what the largest take
 _BEGUN_IN_VAIN = 2  # how often a batch dies before its images are tried one by one
+READ_IN_VAIN = 5
+"""How often a step of reading a file dies before it is given up: nodes come and go, and a tar is many images."""
 _LOOK_EVERY_S = 5.0
 _ANSWER_S = 10.0
 
@@ -43,7 +47,8 @@ class CrashGuard:
         """
         images = [(fragment, row) for row in rows]
         for image in images:
-            if image in self._alone and self._begun[image] >= _BEGUN_IN_VAIN:
+            in_vain = READ_IN_VAIN if image[1] < 0 else _BEGUN_IN_VAIN
+            if image in self._alone and self._begun[image] >= in_vain:
                 self._crashed.add(image)
                 self._forget(image)
         begun = [image for image in images if image not in self._crashed]
@@ -111,6 +116,14 @@ class CrashGuardClient:
                 self._actor.tell("clear", fragment, todo)
         return [results.get(row) for row in rows]
 
+    def begin_reading(self, fragment: int, step: int) -> bool:
+        """Marks a step of reading a fragment as begun; returns whether it killed the processes that tried it."""
+        return bool(self._actor.ask("begin", fragment, [_reading(step)]))
+
+    def end_reading(self, fragment: int, step: int) -> None:
+        """Says that the step is done."""
+        self._actor.tell("clear", fragment, [_reading(step)])
+
     def give_up(self, fragment: int, row: int) -> None:
         """Does what `CrashGuard.give_up` does, before this process ends."""
         self._actor.ask("give_up", fragment, row, timeout_s=_ANSWER_S)
@@ -118,6 +131,11 @@ class CrashGuardClient:
     def too_slow(self, fragment: int, rows: Sequence[int]) -> list[int]:
         """Returns those of the rows that were given up."""
         return self._actor.ask("too_slow", fragment, list(rows)) or []
+
+
+def _reading(step: int) -> int:
+    """Returns the number by which the guard knows a step of reading: no row has it."""
+    return -1 - step
 
 
 def _end_process() -> None:

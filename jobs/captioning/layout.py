@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from jobs.captioning.record import RunRecord
 from jobs.captioning.routes import Routes
-from jobs.cluster.resources import node_resources
+from jobs.cluster.resources import SMALL_TASK_CPUS, node_resources
 from smallcap.config import CaptionConfig
 from smallcap.images.fragments import FRAGMENT_ROWS
 from smallcap.images.work_list import WorkList
@@ -61,13 +61,14 @@ class CaptionLayout:
 
     @property
     def load_tasks(self) -> int:
-        """The number of loading tasks that can run next to the actors."""
-        return max(1, sum(tasks_beside(self.actors, self.nodes)))
+        """The number of loading tasks that run next to the actors."""
+        most, fitting = self.actors.load_tasks, sum(tasks_beside(self.actors, self.nodes))
+        return max(1, fitting if most is None else min(fitting, most))
 
     @property
     def load_cpus(self) -> float:
-        """The CPUs of all loading tasks."""
-        return self.load_tasks * self.actors.cpus_per_task
+        """The CPUs that all loading tasks use; on CPUs each has a core, which it shares with an actor."""
+        return self.load_tasks * (self.actors.cpus_per_task if self.actors.device == "cuda" else 1.0)
 
     @property
     def load_cpus_elsewhere(self) -> float:
@@ -120,7 +121,8 @@ def _cpu_precision(config: CaptionConfig, record: RunRecord) -> tuple[str, str]:
     earlier = [attempt.dtype for attempt in record.attempts if attempt.device == "cpu" and attempt.dtype]
     if earlier:
         return earlier[0], f"{earlier[0]}, as when the run began"
-    found: CpuPrecision = ray.get(ray.remote(cpu_precision).remote(config.retrieval.cache_dir))
+    measure = ray.remote(cpu_precision).options(num_cpus=SMALL_TASK_CPUS)
+    found: CpuPrecision = ray.get(measure.remote(config.retrieval.cache_dir))
     return found.dtype, found.describe()
 
 
@@ -130,7 +132,7 @@ def load_spec(
     """Returns what loading tasks are told."""
     from jobs.captioning.load import LoadSpec
 
-    crops = load_crop_plan(config.model, record.retrieval_encoder, config.input.decode)
+    crops = load_crop_plan(config.model, record.retrieval_encoder, config.input.decode, config.retrieval.cache_dir)
     keep_bytes = layout.parts.webdataset
     return LoadSpec(
         crops,

@@ -10,6 +10,8 @@ import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,8 @@ import pyarrow as pa
 import ray.data
 from ray.data.extensions import ArrowTensorArray
 
-from jobs.captioning.crash_guard import DECODE_LIMIT_S, CrashGuardClient, DecodeClock
+from jobs.captioning.crash_guard import DECODE_LIMIT_S, READ_IN_VAIN, CrashGuardClient, DecodeClock
+from jobs.captioning.distinct_rows import ranges_of
 from jobs.captioning.monitor import MonitorClient
 from jobs.captioning.routes import Routes
 from jobs.captioning.stage_report import StageReport
@@ -27,7 +30,8 @@ from smallcap.errors import ErrorCode, RowError
 from smallcap.images.crops import CropPlan, Pixels
 from smallcap.images.fetching import FETCH_CONCURRENCY, FetchOptions, fetch_objects
 from smallcap.images.fragments import InputBatch
-from smallcap.images.work_list import read_fragment
+from smallcap.images.work_list import read_fragment, unread_rows
+from smallcap.machine.actor_plan import ActorPlan
 from smallcap.output.coverage import WorkItem
 from smallcap.output.schema import (
     ENDS_FRAGMENT,
@@ -43,14 +47,14 @@ VISION_PIXELS, RETRIEVAL_PIXELS = "smallcap.vision_pixels", "smallcap.retrieval_
 CONTENT_KEY = "smallcap.content_key"  # what sampling tells images apart by
 INDEX_NAME = "smallcap.index_name"  # of several indexes, the only one that is searched for an image
 _LEFT_OUT_TYPE = pa.list_(pa.int32())
-# For a block's files, its crops, and one large image being decoded. It also makes the task differ from an actor with
-# one CPU, into which Ray would otherwise fuse it.
+# For a block's files, its crops, and an image of `decoding_room.OWN_BYTES`; larger ones wait for room of their own. It
+# also makes the task differ from an actor with one CPU, into which Ray would otherwise fuse it.
 _LOAD_MEMORY_BYTES = 512 << 20
 _MOST_TASKS = 4_000  # offering a task takes the driver milliseconds; with more fragments, a task takes several
 _CRASHED = RowError(
     ErrorCode.CRASHED,
     "The process that decoded this image died more than once.",
-    remedy="Look at the image alone; --retry-failed tries it again.",
+    remedy="Look at it alone; --retry-failed tries it again.",
 )
 _TOO_SLOW = RowError(ErrorCode.TOO_LARGE, f"Decoding the image took more than {DECODE_LIMIT_S:g} s of CPU time.")
 
@@ -86,7 +90,7 @@ def start_loading(
     load: Callable[..., Iterator[pa.Table]],
     spec: LoadSpec,
     images_per_block: int,
-    cpus_per_task: float,
+    actors: ActorPlan,
 ) -> ray.data.Dataset:
     """Returns the first stage of a pipeline, which loads a few blocks ahead of the next stage.
 
@@ -95,18 +99,33 @@ def start_loading(
         load: A function of a table, whose column `item` has pickled work items, and of `spec`; it yields tables.
         spec: What the loading tasks need to know.
         images_per_block: The most images in a block; Ray counts in blocks what waits for the next stage.
-        cpus_per_task: Ray's logical CPUs of a loading task.
+        actors: The pool that is fed.
     """
-    inputs = ray.data.from_arrow(task_inputs(items))
+    blocks = task_inputs(items)
+    inputs = ray.data.from_arrow(blocks)
     limit_blocks(inputs, spec.plan.image_bytes * images_per_block)
+    most = None if actors.load_tasks is None else min(actors.load_tasks, len(blocks))
     return inputs.map_batches(
         load,
         batch_size=1,
         batch_format="pyarrow",
         fn_kwargs={"spec": spec},
-        num_cpus=cpus_per_task,
+        compute=ray.data.TaskPoolStrategy(size=most),
         memory=_LOAD_MEMORY_BYTES,
+        **_cpus_of_tasks(actors),
     )
+
+
+def _cpus_of_tasks(actors: ActorPlan) -> dict[str, Any]:
+    """Returns how Ray Data is told of the CPUs of a loading task.
+
+    Where actors have GPUs, whole CPUs say how many tasks a node takes. On CPUs the tasks ask Ray for next to nothing,
+    so that no actor waits for them, and Ray Data is told of nothing at all: it shares a node's CPUs out among jobs in
+    whole ones, of one CPU none.
+    """
+    if actors.device == "cuda":
+        return {"num_cpus": actors.cpus_per_task}
+    return {"num_cpus": 0, "ray_remote_args_fn": partial(dict, num_cpus=actors.cpus_per_task)}
 
 
 def task_inputs(items: Sequence[Any]) -> list[pa.Table]:
@@ -134,9 +153,30 @@ def load_images(batch: pa.Table, spec: LoadSpec) -> Iterator[pa.Table]:
     """
     for pickled in batch["item"]:
         item: WorkItem = pickle.loads(pickled.as_py())  # noqa: S301 - this job's driver wrote it
-        number = item.fragment.number
-        for images in read_fragment(item.fragment, item.wanted, spec.input, spec.kept_columns):
-            yield load_batch(number, images, spec)
+        for images in read_guarded(item, spec):
+            yield load_batch(item.fragment.number, images, spec)
+
+
+def read_guarded(item: WorkItem, spec: LoadSpec) -> Iterator[InputBatch]:
+    """Yields the images of a work item; the guard ends a tar or Parquet file whose reading kills its process."""
+    fragment, guard = item.fragment, spec.crash_guard
+    batches = read_fragment(fragment, item.wanted, spec.input, spec.kept_columns)
+    if fragment.kind == "uris":  # which this job wrote
+        yield from batches
+        return
+    read = 0  # rows
+    for step in count():
+        if guard.begin_reading(fragment.number, step):
+            what = f"The process that read this file died {READ_IN_VAIN} times."
+            error = RowError(ErrorCode.CRASHED, what, where=fragment.uri, remedy=_CRASHED.remedy)
+            yield from unread_rows(fragment, item.wanted, read, error, spec.kept_columns)
+            return
+        images = next(batches, None)
+        guard.end_reading(fragment.number, step)
+        if images is None:
+            return
+        read = int(images.rows[-1]) + 1
+        yield images
 
 
 def load_batch(number: int, images: InputBatch, spec: LoadSpec) -> pa.Table:
@@ -147,6 +187,7 @@ def load_batch(number: int, images: InputBatch, spec: LoadSpec) -> pa.Table:
         StageReport(
             stage="load",
             images=len(images.rows),
+            rows=ranges_of(np.full(len(images.rows), number), images.rows),
             seconds=loaded.seconds,
             fetch_s=loaded.fetch_s,
             retries=loaded.retries,
@@ -229,10 +270,10 @@ def _error_columns(error: RowError | None) -> dict[str, Any]:
 
 
 def _loaded_table(number: int, images: InputBatch, loaded: _Loaded, spec: LoadSpec) -> pa.Table:
-    count = len(images.rows)
+    rows = len(images.rows)
     errors = [_error_columns(image if isinstance(image, RowError) else None) for image in loaded.images]
     pixels = [_blank(spec.plan) if isinstance(image, RowError) else image for image in loaded.images]
-    ends = np.zeros(count, bool)
+    ends = np.zeros(rows, bool)
     ends[-1] = images.ends_fragment
     columns: dict[str, Any] = {
         "image_id": pa.array(images.image_ids, pa.string()),
@@ -240,10 +281,10 @@ def _loaded_table(number: int, images: InputBatch, loaded: _Loaded, spec: LoadSp
         "width": pa.array([image.width for image in pixels], pa.int32()),
         "height": pa.array([image.height for image in pixels], pa.int32()),
         **{name: pa.array([error[name] for error in errors], pa.string()) for name in errors[0]},
-        FRAGMENT: pa.array(np.full(count, number, np.int32)),
+        FRAGMENT: pa.array(np.full(rows, number, np.int32)),
         FRAGMENT_ROW: pa.array(images.rows, pa.int32()),
         ENDS_FRAGMENT: pa.array(ends),
-        LEFT_OUT: pa.array([*[None] * (count - 1), images.left_out if any(images.left_out) else None], _LEFT_OUT_TYPE),
+        LEFT_OUT: pa.array([*[None] * (rows - 1), images.left_out if any(images.left_out) else None], _LEFT_OUT_TYPE),
         **pixel_columns(pixels),
     }
     if spec.keys:  # here and not in the actor: it takes longer than all else that an actor's CPU does for an image

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
+from jobs.captioning.distinct_rows import DistinctRows
 from jobs.captioning.metrics import record_batch, record_index_cache
 from jobs.captioning.stage_report import STAGES, Snapshot, Stage, StageReport, Timeline
 from jobs.cluster.side_actor import SideActor
@@ -30,12 +32,15 @@ class RunMonitor:
         self._started = time.monotonic()
         self._sums: dict[Stage, StageReport] = {stage: StageReport(stage) for stage in STAGES}
         self._steps = {stage: _Steps() for stage in STAGES}
+        self._distinct = DistinctRows()
         self._actors: set[str] = set()
         self._first_caption_s: float | None = None
 
     def report(self, report: StageReport) -> None:
-        """Adds one batch's figures."""
+        """Adds one batch's figures; images that came before do not count again, but the time that they took does."""
         stage = report.stage
+        if report.rows:
+            report = replace(report, images=self._count_new(report))
         self._sums[stage] = self._sums[stage].plus(report)
         self._steps[stage].add(time.monotonic() - self._started, report.images)
         if stage == "caption":
@@ -43,6 +48,11 @@ class RunMonitor:
                 self._actors.add(report.worker)
             if report.images and self._first_caption_s is None:
                 self._first_caption_s = max(0.0, time.monotonic() - self._started - report.seconds)
+
+    def _count_new(self, report: StageReport) -> int:
+        if report.stage == "load":
+            return self._distinct.add_loaded(report.rows, bool(report.ended_fragments))
+        return self._distinct.add_captioned(report.rows)
 
     def snapshot(self) -> Snapshot:
         """Returns the figures so far."""

@@ -19,6 +19,7 @@ from jobs.cluster.addresses import check_address
 from jobs.cluster.errors import unwrapped_errors
 from jobs.cluster.pinned import check_indexes_are_there
 from jobs.cluster.session import on_ray
+from jobs.cluster.stopping import StopSignals, stoppable
 from smallcap import storage
 from smallcap.config import CaptionConfig
 from smallcap.errors import ConfigError
@@ -180,9 +181,11 @@ class RunPlan:
         plan, measured = self.layout.actors, self.measured
         size = f"{plan.num_actors}" + (f" to {plan.max_actors}" if plan.max_actors > plan.num_actors else "")
         on_gpu = plan.device == "cuda"
-        device = describe_count(plan.cpus_per_actor, "CPU")
+        device = describe_count(plan.threads, "thread")
         if on_gpu:
-            device = f"{describe_count(plan.gpus_per_actor, 'GPU')} and {device}"
+            kind = f" ({plan.accelerator_type})" if plan.accelerator_type else ""
+            cpus = describe_count(plan.cpus_per_actor, "CPU")
+            device = f"{describe_count(plan.gpus_per_actor, 'GPU')}{kind} and {cpus}"
         gpu = f" and {describe_gb(measured.gpu_bytes)} of GPU memory" if measured.gpu_bytes else ""
         return (
             f"{size} with {device} each, {plan.dtype}, batches of {self.layout.batch_size}; "
@@ -252,7 +255,14 @@ def dry_run(config: CaptionConfig, address: str | None = None, gpu_hour_cost: fl
     Raises:
         ConfigError: The options are wrong, or the output holds a run with other options.
         RunError: Storage, index or checkpoint cannot be used.
+        Stopped: A signal came.
     """
+    with stoppable("a dry run writes nothing") as signals:
+        return _dry_run(config, address, gpu_hour_cost, signals)
+
+
+def _dry_run(config: CaptionConfig, address: str | None, gpu_hour_cost: float | None, signals: StopSignals) -> RunPlan:
+    """Makes a plan; see `dry_run`."""
     began = time.perf_counter()
     record = open_record(config)
     check_indexes_are_there(record, config.index)
@@ -267,6 +277,7 @@ def dry_run(config: CaptionConfig, address: str | None = None, gpu_hour_cost: fl
         with on_ray(address, lambda: "A dry run writes nothing."):  # before Ray Data, which reads its settings
             from jobs.captioning.caption import CaptionerSpec, CaptionImages
 
+            signals.arm()
             layout = lay_out(config, record)
             sample = _sample(config, work, items, layout.batch_size)
             loaded = sum(len(images.rows) for _, images in sample)

@@ -54,10 +54,11 @@ class PipelineView:
         monitor: Where the figures come from.
         before_s: Seconds that the job took before the monitor was there.
         models: What the actors load, in words.
+        actors: How many actors were asked for.
     """
 
-    def __init__(self, monitor: SnapshotSource, before_s: float = 0.0, models: str = "") -> None:
-        self._monitor, self._before_s, self._models = monitor, before_s, models
+    def __init__(self, monitor: SnapshotSource, before_s: float = 0.0, models: str = "", actors: int = 0) -> None:
+        self._monitor, self._before_s, self._models, self._actors = monitor, before_s, models, actors
         self._rates = RecentRates()
         self._last: Snapshot | None = None
 
@@ -65,6 +66,18 @@ class PipelineView:
     def is_under_way(self) -> bool:
         """Whether an image has been captioned."""
         return self._last is not None and self._last.caption.images > 0
+
+    @property
+    def progress(self) -> tuple[float, ...]:
+        """The seconds in which the stages were busy, which grow with every batch, and the actors that are ready."""
+        if self._last is None:
+            return ()
+        return (*(self._last.of(stage).seconds for stage in STAGES), self._last.actors, self._last.restarts)
+
+    @property
+    def is_short(self) -> bool:
+        """Whether actors have not started."""
+        return self._last is None or self._last.actors < self._actors
 
     def render(self) -> RenderableType:
         """Returns the stages as a table."""
@@ -161,8 +174,7 @@ def find_bottleneck(
     actors = _count_actors(snapshot, plan)
     busy = snapshot.caption.seconds / actors / max(seconds - begun_s, 1e-9)
     if busy > _BUSY:
-        remedy = "add GPUs, or raise compute.max_actors" if plan.device == "cuda" else "add GPUs or nodes"
-        return f"captioning is the bottleneck, its actors were busy {_percent(busy)} of the time: {remedy}"
+        return _describe_busy_actors(busy, actors, plan)
     load, write = snapshot.load, snapshot.write
     idle = f"actors waited {_percent(1 - busy)} of the time"
     if write.seconds > load.seconds:
@@ -174,6 +186,22 @@ def find_bottleneck(
         return f"the network is the bottleneck, {idle}{retries}: run in the region of the images, or on more nodes"
     faster = "" if fast_decode else ", or use --set input.decode=fast"
     return f"decoding is the bottleneck, {idle}: add CPUs{faster}"
+
+
+def _describe_busy_actors(busy: float, actors: int, plan: ActorPlan) -> str:
+    """Says that captioning is the bottleneck, and what would make it faster.
+
+    Args:
+        busy: The share of the time in which the actors were busy.
+        actors: How many there were.
+        plan: What was asked for.
+    """
+    remedy = "add GPUs, or raise compute.max_actors" if plan.device == "cuda" else "add GPUs or nodes"
+    fewer = ""
+    if actors < plan.num_actors:
+        fewer = f", and the cluster had room for {actors:,} of {plan.num_actors:,}"
+        remedy = "let other jobs end, or add nodes"
+    return f"captioning is the bottleneck, its actors were busy {_percent(busy)} of the time{fewer}: {remedy}"
 
 
 def stage_table(

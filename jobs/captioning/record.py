@@ -35,10 +35,11 @@ from smallcap.retrieval_config import NamedIndex, as_uris, name_indexes
 # Options that may differ between the attempts of one run: where it runs, how it fetches, how much input it takes.
 _FREE = (
     *(f"compute.{name}" for name in ("device", "compile", "batch_size", "num_actors", "max_actors", "gpus_per_actor")),
-    "compute.stall_timeout_s",
-    *(f"input.{name}" for name in ("fetch_timeout_s", "fetch_attempts")),
+    *(f"compute.{name}" for name in ("accelerator_type", "load_cpus", "stall_timeout_s")),
+    *(f"input.{name}" for name in ("fetch_timeout_s", "fetch_attempts", "allow_private_hosts")),
     *(f"output.{name}" for name in ("rows_per_part", "rows_per_row_group")),
     *("limit", "max_error_rate", "out", "retrieval.partitions", "retrieval.search_device"),
+    *("require_index_id", "require_model_hash"),
 )
 
 
@@ -198,6 +199,7 @@ class RunRecord(PinnedRecord):
     format_version: Literal[1] = 1
     model_id: str
     refreshed: Refreshed | None = None  # of a refresh
+    model_sha256: str | None = None  # of the file of weights
     input: Input | None = None
     images: ImageCounts = ImageCounts()
     tars: TarContents = TarContents()  # at the end of the run

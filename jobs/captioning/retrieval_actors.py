@@ -16,7 +16,7 @@ import pyarrow as pa
 import ray
 
 from jobs.cluster.errors import GuardedActor
-from jobs.cluster.resources import set_faiss_threads
+from jobs.cluster.resources import on_working_nodes, set_faiss_threads
 from smallcap.index.caption_store import gather, open_removed
 from smallcap.index.manifest import IndexManifest, load_manifest, share_of
 from smallcap.index.merged import CaptionSearch, merge_searches
@@ -66,7 +66,8 @@ def run_partitions(index_uri: str, index_id: str, retrieval: RetrievalConfig) ->
     count = retrieval.partitions
     share_of(load_manifest(index_uri, index_id).shards, (0, count))  # raises before any actor starts
     # The actors ask for no CPU, since the captioners need them all. A query that a dying actor got is asked again.
-    actor = ray.remote(num_cpus=0, scheduling_strategy="SPREAD", max_restarts=-1, max_task_retries=-1)(_PartitionActor)
+    options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, **on_working_nodes()}
+    actor = ray.remote(scheduling_strategy="SPREAD", **options)(_PartitionActor)
     actors = [actor.remote(index_uri, index_id, retrieval.cache_dir, (number, count)) for number in range(count)]
     try:
         ray.get([partition.check.remote() for partition in actors])

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from jobs.captioning.distinct_rows import RowsOfFragments
 from smallcap.records import Record
 
 Stage = Literal["load", "caption", "write"]
@@ -30,20 +31,22 @@ class StageReport:
     by_pillow: int = 0  # images that `decode: fast` left to Pillow
     searched_by: frozenset[str] = frozenset()  # backends with which the actors search
     dtypes: frozenset[str] = frozenset()  # precisions in which the actors compute
+    halvings: int = 0  # batches that were halved because a GPU's memory ran out
     ended_fragments: int = 0  # from `load`: fragments whose last image is in this batch
     ended_images: int = 0  # all images of those fragments
+    rows: RowsOfFragments = ()  # from `load` and `caption`: which images; a batch may come again
 
     def plus(self, other: StageReport) -> StageReport:
         """Returns the sum of two reports of one stage."""
         sums = {name: getattr(self, name) + getattr(other, name) for name in _SUMMED}
         unions = {name: getattr(self, name) | getattr(other, name) for name in _UNITED}
         errors = dict(Counter(self.errors) + Counter(other.errors))
-        return replace(self, **sums, **unions, errors=errors, worker="")
+        return replace(self, **sums, **unions, errors=errors, worker="", rows=())
 
 
 _UNITED = ("searched_by", "dtypes")
 _SUMMED = tuple(
-    name for name in StageReport.__dataclass_fields__ if name not in ("stage", "worker", "errors", *_UNITED)
+    name for name in StageReport.__dataclass_fields__ if name not in ("stage", "worker", "errors", "rows", *_UNITED)
 )
 
 

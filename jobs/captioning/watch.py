@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from jobs.captioning.crash_guard import CrashGuard, CrashGuardClient
-from jobs.captioning.metrics import record_fault
 from jobs.captioning.monitor import MonitorClient, RunMonitor
 from jobs.captioning.stage_report import Snapshot
 from jobs.cluster.faults import FaultGuard, FaultGuardClient
+from jobs.cluster.metrics import record_fault
 from jobs.cluster.side_actor import run_side_actor
 
 

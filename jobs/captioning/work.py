@@ -18,7 +18,7 @@ from jobs.captioning.record import (
     write_run_record,
 )
 from jobs.captioning.scores import Scores
-from jobs.cluster.pinned import pin_indexes, pinned_encoder
+from jobs.cluster.pinned import check_required_index, check_required_model, pin_indexes, pinned_encoder
 from smallcap import storage
 from smallcap.config import CaptionConfig
 from smallcap.errors import ConfigError
@@ -27,7 +27,7 @@ from smallcap.images.listing import extend_work_list, make_work_list
 from smallcap.images.relisting import store_states
 from smallcap.images.work_list import WORK_FOLDER, WorkList, count_images, load_work_list
 from smallcap.index.manifest import join_index_ids, share_of
-from smallcap.model.files import checkpoint_id
+from smallcap.model.files import checkpoint_id, checkpoint_sha256
 from smallcap.output.coverage import (
     Coverage,
     NamedPart,
@@ -47,15 +47,19 @@ def open_record(config: CaptionConfig) -> RunRecord:
     """Continues the output folder's run, or begins one; pins the index's version for all attempts.
 
     Raises:
-        ConfigError: The folder holds a run with other options, or a column to keep has a name that the output needs.
+        ConfigError: The folder holds a run with other options, a column to keep has a name that the output needs, or
+            the index or the model is not the required one.
         RunError: The index or the checkpoint cannot be used.
     """
     check_kept_columns(config.columns_to_keep)
     record = load_run_record(config.out)
+    k, cache_dir = config.retrieval.k, config.retrieval.cache_dir
+    check_required_index(config.require_index_id, config.index, k, record.index_id if record else None)
+    check_required_model(config.require_model_hash, config.model, cache_dir)
     if record is not None:
-        record.check_same_run(config, partial(checkpoint_id, config.model), config.out)
+        record.check_same_run(config, partial(checkpoint_id, config.model, cache_dir), config.out)
         return record.model_copy(update={"retrieval_encoder": pinned_encoder(record, config.out)})
-    manifests, encoder = pin_indexes(config.index, config.retrieval.k, config.retrieval.encoder)
+    manifests, encoder = pin_indexes(config.index, k, config.retrieval.encoder, cache_dir)
     if len(manifests) == 1:
         share_of(manifests[0].shards, (0, config.retrieval.partitions))  # refuses what their actors would refuse later
     if config.output.save_embeddings and encoder is None:
@@ -70,8 +74,9 @@ def open_record(config: CaptionConfig) -> RunRecord:
             where="generation.rerank" if config.score_column is None else "score_column",
             remedy="Give --index, or --set retrieval.encoder=SPEC.",
         )
-    model_id = checkpoint_id(config.model)
-    return RunRecord.new(config, join_index_ids(manifests) or None, encoder, model_id=model_id)
+    index_id, model_id = join_index_ids(manifests) or None, checkpoint_id(config.model, cache_dir)
+    sha256 = checkpoint_sha256(config.model, cache_dir)
+    return RunRecord.new(config, index_id, encoder, model_id=model_id, model_sha256=sha256)
 
 
 def list_work(config: CaptionConfig, record: RunRecord, relist: bool = False) -> WorkList:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ import pyarrow.compute as pc
 from jobs.captioning.monitor import MonitorClient
 from jobs.captioning.record import Attempt, check_attempt
 from jobs.captioning.stage_report import StageReport
+from jobs.cluster.resources import on_working_nodes
 from smallcap.evaluation.shared_words import measure_shared_words
 from smallcap.images.fragments import LeftOut, qualified_id
 from smallcap.images.row_ranges import RowRanges
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 
 # Rows wait at most this long and one batch's time more: with what is being captioned, a kill costs less than a minute.
 _SAVE_EVERY_S = 20.0
+_SAVE_AT_END_S = 60.0
 _WRITES_AT_ONCE = 32  # more would hold the captions of the whole cluster in memory where storage is slow
 _ATTEMPTS = 10  # of a task whose process or node is lost
 
@@ -87,7 +90,7 @@ class PartWriter:
     """Takes the blocks of a pipeline on the driver, which holds references only, and has them written in tasks.
 
     The tasks ask for no CPU: they would wait until loading, which always has more to do, has loaded everything, and a
-    kill would cost all captions.
+    kill would cost all captions. They run on nodes that have CPUs, as loading does.
 
     Args:
         attempt: The attempt's number, from 1.
@@ -103,6 +106,7 @@ class PartWriter:
         self._begin_part()
         self._running: list[Any] = []  # what the tasks that write will return
         self._wrote_at: float | None = None
+        self._cannot_write = False
         self.rows = 0
 
     def _begin_part(self) -> None:
@@ -111,7 +115,7 @@ class PartWriter:
         self._interim: list[str] = []
 
     def write_all(self, captioned: ray.data.Dataset, sink: PartSink) -> None:
-        """Runs a pipeline to its end, and writes what it yields; where a signal stops it, what it has yielded.
+        """Runs a pipeline to its end, and writes what it yields; and where something stops it, what it has yielded.
 
         Raises:
             KeyboardInterrupt: A signal came.
@@ -126,6 +130,9 @@ class PartWriter:
         except KeyboardInterrupt:
             self._save()
             self._wait(0)
+            raise
+        except Exception:
+            self._save_soon()
             raise
 
     def _add(self, blocks: Sequence[Any], rows: int) -> None:
@@ -155,10 +162,23 @@ class PartWriter:
             self._start(self._interim[-1], unsaved, (), 0)
             self._saved = len(self._blocks)
 
+    def _save_soon(self) -> None:
+        """Saves what was captioned before a failure, unless it is writing that fails; waits a minute at most."""
+        import ray
+
+        if self._cannot_write:
+            return
+        self._save()
+        deadline = time.monotonic() + _SAVE_AT_END_S
+        with suppress(Exception):  # the first error says more
+            while self._running and (left := deadline - time.monotonic()) > 0:
+                done, self._running = ray.wait(self._running, timeout=left)
+                self.rows += sum(ray.get(done))
+
     def _start(self, name: str, blocks: Sequence[Any], replaced: Sequence[str], saved: int) -> None:
         import ray
 
-        task = ray.remote(_write).options(name="Write", num_cpus=0, max_retries=_ATTEMPTS)
+        task = ray.remote(_write).options(name="Write", num_cpus=0, max_retries=_ATTEMPTS, **on_working_nodes())
         self._running.append(task.remote(self._sink, name, tuple(replaced), saved, *blocks))
         self._wrote_at = time.monotonic()
 
@@ -169,7 +189,11 @@ class PartWriter:
         while self._running:
             more = len(self._running) > most
             done, self._running = ray.wait(self._running, timeout=None if more else 0)
-            self.rows += sum(ray.get(done))
+            try:
+                self.rows += sum(ray.get(done))
+            except Exception:
+                self._cannot_write = True
+                raise
             if not done:
                 return
 

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn, Protocol, TextIO
 
@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.cluster.session import on_ray
+from jobs.cluster.standstill import Standstill
 from jobs.cluster.stopping import StopSignals
 from jobs.log_file import is_logging, log
 from jobs.screen import VisibleConsole, is_quiet, is_verbose
@@ -77,6 +78,14 @@ class View(Protocol):
     def is_under_way(self) -> bool:
         """Whether its figures grow, so that fewer lines are enough."""
 
+    @property
+    def progress(self) -> Hashable:
+        """What differs whenever something has moved; None where that is not known."""
+
+    @property
+    def is_short(self) -> bool:
+        """Whether it has less on the cluster than it asked for."""
+
     def render(self) -> RenderableType:
         """Returns what a terminal shows."""
 
@@ -111,6 +120,16 @@ class Activity:
     def is_under_way(self) -> bool:
         """Whether something is done."""
         return self._shown > 0
+
+    @property
+    def progress(self) -> Hashable:
+        """What is done; None where that is not counted."""
+        return (self._text, self._shown) if self._noun else None
+
+    @property
+    def is_short(self) -> bool:
+        """Nothing is known of that."""
+        return False
 
     def render(self) -> RenderableType:
         """Returns the line, with a bar where the total is known."""
@@ -170,6 +189,7 @@ class Display:
         self._stream = stream or _lasting_stderr()
         self._is_terminal = self._stream.isatty()
         self._views: list[View] = []
+        self._standstill = Standstill()
         self._told: View | None = None  # the last one with a line in a log
         self._said_at = time.monotonic()
         self._ended = threading.Event()
@@ -228,12 +248,15 @@ class Display:
                         self._tell_stopping()
                         view = self._newest_view()
                         live.update(view.render() if view else Text(""), refresh=True)
+                        self._tell_standstill(view)
                         if is_logging():
                             self._say_line(view, is_shown=False)
             else:
                 while not self._ended.wait(_POLL_S):
                     self._tell_stopping()
-                    self._say_line(self._newest_view(), is_shown=not is_quiet())
+                    view = self._newest_view()
+                    self._say_line(view, is_shown=not is_quiet())
+                    self._tell_standstill(view)
         except OSError:  # nobody reads it any more
             return
 
@@ -248,6 +271,11 @@ class Display:
         if view is not self._told or time.monotonic() - self._said_at >= every_s:
             self._told = view
             self._say(line, is_shown)
+
+    def _tell_standstill(self, view: View | None) -> None:
+        line = self._standstill.look(view.progress, view.is_short, time.monotonic()) if view else None
+        if line is not None:
+            self._say(line, is_shown=True)  # a warning, also where news is left out
 
     def _tell_stopping(self) -> None:
         if self.signals.number is not None and not self._told_stopping:

@@ -6,7 +6,6 @@ An actor's process that cannot go on is ended here, and begun again by Ray; `job
 from __future__ import annotations
 
 import gc
-import re
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -14,10 +13,9 @@ from types import FrameType
 from typing import Any
 
 from jobs.cluster.faults import FaultGuardClient, kind_of
+from jobs.cluster.memory_kills import IP
 from jobs.cluster.stalls import StallWatch
 from smallcap.errors import RunError, SmallCapError
-
-_IP = re.compile(r"\bip[=:] ?([0-9a-f.:]+)")  # in Ray's messages
 
 
 class GuardedActor:
@@ -94,15 +92,15 @@ class GuardedActor:
 def unwrapped_errors() -> Iterator[None]:
     """Raises the smallcap error of a task or an actor without Ray's wrappers and frames.
 
-    The death of an actor that Ray does not start again becomes a `RunError`. Any other exception passes unchanged,
-    except that variables in Ray's frames are cleared. In all cases the actors of the failed pipeline end, so that the
-    next job of this process finds their CPUs free.
+    The death of an actor or a task that Ray does not start again becomes a `RunError`. Any other exception passes
+    unchanged, except that variables in Ray's frames are cleared. In all cases the actors of the failed pipeline end, so
+    that the next job of this process finds their CPUs free.
     """
     try:
         yield
     except Exception as error:
         _end_actors_kept_by(error)
-        innermost = _innermost_smallcap_error(error) or _error_of_dead_actor(error)
+        innermost = _innermost_smallcap_error(error) or _error_of_dead_actor(error) or _error_of_dead_task(error)
         if innermost is None:
             raise
         raise innermost from None
@@ -152,10 +150,30 @@ def _error_of_dead_actor(error: BaseException) -> RunError | None:
     if dead is None:
         return None
     message = str(dead).strip()
-    node = _IP.search(message)
+    node = IP.search(message)
     return RunError(
         "An actor died, and Ray could not start it again.",
         where=f"node {node[1]}" if node else "",
         found=message.rpartition("\n")[2].strip(),
         remedy="Ray's log of the actor on that node has the whole story. The same command continues the job.",
+    )
+
+
+def _error_of_dead_task(error: BaseException) -> RunError | None:
+    """Returns what to raise for a task whose process was ended as often as Ray repeats it."""
+    from ray.exceptions import OutOfMemoryError, WorkerCrashedError
+
+    dead = next((cause for cause in causes(error) if isinstance(cause, OutOfMemoryError | WorkerCrashedError)), None)
+    if dead is None:
+        return None
+    message = str(dead).strip()
+    node = IP.search(message)
+    no_memory = isinstance(dead, OutOfMemoryError)
+    remedy = "Give the nodes more memory, or Ray fewer of their CPUs (ray start --num-cpus)."
+    return RunError(
+        f"A task was ended again and again{', each time because memory ran out' if no_memory else ''}.",
+        where=f"node {node[1]}" if node else "",
+        found=message.partition("\n")[0],
+        remedy=f"{remedy if no_memory else 'The log of the kernel and of Ray on that node say why.'} The same command "
+        "continues the job.",
     )

@@ -13,11 +13,20 @@ from typing import Any, Literal, Self
 
 from smallcap import storage
 from smallcap.errors import ConfigError, ManifestError
-from smallcap.index.manifest import IndexManifest, load_manifests, load_pointer, manifest_uri, split_index_ids
+from smallcap.index.manifest import (
+    IndexManifest,
+    join_index_ids,
+    load_manifests,
+    load_pointer,
+    manifest_uri,
+    split_index_ids,
+)
 from smallcap.model.encoder_spec import check_encoder_spec, resolve_encoder_identity
+from smallcap.model.files import checkpoint_sha256
 from smallcap.option_places import absolute_place, absolute_places
 from smallcap.options import Config, config_difference, load_config
 from smallcap.records import VersionedRecord
+from smallcap.redaction import without_secrets
 
 _PACKAGES = ("smallcap", "torch", "transformers", "open_clip_torch", "pyarrow", "ray")
 
@@ -98,8 +107,56 @@ def _gone(index: str, index_id: str) -> ManifestError:
     )
 
 
+def check_required_index(required: str | None, indexes: Sequence[str], k: int | None, pinned: str | None) -> None:
+    """Checks that a run uses the version of the index that its command requires, or those of several.
+
+    Args:
+        required: The version's id, or those of several as `join_index_ids` writes them; None requires none.
+        indexes: The indexes' URIs.
+        k: Captions to retrieve; 0 for none, None for the model's own number.
+        pinned: The version with which the run began; None for a new run, which takes the current one.
+
+    Raises:
+        ConfigError: It uses another one, or no index.
+        ManifestError: There is no published index.
+    """
+    if required is None:
+        return
+    found = pinned or (join_index_ids(list(map(load_pointer, indexes))) if k != 0 else None)
+    if found != required:
+        raise ConfigError(
+            "The index is not of the version that is required.",
+            where=" and ".join(indexes) or "--index",
+            expected=f"version {required} (--require-index-id)",
+            found=f"version {found}{', with which this run began' if pinned else ''}" if found else "no index is used",
+            remedy="If that version is published there, `smallcap index use` makes it the current one."
+            if found and not pinned
+            else "",
+        )
+
+
+def check_required_model(required: str | None, model: str | None, cache_dir: str) -> None:
+    """Checks that the sha256 of a checkpoint's weights begins as the command requires; None requires nothing.
+
+    Raises:
+        ConfigError: It does not.
+        CheckpointError, StorageError: The checkpoint cannot be found or fetched.
+    """
+    if required is None or model is None:
+        return
+    sha256 = checkpoint_sha256(model, cache_dir)
+    if not sha256.startswith(required):
+        raise ConfigError(
+            "The model's weights are not those that are required.",
+            where=model,
+            expected=f"sha256 {required} (--require-model-hash)",
+            found=f"sha256 {sha256}",
+            remedy="Give the model with this checksum. If its weights were changed on purpose, require the new one.",
+        )
+
+
 def pin_indexes(
-    indexes: Sequence[str], k: int | None, encoder: str | None
+    indexes: Sequence[str], k: int | None, encoder: str | None, cache_dir: str
 ) -> tuple[tuple[IndexManifest, ...], str | None]:
     """Returns the versions of the indexes that a new run is to use, if it retrieves, and the spec of their encoder.
 
@@ -107,6 +164,7 @@ def pin_indexes(
         indexes: The indexes' URIs.
         k: Captions to retrieve; 0 for none, None for the model's own number.
         encoder: The encoder that is asked for; by default the indexes'.
+        cache_dir: This node's cache folder.
 
     Raises:
         ConfigError: The encoder's spec is wrong, or the indexes have different ones.
@@ -118,7 +176,7 @@ def pin_indexes(
     spec = encoder or (manifests[0].encoder.spec if manifests else None)
     spec = absolute_place(spec, "encoder") if spec else None  # for the record, which is read in other folders as well
     if manifests and spec:
-        identity = resolve_encoder_identity(spec)
+        identity = resolve_encoder_identity(spec, cache_dir)
         for manifest, index in zip(manifests, indexes, strict=True):
             manifest.check_encoder(identity, index)
     return manifests, spec
@@ -144,7 +202,7 @@ def check_same_options(
     kind = type(config)
     recorded = recorded_options(record, kind, out)
     with_defaults = load_config(kind, base=recorded).model_dump(mode="json")
-    given_options = absolute_places(kind, config.model_dump(mode="json"))
+    given_options = without_secrets(absolute_places(kind, config.model_dump(mode="json")))  # as they are recorded
     changes = config_difference(with_defaults, given_options, free)
     if not changes and _checksums(given := weights[1]()) != _checksums(weights[0]):
         changes.append(f"model weights: {weights[0]} → {given}")

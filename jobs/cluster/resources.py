@@ -1,10 +1,18 @@
-"""The resources of the cluster's nodes, and the threads that a task or an actor uses."""
+"""The resources of the cluster's nodes, what jobs ask of them, and the threads that a task or an actor uses."""
 
 from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from typing import Any
+
+from smallcap.machine.actor_plan import ActorPlan
+
+# Of a task that must not wait for the CPUs that actors hold. It is not 0: a node without CPUs is to do no work, and may
+# have neither credentials nor memory for it.
+SMALL_TASK_CPUS = 0.001
+_LOOK_S = 1.0
 
 
 def living_nodes() -> dict[str, dict[str, Any]]:
@@ -17,6 +25,47 @@ def living_nodes() -> dict[str, dict[str, Any]]:
 def node_resources() -> list[dict[str, float]]:
     """Returns the resources of each living node of the connected cluster, as Ray counts them."""
     return [node["Resources"] for node in living_nodes().values()]
+
+
+def actor_resources(plan: ActorPlan) -> dict[str, Any]:
+    """Returns the options with which Ray places an actor of a plan."""
+    resources: dict[str, Any] = {"num_cpus": plan.cpus_per_actor, "num_gpus": plan.gpus_per_actor}
+    return resources | ({"accelerator_type": plan.accelerator_type} if plan.accelerator_type else {})
+
+
+def on_working_nodes() -> dict[str, Any]:
+    """Returns the options with which what asks for no CPU runs on nodes that have some, as loading and actors do.
+
+    Otherwise Ray gives it to the driver's node first, which may be a head that is to do no work and has no credentials.
+    """
+    idle = [node for node, facts in living_nodes().items() if not facts["Resources"].get("CPU")]
+    return {"label_selector": {"ray.io/node-id": f"!in({','.join(idle)})"}} if idle else {}
+
+
+def wait_for_room(plan: ActorPlan) -> None:
+    """Waits until the cluster has room for one actor of a plan.
+
+    Before that nothing must load: what is loaded and not taken keeps its task, and the task's memory and CPU, from the
+    jobs that have actors.
+
+    Raises:
+        KeyboardInterrupt: A signal came.
+    """
+    import ray
+
+    options = actor_resources(plan)
+    placed = ray.remote(_find_room).options(**options, max_retries=-1).remote()
+    try:
+        while not ray.wait([placed], timeout=_LOOK_S)[0]:
+            pass
+    except KeyboardInterrupt:
+        with suppress(ray.exceptions.RayError):
+            ray.cancel(placed, force=True)
+        raise
+
+
+def _find_room() -> None:
+    """Does nothing: that it runs says that there was room."""
 
 
 def use_threads(threads: int) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from jobs.cluster import memory_kills
 from jobs.cluster.addresses import (
     Address,
     NoClusterError,
@@ -22,6 +23,7 @@ from jobs.cluster.addresses import (
 )
 from jobs.cluster.liveness import watch_ray
 from jobs.cluster.own_packages import worker_environment
+from jobs.cluster.ray_colleagues import ray_colleagues
 from jobs.cluster.start_errors import explain_join, explain_start
 from jobs.cluster.tokens import check_token_for_cluster, make_token_for_local_ray
 from jobs.screen import note, write_at
@@ -49,7 +51,7 @@ def on_ray(address: str | None, kept: Callable[[], str]) -> Iterator[None]:
         RunError: See `connect`; or Ray has died.
     """
     connect(address)
-    with watch_ray(kept):
+    with watch_ray(kept), ray_colleagues().hear():
         yield
 
 
@@ -105,8 +107,8 @@ def _make_settings() -> None:
     # Loading pauses when the images that wait for the actors are a few times those that the actors hold, not only when
     # half of the object store is full: memory stays flat, and a kill costs few loaded images.
     os.environ.setdefault("RAY_DATA_DOWNSTREAM_CAPACITY_OBJECT_STORE_BUDGET_UTIL_THRESHOLD", "0")
-    for name, seconds in _HEAD_TIMEOUTS.items():
-        os.environ.setdefault(name, seconds)
+    for name, value in (_HEAD_TIMEOUTS | memory_kills.SETTINGS).items():
+        os.environ.setdefault(name, value)
 
 
 def _find_cluster(address: str | None) -> Address | None:
@@ -159,6 +161,7 @@ def _start() -> None:
 def _init(**options: Any) -> None:
     import ray
 
+    memory_kills.tell_kills_once()  # the thread that hears of them starts with the connection
     ray.init(**options, log_to_driver=False, logging_level=logging.ERROR, runtime_env=worker_environment())
 
 

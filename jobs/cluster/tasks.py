@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
@@ -15,7 +16,8 @@ import pyarrow as pa
 from index_builder.work.reports import rows_reported_to
 from jobs.cluster.errors import GuardedActor, unwrapped_errors
 from jobs.cluster.faults import FaultGuard, FaultGuardClient
-from jobs.cluster.resources import node_resources, set_faiss_threads, use_threads
+from jobs.cluster.metrics import record_fault
+from jobs.cluster.resources import actor_resources, node_resources, set_faiss_threads, use_threads
 from jobs.cluster.side_actor import SideActor, run_side_actor
 from smallcap.machine.actor_plan import ActorPlan
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     import ray.data
 
 _TELL_EVERY_S = 0.5
+_ATTEMPTS = 10  # of a task whose process or node is lost; Ray Data would repeat it for ever
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -46,11 +49,17 @@ class ItemRows:
 class RayRunner:
     """The connected cluster as an `index_builder.work.task_runner.TaskRunner`, which documents the methods.
 
+    Args:
+        run_id: With which the metrics are tagged.
+
     Attributes:
         item_rows: An actor of `ItemRows`, which is told how far the items of `run_tasks` are; None for nobody.
     """
 
     item_rows: SideActor | None = None
+
+    def __init__(self, run_id: str) -> None:
+        self._run_id = run_id
 
     def node_resources(self) -> list[dict[str, float]]:
         """Returns the resources of each living node."""
@@ -69,6 +78,7 @@ class RayRunner:
                 batch_format="pyarrow",
                 num_cpus=cpus,
                 memory=memory,
+                max_retries=_ATTEMPTS,
             )
         )
 
@@ -78,7 +88,7 @@ class RayRunner:
         """Does the same with instances of `actor`, each made from `arguments` in a separate process."""
         size = min(plan.num_actors, len(items))
         pool = replace(plan, num_actors=size, max_actors=size)
-        with run_side_actor(FaultGuard) as guard:
+        with run_side_actor(FaultGuard, partial(record_fault, self._run_id)) as guard:
             faults, arguments = FaultGuardClient(guard), (actor, arguments, plan.threads)
             yield from _results(map_in_actors(_dataset(items), _ItemActor, arguments, 1, pool, faults))
 
@@ -117,8 +127,7 @@ def map_in_actors(
             max_concurrent_calls_per_actor=calls,
             enable_true_multi_threading=calls > 1,
         ),
-        num_cpus=plan.cpus_per_actor,
-        num_gpus=plan.gpus_per_actor,
+        **actor_resources(plan),
     )
 
 

@@ -40,6 +40,14 @@ class PrintOptions(Config):
         return self
 
 
+class StorageOptions(Config):
+    """How storage is used; every command has these."""
+
+    storage_patience_s: float | None = Field(None, ge=0, le=604_800)
+    """Seconds for which storage that fails is asked again before the command gives up; by default the environment's
+    SMALLCAP_STORAGE_PATIENCE_S, or else 300. What is missing or forbidden is asked for once; `doctor` never waits."""
+
+
 class JobCall(Config):
     """Where a job's options come from."""
 
@@ -58,6 +66,8 @@ class RayCall(JobCall):
     """Print one JSON object as the last line of stdout, and everything else to stderr."""
     address: RayAddress = None
     """Ray cluster's HOST:PORT, or `local`; by default RAY_ADDRESS, the Ray that runs here, or else a new local one."""
+    lineage: bool = False
+    """Send OpenLineage events of what is read and written, to where OPENLINEAGE_URL or `openlineage.yml` says."""
 
 
 class CaptionCall(RayCall):
@@ -118,7 +128,7 @@ class SearchOptions(Config):
     k: Annotated[int, Flag(("-k", "--k"))] = Field(10, ge=1, le=10_000)
     """Number of captions to find."""
     encoder: str | None = None
-    """Retrieval encoder: `open_clip:MODEL/PRETRAINED` or `hf:ID-OR-PATH`; by default the index's encoder."""
+    """Retrieval encoder: `open_clip:MODEL/PRETRAINED` or `hf:ID-PATH-OR-URI`; by default the index's encoder."""
     as_json: AsJson = False
     """Print JSON."""
 
@@ -267,7 +277,7 @@ class DoctorOptions(Config):
     """An examination of this machine, and of what a run on it is to use."""
 
     model: str = "demo"
-    """Model to load: `demo`, a checkpoint folder, or a Hugging Face id."""
+    """Model to load: `demo`, a checkpoint's folder, prefix, or Hugging Face id."""
     index: str | None = None
     """Published index to look at."""
     retrieval_encoder: str | None = None
@@ -279,7 +289,7 @@ class DoctorOptions(Config):
     device: Device = "auto"
     """Device to prove. `auto` takes a GPU if there is one, else the CPU."""
     cache_dir: str = DEFAULT_CACHE_DIR
-    """Folder for copies of remote indexes."""
+    """Folder for copies of remote indexes and models."""
     quick: bool = False
     """Start no local Ray, and leave out what searches, captions and measures: a few seconds instead of a minute."""
     as_json: AsJson = False

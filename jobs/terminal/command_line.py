@@ -17,9 +17,10 @@ import typer
 from jobs.cluster.stopping import Stopped, leave
 from jobs.log_file import close_log, open_log
 from jobs.screen import VisibleConsole, choose_printing, detail, finish, prepare, say_failure, tell
-from jobs.terminal.call_options import PrintOptions
+from jobs.terminal.call_options import PrintOptions, StorageOptions
 from smallcap.errors import ConfigError, SmallCapError
 from smallcap.options import Config, Option, list_options, list_settings, load_config
+from smallcap.patience import set_patience
 
 EXIT_RUN_ERROR = 1
 EXIT_USAGE = 2
@@ -59,7 +60,7 @@ class Command:
 
     def options(self) -> list[Option]:
         """All its options: arguments first, then required options, then others; groups of a job's config come last."""
-        kinds: list[type[Config]] = [*self.kinds, PrintOptions]
+        kinds: list[type[Config]] = [*self.kinds, StorageOptions, PrintOptions]
         options = [
             option for kind in kinds for option in sorted(list_options(kind), key=lambda option: not option.is_required)
         ]
@@ -91,6 +92,7 @@ class Command:
             as_json=bool(typed.get("as_json") or typed.get("json_file")),
             command=self.name,
         )
+        set_patience(load_config(StorageOptions, flags=_flags_of(StorageOptions, typed)).storage_patience_s)
         status = self._run(typed)
         close_log()
         choose_printing()  # not after an error, which is still to be told

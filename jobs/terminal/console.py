@@ -1,4 +1,4 @@
-"""Prints results as tables in the terminal."""
+"""Prints results, and the demo's examples, as tables in the terminal."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ _SAMPLE_COLUMNS = (
 _ERROR_COLUMNS = ("image_id", "error_code", "error_message")
 
 out = VisibleConsole()
+news = VisibleConsole(is_news=True)
 
 
 def print_neighbours(neighbours: Sequence[Neighbour]) -> None:
@@ -42,9 +43,9 @@ def print_samples(run: str, count: int) -> None:
     for row in sorted(captions.rows(), key=lambda row: -(row["clip_score"] or 0))[:count]:
         score = f"  (clip score {row['clip_score']:.2f})" if row["clip_score"] is not None else ""
         shown_id, caption = cell(row["image_id"], "cyan"), cell(row["caption"], "bold")
-        out.print(Text.assemble(shown_id, "  ", caption, (score, "dim")))
+        news.print(Text.assemble(shown_id, "  ", caption, (score, "dim")))
         for neighbour in row["neighbours"]:
-            out.print(cell(f"    {neighbour['score']:.2f}  {neighbour['text']}", "dim"))
+            news.print(cell(f"    {neighbour['score']:.2f}  {neighbour['text']}", "dim"))
 
 
 def print_traced(found: Captions, count: int) -> None:
@@ -65,7 +66,7 @@ def print_swap(rows: Sequence[Mapping[str, str]]) -> None:
         table.add_row(
             cell(row["image"], "cyan"), cell(row["before"]), cell(row["after"], "bold"), cell(row["reference"], "dim")
         )
-    out.print(table)
+    news.print(table)
 
 
 def print_versions(versions: Sequence[Mapping[str, Any]]) -> None:

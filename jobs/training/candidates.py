@@ -73,7 +73,7 @@ def store_candidates(
         cache_dir = config.retrieval.cache_dir
         spec = CandidateSpec(config.index, manifest.index_id, cache_dir, depth, plan.device, *folders)
         activity.total = sum(part.images for part in left)
-        for _, images in RayRunner().run_actors(FindCandidates, (spec,), left, plan):
+        for _, images in RayRunner(config.out).run_actors(FindCandidates, (spec,), left, plan):
             activity.done += images
     store.model_copy(update={"complete": True}).write(uri)
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
@@ -20,11 +22,12 @@ import pyarrow.compute as pc
 
 from jobs.captioning.caption_table import pixels_of
 from jobs.captioning.layout import count_images
-from jobs.captioning.load import LoadSpec, load_batch, start_loading
+from jobs.captioning.load import LoadSpec, load_batch, read_guarded, start_loading
 from jobs.captioning.watch import watch_run
 from jobs.cluster.display import Activity
 from jobs.cluster.errors import GuardedActor, unwrapped_errors
-from jobs.cluster.resources import node_resources, use_threads
+from jobs.cluster.metrics import record
+from jobs.cluster.resources import node_resources, on_working_nodes, use_threads, wait_for_room
 from jobs.cluster.tasks import iter_small_rows, map_in_actors
 from jobs.training.inputs import TrainInputs, TrainItem
 from jobs.training.pairs import captions_of
@@ -35,7 +38,6 @@ from smallcap.captioner_setup import CaptionerOptions
 from smallcap.decoding.micro_batches import MicroBatches
 from smallcap.images.crops import CropPlan
 from smallcap.images.fragments import FRAGMENT_ROWS
-from smallcap.images.work_list import read_fragment
 from smallcap.machine.actor_plan import plan_actors
 from smallcap.model.clip_encoder import load_retrieval_encoder
 from smallcap.model.encoder_spec import resolve_encoder_identity
@@ -65,7 +67,7 @@ class VisionSide(NamedTuple):
 def features_identity(start: ModelStart, inputs: TrainInputs, vision: VisionSide) -> dict[str, Any]:
     """Returns everything that decides the stored features."""
     spec = start.retrieval_encoder
-    retrieval = resolve_encoder_identity(spec) if spec else None
+    retrieval = resolve_encoder_identity(spec, start.config.retrieval.cache_dir) if spec else None
     return {
         "vision_encoder_sha256": vision.sha256,
         "retrieval_encoder": retrieval.model_dump(include={"weights_sha256", "dim"}) if retrieval else None,
@@ -119,13 +121,20 @@ def _encode_all(
 ) -> Iterator[int]:
     """Encodes and stores the images of all items; yields the numbers of images in the parts."""
     actors = plan_actors(config.compute.to_compute_config(), node_resources())
-    with unwrapped_errors(), watch_run("features", None, len(items)) as watch:
+    with unwrapped_errors():
+        wait_for_room(actors)
+    with unwrapped_errors(), watch_run(config.out, None, len(items)) as watch:
         loading = LoadSpec(plan, config.data, pa.schema([]), False, watch.monitor, watch.crash_guard)
-        loaded = start_loading(items, load_items, loading, FRAGMENT_ROWS, actors.cpus_per_task)
+        loaded = start_loading(items, load_items, loading, FRAGMENT_ROWS, actors)
         arguments = (start, actors.device, actors.threads)
         encoded = map_in_actors(loaded, EncodeImages, arguments, 1, actors, watch.fault_guard)
         stored = encoded.map_batches(
-            store_part, batch_size=1, batch_format="pyarrow", fn_kwargs={"folder": folder}, num_cpus=0
+            store_part,
+            batch_size=1,
+            batch_format="pyarrow",
+            fn_kwargs={"folder": folder},
+            num_cpus=0,
+            **on_working_nodes(),
         )
         for row in iter_small_rows(stored):
             yield row["images"]
@@ -145,12 +154,13 @@ def load_items(batch: pa.Table, spec: LoadSpec) -> Iterator[pa.Table]:
     for pickled in batch["item"]:
         item: TrainItem = pickle.loads(pickled.as_py())  # noqa: S301 - this job's driver wrote it
         fragment = item.work.fragment
-        batches = read_fragment(fragment, item.work.wanted, spec.input, item.kept)
+        item_spec = replace(spec, kept_columns=item.kept)
+        batches = read_guarded(item.work, item_spec)
         following = next(batches, None)
         number = 0
         while following is not None:
             images, following = following, next(batches, None)
-            loaded = load_batch(fragment.number, images, replace(spec, kept_columns=item.kept))
+            loaded = load_batch(fragment.number, images, item_spec)
             row = {"split": item.split, "name": part_name(fragment.number, number, following is None)}
             yield _as_row(row | {"kept": item.kept.names}, loaded)
             number += 1
@@ -163,21 +173,33 @@ class EncodeImages(GuardedActor):
         """Loads the encoders."""
         use_threads(threads)
         self._caption_column = start.config.data.caption_column
-        encoder = start.retrieval_encoder
-        retrieval = load_retrieval_encoder(encoder, device) if encoder else None
+        encoder, cache_dir = start.retrieval_encoder, start.config.retrieval.cache_dir
+        retrieval = load_retrieval_encoder(encoder, device, cache_dir=cache_dir) if encoder else None
         options = CaptionerOptions(k=0, clip_score=False)
         self._encoders = Captioner(start.load().to(device), start.load_tokenizer(), retrieval, options=options)
         free = self._encoders.model.free_memory
         self._together = MicroBatches("the encoders", free, "Give --device cpu", _ENCODED_TOGETHER)
+        self._run_id, self._halvings = start.config.out, 0
 
     def process(self, batch: pa.Table) -> pa.Table:
         """Maps a row of `load_items` to a row whose `images` are the features of a part."""
-        row = batch.to_pylist()[0]
+        row, began = batch.to_pylist()[0], time.monotonic()
         images = pa.ipc.open_stream(batch["images"][0].as_buffer()).read_all()
         good = np.flatnonzero(pc.equal(images["status"], STATUS_OK).to_numpy()).tolist()
         captions = captions_of(images.select(row["kept"]), self._caption_column)
         table = feature_table(images, captions, *self._encode(images, good))
+        self._count(images, time.monotonic() - began)
         return _as_row({"split": row["split"], "name": row["name"]}, table)
+
+    def _count(self, images: pa.Table, seconds: float) -> None:
+        """Counts a batch in the metrics."""
+        stage = {"stage": "encode"}
+        record("smallcap_images_total", self._run_id, len(images), stage)
+        record("smallcap_busy_seconds_total", self._run_id, seconds, stage)
+        for code, count in Counter(images["error_code"].drop_null().to_pylist()).items():
+            record("smallcap_errors_total", self._run_id, count, {"code": code})
+        record("smallcap_memory_halvings_total", self._run_id, self._together.halvings - self._halvings)
+        self._halvings = self._together.halvings
 
     def _encode(self, images: pa.Table, rows: list[int]) -> tuple[np.ndarray, np.ndarray | None]:
         """Returns features [n, P, Hv] float16 and embeddings [n, dim] of the given rows, which may be none."""

@@ -88,7 +88,7 @@ def fit(spec: WorkerSpec, plan: TrainPlan, run_id: str, display: Display) -> Non
     with (
         storage.scratch_folder() as scratch,
         unwrapped_errors(),
-        run_side_actor(TrainWatch) as watch,
+        run_side_actor(TrainWatch, spec.config.out) as watch,
         display.show(TrainView(watch, steps)),
     ):
         trainer = _trainer_class()(

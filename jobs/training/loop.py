@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from jobs.cluster.metrics import record
 from jobs.cluster.resources import use_threads
 from jobs.cluster.side_actor import SideActor
 from jobs.training.log import TrainLog
@@ -127,8 +128,9 @@ class Worker:
         first = self.progress.step - epoch * self.steps_per_epoch
         every = self.spec.config.checkpoint_steps
         for place, batches in enumerate(self._prepared(epoch, first), start=first):
+            began = time.monotonic()
             report = self.trainer.step(self.progress.step, batches)
-            self._count(report, epoch)
+            self._count(report, epoch, time.monotonic() - began)
             self._ends = self._is_asked_to_end(report.loss, epoch)
             if place + 1 < self.steps_per_epoch:
                 if self._ends or (every and self.progress.step % every == 0):
@@ -155,8 +157,13 @@ class Worker:
             asked = bool(shared)
         return asked
 
-    def _count(self, report: StepReport, epoch: int) -> None:
+    def _count(self, report: StepReport, epoch: int, seconds: float) -> None:
         if self.rank == 0:
+            run_id = self.spec.config.out
+            record("smallcap_train_steps_total", run_id, 1)
+            record("smallcap_train_step_seconds_total", run_id, seconds)
+            record("smallcap_train_tokens_total", run_id, report.tokens)
+            record("smallcap_train_loss", run_id, report.loss)
             self.log.add(step=self.progress.step + 1, epoch=epoch + 1, loss=report.loss, tokens=report.tokens)
         loss = self.progress.epoch_loss + report.loss * report.tokens
         tokens = self.progress.epoch_tokens + report.tokens

@@ -15,6 +15,7 @@ from smallcap.captions.reader import open_captions
 from smallcap.captions.rows import CaptionColumns, CaptionRow
 from smallcap.errors import SchemaError
 from smallcap.field_values import is_text, json_fields
+from smallcap.images.list_places import with_refusals
 from smallcap.training.config import TrainConfig
 from smallcap.training.feature_store import Split
 
@@ -84,7 +85,10 @@ def read_pairs(uri: str, config: TrainConfig, split: Split) -> Iterator[Pair | N
                     has_folders = storage.exists(_below(root, row.image_path))
                 image = row.image_path if has_folders else image
             any_image = True
-            yield Pair(image_split, row.image_id or image, _below(root, image), caption)
+            place = _below(root, image)
+            if not config.data.trust_lists:
+                (place,) = with_refusals([place], uri, root)
+            yield Pair(image_split, row.image_id or image, place, caption)
     if nameless is not None and not any_image:
         raise SchemaError(
             "No caption names its image.",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from jobs.cluster.display import RATE_OVER_S, Rate, with_bar
+from jobs.cluster.metrics import record_fault
 from jobs.cluster.side_actor import SideActor
 from smallcap.phrasing import describe_duration
 
@@ -22,14 +23,23 @@ class TrainStep:
 
 
 class TrainWatch:
-    """Knows the newest step, and whether the workers are asked to end; an actor on the driver's node."""
+    """Knows the newest step, and whether the workers are asked to end; an actor on the driver's node.
 
-    def __init__(self) -> None:
+    Args:
+        run_id: With which restarts are counted in the metrics.
+    """
+
+    def __init__(self, run_id: str) -> None:
+        self._run_id = run_id
         self._newest: TrainStep | None = None
         self._asked, self._ended = False, False
 
     def note_step(self, step: TrainStep) -> bool:
         """Takes a step; returns whether the workers are to write a checkpoint and end."""
+        if (
+            self._newest is not None and step.step <= self._newest.step
+        ):  # workers were lost, and go on from a checkpoint
+            record_fault(self._run_id, None)
         self._newest = step
         return self._asked
 
@@ -68,6 +78,16 @@ class TrainView:
     def is_under_way(self) -> bool:
         """Whether there was a step."""
         return self._newest is not None
+
+    @property
+    def progress(self) -> int:
+        """The newest step."""
+        return self._newest.step if self._newest else 0
+
+    @property
+    def is_short(self) -> bool:
+        """Whether the workers have not begun."""
+        return self._newest is None
 
     def render(self) -> Table:
         """Returns the line, with a bar."""

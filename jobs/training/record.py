@@ -20,7 +20,8 @@ SelectedBy = Literal["cider", "validation_loss", "last"]
 # Options that may differ between the attempts of one run: where it runs, how it fetches, and where things are kept.
 _FREE = (
     *("out", "features", "workers", "compute", "checkpoint_steps", "images", "retrieval.cache_dir"),
-    *(f"data.{name}" for name in ("fetch_timeout_s", "fetch_attempts")),
+    *("require_index_id", "require_model_hash"),
+    *(f"data.{name}" for name in ("fetch_timeout_s", "fetch_attempts", "allow_private_hosts")),
 )
 
 
@@ -51,6 +52,8 @@ class TrainRecord(PinnedRecord):
 
     format_version: Literal[1] = 1
     start_id: str
+    start_sha256: str | None = None  # of the weights file of the checkpoint that is trained further
+    model_sha256: str | None = None  # of the weights file of the model that was written
     dtype: str | None = None  # of the forward pass
     data: TrainData | None = None
     trained_parameters: int | None = None

@@ -42,8 +42,9 @@ class ModelStart:
                 config.eos_token,
                 config.pad_token,
                 config.optimizer.seed,
+                config.retrieval.cache_dir,
             )
-        model = load_checkpoint(config.model)
+        model = load_checkpoint(config.model, cache_dir=config.retrieval.cache_dir)
         model.config = replace(
             model.config, k=k or model.config.k, rag=k > 0, retrieval_encoder=encoder or model.config.retrieval_encoder
         )
@@ -57,14 +58,16 @@ class ModelStart:
         """
         from smallcap.model.prompt import load_tokenizer
 
-        return load_tokenizer(self.tokenizer_source)
+        return load_tokenizer(self.tokenizer_source, self.config.retrieval.cache_dir)
 
     @property
     def tokenizer_source(self) -> str:
         """The folder or hub id of the decoder's tokenizer."""
         from smallcap.model.checkpoint import tokenizer_source  # torch
 
-        return tokenizer_source(self.config.model) if self.config.model else self.config.decoder or ""
+        if self.config.model is None:
+            return self.config.decoder or ""
+        return tokenizer_source(self.config.model, self.config.retrieval.cache_dir)
 
     def model_id(self) -> str:
         """Returns the names of the start and the checksums of its weights, without loading anything.
@@ -74,7 +77,7 @@ class ModelStart:
         """
         config = self.config
         return (
-            checkpoint_id(config.model)
+            checkpoint_id(config.model, config.retrieval.cache_dir)
             if config.model
-            else joined_model_id(config.vision_encoder or "", config.decoder or "")
+            else joined_model_id(config.vision_encoder or "", config.decoder or "", config.retrieval.cache_dir)
         )

@@ -40,10 +40,12 @@ class MicroBatches:
 
     Attributes:
         limit: Most rows that are run together.
+        halvings: How often memory ran out, so that the limit became smaller.
     """
 
     def __init__(self, step: str, free: Callable[[], None], relief: str, limit: int | None = None) -> None:
         self._step, self._free, self._relief, self.limit = step, free, relief, limit
+        self.halvings = 0
 
     def run(self, size: int, run_rows: Callable[[slice], Part]) -> list[Part]:
         """Runs all rows of a batch.
@@ -91,6 +93,7 @@ class MicroBatches:
                     remedy=f"{self._relief}, or end what else runs on the GPU.",
                 ) from error
         if count > 1:
+            self.halvings += 1
             self.limit = 1 << (count - 1).bit_length() - 1  # the power of two below, to which batches are padded
             _log.warning(
                 "The GPU's memory ran out with %d images in %s; captioning goes on with %d.",

@@ -16,15 +16,19 @@ from smallcap.index.node_cache import missing_files
 from smallcap.phrasing import describe_count, describe_gb
 
 ENCODER_REMEDY = (
-    "Give --retrieval-encoder a CLIP that can be reached from here: demo, hf:ID-OR-PATH, or "
-    "open_clip:MODEL/PRETRAINED-OR-PATH."
+    "Give --retrieval-encoder a CLIP that can be reached from here: demo, hf:ID-PATH-OR-URI, or "
+    "open_clip:MODEL/PRETRAINED-PATH-OR-URI."
 )
 _CACHE_REMEDY = "Name a folder that can be written, on a disk with room, by --cache-dir."
 _SHOWN = 3  # files that a line names
 
 
-def check_model(model: str) -> Iterator[Finding]:
+def check_model(model: str, cache_dir: str = storage.DEFAULT_CACHE_DIR) -> Iterator[Finding]:
     """Loads a checkpoint on the CPU, and names its weights by their checksum.
+
+    Args:
+        model: The checkpoint.
+        cache_dir: Folder for a copy of a remote one.
 
     Raises:
         CheckpointError: It cannot be found or loaded.
@@ -33,22 +37,26 @@ def check_model(model: str) -> Iterator[Finding]:
     from smallcap.model.prompt import load_tokenizer
 
     start = time.monotonic()
-    loaded = load_checkpoint(model)
-    load_tokenizer(tokenizer_source(model))
+    loaded = load_checkpoint(model, cache_dir=cache_dir)
+    load_tokenizer(tokenizer_source(model, cache_dir), cache_dir)
     parameters = sum(parameter.numel() for parameter in loaded.parameters())
     seconds = time.monotonic() - start
     yield ok("model", f"{loaded.model_id}: {parameters / 1e6:,.1f} million parameters, loaded in {seconds:.1f} s")
 
 
-def check_encoder(spec: str) -> Iterator[Finding]:
+def check_encoder(spec: str, cache_dir: str = storage.DEFAULT_CACHE_DIR) -> Iterator[Finding]:
     """Looks for a retrieval encoder, and names its weights by their checksum.
+
+    Args:
+        spec: Its spec.
+        cache_dir: Folder for a copy of a remote one.
 
     Raises:
         RunError: It cannot be found.
     """
     from smallcap.model.encoder_spec import resolve_encoder_identity
 
-    identity = resolve_encoder_identity(spec)
+    identity = resolve_encoder_identity(spec, cache_dir)
     yield ok("retrieval encoder", f"{spec}: weights {identity.weights_sha256[:12]}, {identity.dim} dimensions")
 
 
@@ -77,7 +85,7 @@ def check_index(index: str, model: str, retrieval_encoder: str | None, cache_dir
     else:
         yield ok("index", found)
     yield from attempt("index cache", lambda: [_check_cache(index, manifest, cache_dir)], _CACHE_REMEDY)
-    encoders = (index, manifest, model, retrieval_encoder)
+    encoders = (index, manifest, model, retrieval_encoder, cache_dir)
     yield from attempt("index encoder", lambda: [_compare_encoders(*encoders)], ENCODER_REMEDY)
 
 
@@ -97,18 +105,20 @@ def _check_cache(index: str, manifest: IndexManifest, cache_dir: str) -> Finding
     return ok("index cache", found)
 
 
-def _compare_encoders(index: str, manifest: IndexManifest, model: str, retrieval_encoder: str | None) -> Finding:
+def _compare_encoders(
+    index: str, manifest: IndexManifest, model: str, retrieval_encoder: str | None, cache_dir: str
+) -> Finding:
     """Compares the index's encoder with the one that would make the queries, and with the checkpoint's."""
     from smallcap.model.checkpoint import load_config
     from smallcap.model.encoder_spec import resolve_encoder_identity
     from smallcap.model.files import resolve_folder
 
     subject = "index encoder"
-    identity = resolve_encoder_identity(retrieval_encoder or manifest.encoder.spec)
+    identity = resolve_encoder_identity(retrieval_encoder or manifest.encoder.spec, cache_dir)
     manifest.check_encoder(identity, where=index)
     fits = f"{identity.spec}, as the index was built"
     try:
-        named = load_config(resolve_folder(model, demo_model="smallcap")).retrieval_encoder
+        named = load_config(resolve_folder(model, "smallcap", cache_dir)).retrieval_encoder
     except CheckpointError:  # as the model's own line says
         return warn(subject, f"{fits}; not compared with the model's, because of model", "Mend model first.")
     if named and named != identity.spec:  # by name: to compare weights would download the other encoder

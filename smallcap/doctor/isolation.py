@@ -21,6 +21,7 @@ from pkgutil import resolve_name
 from typing import IO, Any, Self
 
 from smallcap.doctor.report import Finding, attempt, fail
+from smallcap.patience import set_patience
 
 PATIENCE_S = 10.0  # without a word of what goes on
 _END_S = 20.0  # for a process that has lost its connection
@@ -163,6 +164,7 @@ def _run_checks(connection: Connection, printed: Connection) -> None:
     """Is the process: what it prints goes to a file, and what it finds to the other end of the connection."""
     for stream in (1, 2):
         os.dup2(printed.fileno(), stream)
+    set_patience(0)  # a storage that fails is to be told
     while True:
         try:
             check: Check = connection.recv()

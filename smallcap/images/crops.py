@@ -6,14 +6,26 @@ This module does not import torch, so that the processes which only decode image
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
 from smallcap.config import DecodeMode
-from smallcap.images.decode import Preprocessing, ScaledImage, as_rgb, crop_pixels, decode_image, decode_scaled
+from smallcap.images.decode import (
+    Preprocessing,
+    ScaledImage,
+    as_rgb,
+    crop_pixels,
+    decode_image,
+    decode_scaled,
+    resized_sides,
+)
+from smallcap.images.decoding_room import decoding_room
 from smallcap.images.opening import MAX_IMAGE_PIXELS, damaged
+
+_RESIZED_BYTES = 8  # for a pixel: a resized image, and what its first pass makes; large where it is long and narrow
 
 
 @dataclass(frozen=True)
@@ -62,10 +74,16 @@ class CropPlan:
         """
         if isinstance(data, Image.Image):
             return self._cut(ScaledImage.whole(as_rgb(data, where)), where)
-        if self.decode == "exact":
-            return self._cut(ScaledImage.whole(decode_image(data, max_pixels, where)), where)
         least_px = max(crop.size_px for crop in (self.vision, self.retrieval) if crop)
-        return self._cut(decode_scaled(data, least_px, max_pixels, where), where)
+        with decoding_room(where) as room:
+
+            def reserve(width: int, height: int, pixel_bytes: int) -> None:
+                resized = min(math.prod(resized_sides(width, height, least_px)), MAX_IMAGE_PIXELS)
+                room.take(width * height * pixel_bytes + resized * _RESIZED_BYTES)
+
+            if self.decode == "exact":
+                return self._cut(ScaledImage.whole(decode_image(data, max_pixels, where, reserve)), where)
+            return self._cut(decode_scaled(data, least_px, max_pixels, where, reserve), where)
 
     def _cut(self, decoded: ScaledImage, where: str) -> Pixels:
         try:

@@ -15,7 +15,7 @@ import simplejpeg
 from PIL import Image
 
 from smallcap.errors import ErrorCode, RowError
-from smallcap.images.opening import MAX_IMAGE_PIXELS, damaged, open_image
+from smallcap.images.opening import MAX_IMAGE_PIXELS, Reserve, damaged, open_image
 from smallcap.images.orientation import exchanges_sides, read_orientation, upright
 from smallcap.images.pixel_types import to_rgb
 
@@ -30,18 +30,21 @@ class Preprocessing:
     crop_rounding: Literal["floor", "nearest"] = "floor"  # transformers floors an odd margin, torchvision rounds it
 
 
-def decode_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS, where: str = "") -> Image.Image:
+def decode_image(
+    data: bytes, max_pixels: int = MAX_IMAGE_PIXELS, where: str = "", reserve: Reserve = lambda *_: None
+) -> Image.Image:
     """Decodes the first frame of an image file to 8-bit RGB, upright.
 
     Args:
         data: The file's bytes.
         max_pixels: The most pixels; larger images are refused before they are decoded.
         where: The image's URI, for messages.
+        reserve: Called before anything is decoded.
 
     Raises:
         RowError: `empty`, `not_an_image`, `truncated`, `too_large` or `unsupported`.
     """
-    return _load(open_image(data, max_pixels, where), data, where)
+    return _load(open_image(data, max_pixels, where, reserve), data, where)
 
 
 @dataclass(frozen=True)
@@ -59,12 +62,18 @@ class ScaledImage:
         return cls(image, image.width, image.height, by_pillow=True)
 
 
-def decode_scaled(data: bytes, least_px: int, max_pixels: int = MAX_IMAGE_PIXELS, where: str = "") -> ScaledImage:
+def decode_scaled(
+    data: bytes,
+    least_px: int,
+    max_pixels: int = MAX_IMAGE_PIXELS,
+    where: str = "",
+    reserve: Reserve = lambda *_: None,
+) -> ScaledImage:
     """Decodes a JPEG file at the smallest scale of libjpeg whose shorter side has `least_px`; other files with Pillow.
 
     Other arguments and errors are those of `decode_image`; Pillow decodes or explains what simplejpeg refuses.
     """
-    image = open_image(data, max_pixels, where)
+    image = open_image(data, max_pixels, where, reserve)
     if image.format == "JPEG" and image.mode in ("RGB", "L"):
         try:
             pixels = simplejpeg.decode_jpeg(
@@ -132,17 +141,20 @@ def crop_pixels(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
         [S, S, 3] uint8.
     """
     size = preprocessing.size_px
-    width, height = image.size
-    if width <= height:
-        resized = (size, max(size, int(size * height / width)))
-    else:
-        resized = (max(size, int(size * width / height)), size)
+    resized = resized_sides(image.width, image.height, size)
     if math.prod(resized) > MAX_IMAGE_PIXELS:  # very long and narrow: cut off what the crop would cut off anyway
         image, resized = _middle_square(image), (size, size)
     if image.size != resized:
         image = image.resize(resized, Image.Resampling.BICUBIC)
     left, top = (_margin(side, size, preprocessing.crop_rounding) for side in resized)
     return np.array(image.crop((left, top, left + size, top + size)), dtype=np.uint8)
+
+
+def resized_sides(width: int, height: int, shorter_px: int) -> tuple[int, int]:
+    """Returns the width and height in px of an image whose shorter side has become `shorter_px`."""
+    if width <= height:
+        return shorter_px, max(shorter_px, int(shorter_px * height / width))
+    return max(shorter_px, int(shorter_px * width / height)), shorter_px
 
 
 def _middle_square(image: Image.Image) -> Image.Image:

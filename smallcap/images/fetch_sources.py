@@ -23,10 +23,11 @@ from typing import TYPE_CHECKING, Any
 from smallcap import storage
 from smallcap.errors import ErrorCode, StorageError
 from smallcap.hub import is_on_hub, web_address
+from smallcap.images.list_places import REFUSED
+from smallcap.images.public_addresses import PrivateAddressError, private_address_in
 from smallcap.local_files import local_path
 from smallcap.s3 import is_plain_key, s3_endpoint, s3_store
 from smallcap.storage_faults import (
-    OF_THE_CONNECTION,
     OF_THE_PLACE,
     WORTH_REPEATING,
     Cause,
@@ -47,6 +48,8 @@ _CHUNK_BYTES = 256 << 10
 _NOT_IN_HTTP = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # names on disks and in object stores may have them
 _BUCKET = re.compile(r"[A-Za-z0-9$][A-Za-z0-9$._-]*")
 _SLOW_DOWN = {429, 503}
+_WEB_IN_CHAIN = re.compile("(?:^|::)https?://", re.IGNORECASE)  # fsspec's own client looks at no address
+_ALLOW_HOSTS = "--allow-private-hosts (allow_private_hosts=True in Python) reads it all the same"
 
 
 @dataclass(eq=False)
@@ -58,7 +61,7 @@ class FetchFailure(Exception):  # noqa: N818 - an outcome to be weighed, not an 
     repeat: bool = field(default=False, kw_only=True)  # whether another attempt may help
     retry_after_s: float | None = field(default=None, kw_only=True)  # how long the server asks to wait
     slow_down: bool = field(default=False, kw_only=True)  # whether the server asks for fewer requests
-    unreached: bool = field(default=False, kw_only=True)  # whether there was no connection to the server at all
+    fault: Fault | None = field(default=None, kw_only=True)  # of an object store or a disk
 
 
 def place_of(uri: str) -> str:
@@ -79,26 +82,29 @@ class Sources:
 
     Args:
         executor: The executor that runs blocking reads.
-        open_session: A function that opens the session for the web, on first use.
+        open_session: A function that opens a session for the web, on first use; it is told whether the session may
+            reach public addresses only.
         timeout_s: The time limit of one request to an object store.
         max_bytes: The most bytes of an object; a larger one is `too_large`.
+        private_hosts: Whether URLs may lead to addresses that are not public.
     """
 
     def __init__(
         self,
         executor: Executor,
-        open_session: Callable[[], aiohttp.ClientSession],
+        open_session: Callable[[bool], aiohttp.ClientSession],
         timeout_s: float,
         max_bytes: int,
+        private_hosts: bool = False,
     ) -> None:
         self._executor, self._open_session = executor, open_session
-        self._timeout_s, self._max_bytes = timeout_s, max_bytes
-        self._session: aiohttp.ClientSession | None = None
+        self._timeout_s, self._max_bytes, self._private_hosts = timeout_s, max_bytes, private_hosts
+        self._sessions: dict[bool, aiohttp.ClientSession] = {}  # by whether they reach public addresses only
 
     async def close(self) -> None:
         """Closes connections to web servers."""
-        if self._session is not None:
-            await self._session.close()
+        for session in self._sessions.values():
+            await session.close()
 
     async def get(self, uri: str) -> bytes:
         """Returns the bytes of one object, after one request.
@@ -109,44 +115,50 @@ class Sources:
         """
         if not uri:
             raise FetchFailure(ErrorCode.INVALID_URI, "This row of the list has no URI, or cannot be read.")
+        if uri.startswith(REFUSED):
+            raise FetchFailure(ErrorCode.FORBIDDEN, _refusal(uri))
         scheme = place_of(uri).partition("://")[0]
         if scheme in _WEB:
             if _NOT_IN_HTTP.search(uri):
                 raise FetchFailure(ErrorCode.INVALID_URI, "The URI contains line breaks or control characters.")
-            return await self._get_from_web(uri)
+            return await self._get_from_web(uri, public_only=not self._private_hosts)
         if is_on_hub(uri) and (address := _hub_address(uri)):  # fsspec would list the file's folder first
-            return await self._get_from_web(*address)
+            return await self._get_from_web(*address)  # the Hub's address is the environment's, not the list's
         if scheme in _OBJECT_STORES:
             bucket, _, key = uri.split("://", 1)[1].partition("/")
             if not key or not _BUCKET.fullmatch(bucket):
                 raise FetchFailure(ErrorCode.INVALID_URI, f"This is not {scheme}://BUCKET/KEY.")
             if is_plain_key(key):
                 return await self._get_from_object_store(scheme, bucket, key)
+        if not self._private_hosts and _WEB_IN_CHAIN.search(uri):
+            raise FetchFailure(
+                ErrorCode.FORBIDDEN, f"Which host a chained URL leads to is not checked; {_ALLOW_HOSTS}."
+            )
         read = _read_local if scheme == LOCAL else _read_by_fsspec
         return await asyncio.get_running_loop().run_in_executor(self._executor, read, uri, self._max_bytes)
 
     async def _get_from_object_store(self, scheme: str, bucket: str, key: str) -> bytes:
         endpoint = s3_endpoint() if scheme == "s3" else None
-        store = _object_store(scheme, bucket, endpoint, self._timeout_s)
         try:
+            store = object_store(scheme, bucket, endpoint, self._timeout_s)
             response = await store.get_async(key)
             _check_size(response.meta["size"], self._max_bytes)
             return bytes(await response.bytes_async())  # obstore raises for fewer bytes than announced
-        except FetchFailure:
+        except (FetchFailure, StorageError):
             raise
         except Exception as error:  # obstore tells most things only in the text
             raise _object_store_failure(error, f"{scheme}://{bucket}/{key}", endpoint) from error
 
-    async def _get_from_web(self, uri: str, headers: dict[str, str] | None = None) -> bytes:
+    async def _get_from_web(self, uri: str, headers: dict[str, str] | None = None, public_only: bool = False) -> bytes:
         import aiohttp
         from yarl import URL
 
-        if self._session is None:
-            self._session = self._open_session()
+        if public_only not in self._sessions:
+            self._sessions[public_only] = self._open_session(public_only)
         try:
             # A signed URL must arrive unchanged; only what HTTP cannot carry is quoted.
             url = URL(uri, encoded=uri.isascii() and " " not in uri)
-            async with self._session.get(url, headers=headers) as response:
+            async with self._sessions[public_only].get(url, headers=headers) as response:
                 _check_status(response.status, response.reason or "", response.headers.get("Retry-After"))
                 _check_size(response.content_length or 0, self._max_bytes)
                 body = bytearray()
@@ -160,14 +172,17 @@ class Sources:
             raise FetchFailure(ErrorCode.UNAVAILABLE, f"The server cannot be used: {_reason(error)}.") from error
         except TimeoutError:
             raise
-        except aiohttp.ClientError as error:
-            fault = diagnose(error)
-            raise FetchFailure(
-                ErrorCode.UNAVAILABLE,
-                f"The server failed: {fault.describe()}.",
-                repeat=True,
-                unreached=fault.cause in OF_THE_CONNECTION,
-            ) from error
+        except (aiohttp.ClientError, PrivateAddressError) as error:
+            if (address := private_address_in(error)) is not None:
+                what = f"The address {address} is not one of the public internet; {_ALLOW_HOSTS}."
+                raise FetchFailure(ErrorCode.FORBIDDEN, what) from error
+            raise FetchFailure(ErrorCode.UNAVAILABLE, f"The server failed: {_reason(error)}.", repeat=True) from error
+
+
+def _refusal(uri: str) -> str:
+    named = uri.removeprefix(REFUSED)
+    kind = "a path of this machine" if storage.is_local(named) else "a URL of this kind"
+    return f"A list that comes from storage or the web may not name {kind}; --trust-lists, in a new run, reads it."
 
 
 def _hub_address(uri: str) -> tuple[str, dict[str, str]] | None:
@@ -233,7 +248,9 @@ def _read_local(uri: str, max_bytes: int) -> bytes:
     except OSError as error:  # a name that is too long is malformed; a network disk may come back
         if error.errno == errno.ENAMETOOLONG:
             raise FetchFailure(ErrorCode.INVALID_URI, f"This is not a path: {error.strerror}") from error
-        raise FetchFailure(ErrorCode.UNAVAILABLE, f"The disk failed: {_reason(error)}.", repeat=True) from error
+        fault = diagnose(error)
+        what = f"The disk failed: {fault.describe()}."
+        raise FetchFailure(ErrorCode.UNAVAILABLE, what, repeat=True, fault=fault) from error
 
 
 def _read_by_fsspec(uri: str, max_bytes: int) -> bytes:
@@ -255,12 +272,14 @@ def _read_by_fsspec(uri: str, max_bytes: int) -> bytes:
     except FetchFailure:
         raise
     except Exception as error:  # the errors of filesystems have no common base class
-        raise FetchFailure(ErrorCode.UNAVAILABLE, f"The service failed: {_reason(error)}.", repeat=True) from error
+        fault = diagnose(error)
+        what = f"The service failed: {fault.describe()}."
+        raise FetchFailure(ErrorCode.UNAVAILABLE, what, repeat=True, fault=fault) from error
 
 
 @lru_cache
-def _object_store(scheme: str, bucket: str, endpoint: str | None, timeout_s: float) -> ObjectStore:
-    """Opens a bucket without obstore's retries, which would not be counted."""
+def object_store(scheme: str, bucket: str, endpoint: str | None, timeout_s: float) -> ObjectStore:
+    """Opens a bucket without obstore's retries, which would not be counted; see `smallcap.s3.s3_store`."""
     if scheme == "s3":
         return s3_store(bucket, endpoint, max_retries=0, timeout_s=timeout_s)
     from obstore.exceptions import BaseError
@@ -291,11 +310,11 @@ def _object_store_failure(error: Exception, uri: str, endpoint: str | None) -> F
         answer = f" ({fault.code})" if fault.code else ""
         return FetchFailure(ErrorCode.FORBIDDEN, f"These credentials may not read the image{answer}.")
     if fault.cause is Cause.TIMEOUT:
-        return FetchFailure(ErrorCode.TIMEOUT, "The object store did not answer in time.", repeat=True)
+        return FetchFailure(ErrorCode.TIMEOUT, "The object store did not answer in time.", repeat=True, fault=fault)
     return FetchFailure(
         ErrorCode.UNAVAILABLE,
         f"The object store failed: {fault.describe()}.",
-        repeat=fault.status is None or fault.status in WORTH_REPEATING,
+        repeat=fault.status is None or fault.passes,
         slow_down=fault.status in _SLOW_DOWN,
-        unreached=fault.cause in OF_THE_CONNECTION,
+        fault=fault,
     )

@@ -7,16 +7,24 @@ Attempts are counted here instead of in the clients, so that a run can say how o
 from __future__ import annotations
 
 import asyncio
+import math
 import random
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Self
 
 from smallcap.config import InputConfig
-from smallcap.errors import ErrorCode, RowError, StorageError
-from smallcap.images.fetch_sources import FetchFailure, Sources, is_object_store, place_of
+from smallcap.errors import ErrorCode, RowError
+from smallcap.images.fetch_sources import LOCAL, FetchFailure, Sources, is_object_store, place_of
 from smallcap.images.kinds import MAX_IMAGE_BYTES
+from smallcap.images.place_check import ask_once, check_place, known_good, note_served
+from smallcap.images.public_addresses import PublicOnly
+from smallcap.patience import Wait
+from smallcap.s3 import s3_endpoint
+from smallcap.storage_faults import Cause, Fault, diagnose, error_of
 
 if TYPE_CHECKING:
     import aiohttp
@@ -42,11 +50,17 @@ class FetchOptions:
     """The longest wait, even where Retry-After asks for more."""
     max_bytes: int = MAX_IMAGE_BYTES
     """The most bytes of an object; larger ones are `too_large`, and not downloaded."""
+    private_hosts: bool = False
+    """Whether URLs of the web may lead to addresses that are not public."""
 
     @classmethod
     def of(cls, config: InputConfig) -> Self:
         """Returns the options of a job's config."""
-        return cls(timeout_s=config.fetch_timeout_s, attempts=config.fetch_attempts)
+        return cls(
+            timeout_s=config.fetch_timeout_s,
+            attempts=config.fetch_attempts,
+            private_hosts=config.allow_private_hosts,
+        )
 
 
 @dataclass(frozen=True)
@@ -69,12 +83,12 @@ def fetch_objects(uris: Sequence[str], options: FetchOptions = FetchOptions()) -
         options: Limits on concurrency, time, attempts and size.
 
     Returns:
-        Bytes or a `RowError` for each URI: `not_found`, `forbidden`, `too_large`, `invalid_uri`, `timeout` or
-        `unavailable`.
+        Bytes or a `RowError` for each URI: `not_found`, `forbidden` (also by the rules for lists and hosts),
+        `too_large`, `invalid_uri`, `timeout` or `unavailable`.
 
     Raises:
-        StorageError: A store fails as a whole: no such bucket, refused credentials, no connection, or 16 objects that
-            failed in every attempt while none had an answer. Other servers never raise it: only their rows fail.
+        StorageError: A store fails as a whole: no such bucket, refused credentials, a bucket that is forbidden, or no
+            answer for as long as the patience lasts. Other servers never raise it: only their rows fail.
     """
     results, retries = asyncio.run(_fetch_all(list(dict.fromkeys(uris)), options))
     return Fetched([results[uri] for uri in uris], retries)
@@ -82,22 +96,30 @@ def fetch_objects(uris: Sequence[str], options: FetchOptions = FetchOptions()) -
 
 async def _fetch_all(uris: Sequence[str], options: FetchOptions) -> tuple[dict[str, bytes | RowError], int]:
     executor = ThreadPoolExecutor(options.concurrency, thread_name_prefix="fetch")
-    sources = Sources(executor, lambda: _open_session(options), options.timeout_s, options.max_bytes)
+    sources = Sources(
+        executor,
+        lambda public_only: _open_session(options, public_only),
+        options.timeout_s,
+        options.max_bytes,
+        options.private_hosts,
+    )
     fetching = _Fetching(sources, options)
     try:
         results = await asyncio.gather(*(fetching.fetch(uri) for uri in uris))
     finally:
         await sources.close()
         executor.shutdown(wait=False, cancel_futures=True)  # a disk that hangs must not hold up other images
-    fetching.check_reached()
+    await fetching.check_refused()
     return dict(zip(uris, results, strict=True)), fetching.retries
 
 
-def _open_session(options: FetchOptions) -> aiohttp.ClientSession:
+def _open_session(options: FetchOptions, public_only: bool) -> aiohttp.ClientSession:
     import aiohttp
 
+    guard = PublicOnly() if public_only else None
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=options.concurrency),
+        connector=aiohttp.TCPConnector(limit=options.concurrency, socket_factory=guard.make_socket if guard else None),
+        middlewares=(guard.check_request,) if guard else (),
         cookie_jar=aiohttp.DummyCookieJar(),
         headers={"User-Agent": "smallcap", "Accept-Encoding": "identity"},  # images are compressed already
         timeout=aiohttp.ClientTimeout(total=None),  # each attempt has our own time limit
@@ -148,13 +170,34 @@ class AdaptiveLimit:
             self._free.release()
 
 
+def _is_asked(place: _Place) -> bool:
+    """Says whether a place can fail as a whole: a bucket, or the disks from which something was read."""
+    return is_object_store(place.name) or (place.name == LOCAL and known_good(LOCAL) is not None)
+
+
 @dataclass
 class _Place:
-    """The state of a bucket or host in this call."""
+    """The state of a bucket or host in this call; times are those of `time.monotonic`."""
 
+    name: str
     in_flight: AdaptiveLimit
-    answered: int = 0  # objects with an answer
-    failures: dict[str, FetchFailure] = field(default_factory=dict)  # by URI, for objects that failed in every attempt
+    one_asks: asyncio.Lock = field(default_factory=asyncio.Lock)  # the others wait for what it finds out
+    unsettled: int = 0  # objects that are being fetched
+    answered_at: float = -math.inf  # with an object, or a definite refusal: when the newest such request began
+    back_at: float = -math.inf  # after it had answered nothing
+    has_only_lists: bool = False  # and no object, for as long as the patience lasted
+    refused: dict[str, ErrorCode] = field(default_factory=dict)  # why, of objects that another attempt would not get
+
+    def note(self, uri: str, outcome: bytes | FetchFailure, began: float) -> None:
+        """Takes what one attempt came to, and when it began."""
+        if isinstance(outcome, bytes):
+            self.answered_at = max(self.answered_at, began)
+            note_served(uri)
+        elif outcome.code not in (ErrorCode.TIMEOUT, ErrorCode.INVALID_URI):
+            if outcome.code is not ErrorCode.UNAVAILABLE:
+                self.answered_at = max(self.answered_at, began)
+            if outcome.code is not ErrorCode.TOO_LARGE and not outcome.repeat:
+                self.refused[uri] = outcome.code
 
 
 class _Fetching:
@@ -167,78 +210,129 @@ class _Fetching:
         self.retries = 0
 
     async def fetch(self, uri: str) -> bytes | RowError:
-        """Fetches one object, in several attempts if need be.
+        """Fetches one object, in several attempts if need be; rides out a place that answers nothing.
 
         Raises:
             StorageError: Its place fails as a whole.
         """
         name = place_of(uri)
-        place = self.places.setdefault(name, _Place(AdaptiveLimit(self.options.concurrency)))
+        place = self.places.setdefault(name, _Place(name, AdaptiveLimit(self.options.concurrency)))
+        place.unsettled += 1
+        try:
+            while True:
+                outcome, attempts, last_began = await self._try(uri, place)
+                if isinstance(outcome, bytes) or not outcome.repeat or not _is_asked(place):
+                    break
+                if not await self._is_back(place, uri, outcome, last_began):
+                    # The place may have come back just now: it has shown that it lives, so one attempt more decides.
+                    outcome = await self._attempt(uri, place)
+                    attempts, self.retries = attempts + 1, self.retries + 1
+                    break
+        finally:
+            place.unsettled -= 1
+        if isinstance(outcome, bytes):
+            return outcome
+        tried = f", in each of {attempts} attempts" if attempts > 1 else ""
+        return RowError(outcome.code, f"{outcome.what.removesuffix('.')}{tried}.", where=uri)
+
+    async def _try(self, uri: str, place: _Place) -> tuple[bytes | FetchFailure, int, float]:
+        """Returns an object or its last failure, the number of attempts, and when the last one began."""
         attempt = 1
         while True:
-            try:
-                data = await self._attempt(uri, place)
-            except FetchFailure as error:
-                failure = error
-            else:
-                place.answered += 1
-                return data
-            if not failure.repeat or attempt == self.options.attempts:
-                break
-            await asyncio.sleep(self._backoff(attempt, failure))
+            began = time.monotonic()
+            outcome = await self._attempt(uri, place)
+            if isinstance(outcome, bytes) or not outcome.repeat or attempt == self.options.attempts:
+                return outcome, attempt, began
+            await asyncio.sleep(self._backoff(attempt, outcome))
             attempt += 1
             self.retries += 1
-        self._count(name, place, uri, failure)
-        tried = f", in each of {attempt} attempts" if attempt > 1 else ""
-        return RowError(failure.code, f"{failure.what.removesuffix('.')}{tried}.", where=uri)
 
-    async def _attempt(self, uri: str, place: _Place) -> bytes:
-        slow_down = False
-        entered = await place.in_flight.enter()
+    async def _attempt(self, uri: str, place: _Place) -> bytes | FetchFailure:
+        outcome: bytes | FetchFailure = b""
+        entered, began = await place.in_flight.enter(), time.monotonic()
         try:
             async with self.free, asyncio.timeout(self.options.timeout_s):
-                return await self.sources.get(uri)
+                outcome = await self.sources.get(uri)
         except FetchFailure as failure:
-            slow_down = failure.slow_down
-            raise
-        except TimeoutError as error:
+            outcome = failure
+        except TimeoutError:
             what = f"No complete answer came within {self.options.timeout_s:g} s."
-            raise FetchFailure(ErrorCode.TIMEOUT, what, repeat=True) from error
+            outcome = FetchFailure(ErrorCode.TIMEOUT, what, repeat=True)
         finally:
-            place.in_flight.leave(entered, slow_down=slow_down)
+            place.in_flight.leave(entered, slow_down=isinstance(outcome, FetchFailure) and outcome.slow_down)
+        place.note(uri, outcome, began)
+        return outcome
 
     def _backoff(self, attempt: int, failure: FetchFailure) -> float:
         """Returns a wait in seconds, drawn from the whole range so that clients do not come back together."""
         longest = min(self.options.max_backoff_s, self.options.first_backoff_s * 2 ** (attempt - 1))
         return max(random.uniform(0, longest), min(self.options.max_backoff_s, failure.retry_after_s or 0.0))
 
-    def _count(self, name: str, place: _Place, uri: str, failure: FetchFailure) -> None:
-        if failure.code not in (ErrorCode.UNAVAILABLE, ErrorCode.TIMEOUT):
-            place.answered += failure.code != ErrorCode.INVALID_URI  # that was never asked
-            return
-        place.failures[uri] = failure
-        if is_object_store(name) and not place.answered and len(place.failures) >= _OUTAGE_OBJECTS:
-            raise _outage(name, place)
-
-    def check_reached(self) -> None:
-        """Checks that each object store could be reached, even by fewer objects than an outage takes.
+    async def _is_back(self, place: _Place, uri: str, failure: FetchFailure, last_began: float) -> bool:
+        """Says whether an object is worth more attempts, because its place answered nothing and does so again.
 
         Raises:
-            StorageError: No connection to an object store could be made, for any of its objects.
+            StorageError: The place has answered nothing for as long as the patience lasts.
         """
-        for name, place in self.places.items():
-            unreached = place.failures and all(failure.unreached for failure in place.failures.values())
-            if unreached and not place.answered and is_object_store(name):
-                raise _outage(name, place)
+        async with place.one_asks:
+            if place.back_at >= last_began:
+                return True
+            if place.has_only_lists or place.answered_at >= last_began or await self._answers(place, uri):
+                return False
+            if await self._wait_for(place, uri, failure):
+                place.back_at = time.monotonic()
+            else:
+                place.has_only_lists = True
+        return not place.has_only_lists
 
+    async def _answers(self, place: _Place, uri: str) -> bool:
+        """Asks a place once, by another object than the one that failed; where none is known, by a list of objects.
 
-def _outage(name: str, place: _Place) -> StorageError:
-    uri, failure = next(iter(place.failures.items()))
-    unreached = all(failure.unreached for failure in place.failures.values())
-    endpoint = "the endpoint (AWS_ENDPOINT_URL), " if name.startswith("s3://") else ""
-    return StorageError(
-        "The storage service cannot be reached." if unreached else "The storage service failed in all attempts.",
-        where=name,
-        found=f"no object was fetched, and {len(place.failures)} failed; {uri}: {failure.what}",
-        remedy=f"Check {endpoint}the network and the service; then run the same command again.",
-    )
+        The list alone says little while other objects fail as well.
+        """
+        good = known_good(place.name)
+        if good is not None and good != uri:
+            outcome = await self._attempt(good, place)
+            return isinstance(outcome, bytes) or not outcome.repeat
+        return place.unsettled == 1 and await self._lists(uri)
+
+    async def _lists(self, uri: str) -> bool:
+        try:
+            await asyncio.get_running_loop().run_in_executor(None, ask_once, uri)
+        except Exception as error:  # noqa: BLE001 - each client has its own
+            fault = diagnose(error)
+            return fault.status is not None and not fault.passes
+        return True
+
+    async def _wait_for(self, place: _Place, uri: str, failure: FetchFailure) -> bool:
+        """Waits until a place answers; returns False where it does not, but lists, and only a few objects were asked.
+
+        Raises:
+            StorageError: It does not, for as long as the patience lasts.
+        """
+        fault = failure.fault or Fault(Cause.TIMEOUT)
+        wait = Wait(place.name, "fetch images")
+        while wait.goes_on(fault):
+            for seconds in wait.pauses(fault):
+                await asyncio.sleep(seconds)
+            outcome = await self._attempt(known_good(place.name) or uri, place)
+            if isinstance(outcome, bytes) or not outcome.repeat:
+                wait.end()
+                return True
+            fault = outcome.fault or fault
+        if place.unsettled < _OUTAGE_OBJECTS and await self._lists(uri):
+            return False
+        endpoint = s3_endpoint() if place.name.startswith("s3://") else None
+        raise error_of(fault, "fetch images", place.name, endpoint, wait.describe())
+
+    async def check_refused(self) -> None:
+        """Asks places that have refused objects whether they serve any: what was served may have been asked before.
+
+        Raises:
+            StorageError: One does not.
+        """
+        for place in self.places.values():
+            if place.refused:
+                uri, code = next(reversed(place.refused.items()))
+                ask = partial(check_place, uri, is_gone=code is ErrorCode.NOT_FOUND, refused=len(place.refused))
+                await asyncio.get_running_loop().run_in_executor(None, ask)

@@ -13,10 +13,11 @@ from typing import Literal, NamedTuple, overload
 import numpy as np
 import pyarrow as pa
 
-from smallcap.errors import ErrorCode, RowError, StorageError
+from smallcap.errors import RowError
 from smallcap.images.row_ranges import RowRanges
 
 FRAGMENT_ROWS = 256  # images of a fragment of a stored list, and the most images of a batch
+_READ_ROWS = 4_096  # of the table of fragments at a time
 FragmentKind = Literal["uris", "tar", "parquet"]
 
 FRAGMENT_COLUMNS = pa.schema(
@@ -31,7 +32,7 @@ FRAGMENT_COLUMNS = pa.schema(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there are millions of them
 class Fragment:
     """Images of the input that are read together.
 
@@ -85,8 +86,15 @@ class FragmentTable(Sequence[Fragment]):
         return Fragment(number=self._first + place, **values)
 
     def __iter__(self) -> Iterator[Fragment]:
-        for place in range(len(self)):
-            yield self[place]
+        shared: dict[str, str] = {}  # the same files over and over
+        for start in range(0, len(self), _READ_ROWS):
+            rows = self._table.slice(start, _READ_ROWS).to_pylist()
+            for number, row in enumerate(rows, start=self._first + start):
+                uri = shared.setdefault(row["uri"], row["uri"])
+                yield Fragment(
+                    number, row["kind"], uri, row["row_group"], row["rows"], row["id_prefix"], row["qualified"]
+                )
+            shared = {uri: uri}
 
     @property
     def rows(self) -> np.ndarray:
@@ -169,16 +177,3 @@ def qualified_id(image_id: str, image_uri: str) -> str:
     """
     says_id = image_uri.endswith(image_id) or image_uri.partition("#")[2].startswith(image_id)
     return image_uri if says_id and image_uri != image_id else f"{image_uri}#{image_id}"
-
-
-def unreadable_file(error: StorageError, uri: str) -> RowError:
-    """Returns the row's error for a tar or Parquet file that is missing or forbidden.
-
-    Raises:
-        StorageError: `error` itself, where the service is at fault.
-    """
-    if isinstance(error.__cause__, FileNotFoundError | IsADirectoryError):
-        return RowError(ErrorCode.NOT_FOUND, "The file does not exist.", where=uri)
-    if isinstance(error.__cause__, PermissionError):
-        return RowError(ErrorCode.FORBIDDEN, "These credentials may not read the file.", where=uri)
-    raise error

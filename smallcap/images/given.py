@@ -14,7 +14,7 @@ from smallcap import storage
 from smallcap.errors import ErrorCode, RowError
 from smallcap.images.crops import CropPlan, Pixels
 from smallcap.images.decode import as_rgb
-from smallcap.images.fetching import fetch_objects
+from smallcap.images.fetching import FetchOptions, fetch_objects
 from smallcap.images.opening import damaged
 from smallcap.images.orientation import read_orientation, upright
 from smallcap.local_files import as_text
@@ -28,7 +28,9 @@ _EXPECTED = (
 )
 
 
-def crop_given(images: Iterable[GivenImage], plan: CropPlan, max_pixels: int) -> list[Pixels | RowError]:
+def crop_given(
+    images: Iterable[GivenImage], plan: CropPlan, max_pixels: int, allow_private_hosts: bool = False
+) -> list[Pixels | RowError]:
     """Fetches what is named by a path or URI, all at once, and cuts each image's crops.
 
     A PIL image is taken as its pixels are. Only one that still is the file that `Image.open` opened is turned upright,
@@ -38,6 +40,7 @@ def crop_given(images: Iterable[GivenImage], plan: CropPlan, max_pixels: int) ->
         images: The images. http(s)://, s3://, gs://, az:// and other fsspec URIs are read as captioning jobs read them.
         plan: The crops to cut.
         max_pixels: Files with more pixels become errors.
+        allow_private_hosts: Whether http(s) URLs may lead to addresses that are not public.
 
     Returns:
         The crops of each image, or why there are none, in order.
@@ -47,7 +50,8 @@ def crop_given(images: Iterable[GivenImage], plan: CropPlan, max_pixels: int) ->
         StorageError: An object store fails as a whole.
     """
     taken = [_checked(image, position) for position, image in enumerate(_several(images))]
-    fetched = iter(_fetch([image for image in taken if isinstance(image, str)]))
+    options = FetchOptions(private_hosts=allow_private_hosts)
+    fetched = iter(_fetch([image for image in taken if isinstance(image, str)], options))
     return [
         _crop(next(fetched), plan, max_pixels, where=image)
         if isinstance(image, str)
@@ -94,12 +98,12 @@ def _describe(value: Any) -> str:
     return f"{name} of {dtype} {list(shape)}" if shape is not None and dtype is not None else name
 
 
-def _fetch(uris: Sequence[str]) -> list[bytes | RowError]:
+def _fetch(uris: Sequence[str], options: FetchOptions) -> list[bytes | RowError]:
     if not uris:
         return []
     # In a notebook this thread has an event loop that runs, and asyncio allows no second one in it.
     with ThreadPoolExecutor(1, thread_name_prefix="fetch-given") as pool:
-        return pool.submit(fetch_objects, uris).result().data
+        return pool.submit(fetch_objects, uris, options).result().data
 
 
 def _crop(image: bytes | Image.Image | RowError, plan: CropPlan, max_pixels: int, where: str) -> Pixels | RowError:

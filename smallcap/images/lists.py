@@ -23,10 +23,13 @@ from smallcap import storage
 from smallcap.config import InputConfig
 from smallcap.errors import SchemaError
 from smallcap.field_values import decode_json, id_strings, id_text, no_text, undecodable
+from smallcap.images.list_places import with_refusals
 from smallcap.tables import announce, format_of, json_lines, open_text, read_table, text_lines
 
 BATCH_ROWS = 65_536
 _BLOCK_BYTES = 16 << 20
+_LONGEST_ELEMENT = 16 << 20  # characters, of a JSON array
+_BATCH_BYTES = 64 << 20  # of a batch of Parquet rows, on average
 _BLANKS = " \t\r\n\f\v"  # names may end with others
 TEXT_COLUMN = "image_uri"  # the one column of a .txt list, and of a JSON array of strings
 
@@ -63,7 +66,8 @@ class ImageList:
         """Yields `image_id` and `image_uri` (string, absolute, never null) and the kept columns.
 
         A row without an id has its URI as id. A row without a URI, or one that cannot be read or whose id is not text,
-        has an empty URI, whose image is an error, and where it has no id either, that of its place: `LIST#row=ROW`.
+        has an empty URI, whose image is an error, and where it has no id either, that of its place: `LIST#row=ROW`. A
+        URI that the list may not name begins with `list_places.REFUSED`; its image is an error as well.
 
         Raises:
             SchemaError: The list is damaged or lacks a column.
@@ -116,6 +120,8 @@ class ImageList:
                 uris, ids = (pc.if_else(pa.array(wrong), "", column) for column in (uris, ids))
         missing = pc.equal(uris, "")
         absolute = pc.if_else(missing, "", self._absolute(uris))
+        if not (self.config.trust_lists or storage.is_local(self.uri)):
+            absolute = pa.array(with_refusals(absolute.to_pylist(), self.uri), pa.string())
         ids = pc.if_else(pc.equal(ids, ""), uris, ids)
         nameless = pc.equal(ids, "")
         if pc.any(nameless, min_count=0).as_py():
@@ -176,7 +182,12 @@ def plain(values: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
 def _read_parquet(open_file: _Open, uri: str, config: InputConfig, choose: _Choose) -> _Rows:
     parquet = pq.ParquetFile(open_file(), buffer_size=8 << 20)
     columns = choose(parquet.schema_arrow.names)
-    for batch in parquet.iter_batches(BATCH_ROWS, columns=columns):
+    metadata = parquet.metadata
+    mean_bytes = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)) / max(
+        1, metadata.num_rows
+    )
+    rows = max(1, min(BATCH_ROWS, int(_BATCH_BYTES / max(mean_bytes, 1))))
+    for batch in parquet.iter_batches(rows, columns=columns):
         table = pa.Table.from_batches([batch]).select(columns)
         yield with_nulls(table, np.logical_or.reduce([undecodable(column) for column in batch.columns]))
 
@@ -295,7 +306,7 @@ def _json_items(text: io.TextIOWrapper) -> Iterator[dict[str, Any] | str]:
                 raise json.JSONDecodeError("expected an object or a string", buffer[position : position + 100], 0)
             item, position = decode_json(buffer, position)
         except json.JSONDecodeError:  # the block may end within the element
-            more = text.read(_BLOCK_BYTES)
+            more = text.read(_BLOCK_BYTES) if len(buffer) - position <= _LONGEST_ELEMENT else ""
             if not more:
                 raise
             buffer, position = buffer[position:] + more, 0

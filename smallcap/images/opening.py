@@ -11,6 +11,7 @@ import importlib
 import io
 import re
 import warnings
+from collections.abc import Callable
 from typing import NoReturn
 
 import simplejpeg
@@ -18,8 +19,12 @@ from PIL import AvifImagePlugin, Image, UnidentifiedImageError
 
 from smallcap.errors import ErrorCode, RowError
 from smallcap.images import jpeg_xl
+from smallcap.images.decoding_room import bytes_per_pixel
 from smallcap.images.kinds import AVIF_BRANDS, HEIF_BRANDS, MAX_IMAGE_BYTES
 from smallcap.images.tiff_directory import without_stray_values
+
+Reserve = Callable[[int, int, int], None]
+"""Makes room for decoding an image of this width and height in px with so many bytes for a pixel, or raises."""
 
 MAX_IMAGE_PIXELS = 100_000_000
 _MAX_SCANS = 200  # of a progressive JPEG; each is a pass over all pixels, and cameras and encoders write at most 20
@@ -43,6 +48,7 @@ _FORMATS = {
     b"qoif": "QOI",
 }
 _EXIF_START = re.compile(rb"(?:II\*\0\x08\0\0\0|MM\0\*\0\0\0\x08)..", re.DOTALL)  # with the number of its tags
+_JPEG_XL_BYTES = 24  # for a pixel, as `bytes_per_pixel` counts them, if it is RGB
 _OPTIONAL = {"HEIF": "pillow_heif", "JXL": "pillow_jxl"}
 # Pillow knows these by name, but would run Ghostscript on them, or has no decoder for them.
 _NEVER_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
@@ -55,13 +61,14 @@ _WITHOUT_CODE = (
 _BEYOND_A_BOUND = ("decompression bomb", "security limit exceeded", "decompressed data too large")
 
 
-def open_image(data: bytes, max_pixels: int, where: str) -> Image.Image:
+def open_image(data: bytes, max_pixels: int, where: str, reserve: Reserve = lambda *_: None) -> Image.Image:
     """Opens an image file whose pixels may be decoded.
 
     Args:
         data: The file's bytes.
         max_pixels: The most pixels of the image, and of anything inside of it.
         where: The image's URI, for messages.
+        reserve: Called before anything is decoded.
 
     Raises:
         RowError: `empty`, `not_an_image`, `truncated`, `too_large` or `unsupported`.
@@ -75,7 +82,7 @@ def open_image(data: bytes, max_pixels: int, where: str) -> Image.Image:
     Image.MAX_IMAGE_PIXELS = max_pixels / 2  # type: ignore[assignment] # Pillow raises beyond twice its value
     format_name = _format_of(data)
     if format_name in _OPTIONAL:
-        _check_optional(format_name, data, max_pixels, where)
+        _check_optional(format_name, data, max_pixels, where, reserve)
     try:
         image = _open_by_pillow(data, format_name)
     except UnidentifiedImageError:
@@ -85,6 +92,8 @@ def open_image(data: bytes, max_pixels: int, where: str) -> Image.Image:
     if image.format in _NEVER_DECODED:
         raise RowError(ErrorCode.UNSUPPORTED, f"Images in the format {image.format} are not decoded.", where=where)
     _check_work(image, data, max_pixels, where)
+    if format_name != "JXL":  # that was decoded when it was opened
+        reserve(image.width, image.height, bytes_per_pixel(image))
     return image
 
 
@@ -184,7 +193,7 @@ def _format_of(data: bytes) -> str:
     return next((name for signature, name in _FORMATS.items() if data.startswith(signature)), "")
 
 
-def _check_optional(format_name: str, data: bytes, max_pixels: int, where: str) -> None:
+def _check_optional(format_name: str, data: bytes, max_pixels: int, where: str, reserve: Reserve) -> None:
     if not _plugin_is_there(format_name):
         known_as = {"HEIF": "HEIC", "JXL": "JPEG XL"}[format_name]
         raise RowError(
@@ -197,6 +206,8 @@ def _check_optional(format_name: str, data: bytes, max_pixels: int, where: str) 
         size = jpeg_xl.declared_size(data)
         if size is not None and size[0] * size[1] > max_pixels:
             raise too_many_pixels(size[0] * size[1], max_pixels, where)
+        if size is not None:
+            reserve(*size, _JPEG_XL_BYTES)
 
 
 @functools.cache

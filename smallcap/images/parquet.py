@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate, chain
+from typing import IO
 
 import numpy as np
 import pyarrow as pa
@@ -19,12 +20,15 @@ from smallcap import storage
 from smallcap.config import InputConfig
 from smallcap.errors import ErrorCode, RowError, SchemaError, StorageError
 from smallcap.field_values import holds_path, id_strings, no_text, undecodable
-from smallcap.images.fragments import FRAGMENT_ROWS, Fragment, InputBatch, unreadable_file
+from smallcap.images.fragments import FRAGMENT_ROWS, Fragment, InputBatch
+from smallcap.images.kinds import MAX_IMAGE_BYTES
 from smallcap.images.lists import plain, with_nulls
+from smallcap.images.place_check import note_served, unreadable_file
 from smallcap.images.row_ranges import RowRanges
 
 _BUFFER_BYTES = 8 << 20  # read ahead of each column: a row group of gigabytes is never held whole
 _FOOTERS_AT_ONCE = 32
+_BATCH_BYTES = 64 << 20  # of images that are held at once, and one more
 _DAMAGED = (pa.ArrowException, OSError, UnicodeDecodeError)  # the last for a column's name
 
 
@@ -76,7 +80,8 @@ def with_images(uris: Sequence[str], config: InputConfig) -> Iterator[str]:
 def _holds_images(uri: str, config: InputConfig) -> bool:
     try:
         return image_bytes_column(_read_outline(uri).schema, config, uri) is not None
-    except StorageError:
+    except StorageError as error:
+        unreadable_file(error, uri)
         return False
     except SchemaError:  # in several columns
         return True
@@ -111,7 +116,10 @@ def _first_ids(uri: str, config: InputConfig) -> list[str]:
             if table is None or not table.num_columns:
                 return []
             return list(filter(None, _names(table[0].combine_chunks())[0]))
-    except (StorageError, *_DAMAGED):
+    except StorageError as error:
+        unreadable_file(error, uri)
+        return []
+    except _DAMAGED:
         return []
 
 
@@ -163,6 +171,8 @@ def image_bytes_column(schema: pa.Schema, config: InputConfig, where: str) -> st
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        return _holds_bytes(kind.value_type)
     if pa.types.is_struct(kind):
         return kind.get_field_index("bytes") >= 0 and _holds_bytes(kind.field("bytes").type)
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
@@ -191,7 +201,10 @@ def read_parquet(
     try:
         with storage.open_ranged(fragment.uri) as file:
             parquet = pq.ParquetFile(file, buffer_size=_BUFFER_BYTES)
-            for batch in _row_group(parquet, fragment, config, kept_columns):
+            note_served(fragment.uri)
+            for batch in _row_group(
+                _with_dictionaries(parquet, file, fragment, config), fragment, config, kept_columns
+            ):
                 read += len(batch.rows)
                 if (chosen := batch.only(wanted)) is not None:
                     yield chosen
@@ -202,6 +215,22 @@ def read_parquet(
         problem = unreadable_file(error, fragment.uri)
     except _DAMAGED as error:
         problem = RowError(ErrorCode.TRUNCATED, f"The Parquet file is damaged: {error}", where=fragment.uri)
+    yield from unread_images(fragment, wanted, read, problem, kept_columns)
+
+
+def unread_images(
+    fragment: Fragment, wanted: RowRanges | None, read: int, problem: RowError, kept_columns: pa.Schema
+) -> Iterator[InputBatch]:
+    """Yields an error for each image of a row group behind those that were read; it is not opened.
+
+    Args:
+        fragment: The row group.
+        wanted: The rows to yield; None for all.
+        read: The number of rows that have been read.
+        problem: The error.
+        kept_columns: The kept columns of the work list.
+    """
+    assert fragment.rows is not None
     for start in range(read, fragment.rows, FRAGMENT_ROWS):
         rows = np.arange(start, min(start + FRAGMENT_ROWS, fragment.rows), dtype=np.int32)
         uris = [f"{fragment.uri}#row_group={fragment.row_group},row={row}" for row in rows]
@@ -211,15 +240,43 @@ def read_parquet(
             yield chosen
 
 
-def _row_group(
-    parquet: pq.ParquetFile, fragment: Fragment, config: InputConfig, kept_columns: pa.Schema
-) -> Iterator[InputBatch]:
+def _image_chunk(parquet: pq.ParquetFile, fragment: Fragment, column: str) -> tuple[str, pq.ColumnChunkMetaData]:
+    """Returns the path within the schema of a column of image bytes, and what the footer says of it."""
+    group = parquet.metadata.row_group(fragment.row_group)
+    chunks = {chunk.path_in_schema: chunk for chunk in map(group.column, range(group.num_columns))}
+    path = column if column in chunks else f"{column}.bytes"
+    return path, chunks[path]
+
+
+def _with_dictionaries(
+    parquet: pq.ParquetFile, file: IO[bytes], fragment: Fragment, config: InputConfig
+) -> pq.ParquetFile:
+    """Opens a file again so that repeated images stay what they are in it: one image, and places.
+
+    Written out, a file of megabytes may be terabytes.
+    """
+    column = _column(parquet, fragment, config)
+    path, chunk = _image_chunk(parquet, fragment, column)
+    if not chunk.has_dictionary_page:
+        return parquet
+    return pq.ParquetFile(file, metadata=parquet.metadata, buffer_size=_BUFFER_BYTES, read_dictionary=[path])
+
+
+def _column(parquet: pq.ParquetFile, fragment: Fragment, config: InputConfig) -> str:
     schema = parquet.schema_arrow
     column = image_bytes_column(schema, config, fragment.uri)
     if column is None:
         raise SchemaError(
             "This Parquet file has no column of images.", where=fragment.uri, found=", ".join(schema.names)
         )
+    return column
+
+
+def _row_group(
+    parquet: pq.ParquetFile, fragment: Fragment, config: InputConfig, kept_columns: pa.Schema
+) -> Iterator[InputBatch]:
+    schema = parquet.schema_arrow
+    column = _column(parquet, fragment, config)
     names = config.id_column if config.id_column in schema.names else None
     kind = schema.field(column).type
     if names is None and holds_path(kind):
@@ -228,7 +285,7 @@ def _row_group(
     groups = [parquet.metadata.row_group(number).num_rows for number in range(fragment.row_group + 1)]
     before = list(accumulate(groups, initial=0))[fragment.row_group]  # rows of the file before this row group
     read = 0
-    for batch in parquet.iter_batches(FRAGMENT_ROWS, row_groups=[fragment.row_group], columns=columns):
+    for batch in _portions(parquet, fragment, column, columns):
         rows = np.arange(read, read + len(batch), dtype=np.int32)
         read += len(batch)
         uris = [f"{fragment.uri}#row={before + row}" for row in rows]
@@ -252,11 +309,46 @@ def _row_group(
         )
 
 
+def _portions(parquet: pq.ParquetFile, fragment: Fragment, column: str, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """Yields the rows of a row group in batches of few enough bytes of images."""
+    _, chunk = _image_chunk(parquet, fragment, column)
+    mean_bytes = chunk.total_uncompressed_size / max(1, chunk.num_values)
+    most = max(1, min(FRAGMENT_ROWS, int(_BATCH_BYTES / max(mean_bytes, 1))))
+    for batch in parquet.iter_batches(most, row_groups=[fragment.row_group], columns=columns):
+        start = held = 0
+        for row, size in enumerate(_sizes(batch.column(column)).tolist()):
+            if row > start and held + size > _BATCH_BYTES:
+                yield batch.slice(start, row - start)
+                start, held = row, 0
+            held += size if size <= MAX_IMAGE_BYTES else 0
+        yield batch.slice(start)
+
+
+def _cells(images: pa.Array) -> pa.Array:
+    """Returns the binary values of a column of images, which may be a dictionary's."""
+    cells = pc.struct_field(images, "bytes") if pa.types.is_struct(images.type) else images
+    return cells.cast(pa.large_binary()) if pa.types.is_binary_view(cells.type) else cells
+
+
+def _sizes(images: pa.Array) -> np.ndarray:
+    """Returns the bytes of each image, [n] int64; 0 where there is none."""
+    cells = _cells(images)
+    if pa.types.is_dictionary(cells.type):
+        sizes = pc.binary_length(cells.dictionary).take(cells.indices)
+    else:
+        sizes = pc.binary_length(cells)
+    return np.asarray(pc.fill_null(sizes.cast(pa.int64()), 0))
+
+
 def _contents(images: pa.Array, uris: list[str]) -> list[bytes | RowError]:
     """Returns the image files of a column."""
-    if pa.types.is_struct(images.type):
-        images = pc.struct_field(images, "bytes")
-    return [
-        RowError(ErrorCode.EMPTY, "The row has no image bytes.", where=uri) if value is None else value
-        for value, uri in zip(images.to_pylist(), uris, strict=True)
-    ]
+    cells = _cells(images)
+    return [_content(cells, row, size, uri) for row, (size, uri) in enumerate(zip(_sizes(images), uris, strict=True))]
+
+
+def _content(cells: pa.Array, row: int, size: int, uri: str) -> bytes | RowError:
+    if size > MAX_IMAGE_BYTES:
+        what = f"The row has {size:,} bytes; at most {MAX_IMAGE_BYTES:,} are read."
+        return RowError(ErrorCode.TOO_LARGE, what, where=uri)
+    value: bytes | None = cells[row].as_py()
+    return RowError(ErrorCode.EMPTY, "The row has no image bytes.", where=uri) if value is None else value

@@ -104,6 +104,10 @@ class RowRanges:
         """Returns the rows in both sets."""
         return self.subtract(self.subtract(other))
 
+    def covers(self, stop: int) -> bool:
+        """Says whether all rows up to, but without, `stop` are in the set."""
+        return len(self._ranges) > 0 and self._ranges[0, 0] == 0 and bool(self._ranges[0, 1] >= stop)
+
     def contains(self, rows: np.ndarray) -> np.ndarray:
         """Says for each of the rows, [n] integers, whether it is in the set: [n] bool."""
         place = np.searchsorted(self._ranges[:, 0], rows, side="right") - 1  # the last range that begins by then
@@ -129,8 +133,8 @@ class RowRanges:
 
 def _merged(ranges: np.ndarray) -> np.ndarray:
     """Sorts ranges, [n, 2], and joins those that overlap or touch."""
-    ranges = ranges[np.argsort(ranges[:, 0], kind="stable")]
     if len(ranges) > 1:
+        ranges = ranges[np.argsort(ranges[:, 0], kind="stable")]
         reach = np.maximum.accumulate(ranges[:, 1])  # the furthest end of this range and those before it
         begins = np.concatenate([[True], ranges[1:, 0] > reach[:-1]])
         ends = np.concatenate([begins[1:], [True]])

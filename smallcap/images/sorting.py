@@ -19,6 +19,7 @@ from smallcap.images.fragments import qualified_id
 
 RUN_ROWS = 500_000  # images that are sorted in memory
 RUN_BYTES = 256 << 20  # or fewer, where kept columns are large
+_MERGED_ROWS = 1 << 20  # that runs give together at a time
 BATCH_ROWS = 65_536  # in a batch of a spilled run, and in most tables that are yielded
 EXAMPLES = 5
 _ORDER = [("image_id", "ascending"), ("image_uri", "ascending")]
@@ -234,9 +235,10 @@ class _Run:
             self.head = pa.Table.from_batches([self._reader.get_batch(self._next)])
             self._next += 1
 
-    def last_key(self) -> tuple[str, str]:
+    def key_at(self, row: int) -> tuple[str, str]:
+        """Returns the key of a row of the current batch, or of its last one."""
         assert self.head is not None
-        return _key(self.head, self.head.num_rows - 1)
+        return _key(self.head, min(row, self.head.num_rows - 1))
 
     def take_until(self, key: tuple[str, str]) -> pa.Table:
         """Takes the rows of the current batch up to `key`, perhaps none."""
@@ -251,10 +253,14 @@ class _Run:
 
 
 def _merge(runs: list[_Run]) -> Iterator[pa.Table]:
-    """Merges runs: all rows up to the least of their batches' last keys have been read, and are sorted and yielded."""
+    """Merges runs: each gives its rows up to a key that comes soon in all of them, and these are sorted and yielded.
+
+    Thousands of runs give few rows each. Whole batches of all would be most of a billion images at once.
+    """
     while runs := [run for run in runs if run.head is not None]:
-        key = min(run.last_key() for run in runs)
-        yield sort_table(pa.concat_tables([run.take_until(key) for run in runs]))
+        soon = _MERGED_ROWS // len(runs)
+        key = min(run.key_at(soon) for run in runs)
+        yield from _slices(sort_table(pa.concat_tables([run.take_until(key) for run in runs])))
 
 
 def _slices(table: pa.Table) -> Iterator[pa.Table]:

@@ -34,6 +34,7 @@ from smallcap.images.parquet import (
     read_outlines,
     with_images,
 )
+from smallcap.images.place_check import unreadable_file
 from smallcap.local_files import local_path
 from smallcap.object_state import state_of
 from smallcap.tables import format_of
@@ -270,7 +271,9 @@ def _begins_like_image(uri: str) -> bool:
     try:
         with storage.open_ranged(uri) as file:
             return begins_like_image(file.read(SIGNATURE_BYTES))
-    except (StorageError, OSError):  # a link to nothing, a folder, a file of another user
+    except (StorageError, OSError) as error:  # a link to nothing, a folder, a file of another user
+        if isinstance(error, StorageError) and not storage.is_local(uri):
+            unreadable_file(error, uri)
         return False
 
 

@@ -8,18 +8,15 @@ WebDataset (splits, brace expansion, decoders) are not needed to caption images.
 
 from __future__ import annotations
 
-import bz2
-import gzip
 import io
 import json
-import lzma
 import math
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -27,8 +24,16 @@ import pyarrow as pa
 from smallcap import storage
 from smallcap.errors import ErrorCode, RowError, StorageError
 from smallcap.field_values import json_fields
-from smallcap.images.fragments import FRAGMENT_ROWS, Fragment, InputBatch, LeftOut, unreadable_file
-from smallcap.images.kinds import IMAGE_EXTENSIONS, SIGNATURE_BYTES, begins_like_image, ends_like_image
+from smallcap.images.bounded_tar import DAMAGED, NoBytesError, TooLargeError, open_tar
+from smallcap.images.fragments import FRAGMENT_ROWS, Fragment, InputBatch, LeftOut
+from smallcap.images.kinds import (
+    IMAGE_EXTENSIONS,
+    MAX_IMAGE_BYTES,
+    SIGNATURE_BYTES,
+    begins_like_image,
+    ends_like_image,
+)
+from smallcap.images.place_check import note_served, unreadable_file
 from smallcap.images.row_ranges import RowRanges
 from smallcap.phrasing import describe_count
 
@@ -37,13 +42,8 @@ _BATCH_BYTES = 64 << 20  # a batch ends with the image that reaches it
 _PEEK_BYTES = 16 << 10
 _PEEKS_AT_ONCE = 32
 _SAMPLE_IMAGES = 8  # the most images with one key that are held to see whether one of them is the sample's own
+_SAMPLE_TEXT_BYTES = 16 << 20  # of the json and txt members of one key together
 _WHOLE_TEXTS = {"json", "txt"}  # columns that keep a text of a sample as it is; others are fields of its JSON
-_COMPRESSED: dict[bytes, Callable[[IO[bytes]], Any]] = {
-    b"\x1f\x8b": gzip.open,
-    b"BZh": bz2.open,
-    b"\xfd7zXZ": lzma.open,
-}
-_DAMAGED = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError)  # OSError: gzip, bz2
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class _Member:
 
     name: str
     key: str
-    data: bytes
+    data: bytes | RowError
 
 
 @dataclass
@@ -71,8 +71,20 @@ class _Sample:
     key: str
     names: set[str] = field(default_factory=set)
     images: list[_Member] = field(default_factory=list)
-    texts: dict[str, str] = field(default_factory=dict)  # contents of json and txt, by the member's name
+    texts: dict[str, str | RowError] = field(default_factory=dict)  # contents of json and txt, by the member's name
     has_rows: bool = False  # there are too many images for one sample: each is its own
+
+    def is_full(self) -> bool:
+        """Says whether there are more images, or more bytes of them, than are held."""
+        return len(self.images) > _SAMPLE_IMAGES or sum(map(_size, self.images)) > MAX_IMAGE_BYTES
+
+    def text_room(self) -> int:
+        """Returns how many more bytes of texts are held."""
+        return _SAMPLE_TEXT_BYTES - sum(len(text) for text in self.texts.values() if isinstance(text, str))
+
+
+def _size(image: _Image | _Member) -> int:
+    return len(image.data) if isinstance(image.data, bytes) else 0
 
 
 def choose_tar_ids(uris: Sequence[str]) -> Literal["key", "tar/key"]:
@@ -103,12 +115,13 @@ def read_tar(fragment: Fragment, wanted: RowRanges | None, kept_columns: pa.Sche
     """
     reader = _TarReader(fragment, wanted, kept_columns.names)
     held: list[_Image] = []
+    held_bytes = 0
     for image in reader.images():
-        held_bytes = sum(len(other.data) for other in held if isinstance(other.data, bytes))
         if held and (len(held) == FRAGMENT_ROWS or held_bytes >= _BATCH_BYTES):
             yield _batch(held, kept_columns, reader)
-            held = []
+            held, held_bytes = [], 0
         held.append(image)
+        held_bytes += _size(image) + sum(len(text or "") for text in image.kept.values())
     if held:
         yield _batch(held, kept_columns, reader, ends=held[-1].row == reader.rows - 1)
 
@@ -149,13 +162,17 @@ class _TarReader:
         uri = self.uri
         problem: RowError | None = None
         try:
-            with storage.open_ranged(uri, _BLOCK_BYTES) as file, _open_tar(file) as tar:
+            with storage.open_ranged(uri, _BLOCK_BYTES) as file, open_tar(file) as tar:
+                note_served(uri)
                 yield from self._samples(tar)
         except StorageError as error:
             problem = unreadable_file(error, uri)
-        except _NoBytes:
+        except NoBytesError:
             problem = RowError(ErrorCode.EMPTY, "The tar has zero bytes.", where=uri)
-        except _DAMAGED as error:
+        except TooLargeError as error:
+            images = describe_count(self.rows, "image")
+            problem = RowError(ErrorCode.TOO_LARGE, f"The tar is not read on after {images}: {error}.", where=uri)
+        except DAMAGED as error:
             code = ErrorCode.TRUNCATED if self.rows else ErrorCode.NOT_AN_IMAGE
             images = describe_count(self.rows, "image")
             what = f"The tar is damaged or ends early after {images}: {error or type(error).__name__}."
@@ -172,7 +189,6 @@ class _TarReader:
         sample = _Sample("")
         try:
             while (member := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # tarfile would hold every header
                 name = _decoded(member.name)
                 key, extension = _split(name)
                 if member.isfile() and extension and (key != sample.key or name in sample.names):
@@ -183,17 +199,19 @@ class _TarReader:
                 if not member.isfile() or not extension:
                     self._count_other(tar, member, name)
                 elif extension in IMAGE_EXTENSIONS:
-                    sample.images.append(_Member(name, key, _content(tar, member)))
+                    sample.images.append(_Member(name, key, self._content(tar, member, name, MAX_IMAGE_BYTES)))
                 elif ending.lower() in IMAGE_EXTENSIONS:
-                    sample.images.append(_Member(name, stem, _content(tar, member)))
+                    sample.images.append(_Member(name, stem, self._content(tar, member, name, MAX_IMAGE_BYTES)))
                 elif ending.lower() in self._texts:
-                    sample.texts[f"{stem}.{ending.lower()}"] = _content(tar, member).decode(errors="replace")
+                    text = self._content(tar, member, name, sample.text_room())
+                    decoded = text.decode(errors="replace") if isinstance(text, bytes) else text
+                    sample.texts[f"{stem}.{ending.lower()}"] = decoded
                 else:
                     self._count_other(tar, member, name)
-                if len(sample.images) > _SAMPLE_IMAGES:
+                while sample.is_full():
                     sample.has_rows = True
                     yield from self._row(sample.images.pop(0), sample)
-        except _DAMAGED:
+        except (TooLargeError, *DAMAGED):
             yield from self._finish(sample)  # its image may have been read before
             raise
         yield from self._finish(sample)
@@ -206,8 +224,8 @@ class _TarReader:
         self.passed_over += len(sample.images) - len(own) if own else 0
 
     def _row(self, image: _Member, sample: _Sample) -> Iterator[_Image]:
-        content = len(image.data), zlib.crc32(image.data)
         before = self._contents.get(image.name, ())
+        content = (len(image.data), zlib.crc32(image.data)) if isinstance(image.data, bytes) else (-1, len(before))
         if content in before:
             self.repeats += 1
             return
@@ -219,16 +237,34 @@ class _TarReader:
         if self._is_wanted(self.rows - 1):
             uri = f"{self.uri}#{place}"
             texts = {name: sample.texts.get(f"{image.key}.{name}") for name in self._texts}
-            data: bytes | RowError = image.data
-            fields = json_fields(texts["json"]) if self._has_fields else {}
-            kept = dict.fromkeys(self._columns)
-            for name in self._columns:
-                try:
-                    kept[name] = texts[name] if name in _WHOLE_TEXTS else _field_text(name, fields)
-                except ValueError:
-                    what = f"The field {name} of the sample's JSON is not text, or a number out of range."
-                    data = RowError(ErrorCode.INVALID_URI, what, where=uri)
-            yield _Image(self.rows - 1, self._fragment.id_prefix + image_id, uri, data, kept)
+            kept, problem = self._kept(texts, uri)
+            yield _Image(self.rows - 1, self._fragment.id_prefix + image_id, uri, problem or image.data, kept)
+
+    def _kept(self, texts: dict[str, str | RowError | None], uri: str) -> tuple[dict[str, str | None], RowError | None]:
+        """Returns the columns to keep of an image whose sample has these texts, and why some cannot be had."""
+        problem = next((text for text in texts.values() if isinstance(text, RowError)), None)
+        plain = {name: text for name, text in texts.items() if isinstance(text, str)}
+        fields = json_fields(plain.get("json")) if self._has_fields else {}
+        kept: dict[str, str | None] = dict.fromkeys(self._columns)
+        for name in self._columns:
+            try:
+                kept[name] = plain.get(name) if name in _WHOLE_TEXTS else _field_text(name, fields)
+            except ValueError:
+                what = f"The field {name} of the sample's JSON is not text, or a number out of range."
+                problem = RowError(ErrorCode.INVALID_URI, what, where=uri)
+        return kept, problem
+
+    def _content(self, tar: tarfile.TarFile, member: tarfile.TarInfo, name: str, most: int) -> bytes | RowError:
+        """Returns a member's bytes; an error, without a byte of it, where its size is above `most`."""
+        if member.size > most:
+            what = f"The member has {member.size:,} bytes; at most {most:,} are read."
+            return RowError(ErrorCode.TOO_LARGE, what, where=f"{self.uri}#{name}")
+        file = tar.extractfile(member)
+        assert file is not None  # a regular file
+        data = file.read()
+        if len(data) != member.size:
+            raise tarfile.ReadError(f"{name} has {len(data)} of its {member.size} bytes")
+        return data
 
     def _count_other(self, tar: tarfile.TarFile, member: tarfile.TarInfo, name: str) -> None:
         """Counts a member that is not an image of a sample but looks like one: a link, a hidden file, another name."""
@@ -242,17 +278,6 @@ class _TarReader:
         return self._wanted is None or bool(self._wanted.contains(np.array([row]))[0])
 
 
-def _open_tar(file: IO[bytes]) -> tarfile.TarFile:
-    """Opens a tar that may be compressed; a compressed file may have several parts, which tarfile would not read."""
-    start = file.read(6)
-    file.seek(0)
-    data: Any = file
-    for signature, open_compressed in _COMPRESSED.items():
-        if start.startswith(signature):
-            data = io.BufferedReader(open_compressed(file), 1 << 20)
-    return tarfile.open(fileobj=data, mode="r|", bufsize=1 << 20, tarinfo=StrictTarInfo, encoding="utf-8")
-
-
 def _decoded(name: str) -> str:
     """Returns a member's name; bytes that are not UTF-8 become \\xNN, so that different names stay different."""
     return name.encode(errors="surrogateescape").decode(errors="backslashreplace").removeprefix("./")
@@ -263,15 +288,6 @@ def _split(name: str) -> tuple[str, str]:
     folder, slash, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     return folder + slash + stem, extension.lower() if stem else ""
-
-
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = tar.extractfile(member)
-    assert file is not None  # a regular file
-    data = file.read()
-    if len(data) != member.size:
-        raise tarfile.ReadError(f"{member.name} has {len(data)} of its {member.size} bytes")
-    return data
 
 
 def _start(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
@@ -301,35 +317,13 @@ def _first_key(uri: str) -> str | None:
     try:
         with storage.open_ranged(uri) as file:
             start = file.read(_PEEK_BYTES)
-        with tarfile.open(fileobj=io.BytesIO(start), mode="r|*", bufsize=tarfile.BLOCKSIZE) as tar:
+        with open_tar(io.BytesIO(start), tarfile.BLOCKSIZE) as tar:
             while (member := tar.next()) is not None:
                 key, extension = _split(_decoded(member.name))
                 if member.isfile() and extension:
                     return key
-    except (StorageError, *_DAMAGED):
+    except StorageError as error:
+        unreadable_file(error, uri)
+    except (TooLargeError, *DAMAGED):
         pass
     return None
-
-
-class _NoBytes(tarfile.ReadError):
-    """The tar has zero bytes, or what it holds compressed has."""
-
-
-class StrictTarInfo(tarfile.TarInfo):
-    """A header that raises an error for a damaged tar, where tarfile just stops."""
-
-    @classmethod
-    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> StrictTarInfo:
-        """Reads the next header.
-
-        Raises:
-            tarfile.ReadError: The tar is damaged, or ends without an end mark.
-        """
-        try:
-            return super().fromtarfile(tarfile_)
-        except tarfile.EmptyHeaderError as error:  # type: ignore[attr-defined]
-            if not tarfile_.offset:
-                raise _NoBytes("it has zero bytes") from error
-            raise tarfile.ReadError("it ends without an end mark") from error
-        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:  # type: ignore[attr-defined]
-            raise tarfile.ReadError(str(error)) from error

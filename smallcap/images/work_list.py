@@ -20,9 +20,9 @@ from pydantic import Field
 
 from smallcap import storage
 from smallcap.config import InputConfig
-from smallcap.errors import SchemaError
+from smallcap.errors import RowError, SchemaError
 from smallcap.images.fragments import FRAGMENT_COLUMNS, Fragment, FragmentTable, InputBatch
-from smallcap.images.parquet import read_parquet
+from smallcap.images.parquet import read_parquet, unread_images
 from smallcap.images.row_ranges import RowRanges
 from smallcap.images.sorting import DuplicateExample
 from smallcap.images.sources import IMAGE_COLUMNS
@@ -143,6 +143,29 @@ def read_fragment(
         yield from read_parquet(fragment, wanted, config, kept_columns)
     elif (batch := _read_uris(fragment, kept_columns).only(wanted)) is not None:
         yield batch
+
+
+def unread_rows(
+    fragment: Fragment, wanted: RowRanges | None, read: int, problem: RowError, kept_columns: pa.Schema
+) -> Iterator[InputBatch]:
+    """Yields an error in place of what is left of a tar or a Parquet file; it is not opened.
+
+    Args:
+        fragment: The fragment.
+        wanted: The rows to yield; None for all.
+        read: The number of rows that have been read.
+        problem: Why there are no more.
+        kept_columns: The kept columns of the work list.
+    """
+    if fragment.kind == "parquet":
+        yield from unread_images(fragment, wanted, read, problem, kept_columns)
+        return
+    left = None if wanted is None else wanted.subtract(RowRanges.span(0, read))
+    if left is None or left:  # a tar has one row for all that cannot be read, and ends there unless its end is known
+        row = read if left is None else int(left.ranges[0, 0])
+        kept = pa.Table.from_pylist([{}], schema=kept_columns) if len(kept_columns) else None
+        ends = left is None or left.stop == np.iinfo(np.int32).max
+        yield InputBatch(np.array([row], np.int32), [fragment.uri], [fragment.uri], [problem], kept, ends)
 
 
 def count_images(fragment: Fragment, most: int, config: InputConfig) -> int:

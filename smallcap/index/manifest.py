@@ -315,9 +315,9 @@ def load_manifest(index_uri: str, index_id: str | None = None) -> IndexManifest:
     return manifest
 
 
-def join_index_ids(manifests: Sequence[IndexManifest]) -> str:
+def join_index_ids(versions: Sequence[IndexManifest | Pointer]) -> str:
     """Returns the ids of the versions that are searched together, in their order, as one text."""
-    return _BETWEEN_IDS.join(manifest.index_id for manifest in manifests)
+    return _BETWEEN_IDS.join(version.index_id for version in versions)
 
 
 def split_index_ids(index_id: str | None) -> list[str]:

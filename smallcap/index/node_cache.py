@@ -1,17 +1,19 @@
-"""Verifies the files of an index version on a node, and downloads them where needed, before faiss reads a byte.
+"""Verifies the files of indexes and models on a node, and downloads them where needed, before anything reads them.
 
-A local index is used in place. The files of a remote one are kept in the node's cache under the names that they have in
-the index. Those come from their content, so that versions and indexes share equal files, and an addition costs only its
-new shards:
+What is local is used in place. The files of a remote index are kept in the node's cache under the names that they have
+in the index. Those come from their content, so that versions and indexes share equal files, and an addition costs only
+its new shards. Models are kept by their places and versions (`smallcap.model.remote`):
 
-    CACHE/files/…       the files
+    CACHE/files/…       the files of indexes
+    CACHE/models/…      a folder for each version of a model
     CACHE/verified/…    stamps: what was verified, and by their age when it was last used
     CACHE/downloads/…   unfinished downloads
     CACHE/locks/…       one process at a time downloads, or verifies a local index
 
-Either way the sha256 of every file is checked. A stamp (checksum, size, inode, change time) spares the next process the
-reading as long as the file stays untouched. Files arrive only by rename: truncating a mapped file would kill the
-processes that map it, while replacing or deleting it does not harm them.
+The sha256 of every file is checked; of a model, whose files nobody lists with checksums, against that of the first
+download. A stamp (checksum, size, inode, change time) spares the next process the reading as long as the file stays
+untouched. Files arrive only by rename: truncating a mapped file would kill the processes that map it, while replacing
+or deleting it does not harm them.
 """
 
 from __future__ import annotations
@@ -24,15 +26,18 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 from smallcap import storage
-from smallcap.errors import IndexIntegrityError, StorageError
+from smallcap.errors import CheckpointError, IndexIntegrityError, StorageError
 from smallcap.index.manifest import FILES_FOLDER, FileEntry, IndexManifest
 
+MODELS_FOLDER = "models"
 _DOWNLOADS_AT_ONCE = 4
 _DOWNLOAD_ATTEMPTS = 2  # the first transfer may have been damaged
 _IN_USE_S = 300  # a process may be about to map a file that was verified so recently; it is not deleted
@@ -43,6 +48,23 @@ _CHUNK_BYTES = 8 << 20
 # codes look like this once in 2**56 bytes.
 _ON_DISK_LISTS = re.compile(rb"ilod.{16}.{5}\0{3}", re.DOTALL)
 _SECTION_BYTES = 28
+
+
+@dataclass(frozen=True)
+class CachedFile:
+    """A file that a node keeps a copy of.
+
+    Attributes:
+        file: The copy's path below the cache folder.
+        uri: Where it is downloaded from.
+        bytes: Its size.
+        sha256: Its checksum; None where only the download tells it.
+    """
+
+    file: str
+    uri: str
+    bytes: int
+    sha256: str | None = None
 
 
 def open_version_folder(
@@ -70,7 +92,10 @@ def open_version_folder(
         root = Path(storage.absolute(index_uri))
         cache.verify_in_place(root, entries)
         return root
-    cache.fetch(index_uri, entries, {entry.file for entry in manifest.files})
+    files = [
+        CachedFile(entry.file, storage.join(index_uri, entry.file), entry.bytes, entry.sha256) for entry in entries
+    ]
+    cache.fetch(files, {entry.file for entry in manifest.files})
     return cache.root
 
 
@@ -92,10 +117,12 @@ class NodeCache:
 
     Args:
         root: The folder; it is made when needed.
+        check: What checks a file and returns its sha256; by default `check_file`, which is for indexes.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, check: Callable[[Path, CachedFile], str] | None = None) -> None:
         self.root = root
+        self._check = check
 
     def verify_in_place(self, folder: Path, entries: Sequence[FileEntry]) -> None:
         """Verifies the files of a local index, unless this node has done so and they are untouched since."""
@@ -105,15 +132,14 @@ class NodeCache:
             for _ in pool.map(lambda entry: self._verify(folder, entry), entries):
                 pass
 
-    def has(self, entry: FileEntry) -> bool:
+    def has(self, entry: FileEntry | CachedFile) -> bool:
         """Says whether a file is in the cache, verified and untouched since."""
         return self._is_verified(self.root, entry)
 
-    def fetch(self, index_uri: str, entries: Sequence[FileEntry], keep: set[str]) -> None:
+    def fetch(self, entries: Sequence[CachedFile], keep: set[str]) -> None:
         """Downloads the files that the cache lacks or has damaged.
 
         Args:
-            index_uri: The index's folder or prefix.
             entries: The files that are needed.
             keep: Names of files that are not deleted to make room.
         """
@@ -126,7 +152,7 @@ class NodeCache:
             missing = [entry for entry in entries if not self._is_whole(entry)]
             self._make_room(sum(entry.bytes for entry in missing), keep)
             with ThreadPoolExecutor(_DOWNLOADS_AT_ONCE) as pool:
-                for _ in pool.map(lambda entry: self._download(index_uri, entry), missing):
+                for _ in pool.map(self._download, missing):
                     pass
             for entry in entries:  # the first files may have waited long for the last
                 os.utime(self._stamp(self.root, entry.file))
@@ -140,7 +166,7 @@ class NodeCache:
             file = path.open("w")
         except OSError as error:
             raise StorageError(
-                "The index cache folder cannot be written.",
+                "This node's cache folder cannot be written.",
                 where=str(self.root),
                 found=str(error),
                 remedy="Give another folder with --set retrieval.cache_dir=FOLDER.",
@@ -154,18 +180,28 @@ class NodeCache:
     def _stamp(self, folder: Path, file: str) -> Path:
         return self.root / "verified" / f"{_digest(str(folder.resolve() / file))}.json"
 
-    def _is_verified(self, folder: Path, entry: FileEntry) -> bool:
-        """Says whether a file still matches its stamp, and if so renews the stamp's age."""
-        stamp = self._stamp(folder, entry.file)
+    def _stamped(self, folder: Path, file: str) -> tuple[str, list[object]] | None:
+        """Returns a file's checksum and state when it was verified; None where it never was."""
         try:
-            verified = json.loads(stamp.read_text()) == _state(folder / entry.file, entry)
+            sha256, *state = json.loads(self._stamp(folder, file).read_text())
+        except (OSError, ValueError, TypeError):
+            return None
+        return sha256, state
+
+    def _is_verified(self, folder: Path, entry: FileEntry | CachedFile) -> bool:
+        """Says whether a file still matches its stamp, and if so renews the stamp's age."""
+        stamped = self._stamped(folder, entry.file)
+        try:
+            verified = stamped is not None and (
+                entry.sha256 in (None, stamped[0]) and stamped[1] == _state(folder / entry.file)
+            )
             if verified:
-                os.utime(stamp)  # not the file, whose change time is in the stamp
-        except (OSError, ValueError):
+                os.utime(self._stamp(folder, entry.file))  # not the file, whose change time is in the stamp
+        except OSError:
             return False
         return verified
 
-    def _verify(self, folder: Path, entry: FileEntry) -> None:
+    def _verify(self, folder: Path, entry: FileEntry | CachedFile) -> None:
         if self._is_verified(folder, entry):
             return
         path = folder / entry.file
@@ -173,44 +209,57 @@ class NodeCache:
             raise IndexIntegrityError(
                 "A file of the index is missing.", where=str(path), remedy="Restore it, or rebuild the index."
             )
-        check_file(path, entry)
-        storage.write_bytes(str(self._stamp(folder, entry.file)), json.dumps(_state(path, entry)).encode())
+        self._write_stamp(folder, entry, self._checked(path, entry))
+
+    def _checked(self, path: Path, entry: FileEntry | CachedFile) -> str:
+        """Checks a file and returns its sha256."""
+        if self._check is not None and isinstance(entry, CachedFile):
+            return self._check(path, entry)
+        return check_file(path, entry)
+
+    def _write_stamp(self, folder: Path, entry: FileEntry | CachedFile, sha256: str) -> None:
+        stamp = [sha256, *_state(folder / entry.file)]
+        storage.write_bytes(str(self._stamp(folder, entry.file)), json.dumps(stamp).encode())
 
     # --- downloading -----------------------------------------------------------------------------------------------
 
-    def _is_whole(self, entry: FileEntry) -> bool:
+    def _is_whole(self, entry: CachedFile) -> bool:
         """Says whether the cache has a whole file; a damaged copy is deleted, to be downloaded again."""
         path = self.root / entry.file
         if not path.exists():
             return False
+        stamped = self._stamped(self.root, entry.file)
+        known = entry.sha256 or (stamped[0] if stamped else None)
         try:
-            self._verify(self.root, entry)
-        except IndexIntegrityError:
-            path.unlink()
-            return False
-        return True
+            if known is not None:
+                self._verify(self.root, replace(entry, sha256=known))
+                return True
+        except (IndexIntegrityError, CheckpointError):
+            pass
+        path.unlink()
+        return False
 
-    def _download(self, index_uri: str, entry: FileEntry) -> None:
+    def _download(self, entry: CachedFile) -> None:
         target = self.root / entry.file
         target.parent.mkdir(parents=True, exist_ok=True)
         for attempt in range(1, _DOWNLOAD_ATTEMPTS + 1):
             partial = self.root / "downloads" / uuid.uuid4().hex
             try:
-                storage.download(storage.join(index_uri, entry.file), partial)
-                check_file(partial, entry)
+                storage.download(entry.uri, partial)
+                sha256 = self._checked(partial, entry)
                 with partial.open("rb") as file:  # the stamp must not outlive the content in a power failure
                     os.fsync(file.fileno())
                 partial.replace(target)
                 break
-            except IndexIntegrityError:
+            except (IndexIntegrityError, CheckpointError):
                 if attempt == _DOWNLOAD_ATTEMPTS:
                     raise
             finally:
                 partial.unlink(missing_ok=True)
-        storage.write_bytes(str(self._stamp(self.root, entry.file)), json.dumps(_state(target, entry)).encode())
+        self._write_stamp(self.root, entry, sha256)
 
     def _make_room(self, needed: int, keep: set[str]) -> None:
-        """Deletes files of other versions, the least recently used ones first, until `needed` bytes fit."""
+        """Deletes files of other versions and models, the least recently used ones first, until `needed` bytes fit."""
         free = _free_bytes(self.root)
         for last_used, path in self._deletable(keep) if free < needed else ():
             if free >= needed or time.time() - last_used < _IN_USE_S:
@@ -220,7 +269,7 @@ class NodeCache:
             free = _free_bytes(self.root)
         if free < needed:
             raise StorageError(
-                "The index does not fit on this node's disk.",
+                "What is to be copied to this node does not fit on its disk.",
                 where=str(self.root),
                 expected=f"{needed} bytes free",
                 found=f"{free} bytes free",
@@ -230,16 +279,19 @@ class NodeCache:
     def _deletable(self, keep: set[str]) -> list[tuple[float, Path]]:
         """Lists the time of last use and the path of each file outside `keep`, longest ago first."""
         deletable = []
-        for path in (self.root / FILES_FOLDER).glob("*"):
-            name = f"{FILES_FOLDER}/{path.name}"
+        for path in chain(self.root.glob(f"{FILES_FOLDER}/*"), self.root.glob(f"{MODELS_FOLDER}/*/*")):
+            name = str(path.relative_to(self.root))
             if name not in keep:
                 stamp = self._stamp(self.root, name)
                 deletable.append(((stamp if stamp.exists() else path).stat().st_mtime, path))
         return sorted(deletable)
 
 
-def check_file(path: Path, entry: FileEntry) -> None:
+def check_file(path: Path, entry: FileEntry | CachedFile) -> str:
     """Checks a local file's size and sha256 against its manifest entry, and that faiss will open no other file for it.
+
+    Returns:
+        The sha256.
 
     Raises:
         IndexIntegrityError: A check fails.
@@ -263,15 +315,16 @@ def check_file(path: Path, entry: FileEntry) -> None:
             found="on-disk inverted lists (ilod)",
             remedy="Load it where it was built and write it again with lists in memory, or rebuild the index.",
         )
+    return digest.hexdigest()
 
 
 def _has_on_disk_lists(data: bytes) -> bool:
     return _ON_DISK_LISTS.search(data) is not None
 
 
-def _state(path: Path, entry: FileEntry) -> list[object]:
+def _state(path: Path) -> list[object]:
     status = path.stat()
-    return [entry.sha256, status.st_size, status.st_ino, status.st_ctime_ns]
+    return [status.st_size, status.st_ino, status.st_ctime_ns]
 
 
 def _free_bytes(folder: Path) -> int:

@@ -17,9 +17,14 @@ Node = Mapping[str, float]
 """A node's `CPU` and `GPU`, as Ray counts them."""
 
 LARGEST_BATCH = {"cpu": 64, "cuda": 256}  # images that go through the model together; larger ones gain nothing
+_TYPE = "accelerator_type:"  # how Ray calls the resource that names the type of a node's GPUs
 _UNIT = 10_000  # in one CPU or GPU; Ray cuts off what is finer
 _MOST_CPUS_PER_ACTOR = 4  # more threads than that help one batch of images or texts little
-_CPUS_PER_LOADING_CPU = 16  # one CPU decodes for about as many that caption
+# Units of each CPU that actors on CPUs leave to the tasks that feed them. No number of actors fills a node of less than
+# 359 CPUs: the rest, 9,693 units, is 27 times the prime 359.
+_LEFT_OF_CPU = 307
+_FEEDING_UNITS = 100  # of such a task, which shares its node's cores with the actors
+_CPUS_PER_FEEDING_TASK = 4  # of which it is one at a time; those that are ahead of the actors wait
 _WELL_USED = 0.75  # share of the CPUs that could be used, with which fewer actors of more threads are preferred
 _MOST_ACTORS_PER_CPU = 2  # more share cores and memory without captioning more
 _MOST_CPUS_BESIDE_GPU = 2  # one thread launches kernels, another prepares the next batch
@@ -39,6 +44,8 @@ class ActorPlan:
     gpus_per_actor: float
     max_actors: int  # if the cluster grows
     cpus_per_task: float = 1.0  # of a task that feeds the actors
+    load_tasks: int | None = None  # the most tasks that feed the actors at a time; None for what the CPUs allow
+    accelerator_type: str | None = None  # of the actors' GPUs, as Ray names it; None for any
     # For torch and faiss in an actor, up to its node's cores. On a GPU they are more than the actor's CPUs: a search on
     # the CPU that all wait for may use those of the loading tasks, which wait as well.
     threads: int = 1
@@ -52,14 +59,17 @@ def plan_actors(compute: ComputeConfig, nodes: Sequence[Node]) -> ActorPlan:
         nodes: The cluster's nodes.
 
     Returns:
-        A pool whose actors and at least one task that feeds them run at the same time. If the actors took all CPUs,
-        they would wait forever for their first batch.
+        A pool whose actors and at least one task that feeds them run at the same time, also where actors of other jobs
+        fill the nodes. If actors took all of the CPUs, they would wait forever for their first batch.
 
     Raises:
         ConfigError: The cluster has not what the actors ask for, and the pool may not wait for an autoscaler to bring
             it.
     """
-    on_gpu = compute.device == "cuda" or (compute.device == "auto" and any(node.get("GPU") for node in nodes))
+    kind = compute.accelerator_type
+    on_gpu = compute.device == "cuda" or (
+        compute.device == "auto" and (kind is not None or any(node.get("GPU") for node in nodes))
+    )
     if not any(node.get("CPU") for node in nodes) and compute.max_actors is None:
         raise ConfigError(
             "No node of the cluster has a CPU for the tasks that read and load.",
@@ -90,7 +100,7 @@ def tasks_beside(plan: ActorPlan, nodes: Sequence[Node]) -> list[int]:
     """Returns how many tasks that feed the actors each node runs beside the actors with which the pool starts."""
     left = plan.num_actors
     tasks = []
-    for node in nodes:
+    for node in _with_gpus_of(plan.accelerator_type, nodes):
         actors = min(left, actors_on(node, plan.cpus_per_actor, plan.gpus_per_actor))
         left -= actors
         free = _units(node.get("CPU", 0.0)) - actors * _units(plan.cpus_per_actor)
@@ -98,8 +108,17 @@ def tasks_beside(plan: ActorPlan, nodes: Sequence[Node]) -> list[int]:
     return tasks
 
 
-def _plan_on_gpus(compute: ComputeConfig, nodes: Sequence[Node]) -> ActorPlan:
+def _with_gpus_of(kind: str | None, nodes: Sequence[Node]) -> Sequence[Node]:
+    """Returns the nodes as they are for actors that take GPUs of one type, or of any: others have none for them."""
+    if kind is None:
+        return nodes
+    return [node if node.get(f"{_TYPE}{kind}") else {**node, "GPU": 0.0} for node in nodes]
+
+
+def _plan_on_gpus(compute: ComputeConfig, all_nodes: Sequence[Node]) -> ActorPlan:
     gpus = _units(compute.gpus_per_actor) / _UNIT
+    _check_type(compute, all_nodes)
+    nodes = _with_gpus_of(compute.accelerator_type, all_nodes)
     fitting = sum(actors_on(node, 0, gpus) for node in nodes)
     _check_gpus(compute, nodes, fitting)
     if not fitting:  # an autoscaler is to bring GPUs; few machines have fewer than four CPUs for one
@@ -113,6 +132,7 @@ def _plan_on_gpus(compute: ComputeConfig, nodes: Sequence[Node]) -> ActorPlan:
     if of_actor > _UNIT:  # Ray gives whole CPUs above one
         of_actor = min(of_actor // _UNIT, _MOST_CPUS_BESIDE_GPU) * _UNIT
     free = [_units(node.get("CPU", 0.0)) - count * of_actor for node, count in zip(nodes, places, strict=True)]
+    of_task = _units_per_task(free)
     return ActorPlan(
         device="cuda",
         dtype=compute.dtype,
@@ -120,8 +140,26 @@ def _plan_on_gpus(compute: ComputeConfig, nodes: Sequence[Node]) -> ActorPlan:
         cpus_per_actor=of_actor / _UNIT,
         gpus_per_actor=gpus,
         max_actors=max_actors,
-        cpus_per_task=_units_per_task(free) / _UNIT,
+        cpus_per_task=of_task / _UNIT,
+        load_tasks=None if compute.load_cpus == "auto" else compute.load_cpus * _UNIT // of_task,
+        accelerator_type=compute.accelerator_type,
         threads=max(1, min(min(shares) // _UNIT, _MOST_THREADS)),
+    )
+
+
+def _check_type(compute: ComputeConfig, nodes: Sequence[Node]) -> None:
+    """Refuses a type of GPU that no node has, unless an autoscaler may bring it."""
+    kind = compute.accelerator_type
+    types = {name.removeprefix(_TYPE) for node in nodes for name in node if name.startswith(_TYPE) and node.get("GPU")}
+    if kind is None or kind in types or compute.max_actors is not None:
+        return
+    raise ConfigError(
+        "No node of the cluster has a GPU of this type.",
+        where="compute.accelerator_type",
+        expected=f"one of {', '.join(sorted(types))}" if types else "a cluster with GPUs",
+        found=kind,
+        remedy="Write the type as Ray does, or leave it out; if an autoscaler brings such nodes, set "
+        "compute.max_actors.",
     )
 
 
@@ -134,7 +172,8 @@ def _check_gpus(compute: ComputeConfig, nodes: Sequence[Node], fitting: int) -> 
         fitting: How many actors its GPUs hold.
     """
     largest = max((int(node.get("GPU", 0.0)) for node in nodes), default=0)
-    if not fitting and not (compute.device == "cuda" and compute.max_actors is not None):
+    asks_for_gpus = compute.device == "cuda" or compute.accelerator_type is not None
+    if not fitting and not (asks_for_gpus and compute.max_actors is not None):
         if not largest:
             raise ConfigError(
                 "No node of the cluster has a GPU.",
@@ -182,36 +221,39 @@ def _plan_on_cpus(compute: ComputeConfig, nodes: Sequence[Node]) -> ActorPlan:
     if asked is not None and compute.max_actors is None and asked * _UNIT > _MOST_ACTORS_PER_CPU * sum(cpus):
         raise _too_many_on_cpus(asked, cpus)
     num_actors, of_actor = _whole_cpus(cpus, asked, compute.max_actors) or (asked or 1, 0)
-    of_task = _UNIT
-    if not of_actor:
-        of_actor = of_task = _equal_shares(cpus, num_actors)
+    of_actor = of_actor or _equal_shares(cpus, num_actors)
+    max_actors = compute.max_actors or num_actors
     return ActorPlan(
         device="cpu",
         dtype="float32" if compute.dtype == "auto" else compute.dtype,
         num_actors=num_actors,
-        cpus_per_actor=of_actor / _UNIT,
+        cpus_per_actor=of_actor * (_UNIT - _LEFT_OF_CPU) // _UNIT / _UNIT,
         gpus_per_actor=0.0,
-        max_actors=compute.max_actors or num_actors,
-        cpus_per_task=of_task / _UNIT,
+        max_actors=max_actors,
+        cpus_per_task=_FEEDING_UNITS / _UNIT,
+        load_tasks=_feeding_tasks(compute, cpus) * -(-max_actors // num_actors),
         threads=max(1, of_actor // _UNIT),
     )
 
 
+def _feeding_tasks(compute: ComputeConfig, cpus: Sequence[int]) -> int:
+    """Returns the most tasks that feed the actors with which a pool starts."""
+    if compute.load_cpus != "auto":
+        return compute.load_cpus
+    return max(sum(there > 0 for there in cpus), -(-sum(cpus) // (_CPUS_PER_FEEDING_TASK * _UNIT)))
+
+
 def _whole_cpus(cpus: Sequence[int], asked: int | None, most: int | None) -> tuple[int, int] | None:
     """Returns a number of actors and the units of each, whole CPUs; None where some must share a CPU.
-
-    Whole CPUs fit together in any order, so that wherever Ray puts the actors, the others are left for loading.
 
     Args:
         cpus: Each node's CPU units.
         asked: The number of actors; None takes what there is.
         most: The most actors, where their number is not given.
     """
-    whole = sum(there // _UNIT for there in cpus)
-    loading = 1 if asked else max(1, whole // _CPUS_PER_LOADING_CPU)
     pools = []
     for each in range(_MOST_CPUS_PER_ACTOR, 0, -1):
-        count = min(sum(there // _UNIT // each for there in cpus), (whole - loading) // each)
+        count = sum(there // _UNIT // each for there in cpus)
         count = min(count, asked or most or count)
         if count > 0 and count >= (asked or 1):
             pools.append((count, each))
@@ -223,10 +265,10 @@ def _whole_cpus(cpus: Sequence[int], asked: int | None, most: int | None) -> tup
 
 
 def _equal_shares(cpus: Sequence[int], actors: int) -> int:
-    """Returns the CPU units of an actor, and of a task, where not all can have a CPU: the largest that suffice."""
+    """Returns the CPU units of an actor where not all can have a CPU: the largest that suffice."""
     for parts in range(2, _UNIT + 1):
         units = _UNIT // parts
-        if sum(there // units for there in cpus) > actors:  # one task besides
+        if sum(there // units for there in cpus) >= actors:
             return units
     raise _too_many_on_cpus(actors, cpus)
 

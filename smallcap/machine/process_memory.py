@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
@@ -56,6 +58,20 @@ def available_bytes(root: Path = Path("/")) -> int:
         except (OSError, ValueError):
             continue
     return max(0, min(left))
+
+
+@functools.cache
+def total_bytes(root: Path = Path("/")) -> int:
+    """Returns the memory of this machine, or less in a container with a limit.
+
+    Args:
+        root: Folder that holds `sys`.
+    """
+    total = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for limit_file in ("memory.max", "memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # no such file, or `max`
+            total.append(int((root / "sys/fs/cgroup" / limit_file).read_text()))
+    return min(total)
 
 
 def private_bytes() -> int:

@@ -21,6 +21,7 @@ from smallcap.errors import CheckpointError, ConfigError
 from smallcap.model.checkpoint import DECODER_KINDS, SmallCapConfig, SmallCapModel
 from smallcap.model.files import joined_model_id, resolve_folder, weights_file
 from smallcap.model.prompt import load_tokenizer
+from smallcap.storage import DEFAULT_CACHE_DIR
 
 if TYPE_CHECKING:
     from smallcap.decoding.text_decoder import DecoderConfig
@@ -57,18 +58,20 @@ def join_frozen_models(
     eos_token: str = ".",
     pad_token: str = "!",
     seed: int = 0,
+    cache_dir: str = DEFAULT_CACHE_DIR,
 ) -> SmallCapModel:
     """Joins a vision encoder and a language model; the cross-attention between them is new.
 
     Args:
-        vision_encoder: Folder or hub id of a CLIP from transformers, or of its vision tower alone.
-        decoder: Folder or hub id of a GPT-2, OPT or XGLM.
+        vision_encoder: Folder, URI or hub id of a CLIP from transformers, or of its vision tower alone.
+        decoder: Folder, URI or hub id of a GPT-2, OPT or XGLM.
         reduce_factor: Factor by which the cross-attention's heads are smaller than the decoder's.
         retrieval_encoder: Spec of the retrieval encoder that the checkpoint names.
         k: Retrieved captions per prompt; 0 makes a model without retrieval.
         eos_token: Token of the decoder's vocabulary that ends a caption.
         pad_token: Token of the decoder's vocabulary that fills batches.
         seed: Seed of the cross-attention's initial weights.
+        cache_dir: This node's cache folder, for copies of what is remote.
 
     Returns:
         The model in float32 on the CPU, in eval mode, all parameters frozen.
@@ -77,15 +80,15 @@ def join_frozen_models(
         CheckpointError: A model cannot be found, is of an unknown kind, or is incomplete.
         ConfigError: The models or the reduce factor do not fit together.
     """
-    vision, vision_config = _load_vision(vision_encoder)
-    language_model, kind = _load_language_model(decoder)
+    vision, vision_config = _load_vision(vision_encoder, cache_dir)
+    language_model, kind = _load_language_model(decoder, cache_dir)
     values = language_model.config.to_dict() | {
         "encoder_hidden_size": vision_config["hidden_size"],
         "cross_attention_reduce_factor": reduce_factor,
     }
     parsed = DECODER_KINDS[kind].parse_config(values)
     _check_sizes(parsed, vision_config["hidden_size"])
-    tokenizer = load_tokenizer(decoder)
+    tokenizer = load_tokenizer(decoder, cache_dir)
     vocabulary = tokenizer.get_vocab()
     config = SmallCapConfig(
         encoder={"vision_config": {"model_type": "clip_vision_model", **vision_config}},
@@ -102,22 +105,22 @@ def join_frozen_models(
         model = SmallCapModel(config)
     model.encoder.transformer.load_state_dict(vision.state_dict())
     _fill_decoder(model, language_model, decoder)
-    model.model_id = joined_model_id(vision_encoder, decoder)
+    model.model_id = joined_model_id(vision_encoder, decoder, cache_dir)
     return model.eval().requires_grad_(False)
 
 
-def _load_vision(source: str) -> tuple[nn.Module, dict[str, Any]]:
+def _load_vision(source: str, cache_dir: str) -> tuple[nn.Module, dict[str, Any]]:
     """Returns a CLIP's vision tower and its sizes."""
-    folder = resolve_folder(source, demo_model="clip")
+    folder = resolve_folder(source, "clip", cache_dir)
     loaded = _load(_VISION_MODELS[_model_type(folder, source, _VISION_MODELS)], folder, source)
     config = getattr(loaded.config, "vision_config", loaded.config)
     tower = cast("nn.Module", getattr(loaded, "vision_model", loaded))  # not nested in the newest transformers
     return tower, {name: getattr(config, name) for name in _VISION_SIZES}
 
 
-def _load_language_model(source: str) -> tuple[PreTrainedModel, str]:
+def _load_language_model(source: str, cache_dir: str) -> tuple[PreTrainedModel, str]:
     """Returns a transformers language model, and the kind of decoder that it becomes."""
-    folder = resolve_folder(source, demo_model="smallcap")
+    folder = resolve_folder(source, "smallcap", cache_dir)
     kind = LANGUAGE_MODELS[_model_type(folder, source, LANGUAGE_MODELS)]
     return _load(kind.model, folder, source), kind.decoder
 

@@ -34,8 +34,10 @@ from smallcap.model.files import named_by_weights, read_checkpoint_config, resol
 from smallcap.model.gpt2 import GPT2Decoder, dump_gpt2_config, parse_gpt2_config
 from smallcap.model.opt import OPTDecoder, dump_opt_config, parse_opt_config
 from smallcap.model.prompt import PromptTemplate
+from smallcap.model.remote import shown_place
 from smallcap.model.weights import Unfilled, read_tensors
 from smallcap.model.xglm import XGLM_FORMAT, XGLMDecoder
+from smallcap.storage import DEFAULT_CACHE_DIR
 
 
 @dataclass(frozen=True)
@@ -198,13 +200,16 @@ class SmallCapModel(nn.Module):
             torch.cuda.empty_cache()
 
 
-def load_checkpoint(source: str, device: str = "cpu", dtype: str = "float32") -> SmallCapModel:
+def load_checkpoint(
+    source: str, device: str = "cpu", dtype: str = "float32", cache_dir: str = DEFAULT_CACHE_DIR
+) -> SmallCapModel:
     """Loads a SmallCap checkpoint for inference.
 
     Args:
-        source: `demo`, a folder, or a Hugging Face id such as `Yova/SmallCap7M`.
+        source: `demo`, a folder, a URI, or a Hugging Face id such as `Yova/SmallCap7M`.
         device: `cpu`, `cuda` or `cuda:N`. For a GPU, see `choose_kernels`, which concerns the whole process.
         dtype: `float32`, `bfloat16` or `float16`.
+        cache_dir: This node's cache folder, for a copy of what a URI names.
 
     Returns:
         The model in eval mode, all parameters frozen.
@@ -212,13 +217,14 @@ def load_checkpoint(source: str, device: str = "cpu", dtype: str = "float32") ->
     Raises:
         ConfigError: The device is not here.
         CheckpointError: It is missing, incomplete or of an unknown kind, or loading it would execute code.
+        StorageError: The store that has it fails.
     """
     torch_device, torch_dtype = find_device(device), getattr(torch, dtype)
-    folder = resolve_folder(source, demo_model="smallcap")
+    folder = resolve_folder(source, "smallcap", cache_dir)
     with Unfilled():
         model = SmallCapModel(load_config(folder))
     path = weights_file(folder)
-    load_weights(model, read_tensors(path), str(path))
+    load_weights(model, read_tensors(path), shown_place(path))
     model.model_id = named_by_weights(source, folder)
     choose_kernels(torch_dtype, torch_device)
     return model.to(device=torch_device, dtype=torch_dtype).eval().requires_grad_(False)
@@ -236,7 +242,7 @@ def load_config(folder: Path) -> SmallCapConfig:
         if kind not in DECODER_KINDS:
             raise CheckpointError(
                 "The checkpoint has a decoder of an unknown kind.",
-                where=str(path),
+                where=shown_place(path),
                 expected=", ".join(DECODER_KINDS),
                 found=kind,
             )
@@ -254,7 +260,9 @@ def load_config(folder: Path) -> SmallCapConfig:
         return replace(config, **{**generation, "template": PromptTemplate(**generation.get("template", {}))})
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            "The checkpoint's config.json is malformed.", where=str(path), found=f"{type(error).__name__}: {error}"
+            "The checkpoint's config.json is malformed.",
+            where=shown_place(path),
+            found=f"{type(error).__name__}: {error}",
         ) from error
 
 
@@ -332,9 +340,9 @@ def save_checkpoint(model: SmallCapModel, folder: Path, dtype: torch.dtype = tor
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
 
 
-def tokenizer_source(source: str) -> str:
+def tokenizer_source(source: str, cache_dir: str = DEFAULT_CACHE_DIR) -> str:
     """Returns the source of a checkpoint's tokenizer: its folder, or the hub id that its decoder was trained with."""
-    folder = resolve_folder(source, demo_model="smallcap")
+    folder = resolve_folder(source, "smallcap", cache_dir)
     if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer_config.json")):
         return str(folder)
     decoder = json.loads((folder / "config.json").read_bytes())["decoder"]

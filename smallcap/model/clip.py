@@ -21,6 +21,7 @@ from smallcap.decoding.text_decoder import activation, init_weights, split_heads
 from smallcap.errors import CheckpointError
 from smallcap.model.clip_config import MISCOUNTED_EOS, TextConfig, TowerConfig, VisionConfig, read_clip_config
 from smallcap.model.files import weights_file
+from smallcap.model.remote import shown_place
 from smallcap.model.weights import Unfilled, read_tensors
 
 
@@ -188,7 +189,7 @@ class Clip(nn.Module):
         if missing := outcome.missing_keys:
             raise CheckpointError(
                 "The encoder's weights are incomplete.",
-                where=str(path),
+                where=shown_place(path),
                 found=f"{len(missing)} missing, such as {missing[0]}",
             )
         return clip

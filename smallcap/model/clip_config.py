@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from smallcap.errors import CheckpointError
+from smallcap.model.remote import shown_place
 
 MISCOUNTED_EOS = 2  # the text's end in configs from before transformers 4.32, whatever the vocabulary says
 _TOWERS = ("vision_config", "text_config")
@@ -70,4 +71,6 @@ def read_clip_config(folder: Path) -> tuple[VisionConfig, TextConfig, int]:
         vision, text = VisionConfig.parse(towers[0]), TextConfig.parse(towers[1])
         return vision, text, int(values.get("projection_dim", 512))
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError("The encoder's config cannot be read.", where=str(path), found=str(error)) from error
+        raise CheckpointError(
+            "The encoder's config cannot be read.", where=shown_place(path), found=str(error)
+        ) from error

@@ -28,14 +28,14 @@ from smallcap.model.clip import Clip, VisionTower, pad_right
 from smallcap.model.clip_config import VisionConfig
 from smallcap.model.clip_tokenizer import ClipTokenizer
 from smallcap.model.encoder_spec import (
-    check_encoder_spec,
+    local_encoder,
     open_clip_preprocessing,
     resolve_encoder_identity,
     uses_quick_gelu,
     vision_preprocessing,
 )
-from smallcap.model.files import resolve_folder
 from smallcap.model.prompt import read_tokenizer
+from smallcap.storage import DEFAULT_CACHE_DIR
 
 _TEXT_BATCH = 256
 
@@ -230,25 +230,29 @@ class OpenCLIPRetrievalEncoder(RetrievalEncoder):
         return self._model.encode_text(ids.to(self.device))
 
 
-def load_retrieval_encoder(spec: str, device: str = "cpu", dtype: str = "float32") -> RetrievalEncoder:
+def load_retrieval_encoder(
+    spec: str, device: str = "cpu", dtype: str = "float32", cache_dir: str = DEFAULT_CACHE_DIR
+) -> RetrievalEncoder:
     """Loads a retrieval encoder.
 
     Args:
         spec: `demo`, `hf:ID-OR-PATH`, or `open_clip:MODEL/PRETRAINED-OR-PATH`.
         device: `cpu`, `cuda` or `cuda:N`. For a GPU, see `choose_kernels`, which concerns the whole process.
         dtype: `float32`, `bfloat16` or `float16`.
+        cache_dir: This node's cache folder, for copies of what is remote.
 
     Raises:
         ConfigError: The spec has no known form, or the device is not here.
         CheckpointError: What it names cannot be found or is not a CLIP model.
+        StorageError: The store that has it fails.
     """
     torch_device, torch_dtype = find_device(device), getattr(torch, dtype)
-    identity = resolve_encoder_identity(spec)
-    backend, name, pretrained = check_encoder_spec(spec)
+    identity = resolve_encoder_identity(spec, cache_dir)
+    backend, name, pretrained = local_encoder(spec, cache_dir)
     choose_kernels(torch_dtype, torch_device)
     try:
         if backend == "hf":
-            return HFRetrievalEncoder.load(resolve_folder(name, demo_model="clip"), identity, torch_device, torch_dtype)
+            return HFRetrievalEncoder.load(Path(name), identity, torch_device, torch_dtype)
         return OpenCLIPRetrievalEncoder.load(name, pretrained, identity, torch_device, torch_dtype)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise CheckpointError("The retrieval encoder cannot be loaded.", where=spec, found=str(error)) from error

@@ -15,9 +15,11 @@ from safetensors import SafetensorError, safe_open
 from smallcap.errors import CheckpointError
 from smallcap.model.clip_config import MISCOUNTED_EOS, TextConfig, read_clip_config
 from smallcap.model.clip_tokenizer import ClipTokenizer
-from smallcap.model.encoder_spec import check_encoder_spec
-from smallcap.model.files import resolve_folder, weights_file
+from smallcap.model.encoder_spec import local_encoder
+from smallcap.model.files import weights_file
 from smallcap.model.prompt import read_tokenizer
+from smallcap.model.remote import shown_place
+from smallcap.storage import DEFAULT_CACHE_DIR
 
 _ERF = np.frompyfunc(math.erf, 1, 1)
 
@@ -41,9 +43,9 @@ def embed_text(spec: str, text: str) -> np.ndarray:
         ConfigError: The spec has no known form.
         CheckpointError: What it names cannot be found or is not a CLIP model.
     """
-    backend, name, _ = check_encoder_spec(spec)
+    backend, name, _ = local_encoder(spec, DEFAULT_CACHE_DIR)
     if backend == "hf":
-        folder = resolve_folder(name, demo_model="clip")
+        folder = Path(name)
         _, config, _ = read_clip_config(folder)
         weights = _read_weights(weights_file(folder))
         if weights is not None and config.hidden_act in _ACTIVATIONS and (folder / "tokenizer.json").is_file():
@@ -72,7 +74,7 @@ def _read_weights(path: Path) -> dict[str, np.ndarray] | None:
                 return None
             return {name: file.get_tensor(name).astype(np.float32) for name in names}
     except (SafetensorError, OSError) as error:
-        raise CheckpointError("The weights file is damaged.", where=str(path), found=str(error)) from error
+        raise CheckpointError("The weights file is damaged.", where=shown_place(path), found=str(error)) from error
 
 
 class TextTower:

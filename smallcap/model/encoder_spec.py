@@ -1,8 +1,8 @@
 """What the spec of a retrieval encoder names: its identity and how it wants images, known before a model is loaded.
 
 A retrieval encoder comes from transformers (`hf:ID-OR-PATH`) or from open_clip (`open_clip:MODEL/PRETRAINED-OR-PATH`,
-`open_clip:hf-hub:ID` or `open_clip:local-dir:FOLDER`); `demo` is the demo's encoder. Its identity, the checksum of
-its weights, ties an index to the only encoder whose queries it can answer.
+`open_clip:hf-hub:ID` or `open_clip:local-dir:FOLDER`); a path may be a URI. `demo` is the demo's encoder. Its identity,
+the checksum of its weights, ties an index to the only encoder whose queries it can answer.
 
 This module does not import torch, so that a misspelt encoder is told at once. open_clip, which does, is imported only
 where its weights are looked for; the names that it knows are read off its files.
@@ -27,57 +27,85 @@ from smallcap.images.decode import Preprocessing
 from smallcap.index.manifest import EncoderIdentity
 from smallcap.model.clip_config import read_clip_config
 from smallcap.model.files import DEMO, read_checkpoint_config, resolve_folder, weights_file, weights_sha256
+from smallcap.model.remote import fetch_file, shown_place
+from smallcap.storage import DEFAULT_CACHE_DIR, is_local
+
+_LOCAL_FOLDER = "local-dir:"  # how open_clip names one, which smallcap lets be remote as well
 
 
-def resolve_encoder_identity(spec: str) -> EncoderIdentity:
+def resolve_encoder_identity(spec: str, cache_dir: str = DEFAULT_CACHE_DIR) -> EncoderIdentity:
     """Returns the identity of a retrieval encoder without loading its model.
+
+    Args:
+        spec: The spec.
+        cache_dir: This node's cache folder, for copies of what is remote.
 
     Raises:
         ConfigError: The spec has no known form, or open_clip does not know the names in it.
         CheckpointError: What it names cannot be found.
+        StorageError: The store that has it fails.
     """
-    backend, name, pretrained = check_encoder_spec(spec)
+    backend, name, pretrained = local_encoder(spec, cache_dir)
     if backend == "hf":
-        folder = resolve_folder(name, demo_model="clip")
-        _, _, dim = read_clip_config(folder)
-        weights = weights_file(folder)
+        _, _, dim = read_clip_config(Path(name))
+        weights = weights_file(Path(name))
     else:
         dim = open_clip_config(name)["embed_dim"]
         weights = _open_clip_weights(name, pretrained, spec)
     return EncoderIdentity(spec=spec, weights_sha256=weights_sha256(weights), dim=dim)
 
 
-def load_preprocessing(spec: str) -> Preprocessing:
+def load_preprocessing(spec: str, cache_dir: str = DEFAULT_CACHE_DIR) -> Preprocessing:
     """Returns how a retrieval encoder wants its images prepared, without loading its model.
 
-    Raises:
-        ConfigError: The spec has no known form, or open_clip does not know the names in it.
-        CheckpointError: What it names cannot be found.
+    Arguments and errors are those of `resolve_encoder_identity`.
     """
-    backend, name, pretrained = check_encoder_spec(spec)
+    backend, name, pretrained = local_encoder(spec, cache_dir)
     if backend == "open_clip":
         return open_clip_preprocessing(name, pretrained)
-    vision, _, _ = read_clip_config(resolve_folder(name, demo_model="clip"))
+    vision, _, _ = read_clip_config(Path(name))
     return Preprocessing(size_px=vision.image_size)
 
 
-def load_crop_plan(model: str, retrieval_encoder: str | None, decode: DecodeMode = "exact") -> CropPlan:
+def load_crop_plan(
+    model: str, retrieval_encoder: str | None, decode: DecodeMode = "exact", cache_dir: str = DEFAULT_CACHE_DIR
+) -> CropPlan:
     """Returns the crops that a checkpoint and a retrieval encoder need, without loading them.
 
     Raises:
         CheckpointError: One of them cannot be found, or is malformed.
+        StorageError: The store that has it fails.
     """
-    folder = resolve_folder(model, demo_model="smallcap")
+    folder = resolve_folder(model, "smallcap", cache_dir)
     try:
         encoder = read_checkpoint_config(folder)["encoder"]
         vision = vision_preprocessing(encoder.get("vision_config") or encoder)
     except (AttributeError, KeyError) as error:
         raise CheckpointError(
             "The checkpoint's config.json is malformed.",
-            where=str(folder / "config.json"),
+            where=shown_place(folder / "config.json"),
             found=f"{type(error).__name__}: {error}",
         ) from error
-    return CropPlan.of(vision, load_preprocessing(retrieval_encoder) if retrieval_encoder else None, decode)
+    retrieval = load_preprocessing(retrieval_encoder, cache_dir) if retrieval_encoder else None
+    return CropPlan.of(vision, retrieval, decode)
+
+
+def local_encoder(spec: str, cache_dir: str) -> tuple[Literal["hf", "open_clip"], str, str | None]:
+    """Does what `check_encoder_spec` does, and names local copies of what is remote, for `hf` always a folder.
+
+    Raises:
+        ConfigError: As `check_encoder_spec`.
+        CheckpointError, StorageError: What is remote cannot be fetched.
+    """
+    backend, name, pretrained = check_encoder_spec(spec)
+    if backend == "hf":
+        return backend, str(resolve_folder(name, "clip", cache_dir)), None
+    if pretrained is not None and not is_local(pretrained):
+        return backend, name, str(fetch_file(pretrained, cache_dir))
+    place = name.removeprefix(_LOCAL_FOLDER)
+    if not is_local(place):
+        name = f"{_LOCAL_FOLDER}{resolve_folder(place, 'clip', cache_dir)}"
+    return backend, name, pretrained
 
 
 def check_encoder_spec(spec: str) -> tuple[Literal["hf", "open_clip"], str, str | None]:
@@ -90,7 +118,8 @@ def check_encoder_spec(spec: str) -> tuple[Literal["hf", "open_clip"], str, str 
     if backend == "open_clip" and pretrained is not None:
         open_clip_config(name)
         tags = _pretrained_tags().get(name, [])
-        if pretrained.lower().replace("-", "_") not in tags and not Path(pretrained).is_file():
+        is_file = not is_local(pretrained) or Path(pretrained).is_file()  # what is remote is looked at when fetched
+        if pretrained.lower().replace("-", "_") not in tags and not is_file:
             raise ConfigError(
                 "The pretrained weights are neither a tag of this architecture nor a file.",
                 where=spec,
@@ -106,9 +135,9 @@ def _split(spec: str) -> tuple[Literal["hf", "open_clip"], str, str | None]:
         return "hf", DEMO, None
     backend, colon, name = spec.partition(":")
     if colon and name and backend == "hf":
-        return "hf", name, None
+        return "hf", spec if name.startswith("//") else name, None  # hf://USER/NAME is a place on the Hub
     if colon and name and backend == "open_clip":
-        if name.startswith(("hf-hub:", "local-dir:")):
+        if name.startswith(("hf-hub:", _LOCAL_FOLDER)):
             return "open_clip", name, None
         model, slash, pretrained = name.partition("/")
         if slash and pretrained:
@@ -116,7 +145,7 @@ def _split(spec: str) -> tuple[Literal["hf", "open_clip"], str, str | None]:
     raise ConfigError(
         "This is not a retrieval encoder spec.",
         where=spec,
-        expected="demo, hf:ID-OR-PATH, or open_clip:MODEL/PRETRAINED-OR-PATH",
+        expected="demo, hf:ID-PATH-OR-URI, or open_clip:MODEL/PRETRAINED-PATH-OR-URI",
         remedy="For the paper's encoder write open_clip:RN50x64/openai.",
     )
 
@@ -256,5 +285,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         values: dict[str, Any] = json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError) as error:
-        raise CheckpointError("The encoder's config cannot be read.", where=str(path), found=str(error)) from error
+        raise CheckpointError(
+            "The encoder's config cannot be read.", where=shown_place(path), found=str(error)
+        ) from error
     return values

@@ -1,6 +1,6 @@
-"""Finds the local files of a model (`demo`, a folder, or a Hugging Face id) and of GPT-2's tokenizer.
+"""Finds the local files of a model (`demo`, a folder, a URI, or a Hugging Face id) and of GPT-2's tokenizer.
 
-It downloads only what a hub id names, and never loads or runs what it finds.
+It downloads only what a URI or a hub id names, and never loads or runs what it finds.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from smallcap.errors import CheckpointError
-from smallcap.storage import sha256_file
+from smallcap.model.remote import WANTED, fetch_folder, shown_name, shown_place
+from smallcap.storage import DEFAULT_CACHE_DIR, absolute, is_local, sha256_file
 
 DEMO = "demo"
 GPT2 = "gpt2"
-# Weights and text files only: no pickled optimizers, no code.
-_WANTED = ["*.json", "*.txt", "*.safetensors", "*.model", "pytorch_model*.bin", "open_clip_pytorch_model.bin"]
 
 
 def demo_captions() -> Iterator[str]:
@@ -48,44 +47,54 @@ def demo_folder() -> Path:
     )
 
 
-def tokenizer_folder(source: str) -> Path:
+def tokenizer_folder(source: str, cache_dir: str = DEFAULT_CACHE_DIR) -> Path:
     """Returns the local folder of a tokenizer; like `resolve_folder`, but GPT-2's comes with this package.
 
     Args:
-        source: `demo`, `gpt2`, a folder, or a Hugging Face id.
+        source: `demo`, `gpt2`, a folder, a URI, or a Hugging Face id.
+        cache_dir: This node's cache folder, for copies of what is remote.
 
     Raises:
         CheckpointError: There is no such folder, or the hub id cannot be reached.
+        StorageError: The URI's store fails.
     """
     if source == GPT2:
         return Path(__file__).parents[1] / "gpt2_tokenizer"
-    return resolve_folder(source, demo_model="smallcap")
+    return resolve_folder(source, "smallcap", cache_dir)
 
 
-def resolve_folder(source: str, demo_model: str) -> Path:
-    """Returns the local folder of a model; downloads it if `source` is a hub id.
+def resolve_folder(source: str, demo_model: str, cache_dir: str = DEFAULT_CACHE_DIR) -> Path:
+    """Returns the local folder of a model; downloads it if `source` is a URI or a hub id.
 
     Args:
-        source: `demo`, a folder, or a Hugging Face id such as `openai/clip-vit-base-patch32`.
+        source: `demo`, a folder, a URI such as `s3://bucket/model`, or a Hugging Face id such as
+            `openai/clip-vit-base-patch32`.
         demo_model: Name of the folder in `demo/model/` that `demo` stands for.
+        cache_dir: This node's cache folder, for copies of what a URI names; hub ids have the hub's own.
 
     Raises:
         CheckpointError: There is no such folder, or the hub id cannot be reached.
+        StorageError: The URI's store fails.
     """
     if source == DEMO:
         return demo_folder() / "model" / demo_model
-    folder = Path(source).expanduser()
+    if not is_local(source):
+        return fetch_folder(source, cache_dir)
+    folder = Path(absolute(source) if "://" in source else source).expanduser()
     if folder.is_dir():
         return folder
     if source.count("/") > 1 or source.startswith((".", "/", "~")):
         raise CheckpointError(
-            "There is no such model folder.", where=source, expected="an existing folder, or a hub id", found="neither"
+            "There is no such model folder.",
+            where=source,
+            expected="an existing folder, a URI, or a hub id",
+            found="none",
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(source, allow_patterns=_WANTED))
+        return Path(snapshot_download(source, allow_patterns=list(WANTED)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             "The model is neither a folder here nor reachable on the Hugging Face hub.",
@@ -108,37 +117,46 @@ def weights_file(folder: Path) -> Path:
     present = sorted(path.name for path in folder.iterdir())
     raise CheckpointError(
         "The model folder has no weights file.",
-        where=str(folder),
+        where=shown_place(folder),
         expected=" or ".join(names),
         found=", ".join(present),
     )
 
 
-def checkpoint_id(source: str) -> str:
+def checkpoint_id(source: str, cache_dir: str = DEFAULT_CACHE_DIR) -> str:
     """Returns a checkpoint's id: its name and the first digits of its weights' sha256; the weights are not loaded.
 
     Raises:
         CheckpointError: It cannot be found, or is not a SmallCap checkpoint.
+        StorageError: The store that has it fails.
     """
-    folder = resolve_folder(source, demo_model="smallcap")
+    folder = resolve_folder(source, "smallcap", cache_dir)
     read_checkpoint_config(folder)
     return named_by_weights(source, folder)
 
 
-def joined_model_id(vision_encoder: str, decoder: str) -> str:
+def checkpoint_sha256(source: str, cache_dir: str = DEFAULT_CACHE_DIR) -> str:
+    """Returns the hexadecimal sha256 of a checkpoint's weights file; errors are those of `checkpoint_id`."""
+    return weights_sha256(weights_file(resolve_folder(source, "smallcap", cache_dir)))
+
+
+def joined_model_id(vision_encoder: str, decoder: str, cache_dir: str = DEFAULT_CACHE_DIR) -> str:
     """Returns an id of two models joined: their names and the first digits of their weights' sha256.
 
     Raises:
         CheckpointError: One of them cannot be found.
+        StorageError: The store that has it fails.
     """
-    folders = (vision_encoder, resolve_folder(vision_encoder, "clip")), (decoder, resolve_folder(decoder, "smallcap"))
+    kinds = ((vision_encoder, "clip"), (decoder, "smallcap"))
+    folders = [(source, resolve_folder(source, kind, cache_dir)) for source, kind in kinds]
     return " + ".join(named_by_weights(source, folder) for source, folder in folders)
 
 
 def named_by_weights(source: str, folder: Path) -> str:
     """Returns the id of a model that is in a folder, as `resolve_folder` found it."""
-    is_folder = source != DEMO and Path(source).is_dir()  # `demo` is not a folder's name, wherever a command is given
-    name = folder.name if is_folder else source
+    # `demo` is not a folder's name, wherever a command is given
+    is_folder = source != DEMO and is_local(source) and ("://" in source or Path(source).is_dir())
+    name = folder.name if is_folder else source if is_local(source) else shown_name(source)
     return f"{name}@{weights_sha256(weights_file(folder))[:12]}"
 
 
@@ -164,12 +182,14 @@ def read_checkpoint_config(folder: Path) -> dict[str, Any]:
         values: dict[str, Any] = json.loads(path.read_bytes())
         kind = values["model_type"]
     except FileNotFoundError as error:
-        raise CheckpointError("The checkpoint has no config.json.", where=str(folder)) from error
+        raise CheckpointError("The checkpoint has no config.json.", where=shown_place(folder)) from error
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            "The checkpoint's config.json is malformed.", where=str(path), found=f"{type(error).__name__}: {error}"
+            "The checkpoint's config.json is malformed.",
+            where=shown_place(path),
+            found=f"{type(error).__name__}: {error}",
         ) from error
     if kind != "smallcap":
-        where, found = str(path), str(kind)
+        where, found = shown_place(path), str(kind)
         raise CheckpointError("This is not a SmallCap checkpoint.", where=where, expected="smallcap", found=found)
     return values

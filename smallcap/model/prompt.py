@@ -14,6 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from smallcap.errors import CheckpointError
 from smallcap.model.files import tokenizer_folder
+from smallcap.model.remote import shown_place
+from smallcap.storage import DEFAULT_CACHE_DIR
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,12 +42,13 @@ class PromptTemplate:
         return self.with_retrieval.replace(self.placeholder, self.separator.join(retrieved) + self.ending)
 
 
-def load_tokenizer(source: str) -> DecoderTokenizer:
+def load_tokenizer(source: str, cache_dir: str = DEFAULT_CACHE_DIR) -> DecoderTokenizer:
     """Loads a decoder's tokenizer.
 
     Args:
         source: `demo`, `gpt2` (which needs no network), a folder with tokenizer.json or with vocab.json and merges.txt,
-            or a hub id such as `facebook/opt-125m`.
+            the URI of such a folder, or a hub id such as `facebook/opt-125m`.
+        cache_dir: This node's cache folder, for a copy of what a URI names.
 
     Returns:
         The tokenizer of these files; where there are neither, what transformers makes of the folder, which takes
@@ -54,7 +57,7 @@ def load_tokenizer(source: str) -> DecoderTokenizer:
     Raises:
         CheckpointError: There is no tokenizer at `source`, or it is damaged.
     """
-    folder = tokenizer_folder(source)
+    folder = tokenizer_folder(source, cache_dir)
     if (folder / "tokenizer.json").is_file():
         return read_tokenizer(folder / "tokenizer.json")
     vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
@@ -63,13 +66,13 @@ def load_tokenizer(source: str) -> DecoderTokenizer:
     return _of_transformers(folder)
 
 
-def save_tokenizer(source: str, folder: Path) -> None:
+def save_tokenizer(source: str, folder: Path, cache_dir: str = DEFAULT_CACHE_DIR) -> None:
     """Writes a decoder's tokenizer as transformers saves it.
 
     Raises:
         CheckpointError: There is no tokenizer at `source`.
     """
-    _of_transformers(tokenizer_folder(source)).save_pretrained(folder)
+    _of_transformers(tokenizer_folder(source, cache_dir)).save_pretrained(folder)
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
@@ -81,7 +84,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # `tokenizers` has no type of its own for it
-        raise CheckpointError("The tokenizer is damaged.", where=str(path), found=str(error)) from error
+        raise CheckpointError("The tokenizer is damaged.", where=shown_place(path), found=str(error)) from error
 
 
 def _read_byte_level_bpe(vocabulary: Path, merges: Path) -> Tokenizer:
@@ -89,7 +92,7 @@ def _read_byte_level_bpe(vocabulary: Path, merges: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
     except Exception as error:  # `tokenizers` has no type of its own for it
-        where = str(vocabulary.parent)
+        where = shown_place(vocabulary.parent)
         raise CheckpointError("The tokenizer is damaged.", where=where, found=str(error)) from error
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -109,7 +112,7 @@ def _of_transformers(folder: Path) -> PreTrainedTokenizerBase:
     except (OSError, ValueError) as error:
         raise CheckpointError(
             "There is no tokenizer here.",
-            where=str(folder),
+            where=shown_place(folder),
             expected="tokenizer.json, or vocab.json and merges.txt",
             found=str(error).splitlines()[0],
         ) from error

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from smallcap.errors import CheckpointError
+from smallcap.model.remote import shown_place
 
 _FILLING = frozenset(["kaiming_uniform_", "normal_", "ones_", "uniform_", "zeros_"])
 
@@ -45,8 +46,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             "The weights file holds more than tensors and is not unpickled.",
-            where=str(path),
+            where=shown_place(path),
             remedy="If you trust it, convert it to safetensors.",
         ) from error
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-        raise CheckpointError("The weights file is damaged.", where=str(path), found=str(error)) from error
+        raise CheckpointError("The weights file is damaged.", where=shown_place(path), found=str(error)) from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
@@ -30,7 +31,7 @@ _HASHES_AT_ONCE = 1 << 24  # 8 bytes each
 NamedPart = tuple[str, PartInfo]  # the part's name within the output, and what its footer says
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class WorkItem:
     """The rows of one fragment that have no row in the output yet."""
 
@@ -74,6 +75,8 @@ class Coverage:
         stop = min(_MAX_ROWS if known is None else known, _MAX_ROWS if asked is None else asked)
         if done is None:
             return WorkItem(fragment, None if stop in (known, _MAX_ROWS) else RowRanges.span(0, stop))
+        if done.covers(stop):  # so it is with millions of fragments
+            return None
         left = RowRanges.span(0, stop).subtract(done)
         return WorkItem(fragment, left) if left else None
 
@@ -256,13 +259,9 @@ def qualify_repeated_ids(out: str, parts: Sequence[NamedPart]) -> None:
     """Leaves an id that several images have to the first of them, and gives the others `qualified_id`.
 
     The ids of lists are unique by their listing. Those of tars and of Parquet files with image bytes are known only
-    when these have been read. They are compared by 64-bit hashes, in several passes when there are many, and then in
-    full. No part has an id twice.
+    when these have been read. They are compared by 64-bit hashes, and then in full. No part has an id twice.
     """
-    total = sum(info.ok + sum(info.errors.values()) for _, info in parts)
-    passes = -(-total // _HASHES_AT_ONCE)
-    by_pass = [_repeated_hashes(out, parts, number, passes) for number in range(passes)]
-    repeated = np.concatenate([np.empty(0, np.uint64), *by_pass])
+    repeated = _repeated_hashes(out, parts)
     seen: set[str] = set()
     for name, _ in parts if len(repeated) else ():
         table = _read(out, name)
@@ -276,14 +275,25 @@ def qualify_repeated_ids(out: str, parts: Sequence[NamedPart]) -> None:
             rename_rows(out, name, again)
 
 
-def _repeated_hashes(out: str, parts: Sequence[NamedPart], number: int, passes: int) -> np.ndarray:
-    """Returns the hashes that occur more than once among those of one pass."""
-    hashes = [np.empty(0, np.uint64)]
-    for name, _ in parts:
-        part_hashes = _hash(_read(out, name)["image_id"].to_pylist())
-        hashes.append(part_hashes[part_hashes % np.uint64(passes) == number])
-    ordered = np.sort(np.concatenate(hashes))
-    return ordered[1:][ordered[1:] == ordered[:-1]]
+def _repeated_hashes(out: str, parts: Sequence[NamedPart]) -> np.ndarray:
+    """Returns the hashes of ids that occur more than once; each part is read once.
+
+    Hashes wait on the local disk, 8 bytes each, in files of which each holds all that are equal.
+    """
+    total = sum(info.ok + sum(info.errors.values()) for _, info in parts)
+    repeated = [np.empty(0, np.uint64)]
+    with storage.scratch_folder() as folder, ExitStack() as opened:
+        paths = [folder / f"{number}" for number in range(-(-total // _HASHES_AT_ONCE))]
+        files = [opened.enter_context(path.open("wb")) for path in paths]
+        for name, _ in parts:
+            hashes = _hash(_read(out, name)["image_id"].to_pylist())
+            for number, file in enumerate(files):
+                file.write(hashes[hashes % np.uint64(len(files)) == number].tobytes())
+        for path, file in zip(paths, files, strict=True):
+            file.close()
+            ordered = np.sort(np.fromfile(path, np.uint64))
+            repeated.append(ordered[1:][ordered[1:] == ordered[:-1]])
+    return np.concatenate(repeated)
 
 
 def _hash(ids: Sequence[str]) -> np.ndarray:

@@ -22,7 +22,7 @@ from smallcap.errors import ConfigError, StorageError
 from smallcap.hub import hub_endpoint, is_on_hub, parse_hub_uri
 from smallcap.output.reading import Captions
 from smallcap.output.table_export import check_empty, other_run
-from smallcap.translated import translated
+from smallcap.translated import patiently
 
 _README = "README.md"
 _FILE_ROWS = 500_000
@@ -142,10 +142,13 @@ class _HubTarget:
         self._repository = repository
         self._api = HfApi(endpoint=hub_endpoint())
         self._added: list[Any] = []
-        with translated(out, "open this data set"):
+
+        def look() -> tuple[str | None, list[str]]:
             # What is decided here holds for this commit: the Hub refuses to follow upon another one.
-            self._parent = self._api.repo_info(repository, repo_type="dataset", revision=revision).sha
-            self._files = self._api.list_repo_files(repository, repo_type="dataset", revision=self._parent)
+            parent = self._api.repo_info(repository, repo_type="dataset", revision=revision).sha
+            return parent, list(self._api.list_repo_files(repository, repo_type="dataset", revision=parent))
+
+        self._parent, self._files = patiently(out, "open this data set", look)
 
     @classmethod
     def open(cls, out: str) -> _HubTarget:
@@ -184,7 +187,8 @@ class _HubTarget:
         self.add(readme, _README)
         old = {name.partition("/")[0] for name in self._files if _is_ours(name.partition("/")[0])} - {folder}
         gone = [CommitOperationDelete(path_in_repo=f"{name}/", is_folder=True) for name in sorted(old)]
-        with translated(self._out, "write this data set"):
+
+        def commit() -> None:
             try:
                 self._api.create_commit(
                     self._repository,
@@ -202,6 +206,8 @@ class _HubTarget:
                     where=self._out,
                     remedy="Run the same command again.",
                 ) from error
+
+        patiently(self._out, "write this data set", commit)
 
     def clean(self, folder: str) -> None:
         """Does nothing: the commit has removed what does not count."""

@@ -63,7 +63,7 @@ def _line_writer(text: IO[str]) -> Callable[[dict[str, Any]], object]:
 
 def _csv_writer(text: IO[str], names: list[str], raw: bool) -> Callable[[dict[str, Any]], object]:
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(names)
+    writer.writerow([_field(name, raw) for name in names])
     return lambda row: writer.writerow([_field(row[name], raw) for name in names])
 
 

@@ -20,7 +20,7 @@ from smallcap import storage
 from smallcap.errors import ConfigError, SmallCapError
 from smallcap.output.reading import Captions
 from smallcap.s3 import s3_settings
-from smallcap.translated import translated
+from smallcap.translated import patiently
 
 TableFormat = Literal["iceberg", "delta", "lance"]
 
@@ -71,8 +71,12 @@ def export_table(captions: Captions, run_id: str, kind: TableFormat, out: str) -
     """
     export = TableExport(captions, run_id)
     write = {"iceberg": _export_iceberg, "delta": _export_delta, "lance": _export_lance}[kind]
-    with _package(kind):
-        return write(export, out)
+
+    def attempt() -> bool:  # a commit whose answer was lost is found by the next one
+        with _package(kind):
+            return write(export, out)
+
+    return patiently(out, "write this table", attempt)
 
 
 @contextmanager
@@ -92,11 +96,10 @@ def _export_iceberg(export: TableExport, out: str) -> bool:
     from pyiceberg.exceptions import NamespaceAlreadyExistsError, NoSuchTableError
 
     catalog, identifier = _iceberg_catalog(out)
-    with translated(out, "write this table"):
-        try:
-            table = catalog.load_table(identifier)
-        except NoSuchTableError:
-            table = None
+    try:
+        table = catalog.load_table(identifier)
+    except NoSuchTableError:
+        table = None
     if table is not None:
         _check_run(export, out, table.properties.get(RUN))
         if table.properties.get(EXPORT) == export.name:
@@ -109,7 +112,7 @@ def _export_iceberg(export: TableExport, out: str) -> bool:
                 found=", ".join(table.schema().as_arrow().names),
                 remedy="Drop the table, or export to another one.",
             )
-    with translated(out, "write this table"), _Stream(export) as stream:
+    with _Stream(export) as stream:
         if table is None:
             for depth in range(1, len(identifier)):
                 try:
@@ -175,16 +178,14 @@ def _export_delta(export: TableExport, out: str) -> bool:
     uri, options = storage.absolute(out), s3_settings(out)
     description = f"Captions of the smallcap run {export.run_id}"
     if _is_taken(uri, "_delta_log"):
-        with translated(out, "read this table"):
-            table = DeltaTable(uri, storage_options=options)
-            last = table.history(1)[0]
+        table = DeltaTable(uri, storage_options=options)
+        last = table.history(1)[0]
         _check_run(export, out, export.run_id if table.metadata().description == description else None)
         if last.get(EXPORT) == export.name:
             return True
     else:
-        with translated(out, "write this table"):
-            DeltaTable.create(uri, Schema.from_arrow(export.schema), description=description, storage_options=options)
-    with translated(out, "write this table"), _Stream(export) as stream:
+        DeltaTable.create(uri, Schema.from_arrow(export.schema), description=description, storage_options=options)
+    with _Stream(export) as stream:
         write_deltalake(
             uri,
             stream.reader(export.schema),
@@ -202,16 +203,14 @@ def _export_lance(export: TableExport, out: str) -> bool:
     uri, options = storage.absolute(out), s3_settings(out)
     named = {RUN: export.run_id, EXPORT: export.name}
     if _is_taken(uri, "_versions"):
-        with translated(out, "read this table"):
-            metadata = lance.dataset(uri, storage_options=options).schema.metadata or {}
+        metadata = lance.dataset(uri, storage_options=options).schema.metadata or {}
         _check_run(export, out, metadata.get(RUN.encode(), b"").decode())
         if metadata.get(EXPORT.encode()) == export.name.encode():
             return True
     else:
         empty = export.schema.with_metadata({RUN: export.run_id}).empty_table()
-        with translated(out, "write this table"):
-            lance.write_dataset(empty, uri, mode="create", storage_options=options)
-    with translated(out, "write this table"), _Stream(export) as stream:
+        lance.write_dataset(empty, uri, mode="create", storage_options=options)
+    with _Stream(export) as stream:
         rows = stream.reader(export.schema.with_metadata(named))
         lance.write_dataset(rows, uri, mode="overwrite", storage_options=options)
     return False

@@ -20,8 +20,8 @@ from typing import Any
 
 from smallcap import storage
 from smallcap.errors import SchemaError
+from smallcap.images.bounded_tar import StrictTarInfo
 from smallcap.images.kinds import IMAGE_EXTENSIONS
-from smallcap.images.tars import StrictTarInfo
 
 _EXTENSIONS = {
     b"\xff\xd8\xff": "jpg",

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from itertools import groupby
 
 import pyarrow as pa
@@ -123,7 +124,8 @@ def read_thumbnails(
     with ThreadPoolExecutor(_THREADS) as pool:
         for start in range(0, len(alone), FETCH_CONCURRENCY):
             uris = alone[start : start + FETCH_CONCURRENCY]
-            made = pool.map(lambda uri, data: _thumbnail(uri, data, each), uris, pool.submit(_fetch, uris).result())
+            files = pool.submit(_fetch, uris, config).result()
+            made = pool.map(lambda uri, data: _thumbnail(uri, data, each), uris, files)
             thumbnails |= zip(uris, made, strict=True)
         for container, uris_of in groupby(inside, key=containers.container_of):
             uris = list(uris_of)
@@ -140,9 +142,9 @@ def read_thumbnails(
     return thumbnails
 
 
-def _fetch(uris: Sequence[str]) -> Sequence[bytes | RowError]:
+def _fetch(uris: Sequence[str], config: InputConfig) -> Sequence[bytes | RowError]:
     try:
-        return fetch_objects(uris, _FETCHING).data
+        return fetch_objects(uris, replace(_FETCHING, private_hosts=config.allow_private_hosts)).data
     except StorageError as error:
         return [RowError(ErrorCode.UNAVAILABLE, error.what)] * len(uris)
 

@@ -6,7 +6,17 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from smallcap.config import AutoCount, ComputeConfig, Device, Dtype, InputConfig, OutputPlace, ReduceFactor
+from smallcap.config import (
+    AutoCount,
+    ComputeConfig,
+    Device,
+    Dtype,
+    IndexId,
+    InputConfig,
+    ModelHash,
+    OutputPlace,
+    ReduceFactor,
+)
 from smallcap.options import ENCODER, MODEL, POSITIONAL_FILES, URI, Config, Flag
 from smallcap.storage import DEFAULT_CACHE_DIR
 from smallcap.training.retrieval_sampling import RetrievalMode
@@ -32,7 +42,7 @@ class TrainRetrievalConfig(Config):
     k: Annotated[int, Flag(("-k", "--k"))] = Field(4, ge=0, le=50)
     """Retrieved captions in the prompt. 0 trains without retrieval."""
     cache_dir: str = DEFAULT_CACHE_DIR
-    """Folder on each node for copies of remote indexes."""
+    """Folder on each node for copies of remote indexes and models."""
 
 
 class OptimizerConfig(Config):
@@ -92,9 +102,9 @@ class TrainConfig(Config):
     model: Annotated[str | None, MODEL] = None
     """Checkpoint to train further. Otherwise the model is made of a vision encoder and a decoder."""
     vision_encoder: Annotated[str | None, MODEL] = None
-    """CLIP whose vision tower is taken: a folder or a hub id such as openai/clip-vit-base-patch32."""
+    """CLIP whose vision tower is taken: a folder, a prefix, or a hub id such as openai/clip-vit-base-patch32."""
     decoder: Annotated[str | None, MODEL] = None
-    """Language model: a folder or a hub id such as gpt2, facebook/opt-125m, facebook/xglm-564M."""
+    """Language model: a folder, a prefix, or a hub id such as gpt2, facebook/opt-125m, facebook/xglm-564M."""
     reduce_factor: ReduceFactor = 4
     """Factor by which the heads of a new cross-attention are smaller."""
     eos_token: Annotated[str, Flag(any_text=True)] = "."
@@ -102,9 +112,14 @@ class TrainConfig(Config):
     pad_token: Annotated[str, Flag(any_text=True)] = "!"
     """Token that fills a new model's batches."""
     retrieval_encoder: Annotated[str | None, ENCODER] = None
-    """Retrieval encoder: `open_clip:MODEL/PRETRAINED` or `hf:ID-OR-PATH`; by default the one that the index names."""
+    """Retrieval encoder: `open_clip:MODEL/PRETRAINED` or `hf:ID-PATH-OR-URI`; by default the one that the index
+    names."""
     features: Annotated[str | None, URI] = None
     """Folder of stored features, to share between runs of the same images and encoders; by default OUT/features."""
+    require_index_id: IndexId = None
+    """Refuse any other version of the index than this one, before anything is read."""
+    require_model_hash: ModelHash = None
+    """Refuse a `--model` whose weights file has another sha256 (or beginning of one, 12 digits or more)."""
     limit: int | None = Field(None, ge=1)
     """Use only the first N images of the sources, and the first N for validation."""
     dtype: Dtype = "auto"
@@ -123,6 +138,8 @@ class TrainConfig(Config):
         parts, missing = (self.vision_encoder, self.decoder), []
         if (self.model is None) != all(parts) or (self.model is not None and any(parts)):
             missing.append("a model to start from is needed: give --model, or both --vision-encoder and --decoder")
+        if self.require_model_hash is not None and self.model is None:
+            missing.append("--require-model-hash is for --model")
         if self.index is None and self.retrieval.k:
             missing.append("an index is needed for retrieval: give --index, or -k 0 to train without retrieval")
         if missing:

@@ -53,7 +53,7 @@ def main(config_file: str, stage: str, done: int, victim: str) -> None:
     runner: TaskRunner = LocalRunner()
     if victim != "process":
         connect("local")
-        runner = RayRunner()
+        runner = RayRunner("run")
     if stage == "pointer":
         publish_module.switch_pointer = die
     killers: list[threading.Thread] = []

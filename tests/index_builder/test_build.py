@@ -97,7 +97,7 @@ def test_builds_repeat_byte_for_byte_on_every_schedule(tmp_path: Path, dump: Pat
     options = {"shards": 3, "index_key": "IVF4,SQ8", "recall": {"target": 0.1}}
     reports = [
         build_index(config(dump, tmp_path / type(runner).__name__, tiny_clip, **options), runner)
-        for runner in (RayRunner(), LocalRunner(), LastFirstRunner())
+        for runner in (RayRunner("run"), LocalRunner(), LastFirstRunner())
     ]
     assert files_of(reports[0]) == files_of(reports[1]) == files_of(reports[2])
     assert len({report.manifest.index_id for report in reports}) == 1
@@ -179,9 +179,11 @@ def test_a_build_from_s3_to_s3(tmp_path: Path, s3: str, tiny_clip: Path) -> None
 @pytest.mark.ray
 def test_errors_of_the_workers_keep_their_kind(tmp_path: Path, dump: Path, tiny_clip: Path) -> None:
     with pytest.raises(SchemaError, match="no column of captions"):
-        build_index(config(dump, tmp_path / "index", tiny_clip, text_column="text"), RayRunner())
+        build_index(config(dump, tmp_path / "index", tiny_clip, text_column="text"), RayRunner("run"))
     with pytest.raises(ConfigError, match=r"No caption(.|\n)*too_few_words"):
-        build_index(config(dump, tmp_path / "index", tiny_clip, cleaning=CleaningConfig(min_words=20)), RayRunner())
+        build_index(
+            config(dump, tmp_path / "index", tiny_clip, cleaning=CleaningConfig(min_words=20)), RayRunner("run")
+        )
     assert not (tmp_path / "index" / "current.json").exists()
 
 
@@ -223,7 +225,7 @@ def test_an_encoder_that_cannot_be_loaded_fails_once_with_its_own_error(
             file.read_bytes()[:1000] if file.suffix == ".safetensors" else file.read_bytes()
         )
     with pytest.raises(CheckpointError, match="weights file is damaged"):
-        build_index(config(dump, tmp_path / "index", broken), RayRunner())
+        build_index(config(dump, tmp_path / "index", broken), RayRunner("run"))
 
 
 def test_real_captions(tmp_path: Path, shared_data: Path, tiny_clip: Path) -> None:

@@ -1,8 +1,11 @@
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 
 import pytest
+import typer.main
+import typer.testing
 
 from jobs import caption
 from smallcap.config import CaptionConfig
@@ -15,6 +18,16 @@ from tests.index_files import build_text_index
 def no_ray_where_it_is_not_marked(request: pytest.FixtureRequest) -> Iterator[None]:
     """The jobs of tests that are not marked `ray` meet what answers in Ray's place in this process."""
     with nullcontext() if request.node.get_closest_marker("ray") else in_process_ray():
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_command_line() -> Iterator[None]:
+    """Typer makes all commands and their options anew for each call, which takes longer than most calls here."""
+    made = cache(typer.main.get_command)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(typer.main, "get_command", made)
+        monkeypatch.setattr(typer.testing, "_get_command", made)
         yield
 
 

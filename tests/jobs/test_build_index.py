@@ -86,7 +86,7 @@ def test_every_stage_has_words_for_people() -> None:
 
 def test_stages_are_shown_one_after_the_other() -> None:
     stream = io.StringIO()
-    with Display(StopSignals(), stream) as display, build_index.StageDisplay(display) as stages:
+    with Display(StopSignals(), stream) as display, build_index.StageDisplay(display, "run") as stages:
         assert stages.place() == ""
         stages.tell("clean", 0, 1_000)
         stages.tell("clean", 600, 1_100)

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from jobs.cli import app
 from jobs.terminal.command_line import run_app
 from smallcap import __version__
+from tests.in_process_ray import in_process_ray
 
 runner = CliRunner()
 
@@ -31,11 +32,10 @@ def index(tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     captions = [f"{number} {noun}" for number in range(5) for noun in ("dogs", "buses")]
     (folder / "dump.csv").write_text("\n".join(["image,caption", *(f"{i}.jpg,{c}" for i, c in enumerate(captions))]))
     out = str(folder / "index")
-    printed = invoke("build-index", str(folder / "dump.csv"), "--out", out, "--encoder", f"hf:{tiny_clip}")
-    assert "10 captions of 10 rows" in printed
-    assert "Nothing to do" in invoke(
-        "build-index", str(folder / "dump.csv"), "--out", out, "--encoder", f"hf:{tiny_clip}"
-    )
+    words = ["build-index", str(folder / "dump.csv"), "--out", out, "--encoder", f"hf:{tiny_clip}"]
+    with in_process_ray():
+        assert "10 captions of 10 rows" in invoke(*words)
+        assert "Nothing to do" in invoke(*words)
     return out
 
 

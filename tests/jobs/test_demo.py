@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
 
 from demo.world import named_kinds
 from jobs import evaluate
+from jobs.cli import app
 from jobs.demo import DemoResult, compare_swap, run_demo
 from smallcap.config import EvaluateConfig
 from smallcap.model.files import demo_folder
@@ -104,6 +106,23 @@ def test_each_step_is_told_before_its_captions_and_the_first_caption_is_right(
     assert sorted(order, key=printed.index) == list(order)
     first = re.search(r"^(\d+\.jpg)  (.*)  \(clip score", printed, re.MULTILINE)
     assert first is not None and named_kinds(first[2]) == objects_of_images("references.json")[first[1]]
+
+
+def test_a_quiet_demo_prints_where_its_results_are_and_the_log_has_the_rest(
+    demo: tuple[str, DemoResult], tmp_path: Path
+) -> None:
+    log = tmp_path / "log.txt"
+    ended = CliRunner().invoke(app, ["demo", "--out", demo[0], "--show", "2", "-q", "--log-file", str(log)])
+    assert ended.exit_code == 0
+    assert re.sub(r", .*", "", ended.stdout).splitlines() == [
+        f"Parquet: {demo[0]}/captions",
+        f"Report: {demo[0]}/captions.html",
+        f"Report: {demo[0]}/swap.html",
+    ]
+    assert ended.stderr == ""
+    written = log.read_text()
+    for said in ("Step 1 of 3", "(clip score", "Step 3 of 3", "with their own", "Pages with the pictures", "Parquet:"):
+        assert written.count(said) == (2 if said == "(clip score" else 1)
 
 
 @pytest.mark.ray

@@ -37,6 +37,7 @@ for arguments in json.load(sys.stdin):
 print(json.dumps(answers))
 """
 
+PLANTED = "planted-secret-0123456789"  # which no message may hold
 # Words of a command in which {index}, {clip} and {model} are folders; its exit code, and what the message says.
 BUILD = "build-index captions.csv --out new/index"
 CAPTION = "caption images --out new/out"
@@ -85,6 +86,34 @@ COMMANDS = {
     "no log's folder": (f"{WITH_ALL} --log-file new/log", 2, "The log file cannot be written."),
     "no references": ("evaluate run --references none.json", 1, "none.json"),
     "no run": ("evaluate new --references captions.csv", 2, "no run in this folder"),
+    "another index version": (f"{WITH_ALL} --require-index-id {'0' * 16}", 2, "not of the version that is required"),
+    "a version of no index": (
+        f"{CAPTION} --model {{model}} -k 0 --require-index-id {'0' * 16}", 2, "no index is used"
+    ),
+    "another version than the run's": (
+        f"caption images --out gone --model {{model}} --index none --require-index-id {'1' * 16}", 2, "this run began"
+    ),
+    "another model": (f"{WITH_ALL} --require-model-hash {'0' * 64}", 2, "not those that are required"),
+    "another model to train": (f"{TRAIN} --model {{model}} -k 0 --require-model-hash {'0' * 12}", 2, "are required"),
+    "a hash of no model": (
+        f"{TRAIN} --vision-encoder {{clip}} --decoder gpt2 -k 0 --require-model-hash {'0' * 12}", 2, "is for --model"
+    ),
+    "no hash": (f"{WITH_ALL} --require-model-hash main", 2, "the sha256 of the weights file"),
+    "a password in a model's place": (
+        f"{CAPTION} --index {{index}} --model http://me:{PLANTED}@127.0.0.1:9/m?sig={PLANTED}", 1, "http://***@"
+    ),
+    "a password in an index's place": (
+        f"{CAPTION} --model {{model}} --index http://me:{PLANTED}@127.0.0.1:9/i", 1, "http://***@127.0.0.1:9/i"
+    ),
+    "a signature in a list's place": (
+        f"caption http://127.0.0.1:9/l.csv?X-Amz-Signature={PLANTED} --out new/out --model {{model}} -k 0",
+        1,
+        "X-Amz-Signature=***",
+    ),
+    "keys in a bucket's place": (
+        f"{CAPTION} --index {{index}} --model s3://AKIA{'A' * 16}:{PLANTED}@bucket/model", 1, "s3://***@bucket/model"
+    ),
+    "a token of the environment": (f"{CAPTION} --index {{index}} --model /no/{PLANTED}", 1, "/no/***"),
     "nothing to measure": ("bench --retrieval-encoder RN50x46", 2, "or RN50x64"),
 }  # fmt: skip
 
@@ -115,7 +144,8 @@ def answers(
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT],
         input=json.dumps(lines),
-        env={"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(folder / "images"), "HF_HUB_OFFLINE": "1"},
+        env={"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(folder / "images"), "HF_HUB_OFFLINE": "1"}
+        | {"HF_TOKEN": PLANTED, "AWS_EC2_METADATA_DISABLED": "true"},
         cwd=folder,
         capture_output=True,
         text=True,
@@ -132,6 +162,7 @@ def test_what_is_wrong_is_told_early_and_leaves_nothing(
     _, code, words = COMMANDS[name]
     found, message, left = answers[name]
     assert words in message, message
+    assert PLANTED not in message
     assert found == code, message
     assert re.match(r"(Loading smallcap .*\n)*error: ", message)
     assert left == []

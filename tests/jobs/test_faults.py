@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from jobs.captioning.record import load_run_record
+from smallcap import storage
 from tests.caption_runs import command_for, config_for, rows_of, undisturbed_rows, write_images
 from tests.conftest import FaultProxy
-from tests.job_processes import StartJob
+from tests.job_processes import JobProcess, StartJob
 
 pytestmark = [pytest.mark.own_ray, pytest.mark.slow]
 
@@ -32,3 +33,39 @@ def test_a_run_through_a_failing_store_loses_nothing(
     record = load_run_record(out)
     assert record is not None
     assert record.attempts[-1].fetch_retries
+
+
+def test_a_store_that_blinks_is_told_and_one_that_refuses_all_stops_the_run(
+    s3: str, fault_proxy_server: FaultProxy, index: str, tiny_smallcap: Path, tmp_path: Path, start_job: StartJob
+) -> None:
+    images, out = f"{s3}/images", f"{s3}/out"
+    write_images(images, 400)
+    sets = ("output.rows_per_part=64", "compute.batch_size=8", "compute.dtype=float32", "input.fetch_attempts=2")
+    command = [*command_for(images, index, tiny_smallcap, out, *sets), "--storage-patience-s", "120"]
+    log = tmp_path / "job.log"
+
+    def start() -> JobProcess:
+        return start_job(command, log, AWS_ENDPOINT_URL=fault_proxy_server.endpoint)
+
+    fault_proxy_server.plan()
+    first = start()
+    first.until(lambda: any(name.endswith(".parquet") for name in storage.list_folder(out)))
+    fault_proxy_server.plan(rates={"error": 1.0}, error_status=403, error_code="AccessDenied", match="/images")
+    first.wait(120, status=1)
+    printed = log.read_text()
+    assert "error: Cannot read from this place any more: access denied" in printed
+    assert "What was captioned is kept" in printed
+    assert "Debug" not in printed
+    assert "Traceback" not in printed
+    kept = rows_of(out)
+    assert {status for _, status, _ in kept} == {"ok"}
+    assert len(kept) < 400
+
+    fault_proxy_server.plan(rates={"slow_down": 1.0}, for_s=20)
+    start().wait(240)
+    printed = log.read_text()
+    assert "Storage does not answer" in printed
+    assert "Storage answers again" in printed
+    rows = rows_of(out)
+    assert [status for _, status, _ in rows] == ["ok"] * 400
+    assert rows == undisturbed_rows(config_for(images, index, tiny_smallcap, str(tmp_path / "expected"), *sets))

@@ -174,7 +174,7 @@ def test_only_runs_are_compared_and_only_what_smallcap_wrote_is_shown(
     for paths in ((index, finished_run.out), (finished_run.out, index)):
         with pytest.raises(ConfigError, match="Only runs are shown side by side"):
             report.run(ReportOptions(path=paths[0], other=paths[1], out=out))
-    with pytest.raises(ConfigError, match=r"neither a run nor an index(?s:.*)found: no such folder"):
+    with pytest.raises(ConfigError, match=r"(?s)nothing here.*a run \(_run.json\) or an index.*found: no such folder"):
         report.run(ReportOptions(path=str(tmp_path / "none"), out=out))
     with pytest.raises(ConfigError, match=r"found: 1 other file"):
         (tmp_path / "folder").mkdir()

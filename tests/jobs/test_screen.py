@@ -33,7 +33,8 @@ STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u20
 def test_tables_show_what_is_in_them_and_obey_none_of_it(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(console.out, "width", 400, raising=False)
+    for shown in (console.out, console.news):
+        monkeypatch.setattr(shown, "width", 400, raising=False)
     console.print_neighbours([Neighbour(7, EVIL, 0.5), Neighbour(8, READABLE, 0.25)])
     console.print_swap([{"image": EVIL, "before": EVIL, "after": READABLE, "reference": EVIL}])
     console.print_facts({"sources": [{"name": EVIL, "uri": READABLE}], "samples": [{"caption": EVIL, "status": "ok"}]})

@@ -113,15 +113,28 @@ def test_training(number: int, index: str, tiny_smallcap: Path, tmp_path: Path, 
     assert len(loss_curve(tmp_path / "out")) == 960
 
 
-def test_an_index_build(tiny_clip: Path, tmp_path: Path, start_job: StartJob) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_index_build(number: int, tiny_clip: Path, tmp_path: Path, start_job: StartJob) -> None:
     rows = [f"a picture of thing {row}" for row in range(20_000)]
     (tmp_path / "captions.csv").write_text("\n".join(["caption", *rows]))
     command = [sys.executable, "-m", "jobs.cli", "build-index", "captions.csv", "--out", "index"]
     command += ["--encoder", f"hf:{tiny_clip}", "--shards", "4", "--accept-recall"]
     job = start_job(command, tmp_path / "stopped.log")
     job.until(lambda: list(tmp_path.glob("index/.staging-*/work/embeddings/*")))
-    send(job, signal.SIGINT)
-    line = check_end(job, signal.SIGINT)
+    send(job, number)
+    line = check_end(job, number)
     assert re.fullmatch(r"Stopped while [a-z ]+(\([0-9,]+ of [0-9,]+ [a-z]+ done\))?; what has ended is kept, .*", line)
     start_job(command, tmp_path / "again.log").wait()
     assert load_manifest(str(tmp_path / "index")).ntotal == 20_000
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_dry_run(
+    number: int, images: str, index: str, tiny_smallcap: Path, tmp_path: Path, start_job: StartJob
+) -> None:
+    command = [*command_for(images, index, tiny_smallcap, str(tmp_path / "out"), *SETS), "--dry-run"]
+    job = start_job(command, tmp_path / "stopped.log")
+    job.until(lambda: job.processes(("ray::_CalibratingActor",)))
+    send(job, number)
+    assert check_end(job, number) == "Stopped: a dry run writes nothing"
+    assert not (tmp_path / "out").exists()

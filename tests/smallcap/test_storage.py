@@ -96,6 +96,77 @@ def test_writes_and_reads_survive_a_failing_service(s3: str, fault_proxy: Any, f
     assert storage.read_bytes(f"{s3}/large") == large
 
 
+ASKED: dict[str, tuple[Any, Any]] = {  # what is done with a bucket, and what it returns
+    "exists": (lambda uri: storage.exists(f"{uri}/in/a"), True),
+    "is folder": (lambda uri: storage.is_folder(f"{uri}/in"), True),
+    "size": (lambda uri: storage.size(f"{uri}/in/a"), 3),
+    "list folder": (lambda uri: len(storage.list_folder(f"{uri}/in")), 2),
+    "list": (lambda uri: len(storage.list_files(f"{uri}/in")), 2),
+    "list one": (lambda uri: len(storage.list_files(f"{uri}/in/a")), 1),
+    "list a pattern": (lambda uri: len(storage.list_files(f"{uri}/in/*")), 2),
+    "list odd keys": (lambda uri: len(storage.list_files(f"{uri}/odd//")), 1),
+    "open": (lambda uri: storage.open_ranged(f"{uri}/in/a").read(2), b"aa"),
+    "read": (lambda uri: storage.read_bytes(f"{uri}/in/a"), b"aaa"),
+    "tail": (lambda uri: storage.read_tail(f"{uri}/in/a", 1), b"a"),
+    "write": (lambda uri: storage.write_bytes(f"{uri}/out/w", b"w"), None),
+    "update": (lambda uri: storage.update_bytes(f"{uri}/out/u", lambda found: (found or b"") + b"u"), None),
+    "upload": (lambda uri: storage.upload(__file__, f"{uri}/out/f"), None),
+    "download": (lambda uri: storage.download(f"{uri}/in/a", os.devnull), None),
+    "remove": (lambda uri: storage.remove(f"{uri}/out/r"), None),
+}
+
+
+@pytest.mark.parametrize("fault", ["slow_down", "reset", "error"])
+@pytest.mark.parametrize("operation", ASKED)
+def test_everything_rides_out_a_store_that_blinks(
+    s3: str, fault_proxy: Any, operation: str, fault: str, single_tries: None
+) -> None:
+    """Every request fails for a while; nothing but patience repeats one."""
+    for name in ("in/a", "in/b", "out/r", "odd//c"):
+        storage.write_bytes(f"{s3}/{name}", b"aaa")
+    fault_proxy.plan(rates={fault: 1.0}, requests=5, error_status=500, error_code="InternalError")
+    ask, answer = ASKED[operation]
+    assert ask(s3) == answer
+    assert fault_proxy.done()[fault] == 5
+    if operation == "remove":
+        assert not storage.exists(f"{s3}/out/r")
+    if operation == "update":
+        assert storage.read_bytes(f"{s3}/out/u") == b"u"
+
+
+def test_a_store_that_fails_for_good_is_told_after_the_patience(
+    s3: str, fault_proxy: Any, single_tries: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SMALLCAP_STORAGE_PATIENCE_S", "1.5")
+    fault_proxy.plan(rates={"slow_down": 1.0})
+    with pytest.raises(StorageError, match=r"too busy to answer \(503 SlowDown.*in every attempt for [12] s"):
+        storage.read_bytes(f"{s3}/a")
+    requests = fault_proxy.done()["requests"]
+    fault_proxy.plan(rates={"error": 1.0}, error_status=403, error_code="AccessDenied")
+    with pytest.raises(StorageError, match="access denied"):
+        storage.read_bytes(f"{s3}/a")
+    assert fault_proxy.done()["requests"] < 3 < requests
+
+
+def test_a_listing_that_breaks_off_goes_on_where_it_was(s3: str, fault_proxy: Any, single_tries: None) -> None:
+    names = [f"{s3}/many/{number:04d}" for number in range(1100)]
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda uri: storage.write_bytes(uri, b""), names))
+    fault_proxy.plan(rates={"slow_down": 1.0}, begins_at=1, requests=3)
+    assert list(storage.iter_files(f"{s3}/many")) == names
+    assert fault_proxy.done()["slow_down"] == 3
+
+
+def test_an_open_file_rides_out_a_store_that_blinks(s3: str, fault_proxy: Any, single_tries: None) -> None:
+    for key in ("plain", "not//plain"):  # read by obstore, and by s3fs
+        storage.write_bytes(f"{s3}/{key}", b"0123456789")
+        with storage.open_ranged(f"{s3}/{key}") as file:
+            fault_proxy.plan(rates={"reset": 1.0}, requests=3)
+            assert file.read(4) == b"0123"
+            fault_proxy.plan()
+            assert file.read() == b"456789"
+
+
 @pytest.mark.parametrize("fault", ["slow_down", "reset", "lost"])
 def test_an_update_takes_place_once_in_spite_of(s3: str, fault_proxy: Any, fault: str) -> None:
     """Also where the first write did arrive, and only its answer was lost."""

@@ -7,14 +7,12 @@ import socket
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from smallcap import s3 as s3_operations
 from smallcap import storage
 from smallcap.errors import RowError, StorageError
 from smallcap.images.fetching import FetchOptions, fetch_objects
@@ -71,24 +69,13 @@ def closed() -> Iterator[str]:
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+def impatient(monkeypatch: pytest.MonkeyPatch, single_tries: None) -> None:
     """Clients that try once, with credentials of their own."""
-    import s3fs
-
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "test")
     monkeypatch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
-    opened = s3_operations.s3_store
-    monkeypatch.setattr(s3_operations, "s3_store", partial(opened, max_retries=0, timeout_s=1.0))
-    real = storage.fsspec.filesystem
-
-    def filesystem(protocol: str, **options: Any) -> Any:
-        quick = {"retries": {"max_attempts": 0}, "read_timeout": 1, "connect_timeout": 1}
-        return real(protocol, **options | ({"config_kwargs": quick} if protocol == "s3" else {}))
-
-    monkeypatch.setattr(storage.fsspec, "filesystem", filesystem)
+    monkeypatch.setenv("SMALLCAP_STORAGE_PATIENCE_S", "0")
 
 
 OPERATIONS: dict[str, Callable[[str], Any]] = {  # by obstore, s3fs, and both
@@ -102,6 +89,7 @@ OPERATIONS: dict[str, Callable[[str], Any]] = {  # by obstore, s3fs, and both
 }
 LOOKS = {  # they ask by HEAD, or take what is missing for an answer
     "exists": lambda uri: storage.exists(f"{uri}/key"),
+    "is folder": lambda uri: storage.is_folder(f"{uri}/key"),
     "size": lambda uri: storage.size(f"{uri}/key"),
     "folder": lambda uri: storage.list_folder(f"{uri}/folder"),
     "remove": lambda uri: storage.remove(f"{uri}/key"),
@@ -149,6 +137,7 @@ def test_an_answer_is_told_in_a_sentence(
         (OPERATIONS | LOOKS)[operation](f"s3://bucket-{name}")
     told(raised.value, cause, remedy, f"s3://bucket-{name}/")
     assert server in str(raised.value)
+    assert f"on node {socket.gethostname()}" in str(raised.value)
 
 
 @pytest.mark.parametrize("operation", [*OPERATIONS, *LOOKS])
@@ -171,7 +160,6 @@ def test_a_connection_that_fails_is_told_in_a_sentence(
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_web_page_in_place_of_a_store(server: str, operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("smallcap.s3.time.sleep", lambda seconds: None)
     Store.answer = (200, "<html>Welcome", {"Last-Modified": "Wed, 21 Oct 2015 07:28:00 GMT"})
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{server}")
     try:
@@ -328,9 +316,75 @@ def test_an_error_that_was_told_before_is_none_of_this_one(
 def test_rows_are_told_in_one_line(server: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     Store.answer = ANSWERS[name][0]
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{server}")
-    quick = FetchOptions(attempts=2, first_backoff_s=0.01)
-    uris = [f"s3://bucket-{name}/a\n\x1b[31m.jpg", f"s3://bucket-{name}/b.jpg", f"http://{server}/c.jpg"]
+    quick = FetchOptions(attempts=2, first_backoff_s=0.01, private_hosts=True)
+    uris = [f"s3://bucket-{name}/a\n\x1b[31m.jpg", f"s3://bucket-{name}/b.jpg"]
+    if name in ("slow-down", "failing"):  # a bucket that answers nothing else ends the run
+        with pytest.raises(StorageError) as raised:
+            fetch_objects(uris, quick)
+        told(raised.value, "Cannot fetch images: .* (fails|too busy)", "un the same command again", "s3://bucket")
+        uris.clear()
+    uris.append(f"http://{server}/c.jpg")
     for error in fetch_objects(uris, quick).data:
         assert isinstance(error, RowError)
         assert re.fullmatch(r"[ -~]{10,250}\.", str(error)), str(error)
         assert not re.search("Generic|Debug|Errno|xml", str(error)), str(error)
+
+
+@pytest.mark.parametrize(
+    ("text", "cause", "status"),
+    [
+        (  # Delta
+            "Generic S3 error: Error performing GET http://h:1/b/t in 1.9s, after 3 retries, max_retries: 3, "
+            'retry_timeout: 180s  - Server returned non-2xx status code: 503: <?xml version="1.0"?><Error>'
+            "<Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>",
+            Cause.SLOW_DOWN,
+            503,
+        ),
+        (  # Lance
+            "LanceError(IO): Generic S3 error: Client error with status 400 Bad Request: <Error><Code>ExpiredToken"
+            "</Code></Error>, /home/runner/lance-io/src/object_store.rs:12:3",
+            Cause.EXPIRED,
+            400,
+        ),
+        ("HTTP status server error (500 Internal Server Error) for url (http://h:1/b/t)", Cause.FAILING, 500),
+        (  # Arrow's own client
+            "When reading information for key 'a' in bucket 'b': AWS Error ACCESS_DENIED during HeadObject operation: "
+            "No response body.",
+            Cause.FORBIDDEN,
+            None,
+        ),
+        (
+            "When listing objects: AWS Error NETWORK_CONNECTION during ListObjectsV2 operation: curlCode: 7",
+            Cause.UNREACHED,
+            None,
+        ),
+    ],
+)
+def test_texts_of_libraries_that_write_tables(text: str, cause: Cause, status: int | None) -> None:
+    fault = diagnose(OSError(text))
+    assert fault.cause is cause
+    assert fault.status == status
+    assert "Debug" not in fault.describe()
+    assert "\n" not in fault.describe()
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [
+        (ConnectionResetError(104, "reset"), True),
+        (OSError(116, "Stale file handle"), True),
+        (socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution"), True),
+        (socket.gaierror(socket.EAI_NONAME, "Name or service not known"), False),
+        (OSError(28, "No space left on device"), False),
+        (FileNotFoundError(2, "no"), False),
+        (OSError("status code: 500"), True),
+        (OSError("status code: 429"), True),
+        (OSError("status code: 501"), False),
+        (OSError("status code: 403"), False),
+        (OSError("status code: 400"), False),
+        (ValueError("no"), False),
+    ],
+    ids=str,
+)
+def test_which_faults_pass(error: Exception, passes: bool) -> None:
+    assert diagnose(error).passes == passes

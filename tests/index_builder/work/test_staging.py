@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from index_builder.work.staging import ABANDONED_AFTER, Staging, run_recorded
+from index_builder.work.staging import ABANDONED_AFTER, Staging, _identity, run_recorded
 from smallcap.errors import ConfigError, ConflictError, RunError
 
 PLAN = "0123456789abcdef" * 4
@@ -19,9 +19,16 @@ def owner(folder: Path, **values: object) -> Path:
     return folder
 
 
+def other_process(**changes: str) -> list[str]:
+    """This process as an owner file names it, but for some of what names it."""
+    names = dict(zip(("boot", "namespace", "start"), _identity(os.getpid()) or (), strict=True))
+    return list((names | changes).values())
+
+
 def test_only_what_has_been_dead_for_long_is_removed(tmp_path: Path) -> None:
     long_ago = time.time() - ABANDONED_AFTER.total_seconds() - 1
-    alive = owner(tmp_path / ".staging-alive", pid=os.getpid(), alive_at=long_ago)
+    alive = owner(tmp_path / ".staging-alive", pid=os.getpid(), process=_identity(os.getpid()), alive_at=long_ago)
+    reused = owner(tmp_path / ".staging-reused", pid=os.getpid(), alive_at=long_ago)
     far = owner(tmp_path / ".staging-far", host="far", pid=1, alive_at=time.time())
     young = owner(tmp_path / ".staging-young", pid=2**22 + 1, alive_at=time.time() - 60)
     dead = owner(tmp_path / ".staging-dead", pid=2**22 + 1, alive_at=long_ago)
@@ -31,7 +38,7 @@ def test_only_what_has_been_dead_for_long_is_removed(tmp_path: Path) -> None:
     with Staging(str(tmp_path), PLAN) as staging:
         left = {path.name for path in tmp_path.iterdir()}
         assert left == {alive.name, far.name, young.name, Path(staging.uri).name}
-    assert not any(path.exists() for path in (dead, silent, ended, Path(staging.uri)))
+    assert not any(path.exists() for path in (dead, reused, silent, ended, Path(staging.uri)))
 
 
 def test_the_folder_outlasts_a_block_that_fails(tmp_path: Path) -> None:
@@ -58,15 +65,34 @@ def test_an_error_of_the_options_leaves_nothing_that_is_not_worth_keeping(tmp_pa
     assert Path(again.uri).is_dir()
 
 
-@pytest.mark.parametrize("host", [socket.gethostname(), "far"])
-def test_a_live_owner_is_respected(tmp_path: Path, host: str) -> None:
-    owner(tmp_path / f".staging-{PLAN[:16]}", host=host, pid=os.getpid(), alive_at=time.time())
+@pytest.mark.parametrize(
+    ("host", "name", "silent_s"),
+    [("here", "this", 0), ("here", "this", 10**6), ("here", "container", 60), ("far", "none", 60)],
+)
+def test_a_live_owner_is_respected(tmp_path: Path, host: str, name: str, silent_s: int) -> None:
+    process = {"this": other_process(), "container": other_process(namespace="pid:[1]"), "none": None}[name]
+    values = {"host": host, "pid": os.getpid(), "process": process, "alive_at": time.time() - silent_s}
+    owner(tmp_path / f".staging-{PLAN[:16]}", **values)
     with pytest.raises(ConflictError, match="already running"), Staging(str(tmp_path), PLAN):
         pass
 
 
-def test_a_dead_owner_is_taken_over(tmp_path: Path) -> None:
-    folder = owner(tmp_path / f".staging-{PLAN[:16]}", pid=2**22 + 1, alive_at=1)
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"pid": 2**22 + 1, "alive_at": 1},
+        {"pid": os.getpid(), "alive_at": 1},  # as versions before this wrote it; the number is in use again
+        {"host": "far", "pid": 1, "alive_at": time.time() - 700},
+        {"pid": 1, "alive_at": time.time() + 86_400},  # the clock was wrong
+        {"pid": os.getpid(), "alive_at": time.time(), "process": other_process(start="1")},  # in use again
+        {"pid": 2**22 + 1, "alive_at": time.time(), "process": other_process()},
+        {"pid": os.getpid(), "alive_at": 1, "process": other_process(boot="before")},
+        {"pid": os.getpid(), "alive_at": 1, "process": other_process(namespace="pid:[1]")},
+    ],
+    ids=["gone", "reused", "silent", "future", "reused-since", "gone-since", "rebooted", "other-container"],
+)
+def test_a_dead_owner_is_taken_over(tmp_path: Path, values: dict[str, object]) -> None:
+    folder = owner(tmp_path / f".staging-{PLAN[:16]}", **values)
     (folder / "work").mkdir()
     (folder / "work" / "part").write_text("kept")
     with Staging(str(tmp_path), PLAN) as staging:

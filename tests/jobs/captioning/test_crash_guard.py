@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.captioning.crash_guard import CrashGuard, CrashGuardClient, DecodeClock
+from jobs.captioning.crash_guard import READ_IN_VAIN, CrashGuard, CrashGuardClient, DecodeClock
 from jobs.cluster.side_actor import run_side_actor
 from tests.in_process_ray import LocalActor
 
@@ -129,3 +129,17 @@ def test_an_image_that_kills_its_task_costs_four_attempts_and_no_other_image() -
         expected = [None if row == 5 else f"image {row}" for row in range(8)]
         assert ray.get(task.remote(), timeout=120) == expected
         assert actor.ask("begin", 2, list(range(8))) == [5]
+
+
+def test_reading_that_kills_its_process_ends_at_last_and_marks_no_image() -> None:
+    guard = CrashGuard()
+    client = CrashGuardClient(LocalActor(guard))
+    for _ in range(READ_IN_VAIN):
+        assert not client.begin_reading(4, 0)
+        client.end_reading(4, 0)
+        assert not client.begin_reading(4, 1)  # and here the process dies
+    assert not client.begin_reading(4, 0)
+    client.end_reading(4, 0)
+    assert client.begin_reading(4, 1)
+    assert not client.begin_reading(5, 1)
+    assert guard.begin(4, [0, 1]) == []

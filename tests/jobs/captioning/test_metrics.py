@@ -7,18 +7,22 @@ import sys
 from pathlib import Path
 
 import pytest
+import ray
 
-from jobs.captioning.metrics import METRICS, record_batch
+from jobs.captioning.metrics import record_batch
 from jobs.captioning.stage_report import StageReport
+from jobs.cluster.metrics import METRICS
 from tests.job_processes import free_port
 
 ROOT = Path(__file__).parents[3]
+METRICS_TAGS = {tag for _, tags, _ in METRICS.values() for tag in tags}
 
 EXPORT = """
 import sys, time, urllib.request
 import ray
 from jobs.captioning.stage_report import StageReport
 from jobs.captioning.watch import watch_run
+from jobs.cluster.metrics import marked_as_running, record
 
 port = int(sys.argv[1])
 ray.init(
@@ -30,9 +34,15 @@ ray.init(
 class Worker:
     def work(self, client):
         client.report(StageReport("load", 9, 1.0, retries=2, bytes=5000))
-        client.report(StageReport("caption", 8, 1.0, tokens=40), [0.3, 0.4])
+        searched = frozenset(["cpu"])
+        client.report(StageReport("caption", 8, 1.0, tokens=40, halvings=2, searched_by=searched), [0.3, 0.4])
         client.report(StageReport("write", 7, 1.0, errors={"empty": 6}))
         client.record_index_cache(hits=3, misses=4)
+        for name in ("build_items", "build_seconds"):
+            record(f"smallcap_{name}_total", "run-1", 5, {"stage": "embed"})
+        for name in ("steps", "tokens", "step_seconds"):
+            record(f"smallcap_train_{name}_total", "run-1", 6)
+        record("smallcap_train_loss", "run-1", 1.5)
 
 @ray.remote(num_cpus=0, max_restarts=1, max_task_retries=1)
 class Dying:
@@ -42,7 +52,7 @@ class Dying:
             client.end_by("cuda", RuntimeError("CUDA error: ECC"))
 
 worker = Worker.remote()
-with watch_run("run-1", 10, 1) as watch:
+with watch_run("run-1", 10, 1) as watch, marked_as_running("run-1", "caption"):
     ray.get(worker.work.remote(watch.monitor))
     ray.get(Dying.remote().work.remote(watch.fault_guard))
     deadline = time.monotonic() + 60
@@ -51,7 +61,8 @@ with watch_run("run-1", 10, 1) as watch:
             text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5).read().decode()
         except OSError:
             text = ""
-        if "ray_smallcap_index_cache_misses_total" in text and "ray_smallcap_actor_restarts_total" in text:
+        last = ("_index_cache_misses_total", "_actor_restarts_total", "_train_loss", "_job_running")
+        if all(f"ray_smallcap{name}" in text for name in last):
             print(text)
             break
         time.sleep(0.5)
@@ -83,7 +94,8 @@ def test_metrics_of_workers_are_at_the_metrics_port() -> None:
         if match := re.match(r"ray_(smallcap_\w+)\{(.*)\} ([\d.e+]+)$", line):
             tags = dict(re.findall(r'(\w+)="([^"]*)"', match[2]))
             assert tags["run_id"] == "run-1"
-            values[match[1], tags.get("stage") or tags.get("code") or tags.get("kind")] = float(match[3])
+            (tag,) = {tags[name] for name in METRICS_TAGS & set(tags)} or {None}
+            values[match[1], tag] = float(match[3])
     assert values["smallcap_images_total", "load"] == 9
     assert values["smallcap_images_total", "caption"] == 8
     assert values["smallcap_images_total", "write"] == 7
@@ -96,7 +108,16 @@ def test_metrics_of_workers_are_at_the_metrics_port() -> None:
     assert values["smallcap_index_cache_hits_total", None] == 3
     assert values["smallcap_actor_faults_total", "cuda"] == 1
     assert values["smallcap_actor_restarts_total", None] == 1
+    assert values["smallcap_job_running", "caption"] == 1
+    assert values["smallcap_busy_seconds_total", "caption"] == 1
+    assert values["smallcap_searched_images_total", "cpu"] == 8
+    assert values["smallcap_memory_halvings_total", None] == 2
+    assert values["smallcap_build_items_total", "embed"] == 5
+    assert values["smallcap_train_loss", None] == 1.5
     assert {re.sub(r"_(bucket|count|sum)$", "", name) for name, _ in values} == set(METRICS)
+
+
+RAYS_OWN = Path(ray.__file__).parent / "dashboard" / "modules" / "reporter" / "reporter_agent.py"
 
 
 def drawn_metrics(text: str) -> set[str]:
@@ -107,13 +128,18 @@ def test_the_dashboard_draws_every_metric_and_no_other() -> None:
     dashboard = json.loads((ROOT / "docs" / "grafana.json").read_text())
     expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
     assert set().union(*map(drawn_metrics, expressions)) == set(METRICS)
+    promql = pytest.importorskip("promql_parser")
     for expression in expressions:
-        assert expression.count("(") == expression.count(")")
-        assert 'run_id=~"$run_id"' in expression
-        name = re.search(r"ray_(smallcap_\w+)", expression)[1]  # type: ignore[index]
-        _, tags, _ = METRICS[re.sub(r"_bucket$", "", name)]
+        promql.parse(expression.replace("$__rate_interval", "5m"))
+        names = re.findall(r"ray_(smallcap_\w+)", expression)
+        if not names:  # one of Ray's own
+            (theirs,) = re.findall(r"ray_(\w+)", expression)
+            assert f'"{theirs}"' in RAYS_OWN.read_text()
+            continue
+        assert expression.count('run_id=~"$run_id"') == len(names)
+        tags = {"run_id", "le"}.union(*(METRICS[re.sub(r"_bucket$", "", name)][1] for name in names))
         for grouped in re.findall(r"by \(([^)]*)\)", expression):
-            assert set(grouped.split(", ")) - {"le"} <= set(tags)
+            assert set(grouped.split(", ")) <= tags
     variables = {variable["name"]: variable for variable in dashboard["templating"]["list"]}
     assert set(variables) == {"datasource", "run_id"}
     assert drawn_metrics(variables["run_id"]["definition"]) <= set(METRICS)

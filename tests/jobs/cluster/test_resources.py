@@ -1,4 +1,4 @@
-"""The threads of an actor, where Ray would leave it one."""
+"""Where Ray is asked to put what, and the threads of an actor, where Ray would leave it one."""
 
 import os
 import sys
@@ -8,7 +8,9 @@ import faiss
 import pytest
 import torch
 
-from jobs.cluster.resources import use_threads
+from jobs.cluster import resources
+from jobs.cluster.resources import actor_resources, on_working_nodes, use_threads
+from smallcap.machine.actor_plan import ActorPlan
 
 
 @pytest.fixture(autouse=True)
@@ -30,3 +32,21 @@ def test_faiss_is_not_imported_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "faiss")
     use_threads(1)
     assert "faiss" not in sys.modules
+
+
+def test_what_asks_for_no_cpu_keeps_off_nodes_that_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpus = {"a1": 4.0, "b2": 0.0, "c3": None}
+    nodes = {
+        node: {"Resources": {"GPU": 1.0} | ({} if count is None else {"CPU": count})} for node, count in cpus.items()
+    }
+    monkeypatch.setattr(resources, "living_nodes", lambda: nodes)
+    assert on_working_nodes() == {"label_selector": {"ray.io/node-id": "!in(b2,c3)"}}
+    del nodes["b2"], nodes["c3"]
+    assert on_working_nodes() == {}
+
+
+def test_an_actor_asks_for_the_plans_resources() -> None:
+    plan = ActorPlan("cuda", "auto", 1, 2.0, 0.5, 1)
+    assert actor_resources(plan) == {"num_cpus": 2.0, "num_gpus": 0.5}
+    typed = ActorPlan("cuda", "auto", 1, 2.0, 1.0, 1, accelerator_type="L4")
+    assert actor_resources(typed) == {"num_cpus": 2.0, "num_gpus": 1.0, "accelerator_type": "L4"}

@@ -38,7 +38,7 @@ def test_an_actor_has_the_calls_at_a_time_that_it_is_given_in_lasting_threads() 
 
 def test_an_item_that_runs_is_known_by_its_rows_until_it_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jobs.cluster.tasks._TELL_EVERY_S", 0.0)
-    runner = RayRunner()
+    runner = RayRunner("run")
     with run_side_actor(ItemRows) as rows:
         runner.item_rows = rows
 
@@ -50,4 +50,4 @@ def test_an_item_that_runs_is_known_by_its_rows_until_it_has_ended(monkeypatch: 
 
         assert dict(runner.run_tasks(work, [10, 20])) == {0: 20, 1: 40}
         assert rows.ask("running") == 0
-    assert dict(RayRunner().run_tasks(report_rows, [1])) == {0: None}  # nobody is told
+    assert dict(RayRunner("run").run_tasks(report_rows, [1])) == {0: None}  # nobody is told

@@ -23,7 +23,7 @@ def test_a_step_in_words() -> None:
 
 
 def test_the_view_waits_for_the_first_step() -> None:
-    watch = TrainWatch()
+    watch = TrainWatch("run")
     view = TrainView(LocalActor(watch), 10)
     assert view.line() == "Training: starting workers, which load the model; 0 s so far"
     assert not view.is_under_way
@@ -37,7 +37,7 @@ def test_the_view_waits_for_the_first_step() -> None:
 
 @pytest.mark.parametrize("ended", [False, True])
 def test_workers_that_train_are_waited_for_until_they_have_ended(ended: bool) -> None:
-    watch = TrainWatch()
+    watch = TrainWatch("run")
     watch.ask_to_end()
     assert not watch.is_waited_for()  # nobody has begun
     assert watch.note_step(TrainStep(1, 1, 1.0))

@@ -27,7 +27,7 @@ PNG = encode(gradient(48, 32), "PNG")
 
 
 def crop(*images: Any) -> list[Pixels | RowError]:
-    return crop_given(images, PLAN, max_pixels=1_000_000)
+    return crop_given(images, PLAN, max_pixels=1_000_000, allow_private_hosts=True)  # the server is on loopback
 
 
 def same(*crops: Pixels | RowError) -> bool:

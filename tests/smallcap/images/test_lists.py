@@ -6,6 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from smallcap import tables
 from smallcap.config import InputConfig
 from smallcap.errors import ErrorCode, RowError, SchemaError
 from smallcap.images import lists as image_lists
@@ -224,3 +225,31 @@ def test_kept_types_are_the_files_own(tmp_path: Path) -> None:
     found = next(ImageList(f"{tmp_path}/list.parquet", InputConfig(), ("width", "label")).tables())
     assert [found.field(name).type for name in ("width", "label")] == [pa.int16(), pa.string()]
     assert [row["width"] for row in read(tmp_path / "list.csv", ("width",))] == ["1", None]
+
+
+@pytest.mark.parametrize("name", ["list.txt", "list.csv", "list.tsv", "list.jsonl", "list.json"])
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_row_without_end_stops_the_reading(
+    tmp_path: Path, name: str, compressed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compressed list of kilobytes may hold one of gigabytes."""
+    monkeypatch.setattr(tables, "_LONGEST_LINE", 10_000)
+    monkeypatch.setattr(image_lists, "_BLOCK_BYTES", 10_000)
+    monkeypatch.setattr(image_lists, "_LONGEST_ELEMENT", 10_000)
+    start = {"list.txt": "a.jpg\n", "list.csv": "image_uri,n\n", "list.tsv": "image_uri\tn\n", "list.jsonl": ""}.get(
+        name
+    )
+    content = (start if start is not None else '[{"image_uri": "') + "x" * 50_000
+    file = tmp_path / (f"{name}.gz" if compressed else name)
+    file.write_bytes(gzip.compress(content.encode()) if compressed else content.encode())
+    with pytest.raises(SchemaError, match=r"too long|cannot be read") as error:
+        read(file)
+    assert len(str(error.value)) < 2_000
+
+
+def test_rows_of_parquet_come_in_batches_of_few_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_lists, "_BATCH_BYTES", 10_000)
+    pq.write_table(pa.table({"image_uri": [f"{n:04d}" * 100 for n in range(100)]}), tmp_path / "list.parquet")
+    lengths = [len(table) for table in ImageList(str(tmp_path / "list.parquet"), InputConfig()).tables()]
+    assert sum(lengths) == 100
+    assert max(lengths) <= 30

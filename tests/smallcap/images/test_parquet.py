@@ -7,6 +7,7 @@ import pytest
 from smallcap import storage
 from smallcap.config import InputConfig
 from smallcap.errors import ErrorCode, RowError, SchemaError
+from smallcap.images import parquet as parquet_images
 from smallcap.images.fragments import Fragment, InputBatch
 from smallcap.images.parquet import ids_repeat, image_bytes_column, read_outlines, read_parquet
 from smallcap.images.row_ranges import RowRanges
@@ -164,3 +165,40 @@ def test_which_column_holds_images() -> None:
     with pytest.raises(SchemaError, match="Several columns") as several:
         image_bytes_column(schema.remove(2), InputConfig(), "f")
     assert "image, thumb" in str(several.value)
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.binary_view(), HF_IMAGE])
+@pytest.mark.parametrize("dictionary", [True, False])
+def test_an_image_beyond_the_limit_is_a_row_and_the_others_have_theirs(
+    tmp_path: Path, kind: pa.DataType, dictionary: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parquet_images, "MAX_IMAGE_BYTES", 1000)
+    monkeypatch.setattr(parquet_images, "_BATCH_BYTES", 1500)
+    files = [b"a" * 700, b"b" * 1001, None, b"c" * 1000, b"a" * 700, b"d"]
+    cells = [{"bytes": file, "path": None} for file in files] if kind == HF_IMAGE else files
+    table = pa.table({"image": pa.array(cells, kind)})
+    pq.write_table(table, tmp_path / "file.parquet", use_dictionary=dictionary)
+    batches = read(tmp_path / "file.parquet", 0, 6)
+    data = [file for batch in batches for file in batch.data or ()]
+    assert [file if isinstance(file, bytes) else file.code for file in data] == [
+        *(files[0], ErrorCode.TOO_LARGE, ErrorCode.EMPTY),
+        *files[3:],
+    ]
+    assert "1,001 bytes" in str(data[1])
+    assert [row for batch in batches for row in batch.rows.tolist()] == list(range(6))
+    assert all(sum(len(file) for file in batch.data or () if isinstance(file, bytes)) <= 1700 for batch in batches)
+    assert [batch.ends_fragment for batch in batches] == [False] * (len(batches) - 1) + [True]
+
+
+def test_an_image_that_is_repeated_is_not_held_for_each_row(tmp_path: Path) -> None:
+    """200 rows of one image of 2 MB are 2 MB in the file, and would be 400 MB in memory."""
+    images = pa.DictionaryArray.from_arrays(pa.array([0] * 200, pa.int32()), pa.array([bytes(2 << 20)]))
+    pq.write_table(pa.table({"image": images}), tmp_path / "file.parquet", store_schema=False)
+    before = pa.total_allocated_bytes()
+    rows = 0
+    fragment = Fragment(0, "parquet", str(tmp_path / "file.parquet"), 0, 200, "")
+    for batch in read_parquet(fragment, None, InputConfig(), NOTHING):
+        rows += len(batch.rows)
+        assert sum(len(file) for file in batch.data or () if isinstance(file, bytes)) <= 66 << 20
+        assert pa.total_allocated_bytes() - before < 20 << 20
+    assert rows == 200

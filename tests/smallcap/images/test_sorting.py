@@ -30,6 +30,7 @@ def _rows(tables: list[pa.Table]) -> list[tuple[str, str]]:
 def small_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sorted_images, "RUN_ROWS", 5)
     monkeypatch.setattr(sorted_images, "BATCH_ROWS", 2)
+    monkeypatch.setattr(sorted_images, "_MERGED_ROWS", 6)
 
 
 @pytest.mark.usefixtures("small_runs")
@@ -40,6 +41,20 @@ def test_spilled_runs_merge_to_the_sorted_whole(
 ) -> None:
     merged = list(sort_images(_tables(rows, per_table), tmp_path_factory.mktemp("runs")))
     assert _rows(merged) == sorted(rows)
+
+
+def test_many_runs_are_merged_a_few_rows_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows of one step do not grow with the number of runs, though a batch of each would."""
+    monkeypatch.setattr(sorted_images, "RUN_ROWS", 50)
+    monkeypatch.setattr(sorted_images, "_MERGED_ROWS", 100)
+    rows = [(f"{number * 7919 % 5000:04d}", "x") for number in range(5000)]
+    lengths: list[int] = []
+    sort = sorted_images.sort_table
+    monkeypatch.setattr(sorted_images, "sort_table", lambda table: (lengths.append(len(table)), sort(table))[1])
+    assert _rows(list(sort_images(_tables(rows, 50), tmp_path))) == sorted(rows)
+    runs = len(list(tmp_path.iterdir()))
+    assert runs == 100
+    assert max(lengths[runs:]) <= 100 + runs
 
 
 def test_few_images_are_not_spilled(tmp_path: Path) -> None:

@@ -3,8 +3,11 @@ import gzip
 import json
 import lzma
 import tarfile
-from collections.abc import Callable
+import tracemalloc
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +17,7 @@ from hypothesis import strategies as st
 
 from smallcap import storage
 from smallcap.errors import ErrorCode, RowError, StorageError
+from smallcap.images import bounded_tar
 from smallcap.images import tars as tar_shards
 from smallcap.images.fragments import Fragment, InputBatch, LeftOut
 from smallcap.images.kinds import begins_like_image, ends_like_image
@@ -329,3 +333,152 @@ def test_tars_that_begin_alike_need_their_names(tmp_path: Path) -> None:
     assert choose_tar_ids([uris["0.tar"], uris["1.tar"], uris["bad.tar"], uris["none.tar"]]) == "key"
     assert choose_tar_ids([uris["0.tar"], uris["2.tar"]]) == "tar/key"
     assert choose_tar_ids([uris["1.tar"], uris["3.tar.gz"]]) == "tar/key"
+
+
+def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size, info.type = size, kind
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+def zeros(count: int) -> Iterator[bytes]:
+    """The bytes 0, a piece at a time."""
+    for start in range(0, count, 1 << 20):
+        yield bytes(min(1 << 20, count - start))
+
+
+def write_compressed(path: Path, pieces: Iterable[bytes], kind: str) -> None:
+    openers: dict[str, Any] = {"gz": gzip.open, "bz2": bz2.open, "xz": lzma.open}
+    with openers[kind](path, "wb", **({"preset": 1} if kind == "xz" else {"compresslevel": 1})) as file:
+        for piece in pieces:
+            file.write(piece)
+
+
+@pytest.mark.parametrize("compression", ["", "gz", "bz2", "xz"])
+@pytest.mark.parametrize("kind", ["plain", "pax", "gnu-sparse", "pax-sparse"])
+def test_a_member_beyond_the_limit_is_a_row_and_the_others_have_theirs(
+    tmp_path: Path, compression: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tar_shards, "MAX_IMAGE_BYTES", 1000)
+    size, stored = 3000, 3000
+    if kind == "plain":
+        head = header("huge.jpg", size)
+    elif kind == "pax":
+        head = pax({"size": str(size)}) + header("huge.jpg", 0)
+    elif kind == "gnu-sparse":  # one block of data at the start, and then a hole of terabytes
+        size, stored = 5 << 40, 512
+        block = bytearray(header("huge.jpg", stored, tarfile.GNUTYPE_SPARSE))
+        block[386:410] = b"%011o\0%011o\0" % (0, 512)
+        block[483:495] = b"\x80" + size.to_bytes(11)
+        block[148:156] = b" " * 8
+        block[148:156] = b"%06o\0 " % sum(block)
+        head = bytes(block)
+    else:
+        size, stored = 5 << 40, 512
+        head = pax({"GNU.sparse.realsize": str(size), "GNU.sparse.map": "0,512"}) + header("huge.jpg", stored)
+    content = make_tar(*sample("a"))[:3072] + head + bytes(stored + -stored % 512) + make_tar(*sample("b"))
+    path = tmp_path / "a.tar"
+    if compression:
+        write_compressed(path, [content], compression)
+    else:
+        path.write_bytes(content)
+    assert images(read(path)) == {"a": b"image a", "huge": ErrorCode.TOO_LARGE, "b": b"image b"}
+    (batch,) = read(path, RowRanges.span(1, 2))
+    assert f"{size:,} bytes" in str((batch.data or [])[0])
+
+
+def pax(fields: dict[str, str], kind: bytes = tarfile.XHDTYPE) -> bytes:
+    return tarfile.TarInfo._create_pax_generic_header(fields, kind, "utf-8")  # type: ignore[attr-defined]
+
+
+LONG = bounded_tar._HEADER_BYTES + 1
+HEADERS = {
+    "a name of terabytes": header("././@LongLink", 5 << 40, tarfile.GNUTYPE_LONGNAME),
+    "a long name": header("././@LongLink", LONG, tarfile.GNUTYPE_LONGNAME) + b"x" * (LONG + 511),
+    "names without end": (header("././@LongLink", 4, tarfile.GNUTYPE_LONGNAME) + b"name".ljust(512, b"\0")) * 2000,
+    "a pax header of terabytes": header("pax", 5 << 40, tarfile.XHDTYPE),
+    "a long pax header": pax({"comment": "x" * LONG}),
+    "pax headers without end": pax({"comment": "x"}) * 2000,
+    "global headers without end": b"".join(
+        pax({f"a{number}.{field}": "x" for field in range(9)}, tarfile.XGLTYPE) + header(f"{number}.txt", 0)
+        for number in range(100)
+    ),
+    "a sparse map without end": header("x.jpg", 0, tarfile.GNUTYPE_SPARSE)[:482] + b"\1" + b"\1" * 1_000_000,
+    "a sparse map of a billion": pax({"GNU.sparse.major": "1", "GNU.sparse.minor": "0"})
+    + header("x.jpg", 512)
+    + b"1000000000\n".ljust(512, b"\0"),
+    "a sparse map that is none": pax({"GNU.sparse.map": "a,b"}) + header("x.jpg", 512),
+    "a size that is none": pax({"GNU.sparse.size": "many"}) + header("x.jpg", 512),
+    "a negative size": pax({"size": "-5"}) + header("x.jpg", 512),
+}
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("name", sorted(HEADERS))
+def test_headers_without_measure_end_the_tar(tmp_path: Path, name: str, compressed: bool) -> None:
+    uri = str(tmp_path / "a.tar")
+    content = make_tar(*sample("a"))[:3072] + HEADERS[name]
+    if name == "a sparse map without end":  # with the checksum of what was changed
+        block = bytearray(content[3072 : 3072 + 512])
+        block[148:156] = b" " * 8
+        block[148:156] = b"%06o\0 " % sum(block)
+        content = content[:3072] + bytes(block) + content[3072 + 512 :]
+    Path(uri).write_bytes(gzip.compress(content) if compressed else content)
+    assert images(read(uri)) == {"a": b"image a", uri: ErrorCode.TRUNCATED}
+    choose_tar_ids([uri, uri])  # which reads only the first headers
+
+
+@pytest.mark.parametrize("kind", ["gz", "bz2", "xz"])
+def test_a_compressed_tar_of_absurdly_many_bytes_is_given_up(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its images before that have their rows. 40 MB of zeros take 40 kB at most."""
+    monkeypatch.setattr(bounded_tar, "_INFLATED_BYTES", 10 << 20)
+    uri = str(tmp_path / "a.tar")
+    size = 40 << 20
+    head = make_tar(*sample("a"))[:3072] + header("clip.mp4", size)
+    write_compressed(Path(uri), chain([head], zeros(size), [make_tar(*sample("b"))]), kind)
+    found = read(uri)
+    assert images(found) == {"a": b"image a", uri: ErrorCode.TOO_LARGE}
+    assert "not read on after 1 image" in str((found[-1].data or [])[-1])
+    monkeypatch.setattr(bounded_tar, "_INFLATED_BYTES", 50 << 20)
+    assert images(read(uri)) == {"a": b"image a", "b": b"image b"}  # a film beside the images is no bomb
+
+
+def test_the_first_key_of_a_bomb_costs_no_memory(tmp_path: Path) -> None:
+    """The first 16 KiB of it hold 64 MB: all of a name that never ends."""
+    uri = str(tmp_path / "a.tar.bz2")
+    write_compressed(
+        Path(uri), chain([header("././@LongLink", 5 << 40, tarfile.GNUTYPE_LONGNAME)], zeros(1 << 26)), "bz2"
+    )
+    tracemalloc.start()
+    choose_tar_ids([uri, uri])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16 << 20
+
+
+def test_an_xz_that_wants_much_memory_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = str(tmp_path / "a.tar.xz")
+    Path(uri).write_bytes(lzma.compress(make_tar(*sample("a")), preset=6))
+    monkeypatch.setattr(bounded_tar, "_XZ_BYTES", 1 << 20)
+    assert images(read(uri)) == {uri: ErrorCode.TOO_LARGE}
+
+
+def test_texts_beyond_the_limit_are_their_images_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tar_shards, "_SAMPLE_TEXT_BYTES", 1000)
+    path = tmp_path / "a.tar"
+    path.write_bytes(make_tar(*sample("a"), ("b.jpg", b"image b"), ("b.json", b" " * 1001), *sample("c")))
+    expected = {"a": b"image a", "b": ErrorCode.TOO_LARGE, "c": b"image c"}
+    assert images(read(path, kept=TEXTS)) == expected
+    assert images(read(path)) == expected | {"b": b"image b"}  # what is not kept is not read
+
+
+def test_the_images_of_one_key_are_held_up_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond it each has a row of its own."""
+    monkeypatch.setattr(tar_shards, "MAX_IMAGE_BYTES", 1000)
+    members = [(f"a.{number}.jpg", bytes([number]) * 400) for number in range(4)]
+    (tmp_path / "a.tar").write_bytes(make_tar(*members, ("a.jpg", b"own")))
+    assert len(images(read(tmp_path / "a.tar"))) == 5
+    (tmp_path / "a.tar").write_bytes(make_tar(*members[:2], ("a.jpg", b"own")))
+    assert images(read(tmp_path / "a.tar")) == {"a": b"own"}

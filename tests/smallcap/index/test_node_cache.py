@@ -56,7 +56,12 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the files that are read for their checksum."""
     checked: list[str] = []
     check = index_cache.check_file
-    monkeypatch.setattr(index_cache, "check_file", lambda path, entry: (checked.append(entry.file), check(path, entry)))
+
+    def noted(path: Path, entry: FileEntry) -> str:
+        checked.append(entry.file)
+        return check(path, entry)
+
+    monkeypatch.setattr(index_cache, "check_file", noted)
     return checked
 
 
@@ -157,6 +162,39 @@ class TestDownloads:
         assert len(asked) == 1
         check_file(copy, small.shards[0])
         assert again.search(unit_vectors(1), 3) == mapped.search(unit_vectors(1), 3)
+
+    @pytest.mark.parametrize("harm", ["truncated", "grown", "emptied", "swapped", "other version", "half a stamp"])
+    def test_a_copy_that_is_not_what_was_verified_is_never_searched(
+        self, harm: str, s3: str, cache: str, publish_index: PublishIndex, asked: list[str]
+    ) -> None:
+        """Each is found without reading what is whole; only what differs is fetched again."""
+        manifest = publish_index(f"{s3}/index", unit_vectors(60), ["t"] * 60, shards=2)
+        first = Retriever.open(f"{s3}/index", cache_dir=cache).search(unit_vectors(3, seed=2), 4)
+        one, two = (Path(cache, entry.file) for entry in manifest.shards)
+        damaged = {manifest.shards[0].file}
+        if harm in ("truncated", "grown", "emptied"):
+            data = one.read_bytes()
+            with one.open("r+b") as file:  # in place, as a disk that is full or a copy that is cut off leaves it
+                file.truncate({"truncated": len(data) - 1, "grown": len(data) + 1, "emptied": 0}[harm])
+        elif harm == "swapped":
+            damaged.add(manifest.shards[1].file)
+            one.rename(f"{one}.aside")
+            two.rename(one)
+            Path(f"{one}.aside").rename(two)
+        elif harm == "other version":
+            other = publish_index(f"{s3}/other", unit_vectors(60, seed=5), ["t"] * 60, shards=2)
+            storage.download(f"{s3}/other/{other.shards[0].file}", one)
+        else:  # a process was killed while it wrote what it had verified
+            damaged = set()
+            stamps = list(Path(cache, "verified").iterdir())
+            for stamp in stamps:
+                stamp.write_bytes(stamp.read_bytes()[:10])
+        asked.clear()
+        again = Retriever.open(f"{s3}/index", cache_dir=cache)
+        assert {uri.removeprefix(f"{s3}/index/") for uri in asked} == damaged
+        assert again.search(unit_vectors(3, seed=2), 4) == first
+        check_file(one, manifest.shards[0])
+        check_file(two, manifest.shards[1])
 
     def test_a_damaged_object_is_an_error_after_a_second_try(
         self, s3: str, cache: str, small: IndexManifest, asked: list[str]

@@ -78,37 +78,62 @@ def test_an_actor_on_a_gpu_has_cpus_and_the_others_feed_it(
     assert tasks_beside(plan, nodes) == tasks
 
 
-CPU_CLUSTERS: list[tuple[dict[str, Any], list[float], tuple[Any, ...], int]] = [
-    # options, CPUs of the nodes; actors, CPUs of each, CPUs of a task, threads; tasks of all nodes
-    ({}, [1], (1, 0.5, 0.5, 1), 1),
-    ({}, [2], (1, 1.0, 1.0, 1), 1),
-    ({}, [3], (1, 2.0, 1.0, 2), 1),
-    ({}, [4], (1, 3.0, 1.0, 3), 1),
-    ({}, [8], (2, 3.0, 1.0, 3), 2),
-    ({}, [16], (3, 4.0, 1.0, 4), 4),
-    ({}, [64], (15, 4.0, 1.0, 4), 4),
-    ({}, [1, 1], (1, 1.0, 1.0, 1), 1),
-    ({}, [2, 2], (3, 1.0, 1.0, 1), 1),
-    ({}, [3, 3], (2, 2.0, 1.0, 2), 2),
-    ({}, [64, 2], (15, 4.0, 1.0, 4), 6),
-    ({}, [4] * 100, (93, 4.0, 1.0, 4), 28),
-    ({"max_actors": 1}, [8], (1, 4.0, 1.0, 4), 4),
-    ({"num_actors": 2}, [4], (2, 1.0, 1.0, 1), 2),
-    ({"num_actors": 2}, [1], (2, 0.3333, 0.3333, 1), 1),
-    ({"num_actors": 16}, [8], (16, 0.3333, 0.3333, 1), 8),
-    ({"max_actors": 4}, [0], (1, 3.0, 1.0, 3), 0),
+CPU_CLUSTERS: list[tuple[dict[str, Any], list[float], tuple[Any, ...]]] = [
+    # options, CPUs of the nodes; actors, threads and CPUs of each; the most loading tasks
+    ({}, [1], (1, 1, 0.9693, 1)),
+    ({}, [2], (1, 2, 1.9386, 1)),
+    ({}, [3], (1, 3, 2.9079, 1)),
+    ({}, [4], (1, 4, 3.8772, 1)),
+    ({}, [8], (2, 4, 3.8772, 2)),
+    ({}, [16], (4, 4, 3.8772, 4)),
+    ({}, [64], (16, 4, 3.8772, 16)),
+    ({}, [1, 1], (2, 1, 0.9693, 2)),
+    ({}, [2, 2], (2, 2, 1.9386, 2)),
+    ({}, [3, 3], (2, 3, 2.9079, 2)),
+    ({}, [0, 3, 3], (2, 3, 2.9079, 2)),
+    ({}, [64, 2], (16, 4, 3.8772, 17)),
+    ({}, [4] * 100, (100, 4, 3.8772, 100)),
+    ({"max_actors": 1}, [8], (1, 4, 3.8772, 2)),
+    ({"max_actors": 8}, [8], (2, 4, 3.8772, 8)),
+    ({"load_cpus": 3}, [8], (2, 4, 3.8772, 3)),
+    ({"num_actors": 2}, [4], (2, 2, 1.9386, 1)),
+    ({"num_actors": 2}, [1], (2, 1, 0.4846, 1)),
+    ({"num_actors": 16}, [8], (16, 1, 0.4846, 2)),
+    ({"max_actors": 4}, [0], (1, 4, 3.8772, 4)),
 ]
 
 
-@pytest.mark.parametrize(("options", "cpus", "expected", "tasks"), CPU_CLUSTERS)
-def test_actors_on_cpus_leave_some_for_loading_on_small_nodes_as_well(
-    options: dict[str, Any], cpus: list[float], expected: tuple[Any, ...], tasks: int
+@pytest.mark.parametrize(("options", "cpus", "expected"), CPU_CLUSTERS)
+def test_actors_on_cpus_take_all_but_a_little_of_each_also_on_small_nodes(
+    options: dict[str, Any], cpus: list[float], expected: tuple[Any, ...]
 ) -> None:
-    nodes = [node(count) for count in cpus]
-    plan = plan_actors(ComputeConfig(**options), nodes)
+    plan = plan_actors(ComputeConfig(**options), [node(count) for count in cpus])
     assert (plan.device, plan.gpus_per_actor) == ("cpu", 0)
-    assert (plan.num_actors, plan.cpus_per_actor, plan.cpus_per_task, plan.threads) == expected
-    assert sum(tasks_beside(plan, nodes)) == tasks
+    assert (plan.num_actors, plan.threads, plan.cpus_per_actor, plan.load_tasks) == expected
+
+
+def typed(name: str, cpus: float, gpus: float) -> dict[str, float]:
+    return node(cpus, gpus) | {f"accelerator_type:{name}": 1.0}
+
+
+def test_actors_run_on_gpus_of_the_type_that_is_asked_for_and_the_other_nodes_feed_them() -> None:
+    nodes = [typed("T4", 8, 1), typed("L4", 16, 2), node(8)]
+    plan = plan_actors(ComputeConfig(accelerator_type="L4"), nodes)
+    assert (plan.num_actors, plan.accelerator_type, tasks_beside(plan, nodes)) == (2, "L4", [8, 12, 8])
+    assert plan_actors(ComputeConfig(), nodes).num_actors == 3
+    with pytest.raises(ConfigError, match=r"of this type(.|\n)*one of L4, T4\n  found: H100"):
+        plan_actors(ComputeConfig(accelerator_type="H100"), nodes)
+    with pytest.raises(ConfigError, match=r"expected: a cluster with GPUs"):
+        plan_actors(ComputeConfig(accelerator_type="H100"), [node(8)])
+    to_come = plan_actors(ComputeConfig(accelerator_type="H100", max_actors=4), nodes)
+    assert (to_come.device, to_come.num_actors, to_come.max_actors) == ("cuda", 1, 4)
+    with pytest.raises(ValidationError, match="--accelerator-type is of GPUs"):
+        ComputeConfig(accelerator_type="L4", device="cpu")
+
+
+@pytest.mark.parametrize(("cpus", "load_cpus", "tasks"), [(8, 3, 3), (1, 1, 2), (8, "auto", None)])
+def test_loading_beside_gpus_may_be_limited(cpus: float, load_cpus: Any, tasks: int | None) -> None:
+    assert plan_actors(ComputeConfig(load_cpus=load_cpus), [node(cpus, 1)]).load_tasks == tasks
 
 
 def test_the_device_is_the_one_asked_for_or_the_one_that_is_there() -> None:
@@ -174,7 +199,7 @@ class RayNode:
         return cls(int(resources["CPU"] * 10_000), [10_000] * int(resources.get("GPU", 0)))
 
     def take(self, cpus: float, gpus: float) -> bool:
-        cpu_units, gpu_units = int(cpus * 10_000), int(gpus * 10_000)
+        cpu_units, gpu_units = round(cpus * 10_000), int(gpus * 10_000)
         whole = gpu_units // 10_000
         fitting = [card for card, left in enumerate(self.cards) if left >= (10_000 if whole else gpu_units)]
         if self.cpus < cpu_units or len(fitting) < (whole or (1 if gpu_units else 0)):
@@ -185,14 +210,16 @@ class RayNode:
         return True
 
 
-def places(plan: ActorPlan, nodes: list[dict[str, float]], chance: random.Random) -> tuple[int, int]:
-    """Places the plan's actors and then tasks, each on any node with room; returns how many of both there are."""
+def places(
+    plan: ActorPlan, nodes: list[dict[str, float]], chance: random.Random, most: int | None = None
+) -> tuple[int, int]:
+    """Places the plan's actors, or so many, and then tasks, each on any node with room; returns how many there are."""
     cluster = [RayNode.of(resources) for resources in nodes]
 
     def place(cpus: float, gpus: float) -> bool:
         return any(there.take(cpus, gpus) for there in chance.sample(cluster, len(cluster)))
 
-    actors = sum(place(plan.cpus_per_actor, plan.gpus_per_actor) for _ in range(plan.num_actors))
+    actors = sum(place(plan.cpus_per_actor, plan.gpus_per_actor) for _ in range(most or plan.num_actors))
     tasks = 0
     while place(plan.cpus_per_task, 0):
         tasks += 1
@@ -218,8 +245,11 @@ def test_wherever_ray_puts_them_all_actors_start_and_are_fed(
     actors, tasks = places(plan, nodes, random.Random(seed))
     assert actors == plan.num_actors
     assert tasks >= 1
-    if num_actors == "auto":
+    if plan.device == "cpu":
+        assert plan.load_tasks is not None
+        assert tasks >= plan.load_tasks
+        assert places(plan, nodes, random.Random(seed), 1000)[1] >= 1  # other jobs' actors fill the nodes
+    if num_actors == "auto" and plan.device == "cuda":
         assert tasks == sum(tasks_beside(plan, nodes))
-        if plan.device == "cuda":
-            more = replace(plan, num_actors=plan.num_actors + 1, cpus_per_actor=0.0)
-            assert places(more, nodes, random.Random(seed))[0] == plan.num_actors  # the cards are full
+        more = replace(plan, num_actors=plan.num_actors + 1, cpus_per_actor=0.0)
+        assert places(more, nodes, random.Random(seed))[0] == plan.num_actors  # the cards are full

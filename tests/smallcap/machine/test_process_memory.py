@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from smallcap.machine.process_memory import available_bytes, private_bytes, return_freed_memory
+from smallcap.machine.process_memory import available_bytes, private_bytes, return_freed_memory, total_bytes
 
 GB = 1 << 30
 
@@ -62,3 +62,19 @@ def test_a_containers_limit_counts(tmp_path: Path, files: dict[str, str], expect
     write(tmp_path, {"proc/meminfo": f"MemTotal: 99999999 kB\nMemAvailable: {8 * GB // 1024} kB"})
     write(tmp_path, {f"sys/fs/cgroup/{name}": text for name, text in files.items()})
     assert available_bytes(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, None),
+        ({"memory.max": str(3 * GB)}, 3 * GB),
+        ({"memory.max": "max"}, None),
+        ({"memory/memory.limit_in_bytes": str(2 * GB)}, 2 * GB),
+    ],
+    ids=["none", "limit", "max", "version 1"],
+)
+def test_the_memory_of_a_container_is_its_limit(tmp_path: Path, files: dict[str, str], expected: int | None) -> None:
+    write(tmp_path / "sys/fs/cgroup", files)
+    machine = total_bytes()
+    assert total_bytes(tmp_path) == min(expected or machine, total_bytes(tmp_path / "none"))
