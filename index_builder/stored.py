@@ -5,7 +5,7 @@ As for any reader, a shard's files come from the node's cache, and are verified 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -61,6 +61,12 @@ class StoredIndex:
         """Returns a shard's rows of the caption store, memory-mapped."""
         entry = self.manifest.captions[number]
         return open_caption_file(self.checked_file(entry), entry)
+
+    def texts(self, number: int, caption_ids: Sequence[int]) -> list[str]:
+        """Returns the texts of captions of a shard."""
+        rows = np.array(caption_ids, np.int64) - self.manifest.captions[number].first_id
+        texts: list[str] = self.captions(number).column("text").take(pa.array(rows)).to_pylist()
+        return texts
 
     def vectors(self, number: int) -> VectorShard:
         """Returns a shard's vectors, opened as a reader opens them."""

@@ -20,7 +20,8 @@ from jobs.captioning.load import pixel_columns
 from smallcap import storage
 from smallcap.benchmark.ready_captioner import IMAGE_PX, HostResult, PartTimes, ReadyCaptioner, image_id
 from smallcap.benchmark.stages import BenchmarkResult, run_benchmark
-from smallcap.captioner import Captioner, CaptionerOptions
+from smallcap.captioner import Captioner
+from smallcap.captioner_setup import CaptionerOptions
 from smallcap.config import BenchmarkOptions
 from smallcap.images.crops import Pixels
 from smallcap.images.fragments import FRAGMENT_ROWS

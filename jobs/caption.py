@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -33,7 +33,7 @@ from jobs.cluster.addresses import check_address
 from jobs.cluster.display import Display, on_shown_ray
 from jobs.cluster.errors import unwrapped_errors
 from jobs.cluster.metrics import marked_as_running
-from jobs.cluster.pinned import check_index_is_there
+from jobs.cluster.pinned import check_indexes_are_there
 from jobs.cluster.resources import wait_for_room
 from jobs.cluster.stopping import GOES_ON, stoppable
 from jobs.cluster.tasks import map_in_actors
@@ -42,7 +42,7 @@ from jobs.terminal.command_line import EXIT_TOO_MANY_ERRORS
 from smallcap.config import CaptionConfig
 from smallcap.errors import StorageError
 from smallcap.images.work_list import Relisted, WorkList
-from smallcap.index.manifest import utc_now
+from smallcap.index.manifest import load_manifests, utc_now
 from smallcap.local_files import is_below
 from smallcap.model.files import DEMO, demo_folder
 from smallcap.output.coverage import WorkItem
@@ -115,7 +115,7 @@ def _run(config: CaptionConfig, address: str | None, retry_failed: bool, relist:
     record = open_record(config)
     if record.is_done(config.limit) and not (retry_failed or relist):
         return RunSummary(config.out, record, 0, record.images)
-    check_index_is_there(record, config.index)
+    check_indexes_are_there(record, config.index)
     check_address(address)  # before what may take long
     with display.activity(f"Listing the images of {', '.join(config.images)}"):
         work = list_work(config, record, relist)
@@ -231,14 +231,14 @@ def _run_pipeline(
     with display.activity("Waiting for room for an actor"), unwrapped_errors():
         wait_for_room(actors)
     before_s = display.seconds
-    models = config.model if config.index is None else f"{config.model} and the index {config.index}"
+    models = f"{config.model} and the index {' and '.join(config.index)}" if config.index else config.model
     watching = watch_run(record.run_id, count_images(todo.items), len(todo.items))
     with (
         unwrapped_errors(),
         marked_as_running(record.run_id, "caption"),
         watching as watch,
         display.show(PipelineView(watch.monitor, before_s, models, actors.num_actors)),
-        shared_index(config, record) as partitions,
+        shared_indexes(config, record) as partitions,
     ):
         loading = load_spec(config, record, todo.work, layout, watch)
         captioning = CaptionerSpec(config, layout, record.index_id, record.retrieval_encoder, watch.monitor, partitions)
@@ -295,15 +295,21 @@ def _measured(attempt: Attempt, snapshot: Snapshot | None, images: int, seconds:
 
 
 @contextmanager
-def shared_index(config: CaptionConfig, record: RunRecord) -> Iterator[Partitions | None]:
-    """Runs the actors that share the index, where one process is not to hold all of it; yields None where it is."""
+def shared_indexes(config: CaptionConfig, record: RunRecord) -> Iterator[tuple[Partitions, ...]]:
+    """Runs the actors that share each index, where no process is to hold all of it; yields none where it is."""
     from jobs.captioning.retrieval_actors import run_partitions
 
-    if record.index_id is None or config.index is None or config.retrieval.partitions == 1:
-        yield None
+    retrieval = config.retrieval
+    if record.index_id is None or retrieval.partitions == 1:
+        yield ()
         return
-    with run_partitions(config.index, record.index_id, config.retrieval) as partitions:
-        yield partitions
+    with ExitStack() as running:
+        partitions = []
+        for uri, manifest in zip(config.index, load_manifests(config.index, record.index_id), strict=True):
+            count = retrieval.partitions if len(config.index) == 1 else min(retrieval.partitions, len(manifest.shards))
+            shared = run_partitions(uri, manifest.index_id, retrieval.model_copy(update={"partitions": count}))
+            partitions.append(running.enter_context(shared))
+        yield tuple(partitions)
 
 
 def exit_status(max_error_rate: float, summary: RunSummary) -> int:

@@ -253,7 +253,7 @@ def refresh(config: RefreshConfig, call: RayCall) -> int:
     if call.dry_run:
         from jobs.cluster.display import show_while
 
-        with show_while(f"Searching {config.index} for the images of {config.run}"):
+        with show_while(f"Searching {' and '.join(config.index)} for the images of {config.run}"):
             plan = job.plan(config)
         say_lines(plan.lines())
         _say_result(call, results.refresh_plan(plan), _PLANNED)

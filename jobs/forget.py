@@ -76,7 +76,7 @@ def plan(config: ForgetConfig) -> list[Use]:
         )
     outs = [storage.join(config.out, name) for name in names]
     for (run, record), out in zip(records.items(), outs, strict=True):
-        refresh.check(RefreshConfig(run=run, index=config.index, out=out), record)
+        refresh.check(_refresh_options(config, run, record, out), record)
     return [
         Use(run, len(_held(config, run, record, removal)), out)
         for (run, record), out in zip(records.items(), outs, strict=True)
@@ -89,25 +89,64 @@ def _held(config: ForgetConfig, run: str, record: RunRecord, removal: Removal) -
     Raises:
         ConfigError: The run's version is not of this index, or is there no more.
     """
-    try:
-        version = StoredIndex(config.index, load_manifest(config.index, record.index_id), config.cache_dir)
-    except SmallCapError as error:
-        raise ConfigError(
-            "The index does not have the version with which the run was made.",
-            where=run,
-            expected=f"version {record.index_id}",
-            found=f"{config.index}: {error}",
-            remedy="Give the index of this run; if its version was removed (smallcap index gc), remove the captions "
-            "with build-index --remove, and refresh the run.",
-        ) from error
+    place, version = _version_of(config, run, record)
     shards = range(len(version.manifest.captions))
-    ids = {caption_id for shard in shards for caption_id in find_removed(version, shard, removal).ids}
-    held = traced(read_captions(run, ["image_id", "neighbours"], status="ok"), caption_ids=ids) if ids else ()
+    found = {shard: find_removed(version, shard, removal).ids for shard in shards}
+    if not any(found.values()):
+        return []
+    captions = read_captions(run, ["image_id", "neighbours"], status="ok")
+    if len(record.indexes) == 1:
+        held = traced(captions, caption_ids={caption_id for ids in found.values() for caption_id in ids})
+    else:  # a text that others have as well has the id of one of them
+        texts = {text for shard, ids in found.items() for text in version.texts(shard, ids)}
+        held = traced(captions, texts=texts, index=record.indexes[place][0].name)
     return [image_id for batch in held for image_id in batch["image_id"].to_pylist()]
 
 
+def _version_of(config: ForgetConfig, run: str, record: RunRecord) -> tuple[int, StoredIndex]:
+    """Returns which of a run's indexes the captions leave, and its version in this run.
+
+    Raises:
+        ConfigError: The index does not have a version of the run.
+    """
+    failed = None
+    places = range(len(record.indexes))
+    for place in sorted(places, key=lambda place: not _is_same(record.indexes[place][0].uri, config.index)):
+        try:
+            manifest = load_manifest(config.index, record.indexes[place][1])
+        except SmallCapError as error:
+            failed = failed or error
+        else:
+            return place, StoredIndex(config.index, manifest, config.cache_dir)
+    raise ConfigError(
+        "The index does not have the version with which the run was made.",
+        where=run,
+        expected=f"version {' or '.join(index_id for _, index_id in record.indexes)}",
+        found=f"{config.index}: {failed}",
+        remedy="Give the index of this run; if its version was removed (smallcap index gc), remove the captions "
+        "with build-index --remove, and refresh the run.",
+    ) from failed
+
+
+def _is_same(uri: str, other: str) -> bool:
+    return storage.absolute(uri) == storage.absolute(other)
+
+
+def _refresh_options(config: ForgetConfig, run: str, record: RunRecord, out: str) -> RefreshConfig:
+    """Returns the options of a run's refresh; of several indexes all others stay, and all names and weights."""
+    if len(record.indexes) < 2:
+        return RefreshConfig(run=run, index=(config.index,), out=out, compute=config.compute)
+    indexes = [index for index, _ in record.indexes]
+    uris = [index.uri for index in indexes]
+    uris[_version_of(config, run, record)[0]] = config.index
+    names, weights = tuple(index.name for index in indexes), tuple(index.weight for index in indexes)
+    return RefreshConfig(
+        run=run, index=tuple(uris), out=out, index_names=names, index_weights=weights, compute=config.compute
+    )
+
+
 def _refresh(config: ForgetConfig, use: Use, address: str | None) -> refresh.RefreshSummary:
-    options = RefreshConfig(run=use.run, index=config.index, out=use.out, compute=config.compute)
+    options = _refresh_options(config, use.run, load_existing_run(use.run), use.out)
     return refresh.run(options, address, removed=config.remove)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from itertools import starmap, zip_longest
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
@@ -20,7 +21,7 @@ from jobs.screen import note
 from smallcap import __version__, storage
 from smallcap.config import CaptionConfig, IndexConfig
 from smallcap.errors import ConfigError
-from smallcap.index.manifest import utc_now
+from smallcap.index.manifest import split_index_ids, utc_now
 from smallcap.phrasing import one_line
 
 if TYPE_CHECKING:
@@ -74,9 +75,9 @@ def caption_flow(config: CaptionConfig) -> Flow:
     from jobs.captioning.record import load_run_record
 
     record = load_run_record(config.out)
-    index = () if config.index is None else (Data(config.index, record.index_id if record else None),)
+    indexes = zip_longest(config.index, split_index_ids(record.index_id if record else None))
     return Flow(
-        inputs=(*map(Data, config.images), *index, Data(config.model, record.model_id if record else None)),
+        inputs=(*map(Data, config.images), *starmap(Data, indexes), Data(config.model, record.model_id if record else None)),
         outputs=(Data(config.out, record.run_id if record else None, record.images.total if record else None),),
         properties={"errors": str(record.images.error), "status": record.status} if record else {},
     )

@@ -26,6 +26,7 @@ from jobs.captioning.record import (
     run_lock,
     write_run_record,
 )
+from jobs.captioning.routes import Routes
 from jobs.captioning.work import describe_kept, list_work, open_record
 from jobs.cluster.addresses import check_address
 from jobs.cluster.display import Display, on_shown_ray, show_while
@@ -35,13 +36,14 @@ from smallcap import storage
 from smallcap.config import CaptionConfig
 from smallcap.errors import ConfigError
 from smallcap.images.work_list import copy_work_list
-from smallcap.index.manifest import utc_now
-from smallcap.index.retriever import NeighbourSearch, Retriever
+from smallcap.index.manifest import load_manifests, utc_now
+from smallcap.index.merged import CaptionSearch, open_indexes
 from smallcap.options import load_config
 from smallcap.output.part_files import read_part_infos
 from smallcap.output.schema import caption_schema
 from smallcap.phrasing import describe_count
 from smallcap.refresh_config import RefreshConfig
+from smallcap.retrieval_config import NamedIndex, RetrievalConfig, default_name
 
 if TYPE_CHECKING:
     from jobs.captioning.retrieval_actors import Partitions
@@ -183,11 +185,23 @@ def check(config: RefreshConfig, old: RunRecord) -> CaptionConfig:
         "require_index_id": None,  # it named the old version
         "limit": old.limit,
         "compute": compute,
-        # Its embeddings are those of this encoder. Another one would be refused by the index.
-        "retrieval": options.retrieval.model_copy(update={"encoder": old.retrieval_encoder}),
+        "retrieval": _retrieval(config, options, old),
         "output": options.output.model_copy(update={"write": ()}),  # the images of tars would have to be read
     }
-    return options.model_copy(update=changes)
+    return load_config(CaptionConfig, base=options.model_copy(update=changes).model_dump())  # checks the names
+
+
+def _retrieval(config: RefreshConfig, options: CaptionConfig, old: RunRecord) -> RetrievalConfig:
+    """Returns how the new run retrieves: an index that the old one had keeps its name and weight there."""
+    before = {storage.absolute(index.uri): index for index in options.indexes}
+    indexes = [before.get(storage.absolute(uri)) or NamedIndex(default_name(uri), uri) for uri in config.index]
+    names = config.index_names or (tuple(index.name for index in indexes) if options.retrieval.index_names else ())
+    weights = config.index_weights or (
+        tuple(index.weight for index in indexes) if options.retrieval.index_weights else ()
+    )
+    # Its embeddings are those of this encoder. Another one would be refused by the index.
+    changes = {"encoder": old.retrieval_encoder, "index_names": names, "index_weights": weights}
+    return options.retrieval.model_copy(update=changes)
 
 
 def _begin(config: RefreshConfig, old: RunRecord, captioning: CaptionConfig, removed: Sequence[str]) -> RunRecord:
@@ -246,10 +260,10 @@ def _carry(
     )
     done = parts_done(config.out)
     parts = [part for part in _old_parts(config.run) if part.number not in done]
-    text = f"Searching {config.index} for the images of {config.run}"
+    text = f"Searching {' and '.join(config.index)} for the images of {config.run}"
     with (
         on_shown_ray(display, address, partial(describe_kept, config.out)),
-        caption.shared_index(captioning, record) as partitions,
+        caption.shared_indexes(captioning, record) as partitions,
         display.activity(text, "part", len(parts)) as shown,
     ):
         open_index = partial(_open_index, captioning, record.index_id or "", partitions)
@@ -272,17 +286,17 @@ def _attempt(old: RunRecord) -> Attempt:
     return attempt.model_copy(update={"device": computed.device, "dtype": computed.dtype})
 
 
-def _carry_part(part: OldPart, spec: CarrySpec, open_index: Callable[[], NeighbourSearch]) -> None:
+def _carry_part(part: OldPart, spec: CarrySpec, open_index: Callable[[], CaptionSearch]) -> None:
     carry_part(part, spec, open_index())
 
 
-def _open_index(captioning: CaptionConfig, index_id: str, partitions: Partitions | None = None) -> NeighbourSearch:
+def _open_index(captioning: CaptionConfig, index_id: str, partitions: Sequence[Partitions] = ()) -> CaptionSearch:
     cache_dir = captioning.retrieval.cache_dir
-    if partitions is not None:
-        from jobs.captioning.retrieval_actors import PartitionedRetriever
+    if partitions:
+        from jobs.captioning.retrieval_actors import open_partitioned
 
-        return PartitionedRetriever.open(partitions, cache_dir)
-    return Retriever.open(captioning.index or "", cache_dir=cache_dir, index_id=index_id)
+        return open_partitioned(partitions, captioning.indexes, cache_dir)
+    return open_indexes(captioning.indexes, load_manifests(captioning.index, index_id), cache_dir)
 
 
 def _prompt_search(captioning: CaptionConfig) -> PromptSearch:
@@ -294,7 +308,7 @@ def _prompt_search(captioning: CaptionConfig) -> PromptSearch:
 
         model = load_model_config(resolve_folder(captioning.model, "smallcap", captioning.retrieval.cache_dir))
         k = model.k if model.rag else 0
-    return PromptSearch(k, captioning.retrieval.exclude_own_captions)
+    return PromptSearch(k, captioning.retrieval.exclude_own_captions, Routes.of(captioning))
 
 
 def _old_parts(run: str) -> list[OldPart]:

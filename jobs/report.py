@@ -238,8 +238,7 @@ def _run_identity(record: RunRecord) -> list[tuple[str, str]]:
     rows = [
         ("Run", record.run_id),
         ("Model", f"{config['model']}  ({record.model_id})"),
-        ("Index", config["index"] or "none: without retrieval"),
-        ("Index version", record.index_id or "–"),
+        *_indexes_of(record),
         ("Retrieval encoder", record.retrieval_encoder or "–"),
         ("Images from", ", ".join(config["images"])),
         ("Listed", _when(listed.listed_at) if listed else "–"),
@@ -249,6 +248,16 @@ def _run_identity(record: RunRecord) -> list[tuple[str, str]]:
     if record.refreshed is not None:
         rows.append(("Refresh of", f"{record.refreshed.run}  ({record.refreshed.run_id})"))
     return [*rows, ("Versions", ", ".join(f"{name} {version}" for name, version in record.versions.items()))]
+
+
+def _indexes_of(record: RunRecord) -> list[tuple[str, str]]:
+    if len(record.indexes) > 1:
+        return [
+            (f"Index {index.name}", f"{index.uri}  (version {index_id}, weight {index.weight:g})")
+            for index, index_id in record.indexes
+        ]
+    uri = next((index.uri for index, _ in record.indexes), "none: without retrieval")
+    return [("Index", uri), ("Index version", record.index_id or "–")]
 
 
 def _options(records: Sequence[RunRecord]) -> Iterator[dict[str, Any]]:

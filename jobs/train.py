@@ -18,10 +18,10 @@ from jobs.cluster.addresses import check_address
 from jobs.cluster.display import Display, on_shown_ray
 from jobs.cluster.metrics import marked_as_running
 from jobs.cluster.pinned import (
-    check_index_is_there,
+    check_indexes_are_there,
     check_required_index,
     check_required_model,
-    pin_index,
+    pin_indexes,
     pinned_encoder,
 )
 from jobs.cluster.stopping import GOES_ON, stoppable
@@ -40,7 +40,7 @@ from jobs.training.start import ModelStart
 from smallcap import storage
 from smallcap.errors import ConfigError, RunError
 from smallcap.images.crops import CropPlan
-from smallcap.index.manifest import load_manifest, utc_now
+from smallcap.index.manifest import join_index_ids, load_manifest, utc_now
 from smallcap.model.encoder_spec import load_preprocessing
 from smallcap.model.files import checkpoint_sha256
 from smallcap.phrasing import describe_count, describe_counts
@@ -115,18 +115,19 @@ def open_record(config: TrainConfig) -> tuple[TrainRecord, ModelStart]:
         RunError: The index or the model cannot be used.
     """
     record = load_train_record(config.out)
+    indexes = [config.index] if config.index is not None else []
     k, cache_dir = config.retrieval.k, config.retrieval.cache_dir
-    check_required_index(config.require_index_id, config.index, k, record.index_id if record else None)
+    check_required_index(config.require_index_id, indexes, k, record.index_id if record else None)
     check_required_model(config.require_model_hash, config.model, cache_dir)
     if record is not None:
         record = record.model_copy(update={"retrieval_encoder": pinned_encoder(record, config.out)})
         start = ModelStart(config, record.retrieval_encoder)
         record.check_same_run(config, start.model_id)
         if record.status != "complete":
-            check_index_is_there(record, config.index)
+            check_indexes_are_there(record, indexes)
         return record, start
-    manifest, encoder = pin_index(config.index, k, config.retrieval_encoder, cache_dir)
-    index_id, start = manifest.index_id if manifest else None, ModelStart(config, encoder)
+    manifests, encoder = pin_indexes(indexes, k, config.retrieval_encoder, cache_dir)
+    index_id, start = join_index_ids(manifests) or None, ModelStart(config, encoder)
     pinned = {"start_id": start.model_id()}
     if config.model:
         pinned["start_sha256"] = checkpoint_sha256(config.model, cache_dir)

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from smallcap.captioned import CaptionResult, ScoredCaption
-    from smallcap.captioner import Captioner, CaptionerOptions
+    from smallcap.captioner import Captioner
+    from smallcap.captioner_setup import CaptionerOptions
     from smallcap.config import GenerationConfig
     from smallcap.errors import ErrorCode, RowError, RunError, SmallCapError
     from smallcap.index.retriever import Neighbour, Retriever
@@ -27,7 +28,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "CaptionResult": "smallcap.captioned",
     "Captioner": "smallcap.captioner",
-    "CaptionerOptions": "smallcap.captioner",
+    "CaptionerOptions": "smallcap.captioner_setup",
     "Captions": "smallcap.output.reading",
     "ErrorCode": "smallcap.errors",
     "GenerationConfig": "smallcap.config",

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from smallcap.captioned import CaptionedBatch, CaptionResult, PreparedBatch, ScoredCaptions
-from smallcap.config import Dtype, GenerationConfig, SearchDevice
+from smallcap.captioner_setup import CaptionerOptions, open_search
+from smallcap.config import GenerationConfig
 from smallcap.decoding.cuda_graphs import no_recording
 from smallcap.decoding.engine import Generated
 from smallcap.decoding.micro_batches import MicroBatches
@@ -32,48 +32,25 @@ from smallcap.images.crops import CropPlan, Pixels
 from smallcap.images.decode import Preprocessing
 from smallcap.images.given import GivenImage, crop_given
 from smallcap.images.opening import MAX_IMAGE_PIXELS
-from smallcap.index.manifest import load_manifest
-from smallcap.index.retriever import Neighbours, NeighbourSearch, Retriever
+from smallcap.index.merged import CaptionSearch, MergedSearch, find_nearest
+from smallcap.index.retriever import Neighbours, Retriever
 from smallcap.machine.gpu import on_device
 from smallcap.machine.precision import choose_kernels, resolve_device, resolve_dtype
 from smallcap.machine.side_thread import SideThread
 from smallcap.model.checkpoint import SmallCapModel, load_checkpoint, tokenizer_source
 from smallcap.model.clip_encoder import RetrievalEncoder, load_retrieval_encoder, normalise_pixels
-from smallcap.model.encoder_spec import resolve_encoder_identity
 from smallcap.model.prompt import decode_captions, load_tokenizer
 from smallcap.model.prompt_builder import PromptBuilder
 from smallcap.options import load_config
-from smallcap.storage import DEFAULT_CACHE_DIR
 
 if TYPE_CHECKING:
     from smallcap.model.prompt import DecoderTokenizer
 
 
-Batch = tuple[Sequence[Pixels], Sequence[str | None] | None]  # the arguments of `Captioner.caption_batch`
+Values = Sequence[str | None] | None
+Batch = tuple[Sequence[Pixels], Values] | tuple[Sequence[Pixels], Values, Values]
+"""The arguments of `Captioner.caption_batch`."""
 _MORE_ROOM = "Set search_device to cpu, let fewer actors share the GPU (gpus_per_actor)"  # on a GPU
-
-
-class CaptionerOptions(GenerationConfig):
-    """How images are captioned: the options of decoding and of loading."""
-
-    k: int | None = Field(None, ge=0)
-    """Retrieved captions per prompt; by default the checkpoint's number. 0 needs no index."""
-    device: str = "auto"
-    """`cpu`, `cuda`, `cuda:N`, or `auto`, which takes a GPU if there is one, else the CPU."""
-    dtype: Dtype = "auto"
-    """`auto` is what `smallcap.machine.precision` finds fastest on the device."""
-    retrieval_encoder: str | None = None
-    """Spec of the retrieval encoder; by default the one that the index names."""
-    index_id: str | None = None
-    """Version of the index; by default the current one."""
-    cache_dir: str = DEFAULT_CACHE_DIR
-    """Folder for copies of remote indexes and models, and for what `auto` means here."""
-    search_device: SearchDevice = "auto"
-    """Where the index is searched; `auto` is the model's GPU where both fit on it, else the CPU."""
-    compile_encoders: bool = False
-    """Run the encoders through torch.compile; pays off in long runs."""
-    clip_score: bool = True
-    """Embed each caption for its cosine with the image."""
 
 
 class Captioner:
@@ -102,7 +79,7 @@ class Captioner:
         model: SmallCapModel,
         tokenizer: DecoderTokenizer,
         retrieval_encoder: RetrievalEncoder | None = None,
-        retriever: NeighbourSearch | None = None,
+        retriever: CaptionSearch | None = None,
         options: CaptionerOptions | None = None,
     ) -> None:
         options = options or CaptionerOptions()
@@ -139,7 +116,7 @@ class Captioner:
     def from_pretrained(
         cls,
         model: str,
-        index: str | NeighbourSearch | None = None,
+        index: str | Sequence[str] | CaptionSearch | None = None,
         options: GenerationConfig | None = None,
         **changes: Any,
     ) -> Captioner:
@@ -147,7 +124,7 @@ class Captioner:
 
         Args:
             model: `demo`, a checkpoint folder, a URI such as `s3://bucket/run/model`, or a hub id.
-            index: URI of a published index, or an open index; not needed with k=0.
+            index: URI of a published index, or of several with one encoder, or an open index; not needed with k=0.
             options: How to load and to caption, as `CaptionerOptions`, or only how to decode.
             changes: Single options by name; they win over `options`.
 
@@ -162,18 +139,12 @@ class Captioner:
         device = resolve_device(options.device)
         dtype = resolve_dtype(options.dtype, device, options.cache_dir)
         spec, retriever = options.retrieval_encoder, None
-        if index is not None and options.k != 0:  # the index is checked before any model is loaded
-            opened = None if isinstance(index, str) else index
-            manifest = opened.manifest if opened else load_manifest(str(index), options.index_id)
-            spec = spec or manifest.encoder.spec
-            manifest.check_encoder(
-                resolve_encoder_identity(spec, options.cache_dir), where=manifest.index_id if opened else str(index)
-            )
-            retriever = opened or Retriever.open(str(index), cache_dir=options.cache_dir, index_id=manifest.index_id)
+        if index and options.k != 0:  # the index is checked before any model is loaded
+            retriever, spec = open_search(index, options)
         encoder = load_retrieval_encoder(spec, device, dtype, options.cache_dir) if spec else None
         loaded = load_checkpoint(model, device, dtype, options.cache_dir)
         tokenizer = load_tokenizer(tokenizer_source(model, options.cache_dir), options.cache_dir)
-        if isinstance(retriever, Retriever):
+        if isinstance(retriever, Retriever | MergedSearch):
             retriever.use_device(device, options.search_device)
         captioner = cls(loaded, tokenizer, encoder, retriever, options)
         captioner.pack()
@@ -199,6 +170,7 @@ class Captioner:
         images: Iterable[GivenImage],
         image_ids: Iterable[str | None] | None = None,
         max_pixels: int = MAX_IMAGE_PIXELS,
+        indexes: Iterable[str | None] | None = None,
         allow_private_hosts: bool = False,
     ) -> list[CaptionResult]:
         """Captions images in one batch; one that cannot be fetched or decoded gets an error instead of a caption.
@@ -207,6 +179,7 @@ class Captioner:
             images: Paths, URIs, encoded image files as bytes, PIL images, or uint8 arrays, in any mix.
             image_ids: Ids of the images. Captions whose source image has the same id are not retrieved for it.
             max_pixels: Files with more pixels become errors.
+            indexes: For each image the name of the only index to search, of several; None searches all.
             allow_private_hosts: Whether http(s) URLs may lead to addresses that are not public. Leave it off where
                 the URLs are other people's: they could make this machine ask its own network.
 
@@ -215,43 +188,48 @@ class Captioner:
 
         Raises:
             TypeError: Something is not an image, or a single image is given in place of several.
-            ValueError: There are more or fewer ids than images.
+            ValueError: There are more or fewer ids or names of indexes than images.
+            ConfigError: There is no index of such a name.
             StorageError: An object store fails as a whole.
         """
         cropped = crop_given(images, self.crop_plan, max_pixels, allow_private_hosts)
-        ids: list[str | None] = [None] * len(cropped) if image_ids is None else list(image_ids)
-        if len(ids) != len(cropped):
-            raise ValueError(f"image_ids: expected {len(cropped)} ids, one for each image, found {len(ids)}.")
-        known = [(one, own_id) for one, own_id in zip(cropped, ids, strict=True) if isinstance(one, Pixels)]
-        captioned = iter(self.caption_batch([pixels for pixels, _ in known], [own_id for _, own_id in known]))
+        ids = _for_each(image_ids, cropped, "image_ids", "ids")
+        names = _for_each(indexes, cropped, "indexes", "names")
+        good = [place for place, one in enumerate(cropped) if isinstance(one, Pixels)]
+        pixels = [one for one in cropped if isinstance(one, Pixels)]
+        captioned = iter(self.caption_batch(pixels, [ids[place] for place in good], [names[place] for place in good]))
         return [CaptionResult(error=one) if isinstance(one, RowError) else next(captioned) for one in cropped]
 
     def caption_batch(
-        self, pixels: Sequence[Pixels], exclude_image_ids: Sequence[str | None] | None = None
+        self, pixels: Sequence[Pixels], exclude_image_ids: Values = None, indexes: Values = None
     ) -> list[CaptionResult]:
         """Captions decoded images.
 
         Args:
             pixels: B images' crops, made by this captioner's `crop_plan`.
             exclude_image_ids: B ids. Captions whose source image has the same id are not retrieved for it.
+            indexes: B names: the only index to search for an image, of several; None searches all.
 
         Returns:
             B results, in order.
         """
-        return self._finish(self._prepare(pixels, exclude_image_ids)).to_results()
+        return self._finish(self._prepare(pixels, exclude_image_ids, indexes)).to_results()
 
     @property
     def halvings(self) -> int:
         """How often a batch was halved because the GPU's memory had run out."""
         return sum(step.halvings for step in (self._preparing, self._decoding, self._scoring))
 
-    def _prepare(self, pixels: Sequence[Pixels], exclude_image_ids: Sequence[str | None] | None) -> list[PreparedBatch]:
+    def _prepare(
+        self, pixels: Sequence[Pixels], exclude_image_ids: Values, indexes: Values = None
+    ) -> list[PreparedBatch]:
         """Returns a batch for which captions can be generated: whole, or in parts where memory runs out."""
 
         def prepare(rows: slice) -> PreparedBatch:
             hidden_states, class_tokens = self.encode(pixels[rows])
             embeddings = self.embed(pixels[rows], class_tokens)
-            neighbours = self.retrieve(embeddings, exclude_image_ids and exclude_image_ids[rows])
+            exclude, names = exclude_image_ids and exclude_image_ids[rows], indexes and indexes[rows]
+            neighbours = self.retrieve(embeddings, exclude, names)
             return PreparedBatch(pixels[rows], hidden_states, embeddings, neighbours, self.prompt(neighbours))
 
         return self._preparing.run(len(pixels), prepare)
@@ -316,12 +294,12 @@ class Captioner:
         with self._encoding():
             return encoder.encode_images(pixel_values).cpu().numpy()
 
-    def retrieve(self, embeddings: np.ndarray, exclude_image_ids: Sequence[str | None] | None = None) -> Neighbours:
-        """Returns the k nearest captions of each of B images, nearest first; see `caption_batch` for the ids."""
+    def retrieve(self, embeddings: np.ndarray, exclude_image_ids: Values = None, indexes: Values = None) -> Neighbours:
+        """Returns the k nearest captions of each of B images, nearest first; `caption_batch` has the arguments."""
         if self.k == 0:
             return Neighbours.none(len(embeddings))
         assert self.retriever is not None
-        return self.retriever.nearest(embeddings, self.k, exclude_image_ids)
+        return find_nearest(self.retriever, embeddings, self.k, exclude_image_ids, indexes)
 
     def prompt(self, neighbours: Neighbours) -> list[list[int]]:
         """Returns the prompt of each of B images as token ids."""
@@ -407,3 +385,13 @@ class Captioner:
             stacked = torch.empty((len(crops), *crops[0].shape), dtype=torch.uint8, pin_memory=on_gpu)
         np.stack(crops, out=stacked.numpy())
         return stacked
+
+
+def _for_each(
+    values: Iterable[str | None] | None, images: Sequence[object], argument: str, what: str
+) -> list[str | None]:
+    """Returns a value for each image; None where there are no values."""
+    found: list[str | None] = [None] * len(images) if values is None else list(values)
+    if len(found) != len(images):
+        raise ValueError(f"{argument}: expected {len(images)} {what}, one for each image, found {len(found)}.")
+    return found

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_validator, mo
 
 from smallcap.hub import check_writable
 from smallcap.options import MODEL, POSITIONAL, POSITIONAL_FILES, URI, Config, Flag
+from smallcap.retrieval_config import IndexURIs, NamedIndex, RetrievalConfig, name_indexes
 from smallcap.storage import DEFAULT_CACHE_DIR
 
 CaptionMetric = Literal["cider", "bleu", "rouge_l", "meteor", "spice"]
@@ -19,7 +20,6 @@ DecodeMode = Literal["exact", "fast"]
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 JunkFilter = Literal["urls", "markup", "repeats"]
-SearchDevice = Literal["auto", "cpu", "cuda"]
 TarIds = Literal["auto", "key", "tar/key"]
 AutoCount = Literal["auto"] | Annotated[int, Field(ge=1)]
 AutoBatch = Literal["auto"] | Annotated[int, Field(ge=1, le=4096)]
@@ -53,8 +53,8 @@ def _checksum(text: str) -> str:
 
 
 def _version(text: str) -> str:
-    if not re.fullmatch("[0-9a-f]{16}", text):
-        raise ValueError("the id of a version, 16 digits; `smallcap index list` shows it")
+    if not re.fullmatch("[0-9a-f]{16}([+][0-9a-f]{16})*", text):
+        raise ValueError("the id of a version, 16 digits; `smallcap index list` shows it; those of several joined by +")
     return text
 
 
@@ -94,33 +94,6 @@ class GenerationConfig(Config):
             raise ValueError(f"--num-captions is {self.num_captions}, but --num-beams {self.num_beams} finds no more")
         if not self.do_sample and (self.temperature, self.top_p) != (1.0, 1.0):
             raise ValueError("--temperature and --top-p need --do-sample")
-        return self
-
-
-class RetrievalConfig(Config):
-    """Which captions are retrieved for an image, and where they are searched."""
-
-    k: Annotated[int | None, Flag(("-k", "--k"))] = Field(None, ge=0, le=64)
-    """Retrieved captions in the prompt; by default the checkpoint's number (the paper: 4). 0 prompts without
-    retrieval."""
-    encoder: Annotated[str | None, Flag(("--retrieval-encoder",), place="encoder")] = None
-    """Retrieval encoder: `open_clip:MODEL/PRETRAINED` or `hf:ID-PATH-OR-URI`; by default the one that the index
-    names."""
-    exclude_own_captions: bool = False
-    """Leave out captions whose source image has the query's image id. For evaluation on the datastore's own images."""
-    cache_dir: str = DEFAULT_CACHE_DIR
-    """Folder on each node for copies of remote indexes and models, and for what was measured on the machine."""
-    search_device: SearchDevice = "auto"
-    """Where the index is searched. `auto` takes the captioning GPU if the index fits next to the model, else the
-    CPU."""
-    partitions: int = Field(1, ge=1)
-    """Actors that share an index too large for one machine; each holds some of its shards. With 1, every captioner maps
-    the whole index."""
-
-    @model_validator(mode="after")
-    def _partitions_search_on_cpus(self) -> Self:
-        if self.partitions > 1 and self.search_device == "cuda":
-            raise ValueError("partitions are searched on CPUs: leave --search-device at auto, or --partitions at 1")
         return self
 
 
@@ -220,8 +193,9 @@ class CaptionConfig(Config):
     images: Annotated[tuple[str, ...], POSITIONAL_FILES] = Field(min_length=1)
     """Folders, prefixes, globs and files: images, WebDataset tars (.tar, also compressed: .gz, .bz2, .xz), Parquet with
     image bytes, or lists of URIs (.parquet, .csv, .tsv, .jsonl, .ndjson, .json, .txt; those of text also with .gz)."""
-    index: Annotated[str | None, URI] = None
-    """Published index; needed unless `-k` is 0."""
+    index: IndexURIs = ()
+    """Published index; needed unless `-k` is 0. Of several, the nearest captions of all are taken; they must have one
+    encoder."""
     model: Annotated[str, MODEL]
     """`demo`, a checkpoint's folder, prefix (`s3://bucket/run/model`), or Hugging Face id."""
     out: OutputPlace
@@ -248,8 +222,11 @@ class CaptionConfig(Config):
 
     @model_validator(mode="after")
     def _index_is_given(self) -> Self:
-        if self.index is None and self.retrieval.k != 0:
+        if not self.index and self.retrieval.k != 0:
             raise ValueError("an index is needed for retrieval: give --index, or -k 0 to caption without retrieval")
+        if not self.index and self.retrieval.index_column is not None:
+            raise ValueError("--index-column chooses among indexes: give --index")
+        name_indexes(self.index, self.retrieval.index_names, self.retrieval.index_weights)
         return self
 
     @model_validator(mode="after")
@@ -263,9 +240,13 @@ class CaptionConfig(Config):
     @property
     def columns_to_keep(self) -> tuple[str, ...]:
         """The columns of the input that pass through to the output."""
-        if self.score_column is None or self.score_column in self.keep_columns:
-            return self.keep_columns
-        return (*self.keep_columns, self.score_column)
+        read = dict.fromkeys([self.score_column, self.retrieval.index_column])
+        return (*self.keep_columns, *(name for name in read if name is not None and name not in self.keep_columns))
+
+    @property
+    def indexes(self) -> tuple[NamedIndex, ...]:
+        """The indexes, with their names and weights."""
+        return name_indexes(self.index, self.retrieval.index_names, self.retrieval.index_weights)
 
 
 class CleaningConfig(Config):

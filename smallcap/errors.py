@@ -43,6 +43,7 @@ class ErrorCode(StrEnum):
     TIMEOUT = "timeout"  # no complete answer in time, in every attempt
     UNAVAILABLE = "unavailable"  # the service failed or refused, in every attempt
     CRASHED = "crashed"  # the image ended the process that decoded it
+    UNKNOWN_INDEX = "unknown_index"  # the row names an index that the run does not have
 
 
 class SmallCapError(Exception):

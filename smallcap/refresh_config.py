@@ -8,6 +8,7 @@ from pydantic import Field, field_validator
 
 from smallcap.config import ComputeConfig, check_removals
 from smallcap.options import POSITIONAL, Config
+from smallcap.retrieval_config import IndexNames, IndexURIs, IndexWeights
 from smallcap.storage import DEFAULT_CACHE_DIR
 
 
@@ -16,10 +17,16 @@ class RefreshConfig(Config):
 
     run: Annotated[str, POSITIONAL]
     """A complete captioning run. Its model and options are those of the new run, which does not change it."""
-    index: str
-    """Published index to retrieve from."""
+    index: IndexURIs = Field(min_length=1)
+    """Published index to retrieve from, or several, which take the place of all that the run had."""
     out: str
     """Output folder or prefix of the new run."""
+    index_names: IndexNames = ()
+    """Names of several indexes, in the order of `--index`: `a,b`. By default an index that the run had keeps its
+    name."""
+    index_weights: IndexWeights = ()
+    """Weights of several indexes, in the order of `--index`: `1,0.9`. By default an index that the run had keeps its
+    weight."""
     compute: ComputeConfig = ComputeConfig()
 
 
@@ -29,7 +36,7 @@ class ForgetConfig(Config):
     runs: Annotated[tuple[str, ...], POSITIONAL] = Field(min_length=1)
     """Complete captioning runs that retrieve from the index. They are not changed."""
     index: str
-    """The index of these runs; its current version is succeeded by one without the captions."""
+    """The index of these runs, or one of several; its current version is succeeded by one without the captions."""
     remove: tuple[str, ...] = Field(min_length=1)
     """What to remove: `source=NAME`, `image=ID` or `text=CAPTION`. `image=@FILE` and `text=@FILE` name a file with one
     per line."""

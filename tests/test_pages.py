@@ -95,7 +95,10 @@ def test_the_columns_are_those_of_the_schema_and_of_its_readers(tmp_path: Path) 
 
 
 def test_duckdb_answers_the_questions_of_the_pages(tmp_path: Path) -> None:
-    neighbours = [{"caption_id": 7, "text": "a dog", "score": 0.3}, {"caption_id": 9, "text": "A cat", "score": 0.2}]
+    neighbours = [
+        {"caption_id": 7, "text": "a dog", "score": 0.3, "sources": ["shop/a.csv"]},
+        {"caption_id": 9, "text": "A cat", "score": 0.2, "sources": ["news/b.csv", "shop/a.csv"]},
+    ]
     rows = [
         {"image_id": "a.jpg", "status": "ok", "caption": "a cat", "clip_score": 0.3, "neighbours": neighbours},
         {"image_id": "b.jpg", "status": "error", "error_code": "empty", "error_message": "The file is empty."},
@@ -111,6 +114,7 @@ def test_duckdb_answers_the_questions_of_the_pages(tmp_path: Path) -> None:
         [("a.jpg", "a cat", pytest.approx(0.3))],
         [],
         [(1,)],
+        [("news", 1), ("shop", 1)],
         [("b.jpg", "empty", "The file is empty.")],
         [("a.jpg", "a cat", pytest.approx(0.3)), ("b.jpg", None, None)],
     ]

@@ -13,9 +13,9 @@ from index_builder.dumps.filters import (
     holds_repeats,
     holds_url,
     load_blocklist,
-    normalise,
     read_blocklist,
 )
+from smallcap.captions.normal_form import fold_caption, normalise
 from smallcap.captions.rows import MALFORMED, CaptionRow
 from smallcap.config import CleaningConfig
 from smallcap.model.prompt import count_tokens, load_tokenizer
@@ -28,8 +28,7 @@ KEY_BYTES = 16
 
 def caption_key(text: str) -> bytes:
     """Returns the blake2b-128 of a text after NFKC and case folding, with white space collapsed."""
-    folded = " ".join(normalise(text).split())
-    return blake2b(folded.encode(), digest_size=KEY_BYTES).digest()
+    return blake2b(fold_caption(text).encode(), digest_size=KEY_BYTES).digest()
 
 
 def describe_filters(config: CleaningConfig) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from functools import lru_cache
 from html.entities import html5
 
 from smallcap import storage
+from smallcap.captions.normal_form import normalise
 from smallcap.errors import ConfigError
 
 # A scheme, a host that starts with www., or a host of a common domain with a path. A bare host is not enough: without
@@ -71,11 +72,6 @@ def holds_markup(text: str) -> bool:
 def holds_repeats(text: str) -> bool:
     """Returns whether a character occurs eight times in a row, or a group of two to four characters six times."""
     return _REPEAT.search(text) is not None
-
-
-def normalise(text: str) -> str:
-    """Returns a text after NFKC and case folding, the form in which captions and blocklists are compared."""
-    return unicodedata.normalize("NFKC", text).casefold()
 
 
 class Blocklist:

@@ -20,7 +20,7 @@ from jobs.captioning.stage_report import StageReport
 from jobs.cluster.errors import GuardedActor
 from jobs.cluster.resources import use_threads
 from smallcap.config import CaptionConfig
-from smallcap.index.manifest import load_manifest
+from smallcap.index.manifest import load_manifests
 from smallcap.index.node_cache import missing_files
 from smallcap.machine.process_memory import keep_freed_memory
 from smallcap.output.schema import FRAGMENT, FRAGMENT_ROW
@@ -39,7 +39,7 @@ class CaptionerSpec:
     index_id: str | None
     retrieval_encoder: str | None
     monitor: MonitorClient
-    partitions: Partitions | None = None  # of an index that no actor holds alone
+    partitions: tuple[Partitions, ...] = ()  # of the indexes, where no actor is to hold them alone
 
 
 class CaptionImages(GuardedActor):
@@ -50,6 +50,7 @@ class CaptionImages(GuardedActor):
         started = time.perf_counter()
         from jobs.captioning.caption_table import TableCaptioner
         from smallcap.batch_size import largest_batch_here
+        from smallcap.index.merged import MergedSearch
         from smallcap.index.retriever import Retriever
         from smallcap.machine.gpu_memory import limit_to_share
 
@@ -62,7 +63,7 @@ class CaptionImages(GuardedActor):
         self._busy, self._halvings = BusyTime(), Growth()
         _count_cached_files(spec)
         self._captioner = _load_captioner(spec)
-        if isinstance(self._captioner.retriever, Retriever):
+        if isinstance(self._captioner.retriever, Retriever | MergedSearch):
             self._captioner.retriever.use_threads(threads)
         batch_size = spec.layout.batch_size
         if spec.config.compute.batch_size == "auto":
@@ -142,26 +143,25 @@ class Growth:
 
 def _count_cached_files(spec: CaptionerSpec) -> None:
     """Tells the metrics how many index files this node has already."""
-    index, cache_dir = spec.config.index, spec.config.retrieval.cache_dir
-    if spec.index_id is None or index is None or spec.partitions is not None:
+    if spec.index_id is None or spec.partitions:
         return
     from smallcap.index.partition import files_of
 
-    manifest = load_manifest(index, spec.index_id)
-    files = files_of(manifest)
-    misses = len(missing_files(index, manifest, cache_dir, files))
-    spec.monitor.record_index_cache(len(files) - misses, misses)
+    for index, manifest in zip(spec.config.index, load_manifests(spec.config.index, spec.index_id), strict=True):
+        files = files_of(manifest)
+        misses = len(missing_files(index, manifest, spec.config.retrieval.cache_dir, files))
+        spec.monitor.record_index_cache(len(files) - misses, misses)
 
 
 def _load_captioner(spec: CaptionerSpec) -> Captioner:
-    from jobs.captioning.retrieval_actors import PartitionedRetriever
+    from jobs.captioning.retrieval_actors import open_partitioned
     from smallcap.captioner import Captioner
 
     config = spec.config
     cache_dir = config.retrieval.cache_dir
     return Captioner.from_pretrained(
         config.model,
-        PartitionedRetriever.open(spec.partitions, cache_dir) if spec.partitions else config.index,
+        open_partitioned(spec.partitions, config.indexes, cache_dir) if spec.partitions else config.index or None,
         **config.generation.model_dump(),
         k=config.retrieval.k,
         device=spec.layout.actors.device,
@@ -169,6 +169,8 @@ def _load_captioner(spec: CaptionerSpec) -> Captioner:
         retrieval_encoder=spec.retrieval_encoder,
         cache_dir=cache_dir,
         index_id=spec.index_id,
+        index_names=config.retrieval.index_names,
+        index_weights=config.retrieval.index_weights,
         compile_encoders=config.compute.compile,
         search_device=config.retrieval.search_device,
         clip_score=config.output.clip_score,

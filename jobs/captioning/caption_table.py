@@ -8,9 +8,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs.captioning.load import CONTENT_KEY, RETRIEVAL_PIXELS, VISION_PIXELS
+from jobs.captioning.load import CONTENT_KEY, INDEX_NAME, RETRIEVAL_PIXELS, VISION_PIXELS
 from smallcap.captioned import CaptionedBatch, ScoredCaptions
-from smallcap.captioner import Captioner
+from smallcap.captioner import Batch, Captioner
 from smallcap.images.crops import Pixels
 from smallcap.output.schema import (
     ALTERNATIVE_TYPE,
@@ -22,7 +22,7 @@ from smallcap.output.schema import (
 
 _FROM_LOADING = ("image_id", "image_uri", "status", "error_code", "error_message")
 _FROM_CAPTIONING = [field for field in CAPTION_COLUMNS if field.name not in (*_FROM_LOADING, *SHARED_WORDS_COLUMNS)]
-_LEFT_OUT = (VISION_PIXELS, RETRIEVAL_PIXELS, CONTENT_KEY, "width", "height")
+_LEFT_OUT = (VISION_PIXELS, RETRIEVAL_PIXELS, CONTENT_KEY, INDEX_NAME, "width", "height")
 
 
 class TableCaptioner:
@@ -66,13 +66,17 @@ class TableCaptioner:
         captioned = CaptionedBatch.join(done)
         return self._table(batch, good, captioned), captioned
 
-    def _batches(self, batch: pa.Table, good: np.ndarray) -> Iterator[tuple[list[Pixels], list[str] | None]]:
-        """Yields the images of the given rows in the model's batches, with the ids whose captions they must not get."""
+    def _batches(self, batch: pa.Table, good: np.ndarray) -> Iterator[Batch]:
+        """Yields the images of the given rows in the model's batches.
+
+        With them come the ids whose captions they must not get, and the names of the indexes to search.
+        """
         pixels = pixels_of(batch, good)
         exclude = batch["image_id"].take(pa.array(good)).to_pylist() if self._exclude_own else None
+        names = batch[INDEX_NAME].take(pa.array(good)).to_pylist() if INDEX_NAME in batch.column_names else None
         for start in range(0, len(pixels), self._batch_size):
             rows = slice(start, start + self._batch_size)
-            yield pixels[rows], exclude[rows] if exclude else None
+            yield pixels[rows], exclude and exclude[rows], names and names[rows]
 
     def _table(self, batch: pa.Table, good: np.ndarray, captioned: CaptionedBatch) -> pa.Table:
         places = np.full(len(batch), -1)

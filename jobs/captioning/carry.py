@@ -11,6 +11,7 @@ after its part, and says that this part is done.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,9 +19,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs.captioning.record import Attempt, check_attempt
+from jobs.captioning.routes import Routes
 from smallcap import storage
 from smallcap.images.row_ranges import RowRanges
-from smallcap.index.retriever import Neighbours, NeighbourSearch
+from smallcap.index.merged import CaptionSearch, find_nearest
+from smallcap.index.retriever import Neighbours
 from smallcap.output.parquet_files import read_parquet, write_parquet
 from smallcap.output.part_files import (
     EMBEDDINGS_FOLDER,
@@ -45,19 +48,21 @@ class PromptSearch:
     Attributes:
         k: Captions in a prompt.
         exclude_own: Whether an image's own captions are not retrieved for it.
+        routes: Where a column says which index is searched.
     """
 
     k: int
     exclude_own: bool
+    routes: Routes | None = None
 
-    def nearest(self, retriever: NeighbourSearch, embedded: pa.Table) -> Neighbours:
-        """Returns what is retrieved for the images of embeddings, at least one."""
+    def nearest(self, retriever: CaptionSearch, embedded: pa.Table, names: Sequence[str | None] | None) -> Neighbours:
+        """Returns what is retrieved for the images of embeddings, at least one, in the indexes of these names."""
         vectors = embedded[EMBEDDING_COLUMN].combine_chunks().flatten().to_numpy().reshape(len(embedded), -1)
         ids = embedded["image_id"].to_pylist() if self.exclude_own else None
         found = []
         for start in range(0, len(vectors), _QUERIES_AT_ONCE):
             rows = slice(start, start + _QUERIES_AT_ONCE)
-            found.append(retriever.nearest(vectors[rows], self.k, ids and ids[rows]))
+            found.append(find_nearest(retriever, vectors[rows], self.k, ids and ids[rows], names and names[rows]))
         return Neighbours.join(found)
 
 
@@ -108,7 +113,7 @@ class CarrySpec:
     rows_per_row_group: int
 
 
-def carry_part(part: OldPart, spec: CarrySpec, retriever: NeighbourSearch) -> None:
+def carry_part(part: OldPart, spec: CarrySpec, retriever: CaptionSearch) -> None:
     """Writes the rows of a part that stay as they are, and then the others for the comparison.
 
     Raises:
@@ -124,10 +129,11 @@ def carry_part(part: OldPart, spec: CarrySpec, retriever: NeighbourSearch) -> No
     write_parquet(_before_uri(spec.out, part), split.others, spec.rows_per_row_group)
 
 
-def split_part(run: str, part: OldPart, search: PromptSearch, retriever: NeighbourSearch) -> Split:
+def split_part(run: str, part: OldPart, search: PromptSearch, retriever: CaptionSearch) -> Split:
     """Tells the rows of a part that stay as they are from those whose images must be captioned again.
 
-    The rows of errors stay; without embeddings to search with, no others.
+    The rows of errors stay; without embeddings to search with, no others. Rows that name an index which is no more are
+    captioned again, and then become errors.
     """
     rows, _ = read_parquet(storage.join(run, part.name))
     before = rows.select(BEFORE_COLUMNS.names).cast(BEFORE_COLUMNS)
@@ -136,8 +142,9 @@ def split_part(run: str, part: OldPart, search: PromptSearch, retriever: Neighbo
     if embedded is None:
         errors = part.info.without(part.info.captioned, 0, part.info.errors)
         return Split(rows.filter(pc.invert(captioned)), errors, before.filter(captioned), searched=False)
-    found = search.nearest(retriever, embedded)
-    differs = texts_differ(rows.filter(captioned)["neighbours"], pa.chunked_array([found.to_column()]))
+    names, is_refused = _routed(rows.filter(captioned), search.routes)
+    found = search.nearest(retriever, embedded, names)
+    differs = texts_differ(rows.filter(captioned)["neighbours"], pa.chunked_array([found.to_column()])) | is_refused
     gone = np.zeros(len(rows), bool)
     gone[captioned.to_numpy()] = differs
     fragments, numbers = (embedded[name].to_numpy()[differs] for name in PLACE_COLUMNS.values())
@@ -145,6 +152,16 @@ def split_part(run: str, part: OldPart, search: PromptSearch, retriever: Neighbo
     info = part.info.without(places, part.info.ok - int(gone.sum()), part.info.errors)
     same = _with_searched(rows, captioned, embedded, found).filter(pa.array(~gone))
     return Split(same, info, before.filter(pa.array(gone)))
+
+
+def _routed(rows: pa.Table, routes: Routes | None) -> tuple[list[str | None] | None, np.ndarray]:
+    """Returns the names of the indexes to search for each row, and which rows name one that is not there: [n] bool."""
+    if routes is None:
+        return None, np.zeros(len(rows), bool)
+    names = routes.of_rows(rows)
+    refusals = routes.refusals(names)
+    known = [None if refusal else name for name, refusal in zip(names, refusals, strict=True)]
+    return known, np.array([refusal is not None for refusal in refusals], bool)
 
 
 def is_carried(name: str) -> bool:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from jobs.captioning.record import RunRecord
+from jobs.captioning.routes import Routes
 from jobs.cluster.resources import SMALL_TASK_CPUS, node_resources
 from smallcap.config import CaptionConfig
 from smallcap.images.fragments import FRAGMENT_ROWS
@@ -133,8 +134,16 @@ def load_spec(
 
     crops = load_crop_plan(config.model, record.retrieval_encoder, config.input.decode, config.retrieval.cache_dir)
     keep_bytes = layout.parts.webdataset
-    keys = config.generation.do_sample
-    return LoadSpec(crops, config.input, work.kept_columns, keep_bytes, watch.monitor, watch.crash_guard, keys)
+    return LoadSpec(
+        crops,
+        config.input,
+        work.kept_columns,
+        keep_bytes,
+        watch.monitor,
+        watch.crash_guard,
+        keys=config.generation.do_sample,
+        routes=Routes.of(config),
+    )
 
 
 def count_images(items: Sequence[WorkItem]) -> int | None:

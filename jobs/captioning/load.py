@@ -22,6 +22,7 @@ from ray.data.extensions import ArrowTensorArray
 from jobs.captioning.crash_guard import DECODE_LIMIT_S, READ_IN_VAIN, CrashGuardClient, DecodeClock
 from jobs.captioning.distinct_rows import ranges_of
 from jobs.captioning.monitor import MonitorClient
+from jobs.captioning.routes import Routes
 from jobs.captioning.stage_report import StageReport
 from jobs.cluster.session import limit_blocks
 from smallcap.config import InputConfig
@@ -44,6 +45,7 @@ from smallcap.output.schema import (
 
 VISION_PIXELS, RETRIEVAL_PIXELS = "smallcap.vision_pixels", "smallcap.retrieval_pixels"
 CONTENT_KEY = "smallcap.content_key"  # what sampling tells images apart by
+INDEX_NAME = "smallcap.index_name"  # of several indexes, the only one that is searched for an image
 _LEFT_OUT_TYPE = pa.list_(pa.int32())
 # For a block's files, its crops, and an image of `decoding_room.OWN_BYTES`; larger ones wait for room of their own. It
 # also makes the task differ from an actor with one CPU, into which Ray would otherwise fuse it.
@@ -68,6 +70,7 @@ class LoadSpec:
     monitor: MonitorClient
     crash_guard: CrashGuardClient
     keys: bool = False  # whether captions are sampled, for which each image needs its content key
+    routes: Routes | None = None  # where a column says which index is searched
 
 
 @dataclass
@@ -145,7 +148,8 @@ def load_images(batch: pa.Table, spec: LoadSpec) -> Iterator[pa.Table]:
     Yields:
         Tables of at most 256 images: `image_id`, `image_uri`, `width`, `height`, `status`, `error_code`,
         `error_message`, the row's place in the input, the kept columns, [B, S, S, 3] uint8 `VISION_PIXELS`, and, where
-        they are needed, `RETRIEVAL_PIXELS`, int64 `CONTENT_KEY` and `image_bytes`. The pixels of failed rows are 0.
+        they are needed, `RETRIEVAL_PIXELS`, int64 `CONTENT_KEY`, `INDEX_NAME` and `image_bytes`. The pixels of failed
+        rows are 0.
     """
     for pickled in batch["item"]:
         item: WorkItem = pickle.loads(pickled.as_py())  # noqa: S301 - this job's driver wrote it
@@ -201,6 +205,8 @@ def _load(number: int, images: InputBatch, spec: LoadSpec) -> _Loaded:
     started = time.perf_counter()
     loaded = _Loaded([], [])
     position_of = {row: position for position, row in enumerate(images.rows.tolist())}
+    refused = _refused(images, spec)
+    todo = [row for row, refusal in zip(position_of, refused, strict=True) if refusal is None]
 
     def load_rows(rows: list[int]) -> list[tuple[Pixels | RowError, bytes | None]]:
         done: list[tuple[Pixels | RowError, bytes | None]] = []
@@ -216,15 +222,23 @@ def _load(number: int, images: InputBatch, spec: LoadSpec) -> _Loaded:
         return done
 
     with DecodeClock(lambda row: spec.crash_guard.give_up(number, row)) as clock:
-        results = spec.crash_guard.run_guarded(number, list(position_of), load_rows)
-    left_out = [row for row, result in zip(position_of, results, strict=True) if result is None]
+        guarded = spec.crash_guard.run_guarded(number, todo, load_rows)
+    results = dict(zip(todo, guarded, strict=True))
+    left_out = [row for row, result in results.items() if result is None]
     too_slow = spec.crash_guard.too_slow(number, left_out) if left_out else []
-    for row, result in zip(position_of, results, strict=True):
-        pixels, data = result or (_TOO_SLOW if row in too_slow else _CRASHED, None)
+    for row, refusal in zip(position_of, refused, strict=True):
+        pixels, data = results.get(row) or (refusal or (_TOO_SLOW if row in too_slow else _CRASHED), None)
         loaded.images.append(pixels)
         loaded.files.append(data)
     loaded.seconds = time.perf_counter() - started
     return loaded
+
+
+def _refused(images: InputBatch, spec: LoadSpec) -> list[RowError | None]:
+    """Returns for each image why it is not even fetched; None where it is."""
+    if spec.routes is None or images.kept is None:
+        return [None] * len(images.rows)
+    return spec.routes.refusals(spec.routes.of_rows(images.kept))
 
 
 def _files(images: InputBatch, positions: Sequence[int], spec: LoadSpec, loaded: _Loaded) -> list[bytes | RowError]:
@@ -275,6 +289,8 @@ def _loaded_table(number: int, images: InputBatch, loaded: _Loaded, spec: LoadSp
     }
     if spec.keys:  # here and not in the actor: it takes longer than all else that an actor's CPU does for an image
         columns[CONTENT_KEY] = pa.array([image.content_key for image in pixels], pa.int64())
+    if spec.routes is not None and images.kept is not None:
+        columns[INDEX_NAME] = pa.array(spec.routes.of_rows(images.kept), pa.string())
     if images.kept is not None:
         columns |= {name: images.kept[name] for name in images.kept.column_names}
     if spec.keep_bytes:

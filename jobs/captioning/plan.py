@@ -17,7 +17,7 @@ from jobs.captioning.watch import watch_run
 from jobs.captioning.work import list_work, open_record, remaining_items
 from jobs.cluster.addresses import check_address
 from jobs.cluster.errors import unwrapped_errors
-from jobs.cluster.pinned import check_index_is_there
+from jobs.cluster.pinned import check_indexes_are_there
 from jobs.cluster.session import on_ray
 from jobs.cluster.stopping import StopSignals, stoppable
 from smallcap import storage
@@ -27,7 +27,7 @@ from smallcap.images.fragments import InputBatch
 from smallcap.images.listing import make_work_list
 from smallcap.images.row_ranges import RowRanges
 from smallcap.images.work_list import WorkList, read_fragment
-from smallcap.index.manifest import load_manifest
+from smallcap.index.manifest import load_manifests
 from smallcap.output.coverage import Coverage, WorkItem, work_left
 from smallcap.phrasing import describe_count, describe_duration, describe_gb
 
@@ -40,7 +40,7 @@ _MILLION = 1_000_000
 
 @dataclass(frozen=True)
 class IndexFacts:
-    """The index of a run."""
+    """The index of a run, or all of them."""
 
     index_id: str
     ntotal: int  # captions
@@ -265,7 +265,7 @@ def _dry_run(config: CaptionConfig, address: str | None, gpu_hour_cost: float | 
     """Makes a plan; see `dry_run`."""
     began = time.perf_counter()
     record = open_record(config)
-    check_index_is_there(record, config.index)
+    check_indexes_are_there(record, config.index)
     check_address(address)  # before what may take long
     with storage.scratch_folder() as scratch:
         if record.input is None:  # the run has not begun
@@ -315,8 +315,9 @@ def _assume_all(fragment: object, most: int) -> int:
 def _index_facts(config: CaptionConfig, record: RunRecord) -> IndexFacts | None:
     if record.index_id is None:
         return None
-    manifest = load_manifest(config.index or "", record.index_id)
-    return IndexFacts(manifest.index_id, manifest.ntotal, sum(entry.bytes for entry in manifest.files))
+    manifests = load_manifests(config.index, record.index_id)
+    size = sum(entry.bytes for manifest in manifests for entry in manifest.files)
+    return IndexFacts(record.index_id, sum(manifest.ntotal for manifest in manifests), size)
 
 
 def _sample(

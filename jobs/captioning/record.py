@@ -25,10 +25,12 @@ from smallcap.errors import ConfigError, ConflictError, SchemaError, SmallCapErr
 from smallcap.images.fragments import FragmentTable
 from smallcap.images.sources import ARCHIVE, HIDDEN, NO_ENDING, NOT_LOOKED_INTO, OTHER_ENDING, PARQUET
 from smallcap.images.work_list import WORK_FOLDER, WorkList
+from smallcap.index.manifest import split_index_ids
 from smallcap.output.coverage import Coverage
 from smallcap.output.part_files import RUN_FILE, PartInfo
 from smallcap.phrasing import describe_count, one_line
 from smallcap.records import Record, load_record
+from smallcap.retrieval_config import NamedIndex, as_uris, name_indexes
 
 # Options that may differ between the attempts of one run: where it runs, how it fetches, how much input it takes.
 _FREE = (
@@ -206,6 +208,15 @@ class RunRecord(PinnedRecord):
     scores: Scores | None = None  # of all captions, at the end of the run
     limit: int | None = None  # the option of the attempt that completed the run
     attempts: tuple[Attempt, ...] = ()
+
+    @property
+    def indexes(self) -> tuple[tuple[NamedIndex, str], ...]:
+        """The indexes from which the run retrieves, and their versions; none without retrieval."""
+        options = self.config["retrieval"]  # runs of before 0.1.0 have no names and weights
+        named = name_indexes(
+            as_uris(self.config["index"]), options.get("index_names", ()), options.get("index_weights", ())
+        )
+        return tuple(zip(named, split_index_ids(self.index_id), strict=False))
 
     def is_done(self, limit: int | None) -> bool:
         """Returns whether the first `limit` images of the run's list, or all images, have their rows."""

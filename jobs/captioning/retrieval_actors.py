@@ -17,13 +17,14 @@ import ray
 
 from jobs.cluster.errors import GuardedActor
 from jobs.cluster.resources import on_working_nodes, set_faiss_threads
-from smallcap.config import RetrievalConfig
 from smallcap.index.caption_store import gather, open_removed
 from smallcap.index.manifest import IndexManifest, load_manifest, share_of
+from smallcap.index.merged import CaptionSearch, merge_searches
 from smallcap.index.node_cache import open_version_folder
 from smallcap.index.partition import LocalPartition
 from smallcap.index.ranking import Ranking, merge_rankings
 from smallcap.index.retriever import NeighbourSearch
+from smallcap.retrieval_config import NamedIndex, RetrievalConfig
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,11 @@ def run_partitions(index_uri: str, index_id: str, retrieval: RetrievalConfig) ->
     finally:
         for partition in actors:
             ray.kill(partition)
+
+
+def open_partitioned(partitions: Sequence[Partitions], indexes: Sequence[NamedIndex], cache_dir: str) -> CaptionSearch:
+    """Connects to the running partitions of each index; see `PartitionedRetriever.open`."""
+    return merge_searches(indexes, [PartitionedRetriever.open(one, cache_dir) for one in partitions])
 
 
 class PartitionedRetriever(NeighbourSearch):

@@ -18,7 +18,7 @@ from jobs.captioning.record import (
     write_run_record,
 )
 from jobs.captioning.scores import Scores
-from jobs.cluster.pinned import check_required_index, check_required_model, pin_index, pinned_encoder
+from jobs.cluster.pinned import check_required_index, check_required_model, pin_indexes, pinned_encoder
 from smallcap import storage
 from smallcap.config import CaptionConfig
 from smallcap.errors import ConfigError
@@ -26,7 +26,7 @@ from smallcap.images.fragments import Fragment
 from smallcap.images.listing import extend_work_list, make_work_list
 from smallcap.images.relisting import store_states
 from smallcap.images.work_list import WORK_FOLDER, WorkList, count_images, load_work_list
-from smallcap.index.manifest import share_of
+from smallcap.index.manifest import join_index_ids, share_of
 from smallcap.model.files import checkpoint_id, checkpoint_sha256
 from smallcap.output.coverage import (
     Coverage,
@@ -59,9 +59,9 @@ def open_record(config: CaptionConfig) -> RunRecord:
     if record is not None:
         record.check_same_run(config, partial(checkpoint_id, config.model, cache_dir), config.out)
         return record.model_copy(update={"retrieval_encoder": pinned_encoder(record, config.out)})
-    manifest, encoder = pin_index(config.index, k, config.retrieval.encoder, cache_dir)
-    if manifest:
-        share_of(manifest.shards, (0, config.retrieval.partitions))  # refuses what their actors would refuse later
+    manifests, encoder = pin_indexes(config.index, k, config.retrieval.encoder, cache_dir)
+    if len(manifests) == 1:
+        share_of(manifests[0].shards, (0, config.retrieval.partitions))  # refuses what their actors would refuse later
     if config.output.save_embeddings and encoder is None:
         raise ConfigError(
             "There is no retrieval encoder whose embeddings could be saved.",
@@ -74,7 +74,7 @@ def open_record(config: CaptionConfig) -> RunRecord:
             where="generation.rerank" if config.score_column is None else "score_column",
             remedy="Give --index, or --set retrieval.encoder=SPEC.",
         )
-    index_id, model_id = manifest.index_id if manifest else None, checkpoint_id(config.model, cache_dir)
+    index_id, model_id = join_index_ids(manifests) or None, checkpoint_id(config.model, cache_dir)
     sha256 = checkpoint_sha256(config.model, cache_dir)
     return RunRecord.new(config, index_id, encoder, model_id=model_id, model_sha256=sha256)
 
@@ -98,15 +98,22 @@ def list_work(config: CaptionConfig, record: RunRecord, relist: bool = False) ->
             forget_rows(config.out, list(read_part_infos(config.out)), work.relisted.overwritten)
             store_states(work.fragments.table, work.relisted.overwritten)
     if config.score_column is not None:
-        kind = work.kept_columns.field(config.score_column).type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
-            raise ConfigError(
-                "The column to score holds no texts.",
-                where=f"score_column: {config.score_column}",
-                expected="a column of strings",
-                found=str(kind),
-            )
+        _check_texts(
+            work.kept_columns.field(config.score_column), "The column to score holds no texts.", "score_column"
+        )
+    if (name := config.retrieval.index_column) is not None:
+        _check_texts(work.kept_columns.field(name), "The column holds no names of indexes.", "retrieval.index_column")
     return work
+
+
+def _check_texts(column: pa.Field, what: str, option: str) -> None:
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type) or pa.types.is_null(column.type)):
+        raise ConfigError(
+            what,
+            where=f"{option}: {column.name}",
+            expected="a column of strings",
+            found=str(column.type),
+        )
 
 
 def _settled_parts(out: str, work: WorkList) -> list[NamedPart]:

@@ -6,14 +6,21 @@ import os
 import platform
 import re
 import uuid
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from smallcap import storage
 from smallcap.errors import ConfigError, ManifestError
-from smallcap.index.manifest import IndexManifest, load_manifest, load_pointer, manifest_uri
+from smallcap.index.manifest import (
+    IndexManifest,
+    join_index_ids,
+    load_manifests,
+    load_pointer,
+    manifest_uri,
+    split_index_ids,
+)
 from smallcap.model.encoder_spec import check_encoder_spec, resolve_encoder_identity
 from smallcap.model.files import checkpoint_sha256
 from smallcap.option_places import absolute_place, absolute_places
@@ -30,7 +37,7 @@ class PinnedRecord(VersionedRecord):
     run_id: str
     status: Literal["running", "stopped", "complete"] = "running"  # `stopped` by a signal; `running` also if killed
     config: dict[str, Any]
-    index_id: str | None
+    index_id: str | None  # of several indexes, see `smallcap.index.manifest.join_index_ids`
     retrieval_encoder: str | None
     versions: dict[str, str]  # of Python and of the packages that decide the results
 
@@ -74,34 +81,38 @@ def _began_in(record: PinnedRecord, out: str) -> str:
     return now.removesuffix(typed) if is_below else ""
 
 
-def check_index_is_there(record: PinnedRecord, index: str | None) -> None:
-    """Checks that the version of the index with which a run began can still be read.
+def check_indexes_are_there(record: PinnedRecord, indexes: Sequence[str]) -> None:
+    """Checks that the versions of the indexes with which a run began can still be read.
 
     Raises:
-        ManifestError: It is gone.
+        ManifestError: One is gone.
     """
-    if record.index_id is None or index is None or storage.exists(manifest_uri(index, record.index_id)):
-        return
+    for index_id, index in zip(split_index_ids(record.index_id), indexes, strict=False):  # none without retrieval
+        if not storage.exists(manifest_uri(index, index_id)):
+            raise _gone(index, index_id)
+
+
+def _gone(index: str, index_id: str) -> ManifestError:
     try:
         found = f"the current version {load_pointer(index).index_id}"
     except ManifestError:
         found = "no published index"
-    raise ManifestError(
+    return ManifestError(
         "The run's index version is gone.",
         where=index,
-        expected=f"version {record.index_id}, with which the run began; all its rows come from one version",
+        expected=f"version {index_id}, with which the run began; all its rows come from one version",
         found=found,
         remedy="Put it back where it was, if `smallcap index gc` has not removed it but the index was moved. Otherwise "
         "give another --out, which takes the current version.",
     )
 
 
-def check_required_index(required: str | None, index: str | None, k: int | None, pinned: str | None) -> None:
-    """Checks that a run uses the version of the index that its command requires.
+def check_required_index(required: str | None, indexes: Sequence[str], k: int | None, pinned: str | None) -> None:
+    """Checks that a run uses the version of the index that its command requires, or those of several.
 
     Args:
-        required: The version's id; None requires none.
-        index: The index's URI.
+        required: The version's id, or those of several as `join_index_ids` writes them; None requires none.
+        indexes: The indexes' URIs.
         k: Captions to retrieve; 0 for none, None for the model's own number.
         pinned: The version with which the run began; None for a new run, which takes the current one.
 
@@ -111,11 +122,11 @@ def check_required_index(required: str | None, index: str | None, k: int | None,
     """
     if required is None:
         return
-    found = pinned or (load_pointer(index).index_id if index and k != 0 else None)
+    found = pinned or (join_index_ids(list(map(load_pointer, indexes))) if k != 0 else None)
     if found != required:
         raise ConfigError(
             "The index is not of the version that is required.",
-            where=index or "--index",
+            where=" and ".join(indexes) or "--index",
             expected=f"version {required} (--require-index-id)",
             found=f"version {found}{', with which this run began' if pinned else ''}" if found else "no index is used",
             remedy="If that version is published there, `smallcap index use` makes it the current one."
@@ -144,29 +155,31 @@ def check_required_model(required: str | None, model: str | None, cache_dir: str
         )
 
 
-def pin_index(
-    index: str | None, k: int | None, encoder: str | None, cache_dir: str
-) -> tuple[IndexManifest | None, str | None]:
-    """Returns the version of the index that a new run is to use, if it retrieves, and the spec of its encoder.
+def pin_indexes(
+    indexes: Sequence[str], k: int | None, encoder: str | None, cache_dir: str
+) -> tuple[tuple[IndexManifest, ...], str | None]:
+    """Returns the versions of the indexes that a new run is to use, if it retrieves, and the spec of their encoder.
 
     Args:
-        index: The index's URI.
+        indexes: The indexes' URIs.
         k: Captions to retrieve; 0 for none, None for the model's own number.
-        encoder: The encoder that is asked for; by default the index's.
+        encoder: The encoder that is asked for; by default the indexes'.
         cache_dir: This node's cache folder.
 
     Raises:
-        ConfigError: The encoder's spec is wrong.
+        ConfigError: The encoder's spec is wrong, or the indexes have different ones.
         RunError: The index or the encoder cannot be used, or they do not belong together.
     """
     if encoder is not None:
         check_encoder_spec(encoder)  # before the index is looked at
-    manifest = load_manifest(index) if index and k != 0 else None
-    spec = encoder or (manifest.encoder.spec if manifest else None)
+    manifests = load_manifests(indexes) if k != 0 else ()
+    spec = encoder or (manifests[0].encoder.spec if manifests else None)
     spec = absolute_place(spec, "encoder") if spec else None  # for the record, which is read in other folders as well
-    if manifest and spec:
-        manifest.check_encoder(resolve_encoder_identity(spec, cache_dir), index or "")
-    return manifest, spec
+    if manifests and spec:
+        identity = resolve_encoder_identity(spec, cache_dir)
+        for manifest, index in zip(manifests, indexes, strict=True):
+            manifest.check_encoder(identity, index)
+    return manifests, spec
 
 
 def check_same_options(

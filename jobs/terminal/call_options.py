@@ -251,10 +251,12 @@ class TraceOptions(Config):
     """A captioning run."""
     source: tuple[str, ...] = ()
     """Captions of this dump, by its name in the index or its URI."""
+    index: str | None = None
+    """Of a run of several indexes, only captions of the index with this name; alone, all of them."""
     text: Annotated[tuple[str, ...], Flag(any_text=True)] = ()
     """Captions with this text; case, width and white space do not matter."""
     caption_id: tuple[Annotated[int, Field(ge=0)], ...] = ()
-    """The caption with this id in the run's index version."""
+    """The caption with this id in the run's index version; of several indexes, in that of `--index`."""
     out: str = ""
     """File for the rows: JSON Lines, or CSV if it ends in `.csv`; `.gz` at its end compresses it."""
     show: int = Field(20, ge=0)
@@ -264,8 +266,10 @@ class TraceOptions(Config):
 
     @model_validator(mode="after")
     def _names_captions(self) -> Self:
-        if not (self.source or self.text or self.caption_id):
-            raise ValueError("captions must be named: give --source, --text or --caption-id")
+        if not (self.source or self.text or self.caption_id or self.index):
+            raise ValueError(
+                "captions must be named: give --source, --text or --caption-id, or --index in a run of several indexes"
+            )
         return self
 
 

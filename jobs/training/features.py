@@ -33,7 +33,8 @@ from jobs.training.inputs import TrainInputs, TrainItem
 from jobs.training.pairs import captions_of
 from jobs.training.start import ModelStart
 from smallcap import storage
-from smallcap.captioner import Captioner, CaptionerOptions
+from smallcap.captioner import Captioner
+from smallcap.captioner_setup import CaptionerOptions
 from smallcap.decoding.micro_batches import MicroBatches
 from smallcap.images.crops import CropPlan
 from smallcap.images.fragments import FRAGMENT_ROWS

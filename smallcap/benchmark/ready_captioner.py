@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from smallcap.benchmark.random_content import EOS_TOKEN_ID, GPT2_124M, PAD_TOKEN_ID, random_vectors, write_index
 from smallcap.captioned import ScoredCaptions
-from smallcap.captioner import Captioner, CaptionerOptions
+from smallcap.captioner import Captioner, Values
+from smallcap.captioner_setup import CaptionerOptions
 from smallcap.decoding.engine import Generated
 from smallcap.images.crops import Pixels
 from smallcap.images.decode import Preprocessing
@@ -110,10 +111,10 @@ class ReadyCaptioner(Captioner):
         """Returns ready queries."""
         return self._queries[np.arange(len(pixels)) % len(self._queries)]
 
-    def retrieve(self, embeddings: np.ndarray, exclude_image_ids: Sequence[str | None] | None = None) -> Neighbours:
+    def retrieve(self, embeddings: np.ndarray, exclude_image_ids: Values = None, indexes: Values = None) -> Neighbours:
         """Retrieves, with ready products."""
         with self.times.part("search"):
-            return super().retrieve(embeddings, exclude_image_ids)
+            return super().retrieve(embeddings, exclude_image_ids, indexes)
 
     def prompt(self, neighbours: Neighbours) -> list[list[int]]:
         """Builds the prompts."""

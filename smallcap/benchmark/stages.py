@@ -34,7 +34,8 @@ from smallcap.benchmark.random_content import (
     realistic_lengths,
     write_random_index,
 )
-from smallcap.captioner import Captioner, CaptionerOptions
+from smallcap.captioner import Captioner
+from smallcap.captioner_setup import CaptionerOptions
 from smallcap.config import BenchmarkOptions
 from smallcap.decoding.engine import prefill
 from smallcap.images.crops import CropPlan, Pixels
@@ -206,7 +207,8 @@ class _Benchmark:
         neighbours = captioner.retrieve(embeddings)
         self.prompts = captioner.prompt(neighbours)
         vision, retrieval = vision_flops(captioner.model), retrieval_flops(captioner)
-        search = 2.0 * captioner.retriever.manifest.ntotal * captioner.retriever.dim
+        searched = sum(manifest.ntotal for manifest in captioner.retriever.manifests)
+        search = 2.0 * searched * captioner.retriever.dim
         self._measure("vision encoder", lambda: captioner.encode(pixels), vision)
         self._measure("retrieval encoder", lambda: captioner.embed(pixels, class_tokens), retrieval)
         self._measure("search", lambda: captioner.retrieve(embeddings), search)

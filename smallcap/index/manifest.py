@@ -36,6 +36,7 @@ _MAX_RETIRED = 1000  # former versions that a pointer remembers
 _DIGITS_IN_NAME = 32  # digits of the sha256 in a file name
 _FILE = re.compile(rf"{FILES_FOLDER}/\w[\w.-]*", re.ASCII)
 _INDEX_ID = r"^[0-9a-f]{16}$"
+_BETWEEN_IDS = "+"  # of the versions that one run searches
 
 
 class EncoderIdentity(Record):
@@ -312,6 +313,51 @@ def load_manifest(index_uri: str, index_id: str | None = None) -> IndexManifest:
             remedy="Restore the folder from where it was published, or rebuild the index.",
         )
     return manifest
+
+
+def join_index_ids(versions: Sequence[IndexManifest | Pointer]) -> str:
+    """Returns the ids of the versions that are searched together, in their order, as one text."""
+    return _BETWEEN_IDS.join(version.index_id for version in versions)
+
+
+def split_index_ids(index_id: str | None) -> list[str]:
+    """Returns the ids in a text of `join_index_ids`; none for None."""
+    return index_id.split(_BETWEEN_IDS) if index_id else []
+
+
+def load_manifests(uris: Sequence[str], index_id: str | None = None) -> tuple[IndexManifest, ...]:
+    """Loads the manifests of indexes that are searched together, by default of their current versions.
+
+    Args:
+        uris: The indexes.
+        index_id: The ids of their versions, as `join_index_ids` writes them.
+
+    Raises:
+        ConfigError: There are more or fewer ids than indexes, or the indexes have different encoders.
+        ManifestError: There is no such index or version, or its manifest is malformed.
+        IndexIntegrityError: The name of a version's folder contradicts its content.
+    """
+    ids: Sequence[str | None] = split_index_ids(index_id) or [None] * len(uris)
+    if len(ids) != len(uris):
+        raise ConfigError(
+            "Each index needs the id of its version.",
+            where="index_id",
+            expected=f"{len(uris)} ids",
+            found=str(index_id),
+        )
+    manifests = tuple(map(load_manifest, uris, ids))
+    for manifest, uri in zip(manifests[1:], uris[1:], strict=True):
+        first, other = manifests[0].encoder, manifest.encoder
+        if (first.weights_sha256, first.dim) != (other.weights_sha256, other.dim):
+            raise ConfigError(
+                "The indexes have different retrieval encoders, so their scores cannot be compared.",
+                where=uri,
+                expected=f"{_describe(first)}, as {uris[0]} has",
+                found=_describe(other),
+                remedy="Leave one out, or embed its captions with the other's encoder: smallcap build-index --from "
+                f"{uri} --encoder {first.spec} --out …",
+            )
+    return manifests
 
 
 def share_of(entries: Sequence[ShardEntry], partition: tuple[int, int]) -> Sequence[ShardEntry]:

@@ -19,7 +19,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from smallcap import storage
-from smallcap.config import SearchDevice
 from smallcap.errors import ConfigError, RunError
 from smallcap.index.caption_store import CaptionStore, open_removed
 from smallcap.index.manifest import EncoderIdentity, IndexManifest, load_manifest
@@ -27,13 +26,17 @@ from smallcap.index.node_cache import open_version_folder
 from smallcap.index.partition import IndexPartition, LocalPartition, files_of
 from smallcap.index.ranking import NOTHING, Attempted, Ranking, best_of, settle
 from smallcap.output.schema import NEIGHBOUR_TYPE
+from smallcap.retrieval_config import SearchDevice
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A caption near a query; `score` is the cosine, `sources` are the dump files that have the caption."""
+    """A caption near a query; `score` is the cosine, `sources` are the dump files that have the caption.
+
+    With several indexes a source is `NAME/dump`, and `caption_id` is that of the first source's index.
+    """
 
     caption_id: int
     text: str
@@ -118,6 +121,11 @@ class NeighbourSearch:
         self.dim = manifest.dim
         self._partition = partition
         self._removed = removed
+
+    @property
+    def manifests(self) -> tuple[IndexManifest, ...]:
+        """The version's manifest, as a search in several indexes has theirs."""
+        return (self.manifest,)
 
     @property
     def search_backend(self) -> str:

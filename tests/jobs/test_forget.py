@@ -36,7 +36,7 @@ def run(tmp_path: Path, tiny_clip: Path, tiny_smallcap: Path) -> CaptionConfig:
 
 
 def takedown(run: CaptionConfig, out: Path, *removals: str) -> ForgetConfig:
-    flags = {"runs": [run.out], "index": run.index, "remove": list(removals), "out": str(out)}
+    flags = {"runs": [run.out], "index": run.index[0], "remove": list(removals), "out": str(out)}
     return load_config(ForgetConfig, flags=flags)
 
 
@@ -63,14 +63,14 @@ def test_a_text_leaves_the_index_and_the_prompts(tmp_path: Path, run: CaptionCon
     [(use, summary)] = done.runs
     assert summary is not None
     assert use.images == held == summary.refreshed.changes
-    assert text not in {one for texts in read_texts(run.index or "") for one in texts}
+    assert text not in {one for texts in read_texts(run.index[0]) for one in texts}
     assert text not in texts_of(use.out)
     assert texts_of(run.out) == before  # the old run is as it was
     record = load_run_record(use.out)
     assert record is not None
     assert record.refreshed is not None
     assert record.refreshed.removed == (f"text={text}",)
-    assert record.index_id == load_manifest(run.index or "").index_id
+    assert record.index_id == load_manifest(run.index[0]).index_id
     changed = pq.read_table(tmp_path / "clean" / "captions" / "_changes.parquet")
     assert all(text in [n["text"] for n in row] for row in changed["neighbours_before"].to_pylist())
     assert "delete both" in "\n".join(forget.describe(done))
@@ -87,14 +87,14 @@ def test_a_takedown_that_stops_after_the_removal_goes_on(
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(refresh, "run", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         forget.run(config)
-    assert load_manifest(run.index or "").operation == "remove"
+    assert load_manifest(run.index[0]).operation == "remove"
     [(use, summary)] = forget.run(config).runs
     assert summary is not None
     assert use.images == summary.refreshed.changes
 
 
 def test_a_run_whose_prompts_held_nothing_of_it_stays(tmp_path: Path, run: CaptionConfig) -> None:
-    unused = {one for texts in read_texts(run.index or "") for one in texts} - texts_of(run.out)
+    unused = {one for texts in read_texts(run.index[0]) for one in texts} - texts_of(run.out)
     done = forget.run(takedown(run, tmp_path / "clean", f"text={min(unused)}"))
     assert [(use.images, summary) for use, summary in done.runs] == [(0, None)]
     assert not (tmp_path / "clean").exists()
@@ -102,12 +102,12 @@ def test_a_run_whose_prompts_held_nothing_of_it_stays(tmp_path: Path, run: Capti
 
 
 def test_what_cannot_be_forgotten_is_told_before_the_index_changes(tmp_path: Path, run: CaptionConfig) -> None:
-    version = load_manifest(run.index or "").index_id
+    version = load_manifest(run.index[0]).index_id
 
     def refused(message: str, config: ForgetConfig) -> None:
         with pytest.raises(ConfigError, match=message):
             forget.run(config)
-        assert load_manifest(run.index or "").index_id == version
+        assert load_manifest(run.index[0]).index_id == version
 
     text = f"text={held_text(run)}"
     refused("no such source", takedown(run, tmp_path / "clean", "source=other.csv"))

@@ -77,7 +77,7 @@ def refresh_of(config: CaptionConfig, index: str, out: Path) -> RefreshConfig:
 
 
 def full_run(config: CaptionConfig, index: str, out: Path) -> pd.DataFrame:
-    full = config.model_copy(update={"index": index, "out": str(out)})
+    full = config.model_copy(update={"index": (index,), "out": str(out)})
     caption.run(full)
     return read_rows(full.out)
 
@@ -206,9 +206,9 @@ def test_on_ray_actors_that_share_the_index_are_asked(
     shared = old_run.retrieval.model_copy(update={"partitions": 2})
     config = old_run.model_copy(update={"out": f"{s3}/old", "retrieval": shared})
     caption.run(config)
-    summary = refresh.run(RefreshConfig(run=config.out, index=indexes[1], out=f"{s3}/out"))
+    summary = refresh.run(RefreshConfig(run=config.out, index=(indexes[1],), out=f"{s3}/out"))
     assert 0 < summary.run.new_images < IMAGES
-    full = config.model_copy(update={"index": indexes[1], "out": f"{s3}/full"})
+    full = config.model_copy(update={"index": (indexes[1],), "out": f"{s3}/full"})
     caption.run(full)
     assert_same(read_rows(f"{s3}/out"), read_rows(full.out))
 

@@ -248,8 +248,7 @@ def test_a_quiet_command_prints_its_result_and_the_log_has_everything(
     monkeypatch.setattr("jobs.cluster.display._WORTH_A_LINE_S", 0.0)
     log, images = tmp_path / "log.txt", f"{tmp_path}/images"
     write_images(images, 2)
-    assert finished_run.index is not None
-    words = ["caption", images, "--index", finished_run.index, "--model", finished_run.model, "--dtype", "float32"]
+    words = ["caption", images, "--index", finished_run.index[0], "--model", finished_run.model, "--dtype", "float32"]
     code, out, told = run(*words, "--out", f"{tmp_path}/loud")
     assert code == 0
     assert "Listing the images of" in told
@@ -311,9 +310,8 @@ def test_a_verbose_command_tells_its_settings_its_plan_and_each_step(
 ) -> None:
     images = f"{tmp_path}/images"
     write_images(images, 2)
-    assert finished_run.index is not None
     code, out, told = run(
-        *["caption", images, "--index", finished_run.index, "--model", finished_run.model, "--dtype", "float32"],
+        *["caption", images, "--index", finished_run.index[0], "--model", finished_run.model, "--dtype", "float32"],
         *["--out", f"{tmp_path}/out", "--seed", "7", "-v"],
     )
     assert code == 0

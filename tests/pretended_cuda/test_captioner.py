@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from smallcap import captioner as captioner_module
-from smallcap.captioner import Captioner, CaptionerOptions, CaptionResult
+from smallcap.captioner import Captioner, CaptionResult
+from smallcap.captioner_setup import CaptionerOptions
 from smallcap.errors import RunError
 from smallcap.images.crops import Pixels
 from smallcap.model import checkpoint

@@ -13,7 +13,8 @@ from PIL import Image
 
 import smallcap
 from smallcap.captioned import CaptionResult
-from smallcap.captioner import Captioner, CaptionerOptions
+from smallcap.captioner import Captioner
+from smallcap.captioner_setup import CaptionerOptions
 from smallcap.errors import ConfigError, ErrorCode, IndexIntegrityError
 from smallcap.images.crops import Pixels
 from smallcap.model.checkpoint import load_checkpoint

@@ -102,7 +102,10 @@ def test_later_sources_win(tmp_path: Path) -> None:
         ("images=photos", "images\n  expected: a list such as [a, b], each text\n  found: 'photos'"),
         ("output.write=webdataset", "output.write\n  expected: a list such as [a, b], each webdataset"),
         ("output.clip_score=maybe", "output.clip_score\n  expected: true or false\n  found: 'maybe'"),
-        ("retrieval=5", "retrieval\n  expected: a mapping with cache_dir, encoder, exclude_own_captions, k,"),
+        (
+            "retrieval=5",
+            "retrieval\n  expected: a mapping with cache_dir, encoder, exclude_own_captions, index_column,",
+        ),
         ('index="  "', "index\n  expected: a text that is not empty"),
         ('index="a\\eb"', "index\n  expected: a text without control codes\n  found: 'a\\x1bb'"),
         ("index=a\udcffb", "where: --set index\n"),
@@ -156,7 +159,7 @@ def test_all_that_is_missing_is_named_at_once_as_it_is_typed() -> None:
     without = {**REQUIRED, "index": None}
     with pytest.raises(ConfigError, match="give --index"):
         load_config(CaptionConfig, flags=without)
-    assert load_config(CaptionConfig, flags=without | {"retrieval.k": 0}).index is None
+    assert load_config(CaptionConfig, flags=without | {"retrieval.k": 0}).index == ()
     with pytest.raises(ConfigError, match=r"Give --out\. .*give DUMPS.*; a retrieval encoder .*give --encoder\."):
         load_config(IndexConfig)
     with pytest.raises(ConfigError, match=r"Give SOURCES and --out\. .*give --model, or both .*; an index is needed"):

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from index_builder.dumps.filters import Blocklist, holds_markup, holds_repeats, holds_url, load_blocklist, normalise
+from index_builder.dumps.filters import Blocklist, holds_markup, holds_repeats, holds_url, load_blocklist
+from smallcap.captions.normal_form import normalise
 from smallcap.errors import ConfigError
 
 CLEAN = [

@@ -15,10 +15,10 @@ import ray
 
 from jobs.captioning.retrieval_actors import PartitionedRetriever, run_partitions
 from jobs.cluster.errors import unwrapped_errors
-from smallcap.config import RetrievalConfig
 from smallcap.errors import ConfigError, IndexIntegrityError
 from smallcap.index.manifest import IndexManifest
 from smallcap.index.retriever import Retriever
+from smallcap.retrieval_config import RetrievalConfig
 from tests.index_files import PublishIndex, unit_vectors
 
 ROWS, DIM = 400, 16
