@@ -202,6 +202,8 @@ def _run_to_retry(flags: dict[str, Any], call: CaptionCall) -> Mapping[str, Any]
 )
 def caption(config: CaptionConfig, call: CaptionCall) -> int:
     """Caption images. To resume a stopped run, repeat the command."""
+    if call.variant:
+        return _caption_variants(config, call)
     with _show_loading():  # a wrong option fails before
         from jobs import caption as job
         from jobs import results
@@ -226,6 +228,26 @@ def caption(config: CaptionConfig, call: CaptionCall) -> int:
     if call.as_json:
         done = _DONE if summary.new_images else _NOTHING_TO_DO
         say_result(results.caption_result(summary) | reason, done, status)
+    return status
+
+
+def _caption_variants(config: CaptionConfig, call: CaptionCall) -> int:
+    """Captions images in several ways."""
+    with _show_loading():  # a wrong option fails before
+        from jobs import results
+        from jobs import variants as job
+
+    for line in job.demo_warnings(config, call.variant):
+        tell(line)
+    summary = job.run(config, call.variant, call.address, retry_failed=call.retry_failed, relist=call.relist)
+    say_report(job.describe(summary), slice(-1, None))
+    status = job.exit_status(config, summary)
+    reason = {"reason": job.explain_exit(config, summary)} if status else {}
+    for text in reason.values():
+        tell(text)
+    if call.as_json:
+        done = _DONE if summary.new_images else _NOTHING_TO_DO
+        say_result(results.variants_result(summary) | reason, done, status)
     return status
 
 

@@ -15,13 +15,16 @@ from typing import Any
 from jobs.captioning.record import load_existing_run
 from jobs.captioning.scores import Scores
 from smallcap import storage
+from smallcap.config import CaptionConfig
 from smallcap.errors import ConfigError
 from smallcap.index.caption_store import load_caption_sample
 from smallcap.index.manifest import POINTER_FILE
 from smallcap.model.files import DEMO, demo_folder
+from smallcap.options import list_settings, load_config
 from smallcap.output.part_files import RUN_FILE, list_parts, read_part_infos
 from smallcap.output.reading import read_captions
 from smallcap.output.schema import CAPTION_COLUMNS
+from smallcap.output.variant_runs import VARIANTS_FILE, load_variants
 from smallcap.output.webdataset import read_samples
 from smallcap.phrasing import describe_count
 
@@ -73,6 +76,8 @@ def _kind_of(path: str) -> Callable[[str, int], Facts]:
         return _inspect_index
     if RUN_FILE in names:
         return _inspect_run
+    if VARIANTS_FILE in names:
+        return _inspect_variants
     if any(name.endswith(_TAR) for name in names):
         return _inspect_tars
     if _CONFIG_FILE in names or path == DEMO:
@@ -127,6 +132,23 @@ def _inspect_run(path: str, samples: int) -> Facts:
         **record.model_dump(mode="json"),
         "scores": (scores or Scores.of(path)).model_dump(mode="json"),
         "samples": list(islice(captions.select(names).rows(), samples)),
+    }
+
+
+def _inspect_variants(path: str, samples: int) -> Facts:
+    """Describes what variants have of their own, and the first rows of each."""
+    runs = {name: _inspect_run(storage.join(path, name), samples) for name in load_variants(path)}
+    options = [dict(list_settings(load_config(CaptionConfig, base=run["config"]))) for run in runs.values()]
+    differing = [key for key in options[0] if key != "out" and len({one[key] for one in options}) > 1]
+    facts = ("run_id", "status", "model_id", "images", "scores")
+    return {
+        "kind": "variants",
+        "path": path,
+        "variants": {
+            name: {key: of_variant[key] for key in differing} | {fact: run[fact] for fact in facts}
+            for (name, run), of_variant in zip(runs.items(), options, strict=True)
+        },
+        "samples": [{"variant": name} | row for name, run in runs.items() for row in run["samples"]],
     }
 
 

@@ -19,6 +19,7 @@ from smallcap.images.work_list import load_work_list
 from smallcap.index.manifest import POINTER_FILE, IndexManifest, utc_now
 from smallcap.options import load_config
 from smallcap.output.part_files import RUN_FILE
+from smallcap.output.variant_runs import runs_in
 from smallcap.phrasing import describe_count, describe_duration
 from smallcap.report.datastore import Datastore, read_datastore
 from smallcap.report.measures import CLIP_SCORE, COPIED_SHARE, RUN_MEASURES, histogram
@@ -52,6 +53,10 @@ def run(options: ReportOptions) -> str:
         RunError: What is there is damaged, or the storage fails.
     """
     paths = [storage.absolute(path) for path in (options.path, options.other) if path is not None]
+    if len(paths) == 1 and (variants := runs_in(paths[0])) != paths:
+        paths, others = variants[:2], variants[2:]
+    else:
+        others = []
     kinds = [_kind_of(path) for path in paths]
     if len(paths) == 2 and "index" in kinds:
         raise ConfigError(
@@ -65,7 +70,10 @@ def run(options: ReportOptions) -> str:
         paths += _refreshed_run(paths[0])
     page, shown = _run_page(paths, options.rows) if kinds[0] == "run" else _index_page(paths[0], options.rows)
     storage.write_bytes(options.out, page)
-    return f"Report: {options.out}, {len(page) / 1e6:,.1f} MB, {shown}"
+    said = f"Report: {options.out}, {len(page) / 1e6:,.1f} MB, {shown}"
+    if others:
+        said += f"\nIt shows the first two variants; smallcap report {paths[0]} {others[0]} shows another."
+    return said
 
 
 def _kind_of(path: str) -> str:
