@@ -72,12 +72,10 @@ def _kind_of(path: str) -> Callable[[str, int], Facts]:
     if path.lower().endswith(_TAR):
         return _inspect_tars
     names = {uri.rpartition("/")[2] for uri in storage.list_folder(path)}
-    if POINTER_FILE in names:
-        return _inspect_index
-    if RUN_FILE in names:
-        return _inspect_run
-    if VARIANTS_FILE in names:
-        return _inspect_variants
+    records = {POINTER_FILE: _inspect_index, RUN_FILE: _inspect_run, VARIANTS_FILE: _inspect_variants}
+    for file, look in records.items():
+        if file in names:
+            return look
     if any(name.endswith(_TAR) for name in names):
         return _inspect_tars
     if _CONFIG_FILE in names or path == DEMO:
@@ -89,8 +87,8 @@ def _kind_of(path: str) -> Callable[[str, int], Facts]:
     raise ConfigError(
         "There is nothing here that smallcap has written.",
         where=path,
-        expected=f"an index ({POINTER_FILE}), a run ({RUN_FILE}), a training run ({RECORD_FILE}), "
-        f"a model ({_CONFIG_FILE}), or WebDataset tars",
+        expected=f"an index ({POINTER_FILE}), a run ({RUN_FILE}), variants ({VARIANTS_FILE}), a training run "
+        f"({RECORD_FILE}), a model ({_CONFIG_FILE}), or WebDataset tars",
         found=describe_count(len(names), "other file") if names else "no such folder, or an empty one",
     )
 

@@ -158,7 +158,9 @@ def _run(
         runs = [captioned.get(one.variant.name, one) for one in runs]
     with display.activity(f"Checking what is written to {config.out}"):
         runs = [
-            one if is_done and not one.items else replace(one, record=finish_run(one.config, one.record, work))
+            one
+            if is_done and not (one.items or relist)
+            else replace(one, record=finish_run(one.config, one.record, work))
             for one, is_done in zip(runs, done, strict=True)
         ]
     return _summary(config, runs, work, stages)
@@ -248,9 +250,9 @@ def _caption(runs: Sequence[_Run], work: WorkList, display: Display) -> tuple[di
     """Runs one attempt of each run in one pipeline; returns the runs by name, and where the time went."""
     from jobs.captioning.write import PartWriter
 
-    first = runs[0]
+    first, oldest = runs[0], max(runs, key=lambda one: len(one.record.attempts))  # whose precision all keep
     with display.activity("Looking at the cluster, and choosing a precision"):
-        layout = lay_out(first.config, first.record)
+        layout = lay_out(first.config, oldest.record)
     if layout.precision:
         display.say(f"Precision: {layout.precision}.")
     actors, began = layout.actors, utc_now()
@@ -305,7 +307,9 @@ def _run_pipeline(
     first, actors, before_s = runs[0], layout.actors, display.seconds
     config, record = first.config, first.record
     items = join_items([one.items for one in runs])
-    models = ", ".join(dict.fromkeys(one.config.model for one in runs)) + (f" and {config.index}" if config.index else "")
+    models = ", ".join(dict.fromkeys(one.config.model for one in runs)) + (
+        f" and {config.index}" if config.index else ""
+    )
     watching = watch_run(record.run_id, count_images(items), len(items))
     with (
         unwrapped_errors(),

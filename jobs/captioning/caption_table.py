@@ -75,7 +75,7 @@ class TableCaptioner:
             yield pixels[rows], exclude[rows] if exclude else None
 
     def tabulate(self, batch: pa.Table, good: np.ndarray, captioned: CaptionedBatch) -> pa.Table:
-        """Returns a loaded table's rows as a call does; `captioned` are the images of the rows `good`, in their order."""
+        """Returns the rows of a call; `captioned` are the images of the rows `good`, in their order."""
         places = np.full(len(batch), -1)
         places[good] = np.arange(len(good))
         rows = pa.array(places, mask=places < 0)  # null for a failed image, which has nulls in the new columns

@@ -194,7 +194,7 @@ class PartWriter:
 
 
 def write_each(captioned: ray.data.Dataset, writers: Sequence[tuple[PartWriter, PartSink]]) -> None:
-    """Runs a pipeline to its end, and gives each writer all that it yields; where a signal stops it, what it has yielded.
+    """Runs a pipeline to its end, and gives all that it yields to each writer; see `PartWriter.write_all`.
 
     Raises:
         KeyboardInterrupt: A signal came.

@@ -229,7 +229,9 @@ def test_what_cannot_be_one_pass_is_refused(
     model = json.loads((larger / "config.json").read_text())
     model["encoder"]["vision_config"]["image_size"] = 48
     (larger / "config.json").write_text(json.dumps(model))
-    with pytest.raises(ConfigError, match=r"(?s)cannot be captioned in one pass.*crops of a.*Caption c in a run of its"):
+    with pytest.raises(
+        ConfigError, match=r"(?s)cannot be captioned in one pass.*crops of a.*Caption c in a run of its"
+    ):
         variants.run(config, ["a", f"c:model={larger}"])
 
 
@@ -268,9 +270,7 @@ def test_the_commands_know_folders_of_variants(config: CaptionConfig, tmp_path: 
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_variants_on_ray_and_in_a_bucket(
-    s3: str, config: CaptionConfig, alone: Callable[[str], pd.DataFrame]
-) -> None:
+def test_variants_on_ray_and_in_a_bucket(s3: str, config: CaptionConfig, alone: Callable[[str], pd.DataFrame]) -> None:
     config = config.model_copy(update={"out": f"{s3}/out"})
     summary = variants.run(config, TEXTS)
     assert summary.new_images == 4 * IMAGES
