@@ -167,7 +167,7 @@ def _run(
 
 
 def _open_runs(config: CaptionConfig, variants: Sequence[Variant]) -> list[_Run]:
-    """Continues or begins the variants' runs, those without retrieval last.
+    """Continues or begins the variants' runs: those that retrieve first, and of them those that are there already.
 
     Raises:
         ConfigError: The folder holds another run, or the variants cannot be captioned together.
@@ -176,8 +176,12 @@ def _open_runs(config: CaptionConfig, variants: Sequence[Variant]) -> list[_Run]
         raise ConfigError(
             "The output folder holds a run without variants.", where=config.out, remedy="Give another --out."
         )
+
+    def order(variant: Variant) -> tuple[bool, bool]:
+        return variant.config.retrieval.k == 0, load_run_record(variant.config.out) is None
+
     runs: list[_Run] = []
-    for variant in sorted(variants, key=lambda variant: variant.config.retrieval.k == 0):
+    for variant in sorted(variants, key=order):
         record = open_record(variant.config, runs[0].record if runs else None)
         runs.append(_Run(variant, record))
         _check_fits(runs[-1], runs[0])

@@ -111,7 +111,7 @@ def test_each_variant_is_the_run_that_it_would_be_alone(
     assert len(set(captions)) == 4
     said = variants.describe(summary)
     assert f"smallcap report {config.out}" in said
-    assert "k0:\n" in said and said.count("12 rows: 11 ok, 1 error (1 not_an_image)") == 4
+    assert "k0:\n" in said and said.count("12 rows: 11 ok, 1 error") == 4
     # Each goes on as a run of its own.
     (plain_run,) = variants.make_variants(config, ["plain"])
     assert caption.run(plain_run.config).new_images == 0
@@ -125,7 +125,7 @@ def test_kills_at_any_step_leave_each_variant_each_image_once(
     with killed_at(-1, monkeypatch) as changes:
         variants.run(config.model_copy(update={"out": str(tmp_path / "whole")}), texts)
     assert len(changes) > 6
-    for step in range(1, len(changes), 2):
+    for step in range(1, len(changes), 3):
         here = config.model_copy(update={"out": str(tmp_path / f"out-{step}")})
         with pytest.raises(Killed), killed_at(step, monkeypatch):
             variants.run(here, texts)
@@ -139,24 +139,26 @@ def test_a_variant_that_comes_later_or_lacks_some_rows_gets_only_these(
 ) -> None:
     variants.run(config, TEXTS[1:3])
     kept = list_parts(f"{config.out}/plain")
-    lost, *_ = list_parts(f"{config.out}/greedy")
-    storage.remove(lost)
+    (lost, info), *_ = read_part_infos(f"{config.out}/greedy")
+    storage.remove(f"{config.out}/greedy/{lost}")
     record = load_run_record(f"{config.out}/greedy")
     assert record is not None
     storage.write_bytes(
         f"{config.out}/greedy/_run.json", record.model_copy(update={"status": "running"}).to_json().encode()
     )
-    summary = variants.run(config, TEXTS)
+    with monkeypatch.context() as patch:
+        patch.setattr("jobs.captioning.work.pin_index", lambda *_: pytest.fail("the index may have changed since"))
+        summary = variants.run(config, [TEXTS[3], *TEXTS[:3]])
     assert {name: one.new_images for name, one in summary.runs.items()} == {
+        "words": IMAGES,
         "k0": IMAGES,
         "plain": 0,
-        "greedy": 5,
-        "words": IMAGES,
+        "greedy": sum(map(len, info.rows.values())),
     }
     assert list_parts(f"{config.out}/plain") == kept
     for text in TEXTS:
         check(config.out, text, alone)
-    assert load_variants(config.out) == ("plain", "greedy", "k0", "words")
+    assert load_variants(config.out) == ("plain", "greedy", "words", "k0")
 
 
 def test_a_stop_keeps_what_is_captioned(
@@ -200,7 +202,7 @@ def test_failed_and_overwritten_images_are_captioned_again_in_all_variants(
     storage.remove(f"{own}/001.jpg")
     relisted = variants.run(config, TEXTS[:3], relist=True)
     # The state of broken.jpg is that of the first listing.
-    assert [one.new_images for one in relisted.runs.values()] == [3, 3, IMAGES]
+    assert [one.new_images for one in relisted.runs.values()] == [3, 3, IMAGES + 1]
     assert "1 image gone from the input" in variants.describe(relisted)
     for name in ("k0", "plain"):
         rows = rows_of(f"{config.out}/{name}")
@@ -258,7 +260,9 @@ def test_the_commands_know_folders_of_variants(config: CaptionConfig, tmp_path: 
     page = str(tmp_path / "report.html")
     said = smallcap("report", config.out, "--out", page)
     assert f"smallcap report {config.out}/k0 {config.out}/greedy shows another" in " ".join(said.split())
-    assert '"letter": "B"' in Path(page).read_text() or "greedy" in Path(page).read_text()
+    html = Path(page).read_text()
+    assert f"{config.out}/plain" in html
+    assert f"{config.out}/greedy" not in html
     references = tmp_path / "references.csv"
     rows = read_rows(f"{config.out}/plain").dropna(subset="caption")
     pd.DataFrame({"image": rows.image_id, "caption": rows.caption}).to_csv(references, index=False)
