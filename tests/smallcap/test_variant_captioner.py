@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,12 @@ def test_each_way_gives_what_it_gives_alone(
         expected = [result for batch in batches for result in alone.caption_batch(*batch)]
         found = [result for of_batch in columns for result in of_batch[way].to_results()]
         assert list(map(comparable, found)) == list(map(comparable, expected)), own
+    ahead = together._beside.prepare_ahead(
+        batches, partial(together._prepare, [0, 7]), partial(together._finish, [0, 7])
+    )  # as on a GPU
+    for found, expected in zip(ahead, columns, strict=True):
+        for one, way in zip(found, (0, 7), strict=True):
+            assert list(map(comparable, one.to_results())) == list(map(comparable, expected[way].to_results()))
     (some,) = together.caption_columns(batches[:1], [2, 6])
     assert [list(map(comparable, one.to_results())) for one in some] == [
         list(map(comparable, columns[0][way].to_results())) for way in (2, 6)
