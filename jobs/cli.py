@@ -384,7 +384,7 @@ def trace(options: TraceOptions) -> None:
 
 @_command("evaluate", "s3://bucket/captions --references captions_val2014.json")
 def evaluate(config: EvaluateConfig, call: EvaluateCall) -> None:
-    """Score a run's captions against references, or compare two runs, with confidence intervals."""
+    """Score a run's captions against references, or compare runs, with confidence intervals."""
     with _show_loading():
         from jobs import evaluate as job
     from jobs.terminal.evaluation_table import print_evaluation

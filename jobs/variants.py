@@ -16,38 +16,29 @@ from typing import TYPE_CHECKING
 
 from jobs import caption
 from jobs.captioning.layout import CaptionLayout, count_images, lay_out, load_spec
+from jobs.captioning.monitor import MonitorClient
 from jobs.captioning.progress import PipelineView, stage_table
-from jobs.captioning.record import (
-    Attempt,
-    Input,
-    RunRecord,
-    load_run_record,
-    run_lock,
-    write_run_record,
-)
+from jobs.captioning.record import Attempt, Input, load_run_record, run_lock, write_run_record
 from jobs.captioning.stage_report import Snapshot
+from jobs.captioning.variant_work import VariantRun, list_together, open_runs, write_names
 from jobs.captioning.watch import watch_run
-from jobs.captioning.work import describe_kept, finish_run, list_work, open_record, remaining_items
+from jobs.captioning.work import describe_kept, finish_run, remaining_items
 from jobs.cluster.addresses import check_address
 from jobs.cluster.display import Display, on_shown_ray
 from jobs.cluster.errors import unwrapped_errors
 from jobs.cluster.pinned import check_index_is_there
 from jobs.cluster.stopping import GOES_ON, stoppable
 from jobs.cluster.tasks import map_in_actors
-from smallcap import storage
 from smallcap.config import CaptionConfig
-from smallcap.errors import ConfigError
-from smallcap.images.work_list import WorkList, copy_work_list, load_markers, update_work_list
+from smallcap.images.work_list import WorkList
 from smallcap.index.manifest import utc_now
-from smallcap.model.encoder_spec import load_crop_plan
-from smallcap.output.coverage import WorkItem
-from smallcap.output.part_files import RUN_FILE
 from smallcap.output.schema import caption_schema
-from smallcap.output.variant_runs import VARIANTS_FILE, VariantsRecord, load_variants
+from smallcap.output.variant_runs import VARIANTS_FILE
 from smallcap.phrasing import describe_count
 from smallcap.variant_options import Variant, make_variants
 
 if TYPE_CHECKING:
+    from jobs.captioning.variants import VariantSink
     from jobs.captioning.write import PartWriter
 
 
@@ -69,26 +60,6 @@ class VariantsSummary:
     def new_images(self) -> int:
         """The rows that were written, of all variants."""
         return sum(summary.new_images for summary in self.runs.values())
-
-
-@dataclass(frozen=True)
-class _Run:
-    """A variant that is captioned, with its record and what it lacks."""
-
-    variant: Variant
-    record: RunRecord
-    items: Sequence[WorkItem] = ()
-
-    @property
-    def config(self) -> CaptionConfig:
-        return self.variant.config
-
-    @property
-    def out(self) -> str:
-        return self.config.out
-
-    def with_record(self, **changes: object) -> _Run:
-        return replace(self, record=self.record.model_copy(update=changes))
 
 
 def run(
@@ -137,7 +108,7 @@ def _run(
     relist: bool,
     display: Display,
 ) -> VariantsSummary:
-    runs = _open_runs(config, variants)
+    runs = open_runs(config, variants)
     done = [one.record.is_done(config.limit) for one in runs]
     if all(done) and not (retry_failed or relist):
         return _summary(config, runs)
@@ -145,12 +116,12 @@ def _run(
         check_index_is_there(one.record, config.index)
     check_address(address)  # before what may take long
     with display.activity(f"Listing the images of {', '.join(config.images)}"):
-        work = _list_together(runs, relist)
+        work = list_together(runs, relist)
         runs = [
             replace(one.with_record(input=Input.of(work)), items=remaining_items(one.config, work, retry_failed))
             for one in runs
         ]
-    _write_names(config.out, variants)
+    write_names(config.out, variants)
     stages: tuple[str, ...] = ()
     if any(one.items for one in runs):
         with on_shown_ray(display, address, partial(_describe_kept, runs)):
@@ -166,91 +137,7 @@ def _run(
     return _summary(config, runs, work, stages)
 
 
-def _open_runs(config: CaptionConfig, variants: Sequence[Variant]) -> list[_Run]:
-    """Continues or begins the variants' runs: those that retrieve first, and of them those that are there already.
-
-    Raises:
-        ConfigError: The folder holds another run, or the variants cannot be captioned together.
-    """
-    if storage.exists(storage.join(config.out, RUN_FILE)):
-        raise ConfigError(
-            "The output folder holds a run without variants.", where=config.out, remedy="Give another --out."
-        )
-
-    def order(variant: Variant) -> tuple[bool, bool]:
-        return variant.config.retrieval.k == 0, load_run_record(variant.config.out) is None
-
-    runs: list[_Run] = []
-    for variant in sorted(variants, key=order):
-        record = open_record(variant.config, runs[0].record if runs else None)
-        runs.append(_Run(variant, record))
-        _check_fits(runs[-1], runs[0])
-    return runs
-
-
-def _check_fits(one: _Run, first: _Run) -> None:
-    """Checks that a variant shares with the first one what an actor has only once.
-
-    Raises:
-        ConfigError: Another version of the index, another retrieval encoder, or crops of other sizes.
-    """
-    pins = {
-        "index version": [run.record.index_id for run in (first, one)],
-        "retrieval encoder": [run.record.retrieval_encoder for run in (first, one)],
-        "crops": [
-            str(load_crop_plan(run.config.model, run.record.retrieval_encoder, run.config.input.decode))
-            for run in (first, one)
-        ],
-    }
-    if one.config.retrieval.k == 0:
-        del pins["index version"]
-    for what, (expected, found) in pins.items():
-        if expected != found:
-            raise ConfigError(
-                "These variants cannot be captioned in one pass.",
-                where=one.out,
-                expected=f"the {what} of {first.variant.name}: {expected}",
-                found=str(found),
-                remedy=f"Caption {one.variant.name} in a run of its own.",
-            )
-
-
-def _list_together(runs: Sequence[_Run], relist: bool) -> WorkList:
-    """Lists the input for all variants, or loads their list, which the newest of them has whole.
-
-    Raises:
-        ConfigError: The variants have different lists.
-    """
-    markers = {one.out: load_markers(one.out) if one.record.attempts else [] for one in runs}
-    owner = max(runs, key=lambda one: len(markers[one.out]))
-    for one in runs:
-        if markers[one.out] != markers[owner.out][: len(markers[one.out])]:
-            raise ConfigError(
-                "The variants have listed different images.",
-                where=one.out,
-                expected=f"the list of {owner.out}",
-                remedy=f"Caption {one.variant.name} in a run of its own.",
-            )
-    others = [one for one in runs if one is not owner]
-    begun = [(one.out, one.record) for one in others if one.record.attempts]
-    work = list_work(owner.config, owner.record, relist, begun)
-    for one in others:
-        if not one.record.attempts:
-            copy_work_list(owner.out, one.out)
-        elif relist or markers[one.out] != markers[owner.out]:
-            update_work_list(owner.out, one.out)
-    return work
-
-
-def _write_names(out: str, variants: Sequence[Variant]) -> None:
-    """Records the variants' names, after those that are recorded."""
-    known = load_variants(out)
-    names = tuple(dict.fromkeys((*known, *(variant.name for variant in variants))))
-    if names != known:
-        VariantsRecord(variants=names).write_to(out)
-
-
-def _caption(runs: Sequence[_Run], work: WorkList, display: Display) -> tuple[dict[str, _Run], tuple[str, ...]]:
+def _caption(runs: Sequence[VariantRun], work: WorkList, display: Display) -> tuple[dict[str, VariantRun], tuple[str, ...]]:
     """Runs one attempt of each run in one pipeline; returns the runs by name, and where the time went."""
     from jobs.captioning.write import PartWriter
 
@@ -259,44 +146,47 @@ def _caption(runs: Sequence[_Run], work: WorkList, display: Display) -> tuple[di
         layout = lay_out(first.config, oldest.record)
     if layout.precision:
         display.say(f"Precision: {layout.precision}.")
-    actors, began = layout.actors, utc_now()
-    earlier = runs
-    runs = []
-    for one in earlier:
-        attempt = Attempt(
-            token=uuid.uuid4().hex,
-            started_at=began,
-            actors=actors.num_actors,
-            device=actors.device,
-            dtype=actors.dtype,
-        )
-        runs.append(one.with_record(status="running", attempts=(*one.record.attempts, attempt)))
-        write_run_record(one.out, runs[-1].record)
-    writers = [PartWriter(len(one.record.attempts), layout.rows_per_part) for one in runs]
+    begun = [_begin_attempt(one, layout) for one in runs]
+    writers = [PartWriter(len(one.record.attempts), layout.rows_per_part) for one in begun]
     fast = first.config.input.decode == "fast"
 
-    def ended(status: str, snapshot: Snapshot | None, seconds: float) -> list[_Run]:
+    def ended(status: str, snapshot: Snapshot | None, seconds: float) -> list[VariantRun]:
         records = []
-        for one, writer in zip(runs, writers, strict=True):
+        for one, writer in zip(begun, writers, strict=True):
             *before, attempt = one.record.attempts
             last = caption.measured(attempt, snapshot, writer.rows, seconds, fast)
             records.append(one.with_record(status=status, attempts=(*before, last)))
         return records
 
     try:
-        snapshot = _run_pipeline(runs, work, layout, writers, display)
+        snapshot = _run_pipeline(begun, work, layout, writers, display)
     except KeyboardInterrupt:
         for one in ended("stopped", None, display.seconds):
             write_run_record(one.out, one.record)
         rows = describe_count(sum(writer.rows for writer in writers), "row")
         raise display.signals.stopped(f"Stopped: {rows} written by this command; {GOES_ON}") from None
     seconds = display.seconds
-    stages = stage_table(snapshot, seconds, actors, layout.load_tasks, fast) if snapshot else ()
+    stages = stage_table(snapshot, seconds, layout.actors, layout.load_tasks, fast) if snapshot else ()
     return {one.variant.name: one for one in ended("running", snapshot, seconds)}, tuple(stages)
 
 
+def _begin_attempt(one: VariantRun, layout: CaptionLayout) -> VariantRun:
+    """Records an attempt of a run."""
+    actors = layout.actors
+    attempt = Attempt(
+        token=uuid.uuid4().hex,
+        started_at=utc_now(),
+        actors=actors.num_actors,
+        device=actors.device,
+        dtype=actors.dtype,
+    )
+    one = one.with_record(status="running", attempts=(*one.record.attempts, attempt))
+    write_run_record(one.out, one.record)
+    return one
+
+
 def _run_pipeline(
-    runs: Sequence[_Run],
+    runs: Sequence[VariantRun],
     work: WorkList,
     layout: CaptionLayout,
     writers: Sequence[PartWriter],
@@ -305,7 +195,7 @@ def _run_pipeline(
     """Runs the pipeline of the runs' last attempts; returns its figures."""
     from jobs.captioning.caption import CaptionerSpec
     from jobs.captioning.load import start_loading
-    from jobs.captioning.variants import CaptionVariants, VariantSink, join_items, load_variant_images
+    from jobs.captioning.variants import CaptionVariants, join_items, load_variant_images
     from jobs.captioning.write import write_each
 
     first, actors, before_s = runs[0], layout.actors, display.seconds
@@ -334,28 +224,36 @@ def _run_pipeline(
             watch.fault_guard,
             layout.calls_at_once,
         )
-        sinks = [
-            VariantSink(
-                one.out,
-                one.record.attempts[-1],
-                caption_schema(one.record.run_id, one.record.model_id, one.record.index_id or "", work.kept_columns),
-                layout.parts,
-                watch.monitor,
-                number,
-            )
-            for number, one in enumerate(runs)
-        ]
+        sinks = _sinks(runs, work, layout, watch.monitor)
         write_each(captioned, list(zip(writers, sinks, strict=True)))
         snapshot = watch.monitor.snapshot()
     return snapshot.after(before_s) if snapshot else None
 
 
-def _describe_kept(runs: Sequence[_Run]) -> str:
+def _sinks(
+    runs: Sequence[VariantRun], work: WorkList, layout: CaptionLayout, monitor: MonitorClient
+) -> list[VariantSink]:
+    from jobs.captioning.variants import VariantSink
+
+    return [
+        VariantSink(
+            one.out,
+            one.record.attempts[-1],
+            caption_schema(one.record.run_id, one.record.model_id, one.record.index_id or "", work.kept_columns),
+            layout.parts,
+            monitor,
+            number,
+        )
+        for number, one in enumerate(runs)
+    ]
+
+
+def _describe_kept(runs: Sequence[VariantRun]) -> str:
     return " ".join(describe_kept(one.out) for one in runs)
 
 
 def _summary(
-    config: CaptionConfig, runs: Sequence[_Run], work: WorkList | None = None, stages: tuple[str, ...] = ()
+    config: CaptionConfig, runs: Sequence[VariantRun], work: WorkList | None = None, stages: tuple[str, ...] = ()
 ) -> VariantsSummary:
     summaries = {
         one.variant.name: caption.RunSummary(

@@ -56,7 +56,7 @@ def join_items(todo: Sequence[Sequence[WorkItem]]) -> list[VariantItem]:
     """Joins what each variant lacks, fragment by fragment; all have the same fragments."""
     by_number = [{item.fragment.number: item for item in items} for items in todo]
     joined = []
-    for number in sorted(set().union(*by_number)):
+    for number in sorted({number for items in by_number for number in items}):
         items = [one.get(number) for one in by_number]
         lacking = tuple(item.wanted if item else _NONE for item in items)
         some = [rows for rows in lacking if rows is not None]
