@@ -19,7 +19,7 @@ import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, GPT2Config, GPT2LMHeadModel
 
 from smallcap.benchmark.random_content import GPT2_124M, VIT_B_32, build_model
-from smallcap.config import GenerationConfig
+from smallcap.generation_config import GenerationConfig
 from smallcap.machine.precision import matrix_rate, resolve_dtype
 from smallcap.machine.process_memory import keep_freed_memory
 

@@ -135,12 +135,17 @@ def _run(config: CaptionConfig, address: str | None, retry_failed: bool, relist:
 
 def describe(summary: RunSummary) -> str:
     """Returns what a call of the job did and where its time went, in a few lines for people."""
-    images, record = summary.images, summary.record
     lines = ["Nothing to do: every image has its row."]
     if summary.stages:
         lines = list(summary.stages)
-    elif record.input:
-        lines.append(f"The input was listed at {record.input.listed_at}; --relist looks for newer images.")
+    elif listed := summary.record.input:
+        lines.append(f"The input was listed at {listed.listed_at}; --relist looks for newer images.")
+    return "\n".join([*lines, *describe_output(summary)])
+
+
+def describe_output(summary: RunSummary) -> list[str]:
+    """Returns lines for people about what an output folder holds, and what of the input has no row of its own there."""
+    images, record, lines = summary.images, summary.record, []
     if relisted := summary.relisted:
         overwritten, gone = len(relisted.overwritten), relisted.gone
         lines.append(
@@ -156,8 +161,7 @@ def describe(summary: RunSummary) -> str:
     lines += record.scores.describe() if record.scores else ()
     lines += demo_warning(record.config["model"], record.config["images"])
     lines.append(counts + (f" ({errors}); --retry-failed tries these images again" if errors else ""))
-    lines.append(f"Parquet: {summary.out}/part-*.parquet")
-    return "\n".join(lines)
+    return [*lines, f"Parquet: {summary.out}/part-*.parquet"]
 
 
 def demo_warning(model: str, images: Sequence[str]) -> list[str]:
@@ -197,7 +201,7 @@ def _caption(
     try:
         snapshot = _run_pipeline(config, record, todo, layout, writer, display)
     except KeyboardInterrupt:
-        ended = _measured(attempt, None, writer.rows, display.seconds, fast)
+        ended = measured(attempt, None, writer.rows, display.seconds, fast)
         stopped = record.model_copy(update={"status": "stopped", "attempts": (*earlier, ended)})
         write_run_record(config.out, stopped)
         raise display.signals.stopped(_describe_stop(config, record, todo.items, writer.rows)) from None
@@ -207,7 +211,7 @@ def _caption(
         raise
     seconds = display.seconds
     stages = stage_table(snapshot, seconds, actors, layout.load_tasks, fast) if snapshot else ()
-    ended = _measured(attempt, snapshot, writer.rows, seconds, fast)
+    ended = measured(attempt, snapshot, writer.rows, seconds, fast)
     return record.model_copy(update={"attempts": (*earlier, ended)}), tuple(stages)
 
 
@@ -273,7 +277,7 @@ def _describe_stop(config: CaptionConfig, record: RunRecord, items: Sequence[Wor
     return f"Stopped: {total - left + new:,} of {total:,} written; {GOES_ON}"
 
 
-def _measured(attempt: Attempt, snapshot: Snapshot | None, images: int, seconds: float, fast_decode: bool) -> Attempt:
+def measured(attempt: Attempt, snapshot: Snapshot | None, images: int, seconds: float, fast_decode: bool) -> Attempt:
     """Returns the record of an attempt that has ended, with what its stages reported."""
     ended = attempt.model_copy(update={"finished_at": utc_now(), "seconds": round(seconds, 3), "images": images})
     if snapshot is None:

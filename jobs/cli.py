@@ -207,6 +207,8 @@ def _run_to_retry(flags: dict[str, Any], call: CaptionCall) -> Mapping[str, Any]
 )
 def caption(config: CaptionConfig, call: CaptionCall) -> int:
     """Caption images. To resume a stopped run, repeat the command."""
+    if call.variant:
+        return _caption_variants(config, call)
     with _show_loading():  # a wrong option fails before
         from jobs import caption as job
         from jobs import lineage, results
@@ -241,6 +243,26 @@ def _end_captioning(
     if call.as_json:
         say_result(result() | reason, _DONE if summary.new_images else _NOTHING_TO_DO, code)
     return code
+
+
+def _caption_variants(config: CaptionConfig, call: CaptionCall) -> int:
+    """Captions images in several ways."""
+    with _show_loading():  # a wrong option fails before
+        from jobs import results
+        from jobs import variants as job
+
+    for line in job.demo_warnings(config, call.variant):
+        tell(line)
+    summary = job.run(config, call.variant, call.address, retry_failed=call.retry_failed, relist=call.relist)
+    say_report(job.describe(summary), slice(-1, None))
+    status = job.exit_status(config.max_error_rate, summary)
+    reason = {"reason": job.explain_exit(config.max_error_rate, summary)} if status else {}
+    for text in reason.values():
+        tell(text)
+    if call.as_json:
+        done = _DONE if summary.new_images else _NOTHING_TO_DO
+        say_result(results.variants_result(summary) | reason, done, status)
+    return status
 
 
 @_command("refresh", "s3://bucket/captions --index s3://bucket/index --out s3://bucket/captions-2")
@@ -387,7 +409,7 @@ def trace(options: TraceOptions) -> None:
 
 @_command("evaluate", "s3://bucket/captions --references captions_val2014.json")
 def evaluate(config: EvaluateConfig, call: EvaluateCall) -> None:
-    """Score a run's captions against references, or compare two runs, with confidence intervals."""
+    """Score a run's captions against references, or compare runs, with confidence intervals."""
     with _show_loading():
         from jobs import evaluate as job
     from jobs.terminal.evaluation_table import print_evaluation

@@ -24,13 +24,14 @@ from smallcap.evaluation.references import References, load_references
 from smallcap.evaluation.run_captions import COLUMNS, RunCaptions, collect_run
 from smallcap.index.caption_store import read_texts
 from smallcap.output.reading import read_captions
+from smallcap.output.variant_runs import runs_in
 from smallcap.phrasing import describe_count
 
 _ROWS_AT_ONCE = 1_000
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
-    """Evaluates one run, or compares two; docs/formats.md describes the result.
+    """Evaluates one run, or compares several; docs/formats.md describes the result.
 
     Raises:
         ConfigError: A folder holds no run, no image has references, or pycocoevalcap is not installed.
@@ -42,9 +43,10 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     with stoppable("nothing is written") as signals, Display(signals) as display:
         with display.activity(f"Reading the references: {config.references}"):
             references = load_references(config.references, columns, config.split)
-        records = [load_existing_run(path) for path in config.runs]
+        paths = [run for path in config.runs for run in runs_in(path)]
+        records = [load_existing_run(path) for path in paths]
         runs = []
-        for path, record in zip(config.runs, records, strict=True):
+        for path, record in zip(paths, records, strict=True):
             with display.activity(f"Reading {path}", "row", record.images.total) as activity:
                 runs.append(collect_run(_tables(path, activity), references, path))
         datastore = read_texts(config.index) if config.index is not None else None
@@ -61,11 +63,10 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         },
         "runs": [
             _describe_run(*facts, images=evaluation.images)
-            for facts in zip(config.runs, records, runs, evaluation.runs, strict=True)
+            for facts in zip(paths, records, runs, evaluation.runs, strict=True)
         ],
-        "differences": {name: asdict(figure) for name, figure in evaluation.differences.items()},
         **{name: getattr(evaluation, name) for name in ("images", "captions_per_image", "tokenizer", "unavailable")},
-        "warnings": [*evaluation.warnings, *_warnings(config.runs, records), *_dropped(references)],
+        "warnings": [*evaluation.warnings, *_warnings(paths, records), *_dropped(references)],
         "options": config.model_dump(mode="json", include={"index", "bootstrap", "seed"}),
     }
     if config.out is not None:
@@ -104,7 +105,7 @@ def _dropped(references: References) -> list[str]:
     return [f"{references.where}: rows that are not references were left out: {counts}."] if counts else []
 
 
-def _warnings(paths: tuple[str, ...], records: list[RunRecord]) -> list[str]:
+def _warnings(paths: list[str], records: list[RunRecord]) -> list[str]:
     """Returns reasons why the figures are doubtful or cannot be compared."""
     warnings = [
         f"{path} is not complete; the figures leave out its missing images."

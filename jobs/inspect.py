@@ -16,12 +16,15 @@ from jobs.captioning.record import load_existing_run
 from jobs.captioning.scores import Scores
 from jobs.kinds import MODEL_FILE, TAR, Kind, find_kind
 from smallcap import storage
+from smallcap.config import CaptionConfig
 from smallcap.errors import ConfigError
 from smallcap.index.caption_store import load_caption_sample
 from smallcap.model.files import DEMO, demo_folder
+from smallcap.options import list_settings, load_config
 from smallcap.output.part_files import RUN_FILE, list_parts, read_part_infos
 from smallcap.output.reading import read_captions
 from smallcap.output.schema import CAPTION_COLUMNS
+from smallcap.output.variant_runs import load_variants
 from smallcap.output.webdataset import read_samples
 
 _MOST_SAMPLES = 10_000
@@ -99,6 +102,23 @@ def _inspect_run(path: str, samples: int) -> Facts:
         **record.model_dump(mode="json"),
         "scores": (scores or Scores.of(path)).model_dump(mode="json"),
         "samples": list(islice(captions.select(names).rows(), samples)),
+    }
+
+
+def _inspect_variants(path: str, samples: int) -> Facts:
+    """Describes what variants have of their own, and the first rows of each."""
+    runs = {name: _inspect_run(storage.join(path, name), samples) for name in load_variants(path)}
+    options = [dict(list_settings(load_config(CaptionConfig, base=run["config"]))) for run in runs.values()]
+    differing = [key for key in options[0] if key != "out" and len({one[key] for one in options}) > 1]
+    facts = ("run_id", "status", "model_id", "images", "scores")
+    return {
+        "kind": "variants",
+        "path": path,
+        "variants": {
+            name: {key: of_variant[key] for key in differing} | {fact: run[fact] for fact in facts}
+            for (name, run), of_variant in zip(runs.items(), options, strict=True)
+        },
+        "samples": [{"variant": name} | row for name, run in runs.items() for row in run["samples"]],
     }
 
 
@@ -185,6 +205,7 @@ def _inspect_training(path: str, samples: int) -> Facts:
 _LOOKS: dict[Kind, Callable[[str, int], Facts]] = {
     "index": _inspect_index,
     "run": _inspect_run,
+    "variants": _inspect_variants,
     "webdataset": _inspect_tars,
     "model": _inspect_model,
     "training run": _inspect_training,

@@ -11,15 +11,17 @@ from smallcap.errors import ConfigError
 from smallcap.index.manifest import POINTER_FILE
 from smallcap.model.files import DEMO
 from smallcap.output.part_files import RUN_FILE
+from smallcap.output.variant_runs import VARIANTS_FILE
 from smallcap.phrasing import describe_count
 
-Kind = Literal["index", "run", "webdataset", "model", "training run"]
+Kind = Literal["index", "run", "variants", "webdataset", "model", "training run"]
 
 MODEL_FILE = "config.json"
 TAR = ".tar"
 _DESCRIPTIONS: dict[Kind, str] = {
     "index": f"an index ({POINTER_FILE})",
     "run": f"a run ({RUN_FILE})",
+    "variants": f"variants ({VARIANTS_FILE})",
     "webdataset": "WebDataset tars",
     "model": f"a model ({MODEL_FILE})",
     "training run": f"a training run ({RECORD_FILE})",
@@ -41,6 +43,7 @@ def find_kind(path: str, expected: Sequence[Kind] = get_args(Kind)) -> Kind:
     is_there: dict[Kind, bool] = {
         "index": POINTER_FILE in names,
         "run": RUN_FILE in names,
+        "variants": VARIANTS_FILE in names,
         "webdataset": path.lower().endswith(TAR) or any(name.endswith(TAR) for name in names),
         "model": MODEL_FILE in names or path == DEMO,
         "training run": RECORD_FILE in names,

@@ -20,6 +20,7 @@ from smallcap.images.work_list import load_work_list
 from smallcap.index.manifest import IndexManifest, utc_now
 from smallcap.options import load_config
 from smallcap.output.part_files import RUN_FILE
+from smallcap.output.variant_runs import runs_in
 from smallcap.phrasing import describe_count, describe_duration
 from smallcap.redaction import hide_secrets
 from smallcap.report.datastore import Datastore, read_datastore
@@ -54,6 +55,10 @@ def run(options: ReportOptions) -> str:
         RunError: What is there is damaged, or the storage fails.
     """
     paths = [storage.absolute(path) for path in (options.path, options.other) if path is not None]
+    if len(paths) == 1 and (variants := runs_in(paths[0])) != paths:
+        paths, others = variants[:2], variants[2:]
+    else:
+        others = []
     kinds = [find_kind(path, ("run", "index")) for path in paths]
     if len(paths) == 2 and "index" in kinds:
         raise ConfigError(
@@ -67,7 +72,10 @@ def run(options: ReportOptions) -> str:
         paths += _refreshed_run(paths[0])
     page, shown = _run_page(paths, options.rows) if kinds[0] == "run" else _index_page(paths[0], options.rows)
     storage.write_bytes(options.out, page)
-    return f"Report: {options.out}, {len(page) / 1e6:,.1f} MB, {shown}"
+    said = f"Report: {options.out}, {len(page) / 1e6:,.1f} MB, {shown}"
+    if others:
+        said += f"\nIt shows the first two variants; smallcap report {paths[0]} {others[0]} shows another."
+    return said
 
 
 def _refreshed_run(path: str) -> list[str]:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # a command loads its own job only
     from jobs.forget import Takedown, Use
     from jobs.refresh import RefreshPlan, RefreshSummary
     from jobs.train import TrainingPlan, TrainSummary
+    from jobs.variants import VariantsSummary
 
 Values = dict[str, Any]
 
@@ -36,6 +37,15 @@ def caption_result(summary: RunSummary) -> Values:
         "seconds": newest.seconds if newest else None,
         "device": newest.device if newest else None,
         "dtype": newest.dtype if newest else None,
+    }
+
+
+def variants_result(summary: VariantsSummary) -> Values:
+    """Returns what a call of the captioning job did for each variant."""
+    return {
+        "out": summary.out,
+        "new_images": summary.new_images,
+        "variants": {name: caption_result(of_variant) for name, of_variant in summary.runs.items()},
     }
 
 

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from smallcap.captioned import CaptionResult, ScoredCaption
     from smallcap.captioner import Captioner
     from smallcap.captioner_setup import CaptionerOptions
-    from smallcap.config import GenerationConfig
     from smallcap.errors import ErrorCode, RowError, RunError, SmallCapError
+    from smallcap.generation_config import GenerationConfig
     from smallcap.index.retriever import Neighbour, Retriever
     from smallcap.model.checkpoint import SmallCapModel, load_checkpoint, save_checkpoint
     from smallcap.model.clip_encoder import load_retrieval_encoder
@@ -31,7 +31,7 @@ _HOMES = {
     "CaptionerOptions": "smallcap.captioner_setup",
     "Captions": "smallcap.output.reading",
     "ErrorCode": "smallcap.errors",
-    "GenerationConfig": "smallcap.config",
+    "GenerationConfig": "smallcap.generation_config",
     "Neighbour": "smallcap.index.retriever",
     "Retriever": "smallcap.index.retriever",
     "RowError": "smallcap.errors",

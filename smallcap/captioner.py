@@ -9,11 +9,10 @@ Source: Ramos et al. 2023, figure 2.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import chain
-from threading import Lock
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,12 +21,12 @@ from torch import Tensor
 
 from smallcap.captioned import CaptionedBatch, CaptionResult, PreparedBatch, ScoredCaptions
 from smallcap.captioner_setup import CaptionerOptions, open_search
-from smallcap.config import GenerationConfig
 from smallcap.decoding.cuda_graphs import no_recording
 from smallcap.decoding.engine import Generated
 from smallcap.decoding.micro_batches import MicroBatches
 from smallcap.decoding.sampling import Sampling
 from smallcap.errors import ConfigError, RowError
+from smallcap.generation_config import GenerationConfig
 from smallcap.images.crops import CropPlan, Pixels
 from smallcap.images.decode import Preprocessing
 from smallcap.images.given import GivenImage, crop_given
@@ -50,7 +49,7 @@ if TYPE_CHECKING:
 Values = Sequence[str | None] | None
 Batch = tuple[Sequence[Pixels], Values] | tuple[Sequence[Pixels], Values, Values]
 """The arguments of `Captioner.caption_batch`."""
-_MORE_ROOM = "Set search_device to cpu, let fewer actors share the GPU (gpus_per_actor)"  # on a GPU
+MORE_ROOM = "Set search_device to cpu, let fewer actors share the GPU (gpus_per_actor)"  # on a GPU
 
 
 class Captioner:
@@ -96,14 +95,16 @@ class Captioner:
         self.retrieval_encoder, self.retriever = retrieval_encoder, retriever
         self.generation = model.generation_options(options)
         self._scores_captions, self._reranks = options.clip_score, options.rerank
-        self._prompts = PromptBuilder(tokenizer, model.config.template, model.config.bos_token_id)
-        self._generating = Lock()
-        self._preparing = MicroBatches("the encoders or the search", self._free_memory, relief=_MORE_ROOM)
+        template = model.config.template.with_text(options.template)
+        self._prompts = PromptBuilder(tokenizer, template, model.config.bos_token_id)
+        self._generating = RLock()
+        self._models: tuple[SmallCapModel, ...] = (model,)  # those that generate in turn
+        self._preparing = MicroBatches("the encoders or the search", self.free_memory, relief=MORE_ROOM)
         self._decoding = MicroBatches(
-            "the decoder", model.free_memory, relief=f"Use fewer beams or captions. {_MORE_ROOM}"
+            "the decoder", self.free_memory, relief=f"Use fewer beams or captions. {MORE_ROOM}"
         )
         self._scoring = MicroBatches(
-            "the text encoder", self._free_memory, relief=f"Set clip_score to false. {_MORE_ROOM}"
+            "the text encoder", self.free_memory, relief=f"Set clip_score to false. {MORE_ROOM}"
         )
         self._encoding: Callable[[], AbstractContextManager[None]] = nullcontext
         self._beside = SideThread(model.device, "prepare")
@@ -213,7 +214,7 @@ class Captioner:
         Returns:
             B results, in order.
         """
-        return self._finish(self._prepare(pixels, exclude_image_ids, indexes)).to_results()
+        return self.finish(self._prepare(pixels, exclude_image_ids, indexes)).to_results()
 
     @property
     def halvings(self) -> int:
@@ -234,7 +235,8 @@ class Captioner:
 
         return self._preparing.run(len(pixels), prepare)
 
-    def _finish(self, parts: Sequence[PreparedBatch]) -> CaptionedBatch:
+    def finish(self, parts: Sequence[PreparedBatch]) -> CaptionedBatch:
+        """Returns what becomes of a batch that is prepared, whole or in parts."""
         return CaptionedBatch.join([self._finish_part(part) for part in parts])
 
     def _finish_part(self, prepared: PreparedBatch) -> CaptionedBatch:
@@ -259,10 +261,18 @@ class Captioner:
         every = self.generation.num_sequences
         return self.detokenise(self.generate(prepared.hidden_states[images], prompts, pixels, every))
 
-    def _free_memory(self) -> None:
-        """Gives back what the model keeps for speed, between two generations."""
+    def take_turns_with(self, others: Iterable[Captioner]) -> None:
+        """Lets captioners of one device generate one after the other, and give memory back together."""
+        turns = (self, *others)
+        for other in turns:
+            other._generating = self._generating
+            other._models = tuple({id(one.model): one.model for one in turns}.values())
+
+    def free_memory(self) -> None:
+        """Gives back what is kept for speed, between two generations."""
         with self._generating:
-            self.model.free_memory()
+            for model in self._models:
+                model.free_memory()
 
     @torch.inference_mode()
     def encode(self, pixels: Sequence[Pixels]) -> tuple[Tensor, Tensor]:
@@ -361,18 +371,8 @@ class Captioner:
             What became of each batch, in order.
         """
         if self.model.device.type == "cuda":
-            return self._caption_overlapped(batches)
-        return (self._finish(self._prepare(*batch)) for batch in batches)
-
-    def _caption_overlapped(self, batches: Iterable[Batch]) -> Iterator[CaptionedBatch]:
-        waiting: Future[list[PreparedBatch]] | None = None
-        for batch in batches:
-            following = self._beside.submit(self._prepare, *batch)
-            if waiting is not None:
-                yield self._finish(waiting.result())
-            waiting = following
-        if waiting is not None:
-            yield self._finish(waiting.result())
+            return self._beside.prepare_ahead(batches, self._prepare, self.finish)
+        return (self.finish(self._prepare(*batch)) for batch in batches)
 
     def _to_pixel_values(self, crops: Sequence[np.ndarray], preprocessing: Preprocessing) -> Tensor:
         stacked = self._stack(crops)

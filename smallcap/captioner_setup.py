@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from pydantic import Field
 
-from smallcap.config import Dtype, GenerationConfig
+from smallcap.config import Dtype
+from smallcap.generation_config import GenerationConfig
 from smallcap.index.manifest import load_manifests
 from smallcap.index.merged import CaptionSearch, MergedSearch, open_indexes
 from smallcap.index.retriever import NeighbourSearch

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -26,8 +27,15 @@ from smallcap.machine.process_memory import keep_freed_memory
 from smallcap.output.schema import FRAGMENT, FRAGMENT_ROW
 
 if TYPE_CHECKING:
+    from jobs.captioning.caption_table import TableCaptioner
     from jobs.captioning.retrieval_actors import Partitions
+    from smallcap.captioned import CaptionedBatch
     from smallcap.captioner import Captioner
+    from smallcap.captioner_setup import CaptionerOptions
+    from smallcap.index.merged import CaptionSearch
+
+# Takes a table of `load_images`; returns its captioned rows, and what became of the images by each captioner.
+TableFunction = Callable[[pa.Table], "tuple[pa.Table, *tuple[CaptionedBatch, ...]]"]
 
 
 @dataclass(frozen=True)
@@ -62,23 +70,37 @@ class CaptionImages(GuardedActor):
         self._monitor, self._name = spec.monitor, uuid.uuid4().hex
         self._busy, self._halvings = BusyTime(), Growth()
         _count_cached_files(spec)
-        self._captioner = _load_captioner(spec)
+        captioners = self.load_captioners(spec)
+        self._captioner = captioners[0]
         if isinstance(self._captioner.retriever, Retriever | MergedSearch):
             self._captioner.retriever.use_threads(threads)
         batch_size = spec.layout.batch_size
         if spec.config.compute.batch_size == "auto":
-            batch_size = min(batch_size, largest_batch_here(self._captioner, spec.layout.actors_on_node))
-        self._tables = TableCaptioner(
-            self._captioner,
-            batch_size,
-            exclude_own=spec.config.retrieval.exclude_own_captions,
-            embeds=spec.config.output.save_embeddings,
-            score_column=spec.config.score_column,
-            note_batch=self.note_progress,
-        )
+            batch_size = min(batch_size, *(largest_batch_here(one, spec.layout.actors_on_node) for one in captioners))
+        tables = [
+            TableCaptioner(
+                captioner,
+                batch_size,
+                exclude_own=spec.config.retrieval.exclude_own_captions,
+                embeds=spec.config.output.save_embeddings,
+                score_column=spec.config.score_column,
+                note_batch=self.note_progress,
+            )
+            for captioner in captioners
+        ]
+        self._tables = self.join_tables(tables)
         start_s = time.perf_counter() - started
         dtypes = frozenset([str(self._captioner.model.dtype).removeprefix("torch.")])
         spec.monitor.report(StageReport(stage="caption", start_s=start_s, worker=self._name, dtypes=dtypes))
+
+    def load_captioners(self, spec: CaptionerSpec) -> Sequence[Captioner]:
+        """Loads what captions the images."""
+        return [_load_captioner(spec)]
+
+    def join_tables(self, tables: Sequence[TableCaptioner]) -> TableFunction:
+        """Returns what captions tables with the captioners that were loaded."""
+        (table,) = tables
+        return table
 
     def process(self, batch: pa.Table) -> pa.Table:
         """Maps a batch of `load_images` to rows of the newest schema and the further columns that the writer needs.
@@ -86,8 +108,8 @@ class CaptionImages(GuardedActor):
         Several threads may call it: on a GPU, one call's batches are prepared while another's are decoded.
         """
         self._busy.begin()
-        table, captioned = self._tables(batch)
-        retriever, neighbours = self._captioner.retriever, captioned.neighbours
+        table, *captioned = self._tables(batch)
+        retriever, neighbours = self._captioner.retriever, captioned[0].neighbours
         report = StageReport(
             stage="caption",
             images=len(batch),
@@ -95,7 +117,7 @@ class CaptionImages(GuardedActor):
             seconds=self._busy.end(),
             halvings=self._halvings.new(self._captioner.halvings),
             worker=self._name,
-            tokens=int(captioned.captions.num_tokens[:, 0].sum()),
+            tokens=sum(int(one.captions.num_tokens[:, 0].sum()) for one in captioned),
             searched_by=frozenset([retriever.search_backend] if retriever else []),
         )
         self._monitor.report(report, neighbours.scores[:, :1][neighbours.found[:, :1]].tolist())
@@ -154,20 +176,31 @@ def _count_cached_files(spec: CaptionerSpec) -> None:
 
 
 def _load_captioner(spec: CaptionerSpec) -> Captioner:
-    from jobs.captioning.retrieval_actors import open_partitioned
     from smallcap.captioner import Captioner
+
+    return Captioner.from_pretrained(spec.config.model, open_index(spec), captioner_options(spec.config, spec))
+
+
+def open_index(spec: CaptionerSpec) -> Sequence[str] | CaptionSearch | None:
+    """Returns what an actor searches: URIs of indexes, or their partitions, which other actors hold."""
+    from jobs.captioning.retrieval_actors import open_partitioned
 
     config = spec.config
     cache_dir = config.retrieval.cache_dir
-    return Captioner.from_pretrained(
-        config.model,
-        open_partitioned(spec.partitions, config.indexes, cache_dir) if spec.partitions else config.index or None,
+    return open_partitioned(spec.partitions, config.indexes, cache_dir) if spec.partitions else config.index or None
+
+
+def captioner_options(config: CaptionConfig, spec: CaptionerSpec) -> CaptionerOptions:
+    """Returns how to load and to caption as a config says, and as was pinned for the whole run."""
+    from smallcap.captioner_setup import CaptionerOptions
+
+    return CaptionerOptions(
         **config.generation.model_dump(),
         k=config.retrieval.k,
         device=spec.layout.actors.device,
         dtype=spec.layout.actors.dtype,
         retrieval_encoder=spec.retrieval_encoder,
-        cache_dir=cache_dir,
+        cache_dir=config.retrieval.cache_dir,
         index_id=spec.index_id,
         index_names=config.retrieval.index_names,
         index_weights=config.retrieval.index_weights,

@@ -60,13 +60,13 @@ class TableCaptioner:
         """
         good = np.flatnonzero(pc.equal(batch["status"], STATUS_OK).to_numpy())
         done = []
-        for columns in self._captioner.caption_columns(self._batches(batch, good)):
+        for columns in self._captioner.caption_columns(self.batches(batch, good)):
             done.append(columns)
             self._note_batch()
         captioned = CaptionedBatch.join(done)
-        return self._table(batch, good, captioned), captioned
+        return self.tabulate(batch, good, captioned), captioned
 
-    def _batches(self, batch: pa.Table, good: np.ndarray) -> Iterator[Batch]:
+    def batches(self, batch: pa.Table, good: np.ndarray) -> Iterator[Batch]:
         """Yields the images of the given rows in the model's batches.
 
         With them come the ids whose captions they must not get, and the names of the indexes to search.
@@ -78,7 +78,8 @@ class TableCaptioner:
             rows = slice(start, start + self._batch_size)
             yield pixels[rows], exclude and exclude[rows], names and names[rows]
 
-    def _table(self, batch: pa.Table, good: np.ndarray, captioned: CaptionedBatch) -> pa.Table:
+    def tabulate(self, batch: pa.Table, good: np.ndarray, captioned: CaptionedBatch) -> pa.Table:
+        """Returns the rows of a call; `captioned` are the images of the rows `good`, in their order."""
         places = np.full(len(batch), -1)
         places[good] = np.arange(len(good))
         rows = pa.array(places, mask=places < 0)  # null for a failed image, which has nulls in the new columns

@@ -28,6 +28,7 @@ from smallcap.images.work_list import WORK_FOLDER, WorkList
 from smallcap.index.manifest import split_index_ids
 from smallcap.output.coverage import Coverage
 from smallcap.output.part_files import RUN_FILE, PartInfo
+from smallcap.output.variant_runs import load_variants, name_variants
 from smallcap.phrasing import describe_count, one_line
 from smallcap.records import Record, load_record
 from smallcap.retrieval_config import NamedIndex, as_uris, name_indexes
@@ -251,6 +252,22 @@ def load_run_record(out: str) -> RunRecord | None:
     return load_record(RunRecord, storage.join(out, RUN_FILE), SchemaError)
 
 
+def check_no_variants(out: str) -> None:
+    """Checks that a folder for a new run is not one whose subfolders are the runs of variants.
+
+    Raises:
+        ConfigError: It is.
+    """
+    if names := load_variants(out):
+        raise ConfigError(
+            "The output folder holds variants.",
+            where=out,
+            expected="a folder for one run",
+            found=", ".join(names),
+            remedy="Give the command's --variant options as before, or another --out.",
+        )
+
+
 def load_existing_run(out: str) -> RunRecord:
     """Loads the record of a run that must be there.
 
@@ -260,7 +277,12 @@ def load_existing_run(out: str) -> RunRecord:
     """
     record = load_run_record(out) if out else None
     if record is None:
-        raise ConfigError("There is no run in this folder.", where=out or "--out", expected=f"a folder with {RUN_FILE}")
+        raise ConfigError(
+            "There is no run in this folder.",
+            where=out or "--out",
+            expected=f"a folder with {RUN_FILE}",
+            remedy=name_variants(out) if out else "",
+        )
     return record
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -14,6 +15,7 @@ from jobs.captioning.record import (
     RunRecord,
     TarContents,
     check_attempt,
+    check_no_variants,
     load_run_record,
     write_run_record,
 )
@@ -43,8 +45,12 @@ from smallcap.output.schema import check_kept_columns
 from smallcap.phrasing import describe_count
 
 
-def open_record(config: CaptionConfig) -> RunRecord:
+def open_record(config: CaptionConfig, first: RunRecord | None = None) -> RunRecord:
     """Continues the output folder's run, or begins one; pins the index's version for all attempts.
+
+    Args:
+        config: The run's config.
+        first: The record of another run in one pass with this one, whose index and encoder a new run takes.
 
     Raises:
         ConfigError: The folder holds a run with other options, a column to keep has a name that the output needs, or
@@ -59,9 +65,14 @@ def open_record(config: CaptionConfig) -> RunRecord:
     if record is not None:
         record.check_same_run(config, partial(checkpoint_id, config.model, cache_dir), config.out)
         return record.model_copy(update={"retrieval_encoder": pinned_encoder(record, config.out)})
-    manifests, encoder = pin_indexes(config.index, k, config.retrieval.encoder, cache_dir)
-    if len(manifests) == 1:
-        share_of(manifests[0].shards, (0, config.retrieval.partitions))  # refuses what their actors would refuse later
+    check_no_variants(config.out)
+    if first is not None:
+        index_id, encoder = None if k == 0 else first.index_id, first.retrieval_encoder
+    else:
+        manifests, encoder = pin_indexes(config.index, k, config.retrieval.encoder, cache_dir)
+        index_id = join_index_ids(manifests) or None
+        if len(manifests) == 1:
+            share_of(manifests[0].shards, (0, config.retrieval.partitions))  # refuses what their actors would later
     if config.output.save_embeddings and encoder is None:
         raise ConfigError(
             "There is no retrieval encoder whose embeddings could be saved.",
@@ -74,13 +85,20 @@ def open_record(config: CaptionConfig) -> RunRecord:
             where="generation.rerank" if config.score_column is None else "score_column",
             remedy="Give --index, or --set retrieval.encoder=SPEC.",
         )
-    index_id, model_id = join_index_ids(manifests) or None, checkpoint_id(config.model, cache_dir)
-    sha256 = checkpoint_sha256(config.model, cache_dir)
+    model_id, sha256 = checkpoint_id(config.model, cache_dir), checkpoint_sha256(config.model, cache_dir)
     return RunRecord.new(config, index_id, encoder, model_id=model_id, model_sha256=sha256)
 
 
-def list_work(config: CaptionConfig, record: RunRecord, relist: bool = False) -> WorkList:
+def list_work(
+    config: CaptionConfig, record: RunRecord, relist: bool = False, others: Sequence[tuple[str, RunRecord]] = ()
+) -> WorkList:
     """Loads the run's list of work, or makes it where the run is new.
+
+    Args:
+        config: The run's config.
+        record: Its record.
+        relist: Whether to list the input again.
+        others: Folders and records of runs with the same list, which lose the same rows where images were overwritten.
 
     Raises:
         ConfigError: The column whose texts are to be scored has none.
@@ -93,9 +111,10 @@ def list_work(config: CaptionConfig, record: RunRecord, relist: bool = False) ->
     elif relist:
         work = extend_work_list(config.images, config.input, config.out)
         if work.relisted and len(work.relisted.overwritten):
-            write_run_record(config.out, record.model_copy(update={"status": "running"}))  # it lacks rows from now on
-            remove_replaced(config.out)
-            forget_rows(config.out, list(read_part_infos(config.out)), work.relisted.overwritten)
+            for out, of_run in ((config.out, record), *others):
+                write_run_record(out, of_run.model_copy(update={"status": "running"}))  # it lacks rows from now on
+                remove_replaced(out)
+                forget_rows(out, list(read_part_infos(out)), work.relisted.overwritten)
             store_states(work.fragments.table, work.relisted.overwritten)
     if config.score_column is not None:
         _check_texts(

@@ -74,16 +74,29 @@ class PartSink:
             saved: The first so many blocks are in these interim parts.
         """
         started = time.perf_counter()
-        table = pa.concat_tables(block for block in blocks if len(block))  # an empty one may have other columns
+        blocks = [self.own_rows(block) if len(block) else block for block in blocks]
+        filled = [block for block in blocks if len(block)]  # an empty one may have other columns
+        if not filled:
+            return 0
+        table = pa.concat_tables(filled)
         info = describe_part(table)
         check_attempt(self.out, self.attempt)
         write_part(self.out, name, _with_shared_words(_with_unique_ids(table)), info, self.schema, self.options)
         remove_parts(self.out, replaced)
         new = table.slice(sum(map(len, blocks[:saved])))
-        errors = count_rows(new)["errors"]
+        counted = self.counted(new)
+        errors = count_rows(counted)["errors"]
         seconds = time.perf_counter() - started
-        self.monitor.report(StageReport(stage="write", images=len(new), seconds=seconds, errors=errors))
+        self.monitor.report(StageReport(stage="write", images=len(counted), seconds=seconds, errors=errors))
         return len(new)
+
+    def own_rows(self, block: pa.Table) -> pa.Table:
+        """Returns what of a captioned block belongs to this sink: all of it."""
+        return block
+
+    def counted(self, rows: pa.Table) -> pa.Table:
+        """Returns those of this sink's rows that no other sink of the pipeline counts: all of them."""
+        return rows
 
 
 class PartWriter:
@@ -120,22 +133,25 @@ class PartWriter:
         Raises:
             KeyboardInterrupt: A signal came.
         """
-        self._sink = sink
-        try:
-            for bundle in captioned.iter_internal_ref_bundles():
-                self._add(bundle.block_refs, bundle.num_rows())
-            if self._rows:
-                self._write_full()
-            self._wait(0)
-        except KeyboardInterrupt:
-            self._save()
-            self._wait(0)
-            raise
-        except Exception:
-            self._save_soon()
-            raise
+        write_each(captioned, [(self, sink)])
 
-    def _add(self, blocks: Sequence[Any], rows: int) -> None:
+    def begin(self, sink: PartSink) -> None:
+        """Says where blocks go."""
+        self._sink = sink
+
+    def finish(self) -> None:
+        """Has the last part written, and waits for all of them."""
+        if self._rows:
+            self._write_full()
+        self._wait(0)
+
+    def keep(self) -> None:
+        """Has written what there is, and waits for it."""
+        self._save()
+        self._wait(0)
+
+    def add(self, blocks: Sequence[Any], rows: int) -> None:
+        """Takes references to blocks with so many rows, and has parts written that are full."""
         now = time.monotonic()
         self._wrote_at = self._wrote_at or now
         if rows:
@@ -162,7 +178,7 @@ class PartWriter:
             self._start(self._interim[-1], unsaved, (), 0)
             self._saved = len(self._blocks)
 
-    def _save_soon(self) -> None:
+    def keep_soon(self) -> None:
         """Saves what was captioned before a failure, unless it is writing that fails; waits a minute at most."""
         import ray
 
@@ -196,6 +212,30 @@ class PartWriter:
                 raise
             if not done:
                 return
+
+
+def write_each(captioned: ray.data.Dataset, writers: Sequence[tuple[PartWriter, PartSink]]) -> None:
+    """Runs a pipeline to its end, and gives all that it yields to each writer; see `PartWriter.write_all`.
+
+    Raises:
+        KeyboardInterrupt: A signal came.
+    """
+    for writer, sink in writers:
+        writer.begin(sink)
+    try:
+        for bundle in captioned.iter_internal_ref_bundles():
+            for writer, _ in writers:
+                writer.add(bundle.block_refs, bundle.num_rows())
+        for writer, _ in writers:
+            writer.finish()
+    except KeyboardInterrupt:
+        for writer, _ in writers:
+            writer.keep()
+        raise
+    except Exception:
+        for writer, _ in writers:
+            writer.keep_soon()
+        raise
 
 
 def _write(sink: PartSink, name: str, replaced: Sequence[str], saved: int, *blocks: Any) -> int:

@@ -79,6 +79,15 @@ class CaptionCall(RayCall):
     """Try failed images again. The run's folder is enough: the recorded options apply."""
     relist: bool = False
     """List the input again: add new images, and caption those again whose files or objects were overwritten since."""
+    variant: Annotated[tuple[str, ...], Flag(any_text=True)] = ()
+    """Caption in several ways in one pass, which loads each image once: `NAME:k=0,num_beams=8`. Each way is a run in
+    the folder NAME of `--out`, with its own model, k, prompt or decoding; other options hold for all."""
+
+    @model_validator(mode="after")
+    def _plans_one_run(self) -> Self:
+        if self.variant and self.dry_run:
+            raise ValueError("a dry run plans one run: leave --variant out")
+        return self
 
 
 class EvaluateCall(JobCall):

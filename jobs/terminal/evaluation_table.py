@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from string import ascii_uppercase
 from typing import Any
 
 from rich.table import Table
@@ -49,19 +50,25 @@ def print_evaluation(result: Mapping[str, Any]) -> None:
 
 
 def _figures(result: Mapping[str, Any]) -> Table:
-    runs, differences = result["runs"], result["differences"]
+    runs = result["runs"]
     table = Table(box=None, pad_edge=False)
     table.add_column("")
     for number in range(1, len(runs) + 1):
         table.add_column(_label(number, len(runs)), justify="right")
-    if differences:
+    if len(runs) == 2:
         table.add_column("B − A", justify="right")
     for name in runs[0]["figures"]:
-        if differences:
-            shown = (_shown(name, run["figures"][name]["value"]) for run in runs)
-            table.add_row(_NAMES[name], *shown, _difference(name, differences[name]))
-        else:
+        if len(runs) == 1:
             table.add_row(_NAMES[name], Text(_cell(name, runs[0]["figures"][name])))
+            continue
+        shown = [Text(_shown(name, run["figures"][name]["value"])) for run in runs]
+        if len(runs) == 2:
+            shown.append(_difference(name, runs[1]["differences"][name]))
+        else:
+            for text, run in zip(shown[1:], runs[1:], strict=True):
+                text.append(f" ({_shown(name, run['differences'][name]['value'], sign='+')})")
+                text.stylize("bold" if _is_significant(run["differences"][name]) else "")
+        table.add_row(_NAMES[name], *shown)
     for name, show in _DETAILS.items():
         table.add_row(name, *(show(run) for run in runs))
     return table
@@ -86,20 +93,24 @@ def _cell(name: str, figure: Mapping[str, float | None]) -> str:
 
 def _difference(name: str, figure: Mapping[str, float | None]) -> Text:
     """Returns a difference as text, in bold where its interval excludes 0."""
+    return Text(_cell(name, figure), style="bold" if _is_significant(figure) else "")
+
+
+def _is_significant(figure: Mapping[str, float | None]) -> bool:
     low, high = figure["low"], figure["high"]
-    is_significant = low is not None and high is not None and (low > 0 or high < 0)
-    return Text(_cell(name, figure), style="bold" if is_significant else "")
+    return low is not None and high is not None and (low > 0 or high < 0)
 
 
-def _shown(name: str, value: float | None) -> str:
+def _shown(name: str, value: float | None, sign: str = "") -> str:
     if value is None:
         return "–"
     scaled, digits = (value, 3) if name in _UNSCALED else (100 * value, 1)
-    return f"{round(scaled, digits) + 0.0:.{digits}f}"  # + 0.0 makes -0.0 a plain 0
+    return f"{round(scaled, digits) + 0.0:{sign}.{digits}f}"  # + 0.0 makes -0.0 a plain 0
 
 
 def _label(number: int, runs: int) -> str:
-    return "AB"[number - 1] if runs > 1 else "run"
+    letters = ascii_uppercase if runs <= len(ascii_uppercase) else ""
+    return (letters[number - 1] if letters else str(number)) if runs > 1 else "run"
 
 
 def _counts(run: Mapping[str, Any], result: Mapping[str, Any]) -> str:
@@ -114,7 +125,8 @@ def _counts(run: Mapping[str, Any], result: Mapping[str, Any]) -> str:
         f"{describe_count(result['references']['images'] - evaluated, 'reference image')} without a caption",
     ]
     if len(result["runs"]) > 1:
-        counts.append(f"{run['only_in_this_run']:,} that the other run lacks")
+        others = "the other run lacks" if len(result["runs"]) == 2 else "other runs lack"
+        counts.append(f"{run['only_in_this_run']:,} that {others}")
     return "; ".join(counts)
 
 
@@ -124,4 +136,6 @@ def _method(result: Mapping[str, Any]) -> str:
     if not options["bootstrap"]:
         return f"{words}; no intervals."
     paired = ", paired" if len(result["runs"]) > 1 else ""
+    if len(result["runs"]) > 2:
+        paired = ", paired; in brackets the difference to the first, in bold where its interval leaves 0 out"
     return f"{words}; 95% intervals from {options['bootstrap']:,} bootstrap draws{paired}, seed {options['seed']}."

@@ -24,9 +24,9 @@ from jobs.training.log import TrainLog
 from jobs.training.progress import TrainStep
 from jobs.training.record import choose_best
 from jobs.training.start import ModelStart
-from smallcap.config import GenerationConfig
 from smallcap.decoding.engine import ALL_TOKENS, EAGER, EagerStepper, generate
 from smallcap.errors import CheckpointError, ConfigError
+from smallcap.generation_config import GenerationConfig
 from smallcap.machine.precision import choose_kernels
 from smallcap.model.checkpoint import SmallCapModel
 from smallcap.model.prompt import build_prompts, build_training_example, decode_captions, encode_texts

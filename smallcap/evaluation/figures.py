@@ -1,4 +1,4 @@
-"""The figures of one run, or of two on the same images, with confidence intervals.
+"""The figures of one run, or of several on the same images, with confidence intervals.
 
 This module decides what is measured, and over which images. `caption_metrics` scores, `bootstrap` resamples, and the
 callers read.
@@ -51,23 +51,24 @@ class RunFigures:
         figures: Figures by name, in the order of display.
         diversity: Diversity of its captions.
         lengths: Lengths of its captions.
+        differences: Its figures minus the first run's, with paired intervals; empty for the first.
     """
 
     figures: dict[str, Figure]
     diversity: Diversity
     lengths: Lengths
+    differences: dict[str, Figure]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The figures of one run or two.
+    """The figures of one run or several.
 
     Args:
         images: Number of evaluated images: those with references that every run has captioned.
         captions_per_image: Mean number of references per image.
         tokenizer: Tokenizer of the caption metrics; None if none of them ran.
         runs: Figures of each run, in the order given.
-        differences: The second run's figures minus the first's, with paired intervals; empty for one run.
         unavailable: Reasons why metrics did not run, by metric.
         warnings: What a reader of the figures should know.
     """
@@ -76,7 +77,6 @@ class Evaluation:
     captions_per_image: float
     tokenizer: str | None
     runs: tuple[RunFigures, ...]
-    differences: dict[str, Figure]
     unavailable: dict[str, str]
     warnings: tuple[str, ...]
 
@@ -89,10 +89,10 @@ def evaluate_runs(
     seed: int = 0,
     datastore: Iterable[Sequence[str]] | None = None,
 ) -> Evaluation:
-    """Measures one run, or two on the images that both have.
+    """Measures one run, or several on the images that all have.
 
     Args:
-        runs: One run or two.
+        runs: The runs; the others are compared with the first.
         references: References of the images.
         metrics: Names in `METRICS`; those that cannot run here are left out and named.
         resamples: Draws of the bootstrap; 0 gives no intervals.
@@ -120,13 +120,12 @@ def evaluate_runs(
         {name: entry.statistics for name, entry in scores.items()} | _run_statistics(run, images, stored)
         for run, scores in zip(runs, scored, strict=True)
     ]
-    figures, differences = _with_intervals(statistics, resamples, seed)
+    figures = _with_intervals(statistics, resamples, seed)
     return Evaluation(
         images=len(images),
         captions_per_image=float(np.mean([len(references.captions[image]) for image in images])),
         tokenizer=next((entry.tokenizer for scores in scored for entry in scores.values()), None),
-        runs=tuple(_run_figures(run, images, by_name) for run, by_name in zip(runs, figures, strict=True)),
-        differences=differences,
+        runs=tuple(_run_figures(run, images, *of_run) for run, of_run in zip(runs, figures, strict=True)),
         unavailable=unavailable,
         warnings=_warnings(len(images), running),
     )
@@ -171,21 +170,23 @@ def _stored_captions(
 
 def _with_intervals(
     statistics: Sequence[Mapping[str, Statistics]], resamples: int, seed: int
-) -> tuple[list[dict[str, Figure]], dict[str, Figure]]:
-    """Returns each run's figures, and the second's minus the first's."""
+) -> list[tuple[dict[str, Figure], dict[str, Figure]]]:
+    """Returns each run's figures, and these minus the first run's, which has no such differences itself."""
     named = {(run, name): entry for run, by_name in enumerate(statistics) for name, entry in by_name.items()}
     values = {key: entry.value for key, entry in named.items()}
     draws = resample(named, resamples, seed) if resamples else {}
-    figures = [
-        {name: _figure(values[run, name], draws.get((run, name))) for name in by_name}
+
+    def difference(run: int, name: str) -> Figure:
+        drawn = draws[run, name] - draws[0, name] if draws else None
+        return _figure(values[run, name] - values[0, name], drawn)
+
+    return [
+        (
+            {name: _figure(values[run, name], draws.get((run, name))) for name in by_name},
+            {name: difference(run, name) for name in by_name} if run else {},
+        )
         for run, by_name in enumerate(statistics)
     ]
-    if len(statistics) == 1:
-        return figures, {}
-    return figures, {
-        name: _figure(values[1, name] - values[0, name], draws[1, name] - draws[0, name] if draws else None)
-        for name in statistics[0]
-    }
 
 
 def _figure(value: float, draws: np.ndarray | None) -> Figure:
@@ -194,9 +195,11 @@ def _figure(value: float, draws: np.ndarray | None) -> Figure:
     return Figure(value) if draws is None else Figure(value, *interval(draws))
 
 
-def _run_figures(run: RunCaptions, images: Sequence[str], figures: dict[str, Figure]) -> RunFigures:
+def _run_figures(
+    run: RunCaptions, images: Sequence[str], figures: dict[str, Figure], differences: dict[str, Figure]
+) -> RunFigures:
     lengths = Lengths(*(_percentiles(run.column(name, images)) for name in ("words", "tokens")))
-    return RunFigures(figures, measure_diversity(run.captions[image] for image in images), lengths)
+    return RunFigures(figures, measure_diversity(run.captions[image] for image in images), lengths, differences)
 
 
 def _percentiles(lengths: np.ndarray) -> dict[str, float]:

@@ -118,6 +118,15 @@ def copy_work_list(run: str, out: str) -> None:
         StorageError: The service fails.
     """
     storage.remove(work_uri(out))
+    update_work_list(run, out)
+
+
+def update_work_list(run: str, out: str) -> None:
+    """Copies what is new in the list of a run to another run with a copy of it; the markers come last.
+
+    Raises:
+        StorageError: The service fails.
+    """
     for uri in sorted(storage.list_folder(work_uri(run)), key=lambda uri: uri.endswith(".json")):
         storage.write_bytes(work_uri(out, uri.rpartition("/")[2]), storage.read_bytes(uri))
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
+Prepared = TypeVar("Prepared")
 
 
 class SideThread:
@@ -42,3 +43,19 @@ class SideThread:
             return result
 
         return self._thread.submit(run)
+
+    def prepare_ahead(
+        self,
+        calls: Iterable[tuple[Any, ...]],
+        prepare: Callable[..., Prepared],
+        finish: Callable[[Prepared], Result],
+    ) -> Iterator[Result]:
+        """Yields what `finish` makes of what `prepare` makes of each call's arguments, which is prepared meanwhile."""
+        waiting: Future[Prepared] | None = None
+        for arguments in calls:
+            following = self.submit(prepare, *arguments)
+            if waiting is not None:
+                yield finish(waiting.result())
+            waiting = following
+        if waiting is not None:
+            yield finish(waiting.result())

@@ -18,7 +18,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from smallcap.config import GenerationConfig
 from smallcap.decoding.beam_search import BeamSearch
 from smallcap.decoding.cuda_graphs import GraphStepper
 from smallcap.decoding.engine import EAGER, Generated, Stepper, generate
@@ -27,8 +26,10 @@ from smallcap.decoding.sampling import Sampling
 from smallcap.decoding.strategy import GenerationOptions, SamplingOptions
 from smallcap.decoding.text_decoder import DecoderConfig, TextDecoder
 from smallcap.errors import CheckpointError, ConfigError
+from smallcap.generation_config import GenerationConfig
 from smallcap.machine.gpu import on_device
 from smallcap.machine.precision import choose_kernels, find_device
+from smallcap.model.clip_config import VisionConfig
 from smallcap.model.clip_encoder import VisionEncoder
 from smallcap.model.files import named_by_weights, read_checkpoint_config, resolve_folder, weights_file
 from smallcap.model.gpt2 import GPT2Decoder, dump_gpt2_config, parse_gpt2_config
@@ -264,6 +265,29 @@ def load_config(folder: Path) -> SmallCapConfig:
             where=shown_place(path),
             found=f"{type(error).__name__}: {error}",
         ) from error
+
+
+def share_vision_encoder(source: str, other: str) -> bool:
+    """Says whether two checkpoints have the same vision encoder, by their files; they need not be loaded.
+
+    Raises:
+        CheckpointError: One of them cannot be found, or is malformed.
+    """
+    folders = [resolve_folder(one, demo_model="smallcap") for one in (source, other)]
+    first, second = (VisionConfig.parse(load_config(folder).vision) for folder in folders)
+    if first != second:
+        return False
+    tensors, others = (read_tensors(weights_file(folder)) for folder in folders)
+    names = {
+        name for name in (*tensors, *others) if name.startswith("encoder.") and not name.endswith(_DERIVED_TENSORS)
+    }
+    return all(
+        name in tensors
+        and name in others
+        and tensors[name].dtype == others[name].dtype
+        and torch.equal(tensors[name], others[name])
+        for name in names
+    )
 
 
 def load_weights(model: SmallCapModel, tensors: dict[str, Tensor], where: str) -> None:

@@ -6,13 +6,14 @@ Source: Ramos et al. 2023, section 3.2; RitaRamo/smallcap src/utils.py `prep_str
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from smallcap.errors import CheckpointError
+from smallcap.generation_config import PLACEHOLDER
 from smallcap.model.files import tokenizer_folder
 from smallcap.model.remote import shown_place
 from smallcap.storage import DEFAULT_CACHE_DIR
@@ -31,9 +32,16 @@ class PromptTemplate:
 
     with_retrieval: str = "Similar images show\n\n||\n\nThis image shows "
     without_retrieval: str = "This image shows "
-    placeholder: str = "||"
+    placeholder: str = PLACEHOLDER
     separator: str = "\n\n"
     ending: str = "."  # closes the last retrieved caption
+
+    def with_text(self, text: str | None) -> PromptTemplate:
+        """Returns a template of other words, if given; without retrieval, a prompt is what follows their `||`."""
+        if text is None:
+            return self
+        after = text.partition(PLACEHOLDER)[2].lstrip()
+        return replace(self, with_retrieval=text, without_retrieval=after, placeholder=PLACEHOLDER)
 
     def fill(self, retrieved: Sequence[str]) -> str:
         """Returns the prompt's text for the retrieved captions, nearest first; none prompts without retrieval."""

@@ -24,6 +24,7 @@ from smallcap.output.coverage import NamedPart, find_superseded, is_settled
 from smallcap.output.parquet_files import damaged_part
 from smallcap.output.part_files import RUN_FILE, PartInfo, read_part_infos
 from smallcap.output.schema import CAPTION_COLUMNS, STATUS_ERROR, STATUS_OK
+from smallcap.output.variant_runs import name_variants
 from smallcap.phrasing import describe_count
 
 if TYPE_CHECKING:
@@ -150,7 +151,12 @@ def read_captions(
         raise ConfigError("There is no such status.", where="status", expected="ok, error or None", found=repr(status))
     parts = tuple(read_part_infos(out))
     if not parts and not storage.exists(storage.join(out, RUN_FILE)):
-        raise ConfigError("There is no run in this folder.", where=out, expected=f"a folder with {RUN_FILE}")
+        raise ConfigError(
+            "There is no run in this folder.",
+            where=out,
+            expected=f"a folder with {RUN_FILE}",
+            remedy=name_variants(out),
+        )
     schema = _read_schema(storage.join(out, parts[0][0])) if parts else CAPTION_COLUMNS
     chosen = schema.names if columns is None else [columns] if isinstance(columns, str) else list(columns)
     if unknown := [name for name in chosen if name not in schema.names]:

@@ -253,7 +253,7 @@ def test_each_step_goes_on_in_halves_where_memory_runs_out(
         freed: list[bool] = []
         free = captioner.model.free_memory
         monkeypatch.setattr(
-            captioner.model, "free_memory", lambda: (freed.append(captioner._generating.locked()), free())
+            captioner.model, "free_memory", lambda: (freed.append(captioner._generating._is_owned()), free())
         )
         cuda.order.total_bytes = cuda.order.allocated_bytes + 60 * MIB
         assert comparable(caption(captioner, batches)) == expected

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import smallcap
-from smallcap.captioned import CaptionResult
+from smallcap.captioned import CaptionedBatch, CaptionResult
 from smallcap.captioner import Captioner
 from smallcap.captioner_setup import CaptionerOptions
 from smallcap.errors import ConfigError, ErrorCode, IndexIntegrityError
@@ -222,11 +222,16 @@ def test_by_default_the_model_goes_to_a_gpu_if_there_is_one(
     assert asked == ["cuda" if gpu_is_there else "cpu"] * 2 + ["cpu"]
 
 
+def overlapped(captioner: Captioner, batches: Sequence[Any]) -> Iterator[CaptionedBatch]:
+    """Captions batches as on a GPU."""
+    return captioner._beside.prepare_ahead(batches, captioner._prepare, captioner.finish)
+
+
 def test_batches_that_are_prepared_beside_each_other_are_those_alone(captioner: Captioner) -> None:
     """What a GPU does on two streams, on a CPU in two threads."""
     crops = [captioner.crop_plan.crop(jpeg(seed)) for seed in range(5)]
     batches = [(crops[:2], None), ([], None), (crops[2:], ["photo-1.jpg", None, None])]
-    assert [columns.to_results() for columns in captioner._caption_overlapped(batches)] == [
+    assert [columns.to_results() for columns in overlapped(captioner, batches)] == [
         captioner.caption_batch(*batch) for batch in batches
     ]
     assert list(captioner.caption_batches(batches)) == [captioner.caption_batch(*batch) for batch in batches]
@@ -245,7 +250,7 @@ def test_one_thread_prepares_the_batches_of_all_calls(captioner: Captioner, monk
     monkeypatch.setattr(Captioner, "encode", noted)
 
     def caption(call: Any) -> list[list[CaptionResult]]:
-        return [columns.to_results() for columns in captioner._caption_overlapped(call)]
+        return [columns.to_results() for columns in overlapped(captioner, call)]
 
     with ThreadPoolExecutor(2) as pool:  # an actor on a GPU has two calls at a time
         assert list(pool.map(caption, calls)) == expected
@@ -270,16 +275,16 @@ def test_a_batch_too_large_to_prepare_goes_on_in_halves(captioner: Captioner, mo
         return encode(pixels)
 
     monkeypatch.setattr(captioner, "encode", encode_few)
-    monkeypatch.setattr(captioner.model, "free_memory", lambda: freed.append(captioner._generating.locked()))
+    monkeypatch.setattr(captioner.model, "free_memory", lambda: freed.append(captioner._generating._is_owned()))
     monkeypatch.setattr(captioner._preparing, "limit", None)
-    assert [_texts(columns.to_results()) for columns in captioner._caption_overlapped(batches)] == expected
+    assert [_texts(columns.to_results()) for columns in overlapped(captioner, batches)] == expected
     assert freed == [True, True]  # never beside a generation
     sizes.clear()
-    list(captioner._caption_overlapped(batches))
+    list(overlapped(captioner, batches))
     assert max(sizes) <= 2  # it remembers
     monkeypatch.setattr(captioner, "encode", lambda pixels: pytest.fail("broken"))
     with pytest.raises(pytest.fail.Exception, match="broken"):
-        list(captioner._caption_overlapped(batches))
+        list(overlapped(captioner, batches))
 
 
 def test_sampling_takes_the_keys_that_loading_has_computed(index: str, tiny_smallcap: Path) -> None:

@@ -48,7 +48,7 @@ def test_a_run_has_every_figure_with_an_interval() -> None:
         assert figure.low is not None and figure.high is not None
         assert figure.low < scores.mean < figure.high
     assert (figures["clip_score"].value, figures["clip_cosine"].value) == (0, pytest.approx(-0.2))  # 2.5 · max(cos, 0)
-    assert (evaluation.images, evaluation.captions_per_image, evaluation.differences) == (60, 3, {})
+    assert (evaluation.images, evaluation.captions_per_image, evaluation.runs[0].differences) == (60, 3, {})
     assert evaluation.runs[0].lengths.words == {"p5": 8, "p25": 8, "p50": 8, "p75": 8, "p95": 8}
 
 
@@ -58,13 +58,15 @@ def test_two_runs_are_compared_on_the_images_that_both_have() -> None:
     del good["0.jpg"], bad["1.jpg"]
     evaluation = evaluate_runs([run_of(bad), run_of(good)], refs, METRICS, resamples=200)
     assert evaluation.images == 58
-    cider = evaluation.differences["cider"]
+    cider = evaluation.runs[1].differences["cider"]
     both = [run.figures["cider"].value for run in evaluation.runs]
     assert cider.value == pytest.approx(both[1] - both[0])
     assert cider.low is not None and cider.low > 0  # surely better
-    assert evaluation.differences["words"].value == 0
-    equal = evaluate_runs([run_of(bad)] * 2, refs, METRICS, resamples=50).differences["cider"]
+    assert evaluation.runs[1].differences["words"].value == 0
+    three = evaluate_runs([run_of(bad), run_of(bad), run_of(good)], refs, METRICS, resamples=200).runs
+    equal, better = (run.differences["cider"] for run in three[1:])
     assert (equal.value, equal.low, equal.high) == (0, 0, 0)  # for sure
+    assert better.value == pytest.approx(cider.value)
 
 
 def test_the_datastore_says_what_is_novel() -> None:
