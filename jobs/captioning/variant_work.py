@@ -78,17 +78,7 @@ def _check_fits(one: VariantRun, first: VariantRun) -> None:
     pins: dict[str, list[str | None]] = {
         "index version": [run.record.index_id for run in (first, one)],
         "retrieval encoder": [run.record.retrieval_encoder for run in (first, one)],
-        "crops": [
-            str(
-                load_crop_plan(
-                    run.config.model,
-                    run.record.retrieval_encoder,
-                    run.config.input.decode,
-                    run.config.retrieval.cache_dir,
-                )
-            )
-            for run in (first, one)
-        ],
+        "crops": [str(_crops(run)) for run in (first, one)],
     }
     if one.config.retrieval.k == 0:
         del pins["index version"]
