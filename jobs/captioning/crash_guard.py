@@ -23,7 +23,7 @@ Result = TypeVar("Result")
 DECODE_LIMIT_S = 120.0  # of CPU time for one image: many times what the largest take
 _BEGUN_IN_VAIN = 2  # how often a batch dies before its images are tried one by one
 READ_IN_VAIN = 5
-"""How often a step of reading a file dies before it is given up: nodes come and go, and a tar is thousands of images."""
+"""How often a step of reading a file dies before it is given up: nodes come and go, and a tar is thousands of rows."""
 _LOOK_EVERY_S = 5.0
 _ANSWER_S = 10.0
 

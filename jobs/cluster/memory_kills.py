@@ -41,8 +41,8 @@ def tell_kills_once() -> None:
             _told.add(node)
             note(
                 f"Memory runs low{node}: Ray ends tasks there and repeats them, "
-                f"{SETTINGS['RAY_task_oom_retries']} times at most. Give the node more memory, or Ray fewer of its CPUs "
-                "(ray start --num-cpus). This is said once."
+                f"{SETTINGS['RAY_task_oom_retries']} times at most. Give the node more memory, or Ray fewer of its "
+                "CPUs (ray start --num-cpus). This is said once."
             )
 
     worker.print_to_stdstream = tell
