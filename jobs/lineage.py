@@ -77,7 +77,11 @@ def caption_flow(config: CaptionConfig) -> Flow:
     record = load_run_record(config.out)
     indexes = zip_longest(config.index, split_index_ids(record.index_id if record else None))
     return Flow(
-        inputs=(*map(Data, config.images), *starmap(Data, indexes), Data(config.model, record.model_id if record else None)),
+        inputs=(
+            *map(Data, config.images),
+            *starmap(Data, indexes),
+            Data(config.model, record.model_id if record else None),
+        ),
         outputs=(Data(config.out, record.run_id if record else None, record.images.total if record else None),),
         properties={"errors": str(record.images.error), "status": record.status} if record else {},
     )
