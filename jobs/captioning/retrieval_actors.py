@@ -66,7 +66,7 @@ def run_partitions(index_uri: str, index_id: str, retrieval: RetrievalConfig) ->
     count = retrieval.partitions
     share_of(load_manifest(index_uri, index_id).shards, (0, count))  # raises before any actor starts
     # The actors ask for no CPU, since the captioners need them all. A query that a dying actor got is asked again.
-    options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, **on_working_nodes()}
+    options: dict[str, Any] = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, **on_working_nodes()}
     actor = ray.remote(scheduling_strategy="SPREAD", **options)(_PartitionActor)
     actors = [actor.remote(index_uri, index_id, retrieval.cache_dir, (number, count)) for number in range(count)]
     try:

@@ -38,7 +38,8 @@ def test_what_shows_ctrl_c_is_stopped(tmp_path: Path, monkeypatch: pytest.Monkey
         transcripts.record_block("$ echo captioned 0\n^C\n", str(tmp_path))
 
 
-def test_the_page_has_been_recorded() -> None:
+def test_the_page_has_commands_and_their_outputs_in_its_blocks() -> None:
     blocks = transcripts.BLOCK.findall(transcripts.PAGE.read_text())
     assert len(blocks) >= 5
-    assert all(block.startswith("$ ") and len(block.splitlines()) > 1 for block in blocks)
+    assert all(block.startswith("$ ") for block in blocks)
+    assert "caption      Caption images." in blocks[0]

@@ -12,7 +12,6 @@ from typer.testing import CliRunner
 
 from jobs import train
 from jobs.cli import app
-from jobs.cluster.stopping import Stopped
 from jobs.inspect import inspect_path
 from smallcap import storage
 from smallcap.captioner import Captioner
@@ -21,7 +20,6 @@ from smallcap.model.checkpoint import load_checkpoint, save_checkpoint
 from smallcap.model.prompt import PromptTemplate
 from smallcap.options import load_config
 from smallcap.training.feature_store import read_features, read_queries
-from tests.in_process_ray import in_process_ray
 from tests.train_runs import loss_curve, train_config, write_captioned_images
 
 pytestmark = pytest.mark.ray
@@ -40,24 +38,12 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(
-    ray_session: None, source: Path, index: str, tiny_smallcap: Path, tmp_path_factory: pytest.TempPathFactory
+    source: Path, index: str, tiny_smallcap: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> train.TrainSummary:
-    """A run of two epochs with validation on its own images.
-
-    It trains on Ray, and goes on from the features and candidates of an attempt that met stand-ins; slow tests make
-    these on Ray as well.
-    """
+    """A run of two epochs with validation on its own images."""
     out = tmp_path_factory.mktemp("trained") / "out"
     sets = ("optimizer.learning_rate=3e-3", "retrieval.mode=c-sample-k", f"validation=[{source}]", "checkpoint_steps=4")
-    config = train_config(source, index, tiny_smallcap, out, *sets)
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with in_process_ray(), pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped, match="before the first"):
-        patch.setattr(train, "_fit", stop)
-        train.run(config)
-    return train.run(config)
+    return train.run(train_config(source, index, tiny_smallcap, out, *sets))
 
 
 def test_the_loss_falls_and_the_frozen_weights_stay(finished: train.TrainSummary, tiny_smallcap: Path) -> None:

