@@ -214,7 +214,7 @@ def test_a_run_that_was_stopped_before_its_first_row_is_shown(tmp_path: Path) ->
 def test_failed_images_are_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (uri,) = write_photos(tmp_path / "photos", 1)
     asked: list[str] = []
-    monkeypatch.setattr(thumbnails, "_fetch", lambda uris: asked.extend(uris) or [b""] * len(uris))
+    monkeypatch.setattr(thumbnails, "_fetch", lambda uris, *_: asked.extend(uris) or [b""] * len(uris))
     run = write_run(str(tmp_path / "run"), [caption_row("a", "a dog", uri), error_row("b.jpg", "crashed")])
     page_of(run, out=tmp_path / "report.html")
     assert asked == [uri]

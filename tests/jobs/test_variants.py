@@ -147,7 +147,7 @@ def test_a_variant_that_comes_later_or_lacks_some_rows_gets_only_these(
         f"{config.out}/greedy/_run.json", record.model_copy(update={"status": "running"}).to_json().encode()
     )
     with monkeypatch.context() as patch:
-        patch.setattr("jobs.captioning.work.pin_index", lambda *_: pytest.fail("the index may have changed since"))
+        patch.setattr("jobs.captioning.work.pin_indexes", lambda *_: pytest.fail("the index may have changed since"))
         summary = variants.run(config, [TEXTS[3], *TEXTS[:3]])
     assert {name: one.new_images for name, one in summary.runs.items()} == {
         "words": IMAGES,
@@ -243,7 +243,7 @@ def test_the_commands_know_folders_of_variants(config: CaptionConfig, tmp_path: 
         assert result.exit_code == 0
         return result.output
 
-    shared = [*config.images, "--index", config.index or "", "--model", config.model, "--out", config.out]
+    shared = [*config.images, "--index", *config.index, "--model", config.model, "--out", config.out]
     sets = [word for one in (*SETS, "compute.dtype=float32") for word in ("--set", one)]
     given = [word for text in TEXTS[:3] for word in ("--variant", text)]
     told = json.loads(smallcap("caption", *shared, *sets, *given, "--json").splitlines()[-1])

@@ -215,7 +215,7 @@ def test_by_default_the_model_goes_to_a_gpu_if_there_is_one(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu_is_there)
     monkeypatch.setattr(
         "smallcap.captioner.load_checkpoint",
-        lambda model, device, dtype: (asked.append(device), load_checkpoint(model, "cpu", dtype))[1],
+        lambda model, device, dtype, cache_dir: (asked.append(device), load_checkpoint(model, "cpu", dtype))[1],
     )
     for options in ({}, {"device": "auto"}, {"device": "cpu"}):
         Captioner.from_pretrained(str(tiny_smallcap), k=0, dtype="float32", **options)

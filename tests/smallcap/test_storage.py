@@ -124,6 +124,7 @@ def test_everything_rides_out_a_store_that_blinks(
     """Every request fails for a while; nothing but patience repeats one."""
     for name in ("in/a", "in/b", "out/r", "odd//c"):
         storage.write_bytes(f"{s3}/{name}", b"aaa")
+    storage.remove(f"{s3}/out/u")  # another case's
     fault_proxy.plan(rates={fault: 1.0}, requests=5, error_status=500, error_code="InternalError")
     ask, answer = ASKED[operation]
     assert ask(s3) == answer
@@ -139,7 +140,7 @@ def test_a_store_that_fails_for_good_is_told_after_the_patience(
 ) -> None:
     monkeypatch.setenv("SMALLCAP_STORAGE_PATIENCE_S", "1.5")
     fault_proxy.plan(rates={"slow_down": 1.0})
-    with pytest.raises(StorageError, match=r"too busy to answer \(503 SlowDown.*in every attempt for [12] s"):
+    with pytest.raises(StorageError, match=r"too busy to answer \(503.*in every attempt for [12] s"):
         storage.read_bytes(f"{s3}/a")
     requests = fault_proxy.done()["requests"]
     fault_proxy.plan(rates={"error": 1.0}, error_status=403, error_code="AccessDenied")
@@ -148,6 +149,7 @@ def test_a_store_that_fails_for_good_is_told_after_the_patience(
     assert fault_proxy.done()["requests"] < 3 < requests
 
 
+@pytest.mark.slow
 def test_a_listing_that_breaks_off_goes_on_where_it_was(s3: str, fault_proxy: Any, single_tries: None) -> None:
     names = [f"{s3}/many/{number:04d}" for number in range(1100)]
     with ThreadPoolExecutor(16) as pool:
