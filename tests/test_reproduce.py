@@ -22,7 +22,7 @@ def test_the_configs_of_a_data_set_fit_together(name: str) -> None:
     index = load_config(IndexConfig, str(FOLDER / name / "index.yaml"))
     caption = load_config(CaptionConfig, str(FOLDER / name / "caption.yaml"))
     evaluate = load_config(EvaluateConfig, str(FOLDER / name / "evaluate.yaml"))
-    assert caption.index == evaluate.index == index.out
+    assert caption.index == (evaluate.index,) == (index.out,)
     assert evaluate.runs == (caption.out,)
     assert (index.encoder, caption.retrieval.k) == ("open_clip:RN50x64/openai", 4)
 

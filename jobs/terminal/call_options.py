@@ -19,7 +19,7 @@ from smallcap.storage import DEFAULT_CACHE_DIR
 AsJson = Annotated[bool, Flag(("--json",))]
 RayAddress = Annotated[str | None, AfterValidator(check_form)]
 ExportKind = Literal["jsonl", "csv", "card", "iceberg", "delta", "lance", "hf", "webdataset"]
-ConfigJob = Literal["caption", "build-index", "train", "evaluate", "bench"]
+ConfigJob = Literal["caption", "refresh", "forget", "build-index", "train", "evaluate", "bench"]
 
 
 class PrintOptions(Config):

@@ -83,7 +83,7 @@ def check_place(uri: str, *, is_gone: bool, refused: int = 1) -> None:
         _check_folder()
     elif is_on_hub(uri):
         fault = _fault_of(uri, lambda: _ask_hub(uri))
-        if fault is not None:
+        if fault is not None and refused >= _FEW:  # else a list may name what is in no repository
             raise _failed(place, fault, uri)
     elif is_object_store(place):
         good = known_good(place)

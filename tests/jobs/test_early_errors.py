@@ -145,7 +145,7 @@ def answers(
         [sys.executable, "-c", SCRIPT],
         input=json.dumps(lines),
         env={"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(folder / "images"), "HF_HUB_OFFLINE": "1"}
-        | {"HF_TOKEN": PLANTED, "AWS_EC2_METADATA_DISABLED": "true"},
+        | {"HF_TOKEN": PLANTED, "AWS_EC2_METADATA_DISABLED": "true", "SMALLCAP_STORAGE_PATIENCE_S": "1"},
         cwd=folder,
         capture_output=True,
         text=True,

@@ -36,7 +36,7 @@ def exit_status(*arguments: str) -> int:
 
 def valid_for(option: Option) -> list[str]:
     """Returns arguments that give a required option a value of its form."""
-    value = re.sub("^one of |,.*", "", option.values) or "given"
+    value = "text=given" if option.key == "remove" else re.sub("^one of |,.*", "", option.values) or "given"
     return [value] if option.is_positional else [option.names[-1], value]
 
 
@@ -79,7 +79,7 @@ def test_no_two_options_share_a_flag(command: Command) -> None:
     assert len(names) == len(set(names))
 
 
-OTHERS = ("--shm-size", "--pids-limit", "--head", "--install-completion")  # of docker run, ray start and typer
+OTHERS = ("--shm-size", "--pids-limit", "--head", "--num-cpus", "--install-completion")  # of docker, Ray and typer
 
 
 def flags(command: Command) -> set[str]:

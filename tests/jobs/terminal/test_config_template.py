@@ -17,6 +17,7 @@ JOBS = [command for command in COMMANDS if any(option.key == "config" for option
 NEEDED: dict[str, dict[str, Any]] = {
     "caption": {"index": "an-index"},
     "build-index": {"dumps": ["a.csv"], "encoder": "demo"},
+    "forget": {"remove": ["text=given"]},
     "train": {"index": "an-index", "model": "demo"},
 }
 
@@ -80,4 +81,4 @@ def test_a_file_that_is_there_is_kept(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "There is a file already" in capsys.readouterr().err
     assert file.read_text() == "limit: 5\n"
     assert run("config", "init", "captoin") == 2
-    assert "one of caption, build-index, train, evaluate, bench" in capsys.readouterr().err
+    assert "one of caption, refresh, forget, build-index, train, evaluate, bench" in capsys.readouterr().err

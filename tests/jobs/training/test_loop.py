@@ -39,8 +39,8 @@ class InterruptedWorker(Worker):
 
     steps_left = 3
 
-    def _count(self, report: StepReport, epoch: int) -> None:
-        super()._count(report, epoch)
+    def _count(self, report: StepReport, epoch: int, seconds: float) -> None:
+        super()._count(report, epoch, seconds)
         self.steps_left -= 1
         if not self.steps_left:
             raise InterruptedError
@@ -88,7 +88,7 @@ def test_a_worker_that_is_asked_to_end_keeps_its_steps(
         replace(spec, config=quiet.model_copy(update={"out": str(tmp_path / out)})) for out in ("straight", "asked")
     ]
     run_to_end(specs[0])
-    watch = AskedToEnd()
+    watch = AskedToEnd("run")
     run_to_end(replace(specs[1], watch=watch))  # type: ignore[arg-type]
     assert not watch.is_waited_for()
     assert watch.newest() == TrainStep(4, 2, pytest.approx(loss_curve(specs[0].config.out)[3]))

@@ -312,15 +312,14 @@ def test_a_failing_service_stops_the_run(s3: str, monkeypatch: pytest.MonkeyPatc
     def sometimes(*args: object, **options: object) -> object:
         calls.append(1)
         if len(calls) < fails:
-            raise GenericError("connection reset")
+            raise GenericError("Server returned non-2xx status code: 500 Internal Server Error")
         return real(*args, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(obstore, "get", sometimes)
-    monkeypatch.setattr("smallcap.s3.time.sleep", lambda seconds: None)
     fails = 4
     assert len(images(read(f"{s3}/a.tar"))) == 3
     fails = 1000
-    with pytest.raises(StorageError, match="fails after retries"):
+    with pytest.raises(StorageError, match="in every attempt for"):
         read(f"{s3}/a.tar")
 
 
