@@ -92,15 +92,16 @@ class Experiments:
         row = self.claims.row
         sides = (("in_domain", self.in_domain, "training"), ("transfer", self.transfer, "other"))
         for name, scenes, own_datastore in sides:
-            row(f"{name}/none", self.caption_without_retrieval, scenes)
-            row(f"{name}/random", self.caption_with_random, scenes)
             row(f"{name}/own_datastore", self.caption, scenes, own_datastore)
+            row(f"{name}/random", self.caption_with_random, scenes)
             row(f"{name}/both", self.caption, scenes, "both")
             row(f"{name}/everything_and_noise", self.caption, scenes, "everything")
         row("in_domain/other_datastore", self.caption, self.in_domain, "other")
         row("transfer/training_datastore", self.caption, self.transfer, "training")
         for share in ("eighth", "half"):
             row(f"transfer/own_datastore_{share}", self.caption, self.transfer, f"other-{share}")
+        for name, scenes, _ in sides:
+            row(f"{name}/none", self.caption_without_retrieval, scenes)
 
     def numbers_of_captions(self) -> None:
         """Varies k from 1 to 7; the model was trained with four."""

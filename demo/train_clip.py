@@ -38,7 +38,7 @@ CAPTIONS_ALONE = 2  # captions without their image for each image of a batch
 class ClipRecipe(Recipe):
     """The settings of CLIP's training."""
 
-    steps: int = 4_000
+    steps: int = 3_000
     batch_size: int = 128
     learning_rate: float = 1.5e-3
     warmup_steps: int = 80

@@ -59,7 +59,7 @@ def training_config(
     reduce_factor: int = 1,
     retrieval: RetrievalMode | None = "top-k",
     scenes: int = SCENES,
-    epochs: int = 2,
+    epochs: int = 1,
 ) -> TrainConfig:
     """Returns the options of a training.
 
@@ -83,7 +83,7 @@ def training_config(
         limit=scenes,
         checkpoint_steps=250,
         retrieval=TrainRetrievalConfig(mode=retrieval, k=4) if retrieval else TrainRetrievalConfig(k=0),
-        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=50, epochs=epochs, batch_size=BATCH_SIZE),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=50, epochs=epochs, batch_size=BATCH_SIZE),
     )
 
 
