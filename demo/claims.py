@@ -13,7 +13,6 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,10 @@ import torch
 from demo.claim_datastores import build_datastores
 from demo.claim_report import write_report
 from demo.claim_rows import RandomCaptions, Row, score
-from demo.data import render_pool
 from demo.datastore import datastore_rows
 from demo.drawn_scenes import DrawnScenes
 from demo.make import DEMO, run_step
-from demo.train_cross_attention import CrossAttentionRecipe, train_cross_attention
+from demo.train_cross_attention import SHORT_SCENES, train_cross_attention, training_config
 from demo.world import OTHER, OTHER_TEST, TEST, TRAINING
 from smallcap.captioner import Captioner
 from smallcap.index.retriever import Retriever
@@ -37,7 +35,7 @@ from smallcap.training.retrieval_sampling import RetrievalMode
 
 KS = range(1, 8)
 REDUCE_FACTORS = (1, 2, 4, 8, 16)
-SHORT = CrossAttentionRecipe(scenes=8_000, steps=240)  # for trainings that are compared with each other
+SHORT = {"scenes": SHORT_SCENES, "epochs": 1}
 MODES: tuple[RetrievalMode, ...] = ("top-k", "sample-k")
 
 
@@ -85,10 +83,8 @@ class Experiments:
         return score(scenes.caption(Captioner.from_pretrained(model, retriever)), scenes)
 
     def caption_without_retrieval(self, scenes: DrawnScenes) -> Row:
-        """Measures a model trained without retrieval, on the number of examples that the shipped one saw."""
-        recipe = CrossAttentionRecipe()
-        plain_steps = recipe.steps * recipe.batch_size // recipe.plain_batch_size
-        model = self._trained("no-retrieval", replace(recipe, steps=0, plain_steps=plain_steps))
+        """Measures a model trained without retrieval, on the examples that the shipped one saw."""
+        model = self._trained("no-retrieval", retrieval=None)
         return score(scenes.caption(Captioner.from_pretrained(model, k=0)), scenes)
 
     def datastores(self) -> None:
@@ -96,15 +92,16 @@ class Experiments:
         row = self.claims.row
         sides = (("in_domain", self.in_domain, "training"), ("transfer", self.transfer, "other"))
         for name, scenes, own_datastore in sides:
-            row(f"{name}/none", self.caption_without_retrieval, scenes)
-            row(f"{name}/random", self.caption_with_random, scenes)
             row(f"{name}/own_datastore", self.caption, scenes, own_datastore)
+            row(f"{name}/random", self.caption_with_random, scenes)
             row(f"{name}/both", self.caption, scenes, "both")
             row(f"{name}/everything_and_noise", self.caption, scenes, "everything")
         row("in_domain/other_datastore", self.caption, self.in_domain, "other")
         row("transfer/training_datastore", self.caption, self.transfer, "training")
         for share in ("eighth", "half"):
             row(f"transfer/own_datastore_{share}", self.caption, self.transfer, f"other-{share}")
+        for name, scenes, _ in sides:
+            row(f"{name}/none", self.caption_without_retrieval, scenes)
 
     def numbers_of_captions(self) -> None:
         """Varies k from 1 to 7; the model was trained with four."""
@@ -114,7 +111,7 @@ class Experiments:
     def sizes(self) -> None:
         """Compares cross-attentions of several widths after the same short training."""
         for factor in REDUCE_FACTORS:
-            model = self._trained(f"reduce-{factor}", replace(SHORT, reduce_factor=factor))
+            model = self._trained(f"reduce-{factor}", reduce_factor=factor, **SHORT)
             self._own_datastores(f"reduce_factor/{factor}", model=model)
             trained = freeze_all_but_cross_attention(load_checkpoint(model).decoder)
             self.claims.values["reduce_factor"][str(factor)]["trained_parameters"] = sum(p.numel() for p in trained)
@@ -123,7 +120,7 @@ class Experiments:
         """Compares training with the nearest captions and training with drawn ones."""
         for mode in MODES:
             name = "reduce-1" if mode == "top-k" else mode
-            model, section = self._trained(name, replace(SHORT, retrieval=mode)), f"retrieval/{mode}"
+            model, section = self._trained(name, retrieval=mode, **SHORT), f"retrieval/{mode}"
             self._own_datastores(section, model=model)
             self.claims.row(f"{section}/in_domain_random", self.caption_with_random, self.in_domain, model)
             self.claims.row(f"{section}/transfer_noisy", self.caption, self.transfer, "noisy", model=model)
@@ -133,17 +130,16 @@ class Experiments:
         self.claims.row(f"{section}/in_domain", self.caption, self.in_domain, "training", **options)
         self.claims.row(f"{section}/transfer", self.caption, self.transfer, "other", **options)
 
-    def _trained(self, name: str, recipe: CrossAttentionRecipe) -> str:
+    def _trained(self, name: str, **options: Any) -> str:
         """Returns the folder of a cross-attention; if it is missing, it is trained below the work folder."""
-        clip, language_model = self.work / "clip", self.work / "language-model"
+        out = self.work / "claims" / name
+        config = training_config(self.work, self.work / "claims" / f"{name}.run", self.indexes["training"], **options)
 
         def train(folder: Path) -> None:
-            if not language_model.exists():
-                raise SystemExit(f"{language_model} does not exist: run `make demo-model` first.")
-            images = render_pool(TRAINING, CrossAttentionRecipe.scenes, self.work)
-            train_cross_attention(recipe, clip, language_model, images, folder)
+            if not (self.work / "training-scenes").exists():
+                raise SystemExit(f"{self.work}/training-scenes does not exist: run `make demo-model` first.")
+            train_cross_attention(config, folder)
 
-        out = self.work / "claims" / name
         run_step(name, out, train)
         return str(out)
 

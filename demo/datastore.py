@@ -2,12 +2,13 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 from demo.render import encode_jpeg
 from demo.world import OTHER, OTHER_TEST, TEST, TRAINING, SceneSet, captions_of, sample_scene, scenes_of
 
-DATASTORE_SCENES = 10_000
+DATASTORE_SCENES = 15_000
 CAPTIONS_PER_SCENE = 2
 REFERENCES_PER_IMAGE = 5
 SHIPPED_IMAGES = 48  # of the training domains
@@ -63,6 +64,8 @@ def write_shipped(folder: Path) -> None:
     """Writes dumps, images and references of the training domains and of the held-out ones."""
     write_captions(datastore_rows(TRAINING), folder / "captions.csv")
     write_captions(datastore_rows(OTHER), folder / "captions-held-out.csv")
+    for images in ("images", "images-held-out"):
+        shutil.rmtree(folder / images, ignore_errors=True)
     write_images(TEST, SHIPPED_IMAGES, folder / "images")
     write_images(OTHER_TEST, SHIPPED_OTHER_IMAGES, folder / "images-held-out")
     write_references(TEST, SHIPPED_IMAGES, folder / "references.json")

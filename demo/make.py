@@ -16,10 +16,10 @@ from demo.datastore import write_shipped
 from demo.evaluate import evaluate
 from demo.tokenizer import clip_form, save_gpt2_tokenizer, train_tokenizer
 from demo.train_clip import ClipRecipe, save_clip, train_clip
-from demo.train_cross_attention import CrossAttentionRecipe, train_cross_attention
+from demo.train_cross_attention import train_cross_attention, training_config, write_training_scenes
 from demo.train_language_model import train_language_model
 from demo.training import Recipe
-from demo.world import TRAINING, WEB
+from demo.world import WEB
 from jobs.demo import build_demo_index
 from smallcap.captioner import Captioner
 
@@ -40,40 +40,40 @@ def run_step(name: str, output: Path, make: Callable[[Path], None]) -> None:
     print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
 
 
-def make_model(work: Path) -> None:
-    """Trains CLIP, GPT-2 and cross-attention below `work`, in this order: each needs those before it."""
-    clip, cross_attention = ClipRecipe(), CrossAttentionRecipe()
-    start = time.perf_counter()
-    web_images = render_pool(WEB, clip.scenes, work)
-    images = render_pool(TRAINING, cross_attention.scenes, work)
-    print(f"scenes: {time.perf_counter() - start:.0f} s", flush=True)
-    tokenizer = train_tokenizer()
+def make_frozen_models(work: Path) -> None:
+    """Trains CLIP and GPT-2 below `work`."""
+    clip, tokenizer = ClipRecipe(), train_tokenizer()
 
     def make_clip(folder: Path) -> None:
         wrapped = clip_form(tokenizer)
-        save_clip(train_clip(clip, web_images, wrapped), wrapped, folder)
+        images = render_pool(WEB, clip.scenes, work)
+        save_clip(train_clip(clip, images, wrapped, work / "clip.checkpoint"), wrapped, folder)
 
     def make_language_model(folder: Path) -> None:
-        train_language_model(Recipe(), tokenizer).save_pretrained(folder)
+        train_language_model(Recipe(), tokenizer, work / "language-model.checkpoint").save_pretrained(folder)
         save_gpt2_tokenizer(tokenizer, folder)
-
-    def make_smallcap(folder: Path) -> None:
-        train_cross_attention(cross_attention, work / "clip", work / "language-model", images, folder)
 
     run_step("clip", work / "clip", make_clip)
     run_step("language model", work / "language-model", make_language_model)
-    run_step("cross-attention", work / "smallcap", make_smallcap)
 
 
-def publish(work: Path) -> None:
-    """Puts what ships into `demo/`: the models, the test images, the dumps and the references."""
-    for model in ("clip", "smallcap"):
-        target = DEMO / "model" / model
-        shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(work / model, target)
-    for images in ("images", "images-held-out"):
-        shutil.rmtree(DEMO / images, ignore_errors=True)
-    write_shipped(DEMO)
+def make_smallcap(work: Path) -> None:
+    """Trains cross-attention below `work`, between the GPT-2 there and the CLIP in `demo/`, on the dump in `demo/`."""
+    run_step("training scenes", work / "training-scenes", write_training_scenes)
+    config = training_config(work, work / "training", str(work / "index"))
+
+    def make(folder: Path) -> None:
+        build_demo_index(str(work / "index"))
+        train_cross_attention(config, folder)
+
+    run_step("cross-attention", work / "smallcap", make)
+
+
+def publish(model: Path) -> None:
+    """Puts a model's folder into `demo/model/`."""
+    target = DEMO / "model" / model.name
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(model, target)
 
 
 def main() -> None:
@@ -86,8 +86,11 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     if arguments.force:
         shutil.rmtree(arguments.work_dir, ignore_errors=True)
-    make_model(arguments.work_dir)
-    publish(arguments.work_dir)
+    make_frozen_models(arguments.work_dir)
+    publish(arguments.work_dir / "clip")
+    write_shipped(DEMO)
+    make_smallcap(arguments.work_dir)
+    publish(arguments.work_dir / "smallcap")
     index = build_demo_index("out/demo/index").index_uri
     evaluate(Captioner.from_pretrained("demo", index), 600, arguments.work_dir / "evaluation.json")
 

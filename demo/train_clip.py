@@ -8,8 +8,9 @@ cross-attention, which reads the patches, cannot name one object after another.
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from demo.data import CLIP_MEAN, CLIP_STD, IMAGE_PX, normalise, object_table, region_masks
 from demo.tokenizer import CLIP_END, CLIP_MAX_TOKENS, CLIP_PAD, CLIP_START, save_clip_tokenizer
-from demo.training import Recipe, descend, fast_matrices
+from demo.training import Recipe, descend
 from demo.world import WEB, captions_of, load_kinds, scenes_of
 
 PATCH_PX = 16
@@ -29,12 +30,15 @@ PLACES = [f"at the {row} {column}" for row in ("top", "middle", "bottom") for co
 TURNS = ["the first object", "the second object", "the third object"]
 POSITION_SCALE = 0.6  # size of the sinusoids relative to the patch embeddings
 SHIFT_PX = 4
+DOMAINS_TOGETHER = 2  # in a batch
+CAPTIONS_ALONE = 2  # captions without their image for each image of a batch
 
 
 @dataclass(frozen=True)
 class ClipRecipe(Recipe):
     """The settings of CLIP's training."""
 
+    steps: int = 3_000
     batch_size: int = 128
     learning_rate: float = 1.5e-3
     warmup_steps: int = 80
@@ -83,11 +87,23 @@ def embed_texts(model: CLIPModel, input_ids: Tensor) -> Tensor:
     return F.normalize(model.text_projection(model.text_model(input_ids=input_ids).pooler_output), dim=-1)
 
 
-def caption_loss(image_embeds: Tensor, text_embeds: Tensor, scale: Tensor) -> Tensor:
-    """Returns CLIP's symmetric cross-entropy over the batch."""
-    logits = scale * image_embeds @ text_embeds.T
-    target = torch.arange(len(logits))
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+def caption_loss(similarities: Tensor, image_objects: Tensor, text_objects: Tensor) -> Tensor:
+    """Returns CLIP's cross-entropy in both directions, where a scene's matches are all captions of the same objects.
+
+    What else a caption says, such as the ground, is left to the patches: in a large datastore, captions that agree in
+    it and not in the objects would come first.
+
+    Args:
+        similarities: [B, T] scaled similarities of images to texts. The first B texts are the images' own captions; the
+            others have no image.
+        image_objects: [B] a number for each scene, the same for scenes with the same objects.
+        text_objects: [T] the numbers of the captions' scenes.
+    """
+    same = (image_objects[:, None] == text_objects).float()
+    own = same[:, : len(same)]
+    to_texts = F.cross_entropy(similarities, same / same.sum(1, keepdim=True))
+    to_images = F.cross_entropy(similarities[:, : len(own)].T, own / own.sum(1, keepdim=True))
+    return (to_texts + to_images) / 2
 
 
 def region_logits(model: CLIPModel, hidden: Tensor, text_embeds: Tensor, places: Tensor) -> Tensor:
@@ -135,46 +151,69 @@ def add_sinusoids(model: CLIPModel, images: np.ndarray) -> None:
     embeddings.position_embedding.weight[1:] += sinusoids * (POSITION_SCALE * patches.std() / sinusoids.std())
 
 
-def train_clip(recipe: ClipRecipe, images: np.ndarray, tokenizer: Tokenizer) -> CLIPModel:
-    """Trains a CLIP on rendered scenes.
+def train_clip(recipe: ClipRecipe, images: np.ndarray, tokenizer: Tokenizer, checkpoint: Path) -> CLIPModel:
+    """Trains a CLIP on rendered scenes, from where an earlier attempt stopped.
 
     Args:
         recipe: The settings that decide the result.
         images: uint8 [recipe.scenes, IMAGE_PX, IMAGE_PX, 3], the first scenes of WEB.
         tokenizer: The tokenizer in CLIP's form.
+        checkpoint: The file of the training's checkpoint.
     """
     torch.manual_seed(recipe.seed)
     model = build_model(tokenizer).train()
     add_sinusoids(model, images[: recipe.batch_size])
-    descend("clip", model.parameters(), recipe, losses(recipe, model, images, tokenizer))
+    descend("clip", model.parameters(), recipe, partial(losses, recipe, model, images, tokenizer), checkpoint)
     return model.eval()
 
 
 def losses(
-    recipe: ClipRecipe, model: CLIPModel, images: np.ndarray, tokenizer: Tokenizer
+    recipe: ClipRecipe, model: CLIPModel, images: np.ndarray, tokenizer: Tokenizer, first: int
 ) -> Iterator[tuple[Tensor, dict[str, float]]]:
-    """Yields the loss of each step, and the shares of captions and regions that are matched correctly."""
-    rng = np.random.default_rng(recipe.seed)
+    """Yields the loss of each step from `first` on, and the shares of captions and regions that are matched right."""
     scenes = scenes_of(WEB, recipe.scenes)
     captions = [captions_of(scene, recipe.captions_per_scene) for scene in scenes]
     kinds, places = object_table(scenes)
     nouns = [f"{kind.article} {kind.noun}" for kind in load_kinds()]
     region_texts = tokenize(tokenizer, nouns + PLACES + TURNS)
-    passes = 1 + recipe.steps * recipe.batch_size // recipe.scenes
-    order = np.concatenate([rng.permutation(recipe.scenes) for _ in range(passes)])
-    for step in range(recipe.steps):
-        rows = np.sort(order[step * recipe.batch_size : (step + 1) * recipe.batch_size])
+    numbers: dict[frozenset[tuple[str, int]], int] = {}
+    objects = torch.tensor([numbers.setdefault(frozenset(scene.kinds.items()), len(numbers)) for scene in scenes])
+    domains = np.array([scene.domain for scene in scenes])
+    rows_of = [np.flatnonzero(domains == domain) for domain in np.unique(domains)]
+    for step in range(first, recipe.steps):
+        rng = np.random.default_rng([recipe.seed, step])
+        rows, others = draw_batch(rows_of, recipe.batch_size, rng)
         pixels, moved = shift(normalise(np.array(images[rows])), places[rows], rng)
-        texts = tokenize(tokenizer, [captions[row][rng.integers(recipe.captions_per_scene)] for row in rows])
-        with fast_matrices():
-            image_embeds, hidden = embed_images(model, pixels)
-            text_embeds, region_embeds = embed_texts(model, texts), embed_texts(model, region_texts)
-            logits = region_logits(model, hidden.float(), region_embeds, moved).float()
-        captions_loss = caption_loss(image_embeds.float(), text_embeds.float(), model.logit_scale.exp())
-        regions_loss, right = region_loss(logits, kinds[rows], moved)
-        in_batch = (image_embeds @ text_embeds.T).argmax(1).eq(torch.arange(len(rows))).float().mean().item()
-        yield captions_loss + regions_loss, {"captions": in_batch, **right}
+        told = np.concatenate([rows, others])
+        texts = tokenize(tokenizer, [captions[row][rng.integers(recipe.captions_per_scene)] for row in told])
+        image_embeds, hidden = embed_images(model, pixels)
+        text_embeds, region_embeds = embed_texts(model, texts), embed_texts(model, region_texts)
+        similarities = model.logit_scale.exp() * image_embeds @ text_embeds.T
+        regions_loss, right = region_loss(region_logits(model, hidden, region_embeds, moved), kinds[rows], moved)
+        matched = (objects[told][similarities.argmax(1)] == objects[rows]).float().mean().item()
+        captions_loss = caption_loss(similarities, objects[rows], objects[told])
+        yield captions_loss + regions_loss, {"captions": matched, **right}
         model.logit_scale.data.clamp_(max=math.log(100))
+
+
+def draw_batch(
+    rows_of: Sequence[np.ndarray], batch_size: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the rows of scenes of a few domains, and of further ones of the same domains for their captions.
+
+    Among scenes of all domains, the domain alone would nearly suffice to find an image's caption.
+
+    Args:
+        rows_of: The rows of each domain.
+        batch_size: Number of scenes, a multiple of DOMAINS_TOGETHER.
+        rng: Draws domains and scenes.
+    """
+    share = batch_size // DOMAINS_TOGETHER
+    drawn = [
+        rng.choice(rows_of[domain], size=(1 + CAPTIONS_ALONE) * share, replace=False)
+        for domain in rng.choice(len(rows_of), size=DOMAINS_TOGETHER, replace=False)
+    ]
+    return np.concatenate([rows[:share] for rows in drawn]), np.concatenate([rows[share:] for rows in drawn])
 
 
 def shift(pixels: Tensor, places: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:

@@ -1,114 +1,96 @@
-"""Trains the demo's cross-attention with SmallCap's objective; CLIP and GPT-2 stay as they are.
+"""Trains the demo's cross-attention by the job that users train with, `smallcap train`; CLIP and GPT-2 stay frozen.
 
-Only scenes of the training domains are used, and each is encoded once. The prompt holds the four captions of the
-training domains' dump that CLIP finds nearest to the image, without the image's own. The loss is on the caption that
-follows the prompt. Steps without retrieved captions may come first; a cross-attention that was trained with such steps
-names what it knows, whatever the prompt says.
+Only scenes of the training domains are used. The prompt holds captions of the training domains' datastore that CLIP
+finds near the image, without the image's own. Whatever is not a constant here has the job's default.
 
 Source: Ramos et al. 2023, section 3.3; other choices of the retrieved captions: Li et al. 2024, section 5.
 """
 
-import itertools
-import random
 import shutil
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
-import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
-from torch import Tensor
 
-from demo.cross_attention_data import Batch, Examples, load_training_scenes
-from demo.cross_attention_start import Whitening, start_at_nouns
-from demo.training import Recipe, descend, fast_matrices
-from demo.world import TRAINING, load_kinds, scenes_of
-from smallcap.model.assembly import join_frozen_models
-from smallcap.model.checkpoint import SmallCapModel, save_checkpoint
-from smallcap.model.clip_encoder import load_retrieval_encoder
+from demo.datastore import image_name
+from demo.render import encode_jpeg
+from demo.world import TRAINING, captions_of, scenes_of
+from jobs import train
+from smallcap.model.checkpoint import load_checkpoint, save_checkpoint
 from smallcap.model.files import DEMO
-from smallcap.model.prompt import encode_texts, load_tokenizer
-from smallcap.training.objective import caption_loss, collate, freeze_all_but_cross_attention
+from smallcap.training.config import OptimizerConfig, TrainConfig, TrainRetrievalConfig
 from smallcap.training.retrieval_sampling import RetrievalMode
 
-WHITENED_FROM, STARTED_FROM = 2_500, 4_000  # scenes
+SCENES = 24_000
+CAPTIONS_PER_SCENE = 4
+SCENES_PER_FILE = 1_000
+SCENES_PER_ROW_GROUP = 250
+BATCH_SIZE = 64
+SHORT_SCENES = 4_000  # for trainings that are compared with each other: one epoch is 250 steps
 
 
-@dataclass(frozen=True)
-class CrossAttentionRecipe(Recipe):
-    """The settings of cross-attention's training."""
-
-    reduce_factor: int = 1
-    k: int = 4
-    retrieval: RetrievalMode = "top-k"
-    plain_steps: int = 0  # first, without retrieval
-    plain_batch_size: int = 128
-    steps: int = 1_200  # then with retrieved captions
-    batch_size: int = 48
-    warmup_steps: int = 50
-    start_scale: float = 1.0  # size of the values' first targets relative to the noun embeddings
+def write_training_scenes(folder: Path, count: int = SCENES, workers: int = 2) -> None:
+    """Writes the first training scenes as Parquet files with the images' bytes and their captions."""
+    chunks = [range(start, min(start + SCENES_PER_FILE, count)) for start in range(0, count, SCENES_PER_FILE)]
+    with ProcessPoolExecutor(workers) as pool:
+        list(pool.map(partial(_write_file, folder=folder), chunks))
 
 
-def train(recipe: CrossAttentionRecipe, model: SmallCapModel, features: Tensor, batches: Iterable[Batch]) -> None:
-    """Trains the cross-attention in place, on features [N, P, Hv]."""
-    trained = freeze_all_but_cross_attention(model.decoder)
-
-    def losses() -> Iterator[tuple[Tensor, dict[str, float]]]:
-        for rows, examples in batches:
-            inputs = collate(examples, model.config.pad_token_id)
-            with fast_matrices():
-                loss = caption_loss(model.decoder, features[rows].float(), *inputs)
-            yield loss, {}
-
-    model.decoder.train()
-    steps = recipe.plain_steps + recipe.steps
-    descend("cross-attention", trained, recipe, losses(), lowest=0.02, steps=steps, vectors_decay=True)
-    model.decoder.eval()
+def _write_file(numbers: Sequence[int], folder: Path) -> None:
+    scenes = scenes_of(TRAINING, len(numbers), numbers[0])
+    table = pa.table(
+        {
+            "image_id": [image_name(TRAINING, scene.seed) for scene in scenes],
+            "image": [encode_jpeg(scene) for scene in scenes],
+            "caption": [captions_of(scene, CAPTIONS_PER_SCENE) for scene in scenes],
+        }
+    )
+    pq.write_table(table, folder / f"{numbers[0]:06d}.parquet", row_group_size=SCENES_PER_ROW_GROUP)
 
 
-def train_cross_attention(
-    recipe: CrossAttentionRecipe, clip_folder: Path, language_model_folder: Path, images: np.ndarray, out: Path
-) -> None:
-    """Trains the cross-attention between a CLIP and a GPT-2, and writes the checkpoint with its tokenizer.
+def training_config(
+    work: Path,
+    out: Path,
+    index: str,
+    reduce_factor: int = 1,
+    retrieval: RetrievalMode | None = "top-k",
+    scenes: int = SCENES,
+    epochs: int = 1,
+) -> TrainConfig:
+    """Returns the options of a training.
 
     Args:
-        recipe: The settings that decide the result.
-        clip_folder: Folder of transformers' CLIP, which is vision encoder and retrieval encoder in one.
-        language_model_folder: Folder of transformers' GPT-2, with its tokenizer.
-        images: uint8 [at least recipe.scenes, IMAGE_PX, IMAGE_PX, 3], the rendered training scenes.
-        out: The folder for the checkpoint.
+        work: The work folder, which has the training scenes and the language model.
+        out: The run's folder.
+        index: Index of the training domains' captions.
+        reduce_factor: Factor by which the cross-attention's heads are smaller than GPT-2's.
+        retrieval: How the prompt's captions are chosen; None trains without retrieval.
+        scenes: Number of scenes.
+        epochs: Passes over all captions of these scenes.
     """
-    torch.manual_seed(recipe.seed)
-    model = join_frozen_models(
-        str(clip_folder),
-        str(language_model_folder),
-        recipe.reduce_factor,
-        retrieval_encoder=DEMO,
-        k=recipe.k,
-        seed=recipe.seed,
+    return TrainConfig(
+        sources=(str(work / "training-scenes"),),
+        index=index,
+        out=str(out),
+        vision_encoder=DEMO,
+        decoder=str(work / "language-model"),
+        reduce_factor=reduce_factor,
+        features=str(work / f"features-{scenes}") if retrieval else None,  # without it, there are no embeddings
+        limit=scenes,
+        checkpoint_steps=250,
+        retrieval=TrainRetrievalConfig(mode=retrieval, k=4) if retrieval else TrainRetrievalConfig(k=0),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=50, epochs=epochs, batch_size=BATCH_SIZE),
     )
-    tokenizer = load_tokenizer(str(language_model_folder))
-    scenes = load_training_scenes(
-        model,
-        load_retrieval_encoder(f"hf:{clip_folder}"),
-        tokenizer,
-        images[: recipe.scenes],
-        recipe.captions_per_scene,
-        recipe.retrieval,
-    )
-    whitening = Whitening.of(scenes.features[:WHITENED_FROM])
-    features = whitening.apply(scenes.features)
-    nouns = [ids[0] for ids in encode_texts(tokenizer, [f" {kind.noun}" for kind in load_kinds()])]
-    started = features[:STARTED_FROM]
-    start_at_nouns(model, started, scenes_of(TRAINING, len(started)), nouns, recipe.start_scale)
-    examples = Examples(model, tokenizer, scenes, random.Random(recipe.seed))
-    batches = itertools.chain(
-        examples.plain(recipe.plain_steps, recipe.plain_batch_size), examples.prompted(recipe.steps, recipe.batch_size)
-    )
-    train(recipe, model, features, batches)
-    whitening.fold_into(model)
-    # The same function, under the name that it has in GPT-2 checkpoints and so in the reference.
-    model.config = replace(model.config, decoder=replace(model.config.decoder, activation="gelu_new"))
-    save_checkpoint(model, out, torch.float16)
+
+
+def train_cross_attention(config: TrainConfig, model_folder: Path) -> None:
+    """Trains, from where an earlier attempt stopped, and writes the model in float16 with its tokenizer."""
+    train.run(config)
+    trained = Path(config.out) / "model"
+    save_checkpoint(load_checkpoint(str(trained)), model_folder, torch.float16)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(language_model_folder / name, out / name)
+        shutil.copyfile(trained / name, model_folder / name)

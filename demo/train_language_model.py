@@ -5,9 +5,11 @@ from scenes of all domains. No image is involved, but the decoder learns to use 
 would.
 """
 
+import itertools
 import random
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +18,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from demo.tokenizer import EOS_TOKEN, PAD_TOKEN
-from demo.training import Recipe, batches_of_like_length, descend, fast_matrices
+from demo.training import Recipe, batches_of_like_length, descend
 from demo.world import WEB, Scene, captions_of, scenes_of
 
 PROMPT = "Similar images show\n\n{}.\n\nThis image shows "
@@ -35,7 +37,7 @@ def build_language_model(tokenizer: Tokenizer) -> GPT2LMHeadModel:
             n_layer=4,
             n_head=4,
             initializer_range=0.08,  # 1 / sqrt(n_embd); with 0.02 nouns stay alike and prompts are not copied
-            activation_function="gelu_pytorch_tanh",  # GPT-2's gelu_new as one operation: twice as fast in bf16
+            activation_function="gelu_pytorch_tanh",  # GPT-2's gelu_new as one operation: twice as fast
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,
@@ -72,7 +74,11 @@ class Documents:
         return self._ids(PROMPT.format("\n\n".join(related))) + self._ids(caption + EOS_TOKEN)
 
     def _related(self, row: int, count: int, rng: random.Random) -> list[str]:
-        """Draws captions: most are of this scene or of one that shares an object with it, a few are of any scene."""
+        """Draws captions: most are of this scene or of one that shares an object with it, a few are of any scene.
+
+        Those that share most come first, as retrieved captions do: a decoder that has only seen prompts in any order
+        does not know which caption to trust.
+        """
         nouns = list(self.scenes[row].kinds)
         rows = []
         for _ in range(count):
@@ -83,7 +89,13 @@ class Documents:
                 rows.append(rng.choice(self.rows_of[rng.choice(nouns)]))
             else:
                 rows.append(rng.randrange(len(self.scenes)))
+        rows.sort(key=lambda other: self._likeness(row, other), reverse=True)
         return [rng.choice(self.captions[other]) for other in rows]
+
+    def _likeness(self, row: int, other: int) -> float:
+        """Returns the share of the objects of two scenes that both have."""
+        first, second = self.scenes[row].kinds, self.scenes[other].kinds
+        return (first & second).total() / (first | second).total()
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text).ids)
@@ -106,22 +118,21 @@ def pad_documents(documents: list[list[int]]) -> tuple[Tensor, Tensor]:
     return ids, torch.where(real, ids, IGNORED)
 
 
-def train_language_model(recipe: Recipe, tokenizer: Tokenizer) -> GPT2LMHeadModel:
-    """Trains a GPT-2 on text."""
+def train_language_model(recipe: Recipe, tokenizer: Tokenizer, checkpoint: Path) -> GPT2LMHeadModel:
+    """Trains a GPT-2 on text, from where an earlier attempt stopped; `checkpoint` is the file for that."""
     torch.manual_seed(recipe.seed)
     rng = random.Random(recipe.seed)
     documents = Documents(scenes_of(WEB, recipe.scenes), recipe.captions_per_scene, tokenizer)
     model = build_language_model(tokenizer).train()
 
-    def losses() -> Iterator[tuple[Tensor, dict[str, float]]]:
-        for batch in document_batches(documents, recipe.steps, recipe.batch_size, rng):
+    def losses(first: int) -> Iterator[tuple[Tensor, dict[str, float]]]:
+        batches = document_batches(documents, recipe.steps, recipe.batch_size, rng)
+        for batch in itertools.islice(batches, first, None):
             ids, labels = pad_documents(batch)
-            with fast_matrices():
-                logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-            yield (
-                F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED),
-                {},
-            )
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+            yield F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED), {}
 
-    descend("language model", model.parameters(), recipe, losses())
+    descend("language model", model.parameters(), recipe, losses, checkpoint)
+    # The same function, under the name that it has in GPT-2 checkpoints and so in the reference.
+    model.config.activation_function = "gelu_new"
     return model.eval()

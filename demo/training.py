@@ -4,17 +4,17 @@ import math
 import random
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from smallcap.machine.precision import resolve_dtype
-
 BATCHES_DRAWN = 16  # drawn together and sorted by length
 STEPS_PER_LINE = 100
+LOWEST = 0.01  # the last step's learning rate, as a share of the recipe's
 
 Item = TypeVar("Item")
 
@@ -37,28 +37,27 @@ def descend(
     name: str,
     parameters: Iterable[torch.nn.Parameter],
     recipe: Recipe,
-    losses: Iterable[tuple[Tensor, Mapping[str, float]]],
-    lowest: float = 0.01,
-    steps: int | None = None,
-    vectors_decay: bool = False,
+    losses: Callable[[int], Iterable[tuple[Tensor, Mapping[str, float]]]],
+    checkpoint: Path,
 ) -> None:
     """Trains parameters by AdamW with warm-up and cosine; prints means of all figures every STEPS_PER_LINE steps.
+
+    A checkpoint is written with each line. An attempt with the same recipe goes on from there.
 
     Args:
         name: The model's name in the printed lines.
         parameters: The parameters to train.
         recipe: The learning rate, its warm-up, the weight decay and the number of steps.
-        losses: Each step's loss, computed when it is asked for, with figures to print.
-        lowest: The last step's learning rate, as a share of the recipe's.
-        steps: The number of losses; by default the recipe's.
-        vectors_decay: Whether biases and other vectors decay as matrices do.
+        losses: Returns the losses from a step on, counted from 0: each computed when it is asked for, with figures to
+            print.
+        checkpoint: The checkpoint's file, which is removed at the end.
     """
-    steps = steps or recipe.steps
+    steps = recipe.steps
     trained = list(parameters)
     groups = [
         {
             "params": [parameter for parameter in trained if (parameter.ndim < 2) == vectors],
-            "weight_decay": recipe.weight_decay if vectors_decay or not vectors else 0.0,
+            "weight_decay": 0.0 if vectors else recipe.weight_decay,
         }
         for vectors in (False, True)
     ]
@@ -66,12 +65,13 @@ def descend(
 
     def factor(step: int) -> float:
         progress = min(1.0, step / steps)
-        cosine = lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * progress))
+        cosine = LOWEST + (1 - LOWEST) * 0.5 * (1 + math.cos(math.pi * progress))
         return min(1.0, (step + 1) / recipe.warmup_steps) * cosine
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    first = _resume(checkpoint, recipe, trained, optimizer, schedule)
     sums, start = defaultdict[str, float](float), time.perf_counter()
-    for step, (loss, figures) in enumerate(losses, start=1):
+    for step, (loss, figures) in enumerate(losses(first), start=first + 1):
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -84,11 +84,32 @@ def descend(
             means = ", ".join(f"{figure} {total / count:.3f}" for figure, total in sums.items())
             print(f"{name} step {step}: {means}, {time.perf_counter() - start:.0f} s", flush=True)
             sums.clear()
+            state = {"recipe": asdict(recipe), "step": step, "trained": trained}
+            states = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+            torch.save(state | states, checkpoint.with_suffix(".partial"))
+            checkpoint.with_suffix(".partial").rename(checkpoint)
+    checkpoint.unlink(missing_ok=True)
 
 
-def fast_matrices() -> torch.autocast:
-    """Returns the context for a forward pass in training: bfloat16 if this CPU is faster in it, else float32."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=resolve_dtype("auto", "cpu") == "bfloat16")
+@torch.no_grad()
+def _resume(
+    checkpoint: Path,
+    recipe: Recipe,
+    trained: Sequence[torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+) -> int:
+    """Restores a checkpoint of the same recipe; returns the number of steps done, which is 0 without one."""
+    if not checkpoint.exists():
+        return 0
+    state = torch.load(checkpoint, weights_only=True)
+    if state["recipe"] != asdict(recipe):
+        return 0
+    for parameter, stored in zip(trained, state["trained"], strict=True):
+        parameter.copy_(stored)
+    optimizer.load_state_dict(state["optimizer"])
+    schedule.load_state_dict(state["schedule"])
+    return int(state["step"])
 
 
 def batches_of_like_length(

@@ -47,7 +47,7 @@ GROUNDS: dict[str, tuple[int, int, int]] = {
     "black": (45, 45, 50),
     "brown": (150, 112, 82),
 }
-SIZES = {"small": 0.30, "medium": 0.38, "large": 0.52}  # longer side of the object / side of the image
+SIZES = {"small": 0.31, "medium": 0.42, "large": 0.56}  # longer side of the object / side of the image
 NUMBER_WORDS = {2: "two", 3: "three"}
 
 # Centres of the objects (x, y in shares of the side), in reading order: left to right, top to bottom.
@@ -61,11 +61,9 @@ LAYOUTS: dict[str, tuple[tuple[float, float], ...]] = {
     "two_above_one": ((0.26, 0.27), (0.74, 0.27), (0.5, 0.73)),
 }
 LAYOUTS_BY_COUNT = {1: ("alone",), 2: ("beside", "above"), 3: ("row", "column", "one_above_two", "two_above_one")}
-COUNT_SHARES = {1: 0.35, 2: 0.4, 3: 0.25}
-ALIKE_SHARE = 0.2  # of the scenes with several objects: all objects are of one kind
-PAIR_SHARE = 0.5  # of the other scenes with two objects in one level: these two are of one kind
+COUNT_SHARES = {1: 0.35, 2: 0.45, 3: 0.2}
+ALIKE_SHARE = 0.2  # of the scenes with two objects: both are of one kind; three always are
 GROUND_NAMED_SHARE = 0.5  # of the captions name the ground
-PAIRS = {"one_above_two": (1, 2), "two_above_one": (0, 1)}
 
 
 @dataclass(frozen=True)
@@ -93,12 +91,17 @@ class PlacedObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """One to three objects of one domain in a layout on a coloured ground."""
+    """One or two objects of one domain, or three of one kind, in a layout on a coloured ground."""
 
     seed: int
     ground: str
     layout: str
     objects: tuple[PlacedObject, ...]
+
+    @property
+    def domain(self) -> str:
+        """The domain of all its objects."""
+        return self.objects[0].kind.domain
 
     @property
     def kinds(self) -> Counter[str]:
@@ -136,7 +139,7 @@ def sample_scene(seed: int) -> Scene:
     count = rng.choices(list(COUNT_SHARES), weights=list(COUNT_SHARES.values()))[0]
     layout = rng.choice(LAYOUTS_BY_COUNT[count])
     ground = rng.choice(list(GROUNDS))
-    kinds = _sample_kinds(kinds_of(domain), layout, rng)
+    kinds = _sample_kinds(kinds_of(domain), count, rng)
     sizes = _sample_sizes(count, rng)
     objects = tuple(
         _place(kind, size, centre, 0.08 if count == 1 else 0.02, rng)
@@ -150,15 +153,10 @@ def scenes_of(scenes: SceneSet, count: int, first: int = 0) -> list[Scene]:
     return [sample_scene(seed) for seed in scenes.seeds[first : first + count]]
 
 
-def _sample_kinds(pool: Sequence[Kind], layout: str, rng: random.Random) -> list[Kind]:
-    """Different kinds, or one kind several times; in a level of two, those two may be alike."""
-    kinds = rng.sample(pool, len(LAYOUTS[layout]))
-    if rng.random() < ALIKE_SHARE:
-        return [kinds[0]] * len(kinds)
-    if layout in PAIRS and rng.random() < PAIR_SHARE:
-        first, second = PAIRS[layout]
-        kinds[second] = kinds[first]
-    return kinds
+def _sample_kinds(pool: Sequence[Kind], count: int, rng: random.Random) -> list[Kind]:
+    """Two different kinds, or one kind once or several times."""
+    kinds = rng.sample(pool, 2)
+    return kinds if count == 2 and rng.random() >= ALIKE_SHARE else kinds[:1] * count
 
 
 def _sample_sizes(count: int, rng: random.Random) -> list[str]:
@@ -208,7 +206,7 @@ def captions_of(scene: Scene, count: int, salt: str = "caption") -> list[str]:
 
 
 def _say(scene: Scene, templates: Sequence[str], rng: random.Random) -> str:
-    """Fills one of the templates: `{0}` and so on are the objects in turn, or, of three objects, a pair of one kind."""
+    """Fills one of the templates: `{0}` and `{1}` are the objects in turn."""
     first, *others = scene.objects
     if templates is _SIZED and first.size == others[0].size:
         templates = _LISTED
@@ -218,39 +216,26 @@ def _say(scene: Scene, templates: Sequence[str], rng: random.Random) -> str:
         name if placed.size == "medium" else f"a {placed.size} {placed.kind.noun}"
         for name, placed in zip(names, scene.objects, strict=True)
     ]
-    if len(scene.kinds) < len(names) and scene.layout in PAIRS:
-        start, last = PAIRS[scene.layout]
-        names[start : last + 1] = [f"two {scene.objects[start].kind.plural}"]
     return template.format(
         *names,
         sized=sized,
-        listed=f"{', '.join(names[:-1])} and {names[-1]}",
-        last=names[-1],
-        all_but_first=" and ".join(names[1:]),
-        all_but_last=" and ".join(names[:-1]),
         count=f"{NUMBER_WORDS.get(len(scene.objects), 'one')} {first.kind.plural}",
     )
 
 
 _GROUND_ENDINGS = (" on a {} ground", " on a {} background", " on {}", " in front of a {} wall")
-_LISTED = ("{listed}",)
+_LISTED = ("{0} and {1}",)
 _SIZED = ("{sized[0]} and {sized[1]}", "{sized[0]} with {sized[1]}")  # two objects of one size take _LISTED
 _BESIDE = ("{0} to the left of {1}", "{0} on the left and {1} on the right", "{0} next to {1}", "{0} beside {1}")
-_ROW = ("{0}, {1} and {2} in a row", "from left to right {0}, {1} and {2}")
-_COLUMN = ("{0} above {1} above {2}", "from top to bottom {0}, {1} and {2}")
 _PHRASINGS: dict[str, Sequence[Sequence[str]]] = {
     "alone": (("{0}", "{sized[0]}", "just {sized[0]}"),),
     "beside": (_BESIDE, _BESIDE, _LISTED, _SIZED),
     "above": (("{0} above {1}",), _LISTED, _SIZED),
-    "row": (_ROW, _ROW, _LISTED),
-    "column": (_COLUMN, _COLUMN, _LISTED),
-    "one_above_two": (("{0} above {all_but_first}",), ("{0} above {all_but_first}",), _LISTED),
-    "two_above_one": (("{all_but_last} above {last}",), ("{all_but_last} above {last}",), _LISTED),
 }
 _ACROSS: Sequence[Sequence[str]] = (("{count}",), ("{count} side by side", "{count} in a row"))
 _DOWN: Sequence[Sequence[str]] = (("{count}",), ("{count} one above the other", "{count} in a column"))
 _ALIKE_PHRASINGS = {"beside": _ACROSS, "above": _DOWN, "row": _ACROSS, "column": _DOWN}
-_ALIKE_PHRASINGS |= dict.fromkeys(PAIRS, _ACROSS[:1])
+_ALIKE_PHRASINGS |= dict.fromkeys(("one_above_two", "two_above_one"), _ACROSS[:1])
 
 
 # --- reading captions back -----------------------------------------------------------------------------------------

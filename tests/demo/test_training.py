@@ -1,21 +1,23 @@
 """What the training scripts feed their models."""
 
-import dataclasses
 import random
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
-from demo.cross_attention_data import Examples, TrainingScenes, retrieve_others
-from demo.cross_attention_start import Whitening, cross_attentions, start_at_nouns
 from demo.data import object_table, region_masks
 from demo.datastore import datastore_rows
+from demo.render import encode_jpeg, find_font
 from demo.tokenizer import train_tokenizer
+from demo.train_clip import CAPTIONS_ALONE, DOMAINS_TOGETHER, caption_loss, draw_batch
+from demo.train_cross_attention import CAPTIONS_PER_SCENE, training_config, write_training_scenes
 from demo.train_language_model import IGNORED, Documents, document_batches, pad_documents
-from demo.world import TRAINING, WEB, load_kinds, named_kinds, sample_scene, scenes_of
-from smallcap.model.checkpoint import SmallCapModel, load_checkpoint, tokenizer_source
-from smallcap.model.prompt import encode_texts, load_tokenizer
+from demo.training import Recipe, descend
+from demo.world import HELD_OUT_DOMAINS, TRAINING, WEB, load_kinds, named_kinds, sample_scene, scenes_of
 
 
 def test_region_masks_average_the_patches_in_the_middle_of_an_object() -> None:
@@ -61,76 +63,80 @@ def test_batches_hold_documents_of_like_length() -> None:
     assert batches == list(document_batches(documents, steps=20, batch_size=8, rng=random.Random(0)))
 
 
-class _TextIsItsRow:
-    """Embeds the dump's captions as one-hot rows, so that a query picks the captions it wants."""
-
-    def encode_texts(self, texts: list[str]) -> np.ndarray:
-        return np.eye(len(texts), dtype=np.float32)
-
-
-def test_an_images_own_captions_are_not_retrieved_for_it(monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    rows = datastore_rows()[:12]
-    monkeypatch.setattr("demo.cross_attention_data.datastore_rows", lambda: rows)
-    query = np.zeros((1, 12), np.float32)
-    query[0, [0, 1, 7, 5]] = [4, 3, 2, 1]  # rows 0 and 1 are captions of the first training scene
-    assert retrieve_others(_TextIsItsRow(), query, count=2) == [[rows[7][1], rows[5][1]]]  # type: ignore[arg-type]
+def test_prompts_hold_the_captions_that_share_most_first() -> None:
+    scenes = scenes_of(WEB, 400)
+    documents, rng = Documents(scenes, 2, train_tokenizer(200)), random.Random(0)
+    firsts = []
+    for row, scene in enumerate(scenes[:60]):
+        related = [named_kinds(caption) for caption in documents._related(row, 5, rng)]
+        shared = [(kinds & scene.kinds).total() / (kinds | scene.kinds).total() for kinds in related]
+        assert shared == sorted(shared, reverse=True)
+        firsts.append(related[0] == scene.kinds)
+    assert sum(firsts) > 50
 
 
-def test_prompts_hold_the_candidates_that_the_mode_chooses() -> None:
-    model, tokenizer = load_checkpoint("demo"), load_tokenizer(tokenizer_source("demo"))
-    kinds = load_kinds()
-    candidates = [[f"a {kind.noun}" for kind in kinds[row : row + 60]] for row in range(20)]
-    for mode, allowed in (("top-k", 4), ("sample-k", 50)):
-        scenes = TrainingScenes(torch.zeros(20, 1, 1), [[[7, 8]]] * 20, candidates, mode)  # type: ignore[arg-type]
-        seen: set[int] = set()
-        for rows, examples in Examples(model, tokenizer, scenes, random.Random(0)).prompted(6, 5):
-            for row, (ids, labels) in zip(rows, examples, strict=True):
-                assert ids[-2:] == [7, 8] and labels[-3:] == [7, 8, model.config.eos_token_id]
-                named = named_kinds(tokenizer.decode(ids[:-2]))
-                assert len(named) == 4
-                seen |= {candidates[row].index(f"a {noun}") for noun in named}
-        assert (seen == set(range(4))) if mode == "top-k" else (max(seen) > 20)
-        assert max(seen) < allowed
+def test_batches_of_clip_hold_few_domains() -> None:
+    domains = np.array([scene.domain for scene in scenes_of(WEB, 2_000)])
+    rows_of = [np.flatnonzero(domains == domain) for domain in np.unique(domains)]
+    pairs = set()
+    for step in range(20):
+        rows, others = draw_batch(rows_of, 16, np.random.default_rng(step))
+        assert (len(rows), len({*rows, *others})) == (16, 16 * (1 + CAPTIONS_ALONE))
+        drawn = {*domains[rows]}
+        assert len(drawn) == DOMAINS_TOGETHER and drawn == {*domains[others]}
+        pairs.add(frozenset(drawn))
+    assert len(pairs) > 10
 
 
-def test_plain_prompts_hold_no_captions() -> None:
-    model, tokenizer = load_checkpoint("demo"), load_tokenizer(tokenizer_source("demo"))
-    scenes = TrainingScenes(torch.zeros(3, 1, 1), [[[7, 8]]] * 3, [["a dog"]] * 3, "top-k")
-    for _, examples in Examples(model, tokenizer, scenes, random.Random(0)).plain(2, 4):
-        assert [tokenizer.decode(ids[:-2]) for ids, _ in examples] == ["This image shows "] * 4
+def test_a_training_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr("demo.training.STEPS_PER_LINE", 4)
+    recipe, file = Recipe(steps=10, warmup_steps=2), tmp_path / "checkpoint"
+
+    def run(stop: int) -> tuple[torch.Tensor, list[int]]:
+        weight, taken = torch.nn.Parameter(torch.ones(3, 2)), list[int]()
+
+        def losses(first: int) -> Iterator[tuple[torch.Tensor, dict[str, float]]]:
+            for step in range(first, stop):
+                taken.append(step)
+                yield (weight * torch.arange(step, step + 6.0).view(3, 2)).square().sum(), {}
+
+        descend("model", [weight], recipe, losses, file)
+        return weight.detach(), taken
+
+    whole, _ = run(10)
+    assert not file.exists()
+    monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)  # as if the process had ended there
+    run(7)
+    resumed, taken = run(10)
+    assert taken == list(range(4, 10)) and torch.equal(whole, resumed)
 
 
-@pytest.mark.parametrize("reduce_factor", [1, 4])
-def test_values_start_near_the_nouns_of_their_patches(reduce_factor: int) -> None:
-    torch.manual_seed(0)
-    config = load_checkpoint("demo").config
-    decoder = dataclasses.replace(config.decoder, cross_attention_reduce_factor=reduce_factor)
-    model = SmallCapModel(dataclasses.replace(config, decoder=decoder))
-    tokenizer = load_tokenizer(tokenizer_source("demo"))
-    nouns = [ids[0] for ids in encode_texts(tokenizer, [f" {kind.noun}" for kind in load_kinds()])]
-    scenes = [scene for scene in scenes_of(TRAINING, 400) if len(scene.objects) == 1]
-    kinds, _ = object_table(scenes)
-    of_kind = torch.randn(len(nouns), 128)
-    features = of_kind[kinds[:, 0]][:, None].expand(-1, 1 + 36, -1) + 0.1 * torch.randn(len(scenes), 37, 128)
-    start_at_nouns(model, features, scenes, nouns, scale=1.0)
-    attention = cross_attentions(model)[-1]
-    values = attention.c_attn(features[:, 18])[:, -attention.c_proj.weight.shape[0] :]
-    read = attention.c_proj(values) @ model.decoder.token_embedding[nouns].T
-    known = kinds[:, 0].unique()
-    right = known[read[:, known].argmax(1)] == kinds[:, 0]
-    assert right.float().mean() > (0.9 if reduce_factor == 1 else 0.3)  # of about 140 kinds
+def test_captions_of_the_same_objects_are_no_mismatches() -> None:
+    objects = torch.tensor([0, 1, 0, 2])
+    texts = torch.tensor([0, 1, 0, 2, 1, 3])
+    matched = 20.0 * (objects[:, None] == texts)
+    confused = matched.clone()
+    confused[1, 5] = 40.0  # another scene's objects
+    assert caption_loss(matched, objects, texts) < 0.8  # the entropy of the shared targets, which is least possible
+    assert caption_loss(confused, objects, texts) > caption_loss(matched, objects, texts) + 1
 
 
-def test_whitened_features_have_unit_spread_and_fold_into_the_weights() -> None:
-    model = load_checkpoint("demo")
-    attention = cross_attentions(model)[-1]
-    size = attention.c_attn.weight.shape[0]
-    features = torch.randn(50, 65, size) * torch.logspace(-1, 1, size) + 3
-    whitening = Whitening.of(features)
-    whitened = whitening.apply(features).float()
-    assert torch.allclose(whitened.flatten(0, 1).mean(0), torch.zeros(size), atol=0.05)
-    assert whitened.flatten(0, 1).std(0).median() > 0.9
-    on_whitened = attention.c_attn(whitened)
-    whitening.fold_into(model)
-    folded = attention.c_attn(features)
-    assert (folded - on_whitened).abs().mean() < 0.02 * on_whitened.abs().mean()
+@pytest.mark.skipif(find_font() is None, reason="the Noto Color Emoji font is not installed")
+def test_training_scenes_are_images_with_captions_named_as_in_the_dump(tmp_path: Path) -> None:
+    write_training_scenes(tmp_path, 30, workers=1)
+    rows = pq.read_table(tmp_path).to_pylist()
+    assert len(rows) == 30
+    assert {row["image_id"] for row in rows} <= {image for image, _ in datastore_rows(TRAINING, 30)}
+    for row in rows:
+        scene = sample_scene(int(row["image_id"].removeprefix("training-").removesuffix(".jpg")))
+        assert row["image"] == encode_jpeg(scene)
+        assert len(row["caption"]) == CAPTIONS_PER_SCENE
+        assert all(named_kinds(caption) == scene.kinds for caption in row["caption"])
+
+
+def test_cross_attention_is_trained_by_the_job_on_the_training_domains_alone(tmp_path: Path) -> None:
+    config = training_config(tmp_path, tmp_path / "out", "index", retrieval="c-sample-k")
+    assert (config.vision_encoder, config.model, config.retrieval.mode) == ("demo", None, "c-sample-k")
+    assert not {*TRAINING.domains} & {*HELD_OUT_DOMAINS}
+    plain = training_config(tmp_path, tmp_path / "out", "index", retrieval=None)
+    assert plain.retrieval.k == 0 and plain.features is None
