@@ -127,6 +127,8 @@ def test_a_missing_package_is_named_once(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_list_of_images_and_its_captions_are_read(hub: Hub) -> None:
     hub.dataset("user/set", FILES | {"list.csv": f"image_id,image_uri\na,{ROOT}/images/1.jpg\n".encode()})
     (table,) = ImageSources([f"{ROOT}/list.csv"], InputConfig()).tables()
-    assert table.select(["image_id", "image_uri"]).to_pylist() == [{"image_id": "a", "image_uri": f"{ROOT}/images/1.jpg"}]
+    assert table.select(["image_id", "image_uri"]).to_pylist() == [
+        {"image_id": "a", "image_uri": f"{ROOT}/images/1.jpg"}
+    ]
     (table,) = ImageSources([f"{ROOT}/images"], InputConfig()).tables()
     assert table["image_id"].to_pylist() == [f"{number}.jpg" for number in range(8)]
