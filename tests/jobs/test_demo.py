@@ -44,7 +44,7 @@ def share_of_right_captions(run: str, references: str) -> float:
 
 def test_most_captions_name_exactly_the_objects_of_their_scenes(demo: tuple[str, DemoResult]) -> None:
     _, result = demo
-    assert share_of_right_captions(result.summary.out, "references.json") >= 0.4  # 61% of 1,000 others
+    assert share_of_right_captions(result.summary.out, "references.json") >= 0.7  # 88% of 1,000 others
 
 
 def test_domains_without_training_are_captioned_after_the_swap_and_not_before(demo: tuple[str, DemoResult]) -> None:
@@ -52,7 +52,7 @@ def test_domains_without_training_are_captioned_after_the_swap_and_not_before(de
     swap = result.swap
     before = share_of_right_captions(swap.before.out, "references-held-out.json")
     after = share_of_right_captions(swap.after.out, "references-held-out.json")
-    assert before <= 0.15 < 0.25 <= after  # of 1,000 other scenes: demo/claims.json
+    assert before <= 0.05 < 0.5 <= after  # of 1,000 other scenes: demo/claims.json
     rows = compare_swap(swap)
     assert len(rows) == 24 and all(set(row) == {"image", "before", "after", "reference"} for row in rows)
     assert sum(row["before"] != row["after"] for row in rows) > 12
