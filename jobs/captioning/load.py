@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import pickle
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -106,17 +105,15 @@ def start_loading(
     inputs = ray.data.from_arrow(blocks)
     limit_blocks(inputs, spec.plan.image_bytes * images_per_block)
     most = None if actors.load_tasks is None else min(actors.load_tasks, len(blocks))
-    with warnings.catch_warnings():  # `ray_remote_args_fn` goes in Ray 2.64, and ours is 2.60
-        warnings.simplefilter("ignore", DeprecationWarning)
-        return inputs.map_batches(
-            load,
-            batch_size=1,
-            batch_format="pyarrow",
-            fn_kwargs={"spec": spec},
-            compute=ray.data.TaskPoolStrategy(size=most),
-            memory=_LOAD_MEMORY_BYTES,
-            **_cpus_of_tasks(actors),
-        )
+    return inputs.map_batches(
+        load,
+        batch_size=1,
+        batch_format="pyarrow",
+        fn_kwargs={"spec": spec},
+        compute=ray.data.TaskPoolStrategy(size=most),
+        memory=_LOAD_MEMORY_BYTES,
+        **_cpus_of_tasks(actors),
+    )
 
 
 def _cpus_of_tasks(actors: ActorPlan) -> dict[str, Any]:

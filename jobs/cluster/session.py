@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -77,6 +78,8 @@ def connect(address: str | None = None) -> None:
     context.raise_original_map_exception = True  # see `jobs.cluster.errors`
     logger = logging.getLogger("ray.data")
     logger.setLevel(logging.CRITICAL)  # an exception of a task reaches the caller, which reports it
+    # The pinned release has no other way to name resources that it does not count, or the tries of a task.
+    warnings.filterwarnings("ignore", "`ray_remote_args", DeprecationWarning)
     if ray.is_initialized():
         return
     cluster = _find_cluster(address)
