@@ -161,11 +161,11 @@ def single_tries(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
     opened = s3_operations.s3_store
-    monkeypatch.setattr(s3_operations, "s3_store", partial(opened, max_retries=0, timeout_s=3.0))
+    monkeypatch.setattr(s3_operations, "s3_store", partial(opened, max_retries=0, timeout_s=1.0))
     real = storage.fsspec.filesystem
 
     def filesystem(protocol: str, **options: Any) -> Any:
-        quick = {"retries": {"max_attempts": 0}, "read_timeout": 3, "connect_timeout": 3}
+        quick = {"retries": {"max_attempts": 0}, "read_timeout": 1, "connect_timeout": 1}
         return real(protocol, **options | ({"config_kwargs": quick} if protocol == "s3" else {}))
 
     monkeypatch.setattr(storage.fsspec, "filesystem", filesystem)
