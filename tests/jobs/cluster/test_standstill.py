@@ -128,7 +128,8 @@ def test_a_head_that_does_not_answer_hides_no_standstill() -> None:
     assert line == "Nothing has moved for 2 min, and what waits cannot be found out: no answer within 10 s"
 
 
-def test_without_ray_nothing_is_asked() -> None:
+def test_without_ray_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # other tests' Ray may run in this process
     assert cluster_demand() is None
 
 
