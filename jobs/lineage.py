@@ -23,6 +23,7 @@ from smallcap.config import CaptionConfig, IndexConfig
 from smallcap.errors import ConfigError
 from smallcap.index.manifest import split_index_ids, utc_now
 from smallcap.phrasing import one_line
+from smallcap.redaction import hide_secrets
 
 if TYPE_CHECKING:
     from openlineage.client.event_v2 import RunEvent
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 State = Literal["START", "RUNNING", "COMPLETE", "FAIL", "ABORT"]
 
 _RUNNING_EVERY_S = 300.0
-_PRODUCER = "https://pypi.org/project/smallcap"
+_PRODUCER = "pkg:pypi/smallcap"  # a package URL
 _NAMESPACE = "smallcap"  # of the jobs
 
 
@@ -209,7 +210,7 @@ class _Sender:
             tags = [tags_run.TagsRunFacetFields(*item, "smallcap") for item in flow.properties.items()]
             facets["tags"] = tags_run.TagsRunFacet(tags=tags)
         if error is not None:
-            message = error_message_run.ErrorMessageRunFacet(str(error) or type(error).__name__, "python")
+            message = error_message_run.ErrorMessageRunFacet(hide_secrets(str(error)) or type(error).__name__, "python")
             facets["errorMessage"] = message
         kind = job_type_job.JobTypeJobFacet(processingType="BATCH", integration="SMALLCAP", jobType="JOB")
         return RunEvent(
