@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import threading
 import time
 from collections import Counter
@@ -48,8 +49,8 @@ def ride_out(uri: str, doing: str, attempt: Callable[[], Result]) -> Result:
 
 def place_of(uri: str) -> str:
     """Returns the place of a URI, such as `s3://bucket`; a local path's is the file system's root."""
-    scheme, separator, rest = uri.partition("://")
-    return f"{scheme}{separator}{rest.partition('/')[0]}" if separator else "/"
+    scheme, separator, host_and_path = uri.partition("://")
+    return f"{scheme.lower()}://{re.split('[/?#]', host_and_path, maxsplit=1)[0]}" if separator else "/"
 
 
 class Wait:

@@ -20,7 +20,7 @@ from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from smallcap import storage
+from smallcap import patience, storage
 from smallcap.errors import ErrorCode, StorageError
 from smallcap.hub import is_on_hub, web_address
 from smallcap.images.list_places import REFUSED
@@ -66,10 +66,7 @@ class FetchFailure(Exception):  # noqa: N818 - an outcome to be weighed, not an 
 
 def place_of(uri: str) -> str:
     """Returns the place of a URI: `local`, or its scheme and its bucket or host, such as `s3://bucket`."""
-    if storage.is_local(uri):
-        return LOCAL
-    scheme, _, host_and_path = uri.partition("://")
-    return f"{scheme.lower()}://{re.split('[/?#]', host_and_path, maxsplit=1)[0]}"
+    return LOCAL if storage.is_local(uri) else patience.place_of(uri)
 
 
 def is_object_store(place: str) -> bool:

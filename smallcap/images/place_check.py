@@ -82,8 +82,10 @@ def check_place(uri: str, *, is_gone: bool, refused: int = 1) -> None:
     if place == LOCAL:
         _check_folder()
     elif is_on_hub(uri):
+        if refused < _FEW:  # a list may name what is in no repository
+            return
         fault = _fault_of(uri, lambda: _ask_hub(uri))
-        if fault is not None and refused >= _FEW:  # else a list may name what is in no repository
+        if fault is not None:
             raise _failed(place, fault, uri)
     elif is_object_store(place):
         good = known_good(place)
