@@ -8,11 +8,11 @@ Runs as `smallcap caption …`, also under `ray job submit`, or as `python -m jo
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jobs.captioning.layout import CaptionLayout, count_images, lay_out, load_spec
 from jobs.captioning.progress import PipelineView, stage_table
@@ -50,6 +50,11 @@ from smallcap.output.schema import caption_schema
 from smallcap.phrasing import describe_count, describe_counts, one_line
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+    import ray.data
+
+    from jobs.captioning.caption import CaptionImages
+    from jobs.captioning.monitor import MonitorClient
     from jobs.captioning.retrieval_actors import Partitions
     from jobs.captioning.write import PartWriter
 
@@ -188,14 +193,9 @@ def _caption(
         layout = lay_out(config, record)
     if layout.precision:
         display.say(f"Precision: {layout.precision}.")
-    actors = layout.actors
     detail(_describe_layout(layout))
-    attempt = Attempt(
-        token=uuid.uuid4().hex, started_at=utc_now(), actors=actors.num_actors, device=actors.device, dtype=actors.dtype
-    )
-    earlier = record.attempts
-    record = record.model_copy(update={"status": "running", "attempts": (*earlier, attempt)})
-    write_run_record(config.out, record)
+    record = begin_attempt(config.out, record, layout)
+    *earlier, attempt = record.attempts
     writer = PartWriter(len(record.attempts), layout.rows_per_part)
     fast = config.input.decode == "fast"
     try:
@@ -210,7 +210,7 @@ def _caption(
         error.remedy = f"{error.remedy} {kept}, and {GOES_ON}."
         raise
     seconds = display.seconds
-    stages = stage_table(snapshot, seconds, actors, layout.load_tasks, fast) if snapshot else ()
+    stages = stage_table(snapshot, seconds, layout.actors, layout.load_tasks, fast) if snapshot else ()
     ended = measured(attempt, snapshot, writer.rows, seconds, fast)
     return record.model_copy(update={"attempts": (*earlier, ended)}), tuple(stages)
 
@@ -222,43 +222,97 @@ def _describe_layout(layout: CaptionLayout) -> str:
     return f"Plan: {pool}, batches of {layout.batch_size}, {tasks}, parts of {layout.rows_per_part:,} rows"
 
 
-def _run_pipeline(
-    config: CaptionConfig, record: RunRecord, todo: _Todo, layout: CaptionLayout, writer: PartWriter, display: Display
-) -> Snapshot | None:
-    """Runs the pipeline of the record's last attempt; returns its figures."""
-    from jobs.captioning.caption import CaptionerSpec, CaptionImages
-    from jobs.captioning.load import load_images, start_loading
-    from jobs.captioning.write import PartSink
+def begin_attempt(out: str, record: RunRecord, layout: CaptionLayout) -> RunRecord:
+    """Records an attempt in the run's folder; returns the record with it."""
+    actors = layout.actors
+    attempt = Attempt(
+        token=uuid.uuid4().hex, started_at=utc_now(), actors=actors.num_actors, device=actors.device, dtype=actors.dtype
+    )
+    record = record.model_copy(update={"status": "running", "attempts": (*record.attempts, attempt)})
+    write_run_record(out, record)
+    return record
 
-    schema = caption_schema(record.run_id, record.model_id, record.index_id or "", todo.work.kept_columns)
+
+@dataclass(frozen=True)
+class Pipeline:
+    """What a pipeline does with which images.
+
+    Attributes:
+        items: The work items.
+        models: The models that the actors load.
+        load: What the loading tasks run, see `jobs.captioning.load.start_loading`.
+        keys: Whether captions are sampled, for which each image needs its content key.
+        actor: The class of the actors.
+        arguments: What an actor is made from, besides its `CaptionerSpec`.
+        write: Takes what is captioned, to its end, and what is told of written rows.
+    """
+
+    items: Sequence[WorkItem]
+    models: Sequence[str]
+    load: Callable[..., Iterator[pa.Table]]
+    keys: bool
+    actor: type[CaptionImages]
+    arguments: tuple[Any, ...]
+    write: Callable[[ray.data.Dataset, MonitorClient], None]
+
+
+def run_pipeline(
+    config: CaptionConfig,
+    record: RunRecord,
+    work: WorkList,
+    layout: CaptionLayout,
+    pipeline: Pipeline,
+    display: Display,
+) -> Snapshot | None:
+    """Runs a pipeline of the record's last attempt; returns its figures."""
+    from jobs.captioning.caption import CaptionerSpec
+    from jobs.captioning.load import start_loading
+
     actors = layout.actors
     with display.activity("Waiting for room for an actor"), unwrapped_errors():
         wait_for_room(actors)
     before_s = display.seconds
-    models = f"{config.model} and the index {' and '.join(config.index)}" if config.index else config.model
-    watching = watch_run(record.run_id, count_images(todo.items), len(todo.items))
+    loaded = ", ".join(pipeline.models) + (f" and the index {' and '.join(config.index)}" if config.index else "")
+    watching = watch_run(record.run_id, count_images(pipeline.items), len(pipeline.items))
     with (
         unwrapped_errors(),
         marked_as_running(record.run_id, "caption"),
         watching as watch,
-        display.show(PipelineView(watch.monitor, before_s, models, actors.num_actors)),
+        display.show(PipelineView(watch.monitor, before_s, loaded, actors.num_actors)),
         shared_indexes(config, record) as partitions,
     ):
-        loading = load_spec(config, record, todo.work, layout, watch)
+        loading = replace(load_spec(config, record, work, layout, watch), keys=pipeline.keys)
         captioning = CaptionerSpec(config, layout, record.index_id, record.retrieval_encoder, watch.monitor, partitions)
-        loaded = start_loading(todo.items, load_images, loading, layout.images_per_block, actors)
         captioned = map_in_actors(
-            loaded,
-            CaptionImages,
-            (captioning,),
+            start_loading(pipeline.items, pipeline.load, loading, layout.images_per_block, actors),
+            pipeline.actor,
+            (captioning, *pipeline.arguments),
             layout.images_per_call,
             actors,
             watch.fault_guard,
             layout.calls_at_once,
         )
-        writer.write_all(captioned, PartSink(config.out, record.attempts[-1], schema, layout.parts, watch.monitor))
+        pipeline.write(captioned, watch.monitor)
         snapshot = watch.monitor.snapshot()
     return snapshot.after(before_s) if snapshot else None
+
+
+def _run_pipeline(
+    config: CaptionConfig, record: RunRecord, todo: _Todo, layout: CaptionLayout, writer: PartWriter, display: Display
+) -> Snapshot | None:
+    """Captions what is left in the record's last attempt; returns its figures."""
+    from jobs.captioning.caption import CaptionImages
+    from jobs.captioning.load import load_images
+    from jobs.captioning.write import PartSink
+
+    schema = caption_schema(record.run_id, record.model_id, record.index_id or "", todo.work.kept_columns)
+
+    def write(captioned: ray.data.Dataset, monitor: MonitorClient) -> None:
+        writer.write_all(captioned, PartSink(config.out, record.attempts[-1], schema, layout.parts, monitor))
+
+    keys = config.generation.do_sample
+    pipeline = Pipeline(todo.items, (config.model,), load_images, keys, CaptionImages, (), write)
+    return run_pipeline(config, record, todo.work, layout, pipeline, display)
 
 
 def _describe_stop(config: CaptionConfig, record: RunRecord, items: Sequence[WorkItem], new: int) -> str:

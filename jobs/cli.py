@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
+from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -43,6 +44,7 @@ from smallcap.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from jobs.caption import RunSummary
+    from jobs.variants import VariantsSummary
 
 app = typer.Typer(
     name="smallcap",
@@ -227,17 +229,27 @@ def caption(config: CaptionConfig, call: CaptionCall) -> int:
     with lineage.reported("caption", lambda: lineage.caption_flow(config), call.lineage):
         summary = job.run(config, call.address, retry_failed=call.retry_failed, relist=call.relist)
     say_report(job.describe(summary), slice(-2, None))
-    return _end_captioning(call, summary, config.max_error_rate, partial(results.caption_result, summary))
+    return _end_captioning(call, job, summary, config.max_error_rate, partial(results.caption_result, summary))
 
 
 def _end_captioning(
-    call: RayCall, summary: RunSummary, max_error_rate: float, result: Callable[[], dict[str, Any]]
+    call: RayCall,
+    job: ModuleType,
+    summary: RunSummary | VariantsSummary,
+    max_error_rate: float,
+    result: Callable[[], dict[str, Any]],
 ) -> int:
-    """Returns a captioning command's exit code; says why it is not 0, and prints its JSON if that is asked for."""
-    from jobs.caption import exit_status, explain_exit
+    """Returns a captioning command's exit code; says why it is not 0, and prints its JSON if that is asked for.
 
-    code = exit_status(max_error_rate, summary)
-    reason = {"reason": explain_exit(max_error_rate, summary)} if code else {}
+    Args:
+        call: The call.
+        job: The module that tells a summary's exit code and explains it.
+        summary: What the job did.
+        max_error_rate: The accepted share of failed images.
+        result: Makes the fields of the JSON.
+    """
+    code = job.exit_status(max_error_rate, summary)
+    reason = {"reason": job.explain_exit(max_error_rate, summary)} if code else {}
     for text in reason.values():
         tell(text)
     if call.as_json:
@@ -255,20 +267,14 @@ def _caption_variants(config: CaptionConfig, call: CaptionCall) -> int:
         tell(line)
     summary = job.run(config, call.variant, call.address, retry_failed=call.retry_failed, relist=call.relist)
     say_report(job.describe(summary), slice(-1, None))
-    status = job.exit_status(config.max_error_rate, summary)
-    reason = {"reason": job.explain_exit(config.max_error_rate, summary)} if status else {}
-    for text in reason.values():
-        tell(text)
-    if call.as_json:
-        done = _DONE if summary.new_images else _NOTHING_TO_DO
-        say_result(results.variants_result(summary) | reason, done, status)
-    return status
+    return _end_captioning(call, job, summary, config.max_error_rate, partial(results.variants_result, summary))
 
 
 @_command("refresh", "s3://bucket/captions --index s3://bucket/index --out s3://bucket/captions-2")
 def refresh(config: RefreshConfig, call: RayCall) -> int:
     """Make a run anew with another index: only images whose retrieved captions differ are captioned again."""
     with _show_loading():  # a wrong option fails before
+        from jobs import caption as captioning
         from jobs import refresh as job
         from jobs import results
 
@@ -283,7 +289,7 @@ def refresh(config: RefreshConfig, call: RayCall) -> int:
     summary = job.run(config, call.address)
     say_report(job.describe(summary), slice(-2, None))
     accepted = summary.run.record.config["max_error_rate"]
-    return _end_captioning(call, summary.run, accepted, partial(results.refresh_result, summary))
+    return _end_captioning(call, captioning, summary.run, accepted, partial(results.refresh_result, summary))
 
 
 @_command("train", "dataset_coco.json --index s3://bucket/index --model Yova/SmallCap7M --out s3://bucket/training")

@@ -6,7 +6,6 @@ Whatever reads or goes on with a run does so with a variant. The pass captions w
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -15,31 +14,27 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from jobs import caption
-from jobs.captioning.layout import CaptionLayout, count_images, lay_out, load_spec
+from jobs.captioning.layout import CaptionLayout, lay_out
 from jobs.captioning.monitor import MonitorClient
-from jobs.captioning.progress import PipelineView, stage_table
-from jobs.captioning.record import Attempt, Input, load_run_record, run_lock, write_run_record
+from jobs.captioning.progress import stage_table
+from jobs.captioning.record import Input, load_run_record, run_lock, write_run_record
 from jobs.captioning.stage_report import Snapshot
 from jobs.captioning.variant_work import VariantRun, list_together, open_runs, write_names
-from jobs.captioning.watch import watch_run
 from jobs.captioning.work import describe_kept, finish_run, remaining_items
 from jobs.cluster.addresses import check_address
 from jobs.cluster.display import Display, on_shown_ray
-from jobs.cluster.errors import unwrapped_errors
-from jobs.cluster.metrics import marked_as_running
 from jobs.cluster.pinned import check_indexes_are_there
-from jobs.cluster.resources import wait_for_room
 from jobs.cluster.stopping import GOES_ON, stoppable
-from jobs.cluster.tasks import map_in_actors
 from smallcap.config import CaptionConfig
 from smallcap.images.work_list import WorkList
-from smallcap.index.manifest import utc_now
 from smallcap.output.schema import caption_schema
 from smallcap.output.variant_runs import VARIANTS_FILE
 from smallcap.phrasing import describe_count
 from smallcap.variant_options import Variant, make_variants
 
 if TYPE_CHECKING:
+    import ray.data
+
     from jobs.captioning.variants import VariantSink
     from jobs.captioning.write import PartWriter
 
@@ -150,7 +145,7 @@ def _caption(
         layout = lay_out(first.config, oldest.record)
     if layout.precision:
         display.say(f"Precision: {layout.precision}.")
-    begun = [_begin_attempt(one, layout) for one in runs]
+    begun = [replace(one, record=caption.begin_attempt(one.out, one.record, layout)) for one in runs]
     writers = [PartWriter(len(one.record.attempts), layout.rows_per_part) for one in begun]
     fast = first.config.input.decode == "fast"
 
@@ -174,21 +169,6 @@ def _caption(
     return {one.variant.name: one for one in ended("running", snapshot, seconds)}, tuple(stages)
 
 
-def _begin_attempt(one: VariantRun, layout: CaptionLayout) -> VariantRun:
-    """Records an attempt of a run."""
-    actors = layout.actors
-    attempt = Attempt(
-        token=uuid.uuid4().hex,
-        started_at=utc_now(),
-        actors=actors.num_actors,
-        device=actors.device,
-        dtype=actors.dtype,
-    )
-    one = one.with_record(status="running", attempts=(*one.record.attempts, attempt))
-    write_run_record(one.out, one.record)
-    return one
-
-
 def _run_pipeline(
     runs: Sequence[VariantRun],
     work: WorkList,
@@ -197,45 +177,22 @@ def _run_pipeline(
     display: Display,
 ) -> Snapshot | None:
     """Runs the pipeline of the runs' last attempts; returns its figures."""
-    from jobs.captioning.caption import CaptionerSpec
-    from jobs.captioning.load import start_loading
     from jobs.captioning.variants import CaptionVariants, join_items, load_variant_images
     from jobs.captioning.write import write_each
 
-    first, actors = runs[0], layout.actors
-    config, record = first.config, first.record
-    with display.activity("Waiting for room for an actor"), unwrapped_errors():
-        wait_for_room(actors)
-    before_s = display.seconds
-    items = join_items([one.items for one in runs])
-    models = ", ".join(dict.fromkeys(one.config.model for one in runs)) + (
-        f" and the index {' and '.join(config.index)}" if config.index else ""
+    def write(captioned: ray.data.Dataset, monitor: MonitorClient) -> None:
+        write_each(captioned, list(zip(writers, _sinks(runs, work, layout, monitor), strict=True)))
+
+    pipeline = caption.Pipeline(
+        items=join_items([one.items for one in runs]),
+        models=tuple(dict.fromkeys(one.config.model for one in runs)),
+        load=load_variant_images,
+        keys=any(one.config.generation.do_sample for one in runs),
+        actor=CaptionVariants,
+        arguments=([one.config for one in runs],),
+        write=write,
     )
-    watching = watch_run(record.run_id, count_images(items), len(items))
-    with (
-        unwrapped_errors(),
-        marked_as_running(record.run_id, "caption"),
-        watching as watch,
-        display.show(PipelineView(watch.monitor, before_s, models, actors.num_actors)),
-        caption.shared_indexes(config, record) as partitions,
-    ):
-        keys = any(one.config.generation.do_sample for one in runs)
-        loading = replace(load_spec(config, record, work, layout, watch), keys=keys)
-        captioning = CaptionerSpec(config, layout, record.index_id, record.retrieval_encoder, watch.monitor, partitions)
-        loaded = start_loading(items, load_variant_images, loading, layout.images_per_block, actors)
-        captioned = map_in_actors(
-            loaded,
-            CaptionVariants,
-            (captioning, [one.config for one in runs]),
-            layout.images_per_call,
-            actors,
-            watch.fault_guard,
-            layout.calls_at_once,
-        )
-        sinks = _sinks(runs, work, layout, watch.monitor)
-        write_each(captioned, list(zip(writers, sinks, strict=True)))
-        snapshot = watch.monitor.snapshot()
-    return snapshot.after(before_s) if snapshot else None
+    return caption.run_pipeline(runs[0].config, runs[0].record, work, layout, pipeline, display)
 
 
 def _sinks(
