@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 # As filesystems call it, the surest first: a time may have whole seconds only.
-_VERSIONS = ("e_tag", "ETag", "etag", "md5Hash", "generation", "mtime", "last_modified", "LastModified", "updated")
+VERSIONS = ("e_tag", "ETag", "etag", "md5Hash", "generation", "mtime", "last_modified", "LastModified", "updated")
 _SIZES = ("size", "Size")
 
 
@@ -21,7 +21,7 @@ class ListedUri(str):
     def of(cls, uri: str, entry: Mapping[str, Any]) -> ListedUri:
         """Returns the URI of an entry of a listing."""
         listed = cls(uri)
-        version = next((entry[name] for name in _VERSIONS if entry.get(name) is not None), None)
+        version = next((entry[name] for name in VERSIONS if entry.get(name) is not None), None)
         size = next((entry[name] for name in _SIZES if entry.get(name) is not None), None)
         listed.state = None if version is None else _state(size, str(version).strip('"'))
         return listed

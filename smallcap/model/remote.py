@@ -19,6 +19,7 @@ from typing import Any, Self
 from smallcap import storage
 from smallcap.errors import CheckpointError, StorageError
 from smallcap.index.node_cache import MODELS_FOLDER, CachedFile, NodeCache
+from smallcap.object_state import VERSIONS
 from smallcap.phrasing import describe_count
 from smallcap.redaction import hide_secrets
 from smallcap.translated import translated
@@ -26,10 +27,7 @@ from smallcap.translated import translated
 CONFIG_FILE = "config.json"
 # Weights and text files only: no pickled optimizers, no code.
 WANTED = ("*.json", "*.txt", "*.safetensors", "*.model", "pytorch_model*.bin", "open_clip_pytorch_model.bin")
-_TAGS = (  # what the filesystems of fsspec call the version of an object
-    *("ETag", "etag", "e_tag", "generation", "md5Hash", "content_md5", "blob_id", "xet_hash", "oid"),
-    *("version_id", "LastModified", "last_modified", "updated", "mtime", "created"),
-)
+_TAGS = (*VERSIONS, "content_md5", "blob_id", "xet_hash", "oid", "version_id", "created")
 _LISTINGS = 3  # a model that is being written meanwhile is listed so often
 _SHOWN = 8  # names in a message
 _TOKENIZERS = ("tokenizer.json", "vocab.json")  # one of them lies in a folder that has no model
