@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from jobs.captioning.caption import Growth
 from jobs.captioning.caption_table import pixels_of
 from jobs.captioning.layout import count_images
 from jobs.captioning.load import LoadSpec, load_batch, read_guarded, start_loading
@@ -179,7 +180,7 @@ class EncodeImages(GuardedActor):
         self._encoders = Captioner(start.load().to(device), start.load_tokenizer(), retrieval, options=options)
         free = self._encoders.model.free_memory
         self._together = MicroBatches("the encoders", free, "Give --device cpu", _ENCODED_TOGETHER)
-        self._run_id, self._halvings = start.config.out, 0
+        self._run_id, self._halvings = start.config.out, Growth()
 
     def process(self, batch: pa.Table) -> pa.Table:
         """Maps a row of `load_items` to a row whose `images` are the features of a part."""
@@ -198,8 +199,7 @@ class EncodeImages(GuardedActor):
         record("smallcap_busy_seconds_total", self._run_id, seconds, stage)
         for code, count in Counter(images["error_code"].drop_null().to_pylist()).items():
             record("smallcap_errors_total", self._run_id, count, {"code": code})
-        record("smallcap_memory_halvings_total", self._run_id, self._together.halvings - self._halvings)
-        self._halvings = self._together.halvings
+        record("smallcap_memory_halvings_total", self._run_id, self._halvings.new(self._together.halvings))
 
     def _encode(self, images: pa.Table, rows: list[int]) -> tuple[np.ndarray, np.ndarray | None]:
         """Returns features [n, P, Hv] float16 and embeddings [n, dim] of the given rows, which may be none."""
