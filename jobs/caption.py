@@ -199,16 +199,13 @@ def _caption(
     writer = PartWriter(len(record.attempts), layout.rows_per_part)
     fast = config.input.decode == "fast"
     try:
-        snapshot = _run_pipeline(config, record, todo, layout, writer, display)
+        with saying_what_is_kept(writer):
+            snapshot = _run_pipeline(config, record, todo, layout, writer, display)
     except KeyboardInterrupt:
         ended = measured(attempt, None, writer.rows, display.seconds, fast)
         stopped = record.model_copy(update={"status": "stopped", "attempts": (*earlier, ended)})
         write_run_record(config.out, stopped)
         raise display.signals.stopped(_describe_stop(config, record, todo.items, writer.rows)) from None
-    except StorageError as error:
-        kept = f"What was captioned is kept ({describe_count(writer.rows, 'row')} by this command)"
-        error.remedy = f"{error.remedy} {kept}, and {GOES_ON}."
-        raise
     seconds = display.seconds
     stages = stage_table(snapshot, seconds, layout.actors, layout.load_tasks, fast) if snapshot else ()
     ended = measured(attempt, snapshot, writer.rows, seconds, fast)
@@ -231,6 +228,17 @@ def begin_attempt(out: str, record: RunRecord, layout: CaptionLayout) -> RunReco
     record = record.model_copy(update={"status": "running", "attempts": (*record.attempts, attempt)})
     write_run_record(out, record)
     return record
+
+
+@contextmanager
+def saying_what_is_kept(*writers: PartWriter) -> Iterator[None]:
+    """Adds to an error of storage how many rows this command has written, and that it goes on."""
+    try:
+        yield
+    except StorageError as error:
+        rows = describe_count(sum(writer.rows for writer in writers), "row")
+        error.remedy = f"{error.remedy} What was captioned is kept ({rows} by this command), and {GOES_ON}."
+        raise
 
 
 @dataclass(frozen=True)

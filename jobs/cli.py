@@ -260,12 +260,13 @@ def _end_captioning(
 def _caption_variants(config: CaptionConfig, call: CaptionCall) -> int:
     """Captions images in several ways."""
     with _show_loading():  # a wrong option fails before
-        from jobs import results
+        from jobs import lineage, results
         from jobs import variants as job
 
     for line in job.demo_warnings(config, call.variant):
         tell(line)
-    summary = job.run(config, call.variant, call.address, retry_failed=call.retry_failed, relist=call.relist)
+    with lineage.reported("caption", lambda: lineage.variants_flow(config, call.variant), call.lineage):
+        summary = job.run(config, call.variant, call.address, retry_failed=call.retry_failed, relist=call.relist)
     say_report(job.describe(summary), slice(-1, None))
     return _end_captioning(call, job, summary, config.max_error_rate, partial(results.variants_result, summary))
 

@@ -8,7 +8,7 @@ what is known by then: a record is read anew for every event. The client's own s
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -24,6 +24,7 @@ from smallcap.errors import ConfigError
 from smallcap.index.manifest import split_index_ids, utc_now
 from smallcap.phrasing import one_line
 from smallcap.redaction import hide_secrets
+from smallcap.variant_options import make_variants
 
 if TYPE_CHECKING:
     from openlineage.client.event_v2 import RunEvent
@@ -85,6 +86,21 @@ def caption_flow(config: CaptionConfig) -> Flow:
         ),
         outputs=(Data(config.out, record.run_id if record else None, record.images.total if record else None),),
         properties={"errors": str(record.images.error), "status": record.status} if record else {},
+    )
+
+
+def variants_flow(config: CaptionConfig, texts: Sequence[str]) -> Flow:
+    """Returns what a run of variants reads and writes: the folder of all, and in it the output of each."""
+    variants = make_variants(config, texts)
+    flows = [caption_flow(variant.config) for variant in variants]
+    return Flow(
+        inputs=tuple(dict.fromkeys(data for flow in flows for data in flow.inputs)),
+        outputs=(Data(config.out), *(data for flow in flows for data in flow.outputs)),
+        properties={
+            f"{variant.name}: {name}": text
+            for variant, flow in zip(variants, flows, strict=True)
+            for name, text in flow.properties.items()
+        },
     )
 
 

@@ -158,7 +158,8 @@ def _caption(
         return records
 
     try:
-        snapshot = _run_pipeline(begun, work, layout, writers, display)
+        with caption.saying_what_is_kept(*writers):
+            snapshot = _run_pipeline(begun, work, layout, writers, display)
     except KeyboardInterrupt:
         for one in ended("stopped", None, display.seconds):
             write_run_record(one.out, one.record)

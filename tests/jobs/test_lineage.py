@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -115,6 +116,15 @@ def test_a_captioning_run_names_index_version_model_and_output(sink: Sink) -> No
     tags = {tag["key"]: tag["value"] for tag in ended["run"]["facets"]["tags"]["tags"]}
     assert tags["errors"] == str(record["images"]["error"])
     assert tags["status"] == record["status"]
+
+
+def test_variants_name_the_folder_of_all_and_the_output_of_each(tmp_path: Path) -> None:
+    shutil.copytree(GOLDEN / "run_v1", tmp_path / "out" / "plain")
+    config = CaptionConfig(images=("/b",), index="/index", model="demo", out=str(tmp_path / "out"))
+    flow = lineage.variants_flow(config, ("plain", "k0:k=0"))
+    assert [data.place for data in flow.outputs] == [f"{tmp_path}/{name}" for name in ("out", "out/plain", "out/k0")]
+    assert [data.place for data in flow.inputs].count("/b") == 1
+    assert flow.properties["plain: status"] == "complete"
 
 
 def test_a_build_names_the_version_that_is_current() -> None:

@@ -20,7 +20,7 @@ from jobs.cluster.stopping import Stopped
 from jobs.inspect import inspect_path
 from smallcap import storage
 from smallcap.config import CaptionConfig
-from smallcap.errors import ConfigError
+from smallcap.errors import ConfigError, StorageError
 from smallcap.images.crops import CropPlan
 from smallcap.output.part_files import list_parts, read_part_infos
 from smallcap.output.reading import read_captions
@@ -161,8 +161,25 @@ def test_a_variant_that_comes_later_or_lacks_some_rows_gets_only_these(
     assert load_variants(config.out) == ("plain", "greedy", "words", "k0")
 
 
-def test_a_stop_keeps_what_is_captioned(
-    config: CaptionConfig, alone: Callable[[str], pd.DataFrame], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("what", "error", "said"),
+    [
+        (KeyboardInterrupt(), Stopped, "Stopped: 8 rows written by this command"),
+        (
+            StorageError("There is no such bucket."),
+            StorageError,
+            r"What was captioned is kept \(8 rows by this command",
+        ),
+    ],
+    ids=["stop", "storage"],
+)
+def test_what_is_captioned_before_the_end_is_kept(
+    what: BaseException,
+    error: type[Exception],
+    said: str,
+    config: CaptionConfig,
+    alone: Callable[[str], pd.DataFrame],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from jobs.captioning.caption import CaptionImages
 
@@ -171,16 +188,17 @@ def test_a_stop_keeps_what_is_captioned(
     def interrupted(actor: Any, table: Any) -> Any:
         seen.append(len(table))
         if len(seen) == 2:
-            raise KeyboardInterrupt
+            raise what
         return process(actor, table)
 
-    with monkeypatch.context() as patch, pytest.raises(Stopped, match="Stopped: 8 rows written by this command"):
+    with monkeypatch.context() as patch, pytest.raises(error, match=said):
         patch.setattr(CaptionImages, "process", interrupted)
         variants.run(config, TEXTS[:2])
     for name in ("k0", "plain"):
         record = load_run_record(f"{config.out}/{name}")
         assert record is not None
-        assert (record.status, record.attempts[0].images) == ("stopped", 4)
+        assert (record.status == "stopped") == (error is Stopped)
+        assert len(rows_of(f"{config.out}/{name}")) == 4
     variants.run(config, TEXTS[:2])
     for text in TEXTS[:2]:
         check(config.out, text, alone, attempts=2)
