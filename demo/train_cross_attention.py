@@ -59,7 +59,7 @@ def training_config(
     reduce_factor: int = 1,
     retrieval: RetrievalMode | None = "top-k",
     scenes: int = SCENES,
-    epochs: int = 1,
+    epochs: int = 2,
 ) -> TrainConfig:
     """Returns the options of a training.
 
