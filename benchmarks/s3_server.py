@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -108,7 +109,7 @@ def serve_s3(folder: Path, *buckets: str) -> Iterator[S3Server]:
 
 def _free_ports(count: int) -> list[int]:
     """Returns ports that are free, and free `_GRPC_OFFSET` higher; another process may still take one."""
-    candidates = range(20_000 + os.getpid() % 5_000, 45_000)
+    candidates = random.SystemRandom().sample(range(20_000, 45_000), 20 * count)  # servers may start side by side
     free = (port for port in candidates if _is_free(port) and _is_free(port + _GRPC_OFFSET))
     return [next(free) for _ in range(count)]
 

@@ -6,6 +6,7 @@ What lasts until the command has ended is left for the trial to heal.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,14 +24,17 @@ TASKS = ("ray::MapBatches", "ray::Write", "ray::ReadParquet", "ray::run")
 SEEN_S = 60.0  # for so long a process of a kind is looked for
 HOG = """
 import sys, time
-total = int(next(line for line in open("/proc/meminfo") if line.startswith("MemTotal")).split()[1]) * 1024
-taken = []
-end = time.monotonic() + float(sys.argv[1])
+
+def used():
+    values = dict(line.split(":") for line in open("/proc/meminfo"))
+    return 1 - int(values["MemAvailable"].split()[0]) / int(values["MemTotal"].split()[0])
+
+end, share, taken = time.monotonic() + float(sys.argv[1]), float(sys.argv[2]), []
 while time.monotonic() < end:
-    if len(taken) * (64 << 20) < total * 0.12:
+    if used() < share:
         taken.append(bytearray(b"x") * (64 << 20))
     else:
-        time.sleep(0.1)
+        time.sleep(0.05)
 """
 
 Act = Callable[[Trial, Disturbance], None]
@@ -178,8 +182,9 @@ def expire_credentials(trial: Trial, disturbance: Disturbance) -> None:
 
 @_kind("permission revoked")
 def revoke_permission(trial: Trial, disturbance: Disturbance) -> None:
-    """Forbids the images, until the command has ended."""
-    trial.proxy.plan(rates={"error": 1.0}, match="/images", error_status=403, error_code="AccessDenied")
+    """Forbids the images after so many requests, until the command has ended."""
+    refused = {"rates": {"error": 1.0}, "error_status": 403, "error_code": "AccessDenied"}
+    trial.proxy.plan(match="/images", begins_at=disturbance.number, **refused)
     trial.heals.append(trial.proxy.plan)
 
 
@@ -231,8 +236,12 @@ def _fill(trial: Trial, disk: Path) -> None:
 
 @_kind("memory taken")
 def take_memory(trial: Trial, disturbance: Disturbance) -> None:
-    """Takes memory until Ray ends processes of the nodes, and gives it back."""
-    subprocess.run([sys.executable, "-c", HOG, str(disturbance.lasts_s)], check=False)
+    """Takes memory until Ray ends processes of the nodes, and gives it back after a while."""
+    hog = [sys.executable, "-c", HOG, str(disturbance.lasts_s), str(trial.memory_share + 0.02)]
+    subprocess.run(hog, check=False)
+    logs = (trial.folder / "ray").glob("session_*/logs/raylet*.out")
+    times = sum(len(re.findall(r"Selected \d+ workers to kill", log.read_text(errors="replace"))) for log in logs)
+    trial.outcome.notes.append(f"Ray ended processes for want of memory {times} times")
 
 
 @_kind("cached file damaged")

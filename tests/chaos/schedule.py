@@ -20,7 +20,7 @@ class Disturbance:
         kind: Its name in `disturbances.KINDS`.
         after: Share of the job's work that is done by then, from 0 to 1, or `BEFORE`.
         lasts_s: How long it lasts, in seconds, where it ends by itself.
-        number: How often it happens, or to which of several things.
+        number: How often it happens; for a permission, how many requests are granted before.
     """
 
     kind: str
@@ -29,6 +29,8 @@ class Disturbance:
     number: int = 1
 
     def __str__(self) -> str:
+        if self.kind == "permission revoked":
+            return f"{self.kind} after {self.number} requests"
         moment = "before the start" if self.after == BEFORE else f"after {self.after:.0%}"
         lasts = f" for {self.lasts_s:.0f} s" if self.lasts_s else ""
         times = f" {self.number} times" if self.number > 1 else ""
@@ -56,7 +58,7 @@ class Schedule:
     goes_on: bool
     out: Place = "s3"
     skew_s: int = 0
-    nodes: tuple[int, ...] = field(default=(2, 3, 3))
+    nodes: tuple[int, ...] = field(default=(1, 2, 2))
 
     def __str__(self) -> str:
         parts = [*map(str, self.disturbances)]
@@ -75,7 +77,7 @@ def draw(seed: int) -> Schedule:
             kind,
             BEFORE if kind in _BEFORE else round(moment, 2),
             float(rng.randint(*_LASTS_S[kind])) if kind in _LASTS_S else 0.0,
-            rng.randint(1, 3) if kind in _REPEATED else 1,
+            rng.randint(*_NUMBERS[kind]) if kind in _NUMBERS else 1,
         )
         for kind, moment in zip(kinds, moments, strict=True)
     )
@@ -84,8 +86,8 @@ def draw(seed: int) -> Schedule:
     return Schedule(seed, job, disturbances, not set(kinds) & _STOPPING, out, skew_s)
 
 
-_BEFORE = {"cache disk full", "spill disk full"}
-_REPEATED = {"actor killed", "worker killed"}
+_BEFORE = {"cache disk full", "spill disk full", "permission revoked"}
+_NUMBERS = {"actor killed": (1, 3), "worker killed": (1, 3), "permission revoked": (50, 1_000)}
 _LASTS_S = {
     "node frozen": (15, 60),
     "S3 killed": (5, 30),

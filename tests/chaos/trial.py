@@ -71,6 +71,8 @@ class Trial:
         out: Where the job writes.
         outcome: What was seen so far.
         heals: What ends the disturbances that last until a command has ended.
+        address: The head's.
+        memory_share: Share of this machine's memory from which on Ray ends processes, where memory is to be short.
     """
 
     def __init__(self, schedule: Schedule, world: Path, folder: Path, server: S3Server, proxy: FaultProxy) -> None:
@@ -84,6 +86,7 @@ class Trial:
         self.out = f"s3://{BUCKET}/out" if schedule.out == "s3" else str(self.small_disk("output") / "out")
         self._port = free_port()
         self.address = f"127.0.0.1:{self._port}"
+        self.memory_share = min(0.9, _memory_used() + 0.25)
         self._attempts = 0
 
     def small_disk(self, name: str) -> Path:
@@ -123,7 +126,7 @@ class Trial:
             command += [f"--object-spilling-directory={self.small_disk('spill')}"]
         environment = self._environment() | {"HOME": str(home), "RAY_health_check_timeout_ms": "10000"}
         if "memory taken" in kinds:
-            environment |= {"RAY_memory_usage_threshold": f"{_memory_used() + 0.12:.2f}"}
+            environment |= {"RAY_memory_usage_threshold": f"{self.memory_share:.2f}"}
             environment |= {"RAY_memory_monitor_refresh_ms": "250"}
         node = JobProcess(command, self.folder / f"node-{number}.log", environment | _clock(skew_s))
         self.nodes.append(node)
@@ -227,7 +230,7 @@ class Trial:
         return False
 
     def _environment(self) -> dict[str, str]:
-        slow = site_in(self.folder, os.environ.get("PYTHONPATH", "")) | {"OPENING_TAKES": "0.03"}
+        slow = site_in(self.folder, os.environ.get("PYTHONPATH", "")) | {"OPENING_TAKES": "0.02"}
         ray = {
             "RAY_TMPDIR": str(self.folder),
             "RAY_worker_niceness": "0",
