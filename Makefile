@@ -6,7 +6,7 @@ VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' smallcap/__init__.py)
 # The tests of a file run in one process, as do all on the session's Ray: see tests/conftest.py.
 PARALLEL := --numprocesses=auto --maxprocesses=4
 
-.PHONY: help setup demo test test-all lint format audit docs site build release bench demo-model claims notebook transcripts clean
+.PHONY: help setup demo test test-all chaos lint format audit docs site build release bench demo-model claims notebook transcripts clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -28,6 +28,9 @@ test: $(INSTALLED) ## Run all tests except the slow ones
 
 test-all: $(INSTALLED) ## Run all tests
 	$(BIN)/python -m pytest $(PARALLEL)
+
+chaos: $(INSTALLED) ## Disturb jobs on a cluster of several nodes by seeded schedules (half an hour; docs/reliability.md)
+	$(BIN)/python -m tests.chaos
 
 lint: $(INSTALLED) ## Check style, types and layers
 	$(BIN)/ruff format --check .

@@ -1,4 +1,4 @@
-"""Runs an S3 server for benchmarks: SeaweedFS, in a separate process, with all its data in one folder.
+"""Runs an S3 server for benchmarks and `make chaos`: SeaweedFS, in a separate process, with all its data in one folder.
 
 moto's server, which the tests use, answers a few hundred requests per second, fewer than the job makes.
 """
@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +29,32 @@ _GRPC_OFFSET = 10_000  # SeaweedFS listens internally at each port plus this num
 _GETS = re.compile(r"^SeaweedFS_s3_request_total\{([^}]*)\} (\S+)$", re.MULTILINE)
 
 
-@dataclass(frozen=True)
+@dataclass
 class S3Server:
-    """A running server."""
+    """A running server, which can be killed and started again on its ports with its data."""
 
     endpoint: str
     metrics_url: str
+    command: Sequence[str]
+    folder: Path
+    process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Starts the server, and waits until it answers.
+
+        Raises:
+            SystemExit: It does not start.
+        """
+        log = self.folder / "server.log"
+        with log.open("ab") as file:
+            self.process = subprocess.Popen(self.command, cwd=self.folder, stderr=file, stdout=file)
+        _wait_for(self.endpoint, self.process, log)
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
+        """Ends the server by a signal."""
+        if self.process is not None:
+            self.process.send_signal(number)
+            self.process.wait()
 
     def objects_sent(self, bucket: str) -> int:
         """Returns the number of GETs of objects in a bucket that were answered since the server started."""
@@ -66,11 +88,10 @@ def serve_s3(folder: Path, *buckets: str) -> Iterator[S3Server]:
         f"-s3.config={folder / 's3.json'}", "-s3.port.lance=0", "-s3.port.iceberg=0", "-master.telemetry=false",
         "-master.volumeSizeLimitMB=1000", "-volume.max=100",
     ]  # fmt: skip
-    with (folder / "server.log").open("wb") as log:
-        process = subprocess.Popen([weed, "-logtostderr=true", "server", *options], cwd=folder, stderr=log, stdout=log)
-    server = S3Server(f"http://127.0.0.1:{s3}", f"http://127.0.0.1:{metrics}/metrics")
+    command = [weed, "-logtostderr=true", "server", *options]
+    server = S3Server(f"http://127.0.0.1:{s3}", f"http://127.0.0.1:{metrics}/metrics", command, folder)
     try:
-        _wait_for(server.endpoint, process, folder / "server.log")
+        server.start()
         os.environ.update(
             AWS_ENDPOINT_URL=server.endpoint,
             AWS_ACCESS_KEY_ID=_KEY,
@@ -83,13 +104,12 @@ def serve_s3(folder: Path, *buckets: str) -> Iterator[S3Server]:
                 fs.mkdir(path)
         yield server
     finally:
-        process.terminate()
-        process.wait()
+        server.stop()
 
 
 def _free_ports(count: int) -> list[int]:
     """Returns ports that are free, and free `_GRPC_OFFSET` higher; another process may still take one."""
-    candidates = range(20_000 + os.getpid() % 5_000, 45_000)
+    candidates = random.SystemRandom().sample(range(20_000, 45_000), 20 * count)  # servers may start side by side
     free = (port for port in candidates if _is_free(port) and _is_free(port + _GRPC_OFFSET))
     return [next(free) for _ in range(count)]
 

@@ -21,7 +21,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from aiohttp import ClientSession, DummyCookieJar, web
+from aiohttp import ClientError, ClientSession, DummyCookieJar, web
 from yarl import URL
 
 FAULTS = ("slow_down", "reset", "truncated", "lost", "slow", "error")
@@ -115,7 +115,10 @@ class FaultProxy:
             return _error(self.plan.error_status, self.plan.error_code, "An error by the fault proxy.", request)
         if fault == "slow":
             await asyncio.sleep(self.plan.slow_s)
-        status, headers, content = await self._pass_on(request, body)
+        try:
+            status, headers, content = await self._pass_on(request, body)
+        except ClientError:  # the server is gone: nobody would answer
+            return _reset(request)
         if fault == "lost":  # what was asked for has been done, and nobody is told
             return _reset(request)
         response = web.StreamResponse(status=status, headers=headers)
