@@ -13,9 +13,11 @@ from types import FrameType
 from typing import Any
 
 from jobs.cluster.faults import FaultGuardClient, kind_of
-from jobs.cluster.memory_kills import IP
+from jobs.cluster.memory_kills import IP, line_of_monitor
 from jobs.cluster.stalls import StallWatch
 from smallcap.errors import RunError, SmallCapError
+
+_MORE_MEMORY = "Give the nodes more memory, or Ray fewer of their CPUs (ray start --num-cpus)."
 
 
 class GuardedActor:
@@ -150,12 +152,13 @@ def _error_of_dead_actor(error: BaseException) -> RunError | None:
     if dead is None:
         return None
     message = str(dead).strip()
-    node = IP.search(message)
+    node, memory = IP.search(message), line_of_monitor(message)
+    story = "Ray's log of the actor on that node has the whole story."
     return RunError(
-        "An actor died, and Ray could not start it again.",
+        f"An actor {'was ended because memory ran out' if memory else 'died'}, and Ray could not start it again.",
         where=f"node {node[1]}" if node else "",
-        found=message.rpartition("\n")[2].strip(),
-        remedy="Ray's log of the actor on that node has the whole story. The same command continues the job.",
+        found=memory or message.rpartition("\n")[2].strip(),
+        remedy=f"{_MORE_MEMORY if memory else story} The same command continues the job.",
     )
 
 
@@ -169,11 +172,10 @@ def _error_of_dead_task(error: BaseException) -> RunError | None:
     message = str(dead).strip()
     node = IP.search(message)
     no_memory = isinstance(dead, OutOfMemoryError)
-    remedy = "Give the nodes more memory, or Ray fewer of their CPUs (ray start --num-cpus)."
+    story = "The logs of the kernel and of Ray on that node say why."
     return RunError(
         f"A task was ended again and again{', each time because memory ran out' if no_memory else ''}.",
         where=f"node {node[1]}" if node else "",
-        found=message.partition("\n")[0],
-        remedy=f"{remedy if no_memory else 'The log of the kernel and of Ray on that node say why.'} The same command "
-        "continues the job.",
+        found=line_of_monitor(message) or message.partition("\n")[0],
+        remedy=f"{_MORE_MEMORY if no_memory else story} The same command continues the job.",
     )

@@ -22,6 +22,11 @@ _OF_MONITOR = "running low on memory"
 _told: set[str] = set()  # nodes
 
 
+def line_of_monitor(message: str) -> str:
+    """Returns what of one of Ray's messages says that a node's memory ran out; empty where nothing does."""
+    return next((line.strip() for line in message.splitlines() if _OF_MONITOR in line), "")
+
+
 def tell_kills_once() -> None:
     """Lets one line stand for all that raylets tell this driver of killed processes, for each node."""
     from ray._private import worker

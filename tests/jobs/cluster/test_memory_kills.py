@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 from ray._private import worker
-from ray.exceptions import OutOfMemoryError, WorkerCrashedError
+from ray.core.generated.common_pb2 import ActorDiedErrorContext
+from ray.exceptions import ActorDiedError, OutOfMemoryError, WorkerCrashedError
 
 from jobs.cluster import memory_kills
 from jobs.cluster.errors import unwrapped_errors
@@ -42,9 +43,13 @@ def test_the_memory_monitor_is_one_line_for_each_node(
             OutOfMemoryError(PAGE.format(ip="10.0.0.1")),
             r"because memory ran out(.|\n)*node 10\.0\.0\.1(.|\n)*more memory",
         ),
+        (
+            ActorDiedError(ActorDiedErrorContext(error_message=PAGE.format(ip="10.0.0.1"), actor_id=bytes(16))),
+            r"An actor was ended because memory ran out(.|\n)*node 10\.0\.0\.1(.|\n)*found: 2 worker(.|\n)*more memory",
+        ),
         (WorkerCrashedError(), r"ended again and again\.(.|\n)*log of the kernel"),
     ],
-    ids=["memory", "crash"],
+    ids=["memory", "actor", "crash"],
 )
 def test_a_task_that_is_not_repeated_any_more_is_one_message(dead: Exception, expected: str) -> None:
     with pytest.raises(RunError, match=expected), unwrapped_errors():
