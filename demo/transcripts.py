@@ -50,6 +50,8 @@ def _run(command: str, folder: str, is_stopped: bool) -> Iterator[str]:
     Raises:
         RuntimeError: It was to be stopped, and ended before.
     """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in the background; what is started would ignore it as well
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     here = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     shell = subprocess.Popen(
         ["bash", "-c", command],

@@ -47,7 +47,7 @@ def test_the_memory_monitor_is_one_line_for_each_node(
             ActorDiedError(ActorDiedErrorContext(error_message=PAGE.format(ip="10.0.0.1"), actor_id=bytes(16))),
             r"An actor was ended because memory ran out(.|\n)*node 10\.0\.0\.1(.|\n)*found: 2 worker(.|\n)*more memory",
         ),
-        (WorkerCrashedError(), r"ended again and again\.(.|\n)*log of the kernel"),
+        (WorkerCrashedError(), r"ended again and again\.(.|\n)*logs of the kernel"),
     ],
     ids=["memory", "actor", "crash"],
 )
