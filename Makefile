@@ -29,7 +29,7 @@ test: $(INSTALLED) ## Run all tests except the slow ones
 test-all: $(INSTALLED) ## Run all tests
 	$(BIN)/python -m pytest $(PARALLEL)
 
-chaos: $(INSTALLED) ## Disturb jobs on a cluster of several nodes by seeded schedules (half an hour; docs/reliability.md)
+chaos: $(INSTALLED) ## Disturb jobs on a cluster of several nodes by seeded schedules (docs/reliability.md)
 	$(BIN)/python -m tests.chaos
 
 lint: $(INSTALLED) ## Check style, types and layers

@@ -22,6 +22,7 @@ import urllib.request
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
@@ -116,18 +117,25 @@ class FaultProxy:
             return Counter(json.load(answer)["done"])
 
 
-@pytest.fixture(scope="session")
-def fault_proxy_server(s3_server: str) -> Iterator[FaultProxy]:
-    """The fault proxy in front of the session's S3 server, in a process of its own."""
+@contextmanager
+def serve_fault_proxy(target: str) -> Iterator[FaultProxy]:
+    """Runs the fault proxy in front of an S3 server, in a process of its own."""
     port = free_port()
     script = Path(__file__).with_name("fault_proxy.py")
-    server = subprocess.Popen([sys.executable, script, "--port", str(port), "--target", s3_server])
+    server = subprocess.Popen([sys.executable, script, "--port", str(port), "--target", target])
     try:
         _wait_for(f"http://127.0.0.1:{port}/__faults__", server)
         yield FaultProxy(f"http://127.0.0.1:{port}")
     finally:
         server.terminate()
         server.wait()
+
+
+@pytest.fixture(scope="session")
+def fault_proxy_server(s3_server: str) -> Iterator[FaultProxy]:
+    """The fault proxy in front of the session's S3 server."""
+    with serve_fault_proxy(s3_server) as proxy:
+        yield proxy
 
 
 @pytest.fixture

@@ -152,13 +152,12 @@ def _error_of_dead_actor(error: BaseException) -> RunError | None:
     if dead is None:
         return None
     message = str(dead).strip()
-    node, memory = IP.search(message), line_of_monitor(message)
-    story = "Ray's log of the actor on that node has the whole story."
-    return RunError(
+    memory = line_of_monitor(message)
+    return _ended(
         f"An actor {'was ended because memory ran out' if memory else 'died'}, and Ray could not start it again.",
-        where=f"node {node[1]}" if node else "",
-        found=memory or message.rpartition("\n")[2].strip(),
-        remedy=f"{_MORE_MEMORY if memory else story} The same command continues the job.",
+        message,
+        memory or message.rpartition("\n")[2].strip(),
+        _MORE_MEMORY if memory else "Ray's log of the actor on that node has the whole story.",
     )
 
 
@@ -170,12 +169,17 @@ def _error_of_dead_task(error: BaseException) -> RunError | None:
     if dead is None:
         return None
     message = str(dead).strip()
-    node = IP.search(message)
     no_memory = isinstance(dead, OutOfMemoryError)
-    story = "The logs of the kernel and of Ray on that node say why."
-    return RunError(
+    return _ended(
         f"A task was ended again and again{', each time because memory ran out' if no_memory else ''}.",
-        where=f"node {node[1]}" if node else "",
-        found=line_of_monitor(message) or message.partition("\n")[0],
-        remedy=f"{_MORE_MEMORY if no_memory else story} The same command continues the job.",
+        message,
+        line_of_monitor(message) or message.partition("\n")[0],
+        _MORE_MEMORY if no_memory else "The logs of the kernel and of Ray on that node say why.",
     )
+
+
+def _ended(said: str, message: str, found: str, remedy: str) -> RunError:
+    """Returns the error of a process that Ray does not start any more; Ray's message names the node."""
+    node = IP.search(message)
+    where = f"node {node[1]}" if node else ""
+    return RunError(said, where=where, found=found, remedy=f"{remedy} The same command continues the job.")

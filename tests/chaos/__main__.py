@@ -49,18 +49,8 @@ def run_apart(seed: int, world: Path) -> Outcome | str:
     """Runs the schedule of a seed in a process of its own; returns why not where this machine can't."""
     result = world.parent / f"result-{seed}.json"
     result.unlink(missing_ok=True)
-    command = [
-        sys.executable,
-        "-m",
-        "tests.chaos",
-        "--seeds",
-        str(seed),
-        "--result",
-        str(result),
-        "--world",
-        str(world),
-    ]
-    subprocess.run(command, check=False)
+    options = ["--seeds", str(seed), "--result", str(result), "--world", str(world)]
+    subprocess.run([sys.executable, "-m", "tests.chaos", *options], check=False)
     if not result.exists():
         return Outcome(faults=["the trial itself failed"])
     values = json.loads(result.read_text())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 Job = Literal["caption", "build", "train"]
@@ -58,7 +58,7 @@ class Schedule:
     goes_on: bool
     out: Place = "s3"
     skew_s: int = 0
-    nodes: tuple[int, ...] = field(default=(1, 2, 2))
+    nodes: tuple[int, ...] = (1, 2, 2)
 
     def __str__(self) -> str:
         parts = [*map(str, self.disturbances)]
@@ -70,7 +70,8 @@ class Schedule:
 def draw(seed: int) -> Schedule:
     """Returns the schedule of a seed: the kind goes by the seed in turn, and what is left open is drawn from it."""
     rng = random.Random(seed)
-    job, kinds, more = _TURNS[seed % len(_TURNS)]
+    job, *named = _TURNS[seed % len(_TURNS)]
+    kinds = [kind for kind in named if kind != _CLOCK]
     moments = sorted(rng.uniform(0.0, 0.7) for _ in kinds)
     disturbances = tuple(
         Disturbance(
@@ -81,11 +82,12 @@ def draw(seed: int) -> Schedule:
         )
         for kind, moment in zip(kinds, moments, strict=True)
     )
-    skew_s = rng.choice((-1, 1)) * rng.randint(120, 720) if more.get("skew") else 0
+    skew_s = rng.choice((-1, 1)) * rng.randint(120, 720) if _CLOCK in named else 0
     out: Place = "small disk" if "output disk full" in kinds else "s3"
     return Schedule(seed, job, disturbances, not set(kinds) & _STOPPING, out, skew_s)
 
 
+_CLOCK = "clock wrong"
 _BEFORE = {"cache disk full", "spill disk full", "permission revoked"}
 _NUMBERS = {"actor killed": (1, 3), "worker killed": (1, 3), "permission revoked": (50, 1_000)}
 _LASTS_S = {
@@ -108,38 +110,38 @@ _STOPPING = {
     "cached file damaged",
     "memory taken",
 }
-_TURNS: tuple[tuple[Job, tuple[str, ...], dict[str, bool]], ...] = (
-    ("caption", ("actor killed",), {}),
-    ("caption", ("worker killed",), {}),
-    ("caption", ("node killed",), {}),
-    ("caption", ("node frozen",), {}),
-    ("caption", ("node killed", "node added"), {}),
-    ("caption", ("head killed",), {}),
-    ("caption", ("driver killed", "driver killed"), {}),
-    ("caption", ("driver told to stop",), {}),
-    ("caption", ("S3 killed",), {}),
-    ("caption", ("S3 frozen",), {}),
-    ("caption", ("S3 unsteady",), {}),
-    ("caption", ("S3 answers 503", "actor killed"), {}),
-    ("caption", ("credentials expired",), {}),
-    ("caption", ("permission revoked",), {}),
-    ("caption", ("output disk full",), {}),
-    ("caption", ("cache disk full",), {}),
-    ("caption", ("spill disk full", "worker killed"), {}),
-    ("caption", ("memory taken",), {}),
-    ("caption", ("node killed",), {"skew": True}),
-    ("caption", ("second driver",), {}),
-    ("caption", ("cached file damaged",), {}),
-    ("caption", ("S3 unsteady", "node killed", "driver killed"), {}),
-    ("build", ("worker killed",), {}),
-    ("build", ("node killed",), {}),
-    ("build", ("driver killed",), {}),
-    ("build", ("S3 unsteady",), {}),
-    ("build", ("second driver",), {"skew": True}),
-    ("build", ("S3 killed", "driver told to stop"), {}),
-    ("train", ("driver killed",), {}),
-    ("train", ("worker killed",), {}),
-    ("train", ("S3 answers 503", "driver told to stop"), {}),
-    ("train", ("node killed",), {}),
+_TURNS: tuple[tuple[Job, *tuple[str, ...]], ...] = (
+    ("caption", "actor killed"),
+    ("caption", "worker killed"),
+    ("caption", "node killed"),
+    ("caption", "node frozen"),
+    ("caption", "node killed", "node added"),
+    ("caption", "head killed"),
+    ("caption", "driver killed", "driver killed"),
+    ("caption", "driver told to stop"),
+    ("caption", "S3 killed"),
+    ("caption", "S3 frozen"),
+    ("caption", "S3 unsteady"),
+    ("caption", "S3 answers 503", "actor killed"),
+    ("caption", "credentials expired"),
+    ("caption", "permission revoked"),
+    ("caption", "output disk full"),
+    ("caption", "cache disk full"),
+    ("caption", "spill disk full", "worker killed"),
+    ("caption", "memory taken"),
+    ("caption", "clock wrong", "node killed"),
+    ("caption", "second driver"),
+    ("caption", "cached file damaged"),
+    ("caption", "S3 unsteady", "node killed", "driver killed"),
+    ("build", "worker killed"),
+    ("build", "node killed"),
+    ("build", "driver killed"),
+    ("build", "S3 unsteady"),
+    ("build", "clock wrong", "second driver"),
+    ("build", "S3 killed", "driver told to stop"),
+    ("train", "driver killed"),
+    ("train", "worker killed"),
+    ("train", "S3 answers 503", "driver told to stop"),
+    ("train", "node killed"),
 )
 TURNS = len(_TURNS)

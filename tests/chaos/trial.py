@@ -17,9 +17,10 @@ from pathlib import Path
 
 from benchmarks.s3_server import S3Server, serve_s3
 from smallcap.errors import SmallCapError
+from smallcap.machine.process_memory import available_bytes, total_bytes
 from tests.chaos.schedule import BEFORE, Disturbance, Schedule
 from tests.chaos.world import WORK, Caption, Verdict, Work, put_inputs
-from tests.conftest import FaultProxy
+from tests.conftest import FaultProxy, serve_fault_proxy
 from tests.job_processes import JobProcess, free_port, site_in
 
 BUCKET = "chaos"
@@ -86,11 +87,11 @@ class Trial:
         self.out = f"s3://{BUCKET}/out" if schedule.out == "s3" else str(self.small_disk("output") / "out")
         self._port = free_port()
         self.address = f"127.0.0.1:{self._port}"
-        self.memory_share = min(0.9, _memory_used() + 0.25)
+        self.memory_share = min(0.9, memory_used() + 0.25)
         self._attempts = 0
 
     def small_disk(self, name: str) -> Path:
-        """Mounts a small disk in the trial's folder, unless it is there; unmounting is up to `run_trial`."""
+        """Mounts a small disk in the trial's folder, unless it is there; `prepared` unmounts it."""
         path = self.folder / name
         if not path.is_mount():
             path.mkdir(exist_ok=True)
@@ -231,11 +232,8 @@ class Trial:
 
     def _environment(self) -> dict[str, str]:
         slow = site_in(self.folder, os.environ.get("PYTHONPATH", "")) | {"OPENING_TAKES": "0.02"}
-        ray = {
-            "RAY_TMPDIR": str(self.folder),
-            "RAY_worker_niceness": "0",
-        }  # else the commands keep workers from starting
-        return slow | ray | {"AWS_ENDPOINT_URL": self.proxy.endpoint}
+        own = {"AWS_ENDPOINT_URL": self.proxy.endpoint, "RAY_TMPDIR": str(self.folder)}
+        return slow | own | {"RAY_worker_niceness": "0"}  # the commands would keep workers of a lower priority waiting
 
 
 def _clock(skew_s: int) -> dict[str, str]:
@@ -254,11 +252,9 @@ def _clock(skew_s: int) -> dict[str, str]:
     }
 
 
-def _memory_used() -> float:
+def memory_used() -> float:
     """Returns the share of this machine's memory that is in use."""
-    values = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    total, free = (int(values[name].split()[0]) for name in ("MemTotal", "MemAvailable"))
-    return 1 - free / total
+    return 1 - available_bytes() / total_bytes()
 
 
 @contextmanager
@@ -269,32 +265,12 @@ def prepared(schedule: Schedule, world: Path) -> Iterator[Trial]:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         stack.callback(_unmount_all, folder)
         server = stack.enter_context(serve_s3(folder / "s3", BUCKET))
-        proxy = stack.enter_context(_proxy(server.endpoint))
+        proxy = stack.enter_context(serve_fault_proxy(server.endpoint))
         trial = Trial(schedule, world, folder, server, proxy)
         stack.callback(trial.close)
         put_inputs(trial.work, f"s3://{BUCKET}")
         trial.start_cluster()
         yield trial
-
-
-@contextmanager
-def _proxy(endpoint: str) -> Iterator[FaultProxy]:
-    port = free_port()
-    script = Path(__file__).parents[1] / "fault_proxy.py"
-    process = subprocess.Popen([sys.executable, script, "--port", str(port), "--target", endpoint])
-    try:
-        proxy = FaultProxy(f"http://127.0.0.1:{port}")
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            try:
-                proxy.done()
-                break
-            except OSError:
-                time.sleep(0.1)
-        yield proxy
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def _unmount_all(folder: Path) -> None:

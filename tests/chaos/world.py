@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -96,12 +97,8 @@ class Caption(Work):
         images, model = str(self.world / "images"), self.world / "smallcap"
         make_tiny_smallcap(model, self.world / "clip")
         write_images(images, IMAGES)
-        rows = (
-            f"{n}.jpg,{n} {noun} on the {place}"
-            for n in range(8)
-            for noun in ("dog", "bus")
-            for place in ("sea", "road")
-        )
+        nouns = [(noun, place) for noun in ("dog", "bus") for place in ("sea", "road")]
+        rows = (f"{n}.jpg,{n} {noun} on the {place}" for n in range(8) for noun, place in nouns)
         index = build_text_index(self.world, self.world / "clip", rows)
         expected = undisturbed_rows(config_for(images, index, model, str(self.world / "rows"), *_SETS))
         (self.world / "rows.json").write_text(json.dumps(expected))
@@ -115,22 +112,13 @@ class Build(Work):
     def command(self, place: str, out: str) -> list[str]:
         encoder = ["--encoder", f"hf:{self.world / 'clip'}", "--index-key", "IVF16,SQ8", "--shards", "4"]
         sets = ["--set", "cleaning.tokenizer=null", "--set", "recall.target=0.1", "--set", "recall.queries=64"]
-        return [
-            *_SMALLCAP,
-            "build-index",
-            f"{place}/dumps/0.csv",
-            f"{place}/dumps/1.csv",
-            "--out",
-            out,
-            *encoder,
-            *sets,
-        ]
+        dumps = [f"{place}/dumps/{number}.csv" for number in range(2)]
+        return [*_SMALLCAP, "build-index", *dumps, "--out", out, *encoder, *sets]
 
     def progress(self, out: str) -> float:
         staging = [uri for uri in storage.list_folder(out) if STAGING_PREFIX in uri]
-        return (
-            max((len(storage.list_folder(storage.join(uri, "results"))) for uri in staging), default=0) / BUILD_STAGES
-        )
+        begun = (len(storage.list_folder(storage.join(uri, "results"))) for uri in staging)
+        return max(begun, default=0) / BUILD_STAGES
 
     def judge(self, out: str) -> Verdict:
         expected = load_manifest(str(self.world / "built"))
@@ -138,13 +126,13 @@ class Build(Work):
             found = load_manifest(out)
         except SmallCapError:
             return Verdict(expected.ntotal, 0, 0)
-        changed = sum(
-            storage.read_bytes(storage.join(out, entry.file)) != (self.world / "built" / entry.file).read_bytes()
-            for entry in expected.files
-            if storage.exists(storage.join(out, entry.file))
-        )
+        changed = sum(not self._is_as_expected(out, entry.file) for entry in expected.files)
         changed += found.index_id != expected.index_id
         return Verdict(max(0, expected.ntotal - found.ntotal), max(0, found.ntotal - expected.ntotal), changed)
+
+    def _is_as_expected(self, out: str, name: str) -> bool:
+        uri = storage.join(out, name)
+        return storage.exists(uri) and storage.read_bytes(uri) == (self.world / "built" / name).read_bytes()
 
     def make(self) -> None:
         (self.world / "dumps").mkdir()
@@ -211,6 +199,4 @@ def put_inputs(work: Work, place: str) -> None:
 
 
 def _run_undisturbed(command: list[str]) -> None:
-    import subprocess
-
     subprocess.run([*command, "-q"], check=True)
