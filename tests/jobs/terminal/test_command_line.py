@@ -160,6 +160,8 @@ def junk_texts(option: Option) -> st.SearchStrategy[str]:
         words = {"", *re.findall(r"[\w/-]+", option.values)}
         texts |= st.sampled_from(NO_NUMBER)
         texts |= st.text().filter(lambda text: not is_a_number(text) and not {*text.split(",")} & words)
+    if option.has_commas and option.values:
+        texts = texts.filter(lambda text: not all(is_a_number(item) for item in text.split(",")))
     return texts.filter(lambda text: not (option.is_positional and text.startswith("-")))
 
 
