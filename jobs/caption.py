@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -42,7 +42,7 @@ from jobs.terminal.command_line import EXIT_TOO_MANY_ERRORS
 from smallcap.config import CaptionConfig
 from smallcap.errors import StorageError
 from smallcap.images.work_list import Relisted, WorkList
-from smallcap.index.manifest import load_manifests, utc_now
+from smallcap.index.manifest import utc_now
 from smallcap.local_files import is_below
 from smallcap.model.files import DEMO, demo_folder
 from smallcap.output.coverage import WorkItem
@@ -55,7 +55,6 @@ if TYPE_CHECKING:
 
     from jobs.captioning.caption import CaptionImages
     from jobs.captioning.monitor import MonitorClient
-    from jobs.captioning.retrieval_actors import Partitions
     from jobs.captioning.write import PartWriter
 
 _SHOWN = 120  # characters of a source
@@ -275,6 +274,7 @@ def run_pipeline(
     """Runs a pipeline of the record's last attempt; returns its figures."""
     from jobs.captioning.caption import CaptionerSpec
     from jobs.captioning.load import start_loading
+    from jobs.captioning.retrieval_actors import shared_indexes
 
     actors = layout.actors
     with display.activity("Waiting for room for an actor"), unwrapped_errors():
@@ -287,7 +287,7 @@ def run_pipeline(
         marked_as_running(record.run_id, "caption"),
         watching as watch,
         display.show(PipelineView(watch.monitor, before_s, loaded, actors.num_actors)),
-        shared_indexes(config, record) as partitions,
+        shared_indexes(config, record.index_id) as partitions,
     ):
         loading = replace(load_spec(config, record, work, layout, watch), keys=pipeline.keys)
         captioning = CaptionerSpec(config, layout, record.index_id, record.retrieval_encoder, watch.monitor, partitions)
@@ -358,24 +358,6 @@ def measured(attempt: Attempt, snapshot: Snapshot | None, images: int, seconds: 
             "timeline": snapshot.timeline,
         }
     )
-
-
-@contextmanager
-def shared_indexes(config: CaptionConfig, record: RunRecord) -> Iterator[tuple[Partitions, ...]]:
-    """Runs the actors that share each index, where no process is to hold all of it; yields none where it is."""
-    from jobs.captioning.retrieval_actors import run_partitions
-
-    retrieval = config.retrieval
-    if record.index_id is None or retrieval.partitions == 1:
-        yield ()
-        return
-    with ExitStack() as running:
-        partitions = []
-        for uri, manifest in zip(config.index, load_manifests(config.index, record.index_id), strict=True):
-            count = retrieval.partitions if len(config.index) == 1 else min(retrieval.partitions, len(manifest.shards))
-            shared = run_partitions(uri, manifest.index_id, retrieval.model_copy(update={"partitions": count}))
-            partitions.append(running.enter_context(shared))
-        yield tuple(partitions)
 
 
 def exit_status(max_error_rate: float, summary: RunSummary) -> int:

@@ -261,15 +261,17 @@ def _carry(
     done = parts_done(config.out)
     parts = [part for part in _old_parts(config.run) if part.number not in done]
     text = f"Searching {' and '.join(config.index)} for the images of {config.run}"
-    with (
-        on_shown_ray(display, address, partial(describe_kept, config.out)),
-        caption.shared_indexes(captioning, record) as partitions,
-        display.activity(text, "part", len(parts)) as shown,
-    ):
-        open_index = partial(_open_index, captioning, record.index_id or "", partitions)
-        carry = partial(_carry_part, spec=spec, open_index=open_index)
-        for _ in RayRunner(record.run_id).run_tasks(carry, parts) if parts else ():
-            shown.done += 1
+    with on_shown_ray(display, address, partial(describe_kept, config.out)):
+        from jobs.captioning.retrieval_actors import shared_indexes
+
+        with (
+            shared_indexes(captioning, record.index_id) as partitions,
+            display.activity(text, "part", len(parts)) as shown,
+        ):
+            open_index = partial(_open_index, captioning, record.index_id or "", partitions)
+            carry = partial(_carry_part, spec=spec, open_index=open_index)
+            for _ in RayRunner(record.run_id).run_tasks(carry, parts) if parts else ():
+                shown.done += 1
     carried = sum(info.ok + sum(info.errors.values()) for name, info in read_part_infos(config.out) if is_carried(name))
     assert record.refreshed is not None, "the caller has begun it"
     ended = attempt.model_copy(

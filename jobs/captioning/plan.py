@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import pyarrow as pa
 
-from jobs.captioning.calibration import Calibration, calibrate
+from jobs.captioning.calibration import Calibration, calibrate, time_loading
 from jobs.captioning.layout import CaptionLayout, count_images, lay_out, load_spec
 from jobs.captioning.record import RunRecord
 from jobs.captioning.watch import watch_run
@@ -276,22 +277,32 @@ def _dry_run(config: CaptionConfig, address: str | None, gpu_hour_cost: float | 
             items = remaining_items(config, work, settled=False)
         with on_ray(address, lambda: "A dry run writes nothing."):  # before Ray Data, which reads its settings
             from jobs.captioning.caption import CaptionerSpec, CaptionImages
+            from jobs.captioning.load import start_loading
+            from jobs.captioning.retrieval_actors import shared_indexes
 
             signals.arm()
             layout = lay_out(config, record)
             sample = _sample(config, work, items, layout.batch_size)
-            loaded = sum(len(images.rows) for _, images in sample)
-            is_all = loaded < _SAMPLE_BATCHES * layout.batch_size
-            with unwrapped_errors(), watch_run(record.run_id, None, None) as watch:
+            number = sum(len(images.rows) for _, images in sample)
+            is_all = number < _SAMPLE_BATCHES * layout.batch_size
+            with (
+                unwrapped_errors(),
+                watch_run(record.run_id, None, None) as watch,
+                shared_indexes(config, record.index_id) as partitions,
+            ):
                 loading = load_spec(config, record, work, layout, watch)
-                captioning = CaptionerSpec(config, layout, record.index_id, record.retrieval_encoder, watch.monitor)
+                captioning = CaptionerSpec(
+                    config, layout, record.index_id, record.retrieval_encoder, watch.monitor, partitions
+                )
                 before_s = time.perf_counter() - began
                 measured = calibrate(
-                    partial(_load_sample, sample, loading),
+                    start_loading([sample], _load_sample, loading, number, layout.actors),
+                    number,
                     partial(CaptionImages, captioning),
                     layout.actors,
-                    min(loaded, layout.images_per_call) if is_all else layout.images_per_call,
+                    min(number, layout.images_per_call) if is_all else layout.images_per_call,
                     layout.calls_at_once,
+                    watch.fault_guard,
                 )
     return RunPlan(
         images=count_images(items),
@@ -344,8 +355,9 @@ def _sample(
     return sample
 
 
-def _load_sample(sample: Sequence[tuple[int, InputBatch]], spec: LoadSpec) -> Iterator[pa.Table]:
+def _load_sample(batch: pa.Table, spec: LoadSpec) -> Iterator[pa.Table]:
+    """Loads what `_sample` returns, pickled in the column `item`, as `jobs.captioning.load.load_images` does."""
     from jobs.captioning.load import load_batch
 
-    for number, images in sample:
-        yield load_batch(number, images, spec)
+    sample = pickle.loads(batch["item"][0].as_py())  # noqa: S301 - this job's driver wrote it
+    yield from time_loading(load_batch(number, images, spec) for number, images in sample)

@@ -7,7 +7,7 @@ machine, over a partition that scatters every query and gathers the answers; the
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,9 @@ import ray
 
 from jobs.cluster.errors import GuardedActor
 from jobs.cluster.resources import on_working_nodes, set_faiss_threads
+from smallcap.config import CaptionConfig
 from smallcap.index.caption_store import gather, open_removed
-from smallcap.index.manifest import IndexManifest, load_manifest, share_of
+from smallcap.index.manifest import IndexManifest, load_manifest, load_manifests, share_of
 from smallcap.index.merged import CaptionSearch, merge_searches
 from smallcap.index.node_cache import open_version_folder
 from smallcap.index.partition import LocalPartition
@@ -45,6 +46,27 @@ class _PartitionActor(GuardedActor):
 
     def process(self, method: str, *arguments: Any) -> Any:
         return getattr(self._partition, method)(*arguments)
+
+
+@contextmanager
+def shared_indexes(config: CaptionConfig, index_id: str | None) -> Iterator[tuple[Partitions, ...]]:
+    """Runs the actors that share each index, where no process is to hold all of it; yields none where it is.
+
+    Args:
+        config: The run's config.
+        index_id: The version that the run has pinned, of all its indexes.
+    """
+    retrieval = config.retrieval
+    if index_id is None or retrieval.partitions == 1:
+        yield ()
+        return
+    with ExitStack() as running:
+        partitions = []
+        for uri, manifest in zip(config.index, load_manifests(config.index, index_id), strict=True):
+            count = retrieval.partitions if len(config.index) == 1 else min(retrieval.partitions, len(manifest.shards))
+            shared = run_partitions(uri, manifest.index_id, retrieval.model_copy(update={"partitions": count}))
+            partitions.append(running.enter_context(shared))
+        yield tuple(partitions)
 
 
 @contextmanager

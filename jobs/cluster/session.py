@@ -112,6 +112,8 @@ def _make_settings() -> None:
     # Loading pauses when the images that wait for the actors are a few times those that the actors hold, not only when
     # half of the object store is full: memory stays flat, and a kill costs few loaded images.
     os.environ.setdefault("RAY_DATA_DOWNSTREAM_CAPACITY_OBJECT_STORE_BUDGET_UTIL_THRESHOLD", "0")
+    # The process that writes imports for seconds. Ray would end it after one idle second, and start it for each part.
+    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
     for name, value in (_HEAD_TIMEOUTS | memory_kills.SETTINGS).items():
         os.environ.setdefault(name, value)
 

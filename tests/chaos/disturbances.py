@@ -214,12 +214,13 @@ def _fill(trial: Trial, disk: Path) -> None:
 
 @_kind("memory taken")
 def take_memory(trial: Trial, disturbance: Disturbance) -> None:
-    """Takes memory until Ray ends processes of the nodes, and gives it back after a while."""
-    end, taken = time.monotonic() + disturbance.lasts_s, []
-    while time.monotonic() < end:
+    """Takes memory until Ray ends processes of the nodes, keeps it short for a while, and gives it back."""
+    end, taken = time.monotonic() + SEEN_S, []
+    while time.monotonic() < end and _runs(trial):
         if memory_used() < trial.memory_share + 0.02:
             taken.append(bytearray(b"x") * (64 << 20))
         else:
+            end = min(end, time.monotonic() + disturbance.lasts_s)
             time.sleep(0.05)
     del taken
     logs = (trial.folder / "ray").glob("session_*/logs/raylet*.out")

@@ -10,6 +10,7 @@ from jobs.captioning.layout import CaptionLayout
 from jobs.captioning.plan import IndexFacts, RunPlan, dry_run
 from smallcap.config import CaptionConfig
 from smallcap.errors import ConfigError
+from smallcap.index.retriever import Retriever
 from smallcap.machine.actor_plan import ActorPlan
 from smallcap.output.part_files import PartOptions
 from tests.caption_runs import config_for, write_images
@@ -152,6 +153,16 @@ def test_a_dry_run_captions_some_images_and_writes_nothing(index: str, tiny_smal
     assert not (tmp_path / "out").exists()
     few = dry_run(config.model_copy(update={"limit": 1}))
     assert few.measured.images == 3
+
+
+def test_a_dry_run_shares_an_index_that_its_run_shares(
+    index: str, tiny_smallcap: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_images(f"{tmp_path}/images", 3)
+    sets = ("retrieval.partitions=2", f"retrieval.cache_dir={tmp_path}/cache")
+    config = config_for(f"{tmp_path}/images", index, tiny_smallcap, f"{tmp_path}/out", *sets)
+    monkeypatch.delattr(Retriever, "open")  # an actor would hold all of it
+    assert dry_run(config).measured.images == 9
 
 
 def test_a_dry_run_of_a_finished_run_says_so(finished_run: CaptionConfig) -> None:
