@@ -105,8 +105,7 @@ def main() -> None:
         work.mkdir()
         write_crops(work / "images", options.images)
         data = demo_model(work)
-        caption = ["caption", str(work / "images"), "--model", data.model, "--save-embeddings", "--dtype", "float32"]
-        caption += ["--address", "local"]
+        caption = ["caption", str(work / "images"), "--model", data.model, "--save-embeddings", "--address", "local"]
         old = str(work / "old")
         say(f"captioning {options.images:,} images for the run to refresh")
         smallcap(*caption, "--index", data.index, "--out", old)
