@@ -42,12 +42,13 @@ def repeat_images(source: Path, folder: Path, images: int) -> Path:
     return folder
 
 
-def demo_model(folder: Path) -> ModelAndIndex:
-    """Returns the demo's model with its index: that of `make demo` if it exists, else one built in `folder`."""
-    if Path(DEMO_INDEX).exists():
-        return ModelAndIndex("demo", str(Path(DEMO_INDEX).resolve()))
+def demo_model(folder: Path, checkout: Path = Path()) -> ModelAndIndex:
+    """Returns the demo's model with its index: that of `make demo` if a checkout has it, else one built in `folder`."""
+    if (made := (checkout / DEMO_INDEX).resolve()).exists():
+        return ModelAndIndex("demo", str(made))
     build = f"from jobs.demo import build_demo_index; build_demo_index({str(folder / 'index')!r})"
-    subprocess.run([sys.executable, "-c", build], env=environment(), stdout=sys.stderr, check=True)
+    env = environment() | ({"PYTHONPATH": str(checkout)} if checkout != Path() else {})
+    subprocess.run([sys.executable, "-c", build], cwd=checkout, env=env, stdout=sys.stderr, check=True)
     return ModelAndIndex("demo", str(folder / "index"))
 
 

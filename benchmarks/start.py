@@ -102,13 +102,13 @@ def _name(pid: int) -> str:
 
 def measure(options: argparse.Namespace, work: Path) -> dict[str, dict[str, Figures]]:
     """Measures every checkout in turns; returns the median of each figure, by checkout and command."""
-    model = demo_model(work)
     images = repeat_images(_ROOT / "demo" / "images", work / "images", options.images)
     checkouts = {"this": _ROOT} | ({"other": options.against.resolve()} if options.against else {})
+    models = {name: demo_model(work / name, checkout) for name, checkout in checkouts.items()}
     rounds: dict[str, dict[str, list[Figures]]] = {name: {"caption": [], "search": []} for name in checkouts}
     for number in range(options.rounds + 1):
         for name, checkout in checkouts.items():
-            out = work / f"out-{name}-{number}"
+            out, model = work / f"out-{name}-{number}", models[name]
             caption = ["caption", str(images), "--index", model.index, "--model", model.model, "--out", str(out)]
             search = ["search", "--index", model.index, "--text", _QUERY]
             found = {

@@ -294,9 +294,10 @@ def _dry_run(config: CaptionConfig, address: str | None, gpu_hour_cost: float | 
                 captioning = CaptionerSpec(
                     config, layout, record.index_id, record.retrieval_encoder, watch.monitor, partitions
                 )
+                images = start_loading([sample], _load_sample, loading, number, layout.actors)
                 before_s = time.perf_counter() - began
                 measured = calibrate(
-                    start_loading([sample], _load_sample, loading, number, layout.actors),
+                    images,
                     number,
                     partial(CaptionImages, captioning),
                     layout.actors,

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 _LOCAL_CPUS = 4  # at least; a pool of actors and the tasks that feed it must fit on small machines as well
 # How long Ray's client of a head (GCS) tries: twice the first, and the second. By default that is 40 s.
 _HEAD_TIMEOUTS = {"RAY_gcs_rpc_server_connect_timeout_s": "2", "RAY_py_gcs_connect_timeout_s": "4"}
+# For usage statistics, which are off; for an autoscaler, which a single machine lacks; for logs, which stay in their files.
+_NEEDLESS = ("start_api_server", "start_monitor", "start_log_monitor")
 _SILENCE_S = 5.0  # before a line says what takes long; the next ones come after the double of it
 
 
@@ -156,13 +158,29 @@ def _start() -> None:
             del os.environ[name]
     make_token_for_local_ray()
     options = {"address": "local", "num_cpus": max(_LOCAL_CPUS, os.cpu_count() or 1), "include_dashboard": False}
+    with _few_processes():
+        try:
+            _init(**options)
+        except Exception as error:
+            if "timed out during startup" not in str(error):
+                raise
+            # Ray gives its processes 30 s, which a busy machine may need to read their files; these are in memory now.
+            _init(**options)
+
+
+@contextmanager
+def _few_processes() -> Iterator[None]:
+    """Ray starts without processes that serve nobody here, for which it would wait: it has no option for that."""
+    from ray._private.node import Node
+
+    kept = {name: getattr(Node, name) for name in _NEEDLESS}
+    for name in kept:
+        setattr(Node, name, lambda node, **options: None)
     try:
-        _init(**options)
-    except Exception as error:
-        if "timed out during startup" not in str(error):
-            raise
-        # Ray gives its processes 30 s, which a busy machine may need to read their files; these are in memory now.
-        _init(**options)
+        yield
+    finally:
+        for name, method in kept.items():
+            setattr(Node, name, method)
 
 
 def _init(**options: Any) -> None:
