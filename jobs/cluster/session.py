@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _LOCAL_CPUS = 4  # at least; a pool of actors and the tasks that feed it must fit on small machines as well
 # How long Ray's client of a head (GCS) tries: twice the first, and the second. By default that is 40 s.
 _HEAD_TIMEOUTS = {"RAY_gcs_rpc_server_connect_timeout_s": "2", "RAY_py_gcs_connect_timeout_s": "4"}
-# For usage statistics, which are off; for an autoscaler, which a single machine lacks; for logs, which stay in their files.
+# For usage statistics, which are off, for an autoscaler, which one machine lacks, and for logs, which stay in files.
 _NEEDLESS = ("start_api_server", "start_monitor", "start_log_monitor")
 _SILENCE_S = 5.0  # before a line says what takes long; the next ones come after the double of it
 
