@@ -98,6 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--shares", type=float, nargs="+", default=_SHARES)
+    parser.add_argument("--dtype", default="auto", help="the precision; in float32 both give the same captions")
     parser.add_argument("--work", type=Path, help="folder that does not exist yet, to keep what is made")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="smallcap-refresh-") as temporary:
@@ -106,6 +107,7 @@ def main() -> None:
         write_crops(work / "images", options.images)
         data = demo_model(work)
         caption = ["caption", str(work / "images"), "--model", data.model, "--save-embeddings", "--address", "local"]
+        caption += ["--dtype", options.dtype]
         old = str(work / "old")
         say(f"captioning {options.images:,} images for the run to refresh")
         smallcap(*caption, "--index", data.index, "--out", old)

@@ -22,6 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "transcripts.md"
 BLOCK = re.compile(r"(?<=^```console\n).*?(?=^```$)", re.MULTILINE | re.DOTALL)
+COLOUR = re.compile(r"\x1b\[[\d;]*m")  # Ray's commands write it into pipes as well
 CTRL_C = "^C"
 _UNDER_WAY = re.compile(r"captioned [1-9]")
 _LATER_S = 10.0  # from then on to Ctrl-C
@@ -65,7 +66,7 @@ def _run(command: str, folder: str, is_stopped: bool) -> Iterator[str]:
     assert shell.stdout is not None
     for line in shell.stdout:
         sys.stderr.write(line)
-        yield line.rstrip("\n")
+        yield COLOUR.sub("", line.rstrip("\n"))
         if is_stopped and _UNDER_WAY.search(line):
             time.sleep(_LATER_S)
             os.killpg(shell.pid, signal.SIGINT)

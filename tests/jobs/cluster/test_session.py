@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 from ray.exceptions import AuthenticationError
 
+from benchmarks.measuring import tree_of
 from jobs.cluster import session
 from jobs.cluster.addresses import Address, NoClusterError, parse_address
 from jobs.cluster.session import connect, limit_blocks
@@ -35,6 +36,33 @@ def test_blocks_are_limited_for_one_dataset_alone() -> None:
 
     assert blocks(1000) == 4
     assert blocks(None) == 1
+
+
+@pytest.mark.ray
+def test_a_local_ray_has_no_processes_that_serve_nobody() -> None:
+    programs = {Path(word).name for pid in tree_of(os.getpid()) for word in words_of(pid)[:4]}
+    assert "raylet" in programs
+    assert not programs & {"dashboard.py", "monitor.py", "log_monitor.py"}
+
+
+def words_of(pid: int) -> list[str]:
+    try:
+        return (Path("/proc") / str(pid) / "cmdline").read_text().split("\0")
+    except OSError:  # it has ended
+        return []
+
+
+@pytest.mark.ray
+def test_a_process_that_is_idle_stays_for_the_next_task() -> None:
+    import ray
+
+    def work() -> int:
+        time.sleep(1)
+        return os.getpid()
+
+    processes = ray.get([ray.remote(num_cpus=0)(work).remote() for _ in range(8)])  # more than Ray counts CPUs
+    time.sleep(3)  # Ray's own limit is one second
+    assert all((Path("/proc") / str(pid)).exists() for pid in processes)
 
 
 def test_the_commands_import_ray_data_only_after_its_settings_are_made() -> None:
