@@ -16,10 +16,11 @@ from jobs.captioning.record import Attempt, ImageCounts, RunRecord, write_run_re
 from jobs.captioning.stage_report import Timeline
 from smallcap import storage
 from smallcap.config import CaptionConfig
+from smallcap.evaluation.shared_words import measure_shared_words
 from smallcap.images.row_ranges import RowRanges
 from smallcap.options import load_config
 from smallcap.output.part_files import PartInfo, write_part
-from smallcap.output.schema import caption_schema
+from smallcap.output.schema import SHARED_WORDS_COLUMNS, caption_schema
 
 Row = dict[str, Any]
 
@@ -59,6 +60,9 @@ def write_run(out: str, rows: Sequence[Row], kept: pa.Schema | None = None, **op
             dict(errors),
         )
         table = pa.Table.from_pylist(list(some), schema=schema)
+        shared = measure_shared_words(table["caption"], table["neighbours"])
+        for name in SHARED_WORDS_COLUMNS:
+            table = table.set_column(table.column_names.index(name), name, getattr(shared, name))
         write_part(out, f"part-001-{number:06d}.parquet", table, info, schema)
     config = load_config(CaptionConfig, flags={"images": ["photos"], "index": "index", "model": "demo", "out": out})
     errors = Counter(row["error_code"] for row in rows if row["status"] == "error")
