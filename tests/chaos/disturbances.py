@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from mmap import MAP_ANONYMOUS, MAP_POPULATE, MAP_PRIVATE, mmap
 from pathlib import Path
 
 from tests.chaos.schedule import Disturbance
@@ -218,7 +219,7 @@ def take_memory(trial: Trial, disturbance: Disturbance) -> None:
     end, taken = time.monotonic() + SEEN_S, []
     while time.monotonic() < end and _runs(trial):
         if memory_used() < trial.memory_share + 0.02:
-            taken.append(bytearray(b"x") * (64 << 20))
+            taken.append(mmap(-1, 256 << 20, flags=MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE))
         else:
             end = min(end, time.monotonic() + disturbance.lasts_s)
             time.sleep(0.05)

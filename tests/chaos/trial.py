@@ -87,7 +87,7 @@ class Trial:
         self.out = f"s3://{BUCKET}/out" if schedule.out == "s3" else str(self.small_disk("output") / "out")
         self._port = free_port()
         self.address = f"127.0.0.1:{self._port}"
-        self.memory_share = min(0.9, memory_used() + 0.45)  # two trials need up to 0.3
+        self.memory_share = min(0.9, memory_used() + 0.35)  # two trials need up to 0.3
         self._attempts = 0
 
     def small_disk(self, name: str) -> Path:
