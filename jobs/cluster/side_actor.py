@@ -34,7 +34,9 @@ class SideActor:
 
         try:
             return ray.get(getattr(self._actor, method).remote(*arguments), timeout=timeout_s)
-        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+        except ray.exceptions.RayTaskError:  # the method's own
+            raise
+        except ray.exceptions.RayError:  # the actor is gone, with its node or for want of memory, or late
             return None
 
 

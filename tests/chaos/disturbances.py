@@ -6,7 +6,6 @@ What lasts until the command has ended is left for the trial to heal.
 from __future__ import annotations
 
 import os
-import re
 import signal
 import sys
 import time
@@ -224,9 +223,8 @@ def take_memory(trial: Trial, disturbance: Disturbance) -> None:
             end = min(end, time.monotonic() + disturbance.lasts_s)
             time.sleep(0.05)
     del taken
-    logs = (trial.folder / "ray").glob("session_*/logs/raylet*.out")
-    times = sum(len(re.findall(r"Selected \d+ workers to kill", log.read_text(errors="replace"))) for log in logs)
-    trial.outcome.notes.append(f"Ray ended processes for want of memory {times} times")
+    if trial.job is not None and "Memory runs low" not in trial.job.log.read_text():
+        trial.outcome.notes.append("Ray ended no process for want of memory")
 
 
 @_kind("cached file damaged")

@@ -73,6 +73,7 @@ class Trial:
         outcome: What was seen so far.
         heals: What ends the disturbances that last until a command has ended.
         address: The head's.
+        kinds: The kinds of the schedule's disturbances.
         memory_share: Share of this machine's memory from which on Ray ends processes, where memory is to be short.
     """
 
@@ -85,6 +86,7 @@ class Trial:
         self.heals: list[Callable[[], None]] = []
         self.job: JobProcess | None = None
         self.out = f"s3://{BUCKET}/out" if schedule.out == "s3" else str(self.small_disk("output") / "out")
+        self.kinds = {disturbance.kind for disturbance in schedule.disturbances}
         self._port = free_port()
         self.address = f"127.0.0.1:{self._port}"
         self.memory_share = min(0.9, memory_used() + 0.35)  # two trials need up to 0.3
@@ -110,7 +112,7 @@ class Trial:
     def start_node(self, cpus: int, skew_s: int = 0) -> JobProcess:
         """Starts a node with a home, and so a cache, of its own; the first one is the head."""
         number, self.started_nodes = self.started_nodes, self.started_nodes + 1
-        kinds = {disturbance.kind for disturbance in self.schedule.disturbances}
+        kinds = self.kinds
         home = self.small_disk(f"home-{number}") if "cache disk full" in kinds else self.folder / f"home-{number}"
         home.mkdir(exist_ok=True)
         command = [
@@ -231,7 +233,8 @@ class Trial:
         return False
 
     def _environment(self) -> dict[str, str]:
-        slow = site_in(self.folder, os.environ.get("PYTHONPATH", "")) | {"OPENING_TAKES": "0.02"}
+        takes = {"OPENING_TAKES": "0.1" if "memory taken" in self.kinds else "0.02"}  # s; memory takes long to fill
+        slow = site_in(self.folder, os.environ.get("PYTHONPATH", "")) | takes
         own = {"AWS_ENDPOINT_URL": self.proxy.endpoint, "RAY_TMPDIR": str(self.folder)}
         return slow | own | {"RAY_worker_niceness": "0"}  # the commands would keep workers of a lower priority waiting
 
