@@ -26,7 +26,7 @@ from tests.job_processes import StartJob, free_port, site_in
 
 pytestmark = [pytest.mark.own_ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
-IMAGES = 900
+IMAGES = 900  # enough for a stop to find work
 TOKEN = "fedcba9876543210" * 4
 BINARIES = Path(sys.executable).parent
 STOP_PATIENTLY = '{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "120"}}'
@@ -90,7 +90,7 @@ def submitter(
     (folder / "jobs" / "__init__.py").write_text("raise SystemExit('another package')")
     environment = {**os.environ, **security}
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as temporary:
-        slow = site_in(tmp_path, os.environ.get("PYTHONPATH", "")) | {"OPENING_TAKES": "0.2"}  # s; a stop is to find work
+        slow = site_in(tmp_path, os.environ.get("PYTHONPATH", "")) | {"OPENING_TAKES": "0.2"}  # s
         path = {"PATH": f"{BINARIES}:{os.environ['PATH']}"}
         head = start_job([*command, f"--temp-dir={temporary}"], tmp_path / "head.log", **security, **slow, **path)
         head.until(lambda: answers(f"{dashboard}/api/version"), 120)
