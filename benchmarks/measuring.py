@@ -60,6 +60,13 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def smallcap(*arguments: str) -> float:
+    """Runs a command of smallcap; returns its wall time in seconds."""
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "jobs.cli", *arguments], env=environment(), stdout=sys.stderr, check=True)
+    return time.perf_counter() - started
+
+
 def run_watched(
     step: str,
     arguments: Mapping[str, Any],

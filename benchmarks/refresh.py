@@ -16,10 +16,7 @@ import argparse
 import json
 import random
 import shutil
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,18 +24,11 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from benchmarks.job_data import demo_model
-from benchmarks.measuring import environment, say
+from benchmarks.measuring import say, smallcap
 from smallcap.model.files import demo_folder
 from smallcap.output.reading import read_captions
 
 _SHARES = (0.01, 0.1, 0.5)
-
-
-def smallcap(*arguments: str) -> float:
-    """Runs a command; returns its wall time in seconds."""
-    started = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "jobs.cli", *arguments], env=environment(), stdout=sys.stderr, check=True)
-    return time.perf_counter() - started
 
 
 def write_crops(folder: Path, images: int) -> None:

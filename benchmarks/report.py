@@ -16,8 +16,6 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -26,7 +24,7 @@ from typing import Any
 from playwright.sync_api import sync_playwright
 
 from benchmarks.job_data import demo_model, repeat_images
-from benchmarks.measuring import environment
+from benchmarks.measuring import smallcap
 from smallcap.machine.description import describe_machine
 from smallcap.model.files import demo_folder
 
@@ -37,14 +35,8 @@ def write_page(work: Path, photos: Path, images: int) -> tuple[Path, float]:
     """Captions images and writes the report; returns its file, and how long writing it took, in seconds."""
     model, run, page = demo_model(work), str(work / "run"), work / "report.html"
     inputs = ["--index", model.index, "--model", model.model]
-    _smallcap("caption", str(repeat_images(photos, work / "images", images)), *inputs, "--out", run)
-    started = time.perf_counter()
-    _smallcap("report", run, "--out", str(page), "--rows", str(images))
-    return page, time.perf_counter() - started
-
-
-def _smallcap(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "jobs.cli", *arguments], env=environment(), stdout=sys.stderr, check=True)
+    smallcap("caption", str(repeat_images(photos, work / "images", images)), *inputs, "--out", run)
+    return page, smallcap("report", run, "--out", str(page), "--rows", str(images))
 
 
 def open_page(page: Path) -> dict[str, float]:
