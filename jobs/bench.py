@@ -17,6 +17,7 @@ import torch
 from jobs.captioning.caption_table import TableCaptioner
 from jobs.captioning.layout import BATCHES_PER_CALL, CALLS_AT_ONCE
 from jobs.captioning.load import pixel_columns
+from jobs.cluster.display import show_while
 from smallcap import storage
 from smallcap.benchmark.ready_captioner import IMAGE_PX, HostResult, PartTimes, ReadyCaptioner, image_id
 from smallcap.benchmark.stages import BenchmarkResult, run_benchmark
@@ -39,7 +40,8 @@ def run(options: BenchmarkOptions) -> BenchmarkResult:
     Raises:
         ConfigError: The retrieval encoder is unknown.
     """
-    return run_benchmark(options, table_loop)
+    with show_while("Measuring each stage, then all of them together"):
+        return run_benchmark(options, table_loop)
 
 
 def table_loop(captioner: Captioner, batches: Sequence[Sequence[Pixels]]) -> Callable[[], int]:
@@ -106,7 +108,8 @@ def run_host(options: BenchmarkOptions) -> HostResult:
         captioner = ReadyCaptioner(folder, wanted, options.captions)
         caption = TableCaptioner(captioner, batch_size, exclude_own=True, embeds=False)
         batch = loaded_table(_random_crops(images))
-        runs = [_time_calls(captioner, lambda: caption(batch)) for _ in range(options.repeats + 1)]
+        with show_while("Measuring what the CPU does for a GPU"):
+            runs = [_time_calls(captioner, lambda: caption(batch)) for _ in range(options.repeats + 1)]
     total, times = min(runs[1:], key=lambda run: run[0])
     us = 1e6 / (images * _HOST_CALLS)
     parts = {name: seconds * us for name, seconds in times.seconds.items()}

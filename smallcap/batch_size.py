@@ -18,7 +18,7 @@ from smallcap.decoding.strategy import GenerationOptions
 from smallcap.machine.actor_plan import LARGEST_BATCH
 from smallcap.machine.gpu_memory import room_bytes
 from smallcap.machine.process_memory import available_bytes
-from smallcap.machine.shapes import tokens_on_gpu
+from smallcap.machine.shapes import row_on_gpu, tokens_on_gpu
 from smallcap.model.checkpoint import SmallCapConfig
 
 _CAPTION_TOKENS, _TEMPLATE_TOKENS = 25, 10  # of a prompt; by default an index holds no longer captions
@@ -105,6 +105,8 @@ def image_memory(
     positions = (image_px // patch_px) ** 2 + 1  # P
     sequences = generation.num_sequences
     slots = prompt_tokens + sequences * (generation.max_new_tokens - 1)  # T
+    if on_gpu:
+        slots = row_on_gpu(slots)
     towers = [vision, retrieval] if retrieval else [vision]
     per_logit = 8 if on_gpu else size + 8  # the model's, those in float32, where they differ, and their exponentials
     per_logit += _SAMPLING_BYTES if generation.strategy is Sampling else 0

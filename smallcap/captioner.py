@@ -154,7 +154,7 @@ class Captioner:
         return captioner
 
     def pack(self) -> None:
-        """Lays the weights out for this CPU if possible; see `SmallCapModel.pack`."""
+        """Lays the weights out for this device if possible; see `SmallCapModel.pack`."""
         self.model.pack()
         if self.retrieval_encoder is not None:
             self.retrieval_encoder.pack()

@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from smallcap.machine.shapes import row_on_gpu
+
 
 class KeyValueSlots(Protocol):
     """What a decoder's self-attention needs from a cache."""
@@ -26,8 +28,11 @@ class KeyValueSlots(Protocol):
 class KVCache:
     """Keys and values of B images with N beams each, for all layers of a decoder.
 
+    On a GPU a step attends to a few more slots than are filled, which no beam sees: the mask's rows then have a length
+    for which matrix products are fast.
+
     Attributes:
-        keys, values: [L, B, H, T, D], where T = S + N * steps.
+        keys, values: [L, B, H, T, D], where T = S + N * steps, rounded up on a GPU.
         visible: [B, N, T] bool, the slots that each beam attends to.
         length: Slots that are filled.
     """
@@ -42,17 +47,21 @@ class KVCache:
     ) -> None:
         num_layers, num_heads, head_dim = shape
         batch, prompt_tokens = prompt_mask.shape
-        slots = prompt_tokens + num_beams * max_steps
         device = prompt_mask.device
-        self.keys = torch.empty(num_layers, batch, num_heads, slots, head_dim, dtype=dtype, device=device)
-        self.values = torch.empty_like(self.keys)
+        self._on_gpu = device.type == "cuda"
+        slots = self._whole_row(prompt_tokens + num_beams * max_steps)
+        # Zeros: what nothing has filled is attended to with a weight of 0, and 0 * NaN would be NaN.
+        make = torch.zeros if self._on_gpu else torch.empty
+        self.keys, self.values = (
+            make(num_layers, batch, num_heads, slots, head_dim, dtype=dtype, device=device) for _ in range(2)
+        )
         self.visible = torch.zeros(batch, num_beams, slots, dtype=torch.bool, device=device)
         self.visible[:, :, :prompt_tokens] = prompt_mask[:, None]
         self.num_beams = num_beams
         self.length = prompt_tokens
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores one layer's new slots after the filled ones and returns all filled slots.
+        """Stores one layer's new slots after the filled ones and returns all filled slots, on a GPU a whole row.
 
         Args:
             layer: Index of the layer.
@@ -65,7 +74,11 @@ class KVCache:
         end = self.length + keys.shape[2]
         self.keys[layer, :, :, self.length : end] = keys
         self.values[layer, :, :, self.length : end] = values
+        end = self._whole_row(end)
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def _whole_row(self, slots: int) -> int:
+        return row_on_gpu(slots) if self._on_gpu else slots
 
     def advance(self, new_slots: int) -> None:
         """Counts the slots that every layer has just stored."""
@@ -78,7 +91,7 @@ class KVCache:
             parents: [B, N] int64, the beam that each new beam extends.
 
         Returns:
-            [B, N, length + N] bool, the attention mask of the step.
+            [B, N, length + N] bool, on a GPU a whole row of them: the attention mask of the step.
         """
         end = self.length + self.num_beams
         inherited = self.visible[:, :, : self.length]
@@ -86,13 +99,12 @@ class KVCache:
         self.visible[:, :, : self.length] = inherited.gather(1, index)
         own_slot = torch.eye(self.num_beams, dtype=torch.bool, device=self.visible.device)
         self.visible[:, :, self.length : end] = own_slot
-        return self.visible[:, :, :end]
+        return self.visible[:, :, : self._whole_row(end)]
 
     def keep(self, rows: Tensor) -> None:
         """Drops all images but `rows` ([kept] int64); their filled slots are copied together."""
-        capacity = self.keys.shape[3]
-        kept_keys = self.keys.new_empty(self.keys.shape[0], len(rows), self.keys.shape[2], capacity, self.keys.shape[4])
-        kept_values = torch.empty_like(kept_keys)
+        make = self.keys.new_zeros if self._on_gpu else self.keys.new_empty
+        kept_keys, kept_values = (make(self.keys.shape[0], len(rows), *self.keys.shape[2:]) for _ in range(2))
         kept_keys[:, :, :, : self.length] = self.keys[:, rows, :, : self.length]
         kept_values[:, :, :, : self.length] = self.values[:, rows, :, : self.length]
         self.keys, self.values = kept_keys, kept_values

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 
 from smallcap.decoding.kv_cache import KeyValueSlots
 from smallcap.decoding.packed_linear import PackedLinear, pack_linears
+from smallcap.machine.shapes import row_on_gpu
+
+_FEW_QUERIES = 16  # for which products are faster than fused attention on a GPU
 
 CrossAttentionKV = list[tuple[Tensor, Tensor]]  # per layer: keys and values, each [B, H, P, D / reduce factor]
 
@@ -98,7 +101,8 @@ class TextDecoder(nn.Module, ABC):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        self._packed_head: PackedLinear | None = None
+        self._packed_head: PackedLinear | None = None  # the output layer as a CPU wants it
+        self._padded_head: Tensor | None = None  # and as a GPU does, [V and more, E]
 
     @property
     @abstractmethod
@@ -149,15 +153,20 @@ class TextDecoder(nn.Module, ABC):
         if self._packed_head is not None:
             return cast("Tensor", self._packed_head(hidden_states.contiguous()))
         weight = self.token_embedding
-        if weight.is_cuda and weight.dtype != torch.float32 and hidden_states.dtype == weight.dtype:
-            rows = hidden_states.flatten(0, -2)
-            return torch.mm(rows, weight.T, out_dtype=torch.float32).view(*hidden_states.shape[:-1], -1)
-        return F.linear(hidden_states, weight)
+        if not weight.is_cuda or weight.dtype == torch.float32 or hidden_states.dtype != weight.dtype:
+            return F.linear(hidden_states, weight)
+        head = weight if self._padded_head is None else self._padded_head
+        logits = float32_products(hidden_states.flatten(0, -2), head.T)[:, : len(weight)]
+        return logits.view(*hidden_states.shape[:-1], -1)
 
     def pack(self) -> None:
-        """Lays the weights out for this CPU if possible; the decoder can then only be used for inference."""
-        if pack_linears(self):
-            self._packed_head = PackedLinear(self.token_embedding, None)
+        """Lays the weights out for this device if possible; the decoder can then only be used for inference."""
+        weight = self.token_embedding
+        if weight.is_cuda and weight.dtype != torch.float32:
+            # GPT-2's 50,257 tokens are no multiple of 8: products with them would take six times as long.
+            self._padded_head = F.pad(weight.detach(), (0, 0, 0, row_on_gpu(len(weight)) - len(weight)))
+        elif pack_linears(self):
+            self._packed_head = PackedLinear(weight, None)
 
     def cross_attention_parameters(self) -> dict[str, nn.Parameter]:
         """Returns the parameters that SmallCap trains, by name."""
@@ -216,5 +225,29 @@ def attend(
     scale: float | None = None,  # factor of the scores; by default D ** -0.5
 ) -> Tensor:
     """Attends with queries to keys and values; returns the heads merged, [B, S, H * D]."""
-    mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, dropout_p=dropout, scale=scale)
+    if queries.is_cuda and queries.shape[2] <= _FEW_QUERIES and torch.is_inference_mode_enabled():
+        mixed = _attend_by_products(queries, keys, values, mask, queries.shape[3] ** -0.5 if scale is None else scale)
+    else:
+        mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, dropout_p=dropout, scale=scale)
     return mixed.transpose(1, 2).flatten(2)
+
+
+def _attend_by_products(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Attends by matrix products with scores in float32, for the few queries of a step on a GPU.
+
+    A fused kernel works on 64 queries or more at once, so most of its work would be padding.
+    """
+    products = float32_products(queries.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2))
+    scores = products.view(*queries.shape[:3], -1)  # [B, H, S, T]
+    scores = scores * scale if mask is None else torch.add(mask, scores, alpha=scale)
+    weights = scores.softmax(-1).to(values.dtype)
+    return torch.bmm(weights.flatten(0, 1), values.flatten(0, 1)).view(queries.shape)
+
+
+def float32_products(first: Tensor, second: Tensor) -> Tensor:
+    """Multiplies matrices on a GPU, [M, K] by [K, N] or [B, M, K] by [B, K, N], into float32.
+
+    The sums have that precision anyway; half precision would only round them.
+    """
+    multiply: Any = torch.mm if first.dim() == 2 else torch.bmm
+    return multiply(first, second, **({} if first.dtype == torch.float32 else {"out_dtype": torch.float32}))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 _TOKEN_MULTIPLE = 16  # tokens that sequences are padded to a multiple of
+_ROW_MULTIPLE = 8  # values of half precision: 16 bytes, by which the fast kernels of matrix products read rows
 
 
 def rows_on_gpu(count: int) -> int:
@@ -16,6 +17,11 @@ def rows_on_gpu(count: int) -> int:
 def tokens_on_gpu(count: int) -> int:
     """Returns the least multiple of `_TOKEN_MULTIPLE` that is not below a number of tokens."""
     return -(-count // _TOKEN_MULTIPLE) * _TOKEN_MULTIPLE
+
+
+def row_on_gpu(values: int) -> int:
+    """Returns the least multiple of `_ROW_MULTIPLE` that is not below the length of a matrix's row."""
+    return -(-values // _ROW_MULTIPLE) * _ROW_MULTIPLE
 
 
 def fill_up(batch: Tensor) -> Tensor:

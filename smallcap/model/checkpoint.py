@@ -127,7 +127,7 @@ class SmallCapModel(nn.Module):
         return hidden_states
 
     def pack(self) -> None:
-        """Lays the weights out for this CPU if possible; the model can then only be used for inference."""
+        """Lays the weights out for this device if possible; the model can then only be used for inference."""
         pack_linears(self.encoder)
         self.decoder.pack()
 

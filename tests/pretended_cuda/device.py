@@ -100,6 +100,7 @@ def _inner(value: Any) -> Any:
 # Operations that the CPU lacks, or that only a GPU is asked for.
 _ON_CPU = {
     aten.mm.dtype: lambda a, b, dtype: a.to(dtype) @ b.to(dtype),
+    aten.bmm.dtype: lambda a, b, dtype: a.to(dtype) @ b.to(dtype),
     aten.cudnn_batch_norm.default: lambda *args: (
         *torch.native_batch_norm(*args[:8]),
         torch.empty(0, dtype=torch.uint8),
