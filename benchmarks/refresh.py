@@ -1,11 +1,13 @@
 """Compares a refresh with a full run, by the share of the images whose retrieved captions change.
 
-A run with saved embeddings is made once, with the demo's model over random crops of its images. For each share, rare
-captions are removed from a copy of the index until so many images had one of them in their prompts. Then two commands
-are timed with that index, from call to end, with the start of Ray and model: `smallcap refresh` and `smallcap caption`.
+A run with saved embeddings is made once, over random crops of the demo's images, with the demo's model or with one
+of published sizes whose weights are random. For each share, rare captions are removed from a copy of the index until so
+many images had one of them in their prompts. Then two commands are timed with that index, from call to end, with the
+start of Ray and model: `smallcap refresh` and `smallcap caption`.
 
     python -m benchmarks.refresh --images 10000
     python -m benchmarks.refresh --images 500 --shares 0.1
+    python -m benchmarks.refresh --real-size --max-new-tokens 12 --shares 0.01
 
 The last line is JSON.
 """
@@ -23,7 +25,7 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from benchmarks.job_data import demo_model
+from benchmarks.job_data import demo_model, real_size_model
 from benchmarks.measuring import say, smallcap
 from smallcap.model.files import demo_folder
 from smallcap.output.reading import read_captions
@@ -89,15 +91,17 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--shares", type=float, nargs="+", default=_SHARES)
     parser.add_argument("--dtype", default="auto", help="the precision; in float32 both give the same captions")
+    parser.add_argument("--real-size", action="store_true", help="a model of published sizes with random weights")
+    parser.add_argument("--max-new-tokens", type=int, default=25, help="the most tokens of a caption")
     parser.add_argument("--work", type=Path, help="folder that does not exist yet, to keep what is made")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="smallcap-refresh-") as temporary:
         work = options.work or Path(temporary) / "work"
         work.mkdir()
         write_crops(work / "images", options.images)
-        data = demo_model(work)
+        data = real_size_model(work) if options.real_size else demo_model(work)
         caption = ["caption", str(work / "images"), "--model", data.model, "--save-embeddings", "--address", "local"]
-        caption += ["--dtype", options.dtype]
+        caption += ["--dtype", options.dtype, "--max-new-tokens", str(options.max_new_tokens)]
         old = str(work / "old")
         say(f"captioning {options.images:,} images for the run to refresh")
         smallcap(*caption, "--index", data.index, "--out", old)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
+import faiss
 import numpy as np
 import pytest
 import torch
@@ -205,6 +206,7 @@ class TestOnGpu:
         assert retriever.search_backend == "gpu-exact"
         assert retriever.search(queries, 10) == expected
 
+    @pytest.mark.skipif(not hasattr(faiss, "StandardGpuResources"), reason="needs a faiss with GPU support")
     @pytest.mark.parametrize("key", ["IVF8,Flat", "IVF8,SQfp16", "IVF8,SQ8", "IVF8,PQ8"])
     def test_faiss(self, open_keyed: OpenIndex, queries: np.ndarray, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(gpu_search, "MEMORY_SHARE", 0.05)
