@@ -135,7 +135,7 @@ def largest_batch(
     """Returns how many images can be captioned together in `free_bytes`; see `image_memory` for the other arguments.
 
     Returns:
-        At least 1; at most 64 on a CPU and 256 on a GPU, where larger batches gain nothing. On a GPU it is a power of
+        At least 1; at most 64 on a CPU and 512 on a GPU, where larger batches gain little. On a GPU it is a power of
         two, because every batch takes as much as one of the next power of two.
     """
     on_gpu = device.startswith("cuda")

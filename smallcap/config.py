@@ -102,7 +102,7 @@ class ComputeConfig(Config):
     compile: bool = False
     """Compile the encoders with torch.compile (captioning only). Takes minutes at the start; then a GPU is faster."""
     batch_size: AutoBatch = "auto"
-    """Images captioned together. `auto` is what fits into free memory, at most 64 on a CPU and 256 on a GPU."""
+    """Images captioned together. `auto` is what fits into free memory, at most 64 on a CPU and 512 on a GPU."""
     num_actors: AutoCount = "auto"
     """Model actors that a job starts with. `auto` is as many as the GPUs of the cluster hold at that time, or one per
     four CPUs."""

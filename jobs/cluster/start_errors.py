@@ -8,6 +8,9 @@ from __future__ import annotations
 import errno
 import os
 import re
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
 
 from jobs.cluster.addresses import Address
 from jobs.cluster.errors import causes
@@ -58,6 +61,7 @@ _START_MESSAGES = {
     ),
     "files": ("Ray cannot open as many files as it needs.", "Raise the limit: ulimit -n 65536."),
     "folder": ("Ray cannot use its folder.", _SHORT_FOLDER),
+    "package": ("A file of the installed Ray cannot be used.", "Install Ray again, with constraints.txt."),
     "head": ("Ray's head process (GCS) does not start on this machine.", "Its log there says why: gcs_server.out."),
     "raylet": (
         "Ray's process on this machine (raylet) does not start.",
@@ -89,7 +93,8 @@ def explain_start(error: Exception, printed: str = "") -> RunError:
     found = _said(error)
     if not kind:
         found = "; ".join([f"{type(error).__name__}: {found}", *_one_line(printed)])
-    return RunError(what, where=ray_folder(), found=found, remedy=remedy)
+    where = next(_own_files(error)) if kind == "package" else ray_folder()
+    return RunError(what, where=where, found=found, remedy=remedy)
 
 
 def explain_join(error: Exception, address: Address, printed: str = "") -> RunError:
@@ -131,7 +136,18 @@ def _kind_of(error: Exception) -> str:
         if re.search(words, said):
             return kind
     numbers = {cause.errno for cause in causes(error) if isinstance(cause, OSError)}
-    return next((kind for kind, known in _ERRNO_KINDS.items() if numbers.intersection(known)), "")
+    kind = next((kind for kind, known in _ERRNO_KINDS.items() if numbers.intersection(known)), "")
+    return "package" if kind == "folder" and any(_own_files(error)) else kind
+
+
+def _own_files(error: Exception) -> Iterator[str]:
+    """Yields the files of Ray's package at which the system refused something."""
+    spec = find_spec("ray")
+    package = Path(spec.origin).parent if spec and spec.origin else None
+    for cause in causes(error):
+        name = cause.filename if isinstance(cause, OSError) else None
+        if package and isinstance(name, str) and package in Path(name).parents:
+            yield name
 
 
 def _said(error: Exception) -> str:

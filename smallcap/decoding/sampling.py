@@ -73,6 +73,9 @@ class Sampling(DecodingStrategy):
 def draw(logits: Tensor, uniform: Tensor, options: SamplingOptions) -> Tensor:
     """Draws one token per row from the most likely ones that together have the probability `top_p`.
 
+    Probabilities are added up in the tokens' order. In the order of their size two tokens that are about as likely
+    would change places where a logit differs in its last digits, as it does from batch to batch.
+
     Args:
         logits: [..., V] float32.
         uniform: [...] in [0, 1).
@@ -81,12 +84,15 @@ def draw(logits: Tensor, uniform: Tensor, options: SamplingOptions) -> Tensor:
     Returns:
         [...] int64.
     """
-    probs, tokens = (logits / options.temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
-    mass = probs.double().cumsum(-1)
-    mass_before = mass - probs  # of the more likely tokens
-    kept = torch.where(mass_before < options.top_p, mass, 0.0).amax(-1)
-    rank = torch.searchsorted(mass, (uniform * kept)[..., None], right=True)
-    return tokens.gather(-1, rank.clamp(max=logits.shape[-1] - 1))[..., 0]
+    probs = (logits / options.temperature).softmax(-1).double()
+    if options.top_p < 1:
+        descending = probs.sort(dim=-1, descending=True).values
+        mass_before = descending.cumsum(-1) - descending  # of the more likely tokens
+        least = torch.where(mass_before < options.top_p, descending, torch.inf).amin(-1, keepdim=True)
+        probs = torch.where(probs < least, 0.0, probs)
+    mass = probs.cumsum(-1)
+    token = torch.searchsorted(mass, uniform[..., None] * mass[..., -1:], right=True)
+    return token.clamp(max=logits.shape[-1] - 1)[..., 0]
 
 
 def split_mix(values: Tensor) -> Tensor:

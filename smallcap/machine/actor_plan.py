@@ -16,7 +16,7 @@ from smallcap.phrasing import describe_count
 Node = Mapping[str, float]
 """A node's `CPU` and `GPU`, as Ray counts them."""
 
-LARGEST_BATCH = {"cpu": 64, "cuda": 256}  # images that go through the model together; larger ones gain nothing
+LARGEST_BATCH = {"cpu": 64, "cuda": 512}  # images that go through the model together; larger ones gain little
 _TYPE = "accelerator_type:"  # how Ray calls the resource that names the type of a node's GPUs
 _UNIT = 10_000  # in one CPU or GPU; Ray cuts off what is finer
 _MOST_CPUS_PER_ACTOR = 4  # more threads than that help one batch of images or texts little

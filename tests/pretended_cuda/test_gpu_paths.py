@@ -1,12 +1,14 @@
 """What decoding, encoders and the search do on a GPU only: shapes, precision, recordings, and memory that runs out."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from smallcap.config import GenerationConfig
+from smallcap.decoding import text_decoder
 from smallcap.decoding.engine import Generated
 from smallcap.decoding.micro_batches import MicroBatches
 from smallcap.model.checkpoint import SmallCapModel, load_checkpoint
@@ -64,6 +66,40 @@ def test_logits_of_half_precision_are_not_rounded_to_it(dtype: torch.dtype) -> N
         assert logits.dtype == torch.float32
         assert torch.allclose(logits.cpu(), exact, atol=1e-5)
     assert on_cpu.logits(hidden_states).dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_output_layer_of_whole_rows_gives_the_same_logits(dtype: torch.dtype) -> None:
+    decoder = load_decoder("gpt2_r4").to(dtype)
+    words = decoder.transformer.wte
+    words.weight = torch.nn.Parameter(words.weight[:-3])  # as odd as GPT-2's
+    hidden_states = torch.randn(3, 2, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with pretended_cuda():
+        decoder.to("cuda")
+        expected = decoder.logits(hidden_states.to("cuda")).cpu()
+        decoder.pack()
+        assert torch.equal(decoder.logits(hidden_states.to("cuda")).cpu(), expected)
+        assert expected.shape == (3, 2, 597)
+        assert (decoder._padded_head is not None) == (dtype != torch.float32)
+
+
+def test_steps_attend_to_whole_rows_of_slots_and_to_nothing_in_the_empty_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = caption(load_checkpoint(CHECKPOINT), 5)
+    slots: list[int] = []
+    attend = text_decoder._attend_by_products
+
+    def noting(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: Any, scale: float) -> Any:
+        slots.extend([keys.shape[2]] * (mask is not None))
+        return attend(queries, keys, values, mask, scale)
+
+    monkeypatch.setattr(text_decoder, "_attend_by_products", noting)
+    with pretended_cuda():
+        model = load_checkpoint(CHECKPOINT, "cuda")
+        assert caption(model, 5) == expected
+        for name in ("keys", "values"):  # what no beam sees has a weight of 0, and 0 * NaN would be NaN
+            assert torch.isfinite(model.stepper._storage[name, torch.float32].cpu()).all()
+    assert slots
+    assert all(count % 8 == 0 for count in slots)
 
 
 def test_loading_a_float32_model_switches_tf32_off_and_others_do_not() -> None:

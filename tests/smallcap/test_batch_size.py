@@ -90,7 +90,7 @@ def test_a_batch_is_what_fits_and_never_nothing(model: SmallCapModel) -> None:
 
     assert fitting(0) == 1
     assert fitting(1 << 50) == 64
-    assert fitting(1 << 50, "cuda") == 256
+    assert fitting(1 << 50, "cuda") == 512
     sizes = [fitting(bytes_) for bytes_ in range(0, 4 << 30, 64 << 20)]
     assert sizes == sorted(sizes)
     counted = image_memory(model.config, None, generation, PROMPT_TOKENS, "float32", "cuda")

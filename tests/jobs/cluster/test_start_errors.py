@@ -2,8 +2,10 @@
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
+import ray
 from ray.exceptions import AuthenticationError
 
 from jobs.cluster.addresses import parse_address
@@ -62,6 +64,14 @@ def test_a_local_ray_that_does_not_start(error: Exception, what: str, remedy: st
     assert message.where == ray_folder()
     assert "Traceback" not in str(message)
     assert "\n" not in message.found
+
+
+def test_a_file_of_ray_itself_that_cannot_be_used() -> None:
+    program = f"{Path(ray.__file__).parent}/core/src/ray/gcs/gcs_server"
+    message = explain_start(os_error(errno.EACCES, program))
+    assert message.where == program
+    assert "Install Ray again" in message.remedy
+    assert "as many files" in explain_start(os_error(errno.EMFILE, program)).what
 
 
 def test_what_is_unknown_is_told_in_rays_words() -> None:
