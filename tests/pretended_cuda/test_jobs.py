@@ -26,9 +26,11 @@ from tests.train_runs import train_config, write_captioned_images
 
 @pytest.fixture(scope="module")
 def index(tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("index")
-    rows = [f"{number:03d}.jpg,{text}" for number, text in enumerate(TEXTS)]
-    return build_text_index(folder, tiny_clip, rows)
+    return build_index(tmp_path_factory.mktemp("index"), tiny_clip)
+
+
+def build_index(folder: Path, clip: Path) -> str:
+    return build_text_index(folder, clip, [f"{number:03d}.jpg,{text}" for number, text in enumerate(TEXTS)])
 
 
 @pytest.fixture
@@ -37,31 +39,36 @@ def gpu_node(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(NODE["Resources"], "GPU", 1.0)
 
 
+SETTINGS = [
+    ("compute.batch_size=2", "output.save_embeddings=true", "retrieval.exclude_own_captions=true"),
+    ("compute.batch_size=auto", "generation.num_captions=2", "generation.num_beams=4"),
+]
+
+
+def rows_on(device: str, index: str, model: Path, folder: Path, *sets: str) -> list[dict[str, Any]]:
+    """Captions nine images, of which one is none, with the job; returns its rows."""
+    write_images(f"{folder}/images", 9)
+    (folder / "images" / "004.jpg").write_bytes(b"no image")
+    given = (*sets, f"compute.device={device}", "output.rows_per_part=4", f"retrieval.cache_dir={folder}/cache")
+    config = config_for(f"{folder}/images", index, model, f"{folder}/{device}", *given)
+    with in_process_ray():
+        caption.run(config)
+    tables = [pq.read_table(part) for part in list_parts(config.out)]
+    return pa.concat_tables(tables).sort_by("image_id").to_pylist()
+
+
 @pytest.mark.usefixtures("gpu_node")
-@pytest.mark.parametrize(
-    "sets",
-    [
-        ("compute.batch_size=2", "output.save_embeddings=true", "retrieval.exclude_own_captions=true"),
-        ("compute.batch_size=auto", "generation.num_captions=2", "generation.num_beams=4"),
-    ],
-)
+@pytest.mark.parametrize("sets", SETTINGS)
 def test_rows_are_the_cpus(index: str, tiny_smallcap: Path, tmp_path: Path, sets: tuple[str, ...]) -> None:
-    write_images(f"{tmp_path}/images", 9)
-    (tmp_path / "images" / "004.jpg").write_bytes(b"no image")
-
-    def rows_on(device: str) -> list[dict[str, Any]]:
-        given = (*sets, f"compute.device={device}", "output.rows_per_part=4", f"retrieval.cache_dir={tmp_path}/cache")
-        config = config_for(f"{tmp_path}/images", index, tiny_smallcap, f"{tmp_path}/{device}", *given)
-        with in_process_ray():
-            caption.run(config)
-        tables = [pq.read_table(part) for part in list_parts(config.out)]
-        return pa.concat_tables(tables).sort_by("image_id").to_pylist()
-
-    expected = rows_on("cpu")
+    expected = rows_on("cpu", index, tiny_smallcap, tmp_path, *sets)
     with pretended_cuda() as cuda:
-        found = rows_on("cuda")
+        found = rows_on("cuda", index, tiny_smallcap, tmp_path, *sets)
         assert cuda.captures
     assert [row["status"] for row in found] == ["ok"] * 4 + ["error"] + ["ok"] * 4
+    check_same(found, expected)
+
+
+def check_same(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
     assert without_floats(found) == without_floats(expected)
     assert floats_of(found) == pytest.approx(floats_of(expected), abs=1e-3)
 

@@ -1,27 +1,19 @@
 """What the tests beside this one compare on the pretended GPU, on a real one, where there is one."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 
-from jobs import caption
 from smallcap.decoding.strategy import GenerationOptions
-from smallcap.output.part_files import list_parts
-from tests.caption_runs import config_for, write_images
-from tests.in_process_ray import NODE, in_process_ray
-from tests.index_files import build_text_index
+from tests.in_process_ray import NODE
 from tests.oracles import ORACLES, expected_of, hidden_states_of
-from tests.pretended_cuda.conftest import TEXTS, MakeCaptioner
-from tests.pretended_cuda.test_captioner import WAYS, batches_for, comparable
-from tests.pretended_cuda.test_captioner import caption as caption_all
+from tests.pretended_cuda.conftest import MakeCaptioner
+from tests.pretended_cuda.test_captioner import WAYS, batches_for, caption, comparable
 from tests.pretended_cuda.test_decoding import WAYS as DECODING_WAYS
 from tests.pretended_cuda.test_decoding import captions_on_the_cpu, generate, load_model
-from tests.pretended_cuda.test_jobs import floats_of, without_floats
+from tests.pretended_cuda.test_jobs import SETTINGS, build_index, check_same, rows_on
 from tests.pretended_cuda.test_training import train, trainer_on
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -62,10 +54,10 @@ def test_captions_are_the_cpus(oracle: str, way: str) -> None:
 def test_the_whole_captioner_gives_the_cpus_captions(make_captioner: MakeCaptioner, way: str) -> None:
     on_cpu = make_captioner("cpu", **WAYS[way], max_new_tokens=5)
     batches = batches_for(on_cpu, sizes=(4, 0, 3, 1))
-    expected = caption_all(on_cpu, batches)
+    expected = caption(on_cpu, batches)
     captioner = make_captioner("cuda", **WAYS[way], max_new_tokens=5)
     for _ in range(2):
-        found = caption_all(captioner, batches)
+        found = caption(captioner, batches)
         assert comparable(found) == comparable(expected)
         for result, expected_result in zip(found, expected, strict=True):
             assert result.logprob == pytest.approx(expected_result.logprob, abs=1e-3)
@@ -77,46 +69,26 @@ def test_the_whole_captioner_gives_the_cpus_captions(make_captioner: MakeCaption
 def test_batches_go_on_in_halves_where_memory_runs_out(make_captioner: MakeCaptioner) -> None:
     captioner = make_captioner("cuda", max_new_tokens=5)
     batches = batches_for(captioner, sizes=(64, 64))
-    expected = comparable(caption_all(captioner, batches))
+    expected = comparable(caption(captioner, batches))
     captioner.model.free_memory()
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
     try:
         # Room for what is there, and for less than a batch: the logits of its beams alone are 39 MB.
         torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (32 << 20)) / total)
-        assert comparable(caption_all(captioner, batches)) == expected
+        assert comparable(caption(captioner, batches)) == expected
         assert captioner.halvings > 0
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-@pytest.mark.parametrize(
-    "sets",
-    [
-        ("compute.batch_size=2", "output.save_embeddings=true", "retrieval.exclude_own_captions=true"),
-        ("compute.batch_size=auto", "generation.num_captions=2", "generation.num_beams=4"),
-    ],
-)
+@pytest.mark.parametrize("sets", SETTINGS)
 def test_rows_of_the_job_are_the_cpus(
     tiny_clip: Path, tiny_smallcap: Path, tmp_path: Path, sets: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(NODE["Resources"], "GPU", 1.0)
-    lines = [f"{number:03d}.jpg,{text}" for number, text in enumerate(TEXTS)]
-    index = build_text_index(tmp_path, tiny_clip, lines)
-    write_images(f"{tmp_path}/images", 9)
-    (tmp_path / "images" / "004.jpg").write_bytes(b"no image")
-
-    def rows_on(device: str) -> list[dict[str, Any]]:
-        given = (*sets, f"compute.device={device}", "output.rows_per_part=4", f"retrieval.cache_dir={tmp_path}/cache")
-        config = config_for(f"{tmp_path}/images", index, tiny_smallcap, f"{tmp_path}/{device}", *given)
-        with in_process_ray():
-            caption.run(config)
-        tables = [pq.read_table(part) for part in list_parts(config.out)]
-        return pa.concat_tables(tables).sort_by("image_id").to_pylist()
-
-    expected, found = rows_on("cpu"), rows_on("cuda")
-    assert without_floats(found) == without_floats(expected)
-    assert floats_of(found) == pytest.approx(floats_of(expected), abs=1e-3)
+    given = (build_index(tmp_path, tiny_clip), tiny_smallcap, tmp_path, *sets)
+    check_same(rows_on("cuda", *given), rows_on("cpu", *given))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 2e-2), ("float16", 2e-2)])
