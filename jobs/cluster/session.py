@@ -82,6 +82,7 @@ def connect(address: str | None = None) -> None:
     logger.setLevel(logging.CRITICAL)  # an exception of a task reaches the caller, which reports it
     # The pinned release has no other way to name resources that it does not count, or the tries of a task.
     warnings.filterwarnings("ignore", "`ray_remote_args", DeprecationWarning)
+    warnings.filterwarnings("ignore", "The minimum number of concurrent actors", UserWarning)  # of few images
     if ray.is_initialized():
         return
     cluster = _find_cluster(address)
