@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from smallcap.decoding.kv_cache import KeyValueSlots
 from smallcap.decoding.packed_linear import PackedLinear, pack_linears
+from smallcap.machine.precision import float32_products
 from smallcap.machine.shapes import row_on_gpu
 
 _FEW_QUERIES = 16  # for which products are faster than fused attention on a GPU
@@ -242,12 +243,3 @@ def _attend_by_products(queries: Tensor, keys: Tensor, values: Tensor, mask: Ten
     scores = scores * scale if mask is None else torch.add(mask, scores, alpha=scale)
     weights = scores.softmax(-1).to(values.dtype)
     return torch.bmm(weights.flatten(0, 1), values.flatten(0, 1)).view(queries.shape)
-
-
-def float32_products(first: Tensor, second: Tensor) -> Tensor:
-    """Multiplies matrices on a GPU, [M, K] by [K, N] or [B, M, K] by [B, K, N], into float32.
-
-    The sums have that precision anyway; half precision would only round them.
-    """
-    multiply: Any = torch.mm if first.dim() == 2 else torch.bmm
-    return multiply(first, second, **({} if first.dtype == torch.float32 else {"out_dtype": torch.float32}))

@@ -18,12 +18,12 @@ from typing import Any, Protocol
 import faiss
 import numpy as np
 import torch
-from torch import Tensor
 
 from smallcap.index.faiss_index import inverted_file_of
 from smallcap.index.ranking import NOTHING, Attempted, Ranking, best_of, padded, settle
 from smallcap.index.vector_shard import VectorShard
 from smallcap.machine.gpu_memory import room_bytes, set_aside
+from smallcap.machine.precision import float32_products
 from smallcap.machine.process_memory import return_freed_memory
 
 MEMORY_SHARE = 0.5  # share of the memory that is free once the model is loaded; generating needs the rest
@@ -126,7 +126,7 @@ class ExactBlocks:
         rows = torch.empty((len(queries), 0), dtype=torch.int64, device=halves.device)
         block_rows = max(1, _SCORES_AT_ONCE // len(queries))
         for start in range(0, len(self._vectors), block_rows):
-            products = _products(halves, self._vectors[start : start + block_rows])  # [B, block]
+            products = float32_products(halves, self._vectors[start : start + block_rows].T)  # [B, block]
             block_best, places = products.topk(min(fetch, products.shape[1]), dim=1)
             best, rows = torch.cat([best, block_best], dim=1), torch.cat([rows, places + start], dim=1)
             if best.shape[1] > fetch:
@@ -151,13 +151,6 @@ class ExactBlocks:
             scores[batch] = (gathered * exact[batch, None]).sum(dim=-1).to(torch.float32)
         scores[chosen == NOTHING] = -torch.inf
         return scores.cpu().numpy(), ids
-
-
-def _products(queries: Tensor, block: Tensor) -> Tensor:
-    """Multiplies float16 [B, dim] by [n, dim] into float32 [B, n]; a float16 result would lose the order."""
-    if block.is_cuda:
-        return torch.mm(queries, block.T, out_dtype=torch.float32)
-    return queries.to(torch.float32) @ block.to(torch.float32).T
 
 
 class FaissGpu:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import time
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from smallcap.errors import ConfigError
 from smallcap.machine.cpu_precision import cpu_precision
@@ -13,6 +15,17 @@ from smallcap.machine.gpu import on_device
 from smallcap.storage import DEFAULT_CACHE_DIR
 
 _ROWS, _IN, _OUT = 512, 768, 3072  # a feed-forward layer of GPT-2 over some prompts
+
+
+def float32_products(first: Tensor, second: Tensor) -> Tensor:
+    """Multiplies matrices of any precision into float32: [M, K] by [K, N], or [B, M, K] by [B, K, N].
+
+    A GPU adds half precision up in float32 anyway, and a result in half precision would lose the order of close values.
+    """
+    if first.dtype == torch.float32 or not first.is_cuda:
+        return first.to(torch.float32) @ second.to(torch.float32)
+    multiply: Any = torch.mm if first.dim() == 2 else torch.bmm
+    return cast("Tensor", multiply(first, second, out_dtype=torch.float32))
 
 
 def matrix_rate(

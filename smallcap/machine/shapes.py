@@ -16,12 +16,16 @@ def rows_on_gpu(count: int) -> int:
 
 def tokens_on_gpu(count: int) -> int:
     """Returns the least multiple of `_TOKEN_MULTIPLE` that is not below a number of tokens."""
-    return -(-count // _TOKEN_MULTIPLE) * _TOKEN_MULTIPLE
+    return _rounded_up(count, _TOKEN_MULTIPLE)
 
 
 def row_on_gpu(values: int) -> int:
     """Returns the least multiple of `_ROW_MULTIPLE` that is not below the length of a matrix's row."""
-    return -(-values // _ROW_MULTIPLE) * _ROW_MULTIPLE
+    return _rounded_up(values, _ROW_MULTIPLE)
+
+
+def _rounded_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
 
 
 def fill_up(batch: Tensor) -> Tensor:

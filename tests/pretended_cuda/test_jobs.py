@@ -65,10 +65,10 @@ def test_rows_are_the_cpus(index: str, tiny_smallcap: Path, tmp_path: Path, sets
         found = rows_on("cuda", index, tiny_smallcap, tmp_path, *sets)
         assert cuda.captures
     assert [row["status"] for row in found] == ["ok"] * 4 + ["error"] + ["ok"] * 4
-    check_same(found, expected)
+    check_rows(found, expected)
 
 
-def check_same(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+def check_rows(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
     assert without_floats(found) == without_floats(expected)
     assert floats_of(found) == pytest.approx(floats_of(expected), abs=1e-3)
 

@@ -10,10 +10,10 @@ from smallcap.decoding.strategy import GenerationOptions
 from tests.in_process_ray import NODE
 from tests.oracles import ORACLES, expected_of, hidden_states_of
 from tests.pretended_cuda.conftest import MakeCaptioner
-from tests.pretended_cuda.test_captioner import WAYS, batches_for, caption, comparable
+from tests.pretended_cuda.test_captioner import WAYS, batches_for, caption, check_same, comparable
 from tests.pretended_cuda.test_decoding import WAYS as DECODING_WAYS
 from tests.pretended_cuda.test_decoding import captions_on_the_cpu, generate, load_model
-from tests.pretended_cuda.test_jobs import SETTINGS, build_index, check_same, rows_on
+from tests.pretended_cuda.test_jobs import SETTINGS, build_index, check_rows, rows_on
 from tests.pretended_cuda.test_training import train, trainer_on
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -57,13 +57,7 @@ def test_the_whole_captioner_gives_the_cpus_captions(make_captioner: MakeCaption
     expected = caption(on_cpu, batches)
     captioner = make_captioner("cuda", **WAYS[way], max_new_tokens=5)
     for _ in range(2):
-        found = caption(captioner, batches)
-        assert comparable(found) == comparable(expected)
-        for result, expected_result in zip(found, expected, strict=True):
-            assert result.logprob == pytest.approx(expected_result.logprob, abs=1e-3)
-            if captioner.k:
-                assert result.clip_score == pytest.approx(expected_result.clip_score, abs=1e-4)
-                assert result.embedding == pytest.approx(expected_result.embedding, abs=1e-4)
+        check_same(caption(captioner, batches), expected, bool(captioner.k), tolerance=1e-4)
 
 
 def test_batches_go_on_in_halves_where_memory_runs_out(make_captioner: MakeCaptioner) -> None:
@@ -88,7 +82,7 @@ def test_rows_of_the_job_are_the_cpus(
 ) -> None:
     monkeypatch.setitem(NODE["Resources"], "GPU", 1.0)
     given = (build_index(tmp_path, tiny_clip), tiny_smallcap, tmp_path, *sets)
-    check_same(rows_on("cuda", *given), rows_on("cpu", *given))
+    check_rows(rows_on("cuda", *given), rows_on("cpu", *given))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 2e-2), ("float16", 2e-2)])
